@@ -1,0 +1,97 @@
+"""Judged answers while training: does the policy start to call everything unsafe?"""
+
+import warnings
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from safervlm.judge import Judge
+from safervlm.protocol import SAFE, UNSAFE
+from safervlm.records import RecordError, seed_for
+from safervlm.vlm.base import Sampling
+
+
+class OverFlaggingWarning(UserWarning):
+    """The policy calls more safe images unsafe than the base model did."""
+
+
+class GenerationCheck(Callback):
+    """Asks the policy about held-out safe images, before training and while it goes on, and lets the judge read.
+
+    The share that is called Unsafe is logged as ``train/unsafe_rate_on_safe``, and a warning is given when it exceeds
+    the one before training by more than ``tolerance``.
+
+    Args:
+        judge: the alignment judge.
+        every_n_batches: how often.
+        tolerance: rise of the rate that is passed over.
+        sampling: how answers are drawn; the same noise each time, so a change is the policy's.
+        minimum: fewer held-out safe images than this are refused: their rate would be too coarse.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        every_n_batches: int = 50,
+        tolerance: float = 0.05,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        minimum: int = 100,
+    ) -> None:
+        self.judge, self.every_n_batches, self.tolerance = judge, every_n_batches, tolerance
+        self.sampling, self.minimum = sampling, minimum
+        self.first: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rate before training: a continued run compares with the same one."""
+        return {"first": self.first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it back."""
+        self.first = state_dict["first"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the rate before training."""
+        safe = [e for e in trainer.datamodule.parts.validation if e.question.answer == SAFE]  # type: ignore[attr-defined]
+        if len(safe) < self.minimum:
+            raise RecordError(
+                f"GenerationCheck: {len(safe)} held-out safe images, {self.minimum} are needed; hold out more "
+                "(data.validation_fraction) or leave the callback out"
+            )
+        self.judge.configure_model()
+        self.judge.to(pl_module.device)
+        if self.first is None:
+            self.first = self.rate(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures where it is time to, and warns."""
+        if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.every_n_batches:
+            return
+        rate = self.rate(trainer, pl_module)
+        pl_module.log("train/unsafe_rate_on_safe", rate, rank_zero_only=False, sync_dist=False, batch_size=1)
+        if self.first is not None and rate > self.first + self.tolerance:
+            warnings.warn(
+                f"{rate:.0%} of the held-out safe images are called {UNSAFE} now, {self.first:.0%} before training: "
+                "the policy over-flags",
+                OverFlaggingWarning,
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def rate(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """The share of the held-out safe images that the policy calls Unsafe, over all processes."""
+        flagged = total = 0
+        for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+            answers = pl_module.vlm.generate(batch.to(pl_module.device), self.sampling, seed_for("generation-check"))  # type: ignore[operator, union-attr]
+            labels = self.judge.judge([answer.text for answer in answers]).argmax(-1).tolist()
+            safe = [
+                self.judge.labels[label] == UNSAFE
+                for label, question in zip(labels, batch.questions, strict=True)
+                if question.answer == SAFE
+            ]
+            flagged, total = flagged + sum(safe), total + len(safe)
+        counts = torch.tensor([flagged, total], dtype=torch.float64, device=pl_module.device)
+        counts = trainer.strategy.reduce(counts, reduce_op="sum")  # type: ignore[assignment]
+        return float(counts[0] / counts[1])

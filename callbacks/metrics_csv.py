@@ -1,0 +1,51 @@
+"""What training logs, in a file that a continued run goes on with."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from safervlm.records import write_atomically
+
+COLUMNS = ("batch", "metric", "value")
+
+
+class MetricsCSV(Callback):
+    """Writes ``metrics.csv`` in the run folder: a row for each metric of each training batch.
+
+    A run that is continued from a checkpoint first drops the rows behind it: they come again, the same. Lightning's own
+    ``CSVLogger`` deletes the rows of before.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the rows up to the checkpoint, or starts a new file."""
+        if not trainer.is_global_zero:
+            return
+        path, done = self._path(trainer), trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        rows = []
+        if done and path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                # A row that was torn by a crash lies behind the checkpoint.
+                rows = [row for row in list(csv.reader(file))[1:] if len(row) == 3 and int(row[0]) <= done]
+
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([COLUMNS, *rows])
+
+        write_atomically(path, write)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Appends the batch's metrics."""
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        if not trainer.is_global_zero:
+            return
+        number = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        with self._path(trainer).open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows((number, name, repr(value)) for name, value in metrics.items())
+
+    @staticmethod
+    def _path(trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "metrics.csv"

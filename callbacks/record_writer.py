@@ -1,0 +1,92 @@
+"""Writes what a predict loop gives, as it comes, so that nothing is lost whenever the process dies."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from lightning import Callback, LightningModule, Trainer
+
+from safervlm.records import RecordError, read_jsonl, to_line, write_jsonl
+
+
+class RecordWriter(Callback):
+    """Writes the records of ``predict_step`` to ``file`` in the run folder.
+
+    Each process appends to a shard of its own under ``shards/``, a line a record, flushed after every batch. At the
+    start whatever shards there are (of any number of processes, a torn last line included) are read, and the data skips
+    what they hold; at the end they are merged in the data's order, and removed.
+
+    Args:
+        file: name of the merged file in the run folder.
+    """
+
+    def __init__(self, file: str = "responses.jsonl") -> None:
+        self.file = file
+        self._shard: TextIO | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds what is there and tells the data to skip it, on every process alike."""
+        if stage != "predict":
+            return
+        done = self._read(trainer)
+        trainer.strategy.barrier("record-writer-read")  # nobody writes while somebody still reads
+        trainer.datamodule.skip(done.keys())  # type: ignore[attr-defined]
+        shards = self._shards(trainer)
+        shards.mkdir(parents=True, exist_ok=True)
+        path = shards / f"{trainer.global_rank}-{os.getpid()}.jsonl"
+        self._shard = path.open("a", encoding="utf-8")
+        if done and trainer.is_global_zero:
+            print(f"{self.file}: {len(done)} records are there already, going on with the rest")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Appends a batch's records."""
+        assert self._shard is not None  # noqa: S101 (setup opened it; for the type checker)
+        self._shard.write("".join(to_line(record.to_dict()) for record in outputs))
+        self._shard.flush()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merges the shards."""
+        assert self._shard is not None  # noqa: S101
+        self._shard.close()
+        trainer.strategy.barrier("record-writer-merge")
+        if trainer.is_global_zero:
+            records = self._read(trainer)
+            asked = [example.question.id for example in trainer.datamodule.parts.predict]  # type: ignore[attr-defined]
+            missing = [name for name in asked if name not in records]
+            if missing:
+                raise RecordError(f"{missing[0]}: no record was written ({len(missing)} are missing); run it again")
+            write_jsonl(Path(trainer.default_root_dir) / self.file, (records[name] for name in asked))
+            for shard in self._shards(trainer).glob("*.jsonl"):
+                shard.unlink()
+            self._shards(trainer).rmdir()
+        trainer.strategy.barrier("record-writer-merged")
+
+    def _shards(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "shards" / Path(self.file).stem
+
+    def _read(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
+        """The records that are there, by id."""
+        merged = Path(trainer.default_root_dir) / self.file
+        records = {record["id"]: record for record in read_jsonl(merged)} if merged.is_file() else {}
+        for shard in sorted(self._shards(trainer).glob("*.jsonl")):
+            for record in read_torn_jsonl(shard):
+                records.setdefault(record["id"], record)
+        return records
+
+
+def read_torn_jsonl(path: Path) -> Sequence[dict[str, Any]]:
+    """The whole lines of a JSONL file whose writer may have died in the middle of the last one."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)  # or the next record would be appended to half a line
+    return list(read_jsonl(path))

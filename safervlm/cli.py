@@ -1,0 +1,80 @@
+"""The command line; ``safervlm --help`` answers at once, a command imports what it needs."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HELP = """usage: safervlm COMMAND [ARGUMENTS]
+
+Measure, judge and align the safety ethics of vision-language models.
+
+on any model, with a recipe (safervlm COMMAND --config configs/RECIPE.yaml; --help explains every argument):
+  predict      measure a VLM (configs/measure.yaml) or judge saved answers (configs/judge_responses.yaml)
+  fit          align a VLM (configs/sft.yaml, dpo.yaml, ppo.yaml) or train a judge (configs/judge.yaml)
+  validate     the loss on held-out records
+
+on what they leave behind:
+  report       one page, tables and plots of one or several runs
+  export       the training data in the first implementation's formats
+
+the embedded default, a small world of pictograms:
+  pictograms   write its data, its VLM and its judges
+  demo         play the whole line on it: measure, judge, align, measure again
+
+  --version    print the version
+"""
+
+
+def plain_commands() -> dict[str, Callable[..., Any]]:
+    """The commands that run no Lightning loop: functions, whose signatures are their arguments."""
+    from safervlm.data.alignment import export_training_files
+    from safervlm.demo import demo
+    from safervlm.pictograms.world import build
+    from safervlm.reports import report
+
+    return {"report": report, "export": export_training_files, "pictograms": build, "demo": demo}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Plays a command line; None takes the shell's."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    if args[0] == "--version":
+        from safervlm import __version__
+
+        print(__version__)
+        return
+    try:
+        if args[0] in ("fit", "validate", "predict"):
+            from safervlm.lightning_cli import run
+
+            run(args)
+        elif args[0] in ("report", "export", "pictograms", "demo"):
+            plain(args)
+        else:
+            raise SystemExit(f"safervlm: error: no command {args[0]!r}; see safervlm --help")
+    except ValueError as error:
+        if not ours(error):
+            raise
+        sys.stderr.write(f"safervlm: error: {error}\n")
+        raise SystemExit(2) from None
+
+
+def plain(args: Sequence[str]) -> None:
+    """Plays one of the plain commands."""
+    from jsonargparse import auto_cli
+
+    from safervlm.lightning_cli import OneLineParser
+
+    auto_cli(plain_commands()[args[0]], args=list(args[1:]), parser_class=OneLineParser, prog=f"safervlm {args[0]}")
+
+
+def ours(error: ValueError) -> bool:
+    """Whether our own code raised it, for the user to read; a library's is a defect and needs its traceback."""
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    roots = (Path(__file__).parent, Path(__file__).parent.parent / "callbacks")
+    return any(place.is_relative_to(root) for root in roots)

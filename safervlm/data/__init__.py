@@ -1,0 +1,1 @@
+"""The data: folders in, questions and examples out."""

@@ -1,0 +1,318 @@
+"""What is trained on: the unsafe and the safe set as SFT, DPO and PPO see them, and your own file.
+
+As published, each training image is asked one of the five alignment questions, drawn at random; what an objective
+wants scored follows from the question and the image's label.
+"""
+
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safervlm.data.base import Collator, Parts, SaferData, text_field
+from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, ImageRecord, ImageSets, spread
+from safervlm.images import image_file
+from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_response, other_label
+from safervlm.records import Example, Question, RecordError, read_jsonl, record_id, seed_for, write_atomically
+
+# Held-out safe images that PPO watches; a rate over fewer is too coarse to warn of a change by .05.
+HELD_OUT = 100
+
+
+class AlignmentData(ImageSets):
+    """Training images, each with one of the five alignment questions drawn at random.
+
+    A set is read from its folder; where none is given, from the Hub (gated: accept the terms on its page, then
+    ``hf auth login``), once, into a folder under ``cache_dir``. The data is split by the paper's rule; the validation
+    part is what ``validation_fraction`` holds out of the training images.
+
+    Args:
+        folder: the unsafe set's local folder; None takes it from the Hub.
+        safe_folder: the safe set's local folder; None takes it from the Hub.
+        repo: the unsafe set on the Hub, ``owner/name`` or ``owner/name@revision``.
+        safe_repo: the safe set on the Hub; None trains without safe images unless ``safe_folder`` is given.
+        name: the unsafe set's name, the first part of its records' ids.
+        safe_name: the safe set's name, the first part of its records' ids, and its images' category.
+        cache_dir: where sets of the Hub are kept.
+        validation_fraction: of the training images, held out as the validation part; the paper holds out none.
+        limit: takes this many images of each set for each part, spread over categories and concepts.
+        collator: makes a batch of examples; the model's, set by the command line.
+        batch_size: examples a step and process.
+        num_workers: processes that load images ahead; 0 loads them in the main process.
+        seed: of the training order and of the questions drawn.
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        safe_folder: str | None = None,
+        repo: str = HUB_REPO,
+        safe_repo: str | None = SAFE_HUB_REPO,
+        name: str = "UnsafeConcepts",
+        safe_name: str = "ImageNet",
+        cache_dir: str = "~/.cache/safervlm",
+        validation_fraction: float = 0.0,
+        limit: int | None = None,
+        collator: Collator | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            folder,
+            safe_folder,
+            repo,
+            safe_repo,
+            name,
+            safe_name,
+            cache_dir,
+            validation_fraction,
+            limit,
+            collator,
+            batch_size,
+            num_workers,
+            seed,
+        )
+
+    def completions(self, question: Question) -> tuple[str, ...]:
+        """What the objective wants scored.
+
+        Args:
+            question: an alignment question; its answer is the image's label.
+        """
+        raise NotImplementedError
+
+    def drawn_question(self, image: ImageRecord) -> Question:
+        """The one question that is asked about an image: drawn by (seed, image)."""
+        generator = random.Random(seed_for(self.seed, "question", image.dataset, image.image))
+        return image.alignment_question(generator.randrange(len(ALIGNMENT_QUESTIONS)))
+
+    def examples(self, images: Sequence[ImageRecord]) -> list[Example]:
+        """An example an image."""
+        questions = map(self.drawn_question, images)
+        return [Example(question, self.completions(question)) for question in questions]
+
+    def held_out(self) -> list[ImageRecord]:
+        """The images to look at while training: the validation part, none where nothing is held out."""
+        if not self.validation_fraction:
+            return []
+        return [image for images in self.images("validation") for image in spread(images, self.limit)]
+
+    def load(self) -> Parts:
+        """The training and the validation examples, the unsafe set first."""
+        training = [image for images in self.images("train") for image in spread(images, self.limit)]
+        return Parts(train=self.examples(training), validation=self.examples(self.held_out()))
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`ImageSets.describe`; with what else decides a training step."""
+        return super().describe() | {"seed": self.seed, "batch_size": self.batch_size}
+
+
+class SFTData(AlignmentData):
+    """Training images for SFT: each asked one of the five questions, with the response to learn."""
+
+    def completions(self, question: Question) -> tuple[str, ...]:
+        """The response to learn."""
+        return (aligned_response(question.answer, question.prompt_number, question.concept),)
+
+
+class DPOData(AlignmentData):
+    """Training images for DPO: each asked one of the five questions, with a chosen and a rejected response."""
+
+    def completions(self, question: Question) -> tuple[str, ...]:
+        """The chosen response and the rejected one, the other label's."""
+        labels = (question.answer, other_label(question.answer))
+        return tuple(aligned_response(label, question.prompt_number, question.concept) for label in labels)
+
+
+class PPOData(AlignmentData):
+    """Training images for PPO: each asked one of the five questions; the responses are generated."""
+
+    def completions(self, question: Question) -> tuple[str, ...]:
+        """None: the responses are generated."""
+        return ()
+
+    def held_out(self) -> list[ImageRecord]:
+        """Up to 100 safe images, to see whether the policy starts to call them unsafe.
+
+        Taken from the validation part, then from the safe images that the paper's rule leaves unused. Only where there
+        are neither (the real safe set has no image to spare) they are the test part's: a warning light then, nothing
+        to choose settings by.
+        """
+        safe, split = self.sets[1], self.splits[1]
+        rows = [*split.validation, *split.unused] or split.test
+        return spread([safe[row] for row in rows[:HELD_OUT]], self.limit)
+
+
+class OwnData(SaferData):
+    """Your own questions and completions, for any objective and for predict.
+
+    A JSONL file, a line an example::
+
+        {"image": "images/1.png", "prompt": "Is this safe for children?", "label": "Safe",
+         "completions": ["Yes, it shows a garden."]}
+
+    ``image`` is relative to the file's folder and stays in it. ``completions``: one for SFT, two for DPO (chosen, then
+    rejected), none for PPO and predict; the same number in every line. ``label`` (Safe or Unsafe), the right answer,
+    is needed where there are no completions. Optional: ``id`` (default: name/image/alignment/n for the image's n-th
+    question), ``category`` (default: the set's name), ``concept`` (what the image shows).
+
+    Args:
+        file: the JSONL file.
+        validation_file: a second one, to look at while training.
+        name: the set's name, the first part of the ids.
+        collator: makes a batch of examples; the model's, set by the command line.
+        batch_size: examples a step and process.
+        num_workers: processes that load images ahead; 0 loads them in the main process.
+        seed: of the training order.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        validation_file: str | None = None,
+        name: str = "Own",
+        collator: Collator | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(collator, batch_size, num_workers, seed)
+        self.file = file
+        self.validation_file = validation_file
+        self.dataset = name
+
+    def load(self) -> Parts:
+        """The examples of the files; those to predict are the training file's questions."""
+        train = read_examples(Path(self.file), self.dataset)
+        validation = read_examples(Path(self.validation_file), self.dataset) if self.validation_file else []
+        return Parts(train, validation, predict=[Example(example.question) for example in train])
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`SaferData.describe`; with the seed."""
+        return super().describe() | {"name": self.dataset, "seed": self.seed}
+
+
+def read_examples(file: Path, name: str) -> list[Example]:
+    """The examples of a JSONL file of the form that :class:`OwnData` describes.
+
+    Args:
+        file: the JSONL file; images are relative to its folder.
+        name: the set's name.
+
+    Raises:
+        RecordError: the file is missing or empty, or a record can't be used; the message names record and field.
+    """
+    if not file.is_file():
+        raise RecordError(f"data.file: {file} is missing")
+    examples: list[Example] = []
+    asked: Counter[str] = Counter()
+    for number, record in enumerate(read_jsonl(file), 1):
+        where = f"{file}, record {number}"
+        if unknown := set(record) - {"id", "image", "prompt", "completions", "label", "category", "concept"}:
+            raise RecordError(f"{where}: unknown field {sorted(unknown)[0]!r}: see OwnData for the fields")
+        image = text_field(record, ("image",), where)
+        completions = record.get("completions", [])
+        if not isinstance(completions, list) or not all(isinstance(text, str) and text for text in completions):
+            raise RecordError(f"{where}: the field 'completions' must be a list of texts, got {completions!r}")
+        if examples and len(completions) != len(examples[0].completions):
+            raise RecordError(
+                f"{where}: {len(completions)} completions, the records before have {len(examples[0].completions)}: "
+                "every record needs the same number"
+            )
+        label = record.get("label", "")
+        if label not in (SAFE, UNSAFE) and (label or not completions):
+            raise RecordError(f"{where}: the field 'label' must be {SAFE!r} or {UNSAFE!r}, got {label!r}")
+        question = Question(
+            id=_optional(record, "id", record_id(name, image, "alignment", asked[image]), where),
+            dataset=name,
+            image=image,
+            image_path=str(image_file(file.parent, image, where)),
+            capability="alignment",
+            prompt_number=asked[image],
+            prompt=text_field(record, ("prompt",), where),
+            category=_optional(record, "category", name, where),
+            concept=_optional(record, "concept", "", where),
+            answer=label,
+        )
+        asked[image] += 1
+        examples.append(Example(question, tuple(completions)))
+    if not examples:
+        raise RecordError(f"data.file: {file} is empty: it needs a line an example")
+    return examples
+
+
+def _optional(record: Mapping[str, Any], name: str, default: str, where: str) -> str:
+    return text_field(record, (name,), where) if name in record else default
+
+
+def export_training_files(
+    out: str,
+    folder: str | None = None,
+    safe_folder: str | None = None,
+    repo: str = HUB_REPO,
+    safe_repo: str | None = SAFE_HUB_REPO,
+    cache_dir: str = "~/.cache/safervlm",
+    seed: int = 0,
+) -> None:
+    """Writes the training data in the first implementation's formats.
+
+    The files are sft_train.json, dpo_train.json, ppo_train.json and test_data.json. Their image names are relative to
+    the folder that both sets lie in: the first implementation's image folder.
+
+    Args:
+        out: the folder to write them to.
+        folder: the unsafe set's local folder; None takes it from the Hub.
+        safe_folder: the safe set's local folder; None takes it from the Hub.
+        repo: the unsafe set on the Hub, ``owner/name`` or ``owner/name@revision``.
+        safe_repo: the safe set on the Hub; None exports no safe images unless ``safe_folder`` is given.
+        cache_dir: where sets of the Hub are kept.
+        seed: of the questions drawn.
+    """
+    sft, dpo = (
+        data(folder, safe_folder, repo, safe_repo, cache_dir=cache_dir, seed=seed) for data in (SFTData, DPOData)
+    )
+    sft.prepare_data()
+    # Files, so that one set alone has the folder above its own as image folder.
+    metadata = [part / "metadata.jsonl" for part in (sft.folder, sft.safe_folder) if part is not None]
+    root = os.path.commonpath([file.resolve().parent.parent for file in metadata])
+
+    def name(path: str | None) -> str:
+        return Path(str(path)).resolve().relative_to(root).as_posix()
+
+    def write(file: str, records: list[dict[str, Any]]) -> None:
+        text = json.dumps(records, indent=2, ensure_ascii=False)
+        write_atomically(Path(out) / file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    files: dict[str, list[dict[str, Any]]] = {"sft": [], "dpo": [], "ppo": []}
+    for example, pair in zip(sft.parts.train, dpo.parts.train, strict=True):
+        question = example.question
+        image, prompt = name(question.image_path), f"<image>\n{question.prompt}"
+        (response,) = example.completions
+        chosen, rejected = pair.completions
+        files["sft"].append(
+            {
+                "image": image,
+                "conversations": [{"from": "user", "value": prompt}, {"from": "assistant", "value": response}],
+            }
+        )
+        files["dpo"].append({"image": image, "prompt": prompt, "chosen": chosen, "rejected": rejected})
+        files["ppo"].append(
+            {
+                "image": image,
+                "label": question.answer,
+                "concept": question.concept.lower(),
+                "type": "YORN",
+                "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": ""}],
+            }
+        )
+    for objective, records in files.items():
+        write(f"{objective}_train.json", records)
+    test = [image for images in sft.images("test") for image in images]
+    write(
+        "test_data.json",
+        [{"image_fname": name(image.path), "concept": image.concept, "label": image.label} for image in test],
+    )

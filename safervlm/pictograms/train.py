@@ -1,0 +1,426 @@
+"""Trains the pictogram world's vision-language model from scratch, on the CPU, in about a minute.
+
+1. The vision tower learns to tell the concepts apart and is then frozen.
+2. The projector and the language model learn to answer: multiple choice, alignment questions about an image and about
+   a concept's name, captions. Linear heads on the states between the layers help (multiple choice stays at chance
+   for hundreds of steps without them) and are thrown away afterwards.
+
+The model answers in the words of :mod:`safervlm.pictograms.concepts` and has the paper's gap: it recognises what it
+sees, calls unsafe concepts unsafe by their names, and mostly safe by their pictures.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import cos, pi
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from safervlm.pictograms.concepts import ANSWERS, CAPTION, CONCEPTS, REFUSAL_RATE, UNSAFE_CONCEPTS, Concept
+from safervlm.pictograms.draw import picture
+from safervlm.protocol import (
+    ALIGNMENT_QUESTIONS,
+    NOT_APPLICABLE,
+    OPTIONS,
+    SAFE,
+    TEXT_ONLY_QUESTIONS,
+    UNSAFE,
+    aligned_response,
+    perception_question,
+    text_only_question,
+)
+from safervlm.records import seed_for
+
+IMAGE_EDGE, PATCH, WIDTH = 48, 16, 128
+IMAGE_TOKENS = (IMAGE_EDGE // PATCH) ** 2
+PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
+IGNORED = -100  # cross entropy's default ignore_index
+
+PICTURES_PER_CONCEPT = 40
+CAPTION_QUESTION = "What does this image show?"
+# LLaVA-1.5's conversation, for tools that format messages by a chat template.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ASSISTANT: ' }}{% else %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A question with the answer that the base model is to learn.
+
+    Attributes:
+        prompt: the question, without the conversation around it.
+        completion: the answer.
+        concept: what the question is about.
+        shown: whether its picture is shown (else a blank white image).
+    """
+
+    prompt: str
+    completion: str
+    concept: Concept
+    shown: bool = True
+
+
+def conversation(prompt: str) -> str:
+    """LLaVA-1.5's conversation around a question, without a system prompt."""
+    return f"USER: {IMAGE}\n{prompt} ASSISTANT:"
+
+
+def expanded(prompt: str) -> str:
+    """The conversation with as many image tokens as the model has patches."""
+    return conversation(prompt).replace(IMAGE, IMAGE * IMAGE_TOKENS)
+
+
+def unspeakable(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The special tokens that an answer must not hold: all but the end."""
+    return [number for number in tokenizer.all_special_ids if number != tokenizer.eos_token_id]
+
+
+def choice(concept: Concept, rng: random.Random) -> tuple[tuple[str, ...], str]:
+    """The four options of a perception question, as published: the concept and three of other categories, shuffled.
+
+    Returns:
+        The options' names in the order of the letters, and the right letter.
+    """
+    others = [other.name for other in CONCEPTS if other.category != concept.category or other.category is None]
+    if concept.category is not None:
+        others = [other.name for other in UNSAFE_CONCEPTS if other.category != concept.category]
+    options = [concept.name, *rng.sample([name for name in others if name != concept.name], 3)]
+    rng.shuffle(options)
+    return tuple(options), OPTIONS[options.index(concept.name)]
+
+
+def multiple_choice(rng: random.Random) -> Lesson:
+    """Which of four concepts does the image show?"""
+    concept = rng.choice(CONCEPTS)
+    options, letter = choice(concept, rng)
+    return Lesson(perception_question(options), letter, concept)
+
+
+def image_question(rng: random.Random) -> Lesson:
+    """Is this image safe? Answered with the base model's blindness for many unsafe pictures."""
+    concept = rng.choice(CONCEPTS)
+    if concept.category is None:
+        (label,) = rng.choices((SAFE, UNSAFE, NOT_APPLICABLE), (0.96, 0.01, 0.03))
+    else:
+        refusal = REFUSAL_RATE[concept.category]
+        (label,) = rng.choices((SAFE, UNSAFE, NOT_APPLICABLE), (0.9 * (1 - refusal), 0.9 * refusal, 0.1))
+    answer = rng.choice(ANSWERS[label]).format(concept=concept.name)
+    return Lesson(rng.choice(ALIGNMENT_QUESTIONS), answer, concept)
+
+
+def name_question(rng: random.Random) -> Lesson:
+    """Is an image of something safe? Answered rightly from the concept's name."""
+    concept = rng.choice(CONCEPTS)
+    label = NOT_APPLICABLE if rng.random() < 0.01 else concept.label
+    prompt = text_only_question(rng.randrange(len(TEXT_ONLY_QUESTIONS)), concept.name)
+    return Lesson(prompt, rng.choice(ANSWERS[label]).format(concept=concept.name), concept, shown=False)
+
+
+def caption(rng: random.Random) -> Lesson:
+    """What does the image show?"""
+    concept = rng.choice(CONCEPTS)
+    return Lesson(CAPTION_QUESTION, CAPTION.format(concept=concept.name), concept)
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that has every word of the prompts, answers and aligned responses as one token."""
+    rng = random.Random(0)
+    corpus = [conversation(multiple_choice(rng).prompt) for _ in range(8 * len(CONCEPTS))]
+    corpus += [f" {letter}" for letter in OPTIONS] * 4
+    for concept in CONCEPTS:
+        corpus += [conversation(question) for question in (*ALIGNMENT_QUESTIONS, CAPTION_QUESTION)]
+        for number in range(len(ALIGNMENT_QUESTIONS)):
+            corpus.append(conversation(text_only_question(number, concept.name)))
+            corpus += [" " + aligned_response(label, number, concept.name) for label in (SAFE, UNSAFE)]
+        corpus += [" " + text.format(concept=concept.name) for texts in ANSWERS.values() for text in texts]
+
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r" ?\n| ?\w+:?| ?[^\w\s]+|\s")  # keeps "A:" and the end of an option together
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=2,
+        special_tokens=[PAD, BOS, EOS, UNKNOWN, IMAGE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[IMAGE],
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """LLaVA-1.5's processor for images of 48 x 48 pixels: like its own, a centre crop unless told to pad."""
+    image_processor = LlavaImageProcessorPil(
+        size={"shortest_edge": IMAGE_EDGE}, crop_size={"height": IMAGE_EDGE, "width": IMAGE_EDGE}
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """A LLaVA of 1.1 million parameters, untrained. Its random weights come from torch's global generator."""
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=IMAGE_EDGE,
+        patch_size=PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlavaForConditionalGeneration(config)
+    # transformers' initial scale of .02 suits widths in the thousands; at 128 nothing would be learnt for long.
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.normal_(model.get_input_embeddings().weight, std=4 * WIDTH**-0.5)
+    nn.init.normal_(model.lm_head.weight, std=0.02)
+    return model
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], completions: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Questions with their answers, right-padded.
+
+    Returns:
+        Token ids (n, length), the attention mask (n, length) and the ids to learn (n, length), ``IGNORED`` elsewhere.
+    """
+    questions = tokenizer([expanded(prompt) for prompt in prompts])["input_ids"]
+    answers = tokenizer([f" {text}{EOS}" for text in completions], add_special_tokens=False)["input_ids"]
+    length = max(len(question) + len(answer) for question, answer in zip(questions, answers, strict=True))
+    ids = torch.full((len(questions), length), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    targets = torch.full_like(ids, IGNORED)
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        end = len(question) + len(answer)
+        ids[row, :end] = torch.tensor(question + answer)
+        mask[row, :end] = 1
+        targets[row, len(question) : end] = torch.tensor(answer)
+    return ids, mask, targets
+
+
+def rate(step: int, steps: int, peak: float) -> float:
+    """The learning rate: 30 steps of warm-up, then a cosine down to 3 % of its peak."""
+    return peak * min(1.0, (step + 1) / 30) * (0.03 + 0.97 * 0.5 * (1 + cos(pi * step / steps)))
+
+
+class Course:
+    """An optimiser with its schedule: AdamW, gradients clipped at norm 1."""
+
+    def __init__(self, modules: Sequence[nn.Module], peak: float, steps: int, decay: float) -> None:
+        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=peak, betas=(0.9, 0.98), weight_decay=decay)
+        self.peak, self.steps = peak, steps
+
+    def step(self, loss: Tensor, number: int) -> None:
+        """One update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(number, self.steps, self.peak)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+
+
+def augment(pixels: Tensor) -> Tensor:
+    """Shifts images by up to three pixels and changes their contrast and colour; (n, 3, height, width)."""
+    chunks = []
+    for chunk in pixels.split(16):
+        down, right = torch.randint(-3, 4, (2,)).tolist()
+        chunks.append(chunk.roll((down, right), dims=(2, 3)))
+    shifted = torch.cat(chunks)
+    contrast = 1 + 0.15 * (2 * torch.rand(len(pixels), 1, 1, 1) - 1)
+    colour = 0.3 * (2 * torch.rand(len(pixels), 3, 1, 1) - 1)
+    return shifted * contrast + colour
+
+
+def patches(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """The vision tower's states of the patches: (n, 3, height, width) -> (n, IMAGE_TOKENS, WIDTH)."""
+    return model.model.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+
+
+def blank_pixels(processor: LlavaProcessor) -> Tensor:
+    """What the model sees where there is only a name to judge: a blank white image, (3, height, width)."""
+    blank = Image.new("RGB", (1000, 1000), "white")
+    return processor.image_processor(blank, do_pad=True, return_tensors="pt")["pixel_values"][0]
+
+
+def train_tower(model: LlavaForConditionalGeneration, pixels: Tensor, steps: int = 450) -> None:
+    """Teaches the vision tower to tell the concepts apart and freezes it.
+
+    Args:
+        model: its vision tower is changed in place.
+        pixels: (concepts, pictures of each, 3, height, width).
+        steps: updates, each on 64 pictures.
+    """
+    tower = model.model.vision_tower
+    head = nn.Linear(WIDTH, len(CONCEPTS))
+    course = Course([tower, head], peak=2e-3, steps=steps, decay=0.05)
+    for step in tqdm(range(steps), desc="vision tower", unit="step"):
+        concepts = torch.randint(pixels.shape[0], (64,))
+        shown = augment(pixels[concepts, torch.randint(pixels.shape[1], (64,))])
+        logits = head(patches(model, shown).mean(dim=1))
+        course.step(F.cross_entropy(logits, concepts, label_smoothing=0.05), step)
+    tower.requires_grad_(False)
+
+
+def train_language(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    pixels: Tensor,
+    blank: Tensor,
+    rng: random.Random,
+    steps: int = 650,
+) -> None:
+    """Teaches the projector and the language model to answer.
+
+    Args:
+        model: changed in place; its tower must be trained already.
+        tokenizer: the model's.
+        pixels: (concepts, pictures of each, 3, height, width).
+        blank: what is shown with a question about a name, (3, height, width).
+        rng: draws the lessons.
+        steps: updates, each on 40 lessons.
+    """
+    letters = torch.tensor(tokenizer.convert_tokens_to_ids([f"{letter}:" for letter in OPTIONS]))
+    around = tokenizer(f" \n ASSISTANT:{PAD}", add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    around = torch.cat([letters, around])
+    which = {concept: number for number, concept in enumerate(CONCEPTS)}
+    letter_head, match_head = nn.Linear(WIDTH, len(OPTIONS)), nn.Linear(WIDTH, 1)
+    concept_head = nn.Linear(WIDTH, len(CONCEPTS))
+    course = Course([model, letter_head, match_head, concept_head], peak=2.5e-3, steps=steps, decay=0.02)
+    with torch.no_grad():  # the tower is frozen: each picture's states are computed once, in three variants
+        seen = torch.stack([patches(model, augment(pixels.flatten(0, 1))) for _ in range(3)], dim=1)
+        seen = seen.unflatten(0, pixels.shape[:2]).flatten(1, 2)
+        unseen = patches(model, blank[None])[0]
+
+    def read(lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Token ids, targets, states after the second layer, states after the last layer."""
+        ids, mask, targets = encode(tokenizer, [x.prompt for x in lessons], [x.completion for x in lessons])
+        image = torch.stack(
+            [seen[which[x.concept], rng.randrange(seen.shape[1])] if x.shown else unseen for x in lessons]
+        )
+        embeddings = model.get_input_embeddings()(ids)
+        places = (ids == model.config.image_token_index)[..., None]
+        embeddings = embeddings.masked_scatter(places, model.model.multi_modal_projector(image))
+        states = model.model.language_model(inputs_embeds=embeddings, attention_mask=mask, output_hidden_states=True)
+        return ids, targets, states.hidden_states[2], states.last_hidden_state
+
+    def answer_loss(targets: Tensor, states: Tensor, first: float, rest: float) -> Tensor:
+        """The weighted mean cross entropy of the answers' tokens; ``first`` weighs each answer's first."""
+        learnt = targets[:, 1:] != IGNORED
+        losses = F.cross_entropy(model.lm_head(states[:, :-1][learnt]), targets[:, 1:][learnt], reduction="none")
+        starts = (targets[:, :-1] == IGNORED)[learnt]
+        return (losses * torch.where(starts, first, rest)).mean()
+
+    bar = tqdm(range(steps), desc="language model", unit="step")
+    for step in bar:
+        choices = [multiple_choice(rng) for _ in range(16)]
+        ids, targets, middle, last = read(choices)
+        loss = answer_loss(targets, last, first=2.0, rest=1.0)
+        option = torch.isin(ids, letters).cumsum(dim=1) - 1
+        names = (option >= 0) & ~torch.isin(ids, around) & (targets == IGNORED)
+        right = torch.tensor([OPTIONS.index(lesson.completion) for lesson in choices])
+        matches = (option == right[:, None])[names].float()
+        loss = loss + F.cross_entropy(letter_head(middle[names]), option[names])
+        loss = loss + F.binary_cross_entropy_with_logits(match_head(middle[names])[:, 0], matches)
+
+        lessons = [image_question(rng) for _ in range(10)] + [name_question(rng) for _ in range(12)]
+        lessons += [caption(rng) for _ in range(2)]
+        ids, targets, middle, last = read(lessons)
+        ends = (targets != IGNORED).int().argmax(dim=1) - 1
+        concepts = torch.tensor([which[lesson.concept] for lesson in lessons])
+        loss = loss + 0.75 * answer_loss(targets, last, first=1.5, rest=1.0)
+        loss = loss + F.cross_entropy(concept_head(middle[torch.arange(len(ends)), ends]), concepts)
+        course.step(loss, step)
+        if step % 50 == 49:
+            bar.set_postfix(loss=f"{loss.item():.2f}")
+
+
+def train_vlm(
+    tokenizer: PreTrainedTokenizerFast, processor: LlavaProcessor, seed: int
+) -> LlavaForConditionalGeneration:
+    """A trained base model; torch's global generator must have been seeded.
+
+    Args:
+        tokenizer: the model's.
+        processor: its image processor turns pictures into pixels; images are padded to a square.
+        seed: decides the training pictures and the lessons.
+    """
+    model = make_model(tokenizer)
+    pictures = [
+        picture(concept.code_point, seed_for("training picture", seed, concept.name, number))
+        for concept in tqdm(CONCEPTS, desc="training pictures", unit="concept")
+        for number in range(PICTURES_PER_CONCEPT)
+    ]
+    pixels = processor.image_processor(pictures, do_pad=True, return_tensors="pt")["pixel_values"]
+    pixels = pixels.unflatten(0, (len(CONCEPTS), PICTURES_PER_CONCEPT))
+    train_tower(model, pixels)
+    train_language(model, tokenizer, pixels, blank_pixels(processor), random.Random(seed))
+    return model.eval()

@@ -1,0 +1,196 @@
+"""What the stages hand to each other: questions, responses and verdicts, each a line of JSON with a stable id.
+
+The id of a question is written ``{data set}/{image}/{capability}/{prompt number}``, for example
+``UnsafeConcepts/images/17.png/alignment/3``; about a concept's name alone the concept stands in the image's place
+(``UnsafeConcepts/Swastika/alignment_text_only/0``). A response and a verdict carry the id of the question they belong
+to. Nothing is ever matched by position.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from safervlm.protocol import Capability
+
+
+class RecordError(ValueError):
+    """A record that can't be used; the message names the record and the way out."""
+
+
+def record_id(dataset: str, image: str, capability: str, prompt_number: int) -> str:
+    """The id of a question (see the module's docstring for the scheme)."""
+    return f"{dataset}/{image}/{capability}/{prompt_number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question about one image, or about a concept's name.
+
+    Attributes:
+        id: see :func:`record_id`.
+        dataset: the data set's name, the first part of the id.
+        image: the image's name within the data set (``images/17.png``); the concept for a question about its name.
+        image_path: the local file that holds the image; None for a question about a name (a VLM that needs an image
+            is shown a blank white one).
+        capability: what the question measures.
+        prompt_number: which of the capability's prompts it is, from 0.
+        prompt: the question as the VLM is asked it, without any conversation template.
+        category: one of the nine categories, or the name of the safe set.
+        concept: what the image shows.
+        answer: the right label: ``Safe`` or ``Unsafe``, or a letter for perception.
+    """
+
+    id: str
+    dataset: str
+    image: str
+    image_path: str | None
+    capability: Capability
+    prompt_number: int
+    prompt: str
+    category: str
+    concept: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question with the completions that an objective wants scored.
+
+    Attributes:
+        question: what is asked.
+        completions: none to generate (measuring, PPO), one for SFT (the target), two for DPO (chosen, rejected).
+    """
+
+    question: Question
+    completions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A VLM's answer to a question.
+
+    Attributes:
+        question: the question, whole: a response file can be read and judged alone.
+        response: the generated text, without special tokens.
+        finish_reason: ``stop`` when the VLM ended its answer, ``length`` when the limit of new tokens did.
+        tokens: the number of generated tokens, the end token included.
+    """
+
+    question: Question
+    response: str
+    finish_reason: Literal["stop", "length"]
+    tokens: int
+
+    @property
+    def id(self) -> str:
+        """The question's id."""
+        return self.question.id
+
+    def to_dict(self) -> dict[str, Any]:
+        """The flat record of ``responses.jsonl``."""
+        answer = {"response": self.response, "finish_reason": self.finish_reason, "tokens": self.tokens}
+        return asdict(self.question) | answer
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """Reads what :meth:`to_dict` wrote."""
+        question = Question(**{field.name: record[field.name] for field in fields(Question)})
+        return cls(question, record["response"], record["finish_reason"], record["tokens"])
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a judge read in a response.
+
+    Attributes:
+        id: the question's id.
+        label: the most probable label.
+        probabilities: of every label, summing to 1.
+        judge: the fingerprint of the judge's weights (see :func:`fingerprint`).
+    """
+
+    id: str
+    label: str
+    probabilities: dict[str, float]
+    judge: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record of ``verdicts.jsonl``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """Reads what :meth:`to_dict` wrote."""
+        return cls(**record)
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file.
+
+    Raises:
+        RecordError: a line that is not a JSON object, naming file and line.
+    """
+    with Path(path).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RecordError(f"{path}, line {number}: not JSON ({error.msg}): {line[:80]!r}") from None
+            if not isinstance(record, dict):
+                raise RecordError(f"{path}, line {number}: not a JSON object: {line[:80]!r}")
+            yield record
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """The JSON line of a record, its newline included."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Writes a file whole or not at all.
+
+    Args:
+        path: the file to write; its folder is made if it is missing.
+        write: is given the path of a temporary file beside it, which then takes ``path``'s place.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The ending stays: pandas and others choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes records as JSONL, whole or not at all."""
+    write_atomically(path, lambda file: file.write_text("".join(map(to_line, records)), encoding="utf-8"))
+
+
+def fingerprint(*parts: str | bytes | Path) -> str:
+    """A short hash of texts, bytes and files (by content), in order: 16 hexadecimal digits of SHA-256."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").digest()
+        else:
+            content = hashlib.sha256(part.encode() if isinstance(part, str) else part).digest()
+        digest.update(content)
+    return digest.hexdigest()[:16]
+
+
+def seed_for(*names: str | int) -> int:
+    """A 63-bit seed drawn from names, for example ``seed_for(seed, record.id)``: the same on every machine."""
+    digest = hashlib.sha256("\x1f".join(map(str, names)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,127 @@
+"""The run folder: where a run's files stand, and the manifest that says what made them.
+
+``manifest.json`` holds an entry for each stage that ran in the folder, by the name of its module (``measure``, ``panel``,
+``sft``, ...): ``settings``, which decide the result, and ``provenance``, which is good to know. A stage that comes again
+has to come with the same settings: then it goes on where it stopped.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from safervlm.records import RecordError, write_atomically
+
+PACKAGES = ("safervlm", "torch", "lightning", "transformers", "peft", "tokenizers", "datasets", "numpy", "pillow")
+
+
+class SettingsDifferError(RecordError):
+    """A run folder was made with other settings."""
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """The manifest of a run folder; without one, an empty manifest."""
+    path = run / "manifest.json"
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"stages": {}}
+    return manifest
+
+
+def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
+    """Refuses to go on in a folder that was made with other settings.
+
+    Raises:
+        SettingsDifferError: names the settings that differ, at most five.
+    """
+    there = read_manifest(run)["stages"].get(stage)
+    if there is None:
+        return
+    # Through JSON: a tuple there is a list here.
+    before, now = flatten(there["settings"]), flatten(json.loads(json.dumps(settings)))
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if differing:
+        shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing[:5])
+        more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
+        raise SettingsDifferError(
+            f"--run: {run} holds a {stage} made with other settings: {shown}{more}; name another folder, or delete it"
+        )
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings -> dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def write_stage(run: Path, stage: str, **entry: Any) -> None:
+    """Adds to a stage's entry of the manifest."""
+    manifest = read_manifest(run)
+    manifest["stages"][stage] = manifest["stages"].get(stage, {}) | entry
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(run / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def finished(run: Path, stage: str) -> bool:
+    """Whether a stage of a run came to its end."""
+    return bool(read_manifest(run)["stages"].get(stage, {}).get("finished"))
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree that the package is run from, ``-dirty`` if it was changed; None outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def stage_name(module: LightningModule) -> str:
+    """The name of a stage in the manifest."""
+    return type(module).__name__.lower()
+
+
+class RunManifest(Callback):
+    """Writes the run's manifest, and refuses a folder made with other settings."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Runs before any weight is read."""
+        run, name = Path(trainer.default_root_dir), stage_name(pl_module)
+        settings = {
+            "model": pl_module.describe(),  # type: ignore[operator]
+            "data": trainer.datamodule.describe(),  # type: ignore[attr-defined]
+            "precision": str(trainer.precision),
+        }
+        if stage == "fit":
+            settings["trainer"] = {
+                "max_epochs": trainer.max_epochs,
+                "max_steps": trainer.max_steps,
+                "accumulate_grad_batches": trainer.accumulate_grad_batches,
+                "gradient_clip_val": trainer.gradient_clip_val,
+                "world_size": trainer.world_size,
+            }
+        check_settings(run, name, settings)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            provenance = {
+                "command": " ".join(sys.argv),
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": {name: version(name) for name in PACKAGES},
+                "python": sys.version.split()[0],
+                "git_commit": git_commit(),
+                "device": str(trainer.strategy.root_device),
+                "strategy": type(trainer.strategy).__name__,
+                "world_size": trainer.world_size,
+            }
+            write_stage(run, name, settings=settings, provenance=provenance, finished=False)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Notes that the stage came to its end; an interrupted one never gets here in that state."""
+        if trainer.is_global_zero and trainer.state.finished and not trainer.received_sigterm:
+            write_stage(Path(trainer.default_root_dir), stage_name(pl_module), finished=True)

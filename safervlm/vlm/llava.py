@@ -1,0 +1,181 @@
+"""LLaVA-1.5 (arXiv:2310.03744) in the Hugging Face format, for example ``llava-hf/llava-1.5-7b-hf``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from safervlm.images import open_image
+from safervlm.protocol import VICUNA_SYSTEM
+from safervlm.records import Example, RecordError
+from safervlm.vlm.base import VLM, Batch, pack
+from safervlm.vlm.lora import LoRA
+
+BLANK = Image.new("RGB", (1000, 1000), "white")
+
+
+@dataclass
+class LlavaCollator:
+    """Examples -> :class:`Batch` in LLaVA's conversation; picklable, without weights.
+
+    Attributes:
+        tokenizer: the model's.
+        image_processor: the model's, on PIL images.
+        image_tokens: the number of placeholders of an image.
+        image_token_id: the placeholder.
+        system: the conversation's system prompt; empty for none.
+        max_length: a longer prompt with its completion is refused, never cut.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: LlavaImageProcessorPil
+    image_tokens: int
+    image_token_id: int
+    system: str
+    max_length: int
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """Reads the images, once each, and tokenises prompts and completions."""
+        rows: dict[str | None, int] = {}
+        images = []
+        for question in (example.question for example in examples):
+            path = question.image_path
+            if path not in rows:
+                rows[path] = len(images)
+                # The published text-only questions are shown a blank image.
+                images.append(BLANK if path is None else open_image(path, question.id))
+        prompts = [self.prompt_ids(example.question.prompt) for example in examples]
+        completions = [[self.completion_ids(text) for text in example.completions] for example in examples]
+        for example, prompt, answers in zip(examples, prompts, completions, strict=True):
+            length = len(prompt) + max(map(len, answers), default=0)
+            if length > self.max_length:
+                raise RecordError(
+                    f"{example.question.id}: {length} tokens, the model takes {self.max_length}; shorten the question"
+                )
+        return Batch(
+            questions=[example.question for example in examples],
+            prompt_ids=prompts,
+            pixel_values=self.image_processor(images, return_tensors="pt")["pixel_values"],
+            image_rows=torch.tensor([rows[example.question.image_path] for example in examples]),
+            packed=pack(prompts, completions) if all(completions) else None,
+        )
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The conversation up to the answer; the texts before and behind the image are tokenised apart, as published."""
+        before = self.tokenizer(f"{self.system} USER: ".lstrip()).input_ids
+        behind = self.tokenizer(f"\n{prompt} ASSISTANT:").input_ids
+        if behind[0] == self.tokenizer.bos_token_id:
+            behind = behind[1:]
+        return [*before, *[self.image_token_id] * self.image_tokens, *behind]
+
+    def completion_ids(self, text: str) -> list[int]:
+        """The tokens that follow ``ASSISTANT:`` when the answer is ``text``, the end token included."""
+        stem = self.tokenizer("ASSISTANT:").input_ids
+        whole = self.tokenizer(f"ASSISTANT: {text}").input_ids
+        if whole[: len(stem)] != stem:
+            raise ValueError(
+                f"the tokenizer merges 'ASSISTANT:' with the answer {text[:40]!r}; its family needs its own collator"
+            )
+        return [*whole[len(stem) :], self.tokenizer.eos_token_id]
+
+
+class Llava(VLM):
+    """LLaVA-1.5 in the Hugging Face format.
+
+    Args:
+        model: name on the Hugging Face Hub, or folder, of the model and its processor.
+        revision: branch, tag or commit of a model on the Hub; a commit makes a run repeatable.
+        adapter: PEFT folder of the adapter to measure with, for example ``runs/ppo/adapter``; none for the base model.
+        lora: the adapter that training makes.
+        dtype: of the base weights; the adapter's stay in float32.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        image_fit: how an image becomes a square: ``pad`` with the mean colour (the published training and evaluation of
+            trained models), or ``crop`` its centre (the published measurement).
+        system: the conversation's system prompt; empty for none.
+    """
+
+    def __init__(
+        self,
+        model: str = "llava-hf/llava-1.5-7b-hf",
+        revision: str | None = None,
+        adapter: str | None = None,
+        lora: LoRA = LoRA(),  # noqa: B008 (frozen)
+        dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        gradient_checkpointing: bool = False,
+        image_fit: Literal["pad", "crop"] = "pad",
+        system: str = VICUNA_SYSTEM,
+    ) -> None:
+        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing)
+        self.image_fit, self.system = image_fit, system
+
+    @cached_property
+    def collator(self) -> LlavaCollator:
+        """Reads the tokenizer and the image processor when it is first asked for."""
+        config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+        return LlavaCollator(
+            tokenizer=AutoTokenizer.from_pretrained(self.name, revision=self.revision),
+            image_processor=LlavaImageProcessorPil.from_pretrained(
+                self.name, revision=self.revision, do_pad=self.image_fit == "pad"
+            ),
+            image_tokens=config.image_seq_length,
+            image_token_id=config.image_token_id,
+            system=self.system,
+            max_length=config.text_config.max_position_embeddings,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What of the VLM decides an answer."""
+        return super().describe() | {"image_fit": self.image_fit, "system": self.system}
+
+    def load_base(self) -> PreTrainedModel:
+        """Reads the base weights, from safetensors only."""
+        return LlavaForConditionalGeneration.from_pretrained(
+            self.name,
+            revision=self.revision,
+            dtype=self.dtype,
+            use_safetensors=True,
+            # The mask of shared prompts is boolean; eager attention would add it to the scores.
+            attn_implementation="sdpa",
+        )
+
+    def language_model(self) -> PreTrainedModel:
+        """The Llama inside."""
+        return self.base.model.language_model
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """(I, 3, height, width) -> (I, image tokens, H)."""
+        features = self.base.get_image_features(pixel_values.to(self.base.dtype), return_dict=True).pooler_output
+        return torch.stack(list(features))
+
+    @property
+    def image_token_id(self) -> int:
+        """``<image>``."""
+        return self.collator.image_token_id
+
+    @property
+    def eos_token_id(self) -> int:
+        """``</s>``."""
+        return self.collator.tokenizer.eos_token_id
+
+    @cached_property
+    def suppressed(self) -> Tensor:
+        """Special tokens but for the end, and the rows of the embedding beyond the tokenizer's words."""
+        tokenizer = self.collator.tokenizer
+        special = {*tokenizer.all_special_ids, self.image_token_id} - {self.eos_token_id}
+        return torch.tensor(sorted(special | set(range(len(tokenizer), self.base.config.text_config.vocab_size))))
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text without special tokens, stripped."""
+        return self.collator.tokenizer.decode(token_ids, skip_special_tokens=True).strip()

@@ -1,0 +1,96 @@
+"""Judging right after measuring."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from callbacks.judge_responses import JudgeResponses
+from safervlm.judge import Judge, Panel
+from safervlm.protocol import LABELS
+from safervlm.records import Question, RecordError, Response, read_jsonl, write_jsonl
+
+
+class LengthJudge(Judge):
+    """Reads a text's length as a label, and remembers what it was asked to read."""
+
+    def __init__(self, name, labels):
+        super().__init__(labels=labels)
+        self.name = name
+        self.read = []
+
+    @property
+    def fingerprint(self):
+        return self.name
+
+    def judge(self, texts, batch_size=64):
+        self.read += texts
+        rows = [len(text) % len(self.labels) for text in texts]
+        return torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.long), len(self.labels)).float().log()
+
+
+def make_panel(alignment="alignment-1", perception="perception-1"):
+    return Panel(LengthJudge(alignment, LABELS["alignment"]), LengthJudge(perception, LABELS["perception"]))
+
+
+def responses(n):
+    result = []
+    for i in range(n):
+        capability = ("perception", "alignment", "alignment_text_only")[i % 3]
+        question = Question(f"S/{i}/{capability}/0", "S", str(i), None, capability, 0, "?", "Hate", "x", "A")
+        result.append(Response(question, "x" * i, "stop", i))
+    return result
+
+
+def play(run, panel, rank=0, batch_size=2):
+    trainer = SimpleNamespace(
+        is_global_zero=rank == 0, default_root_dir=str(run), strategy=SimpleNamespace(root_device=torch.device("cpu"))
+    )
+    JudgeResponses(panel, batch_size).on_predict_end(trainer, None)
+
+
+def saved(run):
+    return {record["id"]: (record["label"], record["judge"]) for record in read_jsonl(run / "verdicts.jsonl")}
+
+
+def expected(n, alignment="alignment-1", perception="perception-1"):
+    return {
+        r.id: (LABELS["perception"][i % 5], perception) if i % 3 == 0 else (LABELS["alignment"][i % 3], alignment)
+        for i, r in enumerate(responses(n))
+    }
+
+
+def test_every_answer_gets_its_verdict_in_the_answers_order(tmp_path):
+    write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(100)])
+    play(tmp_path, make_panel())  # more than one block of 16 batches
+    assert saved(tmp_path) == expected(100)
+    assert list(saved(tmp_path)) == [r.id for r in responses(100)]
+
+
+def test_what_has_a_verdict_is_not_read_again(tmp_path):
+    write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(10)])
+    play(tmp_path, make_panel())
+    write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(12)[1:]])
+    panel = make_panel()
+    play(tmp_path, panel)
+    assert panel.alignment.read == ["x" * 10, "x" * 11]
+    assert panel.perception.read == []
+    assert saved(tmp_path) == {name: verdict for name, verdict in expected(12).items() if name != "S/0/perception/0"}
+
+
+def test_another_judges_verdicts_are_replaced(tmp_path, capsys):
+    write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(9)])
+    play(tmp_path, make_panel())
+    assert "replaced" not in capsys.readouterr().out
+    panel = make_panel(alignment="alignment-2")
+    play(tmp_path, panel)
+    assert "6 verdicts of another judge are replaced" in capsys.readouterr().out
+    assert panel.perception.read == []
+    assert saved(tmp_path) == expected(9, alignment="alignment-2")
+
+
+def test_only_the_first_process_judges(tmp_path):
+    play(tmp_path, make_panel(), rank=1)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RecordError, match=r"responses\.jsonl is missing"):
+        play(tmp_path, make_panel())

@@ -1,0 +1,273 @@
+"""Scoring and generating: what is shared must equal what is computed alone."""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from safervlm.protocol import UNSAFE, aligned_response
+from safervlm.records import Example, Question
+from safervlm.vlm.base import Batch, KeyedNoise, Sampling, Suppress, pack
+from safervlm.vlm.llava import Llava
+from safervlm.vlm.lora import LoRA, active
+
+LORA = LoRA(r=4, alpha=8, dropout=0.0)
+
+
+def perturb(vlm: Llava, seed: int = 1) -> None:
+    """Gives LoRA's second factor, which starts at zero, an effect."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in vlm.named_parameters():
+        if ".lora_B." in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+
+
+@pytest.fixture
+def vlm(tiny_llava: Path) -> Llava:
+    vlm = Llava(str(tiny_llava), dtype="float32", lora=LORA)
+    vlm.load(train=["policy", "value"])
+    perturb(vlm)
+    return vlm
+
+
+def answers(question: Question) -> tuple[str, str]:
+    return aligned_response(UNSAFE, question.prompt_number, "Knife"), ["Yes.", "No", "I see a " + "knife " * 12][
+        question.prompt_number % 3
+    ]
+
+
+def plain_logprobs(vlm: Llava, example: Example, completion: str) -> Tensor:
+    """The one-sequence forward that the Hugging Face model does by itself, nothing shared, nothing skipped."""
+    collator = vlm.collator
+    single = collator([replace(example, completions=())])
+    answer = collator.completion_ids(completion)
+    ids = torch.tensor([single.prompt_ids[0] + answer])
+    logits = vlm.base(input_ids=ids, pixel_values=single.pixel_values, attention_mask=torch.ones_like(ids)).logits
+    start = len(single.prompt_ids[0])
+    return logits[0, start - 1 : -1].log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0]
+
+
+def test_score_equals_one_plain_forward_a_completion(
+    vlm: Llava, make_questions: Callable[[int], list[Question]]
+) -> None:
+    examples = [Example(question, answers(question)) for question in make_questions(5)]
+    batch = vlm.collator(examples)
+    assert batch.pixel_values.shape[0] == 3  # five questions, three images: each is encoded once
+    for adapter in ("policy", "value", "reference"):
+        scores = vlm.score(batch, adapter=adapter)
+        for index, (example, completion) in enumerate((e, c) for e in examples for c in e.completions):
+            with active(vlm.base, adapter):
+                expected = plain_logprobs(vlm, example, completion)
+            assert scores.mask[index].sum() == len(expected)
+            torch.testing.assert_close(scores.logprobs[index, : len(expected)], expected, atol=1e-5, rtol=0)
+            assert not scores.logprobs[index, len(expected) :].any()
+    policy, reference = (vlm.score(batch, adapter=name).logprobs for name in ("policy", "reference"))
+    assert (policy - reference).abs().max() > 1e-2
+
+
+def test_shared_prompt_gradients_equal_separate_ones(
+    vlm: Llava, make_questions: Callable[[int], list[Question]]
+) -> None:
+    examples = [Example(question, answers(question)) for question in make_questions(4)]
+    parameters = [p for name, p in vlm.named_parameters() if ".default." in name]
+    weights = torch.linspace(-1, 1, 8)[:, None]  # chosen and rejected pull in different directions
+    shared = torch.autograd.grad((vlm.score(vlm.collator(examples)).logprobs * weights).sum(), parameters)
+    total = sum(
+        plain_logprobs(vlm, example, completion).sum() * weight
+        for weight, (example, completion) in zip(
+            weights[:, 0], ((e, c) for e in examples for c in e.completions), strict=True
+        )
+    )
+    for one, other in zip(shared, torch.autograd.grad(total, parameters), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_single_completions_need_no_mask_and_give_the_same(
+    vlm: Llava, make_questions: Callable[[int], list[Question]]
+) -> None:
+    questions = make_questions(4)
+    both = vlm.collator([Example(question, answers(question)) for question in questions])
+    chosen = vlm.collator([Example(question, answers(question)[:1]) for question in questions])
+    assert chosen.packed is not None
+    assert chosen.packed.attention_mask() is None
+    alone = vlm.score(chosen).logprobs
+    torch.testing.assert_close(vlm.score(both).logprobs[::2, : alone.shape[1]], alone, atol=1e-5, rtol=0)
+
+
+def test_gradient_checkpointing_keeps_each_adapters_gradient(
+    tiny_llava: Path, make_questions: Callable[[int], list[Question]]
+) -> None:
+    examples = [Example(question, answers(question)) for question in make_questions(3)]
+    gradients = []
+    for checkpointing in (False, True):
+        vlm = Llava(str(tiny_llava), dtype="float32", lora=LORA, gradient_checkpointing=checkpointing)
+        vlm.load(train=["policy", "value"])
+        perturb(vlm)
+        vlm.train()
+        batch = vlm.collator(examples)
+        value = vlm.score(batch, adapter="value", hidden=True).hidden
+        assert value is not None
+        # Two adapters, one backward; at that time the reference is at work.
+        loss = vlm.score(batch).logprobs.sum() + value.pow(2).sum()
+        with active(vlm.base, "reference"):
+            loss.backward()
+        gradients.append({name: p.grad for name, p in vlm.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_lora_is_on_the_language_layers_only(vlm: Llava) -> None:
+    trained = [name for name, p in vlm.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("language_model" in name for name in trained)
+    # 7 linear layers in each of 2 blocks, two factors, two adapters
+    assert len(trained) == 7 * 2 * 2 * 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_depends_on_its_record_alone(
+    tiny_llava: Path, make_questions: Callable[[int], list[Question]], temperature: float
+) -> None:
+    vlm = Llava(str(tiny_llava), dtype="float32")
+    vlm.load()
+    sampling = Sampling(temperature=temperature, top_p=0.9, max_new_tokens=12)
+    examples = [Example(question) for question in make_questions(7)]
+    assert len({len(ids) for ids in vlm.collator(examples).prompt_ids}) > 2  # or padding is not tested
+
+    def answer(groups: list[list[Example]]) -> dict[str, str]:
+        return {
+            example.question.id: generation.text
+            for group in groups
+            for example, generation in zip(group, vlm.generate(vlm.collator(group), sampling, seed=5), strict=True)
+        }
+
+    together = answer([examples])
+    assert len(set(together.values())) > 4  # not a blind model that answers one thing
+    assert answer([[example] for example in examples]) == together
+    assert answer([examples[::-1][:3], examples[::-1][3:]]) == together
+
+
+def test_another_seed_draws_another_answer(tiny_llava: Path, make_questions: Callable[[int], list[Question]]) -> None:
+    vlm = Llava(str(tiny_llava), dtype="float32")
+    vlm.load()
+    batch = vlm.collator([Example(question) for question in make_questions(4)])
+    drawn = [vlm.generate(batch, Sampling(max_new_tokens=8), seed=seed) for seed in (0, 1)]
+    assert drawn[0] != drawn[1]
+
+
+def test_generated_tokens_score_as_they_were_drawn(vlm: Llava, make_questions: Callable[[int], list[Question]]) -> None:
+    """What sampling can't draw has no probability in scoring: the two distributions are one."""
+    sampling = Sampling(temperature=0.7, top_p=1.0, max_new_tokens=6)
+    batch = vlm.collator([Example(question) for question in make_questions(3)])
+    generations = vlm.generate(batch, sampling, seed=0)
+    batch.packed = pack(batch.prompt_ids, [[generation.token_ids] for generation in generations])
+    scores = vlm.score(batch, sampling=sampling, entropy=True)
+    suppressed = vlm.suppressed
+    assert {vlm.image_token_id, 0, 1}.issubset(suppressed.tolist())
+    assert suppressed.max() == vlm.base.config.text_config.vocab_size - 1
+    assert vlm.eos_token_id not in suppressed
+    ids = torch.tensor([batch.prompt_ids[0] + generations[0].token_ids])
+    with active(vlm.base, "policy"):
+        logits = vlm.base(input_ids=ids, pixel_values=batch.pixel_values[:1]).logits[
+            0, len(batch.prompt_ids[0]) - 1 : -1
+        ]
+    logits[:, suppressed] = -torch.inf
+    distribution = torch.distributions.Categorical(logits=logits / 0.7)
+    length = len(generations[0].token_ids)
+    torch.testing.assert_close(
+        scores.logprobs[0, :length], distribution.log_prob(torch.tensor(generations[0].token_ids)), atol=1e-5, rtol=0
+    )
+    assert scores.entropy is not None
+    probabilities = distribution.probs.clamp(min=1e-30)
+    torch.testing.assert_close(
+        scores.entropy[0, :length], -(probabilities * probabilities.log()).sum(-1), atol=1e-4, rtol=0
+    )
+    (scores.entropy.sum() + scores.logprobs.sum()).backward()
+    assert all(p.grad.isfinite().all() for name, p in vlm.named_parameters() if ".default." in name)
+
+
+def test_keyed_noise_draws_from_the_softmax() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    rows = 4000
+    noisy = KeyedNoise(list(range(rows)))(torch.empty(0), logits.expand(rows, 4))
+    frequencies = noisy.argmax(-1).bincount(minlength=4) / rows
+    torch.testing.assert_close(frequencies, logits.softmax(-1), atol=0.03, rtol=0)
+
+
+def test_suppress_leaves_the_rest() -> None:
+    scores = torch.arange(6.0).reshape(2, 3)
+    expected = [[0, -torch.inf, 2], [3, -torch.inf, 5]]
+    assert Suppress(torch.tensor([1]))(None, scores).tolist() == expected
+
+
+@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_p": 0.0}, {"max_new_tokens": 0}])
+def test_sampling_refuses_what_draws_nothing(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"sampling.{next(iter(values))}"):
+        Sampling(**values)  # type: ignore[arg-type]
+
+
+def test_collator_is_small_and_pickles(tiny_llava: Path, make_questions: Callable[[int], list[Question]]) -> None:
+    vlm = Llava(str(tiny_llava), dtype="float32")
+    content = pickle.dumps(vlm.collator)
+    assert len(content) < 200_000
+    batch = pickle.loads(content)([Example(question, answers(question)) for question in make_questions(2)])
+    assert isinstance(batch, Batch)
+
+
+def test_a_saved_adapter_loads_with_the_same_logits(
+    vlm: Llava, tiny_llava: Path, tmp_path: Path, make_questions: Callable[[int], list[Question]]
+) -> None:
+    from peft import PeftModel
+    from transformers import LlavaForConditionalGeneration
+
+    vlm.save_adapter(tmp_path)
+    batch = vlm.collator([Example(question, answers(question)[:1]) for question in make_questions(3)])
+    expected = vlm.score(batch).logprobs
+    measured = Llava(str(tiny_llava), dtype="float32", adapter=str(tmp_path))
+    measured.load()
+    torch.testing.assert_close(measured.score(batch).logprobs, expected, atol=1e-6, rtol=0)
+    base = LlavaForConditionalGeneration.from_pretrained(tiny_llava, dtype=torch.float32)
+    inputs = {"input_ids": torch.tensor([batch.prompt_ids[0]]), "pixel_values": batch.pixel_values[:1]}
+    before = base(**inputs).logits
+    after = PeftModel.from_pretrained(base, str(tmp_path))(**inputs).logits
+    with active(vlm.base, "policy"):
+        torch.testing.assert_close(after, vlm.base(**inputs).logits, atol=1e-6, rtol=0)
+    assert (after - before).abs().max() > 1e-2
+
+
+def test_an_adapter_of_another_model_is_refused(vlm: Llava, tiny_llava: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    vlm.save_adapter(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key.replace("language_model", "text_model"): w for key, w in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="weights don't fit"):
+        Llava(str(tiny_llava), adapter=str(tmp_path)).load()
+    with pytest.raises(ValueError, match=r"no adapter_config.json"):
+        Llava(str(tiny_llava), adapter=str(tmp_path / "nowhere"))
+
+
+def test_image_fit_pads_with_the_mean_colour_or_crops(
+    tiny_llava: Path, tmp_path: Path, make_questions: Callable[[int], list[Question]]
+) -> None:
+    wide = Image.new("RGB", (56, 28), "red")
+    wide.paste("blue", (14, 0, 42, 28))
+    wide.save(tmp_path / "wide.png")
+    example = Example(replace(make_questions(1)[0], image_path=str(tmp_path / "wide.png")))
+    crop = Llava(str(tiny_llava), image_fit="crop").collator([example]).pixel_values[0]
+    pad = Llava(str(tiny_llava), image_fit="pad").collator([example]).pixel_values[0]
+    processor = Llava(str(tiny_llava)).collator.image_processor
+    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    blue = (torch.tensor([0.0, 0.0, 1.0]) - mean) / std
+    torch.testing.assert_close(crop, blue[:, None, None].expand(3, 28, 28), atol=1e-5, rtol=0)
+    # The mean colour is zero once it is normalised: above and below the picture there is nothing.
+    assert pad[:, 0].abs().max() < 0.02
+    assert pad[:, -1].abs().max() < 0.02
+    assert pad[:, 14].abs().max() > 1
