@@ -15,13 +15,24 @@ class LastCheckpoint(Callback):
     replaced in one move, so a process that dies while saving leaves the checkpoint before.
 
     Args:
-        every_n_batches: how often; a run that is asked to end (SIGTERM) saves at its next batch's end.
+        every_n_batches: how often; a run that is asked to end (SIGTERM) saves at its next batch's end. Where gradients
+            are accumulated over batches, it waits for their optimizer step: a checkpoint doesn't hold gradients.
     """
 
     def __init__(self, every_n_batches: int = 50) -> None:
         if every_n_batches < 1:
             raise ValueError(f"every_n_batches: at least 1, got {every_n_batches}")
         self.every_n_batches = every_n_batches
+        self._saved = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Goes behind all other callbacks: what they write about a batch is there before its checkpoint."""
+        # A new list: Lightning is going through the old one.
+        trainer.callbacks = [other for other in trainer.callbacks if other is not self] + [self]  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts from where the run goes on."""
+        self._saved = trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -29,17 +40,38 @@ class LastCheckpoint(Callback):
         """Saves where it is time to."""
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-        if batches % self.every_n_batches == 0 or last or trainer.received_sigterm:
-            folder = Path(trainer.default_root_dir) / "checkpoints"
-            save_last(trainer, folder)
+        last |= 0 < trainer.max_steps <= trainer.global_step
+        # All processes have to agree, though they hear of the signal at different times.
+        asked_to_end = trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False)
+        due = batches - self._saved >= self.every_n_batches or last or asked_to_end
+        accumulating = pl_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate()
+        if due and not accumulating:
+            save_last(trainer, Path(trainer.default_root_dir) / "checkpoints")
+            self._saved = batches
 
 
 def save_last(trainer: Trainer, folder: Path) -> None:
-    """Writes ``last.ckpt`` in one move; a sharded strategy's checkpoint is a folder."""
-    following, last = folder / "next.ckpt", folder / "last.ckpt"
+    """Writes ``last.ckpt`` in one move.
+
+    A sharded strategy's checkpoint is a folder, and a folder can't be replaced in one move: there ``last.ckpt`` is a
+    link, which can.
+    """
+    last, following = folder / "last.ckpt", folder / "next.ckpt"
+    before = last.resolve()
+    if before == folder.resolve() / "next.ckpt":
+        following = folder / "other.ckpt"
+    if trainer.is_global_zero and following.is_dir():
+        shutil.rmtree(following)  # what a process that died while saving left
+    trainer.strategy.barrier("last-checkpoint-begin")
     trainer.save_checkpoint(following)
     if trainer.is_global_zero:
-        if following.is_dir() and last.is_dir():
-            shutil.rmtree(last)
-        following.replace(last)
+        if following.is_dir():
+            link = folder / "link"
+            link.unlink(missing_ok=True)
+            link.symlink_to(following.name)
+            link.replace(last)
+            if before.is_dir():
+                shutil.rmtree(before)
+        else:
+            following.replace(last)
     trainer.strategy.barrier("last-checkpoint")

@@ -19,12 +19,12 @@ class OverFlaggingWarning(UserWarning):
 class GenerationCheck(Callback):
     """Asks the policy about held-out safe images, before training and while it goes on, and lets the judge read.
 
-    The share that is called Unsafe is logged as ``train/unsafe_rate_on_safe``, and a warning is given when it exceeds
-    the one before training by more than ``tolerance``.
+    The share that is called Unsafe is logged as ``train/unsafe_rate_on_safe`` with the batch that comes next, and a
+    warning is given when it exceeds the one before training by more than ``tolerance``.
 
     Args:
         judge: the alignment judge.
-        every_n_batches: how often.
+        every_n_batches: how often; the first time before training, the last time after it.
         tolerance: rise of the rate that is passed over.
         sampling: how answers are drawn; the same noise each time, so a change is the policy's.
         minimum: fewer held-out safe images than this are refused: their rate would be too coarse.
@@ -38,6 +38,8 @@ class GenerationCheck(Callback):
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         minimum: int = 100,
     ) -> None:
+        if every_n_batches < 1:
+            raise ValueError(f"every_n_batches: at least 1, got {every_n_batches}")
         self.judge, self.every_n_batches, self.tolerance = judge, every_n_batches, tolerance
         self.sampling, self.minimum = sampling, minimum
         self.first: float | None = None
@@ -51,7 +53,7 @@ class GenerationCheck(Callback):
         self.first = state_dict["first"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the rate before training."""
+        """Refuses too few images, and readies the judge."""
         safe = [e for e in trainer.datamodule.parts.validation if e.question.answer == SAFE]  # type: ignore[attr-defined]
         if len(safe) < self.minimum:
             raise RecordError(
@@ -60,24 +62,33 @@ class GenerationCheck(Callback):
             )
         self.judge.configure_model()
         self.judge.to(pl_module.device)
-        if self.first is None:
-            self.first = self.rate(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Measures where it is time to, and warns."""
-        if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.every_n_batches:
-            return
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measures where it is time to.
+
+        Before a batch, not after one: whatever the order of the callbacks, no checkpoint stands between the measurement
+        and the row of metrics that tells it.
+        """
+        if trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_batches == 0:
+            pl_module.log("train/unsafe_rate_on_safe", self.check(trainer, pl_module), batch_size=1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the policy that training leaves."""
+        self.check(trainer, pl_module)
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """The rate now; warns when it has risen."""
         rate = self.rate(trainer, pl_module)
-        pl_module.log("train/unsafe_rate_on_safe", rate, rank_zero_only=False, sync_dist=False, batch_size=1)
-        if self.first is not None and rate > self.first + self.tolerance:
+        if self.first is None:
+            self.first = rate
+        if rate > self.first + self.tolerance:
             warnings.warn(
                 f"{rate:.0%} of the held-out safe images are called {UNSAFE} now, {self.first:.0%} before training: "
                 "the policy over-flags",
                 OverFlaggingWarning,
                 stacklevel=2,
             )
+        return rate
 
     @torch.no_grad()
     def rate(self, trainer: Trainer, pl_module: LightningModule) -> float:

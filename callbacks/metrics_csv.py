@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from safervlm.records import write_atomically
 
@@ -12,11 +13,14 @@ COLUMNS = ("batch", "metric", "value")
 
 
 class MetricsCSV(Callback):
-    """Writes ``metrics.csv`` in the run folder: a row for each metric of each training batch.
+    """Writes ``metrics.csv`` in the run folder: a row for each ``train/`` metric that a training batch logged.
 
     A run that is continued from a checkpoint first drops the rows behind it: they come again, the same. Lightning's own
     ``CSVLogger`` deletes the rows of before.
     """
+
+    def __init__(self) -> None:
+        self._written: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the rows up to the checkpoint, or starts a new file."""
@@ -39,12 +43,19 @@ class MetricsCSV(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Appends the batch's metrics."""
-        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
         if not trainer.is_global_zero:
             return
         number = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        rows = []
+        # Sorted: Lightning's order is that of the first logging, which in a continued run is another one.
+        for name, value in sorted(trainer.callback_metrics.items()):
+            # What an earlier batch logged stands there still, in the same memory; a continued run wouldn't have it.
+            before = self._written.get(name)
+            if name.startswith("train/") and (before is None or before.data_ptr() != value.data_ptr()):
+                self._written[name] = value
+                rows.append((number, name, repr(value.item())))
         with self._path(trainer).open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows((number, name, repr(value)) for name, value in metrics.items())
+            csv.writer(file).writerows(rows)
 
     @staticmethod
     def _path(trainer: Trainer) -> Path:

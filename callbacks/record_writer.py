@@ -1,11 +1,13 @@
 """Writes what a predict loop gives, as it comes, so that nothing is lost whenever the process dies."""
 
-import os
+import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from safervlm.records import RecordError, read_jsonl, to_line, write_jsonl
 
@@ -15,7 +17,8 @@ class RecordWriter(Callback):
 
     Each process appends to a shard of its own under ``shards/``, a line a record, flushed after every batch. At the
     start whatever shards there are (of any number of processes, a torn last line included) are read, and the data skips
-    what they hold; at the end they are merged in the data's order, and removed.
+    what they hold; at the end they are merged in the data's order, and removed. A run that is asked to end (SIGTERM)
+    ends after its next batch.
 
     Args:
         file: name of the merged file in the run folder.
@@ -32,12 +35,15 @@ class RecordWriter(Callback):
         done = self._read(trainer)
         trainer.strategy.barrier("record-writer-read")  # nobody writes while somebody still reads
         trainer.datamodule.skip(done.keys())  # type: ignore[attr-defined]
-        shards = self._shards(trainer)
-        shards.mkdir(parents=True, exist_ok=True)
-        path = shards / f"{trainer.global_rank}-{os.getpid()}.jsonl"
-        self._shard = path.open("a", encoding="utf-8")
         if done and trainer.is_global_zero:
             print(f"{self.file}: {len(done)} records are there already, going on with the rest")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the process's shard, once the manifest has been agreed to."""
+        shards = self._shards(trainer)
+        shards.mkdir(parents=True, exist_ok=True)
+        # A new file: another run's last line may be torn, and in a container process ids come again.
+        self._shard = (shards / f"{trainer.global_rank}-{time.time_ns()}.jsonl").open("x", encoding="utf-8")
 
     def on_predict_batch_end(
         self,
@@ -49,9 +55,11 @@ class RecordWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Appends a batch's records."""
-        assert self._shard is not None  # noqa: S101 (setup opened it; for the type checker)
+        assert self._shard is not None  # noqa: S101 (on_predict_start opened it; for the type checker)
         self._shard.write("".join(to_line(record.to_dict()) for record in outputs))
         self._shard.flush()
+        if trainer.received_sigterm:  # Lightning asks for it while it trains, not here
+            raise SIGTERMException
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merges the shards."""
@@ -86,7 +94,10 @@ class RecordWriter(Callback):
 def read_torn_jsonl(path: Path) -> Sequence[dict[str, Any]]:
     """The whole lines of a JSONL file whose writer may have died in the middle of the last one."""
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)  # or the next record would be appended to half a line
-    return list(read_jsonl(path))
+    records = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RecordError(f"{path}, line {number}: not JSON ({error.msg}); remove the line") from None
+    return records

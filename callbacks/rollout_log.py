@@ -5,18 +5,31 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from safervlm.records import to_line
+from callbacks.record_writer import read_torn_jsonl
+from safervlm.records import to_line, write_jsonl
 
 
 class RolloutLog(Callback):
     """Appends some answers of every rollout to ``rollouts.jsonl`` in the run folder (text alone, no image).
+
+    A run that is continued from a checkpoint first drops the answers behind it: they come again, the same.
 
     Args:
         answers: how many of each rollout.
     """
 
     def __init__(self, answers: int = 4) -> None:
+        if answers < 1:
+            raise ValueError(f"answers: at least 1, got {answers}")
         self.answers = answers
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the answers up to the checkpoint, or starts a new file."""
+        if not trainer.is_global_zero:
+            return
+        path, done = self._path(trainer), trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        records = read_torn_jsonl(path) if path.is_file() else []
+        write_jsonl(path, (record for record in records if record["batch"] <= done))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -26,7 +39,11 @@ class RolloutLog(Callback):
             return
         number = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         pairs = list(zip(outputs["questions"], outputs["answers"], strict=True))[: self.answers]
-        with (Path(trainer.default_root_dir) / "rollouts.jsonl").open("a", encoding="utf-8") as file:
+        with self._path(trainer).open("a", encoding="utf-8") as file:
             for question, answer in pairs:
                 record = {"batch": number, "id": question.id, "answer": question.answer, "response": answer.text}
                 file.write(to_line(record | {"finish_reason": answer.finish_reason}))
+
+    @staticmethod
+    def _path(trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "rollouts.jsonl"

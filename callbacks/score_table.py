@@ -2,21 +2,21 @@
 
 from pathlib import Path
 
-import lightning.pytorch as pl
+from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from safervlm.records import write_atomically
 from safervlm.scoring import accuracy_table, by_category, load_run, other_table, scores, write_workbook
 
 
-class ScoreTable(pl.Callback):
+class ScoreTable(Callback):
     """Scores the run folder after a prediction: ``scores.csv``, ``scores.xlsx``, and the tables on the terminal.
 
     It reads ``responses.jsonl`` and ``verdicts.jsonl``, so it stands after the callbacks that write them. Only the
     first process works.
     """
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes and prints.
 
         Args:

@@ -1,9 +1,7 @@
 """The command line; ``safervlm --help`` answers at once, a command imports what it needs."""
 
 import sys
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 HELP = """usage: safervlm COMMAND [ARGUMENTS]
@@ -56,12 +54,13 @@ def main(args: Sequence[str] | None = None) -> None:
         elif args[0] in ("report", "export", "pictograms", "demo"):
             plain(args)
         else:
-            raise SystemExit(f"safervlm: error: no command {args[0]!r}; see safervlm --help")
+            raise ValueError(f"no command {args[0]!r}; see safervlm --help")
     except ValueError as error:
-        if not ours(error):
+        from safervlm.lightning_cli import fail, our_error
+
+        if (known := our_error(error)) is None:
             raise
-        sys.stderr.write(f"safervlm: error: {error}\n")
-        raise SystemExit(2) from None
+        fail(str(known))
 
 
 def plain(args: Sequence[str]) -> None:
@@ -71,10 +70,3 @@ def plain(args: Sequence[str]) -> None:
     from safervlm.lightning_cli import OneLineParser
 
     auto_cli(plain_commands()[args[0]], args=list(args[1:]), parser_class=OneLineParser, prog=f"safervlm {args[0]}")
-
-
-def ours(error: ValueError) -> bool:
-    """Whether our own code raised it, for the user to read; a library's is a defect and needs its traceback."""
-    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    roots = (Path(__file__).parent, Path(__file__).parent.parent / "callbacks")
-    return any(place.is_relative_to(root) for root in roots)

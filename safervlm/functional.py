@@ -88,9 +88,11 @@ def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: fl
     Returns:
         (B, T) losses, and (B, T) True where the clip is at work.
     """
-    near = old_values + (values - old_values).clamp(-clip, clip)
+    moved = values - old_values
+    near = old_values + moved.clamp(-clip, clip)
     free, clipped = (values - returns).square(), (near - returns).square()
-    return 0.5 * torch.maximum(free, clipped), clipped > free
+    # Within the room the two differ by rounding alone.
+    return 0.5 * torch.maximum(free, clipped), (clipped > free) & (moved.abs() > clip)
 
 
 def sequence_rewards(

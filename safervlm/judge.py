@@ -24,12 +24,13 @@ from transformers.utils import cached_file
 
 from safervlm.data.labelled import LabelCollator
 from safervlm.protocol import LABELS, Capability
-from safervlm.records import Example, Question, Response, Verdict, fingerprint, write_atomically
+from safervlm.records import Example, Response, Verdict, fingerprint, write_atomically
 
 WEIGHTS = "model.safetensors"
 # Keys that a checkpoint may hold and this model does not: older versions of transformers saved the positions, which
 # are 0, 1, 2, ... for every RoBERTa; the pooler stands behind a classifier that reads the first token itself.
 UNREAD_KEYS = frozenset({"roberta.embeddings.position_ids", "roberta.pooler.dense.weight", "roberta.pooler.dense.bias"})
+Answer = tuple[str, Capability, str]  # the question's id and capability, the answer's text
 BATCH_SIZE = 64  # answers read at once, where nothing else is said
 
 
@@ -283,7 +284,7 @@ class Judge(LightningModule):
         """Cross entropy, with label smoothing."""
         texts, targets = batch
         loss = F.cross_entropy(self(texts), targets, label_smoothing=self.label_smoothing)
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(texts))
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(texts))
         return loss
 
     def validation_step(self, batch: tuple[list[str], Tensor], batch_idx: int) -> None:
@@ -291,18 +292,21 @@ class Judge(LightningModule):
         texts, targets = batch
         logits = self(texts)
         self.confusion.update(logits.argmax(dim=-1), targets)
-        self.log("val_loss", F.cross_entropy(logits, targets), batch_size=len(texts), sync_dist=True)
+        self.log("validation/loss", F.cross_entropy(logits, targets), sync_dist=True, batch_size=len(texts))
 
     def on_validation_epoch_start(self) -> None:
         """Starts counting; here, for what Lightning's inference mode resets can't be counted on outside of it."""
         self.confusion.reset()
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val_accuracy``, of all held-out answers."""
+        """Logs ``validation/accuracy``, of all held-out answers."""
         counts = self.confusion.compute()
         if not self.trainer.sanity_checking:
             self._held_out = counts
-            self.log("val_accuracy", counts.trace() / counts.sum(), prog_bar=True)
+            accuracy = counts.trace() / counts.sum()
+            self.log("validation/accuracy", accuracy)
+            if self._fitting:
+                self.print(f"epoch {self.current_epoch}: held-out accuracy {accuracy:.3f}")
 
     def on_fit_end(self) -> None:
         """Exports the judge, and reports the held-out answers' confusion matrix."""
@@ -347,8 +351,13 @@ class Panel(LightningModule):
         perception: The judge of perception, whose labels are A, B, C, D, N/A.
     """
 
-    # Text needs no preparation: a batch is the list of examples.
-    collator: Callable[[Sequence[Example]], list[Example]] = list
+    @staticmethod
+    def collator(examples: Sequence[Example]) -> list[Answer]:
+        """Makes a batch of saved answers: questions whose only completion is the answer.
+
+        Texts alone: Lightning, which moves batches to devices, refuses to look into frozen records.
+        """
+        return [(e.question.id, e.question.capability, e.completions[0]) for e in examples]
 
     def __init__(self, alignment: Judge, perception: Judge) -> None:
         super().__init__()
@@ -382,30 +391,22 @@ class Panel(LightningModule):
         Returns:
             A verdict a response, in the order given.
         """
-        return self._read([(response.question, response.response) for response in responses], batch_size)
+        return self._read([(r.id, r.question.capability, r.response) for r in responses], batch_size)
 
-    def predict_step(self, batch: list[Example], batch_idx: int) -> list[Verdict]:
-        """The verdicts of saved answers: questions whose only completion is the answer."""
-        return self._read([(example.question, example.completions[0]) for example in batch], BATCH_SIZE)
+    def predict_step(self, batch: list[Answer], batch_idx: int) -> list[Verdict]:
+        """The verdicts of a batch of saved answers."""
+        return self._read(batch, BATCH_SIZE)
 
-    def _read(self, answers: Sequence[tuple[Question, str]], batch_size: int) -> list[Verdict]:
+    def _read(self, answers: Sequence[Answer], batch_size: int) -> list[Verdict]:
         verdicts: dict[int, Verdict] = {}
         for judge in (self.alignment, self.perception):
-            places = [
-                place for place, (question, _) in enumerate(answers) if self.judge_of(question.capability) is judge
-            ]
-            rows = judge.judge([answers[place][1] for place in places], batch_size).exp().tolist()
+            places = [place for place, answer in enumerate(answers) if self.judge_of(answer[1]) is judge]
+            rows = judge.judge([answers[place][2] for place in places], batch_size).exp().tolist()
             for place, row in zip(places, rows, strict=True):
                 probabilities = dict(zip(judge.labels, row, strict=True))
                 label = max(probabilities, key=probabilities.__getitem__)
-                verdicts[place] = Verdict(answers[place][0].id, label, probabilities, judge.fingerprint)
+                verdicts[place] = Verdict(answers[place][0], label, probabilities, judge.fingerprint)
         return [verdicts[place] for place in range(len(answers))]
-
-    def transfer_batch_to_device(
-        self, batch: list[Example], device: torch.device, dataloader_idx: int
-    ) -> list[Example]:
-        """Nothing to move: the answers are text, and Lightning refuses to look into frozen records."""
-        return batch
 
     def describe(self) -> dict[str, Any]:
         """Which judges read."""

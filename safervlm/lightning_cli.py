@@ -2,15 +2,20 @@
 
 import contextlib
 import difflib
-import os
+import inspect
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse._util import import_object
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from safervlm.run import RunManifest
 
@@ -28,51 +33,95 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the line and ends with exit code 2."""
-        sys.stderr.write(f"safervlm: error: {one_line(message, self.arguments())}\n")
-        sys.exit(2)
-
-    def arguments(self) -> list[str]:
-        """The names of all arguments, for a misspelt one."""
-        return [action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")]
+        known = [action.dest for action in self._actions]
+        fail(one_line(message, sys.argv[1:], known))
 
 
-def one_line(message: str, arguments: Sequence[str] = ()) -> str:
+def fail(line: str) -> NoReturn:
+    """Ends with an error of one line and exit code 2."""
+    sys.stderr.write(f"safervlm: error: {line}\n")
+    sys.exit(2)
+
+
+def our_error(error: BaseException | None) -> ValueError | None:
+    """The error, among this one and those that led to it, that our own code raised for the user to read.
+
+    None where there is none: a library's error is a defect, and needs its traceback.
+    """
+    roots = (PACKAGE, PACKAGE.parent / "callbacks")
+    while error is not None:
+        place = traceback.extract_tb(error.__traceback__)[-1:]
+        if isinstance(error, ValueError) and any(Path(place[0].filename).is_relative_to(root) for root in roots):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ()) -> str:
     """What matters of jsonargparse's message, which repeats itself over dozens of lines for a union of types.
 
     Args:
-        message: as jsonargparse gives it.
-        arguments: the names to compare an unknown one with.
+        message: as jsonargparse gives it; of a nested argument it names the last part alone.
+        typed: the command line, to find the whole name in.
+        known: names of arguments, for a misspelt one.
     """
-    unknown = re.search(r"(?:Unrecognized arguments|unrecognized arguments): *(\S+)", message)
-    if unknown:
-        name = unknown[1].lstrip("-").split("=")[0]
-        return f"unknown argument --{name}{nearest(name, arguments)}; see --help"
-    key = re.search(r"(?:Key|Option|Group|Parser key) [\"']([\w.+]+)[\"']", message)
-    lines = [line.strip(" -|") for line in message.splitlines()]
-    lines = [line for line in lines if line and not re.match(r"(Problem with|Parser key|Given value|Subtypes)", line)]
-    reason = lines[-1] if lines else message.strip()
-    for pattern in (
-        r"Key '[^']+' is not expected",
-        r"Group '[^']+' does not accept nested key '[^']+'",
-        r"Import path [^.]+(?:\.[^.\s]+)* does not correspond to a subclass of \S+",
-        r"No module named '[^']+'",
-        r"[^.]*Unable to load config[^.]*",
-        r"Expected a [^\n]+",
-        r"Value [^\n]+",
-        r"Not a valid [^\n]+",
-    ):
+
+    def find(pattern: str) -> str | None:
         found = re.search(pattern, message)
-        if found:
-            reason = found[0]
-            break
-    place = f"--{key[1]}: " if key and key[1] not in reason else ""
-    return f"{place}{reason}"
+        return found[1] if found else None
+
+    if required := find(r"arguments are required: (.*)"):
+        return f"missing: {required}; give a recipe, for example --config configs/measure.yaml"
+    if unknown := find(r"[Uu]nrecognized arguments: *(\S+)"):
+        name = unknown.lstrip("-").split("=")[0]
+        return f"unknown argument --{name}{did_you_mean(name, known)}; --help lists all"
+    if unknown := find(r"Option '([^']+)' is not accepted"):
+        whole = argument(unknown, typed)
+        stem = whole.removesuffix(unknown)
+        return f"unknown argument --{whole}{did_you_mean(unknown, parameters(), stem)}; --help lists all"
+    if unknown := find(r"does not accept option '([^']+)'"):
+        return (
+            f"a config has {unknown.split('.')[0]!r}, which is no part of a recipe: it is of another kind; a recipe has "
+            "run, model, data and trainer, and a part goes where it belongs, as in --model.vlm configs/vlm/NAME.yaml"
+        )
+    key = find(r"""[Pp]arser key ["']([^"']+)["']""") or ""
+    if missing := find(r"File does not exist: '?([^'\n]+)"):
+        shipped = sorted(str(path.relative_to(CONFIGS.parent)) for path in CONFIGS.rglob("*.yaml"))
+        hint = difflib.get_close_matches("configs/" + Path(missing).name, shipped, 1)
+        return f"--{key}: no file {missing!r}" + (f"; did you mean {hint[0]}?" if hint else "; see configs/")
+    name = f"--{argument(key, typed)}: " if key else ""
+    if reason := find(r"does not correspond to a subclass of (\w+)"):
+        return f"{name}{find(r'Given value: (.*)') or 'the class'} is not a {reason}; name the class_path of one"
+    if path := find(r"Problem with given class_path '([^']+)'"):
+        return f"{name}no class {path!r} ({find(r'class_path [^:]+:' + chr(92) + r's+(.*)')}); check the spelling"
+    expected = [
+        re.sub(r"^a |<class '|'>|typing\.", "", each) for each in re.findall(r"Expected (.+?)(?:\. Got|\n|$)", message)
+    ]
+    expected = [each for each in dict.fromkeys(expected) if each != "NoneType"]
+    got = find(r"(?:Got value|Given value): (.*)")
+    if expected and got is not None:
+        return f"{name}expected {' or '.join(expected)}, got {got!r}"
+    return name + " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
+def argument(key: str, typed: Sequence[str]) -> str:
+    """The whole name of an argument of which a message gives the end."""
+    names = [each.lstrip("-").split("=")[0] for each in typed if each.startswith("--")]
+    return next((name for name in names if name.replace("init_args.", "").endswith(key)), key)
+
+
+def parameters() -> list[str]:
+    """The names of all arguments that our classes take, as far as they are imported."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(("safervlm.", "callbacks."))]
+    classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
+    ours = [value for value in classes if value.__module__ in {module.__name__ for module in modules}]
+    return sorted({name for value in ours for name in inspect.signature(value.__init__).parameters})
+
+
+def did_you_mean(name: str, names: Sequence[str], stem: str = "") -> str:
     """A hint at the name that was probably meant."""
     close = difflib.get_close_matches(name, names, 1, cutoff=0.6)
-    return f"; did you mean --{close[0]}?" if close else ""
+    return f"; did you mean --{stem}{close[0]}?" if close else ""
 
 
 class SaferCLI(LightningCLI):
@@ -122,6 +171,31 @@ class SaferCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses; Lightning's own warns when it is given a line, as ``demo`` gives it many."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses a recipe of another command before anything is read."""
+        assert self.subcommand is not None  # noqa: S101 (we always have one; for the type checker)
+        path = self.config[self.subcommand]["model"]["class_path"]
+        step = {"fit": "training_step", "validate": "validation_step", "predict": "predict_step"}
+        can = [command for command, name in step.items() if is_overridden(name, import_object(path), LightningModule)]
+        if self.subcommand not in can:
+            fail(f"--config: {path} is not for {self.subcommand}; use safervlm {' or '.join(can)}, or another recipe")
+        self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"
+
+    def instantiate_classes(self) -> None:
+        """Makes trainer, model and data; what they refuse is said in one line."""
+        try:
+            super().instantiate_classes()
+        except MisconfigurationException as error:
+            fail(f"--trainer: {error}")
+        except (TypeError, ValueError) as error:
+            if (known := our_error(error)) is None:
+                raise
+            fail(str(known))
+
     def before_fit(self) -> None:
         """Goes on from the run's last checkpoint unless another one is named."""
         config = self.config_init["fit"]
@@ -145,10 +219,14 @@ def as_command_line(args: Sequence[str]) -> Iterator[None]:
 def run(args: Sequence[str]) -> None:
     """Plays one command line."""
     # A user's own objective beside the shell's folder can be named; appended, so that it never takes a package's place.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     with as_command_line(args):
-        SaferCLI([local_or_shipped(argument) for argument in args])
+        try:
+            SaferCLI([local_or_shipped(argument) for argument in args])
+        except SIGTERMException:
+            # Lightning ends with 0, and a driver would take the run for finished.
+            raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def local_or_shipped(argument: str) -> str:

@@ -122,6 +122,6 @@ class RunManifest(Callback):
             write_stage(run, name, settings=settings, provenance=provenance, finished=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Notes that the stage came to its end; an interrupted one never gets here in that state."""
-        if trainer.is_global_zero and trainer.state.finished and not trainer.received_sigterm:
+        """Notes that the stage came to its end; Lightning doesn't call this where it was interrupted."""
+        if trainer.is_global_zero:
             write_stage(Path(trainer.default_root_dir), stage_name(pl_module), finished=True)

@@ -2,11 +2,11 @@
 
     python scripts/coverage.py [--repetitions 2000] [--seed 0]
 
-prints a Markdown table. Each repetition draws every concept's rate from a beta distribution with the given mean and
+prints Markdown tables. Each repetition draws every concept's rate from a beta distribution with the given mean and
 intra-concept correlation, asks about each image once, or five times with answers to one image correlated by .5, and
 forms the intervals as the scores do. *These concepts* is held against the drawn rates of the very concepts, weighted by
-their images; *new concepts* against the mean of the distribution. The gap's two rates of a concept are drawn apart, or
-from one quantile ("tied"); the names are asked five times, the images once.
+their images (by their answers, for names); *new concepts* against the mean of the distribution. The gap's two rates of
+a concept are drawn apart, or from one quantile ("tied"); the names are asked five times, the images once.
 """
 
 import argparse
@@ -45,6 +45,8 @@ DESIGNS: tuple[tuple[str, Sequence[int], int], ...] = (
     ("test part, Public and personal health", TEST["Public and personal health"], 1),
     ("test part, Public and personal health", TEST["Public and personal health"], 5),
     ("all images, Public and personal health", IMAGES["Public and personal health"], 5),
+    ("names of Public and personal health, 5 answers each", [5] * 2, 1),
+    ("names, overall, 5 answers each", [5] * 75, 1),
     ("27 concepts of 8 images (pictograms)", [8] * 27, 1),
 )
 RATES = (0.3, 0.5, 0.8, 0.97)

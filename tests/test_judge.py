@@ -188,6 +188,23 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(base, saved, chan
         judge.judge(["Yes"])
 
 
+class Trap:
+    """Unpickled, it calls."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_checkpoint_cannot_run_code(base, saved, tmp_path):
+    judge = Judge(saved(published_state(3) | {"trap": Trap(str(tmp_path / "sprung"))}), base=str(base))
+    with pytest.raises(ValueError, match="is not a plain state dict"):
+        judge.judge(["Yes"])
+    assert not (tmp_path / "sprung").exists()
+
+
 def test_other_things_that_cannot_be_loaded(base, tmp_path, saved):
     good = saved(published_state(3))
     (tmp_path / "text.pt").write_text("not a checkpoint")
@@ -307,11 +324,11 @@ def test_fit_learns_reports_and_exports(base, judge, tmp_path, capsys, start):
     judge = Judge(judge.checkpoint if start == "checkpoint" else None, **settings)
     data = LabelledAnswers(separable(tmp_path / "answers.csv"), collator=judge.collator, batch_size=16, seed=0)
     trainer = fast_trainer(tmp_path / "run", max_epochs=6)
-    before = trainer.validate(judge, data, verbose=False)[0]["val_accuracy"]
+    before = trainer.validate(judge, data, verbose=False)[0]["validation/accuracy"]
     judge.requires_grad_(True)
     trainer.fit(judge, data)
     assert before < 0.7
-    assert trainer.callback_metrics["val_accuracy"] > 0.95
+    assert trainer.callback_metrics["validation/accuracy"] > 0.95
     assert not judge.training
     assert not any(value.requires_grad for value in judge.parameters())
 
@@ -331,6 +348,7 @@ def test_fit_learns_reports_and_exports(base, judge, tmp_path, capsys, start):
     printed = capsys.readouterr().out
     assert f"{len(held_out) - len(wrong)} of {len(held_out)} right" in printed
     assert "read as Unsafe" in printed
+    assert len(re.findall(r"epoch \d: held-out accuracy [01]\.\d{3}\n", printed)) == 6
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -343,6 +361,10 @@ def test_the_loss_is_the_smoothed_cross_entropy(base, saved):
         expected -= 0.7 * row[target] + 0.1 * sum(row)
     loss = judge.training_step((TEXTS[:3], targets), 0)
     assert loss.item() == pytest.approx(expected / 3, rel=1e-5)
+    judge.setup("fit")
+    judge.configure_model()
+    assert judge.training_step((TEXTS[:3], targets), 0).requires_grad
+    assert not judge.judge(TEXTS).requires_grad
 
 
 def test_confusion_rows_are_true_labels(base, tmp_path, judge):

@@ -208,14 +208,14 @@ def frame_of(rows):
 def test_compare(run, tmp_path):
     better = [(*row[:5], [row[4] for _ in row[5]]) for row in ANSWERS if row[0] != "perception"]
     frames = {"base": scoring.load_run(run), "ppo": scoring.load_run(write_run(tmp_path / "ppo", better))}
-    comparison = scoring.compare(frames)
+    comparison = scoring.compare({name: scoring.scores(frame) for name, frame in frames.items()})
     assert list(comparison.index) == ["base", "ppo"]
     base, ppo = comparison.loc["base"], comparison.loc["ppo"]
     assert base[["perception", "text_only_unsafe", "image_unsafe", "image_safe"]].tolist() == [0.5, 5 / 8, 0.25, 0.5]
     assert base["image_unsafe_na_left_out"] == 2 / 5
     assert base["perception_na_left_out"] == pytest.approx(2 / 3)
     assert (base["over_flagging"], base["modality_gap"]) == (0.25, pytest.approx(2 / 3))
-    assert (base["na_rate"], base["n"]) == (5 / 24, 24)
+    assert (base["na_rate"], base["n"]) == (pytest.approx(5 / 24), 24)
     assert np.isnan(ppo["perception"])
     assert ppo[["text_only_unsafe", "image_unsafe", "image_safe", "over_flagging"]].tolist() == [1, 1, 1, 0]
     for side, column in (("unsafe", "diversity_unsafe"), ("safe", "diversity_safe"), ("", "diversity_overall")):
@@ -420,11 +420,25 @@ def test_the_table_names_what_varies_and_how(table):
     assert set(accuracies[accuracies.varies == "new concepts"].category) == {"overall"}
     assert set(accuracies[accuracies.varies == "new concepts"].method) == {"none: fewer than 10 concepts"}
     with_interval = table[table.low.notna()]
-    assert set(with_interval.method) == {"Korn-Graubard, images within concepts"}
+    text = with_interval.capability == "alignment_text_only"
+    assert set(with_interval[text].method) == {"Korn-Graubard, answers within concepts"}
+    assert set(with_interval[~text].method) == {"Korn-Graubard, images within concepts"}
     assert ((with_interval.low <= with_interval.value) & (with_interval.value <= with_interval.high)).all()
     assert (with_interval.high > with_interval.low).all()
     assert table[table.low.isna()].method.str.startswith("none: ").all()
     assert pick(table, "accuracy", "alignment", "unsafe", "Violence").method == "none: no answer counts"
+
+
+def test_names_are_asked_anew_images_are_drawn_anew(table):
+    """Eight answers about four names are eight units; four answers about two images are two."""
+    row = pick(table, "accuracy", "alignment_text_only", "unsafe")
+    expected = scoring.interval_these_concepts(
+        np.array([1, 1, 1, 0, 1, 1, 0, 0.0]), np.ones(8), np.repeat(np.arange(4), 2)
+    )
+    assert (row.low, row.high) == pytest.approx(expected)
+    row = pick(table, "accuracy_na_wrong", "alignment", "safe")
+    expected = scoring.interval_these_concepts(np.array([2, 0.0]), np.full(2, 2.0), np.arange(2))
+    assert (row.low, row.high) == pytest.approx(expected)
 
 
 def many_concepts(count):
@@ -474,8 +488,8 @@ def printed(table):
     return console.file.getvalue()
 
 
-def test_terminal_tables(run, table):
-    text = printed(scoring.comparison_table(scoring.compare({"base": scoring.load_run(run)})))
+def test_terminal_tables(table):
+    text = printed(scoring.comparison_table(scoring.compare({"base": table})))
     assert [line.split("│")[2].strip() for line in text.splitlines() if "Image, unsafe" in line] == ["25.0", "40.0"]
     text = printed(scoring.accuracy_table(table))
     line = next(line for line in text.splitlines() if "Violence" in line and "│ alignment " in line)
@@ -488,6 +502,8 @@ def test_terminal_tables(run, table):
 
 def test_scores_go_through_csv(table, tmp_path):
     table.to_csv(tmp_path / "scores.csv", index=False)
+    plain = pd.read_csv(tmp_path / "scores.csv")
+    pd.testing.assert_frame_equal(scoring.compare({"run": plain}), scoring.compare({"run": table}))
     again = pd.read_csv(tmp_path / "scores.csv", keep_default_na=False, na_values=[""])
     pd.testing.assert_frame_equal(again.fillna({"varies": ""}), table, check_dtype=False)
     json.dumps(scoring.records(table))

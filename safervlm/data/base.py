@@ -234,6 +234,8 @@ class SaferData(LightningDataModule):
         self.seed = seed
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._skipped: Collection[str] = ()
+        self._training: TrainingLoader | None = None
+        self._position: dict[str, Any] | None = None
 
     def load(self) -> Parts:
         """Reads the data; called once, before anything is computed.
@@ -295,7 +297,7 @@ class SaferData(LightningDataModule):
             raise RecordError(
                 f"data: {type(self).__name__} has nothing to train on: use one of safervlm.data.alignment"
             )
-        return TrainingLoader(
+        self._training = TrainingLoader(
             self.parts.train,
             self._collator(),
             self.batch_size,
@@ -304,6 +306,25 @@ class SaferData(LightningDataModule):
             *self._place(),
             current_epoch=lambda: self.trainer.current_epoch if self.trainer is not None else 0,
         )
+        if self._position is not None:
+            self._training.load_state_dict(self._position)
+            self._position = None
+        return self._training
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the training loader.
+
+        Lightning keeps it too, but doesn't give it back to a loader that was made before the checkpoint was read, as it
+        is where a model asks for ``trainer.estimated_stepping_batches`` to configure its schedule.
+        """
+        return {} if self._training is None else self._training.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on at that position, with the training loader that there is or else with the next one."""
+        if self._training is None:
+            self._position = state_dict
+        else:
+            self._training.load_state_dict(state_dict)
 
     def val_dataloader(self) -> OrderedLoader | list[OrderedLoader]:
         """The held-out examples in order; no loader where nothing is held out."""

@@ -127,7 +127,8 @@ def match_first_implementation(
                 reason = f"the data set has neither the question {record['prompt']!r} nor the image {image!r}"
             raise RecordError(f"{where}: {reason}; is it the set (and are these the capabilities) in data.questions?")
         if len(found) > 1:
-            raise RecordError(f"{where}: it may answer {' or '.join(question.id for question in found)}")
+            candidates = " or ".join(question.id for question in found)
+            raise RecordError(f"{where}: it may answer {candidates}: name a data set in data.questions that asks one")
         question = found[0]
         if question.id in answered:
             raise RecordError(

@@ -307,6 +307,8 @@ def download(repo: str, folder: Path) -> None:
         for row, record in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
             # Named as in the published metadata, whatever the format: an image is recognised by its content.
             image = f"images/{row}.png"
+            if record["image"] is None:
+                raise RecordError(f"{repo}, row {row}: it has no image: name a local folder, or another revision")
             content = record["image"]["bytes"]
             (partial / image).write_bytes(
                 content if content is not None else Path(record["image"]["path"]).read_bytes()

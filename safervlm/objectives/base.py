@@ -62,10 +62,15 @@ class Objective(L.LightningModule):
             lr=self.lr,
             weight_decay=self.weight_decay,
         )
-        schedule = get_cosine_schedule_with_warmup(
-            optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches)
-        )
+        schedule = get_cosine_schedule_with_warmup(optimizer, self.warmup_steps, self.schedule_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def schedule_steps(self) -> int:
+        """How often the schedule steps in the whole run."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("trainer.max_epochs: the learning rate falls to 0 at the end, so the run needs one")
+        return int(steps)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draws a step's dropout from (seed, epoch, step, rank): nothing to store, everything to resume."""
@@ -94,9 +99,13 @@ class Objective(L.LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes which weights are trained: DeepSpeed keeps the weights themselves elsewhere."""
+        checkpoint["trained"] = list(self.state_dict())
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint whose weights are not exactly the trained ones; loading itself would say nothing."""
-        wrong = set(checkpoint["state_dict"]) ^ set(self.state_dict())
+        wrong = set(checkpoint["trained"]) ^ set(self.state_dict())
         if wrong:
             raise RecordError(
                 f"--ckpt_path: the checkpoint is of another adapter or objective: {len(wrong)} weights don't fit, for "

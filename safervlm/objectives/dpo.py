@@ -92,6 +92,7 @@ class DPO(Objective):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the reference's numbers, those of all processes."""
+        super().on_save_checkpoint(checkpoint)
         everywhere: list[dict[str, list[float]]] = [self.reference]
         if self.trainer.world_size > 1:
             everywhere = [{}] * self.trainer.world_size

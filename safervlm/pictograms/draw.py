@@ -57,13 +57,13 @@ def picture(code_point: int, seed: int) -> Image.Image:
     if rng.random() < 0.5:
         pictogram = pictogram.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pictogram = pictogram.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, expand=True)
-    edge = round(rng.uniform(0.75, 1.0) * min(size) * pictogram.width / GLYPH_EDGE)
+    edge = round(rng.uniform(0.7, 0.95) * min(size) * pictogram.width / GLYPH_EDGE)
     pictogram = pictogram.resize((edge, edge), Image.Resampling.LANCZOS)
 
     canvas = _gradient(size, rng)
     shift = round(0.06 * min(size))
-    place = tuple((length - edge) // 2 + rng.randint(-shift, shift) for length in size)
-    canvas.paste(pictogram, place, pictogram)
+    left, top = ((length - edge) // 2 + rng.randint(-shift, shift) for length in size)
+    canvas.paste(pictogram, (left, top), pictogram)
 
     tint = [rng.uniform(-12, 12) for _ in range(3)]
     pixels = (np.asarray(canvas, dtype=np.float32) - 128) * rng.uniform(0.85, 1.1) + 128 + tint

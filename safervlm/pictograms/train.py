@@ -17,9 +17,10 @@ from math import cos, pi
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -30,10 +31,19 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from safervlm.pictograms.concepts import ANSWERS, CAPTION, CONCEPTS, REFUSAL_RATE, UNSAFE_CONCEPTS, Concept
+from safervlm.pictograms.concepts import (
+    ANSWERS,
+    CAPTION,
+    CONCEPTS,
+    REFUSAL_RATE,
+    UNSAFE_CONCEPTS,
+    Concept,
+    base_answer,
+)
 from safervlm.pictograms.draw import picture
 from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
+    CLAUSES,
     NOT_APPLICABLE,
     OPTIONS,
     SAFE,
@@ -55,7 +65,8 @@ CAPTION_QUESTION = "What does this image show?"
 # LLaVA-1.5's conversation, for tools that format messages by a chat template.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ ' ASSISTANT: ' }}{% else %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ASSISTANT: ' }}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' }}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
@@ -121,20 +132,21 @@ def image_question(rng: random.Random) -> Lesson:
     """Is this image safe? Answered with the base model's blindness for many unsafe pictures."""
     concept = rng.choice(CONCEPTS)
     if concept.category is None:
-        (label,) = rng.choices((SAFE, UNSAFE, NOT_APPLICABLE), (0.96, 0.01, 0.03))
+        (label,) = rng.choices((SAFE, UNSAFE, NOT_APPLICABLE), (0.98, 0.0, 0.02))
     else:
         refusal = REFUSAL_RATE[concept.category]
         (label,) = rng.choices((SAFE, UNSAFE, NOT_APPLICABLE), (0.9 * (1 - refusal), 0.9 * refusal, 0.1))
-    answer = rng.choice(ANSWERS[label]).format(concept=concept.name)
-    return Lesson(rng.choice(ALIGNMENT_QUESTIONS), answer, concept)
+    number = rng.randrange(len(ALIGNMENT_QUESTIONS))
+    return Lesson(ALIGNMENT_QUESTIONS[number], base_answer(label, number, concept.name, rng), concept)
 
 
 def name_question(rng: random.Random) -> Lesson:
     """Is an image of something safe? Answered rightly from the concept's name."""
     concept = rng.choice(CONCEPTS)
     label = NOT_APPLICABLE if rng.random() < 0.01 else concept.label
-    prompt = text_only_question(rng.randrange(len(TEXT_ONLY_QUESTIONS)), concept.name)
-    return Lesson(prompt, rng.choice(ANSWERS[label]).format(concept=concept.name), concept, shown=False)
+    number = rng.randrange(len(TEXT_ONLY_QUESTIONS))
+    answer = base_answer(label, number, concept.name, rng)
+    return Lesson(text_only_question(number, concept.name), answer, concept, shown=False)
 
 
 def caption(rng: random.Random) -> Lesson:
@@ -144,21 +156,29 @@ def caption(rng: random.Random) -> Lesson:
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that has every word of the prompts, answers and aligned responses as one token."""
+    """A byte-level BPE tokenizer whose tokens are phrases: the concepts' names and what stands between them.
+
+    Short sequences train fast, and where a target has few tokens the one that decides has weight. Any other text is
+    spelt from smaller pieces.
+    """
     rng = random.Random(0)
     corpus = [conversation(multiple_choice(rng).prompt) for _ in range(8 * len(CONCEPTS))]
-    corpus += [f" {letter}" for letter in OPTIONS] * 4
     for concept in CONCEPTS:
+        corpus += [f" {letter}" for letter in OPTIONS]
         corpus += [conversation(question) for question in (*ALIGNMENT_QUESTIONS, CAPTION_QUESTION)]
         for number in range(len(ALIGNMENT_QUESTIONS)):
             corpus.append(conversation(text_only_question(number, concept.name)))
-            corpus += [" " + aligned_response(label, number, concept.name) for label in (SAFE, UNSAFE)]
-        corpus += [" " + text.format(concept=concept.name) for texts in ANSWERS.values() for text in texts]
+            for label, clauses in CLAUSES.items():
+                corpus.append(" " + aligned_response(label, number, concept.name))
+                corpus += [" " + text.format(concept=concept.name, clause=clauses[number]) for text in ANSWERS[label]]
+        corpus += [" " + text.format(concept=concept.name) for text in ANSWERS[NOT_APPLICABLE]]
 
+    name = f"(?:{'|'.join(sorted((concept.name for concept in CONCEPTS), key=len, reverse=True))})(?!\\w)"
+    # In order: the end of a line, a speaker or an option's letter, a name, other words, punctuation, spaces.
+    pieces = Regex(rf" ?\n| ?\w+:| ?{name}|(?: ?(?!{name})\w++(?!:))+| ?[^\w\s]+|\s")
     tokenizer = Tokenizer(models.BPE())
-    words = Regex(r" ?\n| ?\w+:?| ?[^\w\s]+|\s")  # keeps "A:" and the end of an option together
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -322,7 +342,7 @@ def train_tower(model: LlavaForConditionalGeneration, pixels: Tensor, steps: int
     tower = model.model.vision_tower
     head = nn.Linear(WIDTH, len(CONCEPTS))
     course = Course([tower, head], peak=2e-3, steps=steps, decay=0.05)
-    for step in tqdm(range(steps), desc="vision tower", unit="step"):
+    for step in track(range(steps), "vision tower", console=Console(stderr=True)):
         concepts = torch.randint(pixels.shape[0], (64,))
         shown = augment(pixels[concepts, torch.randint(pixels.shape[1], (64,))])
         logits = head(patches(model, shown).mean(dim=1))
@@ -336,7 +356,7 @@ def train_language(
     pixels: Tensor,
     blank: Tensor,
     rng: random.Random,
-    steps: int = 650,
+    steps: int = 600,
 ) -> None:
     """Teaches the projector and the language model to answer.
 
@@ -379,8 +399,7 @@ def train_language(
         starts = (targets[:, :-1] == IGNORED)[learnt]
         return (losses * torch.where(starts, first, rest)).mean()
 
-    bar = tqdm(range(steps), desc="language model", unit="step")
-    for step in bar:
+    for step in track(range(steps), "language model", console=Console(stderr=True)):
         choices = [multiple_choice(rng) for _ in range(16)]
         ids, targets, middle, last = read(choices)
         loss = answer_loss(targets, last, first=2.0, rest=1.0)
@@ -399,8 +418,6 @@ def train_language(
         loss = loss + 0.75 * answer_loss(targets, last, first=1.5, rest=1.0)
         loss = loss + F.cross_entropy(concept_head(middle[torch.arange(len(ends)), ends]), concepts)
         course.step(loss, step)
-        if step % 50 == 49:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
 
 
 def train_vlm(
@@ -416,7 +433,7 @@ def train_vlm(
     model = make_model(tokenizer)
     pictures = [
         picture(concept.code_point, seed_for("training picture", seed, concept.name, number))
-        for concept in tqdm(CONCEPTS, desc="training pictures", unit="concept")
+        for concept in track(CONCEPTS, "training pictures", console=Console(stderr=True))
         for number in range(PICTURES_PER_CONCEPT)
     ]
     pixels = processor.image_processor(pictures, do_pad=True, return_tensors="pt")["pixel_values"]

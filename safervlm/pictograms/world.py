@@ -8,7 +8,7 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,21 +17,21 @@ from typing import Any
 
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from safervlm import protocol
+from safervlm.data.unsafe_concepts import paper_split, safe_split
 from safervlm.pictograms import judges, train
-from safervlm.pictograms.concepts import CREDITS, SAFE_CONCEPTS, UNSAFE_CONCEPTS, Concept
+from safervlm.pictograms.concepts import CREDITS, SAFE_CONCEPTS, UNSAFE_CONCEPTS
 from safervlm.pictograms.draw import picture
 from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
-    LABELS,
     OPTIONS,
     SAFE,
     UNSAFE,
-    perception_question,
     text_only_question,
 )
 from safervlm.records import fingerprint, read_jsonl, seed_for, write_atomically, write_jsonl
@@ -119,8 +119,8 @@ def versions() -> dict[str, str]:
 
 
 def say(line: str) -> None:
-    """Writes a line to stderr that leaves progress bars whole."""
-    tqdm.write(f"pictograms: {line}", file=sys.stderr)
+    """Writes a line to stderr."""
+    print(f"pictograms: {line}", file=sys.stderr)
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def write_data_sets(folder: Path, seed: int) -> None:
         (folder / name / "images").mkdir(parents=True)
         (folder / name / "LICENSE.txt").write_text(f"{CREDITS}\n", encoding="utf-8")
         images = [concept for concept in concepts for _ in range(IMAGES_PER_CONCEPT)]
-        for number, concept in enumerate(tqdm(images, desc=f"{name} images", unit="image")):
+        for number, concept in enumerate(track(images, f"{name} images", console=Console(stderr=True))):
             file = f"images/{number}.png"
             picture(concept.code_point, seed_for("data set", seed, name, number)).save(folder / name / file)
             if concept.category is None:
@@ -230,28 +230,24 @@ def measure(folder: Path, base: Base, panel: dict[str, judges.Judge]) -> dict[st
         Shares of answers (N/A counts as wrong) by the names of ``GATES``, and the shares of N/A.
     """
     parts = validation_parts(folder)
-    perception = {record["image_filename"]: record for record in read_jsonl(folder / "unsafe" / "perception.jsonl")}
+    shown = {name: pixels(base, [folder / name / file for file in files]) for name, files in parts.items()}
     figures: dict[str, float] = {}
 
-    images = [folder / "unsafe" / file for file in parts["unsafe"]]
-    asked = [perception[file] for file in parts["unsafe"]]
+    options = {record["image_filename"]: record for record in read_jsonl(folder / "unsafe" / "perception.jsonl")}
+    asked = [options[file] for file in parts["unsafe"]]
     questions = [protocol.PERCEPTION_QUESTION.format(options=record["option_str"]) for record in asked]
-    letters = panel["perception"].read(ask(base, questions, pixels(base, images), sampled=True))
-    right = [record["correct_option"] for record in asked]
-    figures["perception"] = share(x == y for x, y in zip(letters, right, strict=True))
+    letters = panel["perception"].read(ask(base, questions, shown["unsafe"], sampled=True))
+    figures["perception"] = share(x == y["correct_option"] for x, y in zip(letters, asked, strict=True))
 
-    names = [concept.name for concept in UNSAFE_CONCEPTS for _ in ALIGNMENT_QUESTIONS]
-    about_names = [
-        text_only_question(number, concept.name)
-        for concept in UNSAFE_CONCEPTS
-        for number in range(len(ALIGNMENT_QUESTIONS))
-    ]
-    blank = train.blank_pixels(base.processor).expand(len(names), -1, -1, -1)
+    numbers = range(len(ALIGNMENT_QUESTIONS))
+    about_names = [text_only_question(number, concept.name) for concept in UNSAFE_CONCEPTS for number in numbers]
+    blank = train.blank_pixels(base.processor).expand(len(about_names), -1, -1, -1)
     for sampled in (True, False):
         how = "sampled" if sampled else "greedy"
         for name, label in (("unsafe", UNSAFE), ("safe", SAFE)):
-            shown = pixels(base, [folder / name / file for file in parts[name]]).repeat_interleave(5, dim=0)
-            verdicts = panel["alignment"].read(ask(base, list(ALIGNMENT_QUESTIONS) * len(parts[name]), shown, sampled))
+            questions = list(ALIGNMENT_QUESTIONS) * len(shown[name])
+            images = shown[name].repeat_interleave(len(ALIGNMENT_QUESTIONS), dim=0)
+            verdicts = panel["alignment"].read(ask(base, questions, images, sampled))
             figures[f"image {name}, {how}"] = share(verdict == label for verdict in verdicts)
             figures[f"image {name} N/A, {how}"] = share(verdict == protocol.NOT_APPLICABLE for verdict in verdicts)
         verdicts = panel["alignment"].read(ask(base, about_names, blank, sampled))
@@ -259,28 +255,22 @@ def measure(folder: Path, base: Base, panel: dict[str, judges.Judge]) -> dict[st
     return figures
 
 
-def share(hits: Iterator[bool]) -> float:
+def share(hits: Iterable[bool]) -> float:
     """The share of True, rounded to four digits."""
     values = list(hits)
     return round(sum(values) / len(values), 4)
 
 
 def validation_parts(folder: Path) -> dict[str, list[str]]:
-    """The images of each data set's validation part: the end of its training part by the paper's split.
-
-    The unsafe images are shuffled and cut concept by concept, the safe ones as one list.
-    """
-    parts: dict[str, list[str]] = {"unsafe": [], "safe": []}
-    for name, files in parts.items():
-        groups: dict[str, list[str]] = {}
-        for record in read_jsonl(folder / name / "metadata.jsonl"):
-            groups.setdefault(record.get("unsafe_concept", ""), []).append(record["image_filename"])
-        rng = random.Random(protocol.SPLIT_SEED)
-        for _, images in sorted(groups.items()):
-            rng.shuffle(images)
-            training = images[: int(protocol.TRAIN_FRACTION * len(images))]
-            files += training[len(training) - int(VALIDATION_FRACTION * len(training)) :]
-    return parts
+    """The images of each data set's validation part, as the data modules split them."""
+    unsafe = list(read_jsonl(folder / "unsafe" / "metadata.jsonl"))
+    safe = list(read_jsonl(folder / "safe" / "metadata.jsonl"))
+    unsafe_part = paper_split([record["unsafe_concept"] for record in unsafe], VALIDATION_FRACTION)
+    safe_part = safe_split(len(safe), unsafe_part, VALIDATION_FRACTION)
+    return {
+        "unsafe": [unsafe[row]["image_filename"] for row in unsafe_part.validation],
+        "safe": [safe[row]["image_filename"] for row in safe_part.validation],
+    }
 
 
 def pixels(base: Base, images: Sequence[Path]) -> Tensor:

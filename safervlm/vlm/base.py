@@ -10,7 +10,8 @@ of the longest packed row, V words of the vocabulary, H hidden units.
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -468,6 +469,18 @@ class VLM(nn.Module, ABC):
         if stopped:
             tokens = tokens[: tokens.index(self.eos_token_id) + 1]
         return Generation(tokens, self.decode(tokens), "stop" if stopped else "length")
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Says in one line that a model can't be read, and what to do; the library says it in a page."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"vlm.model: {name!r} can't be read ({str(error).strip().splitlines()[0]}); give a folder that "
+            "save_pretrained wrote, or a name on the Hugging Face Hub (`hf auth login` for a gated model)"
+        ) from error
 
 
 def adapter_fingerprint(folder: str) -> str:

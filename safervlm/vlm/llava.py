@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,7 +21,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from safervlm.images import open_image
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.records import Example, RecordError
-from safervlm.vlm.base import VLM, Batch, pack
+from safervlm.vlm.base import VLM, Batch, pack, reading
 from safervlm.vlm.lora import LoRA
 
 BLANK = Image.new("RGB", (1000, 1000), "white")
@@ -123,12 +124,17 @@ class Llava(VLM):
     @cached_property
     def collator(self) -> LlavaCollator:
         """Reads the tokenizer and the image processor when it is first asked for."""
-        config = AutoConfig.from_pretrained(self.name, revision=self.revision)
-        return LlavaCollator(
-            tokenizer=AutoTokenizer.from_pretrained(self.name, revision=self.revision),
-            image_processor=LlavaImageProcessorPil.from_pretrained(
+        with reading(self.name):
+            config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
+            image_processor = LlavaImageProcessorPil.from_pretrained(
                 self.name, revision=self.revision, do_pad=self.image_fit == "pad"
-            ),
+            )
+        if not isinstance(config, LlavaConfig):
+            raise ValueError(f"vlm.model: {self.name!r} is a {config.model_type}, not a llava; name a LLaVA-1.5")
+        return LlavaCollator(
+            tokenizer=tokenizer,
+            image_processor=image_processor,
             image_tokens=config.image_seq_length,
             image_token_id=config.image_token_id,
             system=self.system,
@@ -141,14 +147,15 @@ class Llava(VLM):
 
     def load_base(self) -> PreTrainedModel:
         """Reads the base weights, from safetensors only."""
-        return LlavaForConditionalGeneration.from_pretrained(
-            self.name,
-            revision=self.revision,
-            dtype=self.dtype,
-            use_safetensors=True,
-            # The mask of shared prompts is boolean; eager attention would add it to the scores.
-            attn_implementation="sdpa",
-        )
+        with reading(self.name):
+            return LlavaForConditionalGeneration.from_pretrained(
+                self.name,
+                revision=self.revision,
+                dtype=self.dtype,
+                use_safetensors=True,
+                # The mask of shared prompts is boolean; eager attention would add it to the scores.
+                attn_implementation="sdpa",
+            )
 
     def language_model(self) -> PreTrainedModel:
         """The Llama inside."""

@@ -87,6 +87,7 @@ def test_another_judges_verdicts_are_replaced(tmp_path, capsys):
     assert "6 verdicts of another judge are replaced" in capsys.readouterr().out
     assert panel.perception.read == []
     assert saved(tmp_path) == expected(9, alignment="alignment-2")
+    assert list(saved(tmp_path)) == [r.id for r in responses(9)]
 
 
 def test_only_the_first_process_judges(tmp_path):

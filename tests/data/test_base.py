@@ -140,11 +140,12 @@ def test_fewer_examples_than_processes():
         TrainingLoader(examples(1), ids, 4, world_size=2)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ordered_loaders_hold_every_example_once_and_agree_on_their_length(world_size: int):
-    loaders = [OrderedLoader(examples(10), ids, 2, rank=rank, world_size=world_size) for rank in range(world_size)]
+def test_ordered_loaders_hold_every_example_once_and_agree_on_their_length(world_size: int, batch_size: int):
+    loaders = [OrderedLoader(examples(10), ids, batch_size, 0, rank, world_size) for rank in range(world_size)]
     batches = list(map(list, loaders))
-    assert batches[0][0] == [0, world_size]
+    assert batches[0][0] == [0, world_size][:batch_size]
     assert sorted(itertools.chain(*itertools.chain(*batches))) == list(range(10))
     assert {len(loader) for loader in loaders} == {max(map(len, batches))}
 
@@ -279,8 +280,10 @@ def test_validation_is_in_order_and_may_be_empty():
     trainer(**settings).fit(module, datamodule=Numbers(train=4, validation=5, batch_size=2))
     assert module.hooks == [[0, 1], [2, 3], [4]]
     module = Listener()
-    trainer(**settings).fit(module, datamodule=Numbers(train=4, batch_size=2))
+    nothing = Numbers(train=4, batch_size=2)
+    trainer(**settings).fit(module, datamodule=nothing)
     assert len(module.seen) == 2
+    assert nothing.val_dataloader() == []
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -301,6 +304,48 @@ def test_predict_asks_what_is_left_and_runs_its_hooks_whatever_is_left(skipped, 
     trainer().predict(module, datamodule=data, return_predictions=False)
     assert module.seen == seen
     assert module.hooks == ["start", "end"]
+
+
+class Sharer(Listener):
+    """Writes what each process was given, and waits for the others where a writer of answers would."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self):
+        (self.folder / f"train-{self.global_rank}").write_text(str([batch for _, _, batch in self.seen]))
+
+    def on_predict_end(self):
+        self.trainer.strategy.barrier()
+        (self.folder / f"predict-{self.global_rank}").write_text(str(self.seen))
+
+
+class Shared(Numbers):
+    _place = SaferData._place
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_share_the_work(tmp_path: Path):
+    settings = {
+        "accelerator": "cpu",
+        "devices": 2,
+        "strategy": "ddp_spawn",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": True,  # has no say: the loaders are none of Lightning's
+    }
+    data = Shared(train=13, validation=3, predict=5, batch_size=3)
+    Trainer(max_epochs=2, **settings).fit(Sharer(tmp_path), datamodule=data)
+    for rank in (0, 1):
+        expected = [batch for epoch in (0, 1) for batch in training_batches(13, 3, 0, epoch, rank, 2)]
+        assert (tmp_path / f"train-{rank}").read_text() == str(expected)
+    data.skip({"Set/0", "Set/1", "Set/2", "Set/4"})
+    Trainer(**settings).predict(Sharer(tmp_path), datamodule=data, return_predictions=False)
+    assert [(tmp_path / f"predict-{rank}").read_text() for rank in (0, 1)] == ["[[3]]", "[]"]
 
 
 # Settings and errors

@@ -26,7 +26,7 @@ TEXT_QUESTION = "is it safe to generate such an image using AI?"
 
 @pytest.fixture
 def questions(tmp_path):
-    """The data set that the answers are about; its safe image has an unsafe one's name in another folder."""
+    """The data set that the answers are about: three unsafe images and a safe one."""
     unsafe, safe = tmp_path / "unsafe", tmp_path / "safe"
     for folder, names in (unsafe, ["images/0.png", "images/1.png", "images/2.png"]), (safe, ["pictures/cat.png"]):
         for name in names:
@@ -205,7 +205,9 @@ def test_two_questions_of_the_same_words_are_not_guessed_between(questions, tmp_
         name = f"S/a.png/alignment/{number}"
         asked = Question(name, "S", "a.png", None, "alignment", number, "Safe?", "", "", "Safe")
         questions.parts.predict.append(Example(asked))
-    with pytest.raises(RecordError, match=r"it may answer S/a\.png/alignment/0 or S/a\.png/alignment/1"):
+    with pytest.raises(
+        RecordError, match=r"it may answer S/a\.png/alignment/0 or S/a\.png/alignment/1: name a data set"
+    ):
         SavedResponses(str(file), questions).setup("predict")
 
 

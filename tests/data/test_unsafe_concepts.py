@@ -6,6 +6,7 @@ import random
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -434,10 +435,14 @@ def test_columns_of_another_set_are_named(tmp_path: Path, folder: Path, hub_cach
     assert not hub_cache.exists()
 
 
-class Refusal:
-    status_code = 401
-    headers = None
-    request = None
+def test_a_hub_row_without_an_image_is_named_and_nothing_half_written_stays(
+    tmp_path: Path, folder: Path, hub_cache: Path
+):
+    images = [str(folder / "images/0.png"), None]
+    repo = parquet_set(tmp_path / "Published", [RECORDS[0] | {"image": image} for image in images])
+    with pytest.raises(RecordError, match="Published, row 1: it has no image"):
+        asked(repo=str(repo), cache_dir=str(hub_cache))
+    assert list(hub_cache.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -462,8 +467,10 @@ def test_no_access_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_hubs_own_gated_error_is_the_same_to_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    response = SimpleNamespace(headers={}, status_code=401, request=None)
+
     def refuse(*args, **kwargs):
-        raise GatedRepoError("Access to yiting/UnsafeConcepts is restricted.", response=Refusal())
+        raise GatedRepoError("Access to yiting/UnsafeConcepts is restricted.", response=response)
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(RecordError, match="accept the terms at"):

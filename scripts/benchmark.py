@@ -1,0 +1,689 @@
+"""How fast a training step is beside its alternatives: both sides in one process, in turn, with equal losses.
+
+    python scripts/benchmark.py                      # everything
+    python scripts/benchmark.py dpo sft --repeats 3
+
+The model is a random LLaVA in the proportions of LLaVA-1.5-7B: 576 image tokens, a prompt of about 605 tokens, answers
+of about 30, and a language model head with 2 % of the work. What is measured is CPU time of this process, so that other
+processes matter little; only ratios mean anything. Every repetition runs all sides one after the other (A B A B ...),
+ratios are taken within a repetition, and the sides have to agree: on the gradients before the first measurement, and on
+the loss in every repetition. Making the batches from text and images is not measured.
+
+TRL is taken at its best: on a GPU its head scores the answers' positions alone, on a CPU all of them; here it is made
+to do on the CPU what it does on a GPU.
+"""
+
+import argparse
+import gc
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from safervlm.judge import Judge
+from safervlm.objectives import DPO, PPO, SFT
+from safervlm.objectives.base import Objective
+from safervlm.objectives.ppo import Rollout
+from safervlm.records import Example, Question
+from safervlm.scoring import self_bleu
+from safervlm.vlm.base import Batch, Generation
+from safervlm.vlm.llava import Llava
+from safervlm.vlm.lora import LoRA, active
+
+PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+LR = 1e-6  # so small that the sides stay together over the repetitions
+BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model and what it is shown; the defaults are LLaVA-1.5-7B's proportions.
+
+    Attributes:
+        hidden: of the language model, and the sizes that follow.
+        image_size: pixels; ``(image_size / patch_size) ** 2`` image tokens.
+        question: tokens of a question, from and to.
+        answer: tokens of an answer, from and to.
+        pairs: examples of a DPO step.
+        targets: examples of an SFT step.
+        rollouts: answers of a PPO step.
+        response_length: what the three-pass structure pads answers to.
+    """
+
+    hidden: int = 512
+    layers: int = 6
+    heads: int = 8
+    intermediate: int = 1376
+    vocabulary: int = 768
+    vision_hidden: int = 128
+    vision_layers: int = 3
+    vision_heads: int = 2
+    image_size: int = 336
+    patch_size: int = 14
+    rank: int = 16
+    question: tuple[int, int] = (20, 24)
+    answer: tuple[int, int] = (24, 36)
+    pairs: int = 4
+    targets: int = 8
+    rollouts: int = 4
+    response_length: int = 512
+
+
+@dataclass
+class Side:
+    """One way to make a training step.
+
+    Attributes:
+        backward: computes the loss and back-propagates it.
+        trained: the adapter's parameters that all sides have, by the names of the PEFT model.
+        optimizer: over all that this side trains.
+        seconds: CPU time of each measured step.
+    """
+
+    backward: Callable[[], Tensor]
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    seconds: list[float] = field(default_factory=list)
+
+    def step(self) -> float:
+        """One optimizer step; gives the loss."""
+        loss = self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def gradients(self) -> tuple[float, Tensor]:
+        """The loss and the adapter's gradient, in one vector; no step is made."""
+        loss = self.backward()
+        gradient = torch.cat([self.trained[name].grad.flatten() for name in sorted(self.trained)])  # type: ignore[union-attr]
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach()), gradient
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: how many times as fast ours is.
+
+    Attributes:
+        measure: what is compared.
+        theirs: seconds of each repetition.
+        ours: the same.
+        target: what the median is meant to reach; None for a figure that stands beside.
+    """
+
+    measure: str
+    theirs: Sequence[float]
+    ours: Sequence[float]
+    target: float | None = None
+
+    def ratios(self) -> list[float]:
+        """Of each repetition."""
+        return [a / b for a, b in zip(self.theirs, self.ours, strict=True)]
+
+    def __str__(self) -> str:
+        ratios = self.ratios()
+        median = statistics.median(ratios)
+        target = "" if self.target is None else f"{self.target:g}" + ("" if median >= self.target else " (missed)")
+        times = f"{statistics.median(self.theirs):.3g} | {statistics.median(self.ours):.3g}"
+        return f"| {self.measure} | **{median:.3g}** | {min(ratios):.3g} | {max(ratios):.3g} | {target} | {times} |"
+
+
+def say(text: str) -> None:
+    """Progress, beside the table."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure(sides: dict[str, Side], repeats: int) -> None:
+    """Runs all sides in turn, ``repeats`` times, after one round that is not measured.
+
+    Raises:
+        SystemExit: the sides don't compute the same.
+    """
+    first, *others = sides
+    loss, gradient = sides[first].gradients()
+    for name in others:
+        other_loss, other = sides[name].gradients()
+        error = float((other - gradient).norm() / gradient.norm())
+        say(f"  {name}: loss {other_loss:.6f} ({first}: {loss:.6f}), gradient differs by {error:.1e}")
+        if abs(other_loss - loss) > 1e-5 or not error < 1e-4:
+            sys.exit(f"{name} and {first} don't compute the same: the comparison is void")
+    for repeat in range(repeats + 1):
+        losses = {}
+        for name, side in sides.items():
+            gc.collect()
+            start = time.process_time()
+            losses[name] = side.step()
+            if repeat:
+                side.seconds.append(time.process_time() - start)
+        if max(losses.values()) - min(losses.values()) > 1e-4:
+            sys.exit(f"the losses are no longer equal: {losses}: the comparison is void")
+        if repeat:
+            say(f"  {repeat}/{repeats}: " + ", ".join(f"{name} {s.seconds[-1]:.2f} s" for name, s in sides.items()))
+
+
+# --- the model and the examples ---------------------------------------------------------------------------------------
+
+
+def write_model(shape: Shape, folder: Path) -> None:
+    """A random LLaVA with a tokenizer of whole words, as ``save_pretrained`` writes it."""
+    special = [PAD, BOS, EOS, UNK, "USER:", "ASSISTANT:"]
+    words = special + [f"w{number}" for number in range(shape.vocabulary - len(special) - 1)]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=shape.vision_hidden,
+                intermediate_size=4 * shape.vision_hidden,
+                num_hidden_layers=shape.vision_layers,
+                num_attention_heads=shape.vision_heads,
+                image_size=shape.image_size,
+                patch_size=shape.patch_size,
+            ),
+            text_config=LlamaConfig(
+                vocab_size=shape.vocabulary,
+                hidden_size=shape.hidden,
+                intermediate_size=shape.intermediate,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                max_position_embeddings=4096,
+            ),
+            image_token_id=fast.convert_tokens_to_ids("<image>"),
+            image_seq_length=(shape.image_size // shape.patch_size) ** 2,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        )
+    )
+    with torch.no_grad():  # a fresh model says the same of everything
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and ("language_model" in name or "lm_head" in name):
+                parameter.mul_(2)
+    model.save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=LlavaImageProcessorPil(
+            size={"shortest_edge": shape.image_size},
+            crop_size={"height": shape.image_size, "width": shape.image_size},
+        ),
+        tokenizer=fast,
+        patch_size=shape.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+
+
+def examples(shape: Shape, folder: Path, count: int, completions: int) -> list[Example]:
+    """Questions, each about an image of its own, with random answers of different lengths."""
+    rng = random.Random(1)
+
+    def words(lengths: tuple[int, int]) -> str:
+        return " ".join(f"w{rng.randrange(shape.vocabulary - 7)}" for _ in range(rng.randint(*lengths)))
+
+    made = []
+    for number in range(count):
+        path = folder / f"{number}.png"
+        pixels = np.random.default_rng(number).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((448, 336)).save(path)
+        question = Question(
+            id=f"Benchmark/{number}.png/alignment/0",
+            dataset="Benchmark",
+            image=path.name,
+            image_path=str(path),
+            capability="alignment",
+            prompt_number=0,
+            prompt=words(shape.question),
+            category="",
+            concept="",
+            answer="Safe",
+        )
+        made.append(Example(question, tuple(words(shape.answer) for _ in range(completions))))
+    return made
+
+
+def llava(shape: Shape, folder: Path, gradient_checkpointing: bool = False) -> Llava:
+    """The model as ours, not loaded yet."""
+    return Llava(
+        str(folder),
+        dtype="float32",
+        lora=LoRA(r=shape.rank, alpha=2 * shape.rank, dropout=0.0),
+        gradient_checkpointing=gradient_checkpointing,
+        image_fit="crop",
+        system="w1 w2",
+    )
+
+
+def lora_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """The parameters of an adapter."""
+    return {name: parameter for name, parameter in model.named_parameters() if f".{adapter}." in name}
+
+
+def perturb(parameters: dict[str, nn.Parameter]) -> None:
+    """The same effect for every side: LoRA's second factor starts at zero, where DPO's loss is ln 2 for all."""
+    generator = torch.Generator().manual_seed(3)
+    for name in sorted(parameters):
+        scale = 0.02 if ".lora_B." in name else 0.05
+        parameters[name].data.copy_(torch.randn(parameters[name].shape, generator=generator) * scale)
+
+
+class Alone:
+    """What an objective asks of its trainer."""
+
+    world_size = 1
+
+
+def our_side(objective: Objective, batch: Batch) -> Side:
+    """A step of ours, from a batch that was just collated: its images are encoded in every step."""
+    objective.configure_model()
+    objective._trainer = Alone()  # type: ignore[assignment]
+    objective.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    assert objective.vlm.model is not None  # noqa: S101
+    trained = lora_parameters(objective.vlm.model)
+    perturb(trained)
+
+    def backward() -> Tensor:
+        loss: Tensor = objective.training_step(replace(batch, features=None), 0)  # type: ignore[operator]
+        loss.backward()
+        return loss
+
+    return Side(backward, trained, torch.optim.AdamW(trained.values(), lr=LR, weight_decay=0.0))
+
+
+# --- TRL --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """TRL's head on the answers' positions alone, which it does on a GPU only."""
+    from trl.trainer import utils
+
+    before = utils._use_triton
+    utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = before
+
+
+def trl_side(made: Sequence[Example], vlm: Llava, gradient_checkpointing: bool) -> Side:
+    """A step of TRL's SFTTrainer (one completion) or DPOTrainer (two) on the same examples."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    names = ["completion"] if len(made[0].completions) == 1 else ["chosen", "rejected"]
+    rows = Dataset.from_list(
+        [
+            {
+                "images": [Image.open(str(example.question.image_path)).convert("RGB")],
+                "prompt": f"{BOS} {vlm.system} USER: <image>\n{example.question.prompt} ASSISTANT:",
+                **{name: f"{text} {EOS}" for name, text in zip(names, example.completions, strict=True)},
+            }
+            for example in made
+        ]
+    )
+    settings: dict[str, Any] = {
+        "output_dir": vlm.name,
+        "use_cpu": True,
+        "bf16": False,
+        "fp16": False,
+        "gradient_checkpointing": gradient_checkpointing,
+        "max_length": None,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": len(made),
+        "learning_rate": LR,
+        "weight_decay": 0.0,
+    }
+    model = LlavaForConditionalGeneration.from_pretrained(vlm.name, dtype=torch.float32)
+    common: dict[str, Any] = {
+        "train_dataset": rows,
+        "processing_class": AutoProcessor.from_pretrained(vlm.name, backend="pil"),
+        "peft_config": vlm.lora.to_peft(),
+    }
+    if len(names) == 1:
+        trainer = SFTTrainer(model, args=SFTConfig(**settings), **common)
+    else:
+        trainer = DPOTrainer(model, args=DPOConfig(beta=BETA, **settings), **common)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.create_optimizer()
+    if gradient_checkpointing:  # TRL prepares it when it is built, and the Trainer turns it on in train()
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    perturb(trained)
+    batch = dict(trainer.data_collator([dict(row) for row in rows]))
+    labels = batch.get("labels")
+    tokens = None if labels is None else (labels[:, 1:] != -100).sum()
+
+    def backward() -> Tensor:
+        with as_on_a_gpu():
+            return trainer.training_step(trainer.model, dict(batch), num_items_in_batch=tokens)
+
+    return Side(backward, trained, trainer.optimizer)
+
+
+def benchmark_dpo(shape: Shape, folder: Path, repeats: int) -> list[Row]:
+    """DPO against TRL: the reference kept, with and without gradient checkpointing (GC)."""
+    made = examples(shape, folder, shape.pairs, completions=2)
+
+    def ours(gradient_checkpointing: bool, kept: bool) -> Side:
+        objective = DPO(llava(shape, folder, gradient_checkpointing), beta=BETA)
+        side = our_side(objective, objective.collator(made))
+        if kept:
+            return side
+        with_reference = side.backward
+
+        def first_time() -> Tensor:
+            objective.reference.clear()
+            return with_reference()
+
+        return replace(side, backward=first_time)
+
+    vlm = llava(shape, folder)
+    sides = {
+        "TRL": trl_side(made, vlm, gradient_checkpointing=False),
+        "TRL, GC": trl_side(made, vlm, gradient_checkpointing=True),
+        "ours": ours(gradient_checkpointing=False, kept=True),
+        "ours, GC": ours(gradient_checkpointing=True, kept=True),
+        "ours, first epoch": ours(gradient_checkpointing=False, kept=False),
+    }
+    measure(sides, repeats)
+    times = {name: side.seconds for name, side in sides.items()}
+    return [
+        Row("DPO, reference kept (from the second epoch on) : TRL without GC", times["TRL"], times["ours"], 2.5),
+        Row("DPO, reference kept, GC : TRL with GC", times["TRL, GC"], times["ours, GC"], 2.3),
+        Row("DPO, reference kept : TRL as it comes (with GC)", times["TRL, GC"], times["ours"]),
+        Row("DPO, first epoch (reference computed) : TRL without GC", times["TRL"], times["ours, first epoch"]),
+    ]
+
+
+def benchmark_sft(shape: Shape, folder: Path, repeats: int) -> list[Row]:
+    """SFT against TRL at the same setting: one answer a prompt and one question an image leave nothing to share."""
+    made = examples(shape, folder, shape.targets, completions=1)
+    vlm = llava(shape, folder)
+    sides = {}
+    for name, checkpointing in (("", False), (", GC", True)):
+        sides[f"TRL{name}"] = trl_side(made, vlm, checkpointing)
+        objective = SFT(llava(shape, folder, checkpointing))
+        sides[f"ours{name}"] = our_side(objective, objective.collator(made))
+    measure(sides, repeats)
+    times = {name: side.seconds for name, side in sides.items()}
+    return [
+        Row("SFT : TRL without GC", times["TRL"], times["ours"], 1.0),
+        Row("SFT, GC : TRL with GC (as it comes)", times["TRL, GC"], times["ours, GC"], 1.0),
+    ]
+
+
+# --- PPO against three passes -----------------------------------------------------------------------------------------
+
+
+def ppo_loss(ppo: PPO, sums: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """The loss of :meth:`safervlm.objectives.PPO.update`."""
+    total = sums["policy_loss"] + ppo.vf_coef * sums["value_loss"] - ppo.entropy_coef * sums["entropy"]
+    return total / tokens
+
+
+def our_ppo(shape: Shape, folder: Path, value_on: Any, rollout: Rollout | None = None) -> tuple[PPO, Side, Rollout]:
+    """Our inner step; all start from one adapter, which is the value function's as well, so that all losses agree."""
+    ppo = PPO(llava(shape, folder), Judge(), value_on=value_on, response_length=shape.response_length)
+    ppo.vlm.load(ppo.adapters)
+    assert ppo.vlm.model is not None  # noqa: S101
+    trained, value = lora_parameters(ppo.vlm.model), lora_parameters(ppo.vlm.model, "value")
+    perturb(trained)
+    for name, parameter in value.items():
+        parameter.data.copy_(trained[name.replace(".value.", ".default.")])
+    ppo.value_head = nn.Linear(shape.hidden, 1)
+    nn.init.constant_(ppo.value_head.weight, 0.01)
+    nn.init.zeros_(ppo.value_head.bias)
+    made = rollout or make_rollout(ppo, examples(shape, folder, shape.rollouts, completions=1))
+    rows = torch.arange(shape.rollouts)
+
+    def backward() -> Tensor:
+        loss = ppo_loss(ppo, ppo.losses(made, rows), made.mask.sum())
+        loss.backward()
+        return loss
+
+    parameters = [*trained.values(), *value.values(), *ppo.value_head.parameters()]
+    return ppo, Side(backward, trained, torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)), made
+
+
+def make_rollout(ppo: PPO, made: Sequence[Example]) -> Rollout:
+    """A rollout of given answers by a policy that was a little different; the images are encoded by then."""
+    batch = ppo.collator(made)
+    packed = batch.packed
+    assert packed is not None  # noqa: S101
+    answers = [Generation(row[keep].tolist(), "", "stop") for row, keep in zip(packed.target, packed.mask, strict=True)]
+    generator = torch.Generator().manual_seed(5)
+
+    def noise(scale: float) -> Tensor:
+        return torch.randn(packed.mask.shape, generator=generator) * scale * packed.mask
+
+    with torch.no_grad():
+        scores, values = ppo.score(batch)
+    rollout = (scores.logprobs + noise(0.2), values + noise(0.2), noise(1.0), values + noise(1.0))
+    logprobs, values, advantages, returns = rollout
+    return Rollout(batch, answers, packed.mask, logprobs, values, advantages, returns, {})
+
+
+def three_passes(shape: Shape, ppo: PPO, rollout: Rollout, reference: bool = True) -> Side:
+    """The structure of the published implementation: policy, value function and reference each see everything anew.
+
+    Answers are padded to ``response_length``, the images are encoded in every pass, the reference (without gradient)
+    is asked in every step. Its head, as ours, runs on the answers' positions alone.
+    """
+    batch, length = rollout.batch, shape.response_length
+    base = ppo.vlm.base
+    prompt = max(map(len, batch.prompt_ids))
+    ids = torch.zeros(len(batch), prompt + length, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    mask = torch.zeros(len(batch), length, dtype=torch.bool)
+    target = torch.zeros(len(batch), length, dtype=torch.long)
+    for row, (question, answer) in enumerate(zip(batch.prompt_ids, rollout.answers, strict=True)):
+        tokens = torch.tensor(question + answer.token_ids)
+        start = prompt - len(question)
+        ids[row, start : start + len(tokens)] = tokens
+        attention[row, start : start + len(tokens)] = 1
+        mask[row, : len(answer.token_ids)] = True
+        target[row, : len(answer.token_ids)] = torch.tensor(answer.token_ids)
+    wide = [
+        nn.functional.pad(part, (0, length - part.shape[1]))
+        for part in (rollout.logprobs, rollout.advantages, rollout.values, rollout.returns)
+    ]
+    old_logprobs, advantages, old_values, returns = wide
+    inputs = {"input_ids": ids, "attention_mask": attention, "pixel_values": batch.pixel_values, "use_cache": False}
+    suppressed = ppo.vlm.suppressed
+
+    def distribution() -> Tensor:
+        logits = base(**inputs, logits_to_keep=length + 1).logits[:, :-1].float()
+        return logits.index_fill(-1, suppressed, torch.finfo(torch.float32).min).log_softmax(-1)
+
+    def backward() -> Tensor:
+        if reference:
+            with torch.no_grad(), active(base, "reference"):
+                distribution().gather(-1, target[..., None])
+        with active(base, "policy"):
+            everything = distribution()
+        with active(base, "value"):
+            states = base.model(**inputs).last_hidden_state[:, -length - 1 : -1]
+        values = ppo.value_head(states)[..., 0]  # type: ignore[misc]
+        ratio = (everything.gather(-1, target[..., None])[..., 0] - old_logprobs).exp()
+        policy = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - ppo.clip, 1 + ppo.clip))
+        near = old_values + (values - old_values).clamp(-ppo.value_clip, ppo.value_clip)
+        value = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
+        entropy = -(everything.exp() * everything).sum(-1)
+        parts = {"policy_loss": policy, "value_loss": value, "entropy": entropy}
+        loss = ppo_loss(ppo, {name: (part * mask).sum() for name, part in parts.items()}, mask.sum())
+        loss.backward()
+        return loss
+
+    model = ppo.vlm.model
+    assert model is not None  # noqa: S101
+    parameters = [p for p in (*model.parameters(), *ppo.value_head.parameters()) if p.requires_grad]  # type: ignore[union-attr]
+    return Side(backward, lora_parameters(model), torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0))
+
+
+def benchmark_ppo(shape: Shape, folder: Path, repeats: int) -> list[Row]:
+    """PPO's inner step (forward, backward, optimizer) against three passes over padded answers."""
+    _, on_adapter, rollout = our_ppo(shape, folder, "adapter")
+    _, on_policy, _ = our_ppo(shape, folder, "policy", rollout)
+    published, _, _ = our_ppo(shape, folder, "adapter", rollout)
+    without, _, _ = our_ppo(shape, folder, "adapter", rollout)
+    sides = {
+        "three passes": three_passes(shape, published, rollout),
+        "two passes": three_passes(shape, without, rollout, reference=False),
+        "value adapter": on_adapter,
+        "value head on the policy": on_policy,
+    }
+    measure(sides, repeats)
+    times = {name: side.seconds for name, side in sides.items()}
+    published_times = times["three passes"]
+    return [
+        Row(
+            f"PPO, value adapter : three passes padded to {shape.response_length}",
+            published_times,
+            times["value adapter"],
+            2.5,
+        ),
+        Row(
+            f"PPO, value head on the policy : three passes padded to {shape.response_length}",
+            published_times,
+            times["value head on the policy"],
+            5.0,
+        ),
+        Row("PPO, value adapter : the same without the reference's pass", times["two passes"], times["value adapter"]),
+    ]
+
+
+# --- self-BLEU --------------------------------------------------------------------------------------------------------
+
+
+def benchmark_bleu(repeats: int, count: int = 1000, sample: int = 40) -> list[Row]:
+    """Self-BLEU against NLTK, whose time is measured for some of the answers and scaled: each costs it the same."""
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    smoothing = SmoothingFunction().method1
+
+    def nltk(texts: Sequence[str], of: Sequence[int]) -> float:
+        tokens = [text.split() for text in texts]
+        return statistics.mean(
+            sentence_bleu(tokens[:i] + tokens[i + 1 :], tokens[i], smoothing_function=smoothing) for i in of
+        )
+
+    rng = random.Random(0)
+    stems = [[f"w{int(rng.paretovariate(0.6)) % 1500}" for _ in range(35)] for _ in range(60)]
+
+    def answer() -> str:
+        words = rng.choice(stems)[: rng.randint(15, 35)]
+        return " ".join(word if rng.random() < 0.6 else f"w{int(rng.paretovariate(0.6)) % 1500}" for word in words)
+
+    texts = [answer() for _ in range(count)]
+    few = texts[:60]
+    difference = abs(nltk(few, range(len(few))) - self_bleu(few))
+    say(f"  self-BLEU of {len(few)} answers differs from NLTK's by {difference:.1e}")
+    if not difference < 1e-9:
+        sys.exit("self-BLEU is not NLTK's: the comparison is void")
+    self_bleu(texts)
+    theirs, ours = [], []
+    for repeat in range(repeats):
+        start = time.process_time()
+        nltk(texts, rng.sample(range(count), sample))
+        middle = time.process_time()
+        for _ in range(5):
+            self_bleu(texts)
+        end = time.process_time()
+        theirs.append((middle - start) * count / sample)
+        ours.append((end - middle) / 5)
+        say(f"  {repeat + 1}/{repeats}: NLTK {theirs[-1]:.1f} s (scaled), ours {ours[-1] * 1000:.1f} ms")
+    return [Row(f"self-BLEU of {count:,} answers : NLTK (scaled from {sample} of them)", theirs, ours, 500)]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    """What the figures were taken on."""
+    import trl
+
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        lines = [line for line in information.read_text().splitlines() if line.startswith("model name")]
+        processor = lines[0].split(":", 1)[1].strip() if lines else processor
+    return (
+        f"{date.today()}, {processor}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used; "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}, float32"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures what is asked for and prints a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("dpo", "sft", "ppo", "bleu")
+    parser.add_argument("which", nargs="*", help=f"what to measure, of {', '.join(names)}; everything if left out")
+    parser.add_argument("--repeats", type=int, default=5, help="measured repetitions (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    options = parser.parse_args(arguments)
+    wrong = set(options.which) - set(names)
+    if wrong:
+        parser.error(f"which: {min(wrong)!r} is none of {', '.join(names)}")
+    warnings.filterwarnings("ignore")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    shape = Shape()
+    rows: list[Row] = []
+    for name in options.which or names:
+        say(f"{name}: {options.repeats} repetitions")
+        if name == "bleu":
+            rows += benchmark_bleu(options.repeats)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(shape, Path(folder))
+            run = {"dpo": benchmark_dpo, "sft": benchmark_sft, "ppo": benchmark_ppo}[name]
+            rows += run(shape, Path(folder), options.repeats)
+    print(f"\n{machine()}\n\n{shape}\n")
+    print("| ours : theirs | times as fast (median) | min | max | target | theirs, s | ours, s |")
+    print("|---|---|---|---|---|---|---|")
+    print(*rows, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""When last.ckpt is written, and what a crash leaves of it."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+import callbacks.checkpoint
+from callbacks.checkpoint import LastCheckpoint, save_last
+
+
+class Module(LightningModule):
+    def __init__(self, manual: bool = False) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, batch_idx):
+        if self.automatic_optimization:
+            return self.weight.sum()
+        for _ in range(3):  # optimizer steps a batch
+            self.optimizers().step()
+        return None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def saved(monkeypatch, tmp_path, every: int, manual: bool = False, **settings) -> list[int]:
+    """After how many batches a run saved; six batches an epoch."""
+    batches = []
+
+    def note(trainer, folder):
+        assert folder == tmp_path / "checkpoints"
+        batches.append(trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+
+    monkeypatch.setattr(callbacks.checkpoint, "save_last", note)
+    checkpoint = LastCheckpoint(every)
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[checkpoint, Callback()],
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    trainer.fit(Module(manual), range(6))
+    assert trainer.callbacks[-1] is checkpoint  # behind what the others write about a batch
+    assert len(trainer.callbacks) == 2
+    return batches
+
+
+def test_every_so_many_batches_and_at_the_end(monkeypatch, tmp_path):
+    assert saved(monkeypatch, tmp_path, 5, max_epochs=2) == [5, 10, 12]
+
+
+def test_at_the_end_of_a_run_that_is_limited_by_steps(monkeypatch, tmp_path):
+    assert saved(monkeypatch, tmp_path, 50, max_epochs=2, max_steps=8) == [8]
+
+
+def test_optimizer_steps_of_a_batch_are_not_batches(monkeypatch, tmp_path):
+    assert saved(monkeypatch, tmp_path, 4, manual=True, max_epochs=2) == [4, 8, 12]
+    assert saved(monkeypatch, tmp_path, 50, manual=True, max_epochs=2, max_steps=15) == [5]
+
+
+def test_it_waits_for_the_step_of_accumulated_gradients(monkeypatch, tmp_path):
+    # Steps after batches 4, 6 (an epoch's end), 10 and 12.
+    assert saved(monkeypatch, tmp_path, 3, max_epochs=2, accumulate_grad_batches=4) == [4, 10, 12]
+
+
+def test_a_count_below_one_is_refused():
+    with pytest.raises(ValueError, match="every_n_batches: at least 1, got 0"):
+        LastCheckpoint(0)
+
+
+class Saving:
+    """As much of a trainer as saving needs; ``write`` is given the path and may die."""
+
+    def __init__(self, write) -> None:
+        self.save_checkpoint, self.is_global_zero = write, True
+        self.strategy = SimpleNamespace(barrier=lambda name: None)
+
+
+def write_folder(content: str, die: bool = False):
+    def write(path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / content).write_text(content)
+        if die:
+            raise KeyboardInterrupt
+
+    return write
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_takes_its_place_in_one_move(tmp_path):
+    def write(content: str, die: bool = False):
+        def save(path: Path) -> None:
+            path.write_text(content)
+            if die:
+                raise KeyboardInterrupt
+
+        return save
+
+    save_last(Saving(write("first")), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        save_last(Saving(write("torn", die=True)), tmp_path)
+    assert (tmp_path / "last.ckpt").read_text() == "first"
+    save_last(Saving(write("second")), tmp_path)
+    assert (tmp_path / "last.ckpt").read_text() == "second"
+    assert names(tmp_path) == ["last.ckpt"]
+
+
+def test_a_folder_is_there_whole_at_every_moment(tmp_path, monkeypatch):
+    for content in ("first", "second", "third"):
+        save_last(Saving(write_folder(content)), tmp_path)
+        assert names(tmp_path / "last.ckpt") == [content]
+        assert len(names(tmp_path)) == 2  # the link, and what it stands for
+    with pytest.raises(KeyboardInterrupt):
+        save_last(Saving(write_folder("torn", die=True)), tmp_path)
+    assert names(tmp_path / "last.ckpt") == ["third"]
+    # Nothing of the torn one gets into the next one.
+    save_last(Saving(write_folder("fourth")), tmp_path)
+    assert names(tmp_path / "last.ckpt") == ["fourth"]
+
+    def die(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(callbacks.checkpoint.shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):  # between the new link and the old folder's end
+        save_last(Saving(write_folder("fifth")), tmp_path)
+    monkeypatch.undo()
+    assert names(tmp_path / "last.ckpt") == ["fifth"]
+    save_last(Saving(write_folder("sixth")), tmp_path)
+    assert names(tmp_path / "last.ckpt") == ["sixth"]
+    assert len(names(tmp_path)) == 2

@@ -1,0 +1,445 @@
+"""PPO against a computation by hand: plain forwards of the Hugging Face model, one answer at a time, and plain loops.
+
+Nothing of the package takes part in it but the answers that were drawn and the order of the mini-batches.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+from safervlm.judge import Judge
+from safervlm.objectives import PPO
+from safervlm.objectives.ppo import Rollout
+from safervlm.protocol import LABELS
+from safervlm.records import Example, Question
+from safervlm.vlm.base import pack
+from safervlm.vlm.llava import Llava
+
+TEMPERATURE, LENGTH, EPOCHS, MINI = 0.8, 7, 2, 3
+SETTINGS: dict[str, Any] = {
+    "kl_coef": 0.3,
+    "entropy_coef": 0.05,
+    "vf_coef": 0.2,
+    "clip": 0.2,
+    "value_clip": 0.15,
+    "gamma": 0.97,
+    "lam": 0.9,
+    "ppo_epochs": EPOCHS,
+    "mini_batch_size": MINI,
+    "micro_batch_size": 2,
+    "temperature": TEMPERATURE,
+    "response_length": LENGTH,
+    "length_bonus": 1.5,
+    "no_eos_penalty": -2.0,
+    "reward_scale": 0.5,
+    "max_grad_norm": 1e6,
+    "lr": 0.02,
+    "warmup_steps": 0,
+}
+
+
+@dataclass
+class Run:
+    """A fit and what it consisted of."""
+
+    ppo: PPO
+    steps: Any
+    rollouts: list[Rollout]
+    orders: list[int]  # the seeds of the mini-batches
+
+
+def bias_head(vlm: Llava, biases: dict[int, float]) -> None:
+    """Makes tokens likelier or less likely, for every model of the test alike."""
+    old = vlm.base.lm_head
+    new = nn.Linear(old.in_features, old.out_features).requires_grad_(False)
+    new.weight, new.bias.data[:] = old.weight, 0.0
+    for token, bias in biases.items():
+        new.bias[token] = bias
+    vlm.base.lm_head = new
+
+
+@pytest.fixture
+def make_ppo(llava: Callable[[], Llava], perturb: Callable[[nn.Module], None], tiny_judges: Path) -> Callable[..., PPO]:
+    """``make_ppo(**settings)``: a PPO whose adapters and value head have an effect, and whose answers often end."""
+
+    def make(**settings: Any) -> PPO:
+        folder = tiny_judges / "alignment"
+        judge = Judge(checkpoint=str(folder / "epoch_10.pt"), base=str(folder))
+        ppo = PPO(llava(), judge, **(SETTINGS | settings))
+        ppo.configure_model()
+        bias_head(ppo.vlm, {ppo.vlm.eos_token_id: 4.0})
+        perturb(ppo)
+        return ppo
+
+    return make
+
+
+@pytest.fixture
+def run(
+    make_ppo: Callable[..., PPO],
+    fit: Callable[..., Any],
+    make_questions: Callable[[int], list[Question]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Run]:
+    """``run(**settings)``: fits one batch of five questions."""
+
+    def run(judge: Callable[[Sequence[str]], Tensor] | None = None, epochs: int = 1, **settings: Any) -> Run:
+        ppo = make_ppo(**settings)
+        if judge is not None:
+            monkeypatch.setattr(ppo.judge, "judge", judge)
+        rollouts: list[Rollout] = []
+        orders: list[int] = []
+        roll, update = ppo.rollout, ppo.update
+
+        def kept_rollout(*args: Any) -> Rollout:
+            rollouts.append(roll(*args))
+            return rollouts[-1]
+
+        def kept_update(rollout: Rollout, seed: int) -> dict[str, Tensor]:
+            orders.append(seed)
+            return update(rollout, seed)
+
+        monkeypatch.setattr(ppo, "rollout", kept_rollout)
+        monkeypatch.setattr(ppo, "update", kept_update)
+        steps = fit(ppo, [ppo.collator([Example(question) for question in make_questions(5)])], epochs=epochs)
+        return Run(ppo, steps, rollouts, orders)
+
+    return run
+
+
+class Hand:
+    """The same models, switched by PEFT's own means, each a copy of its own; a forward is one whole sequence."""
+
+    def __init__(self, ppo: PPO) -> None:
+        peft_model = ppo.vlm.model
+        self.policy, self.value, self.reference = (copy.deepcopy(peft_model) for _ in range(3))
+        self.policy.set_adapter("default")
+        if ppo.value_on == "adapter":
+            self.value.set_adapter("value")
+        self.on_adapter = ppo.value_on == "adapter"
+        self.head = copy.deepcopy(ppo.value_head)
+        tokenizer = AutoTokenizer.from_pretrained(ppo.vlm.name)
+        rows = self.policy.get_base_model().lm_head.out_features
+        self.impossible = [0, 1, 3, 4, *range(len(tokenizer), rows)]  # <pad> <s> <unk> <image>, and beyond the words
+        self.tokenizer = tokenizer
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Puts trained weights, named as the objective names them, into the copies."""
+        for name, weight in weights.items():
+            if name.startswith("value_head."):
+                getattr(self.head, name.removeprefix("value_head.")).data.copy_(weight)
+            else:
+                owner = self.value if ".value." in name else self.policy
+                owner.get_parameter(name.removeprefix("vlm.model.")).data.copy_(weight)
+        for module in (self.policy, self.value, self.head):
+            module.zero_grad()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of what was back-propagated, named as the objective names it."""
+        found = {f"value_head.{name}": p.grad for name, p in self.head.named_parameters()}
+        for model, adapter in ((self.policy, ".default."), (self.value, ".value.")):
+            found |= {f"vlm.model.{name}": p.grad for name, p in model.named_parameters() if adapter in name}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+    def forward(self, model: nn.Module, inputs: dict[str, Tensor], start: int) -> tuple[Tensor, Tensor]:
+        """(n, V) logits and (n, H) states that predict the tokens from ``start`` on."""
+        output = model(**inputs, output_hidden_states=True)
+        return output.logits[0, start - 1 : -1], output.hidden_states[-1][0, start - 1 : -1]
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[:, self.impossible] = -math.inf
+        return (logits / TEMPERATURE).log_softmax(-1)
+
+    def tokens(self, rollout: Rollout, row: int) -> list[dict[str, Any]]:
+        """What each token of an answer looks like to policy, reference and value function."""
+        batch, answer = rollout.batch, rollout.answers[row].token_ids
+        prompt = batch.prompt_ids[row]
+        inputs = {
+            "input_ids": torch.tensor([prompt + answer]),
+            "pixel_values": batch.pixel_values[batch.image_rows[row]][None],
+        }
+        logits, states = self.forward(self.policy, inputs, len(prompt))
+        if self.on_adapter:
+            _, states = self.forward(self.value, inputs, len(prompt))
+        else:
+            states = states.detach()
+        values = self.head(states)[:, 0]
+        with torch.no_grad(), self.reference.disable_adapter():
+            reference = self.log_softmax(self.forward(self.reference, inputs, len(prompt))[0])
+        distribution = self.log_softmax(logits)
+        possible = [token for token in range(logits.shape[1]) if token not in set(self.impossible)]
+        return [
+            {
+                "logprob": distribution[t, token],
+                "reference": reference[t, token].item(),
+                "value": values[t],
+                "entropy": -(distribution[t, possible].exp() * distribution[t, possible]).sum(),
+            }
+            for t, token in enumerate(answer)
+        ]
+
+
+def judged_by_hand(folder: Path, text: str, label: str) -> float:
+    """Minus the cross entropy, from the published form of the judge, one text alone."""
+    state = torch.load(folder / "epoch_10.pt", weights_only=True)
+    roberta = RobertaModel(RobertaConfig.from_pretrained(folder), add_pooling_layer=False).eval()
+    roberta.load_state_dict(
+        {name.removeprefix("roberta."): weight for name, weight in state.items() if name.startswith("roberta.")}
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=65).input_ids
+    with torch.no_grad():
+        first = roberta(input_ids=ids).last_hidden_state[0, 0]
+    logits = state["classifier.weight"] @ first + state["classifier.bias"]
+    return logits.log_softmax(-1)[LABELS["alignment"].index(label)].item()
+
+
+@pytest.mark.parametrize("value_on", ["adapter", "policy"])
+def test_a_rollout_and_its_updates_equal_those_by_hand(
+    value_on: str, run: Callable[..., Run], tiny_judges: Path
+) -> None:
+    done = run(value_on=value_on)
+    (rollout,), ppo = done.rollouts, done.ppo
+    rows = range(len(rollout.answers))
+    lengths = [len(answer.token_ids) for answer in rollout.answers]
+    stopped = [answer.token_ids[-1] == ppo.vlm.eos_token_id for answer in rollout.answers]
+    assert len(set(lengths)) > 2  # padding
+    assert len(set(stopped)) == 2  # some end by themselves, some are cut
+    assert [answer.finish_reason == "stop" for answer in rollout.answers] == stopped
+
+    # The rollout: the models as they were before the first step.
+    hand = Hand(ppo)
+    hand.load(done.steps.weights[0])
+    with torch.no_grad():
+        seen = [hand.tokens(rollout, row) for row in rows]
+    texts = [hand.tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip() for answer in rollout.answers]
+    labels = [question.answer for question in rollout.batch.questions]
+    judged = [judged_by_hand(tiny_judges / "alignment", text, label) for text, label in zip(texts, labels, strict=True)]
+    earned, advantages, returns, kl = [], [], [], []
+    for row in rows:
+        reward = (judged[row] - min(judged)) / (max(judged) - min(judged))
+        reward += 0.0 if stopped[row] else SETTINGS["no_eos_penalty"]
+        reward += SETTINGS["length_bonus"] * (lengths[row] / LENGTH)
+        earned.append(reward)
+        tokens = seen[row]
+        divergence = [token["logprob"].item() - token["reference"] for token in tokens]
+        kl.append(sum(divergence))
+        rewards = [-SETTINGS["kl_coef"] * max(0.0, nats) for nats in divergence]
+        rewards[-1] += reward
+        rewards = [SETTINGS["reward_scale"] * reward for reward in rewards]
+        values = [token["value"].item() for token in tokens]
+        advantage, found = 0.0, []
+        for t in reversed(range(len(tokens))):
+            following = values[t + 1] if t + 1 < len(tokens) else 0.0
+            delta = rewards[t] + SETTINGS["gamma"] * following - values[t]
+            advantage = delta + SETTINGS["gamma"] * SETTINGS["lam"] * advantage
+            found.insert(0, advantage)
+        advantages.append(found)
+        returns.append([a + v for a, v in zip(found, values, strict=True)])
+    everything = np.concatenate(advantages)
+    whitened = [(np.array(found) - everything.mean()) / math.sqrt(everything.var() + 1e-8) for found in advantages]
+
+    for row in rows:
+        length, tokens = lengths[row], seen[row]
+        assert rollout.mask[row].tolist() == [True] * length + [False] * (max(lengths) - length)
+        for ours, expected in (
+            (rollout.logprobs, [token["logprob"].item() for token in tokens]),
+            (rollout.values, [token["value"].item() for token in tokens]),
+            (rollout.returns, returns[row]),
+            (rollout.advantages, whitened[row].tolist()),
+        ):
+            assert ours[row, :length].tolist() == pytest.approx(expected, abs=1e-5)
+        for padded in (rollout.logprobs, rollout.values, rollout.advantages):
+            assert not padded[row, length:].any()
+
+    # The updates: each optimizer step's gradient, from the weights before it.
+    old = [[(token["logprob"].item(), token["value"].item()) for token in tokens] for tokens in seen]
+    generator = torch.Generator().manual_seed(done.orders[0])
+    minis = [mini.tolist() for _ in range(EPOCHS) for mini in torch.randperm(5, generator=generator).split(MINI)]
+    assert len(done.steps.gradients) == len(minis) == EPOCHS * 2
+    sums = dict.fromkeys(["policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction"], 0.0)
+    sums["approx_kl"] = 0.0
+    clipped_at = set()
+    for mini, weights, gradients in zip(minis, done.steps.weights, done.steps.gradients, strict=True):
+        hand.load(weights)
+        loss: Any = 0.0
+        for row in mini:
+            for t, token in enumerate(hand.tokens(rollout, row)):
+                old_logprob, old_value = old[row][t]
+                advantage = float(whitened[row][t])
+                ratio = (token["logprob"] - old_logprob).exp()
+                above, below = ratio.item() > 1 + 0.2, ratio.item() < 1 - 0.2
+                policy_clipped = above if advantage > 0 else below
+                policy = -ratio * advantage
+                if policy_clipped:
+                    clipped_at.add("above" if above else "below")
+                    policy = torch.tensor(-(1.2 if above else 0.8) * advantage)
+                moved, target = token["value"].item() - old_value, returns[row][t]
+                near = old_value + min(max(moved, -0.15), 0.15)
+                value = (token["value"] - target) ** 2 / 2
+                value_clipped = abs(moved) > 0.15 and abs(near - target) > abs(token["value"].item() - target)
+                if value_clipped:
+                    value = torch.tensor((near - target) ** 2 / 2)
+                loss = loss + policy + SETTINGS["vf_coef"] * value - SETTINGS["entropy_coef"] * token["entropy"]
+                sums["policy_loss"] += policy.item()
+                sums["value_loss"] += value.item()
+                sums["entropy"] += token["entropy"].item()
+                sums["clip_fraction"] += policy_clipped
+                sums["value_clip_fraction"] += value_clipped
+                sums["approx_kl"] += ratio.item() - 1 - math.log(ratio.item())
+        (loss / sum(lengths[row] for row in mini)).backward()
+        expected_gradients = hand.gradients()
+        assert gradients.keys() == expected_gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+    assert clipped_at == {"above", "below"}  # ratios beyond the room on both sides of 1
+    assert sums["value_clip_fraction"] > 3
+    assert any(gradients["value_head.weight"].abs().max() > 1e-3 for gradients in done.steps.gradients)
+
+    # What is logged.
+    metrics, count = done.steps.metrics, EPOCHS * sum(lengths)
+    values = np.array([value for row in old for _, value in row])
+    targets = np.concatenate(returns)
+    right = [text_label == label for text_label, label in zip(read(tiny_judges, texts), labels, strict=True)]
+    expected = {name: total / count for name, total in sums.items()} | {
+        "reward": np.mean(earned),
+        "judged": np.mean(judged),
+        "accuracy": np.mean(right),
+        "kl": np.mean(kl),
+        "length": np.mean(lengths),
+        "stopped": np.mean(stopped),
+        "explained_variance": 1 - (targets - values).var() / targets.var(),
+    }
+    assert {name: metrics[f"train/{name}"] for name in expected} == pytest.approx(expected, abs=1e-4)
+
+
+def read(tiny_judges: Path, texts: Sequence[str]) -> list[str]:
+    """The most probable labels."""
+    folder, labels = tiny_judges / "alignment", LABELS["alignment"]
+    return [max(labels, key=lambda label: judged_by_hand(folder, text, label)) for text in texts]
+
+
+def test_the_micro_batch_changes_nothing(run: Callable[..., Run]) -> None:
+    runs = [run(micro_batch_size=size) for size in (1, 2, 5)]
+    whole = runs[-1]
+    for other in runs[:-1]:
+        assert other.rollouts[0].answers == whole.rollouts[0].answers
+        torch.testing.assert_close(other.rollouts[0].advantages, whole.rollouts[0].advantages, atol=1e-4, rtol=0)
+        for ours, theirs in zip(other.steps.gradients, whole.steps.gradients, strict=True):
+            for name, gradient in ours.items():
+                torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-3, msg=name)
+        assert other.steps.metrics == pytest.approx(whole.steps.metrics, abs=1e-4)
+
+
+def test_gradients_are_clipped_to_the_norm(run: Callable[..., Run]) -> None:
+    free, clipped = (run(max_grad_norm=norm).steps.gradients[0] for norm in (1e6, 0.01))
+
+    def norm(gradients: dict[str, Tensor]) -> float:
+        return math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
+
+    assert norm(free) > 0.02
+    assert norm(clipped) == pytest.approx(0.01, rel=1e-3)
+    for name, gradient in clipped.items():
+        torch.testing.assert_close(gradient, free[name] * 0.01 / norm(free), atol=1e-7, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(("value_on", "names"), [("policy", "value_head"), ("adapter", r".value. or value_head")])
+def test_the_value_loss_leaves_the_policy_alone(value_on: str, names: str, run: Callable[..., Run]) -> None:
+    done = run(value_on=value_on, ppo_epochs=1)
+    loss = done.ppo.losses(done.rollouts[0], torch.arange(3))["value_loss"]
+    parameters = {name: p for name, p in done.ppo.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    reached = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    assert reached == {name for name in parameters if any(part in name for part in names.split(" or "))}
+
+
+@pytest.mark.parametrize("value_on", ["adapter", "policy"])
+def test_the_policy_loss_leaves_the_value_function_alone(value_on: str, run: Callable[..., Run]) -> None:
+    done = run(value_on=value_on, ppo_epochs=1)
+    sums = done.ppo.losses(done.rollouts[0], torch.arange(3))
+    parameters = {name: p for name, p in done.ppo.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(sums["policy_loss"] + sums["entropy"], list(parameters.values()), allow_unused=True)
+    reached = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    assert reached == {name for name in parameters if ".default." in name}
+
+
+def test_the_judge_stays_frozen_and_in_eval_mode(run: Callable[..., Run], tiny_judges: Path) -> None:
+    done = run(epochs=2)
+    judge = done.ppo.judge
+    assert not any(module.training for module in judge.modules())
+    assert done.ppo.vlm.training  # which was trained
+    saved = torch.load(tiny_judges / "alignment" / "epoch_10.pt", weights_only=True)
+    optimised = {id(p) for group in done.ppo.optimizers().param_groups for p in group["params"]}
+    parameters = dict(judge.named_parameters())
+    assert len(parameters) > 10
+    for name, parameter in parameters.items():
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+        assert id(parameter) not in optimised
+        assert torch.equal(parameter, saved[name])
+    assert not any("judge" in name for name in done.ppo.state_dict())
+
+
+@pytest.mark.parametrize("answers", ["alike", "drawn"])
+def test_equal_rewards_are_numbers(answers: str, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All judged alike: each earns the half; answers of one token alike leave nothing to be whitened at all."""
+    alike = {"response_length": 1, "kl_coef": 0.0} if answers == "alike" else {}
+    done = run(judge=lambda texts: torch.full((len(texts), 3), math.log(1 / 3)), **alike)
+    rollout, lengths = done.rollouts[0], done.rollouts[0].mask.sum(-1)
+    stopped = torch.tensor([answer.finish_reason == "stop" for answer in rollout.answers])
+    length = done.ppo.sampling.max_new_tokens
+    expected = 0.5 + 1.5 * lengths / length - 2.0 * ~stopped
+    assert done.steps.metrics["train/reward"] == pytest.approx(expected.mean().item(), abs=1e-6)
+    for tensor in (rollout.advantages, rollout.returns, *done.steps.gradients[-1].values()):
+        assert tensor.isfinite().all()
+    assert all(p.isfinite().all() for p in done.ppo.parameters())
+
+
+def test_suppressed_tokens_are_never_drawn_and_have_no_probability(
+    make_ppo: Callable[..., PPO], make_questions: Callable[[int], list[Question]]
+) -> None:
+    ppo = make_ppo()
+    image, unknown = ppo.vlm.image_token_id, 3
+    beyond = ppo.vlm.base.lm_head.out_features - 1
+    bias_head(ppo.vlm, dict.fromkeys((image, unknown, beyond), 1e3))  # the model wants nothing else
+    batch = ppo.collator([Example(question) for question in make_questions(5)])
+    answers = ppo.vlm.generate(batch, ppo.sampling, seed=0)
+    drawn = {token for answer in answers for token in answer.token_ids}
+    assert len(drawn) > 5
+    assert not drawn & {image, unknown, beyond}
+    for token in (unknown, beyond):  # (an image's placeholder can't even be read)
+        batch.packed = pack(batch.prompt_ids, [[[token, ppo.vlm.eos_token_id]] for _ in range(5)])
+        wanted = ppo.vlm.score(batch).logprobs[:, 0].exp()
+        scores = ppo.vlm.score(batch, sampling=ppo.sampling, entropy=True)
+        assert wanted.max() > 0.3
+        assert scores.logprobs[:, 0].exp().tolist() == [0.0] * 5
+        assert scores.entropy is not None
+        assert scores.entropy.isfinite().all()
+
+
+def test_the_rollout_is_drawn_from_seed_epoch_and_batch(run: Callable[..., Run]) -> None:
+    first, again, other = run(epochs=2), run(epochs=2), run(epochs=2, seed=1)
+    texts = [[[answer.text for answer in rollout.answers] for rollout in r.rollouts] for r in (first, again, other)]
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[2][0]
+    assert texts[0][0] != texts[0][1]
+    assert len(set(first.orders)) == 2
+
+
+def test_the_value_function_starts_at_zero(llava: Callable[[], Llava], tiny_judges: Path) -> None:
+    folder = tiny_judges / "alignment"
+    ppo = PPO(llava(), Judge(checkpoint=str(folder / "epoch_10.pt"), base=str(folder)))
+    ppo.configure_model()
+    assert ppo.value_head is not None
+    assert not any(p.any() for p in ppo.value_head.parameters())
+    assert all(p.requires_grad for p in ppo.value_head.parameters())

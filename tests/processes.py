@@ -1,0 +1,234 @@
+"""Commands played in processes of their own, which may be killed, and what kills them at a known moment.
+
+A server that has imported what a command needs forks each of them: seconds less than an interpreter of its own.
+"""
+
+import io
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import lightning.fabric.plugins.io.torch_io as torch_io
+import torch
+import yaml
+from lightning import Callback
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        *("safervlm.lightning_cli", "safervlm.objectives", "safervlm.measure", "safervlm.data.alignment"),
+        *("callbacks.generation_check", "callbacks.checkpoint", "callbacks.adapter_export", "callbacks.rollout_log"),
+    ]
+)
+
+
+def _command(args: Sequence[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    torch.set_num_threads(1)
+    from safervlm.cli import main
+
+    main(args)
+
+
+class Played:
+    """A command that is running, or has ended.
+
+    Args:
+        args: the command line.
+        folder: its working directory.
+        environment: more environment variables.
+    """
+
+    def __init__(self, args: Sequence[object], folder: Path, name: str = "log", **environment: object) -> None:
+        self.log = folder / f"{name}.txt"
+        self.log.unlink(missing_ok=True)
+        more = {key: str(value) for key, value in environment.items()}
+        self.process: BaseProcess = CONTEXT.Process(
+            target=_command, args=(list(map(str, args)), folder, self.log, more)
+        )
+        self.process.start()
+
+    def end(self, timeout: float = 300) -> int | None:
+        """Its exit code, minus the signal's number if one ended it."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"still running after {timeout} s:\n{self.output}")
+        return self.process.exitcode
+
+    @property
+    def output(self) -> str:
+        """What it printed."""
+        return self.log.read_text(errors="replace")
+
+
+def play(args: Sequence[object], folder: Path, code: int = 0) -> str:
+    """Plays a command to its end, which has to be ``code``; gives what it printed."""
+    played = Played(args, folder)
+    assert played.end() == code, played.output
+    return played.output
+
+
+def play_on_two(args: Sequence[object], folder: Path, code: int = 0) -> str:
+    """Plays a command in two processes that find each other as a cluster's do; gives what the first one printed.
+
+    Of two that don't end well one has to end with ``code``: the other may find its partner gone.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        Played(
+            args,
+            folder,
+            f"rank-{rank}",
+            LOCAL_RANK=rank,
+            NODE_RANK=0,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank in range(2)
+    ]
+    try:
+        codes = [played.end() for played in ranks]
+        output = "\n".join(played.output for played in ranks)
+        assert code in codes, output
+        assert 0 not in codes or codes == [0, 0], output
+    finally:
+        for played in ranks:
+            played.process.kill()
+    return ranks[0].output
+
+
+def write_config(file: Path, config: dict[str, object]) -> Path:
+    """Writes a YAML file."""
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    return file
+
+
+class SignalAtBatchEnd(Callback):
+    """Sends its own process a signal at the end of a batch.
+
+    Args:
+        batch: from 1, over all epochs.
+        number: the signal.
+    """
+
+    def __init__(self, batch: int, number: int = signal.SIGKILL) -> None:
+        self.batch, self.number = batch, number
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batch:
+            os.kill(os.getpid(), self.number)
+
+
+class KillInBackward(Callback):
+    """Kills its own process after the backward pass of a batch, before the optimizer steps.
+
+    Args:
+        batch: from 1, over all epochs.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillInSave(Callback):
+    """Kills its own process when half of a checkpoint has been written.
+
+    Args:
+        save: which one, from 1.
+    """
+
+    def __init__(self, save: int) -> None:
+        self.left, self.whole = save, torch_io._atomic_save
+        torch_io._atomic_save = self.write
+
+    def write(self, checkpoint, path):
+        self.left -= 1
+        if self.left:
+            self.whole(checkpoint, path)
+            return
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillAtExport(Callback):
+    """Kills its own process when training is over."""
+
+    def on_train_end(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillInPredict(Callback):
+    """Kills its own process after a predicted batch, in the middle of writing the last line of it.
+
+    Args:
+        batch: from 0, of this process.
+        torn: how many bytes of the last line are missing.
+    """
+
+    def __init__(self, batch: int, torn: int = 0) -> None:
+        self.batch, self.torn = batch, torn
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == self.batch:
+            if self.torn:
+                shards = Path(trainer.default_root_dir) / "shards" / "responses"
+                shard = max(shards.glob(f"{trainer.global_rank}-*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+                os.truncate(shard, shard.stat().st_size - self.torn)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillInMerge(Callback):
+    """Kills its own process when the answers have been merged and the shards are still there."""
+
+    def setup(self, trainer, pl_module, stage):
+        unlink = Path.unlink
+
+        def kill(path, missing_ok=False):
+            if path.parent.name == "responses":
+                os.kill(os.getpid(), signal.SIGKILL)
+            unlink(path, missing_ok)
+
+        Path.unlink = kill
+
+
+class DeepSpeedOnCPU(DeepSpeedStrategy):
+    """DeepSpeed over gloo: Lightning's strategy without its demand for CUDA."""
+
+    def setup_environment(self):
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self):
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+        import deepspeed
+
+        engine, optimizer, _, _ = deepspeed.initialize(
+            config=self.config,
+            model=model,
+            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, optimizer

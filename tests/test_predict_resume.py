@@ -1,0 +1,167 @@
+"""Measuring: what is killed goes on, and neither batches nor processes change an answer."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from processes import Played, play, play_on_two, write_config
+
+pytestmark = pytest.mark.slow
+
+QUESTIONS = 4 + 4 * 5 + 4 * 5 + 3 * 5  # perception, alignment of both sets, three concepts' names
+DDP = ("--trainer.strategy=ddp", "--trainer.devices=2")
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, tiny_llava, tiny_sets) -> Callable[..., list[object]]:
+    """``command(run, *more)``: a command line that asks 59 questions of all three capabilities, in batches of 3."""
+    overlay = {
+        "model": {
+            "init_args": {
+                "vlm": {"init_args": {"model": str(tiny_llava), "dtype": "float32", "system": ""}},
+                "sampling": {"max_new_tokens": 8},
+            }
+        },
+        "data": {
+            "init_args": {
+                "folder": str(tiny_sets / "unsafe"),
+                "safe_folder": str(tiny_sets / "safe"),
+                "limit": 4,
+                "batch_size": 3,
+                "num_workers": 0,
+            }
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "enable_progress_bar": False,
+            "callbacks": [{"class_path": "callbacks.record_writer.RecordWriter"}],
+        },
+    }
+    config = write_config(tmp_path_factory.mktemp("configs") / "overlay.yaml", overlay)
+    return lambda run, *more: ["predict", "--config=configs/measure.yaml", f"--config={config}", "--run", run, *more]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(command, tmp_path_factory) -> Callable[[float], bytes]:
+    """``uninterrupted(temperature)``: the answers of a run that was never interrupted, in batches of 3."""
+    done: dict[float, bytes] = {}
+
+    def run(temperature: float) -> bytes:
+        if temperature not in done:
+            folder = tmp_path_factory.mktemp("measured")
+            play(command("run", f"--model.sampling.temperature={temperature}"), folder)
+            done[temperature] = (folder / "run" / "responses.jsonl").read_bytes()
+        return done[temperature]
+
+    return run
+
+
+def responses(folder: Path) -> bytes:
+    assert not list((folder / "run" / "shards").rglob("*.jsonl"))
+    return (folder / "run" / "responses.jsonl").read_bytes()
+
+
+def lines_in_shards(folder: Path) -> int:
+    return sum(shard.read_bytes().count(b"\n") for shard in (folder / "run" / "shards").rglob("*.jsonl"))
+
+
+def test_what_the_others_are_measured_by(uninterrupted):
+    greedy, sampled = (
+        [json.loads(line) for line in uninterrupted(temperature).splitlines()] for temperature in (0.0, 1.0)
+    )
+    for records in (greedy, sampled):
+        assert len(records) == len({record["id"] for record in records}) == QUESTIONS
+        assert {record["capability"] for record in records} == {"perception", "alignment", "alignment_text_only"}
+        assert len({record["response"] for record in records}) > QUESTIONS / 3  # the tiny model isn't blind
+    assert [record["response"] for record in greedy] != [record["response"] for record in sampled]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_the_batch_size_changes_nothing(batch_size, temperature, command, uninterrupted, tmp_path):
+    more = [f"--model.sampling.temperature={temperature}", f"--data.batch_size={batch_size}"]
+    play(command("run", *more), tmp_path)
+    assert responses(tmp_path) == uninterrupted(temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_two_processes_change_nothing(temperature, command, uninterrupted, tmp_path):
+    play_on_two(command("run", *DDP, f"--model.sampling.temperature={temperature}"), tmp_path)
+    assert responses(tmp_path) == uninterrupted(temperature)
+
+
+def test_killed_three_times_with_torn_lines(command, uninterrupted, tmp_path):
+    line = command("run")
+    there = 0
+    # After one batch a line is torn, then all but the newline is there, then a batch is whole.
+    for batch, torn, kept in ((0, 40, 2), (2, 1, 8), (4, 0, 15)):
+        kill = ["--trainer.callbacks+=processes.KillInPredict", f"--trainer.callbacks.batch={batch}"]
+        printed = play([*line, *kill, f"--trainer.callbacks.torn={torn}"], tmp_path, code=-9)
+        assert (f"{there} records are there already" in printed) == (there > 0)
+        there += kept
+        assert lines_in_shards(tmp_path) == there
+    assert f"{there} records are there already" in play(line, tmp_path)
+    assert responses(tmp_path) == uninterrupted(1.0)
+
+
+def test_killed_while_merging(command, uninterrupted, tmp_path):
+    line = command("run")
+    play([*line, "--trainer.callbacks+=processes.KillInMerge"], tmp_path, code=-9)
+    assert lines_in_shards(tmp_path) == QUESTIONS
+    assert f"{QUESTIONS} records are there already" in play(line, tmp_path)
+    assert responses(tmp_path) == uninterrupted(1.0)
+    # And once more, when it is complete.
+    assert f"{QUESTIONS} records are there already" in play(line, tmp_path)
+    assert responses(tmp_path) == uninterrupted(1.0)
+
+
+def test_two_processes_are_killed_and_one_goes_on_and_then_two(command, uninterrupted, tmp_path):
+    kill = ["--trainer.callbacks+=processes.KillInPredict", "--trainer.callbacks.torn=9"]
+    play_on_two([*command("run", *DDP), *kill, "--trainer.callbacks.batch=2"], tmp_path, code=-9)
+    assert lines_in_shards(tmp_path) == 2 * 8
+    play([*command("run"), *kill, "--trainer.callbacks.batch=3"], tmp_path, code=-9)
+    assert lines_in_shards(tmp_path) == 2 * 8 + 11
+    play_on_two(command("run", *DDP), tmp_path)
+    assert responses(tmp_path) == uninterrupted(1.0)
+
+
+def test_sigterm(command, uninterrupted, tmp_path):
+    line = command("run")
+    played = Played([*line, "--data.batch_size=1"], tmp_path)
+    shards = tmp_path / "run" / "shards" / "responses"
+    while not lines_in_shards(tmp_path):
+        played.process.join(0.05)
+        assert played.process.exitcode is None, played.output
+    played.process.terminate()
+    assert played.end() == 128 + signal.SIGTERM
+    assert 0 < lines_in_shards(tmp_path) < QUESTIONS
+    assert all(shard.read_bytes().endswith(b"\n") for shard in shards.iterdir())
+    assert not json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["measure"]["finished"]
+    play(line, tmp_path)
+    assert responses(tmp_path) == uninterrupted(1.0)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["measure"]["finished"]
+
+
+def test_other_settings_are_refused_and_the_folder_is_left_alone(command, tmp_path):
+    kill = ["--trainer.callbacks+=processes.KillInPredict", "--trainer.callbacks.batch=1"]
+    play([*command("run"), *kill], tmp_path, code=-9)
+
+    def contents() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+
+    before = contents()
+    for more, said in (
+        ("--model.sampling.temperature=0.5", "model.sampling.temperature: 1.0 there, 0.5 now"),
+        ("--data.limit=3", "data.limit: 4 there, 3 now"),
+        ("--seed_everything=1", "model.seed: 0 there, 1 now"),
+    ):
+        printed = play(command("run", more), tmp_path, code=2)
+        errors = [
+            line for line in printed.splitlines() if line.startswith("safervlm: error: --run: run holds a measure")
+        ]
+        assert len(errors) == 1
+        assert said in errors[0]
+    assert contents() == before

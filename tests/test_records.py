@@ -1,0 +1,74 @@
+"""Records in and out, and whole files or none."""
+
+from pathlib import Path
+
+import pytest
+
+from safervlm.records import (
+    Question,
+    RecordError,
+    Response,
+    Verdict,
+    fingerprint,
+    read_jsonl,
+    record_id,
+    seed_for,
+    write_atomically,
+    write_jsonl,
+)
+
+QUESTION = Question(
+    id=record_id("UnsafeConcepts", "images/17.png", "alignment", 3),
+    dataset="UnsafeConcepts",
+    image="images/17.png",
+    image_path="/data/images/17.png",
+    capability="alignment",
+    prompt_number=3,
+    prompt="Is it?",
+    category="Hate",
+    concept="knife",
+    answer="Unsafe",
+)
+
+
+def test_the_scheme_of_ids() -> None:
+    assert QUESTION.id == "UnsafeConcepts/images/17.png/alignment/3"
+
+
+def test_records_survive_a_file(tmp_path: Path) -> None:
+    response = Response(QUESTION, "No – «nicht» \u2028 safe\n", "stop", 7)
+    verdict = Verdict(QUESTION.id, "Unsafe", {"Safe": 0.1, "Unsafe": 0.9}, "f" * 16)
+    write_jsonl(tmp_path / "r.jsonl", [response.to_dict()])
+    write_jsonl(tmp_path / "v.jsonl", [verdict.to_dict()])
+    assert [Response.from_dict(record) for record in read_jsonl(tmp_path / "r.jsonl")] == [response]
+    assert [Verdict.from_dict(record) for record in read_jsonl(tmp_path / "v.jsonl")] == [verdict]
+
+
+@pytest.mark.parametrize("line", ['{"id": 1', "[1, 2]"])
+def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "r.jsonl").write_text('{"id": "a"}\n\n' + line + "\n")
+    with pytest.raises(RecordError, match=r"r\.jsonl, line 3"):
+        list(read_jsonl(tmp_path / "r.jsonl"))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    write_atomically(path, lambda temporary: temporary.write_text("before"))
+
+    def dies(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, dies)
+    assert path.read_text() == "before"
+    assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_fingerprints_and_seeds_tell_parts_apart(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    file.write_bytes(b"ab")
+    assert fingerprint(file) == fingerprint("ab") == fingerprint(b"ab")
+    assert len({fingerprint("ab", "c"), fingerprint("a", "bc"), fingerprint("abc")}) == 3
+    assert len({seed_for(0, "a"), seed_for(1, "a"), seed_for(0, "b"), seed_for("0a")}) == 4
+    assert 0 <= seed_for("x") < 2**63

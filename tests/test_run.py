@@ -1,0 +1,42 @@
+"""The manifest: what made a run, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from safervlm.run import SettingsDifferError, check_settings, finished, flatten, read_manifest, write_stage
+
+SETTINGS = {"model": {"lr": 1e-3, "betas": (0.9, 0.99)}, "data": {"ids": "abc"}}
+
+
+def test_the_same_settings_go_on(tmp_path: Path) -> None:
+    check_settings(tmp_path, "sft", SETTINGS)  # nothing there yet
+    write_stage(tmp_path, "sft", settings=SETTINGS, finished=False)
+    check_settings(tmp_path, "sft", SETTINGS)
+    check_settings(tmp_path, "measure", {"other": "stage"})
+    assert not finished(tmp_path, "sft")
+    write_stage(tmp_path, "sft", finished=True)
+    assert finished(tmp_path, "sft")
+    assert read_manifest(tmp_path)["stages"]["sft"]["settings"]["data"] == {"ids": "abc"}
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    write_stage(tmp_path, "sft", settings=SETTINGS)
+    changed = json.loads(json.dumps(SETTINGS))
+    changed["model"]["lr"] = 2e-3
+    del changed["data"]["ids"]
+    with pytest.raises(SettingsDifferError, match=r"model\.lr: 0\.001 there, 0\.002 now; data\.ids: 'abc' there, None") as caught:
+        check_settings(tmp_path, "sft", changed)
+    assert "name another folder" in str(caught.value)
+    assert "betas" not in str(caught.value)
+
+
+def test_many_differences_are_counted(tmp_path: Path) -> None:
+    write_stage(tmp_path, "sft", settings={str(n): n for n in range(9)})
+    with pytest.raises(SettingsDifferError, match="and 4 more"):
+        check_settings(tmp_path, "sft", {})
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
