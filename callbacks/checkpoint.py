@@ -57,8 +57,8 @@ def save_last(trainer: Trainer, folder: Path) -> None:
     link, which can.
     """
     last, following = folder / "last.ckpt", folder / "next.ckpt"
-    before = last.resolve()
-    if before == folder.resolve() / "next.ckpt":
+    before = folder / last.readlink() if last.is_symlink() else None
+    if before == following:
         following = folder / "other.ckpt"
     if trainer.is_global_zero and following.is_dir():
         shutil.rmtree(following)  # what a process that died while saving left
@@ -70,7 +70,7 @@ def save_last(trainer: Trainer, folder: Path) -> None:
             link.unlink(missing_ok=True)
             link.symlink_to(following.name)
             link.replace(last)
-            if before.is_dir():
+            if before is not None:
                 shutil.rmtree(before)
         else:
             following.replace(last)

@@ -104,5 +104,5 @@ class GenerationCheck(Callback):
             ]
             flagged, total = flagged + sum(safe), total + len(safe)
         counts = torch.tensor([flagged, total], dtype=torch.float64, device=pl_module.device)
-        counts = trainer.strategy.reduce(counts, reduce_op="sum")  # type: ignore[assignment]
+        counts = trainer.strategy.reduce(counts, reduce_op="sum")
         return float(counts[0] / counts[1])

@@ -70,3 +70,7 @@ def plain(args: Sequence[str]) -> None:
     from safervlm.lightning_cli import OneLineParser
 
     auto_cli(plain_commands()[args[0]], args=list(args[1:]), parser_class=OneLineParser, prog=f"safervlm {args[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,8 @@
 Shapes: B sequences, T response tokens. ``mask`` is True at response tokens; what stands elsewhere changes nothing.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -140,6 +142,23 @@ def token_rewards(
     rewards = -kl_coef * (logprobs - reference).clamp(min=0) * mask
     last = mask.sum(-1, keepdim=True) - 1
     return scale * rewards.scatter_add(-1, last, sequence[:, None])
+
+
+def whiten(values: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """Shifts and scales to mean 0 and variance 1 over the response tokens.
+
+    Args:
+        values: (B, T).
+        mask: (B, T).
+        total: adds a scalar up over all processes.
+
+    Returns:
+        (B, T) whitened values, 0 outside the mask.
+    """
+    count = total(mask.sum())
+    mean = total((values * mask).sum()) / count
+    variance = total(((values - mean).square() * mask).sum()) / count
+    return (values - mean) * (variance + 1e-8).rsqrt() * mask
 
 
 def explained_variance(returns: Tensor, values: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse._util import import_object
-from lightning import LightningDataModule, LightningModule
+from lightning import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -81,8 +82,8 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         return f"unknown argument --{whole}{did_you_mean(unknown, parameters(), stem)}; --help lists all"
     if unknown := find(r"does not accept option '([^']+)'"):
         return (
-            f"a config has {unknown.split('.')[0]!r}, which is no part of a recipe: it is of another kind; a recipe has "
-            "run, model, data and trainer, and a part goes where it belongs, as in --model.vlm configs/vlm/NAME.yaml"
+            f"a config has {unknown.split('.')[0]!r}, which is no part of a recipe: it is of another kind; a recipe "
+            "has run, model, data and trainer, and a part goes where it belongs, as in --model.vlm configs/vlm/NAME.yaml"
         )
     key = find(r"""[Pp]arser key ["']([^"']+)["']""") or ""
     if missing := find(r"File does not exist: '?([^'\n]+)"):
@@ -112,9 +113,10 @@ def argument(key: str, typed: Sequence[str]) -> str:
 
 def parameters() -> list[str]:
     """The names of all arguments that our classes take, as far as they are imported."""
+    kinds = (LightningModule, LightningDataModule, Callback, torch.nn.Module)
     modules = [module for name, module in sys.modules.items() if name.startswith(("safervlm.", "callbacks."))]
     classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
-    ours = [value for value in classes if value.__module__ in {module.__name__ for module in modules}]
+    ours = [value for value in classes if value.__module__.startswith("safervlm.") and issubclass(value, kinds)]
     return sorted({name for value in ours for name in inspect.signature(value.__init__).parameters})
 
 
@@ -195,6 +197,11 @@ class SaferCLI(LightningCLI):
             if (known := our_error(error)) is None:
                 raise
             fail(str(known))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Predictions go to files as they come; collected, they would fill the memory."""
+        given = super()._prepare_subcommand_kwargs(subcommand)
+        return given | {"return_predictions": False} if subcommand == "predict" else given
 
     def before_fit(self) -> None:
         """Goes on from the run's last checkpoint unless another one is named."""

@@ -318,7 +318,7 @@ def our_side(objective: Objective, batch: Batch) -> Side:
     perturb(trained)
 
     def backward() -> Tensor:
-        loss: Tensor = objective.training_step(replace(batch, features=None), 0)  # type: ignore[operator]
+        loss: Tensor = objective.training_step(Batch(**vars(batch) | {"features": None}), 0)  # type: ignore[operator]
         loss.backward()
         return loss
 

@@ -121,10 +121,10 @@ class SignalAtBatchEnd(Callback):
 
     Args:
         batch: from 1, over all epochs.
-        number: the signal.
+        number: of the signal; 9 is SIGKILL.
     """
 
-    def __init__(self, batch: int, number: int = signal.SIGKILL) -> None:
+    def __init__(self, batch: int, number: int = 9) -> None:
         self.batch, self.number = batch, number
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -214,6 +214,10 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
     """DeepSpeed over gloo: Lightning's strategy without its demand for CUDA."""
 
     def setup_environment(self):
+        import deepspeed.ops
+
+        # Or it compiles one for minutes, to share memory between processes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self):

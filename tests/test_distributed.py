@@ -19,9 +19,10 @@ STRATEGIES = ("ddp", "zero2")
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..., list[object]]:
-    """``command(case, strategy, *more)``: five steps on 47 examples, 16 a step of all processes together.
+    """``command(case, strategy, *more)``: five steps on 41 examples, 16 a step of all processes together.
 
-    A global batch of 16, 16 and 15: the last one isn't shared evenly, and answers are of different lengths anyway.
+    The last global batch of an epoch, 9, isn't shared evenly; answers are of different lengths anyway. Of the seven
+    examples that are held out one process has four.
     """
     folder = tmp_path_factory.mktemp("configs")
     lora = {"r": 4, "alpha": 8, "dropout": 0.0}
@@ -61,7 +62,7 @@ def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..
                 overlay["strategy"]["class_path"] = "processes.DeepSpeedOnCPU"
             trainer["strategy"] = overlay["strategy"]
         data = {"folder": str(tiny_sets / "unsafe"), "safe_folder": str(tiny_sets / "safe"), "num_workers": 0}
-        data |= {"validation_fraction": 0.05, "batch_size": 16 // processes}
+        data |= {"validation_fraction": 0.2, "batch_size": 16 // processes}
         config = {"model": {"init_args": model}, "data": {"init_args": data}, "trainer": trainer}
         file = write_config(folder / f"{case}-{strategy}.yaml", config)
         objective = case.partition("-")[0]
@@ -133,8 +134,8 @@ def test_two_processes_are_killed_and_go_on(case, strategy, command, trained, tm
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_processes_with_unequal_batches_agree_on_the_number_of_steps(strategy, command, tmp_path):
-    """The last batch is 8 answers in one process and 7 in the other: 7 a step would be two steps and one."""
-    sizes = ["--model.mini_batch_size=7", "--model.micro_batch_size=2", "--model.ppo_epochs=2"]
+    """The last batch is 5 answers in one process and 4 in the other: 4 a step would be two steps and one."""
+    sizes = ["--model.mini_batch_size=4", "--model.micro_batch_size=2", "--model.ppo_epochs=2"]
     play_on_two(command("ppo", strategy, *sizes, "--trainer.max_steps=-1", "--trainer.max_epochs=1"), tmp_path)
     state = (
         torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False) if strategy == "ddp" else None

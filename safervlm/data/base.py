@@ -156,7 +156,9 @@ class TrainingLoader:
 
 
 class OrderedLoader:
-    """Batches of ``examples[rank::world_size]``, in order: every example once, over all processes.
+    """The examples in order: every one once, over all processes.
+
+    A process has ``examples[rank::world_size]``, and may have a batch more than another.
 
     Args:
         examples: of all processes.
@@ -165,6 +167,11 @@ class OrderedLoader:
         num_workers: processes that fetch ahead; 0 fetches in the main process.
         rank: of this process.
         world_size: the number of processes.
+        in_step: gives every process as many batches as the others, each of them with something in it: what a step that
+            talks to the others needs. Batches then differ in size by at most one.
+
+    Raises:
+        RecordError: in step, and fewer examples than processes.
     """
 
     def __init__(
@@ -175,6 +182,7 @@ class OrderedLoader:
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        in_step: bool = False,
     ) -> None:
         self.examples = examples[rank::world_size]
         self.collator = collator
@@ -185,14 +193,22 @@ class OrderedLoader:
         # complete already still merges what it wrote.
         longest = len(examples[::world_size])
         self._length = max(1, -(-longest // batch_size))
+        rows = list(range(len(self.examples)))
+        self._batches = [rows[start : start + batch_size] for start in rows[::batch_size]]
+        if in_step and world_size > 1:
+            if len(examples) < world_size:
+                raise RecordError(
+                    f"{len(examples)} validation examples for {world_size} processes: hold out more, or none"
+                )
+            self._length = min(self._length, len(examples) // world_size)
+            bounds = [len(self.examples) * number // self._length for number in range(self._length + 1)]
+            self._batches = [rows[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Any]:
-        rows = list(range(len(self.examples)))
-        batches = [rows[start : start + self.batch_size] for start in rows[:: self.batch_size]]
-        return _deliver(self.examples, batches, self.collator, self.num_workers)
+        return _deliver(self.examples, self._batches, self.collator, self.num_workers)
 
 
 @dataclass(frozen=True)
@@ -328,7 +344,7 @@ class SaferData(LightningDataModule):
 
     def val_dataloader(self) -> OrderedLoader | list[OrderedLoader]:
         """The held-out examples in order; no loader where nothing is held out."""
-        return self._ordered(self.parts.validation) if self.parts.validation else []
+        return self._ordered(self.parts.validation, in_step=True) if self.parts.validation else []
 
     def predict_dataloader(self) -> OrderedLoader:
         """Everything that isn't skipped, in order."""
@@ -336,8 +352,8 @@ class SaferData(LightningDataModule):
             raise RecordError(f"data: {type(self).__name__} has nothing to predict: use UnsafeConcepts or OwnData")
         return self._ordered([example for example in self.parts.predict if example.question.id not in self._skipped])
 
-    def _ordered(self, examples: list[Example]) -> OrderedLoader:
-        return OrderedLoader(examples, self._collator(), self.batch_size, self.num_workers, *self._place())
+    def _ordered(self, examples: list[Example], in_step: bool = False) -> OrderedLoader:
+        return OrderedLoader(examples, self._collator(), self.batch_size, self.num_workers, *self._place(), in_step)
 
     def _collator(self) -> Collator:
         if self.collator is None:

@@ -19,6 +19,7 @@ the one of the distribution that was drawn from; the adapters have no dropout at
 updates, which is the same); the base has the precision of ``vlm.dtype`` rather than 4 bits.
 """
 
+import inspect
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Literal
@@ -36,11 +37,12 @@ from safervlm.functional import (
     ppo_value_loss,
     sequence_rewards,
     token_rewards,
+    whiten,
 )
 from safervlm.judge import Judge
 from safervlm.objectives.base import Objective
 from safervlm.records import seed_for
-from safervlm.vlm.base import VLM, Batch, Generation, Sampling, Scores, pack
+from safervlm.vlm.base import VLM, Batch, Generation, Sampling, Scores
 
 
 @dataclass
@@ -139,17 +141,15 @@ class PPO(Objective):
 
     def describe(self) -> dict[str, Any]:
         """What of the objective decides the result."""
-        names = (
-            "value_on kl_coef entropy_coef vf_coef clip value_clip gamma lam ppo_epochs mini_batch_size "
-            "micro_batch_size length_bonus no_eos_penalty reward_scale max_grad_norm"
-        )
-        settings = {name: getattr(self, name) for name in names.split()}
-        return super().describe() | settings | {"sampling": vars(self.sampling), "judge": self.judge.describe()}
+        names = inspect.signature(type(self)).parameters.keys() - {"vlm", "judge"}
+        settings = {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
+        settings |= {"sampling": vars(self.sampling), "judge": self.judge.fingerprint}
+        return super().describe() | settings
 
     def setup(self, stage: str) -> None:
         """Clipping under manual optimisation is DeepSpeed's own affair."""
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            self.trainer.strategy.config["gradient_clipping"] = self.max_grad_norm
+            self.trainer.strategy.config["gradient_clipping"] = self.max_grad_norm  # type: ignore[index]
 
     def schedule_steps(self) -> int:
         """The number of rollouts; ``max_steps`` counts optimizer steps."""
@@ -186,7 +186,7 @@ class PPO(Objective):
         length = max(len(answer.token_ids) for answer in answers)
         columns: list[list[Tensor]] = [[], [], [], []]
         for rows in parts:
-            part = self.part(batch, answers, rows)
+            part = batch.select(rows, [answer.token_ids for answer in answers])
             scores, values = self.score(part)
             reference = self.vlm.score(part, adapter="reference", sampling=self.sampling).logprobs
             for column, tensor in zip(columns, (scores.mask, scores.logprobs, reference, values), strict=True):
@@ -222,7 +222,9 @@ class PPO(Objective):
             "stopped": stopped.float().mean(),
             "explained_variance": explained_variance(returns[mask], values[mask]),
         }
-        return Rollout(batch, answers, mask, logprobs, values, self.whiten(advantages, mask), returns, metrics)
+        return Rollout(
+            batch, answers, mask, logprobs, values, whiten(advantages, mask, self.sum_over_ranks), returns, metrics
+        )
 
     def update(self, rollout: Rollout, seed: int) -> dict[str, Tensor]:
         """Step 5; gives the means over all optimizer steps."""
@@ -248,7 +250,7 @@ class PPO(Objective):
                     for name, value in sums.items():
                         totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
                 if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
-                    self.clip_gradients(optimizer, self.max_grad_norm, "norm")
+                    self.clip_gradients(optimizer, self.max_grad_norm, "norm")  # type: ignore[arg-type]
                 optimizer.step()
                 optimizer.zero_grad()
         count = self.ppo_epochs * rollout.mask.sum()
@@ -256,7 +258,9 @@ class PPO(Objective):
 
     def losses(self, rollout: Rollout, rows: Tensor) -> dict[str, Tensor]:
         """The parts of the loss, summed over the response tokens of some answers."""
-        scores, values = self.score(self.part(rollout.batch, rollout.answers, rows), entropy=True)
+        scores, values = self.score(
+            rollout.batch.select(rows, [answer.token_ids for answer in rollout.answers]), entropy=True
+        )
         mask, length, rows = scores.mask, scores.mask.shape[1], rows.to(self.device)
         old = [part[rows, :length] for part in (rollout.logprobs, rollout.advantages, rollout.values, rollout.returns)]
         old_logprobs, advantages, old_values, returns = old
@@ -285,26 +289,6 @@ class PPO(Objective):
             states = self.vlm.hidden(batch, adapter="value")
         assert states is not None  # noqa: S101
         return scores, self.value_head(states.to(self.value_head.weight.dtype))[..., 0] * scores.mask
-
-    def part(self, batch: Batch, answers: list[Generation], rows: Tensor) -> Batch:
-        """Some of a batch's questions with their answers."""
-        chosen = rows.tolist()
-        prompts = [batch.prompt_ids[row] for row in chosen]
-        return Batch(
-            questions=[batch.questions[row] for row in chosen],
-            prompt_ids=prompts,
-            pixel_values=batch.pixel_values,
-            image_rows=batch.image_rows[rows.to(batch.image_rows.device)],
-            packed=pack(prompts, [[answers[row].token_ids] for row in chosen]).to(self.device),
-            features=batch.features,
-        )
-
-    def whiten(self, values: Tensor, mask: Tensor) -> Tensor:
-        """(B, T) values with mean 0 and variance 1 over the response tokens of all processes, 0 elsewhere."""
-        count = self.sum_over_ranks(mask.sum())
-        mean = self.sum_over_ranks((values * mask).sum()) / count
-        variance = self.sum_over_ranks(((values - mean).square() * mask).sum()) / count
-        return (values - mean) * (variance + 1e-8).rsqrt() * mask
 
     def backward_part(self, loss: Tensor, last: bool) -> None:
         """Back-propagates a micro-batch; ZeRO-2 drops the gradients of all but the last unless it is told."""

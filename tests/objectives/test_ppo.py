@@ -92,8 +92,14 @@ def run(
 ) -> Callable[..., Run]:
     """``run(**settings)``: fits one batch of five questions."""
 
-    def run(judge: Callable[[Sequence[str]], Tensor] | None = None, epochs: int = 1, **settings: Any) -> Run:
+    def run(
+        judge: Callable[[Sequence[str]], Tensor] | None = None,
+        prepare: Callable[[PPO], Any] = lambda ppo: None,
+        epochs: int = 1,
+        **settings: Any,
+    ) -> Run:
         ppo = make_ppo(**settings)
+        prepare(ppo)
         if judge is not None:
             monkeypatch.setattr(ppo.judge, "judge", judge)
         rollouts: list[Rollout] = []
@@ -390,18 +396,35 @@ def test_the_judge_stays_frozen_and_in_eval_mode(run: Callable[..., Run], tiny_j
     assert not any("judge" in name for name in done.ppo.state_dict())
 
 
-@pytest.mark.parametrize("answers", ["alike", "drawn"])
-def test_equal_rewards_are_numbers(answers: str, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All judged alike: each earns the half; answers of one token alike leave nothing to be whitened at all."""
-    alike = {"response_length": 1, "kl_coef": 0.0} if answers == "alike" else {}
-    done = run(judge=lambda texts: torch.full((len(texts), 3), math.log(1 / 3)), **alike)
+def judge_all_alike(texts: Sequence[str]) -> Tensor:
+    return torch.full((len(texts), 3), math.log(1 / 3))
+
+
+def test_equal_rewards_earn_the_half(run: Callable[..., Run]) -> None:
+    done = run(judge=judge_all_alike, response_length=40)
     rollout, lengths = done.rollouts[0], done.rollouts[0].mask.sum(-1)
+    assert lengths.max() < 40
     stopped = torch.tensor([answer.finish_reason == "stop" for answer in rollout.answers])
-    length = done.ppo.sampling.max_new_tokens
-    expected = 0.5 + 1.5 * lengths / length - 2.0 * ~stopped
+    expected = 0.5 + 1.5 * lengths / 40 - 2.0 * ~stopped
     assert done.steps.metrics["train/reward"] == pytest.approx(expected.mean().item(), abs=1e-6)
-    for tensor in (rollout.advantages, rollout.returns, *done.steps.gradients[-1].values()):
-        assert tensor.isfinite().all()
+    assert all(math.isfinite(value) for value in done.steps.metrics.values())
+    assert all(p.isfinite().all() for p in done.ppo.parameters())
+
+
+def test_equal_advantages_move_nothing(run: Callable[..., Run]) -> None:
+    """One token each, judged alike, nothing expected: there is no spread to whiten by."""
+    done = run(
+        judge=judge_all_alike,
+        prepare=lambda ppo: [nn.init.zeros_(parameter) for parameter in ppo.value_head.parameters()],
+        response_length=1,
+        no_eos_penalty=0.0,
+        kl_coef=0.0,
+        entropy_coef=0.0,
+    )
+    assert done.rollouts[0].advantages.abs().max() < 1e-3
+    first = done.steps.gradients[0]
+    assert max(gradient.abs().max() for name, gradient in first.items() if ".default." in name) < 1e-4
+    assert first["value_head.bias"].abs() > 1e-3
     assert all(p.isfinite().all() for p in done.ppo.parameters())
 
 

@@ -1,0 +1,52 @@
+"""Imports only go down: a lower layer never knows a higher one."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = (
+    ("protocol", "records", "functional", "images", "__init__"),
+    ("scoring", "run"),
+    ("vlm", "data", "judge", "reports"),
+    ("objectives", "measure"),
+    ("pictograms", "lightning_cli"),
+    ("cli", "demo"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+SOURCES = sorted((ROOT / "safervlm").rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, inside functions too."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            modules.add(node.module or "")
+    return modules
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    part = path.relative_to(ROOT / "safervlm").parts[0].removesuffix(".py")
+    assert part in LEVEL, f"{part} stands in no layer"
+    for module in imported(path):
+        top, *rest = module.split(".")
+        assert top not in ("callbacks", "tests", "scripts"), f"{path} imports {module}"
+        if top == "safervlm" and rest:
+            assert LEVEL[rest[0]] <= LEVEL[part], f"{path} imports {module}, of a higher layer"
+
+
+def test_callbacks_know_nothing_of_the_command_line() -> None:
+    for path in (ROOT / "callbacks").glob("*.py"):
+        assert not {"safervlm.cli", "safervlm.lightning_cli", "safervlm.demo"} & imported(path), path
+
+
+def test_an_objective_is_one_short_file() -> None:
+    for path in (ROOT / "safervlm" / "objectives").glob("*.py"):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines < (300 if path.stem == "ppo" else 150), f"{path}: {lines} lines"

@@ -1,0 +1,223 @@
+"""The command line: it answers at once, explains everything, and errs in one line."""
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser
+from lightning import Callback, LightningDataModule, LightningModule
+
+import callbacks
+import safervlm
+from safervlm.cli import HELP, main, plain_commands
+from safervlm.lightning_cli import CONFIGS, SaferCLI, local_or_shipped, one_line
+from safervlm.vlm.base import VLM, Sampling
+from safervlm.vlm.lora import LoRA
+
+PICTOGRAMS = ["--config", "configs/measure.yaml", "--config", "configs/pictograms/measure.yaml"]
+RECIPES = {"measure": "predict", "judge_responses": "predict", "judge": "fit", "sft": "fit", "dpo": "fit", "ppo": "fit"}
+
+
+@pytest.fixture
+def only_built(monkeypatch: pytest.MonkeyPatch) -> list[SaferCLI]:
+    """Command lines are parsed and their classes built, but nothing runs; gives the command lines' objects."""
+    built: list[SaferCLI] = []
+    monkeypatch.setattr(SaferCLI, "_run_subcommand", lambda self, name: built.append(self))
+    return built
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from safervlm.cli import main; main(['--help']); "
+        "sys.exit(', '.join({'torch', 'lightning', 'jsonargparse', 'pandas', 'transformers'} & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == HELP
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out.strip() == safervlm.__version__
+
+
+def test_help_names_every_command() -> None:
+    for command in ("fit", "validate", "predict", *plain_commands()):
+        assert f"\n  {command} " in HELP
+
+
+def our_classes() -> Iterator[type]:
+    """Everything that a recipe can name by its class_path."""
+    from pkgutil import walk_packages
+
+    for package in (safervlm, callbacks):
+        for info in walk_packages(package.__path__, f"{package.__name__}."):
+            module = __import__(info.name, fromlist=["_"])
+            for value in vars(module).values():
+                if inspect.isclass(value) and value.__module__ == info.name and not inspect.isabstract(value):
+                    if issubclass(value, LightningModule | LightningDataModule | Callback | VLM):
+                        yield value
+
+
+def unexplained(parser: ArgumentParser) -> list[str]:
+    return [
+        action.dest
+        for action in parser._actions
+        if not (action.help or "").strip() and action.dest != "==SUPPRESS==" and not action.dest.endswith(".help")
+    ]
+
+
+@pytest.mark.parametrize("component", [*our_classes(), LoRA, Sampling], ids=lambda c: f"{c.__module__}.{c.__name__}")
+def test_every_argument_of_ours_is_explained(component: type) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(component, fail_untyped=True)
+    assert not unexplained(parser)
+
+
+def test_every_argument_of_the_commands_is_explained(only_built: list[SaferCLI], tiny_llava: Path) -> None:
+    main(["predict", *PICTOGRAMS, "--model.vlm.model", str(tiny_llava)])
+    for name, parser in only_built[0]._subcommand_parsers.items():
+        assert not unexplained(parser), name
+    for function in plain_commands().values():
+        parser = ArgumentParser()
+        parser.add_function_arguments(function, fail_untyped=True)
+        assert not unexplained(parser), function
+
+
+def test_every_recipe_is_listed() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(RECIPES)
+
+
+OVERLAYS = [name for name in RECIPES if (CONFIGS / "pictograms" / f"{name}.yaml").exists()]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overlay"), [*((name, False) for name in RECIPES), *((name, True) for name in OVERLAYS)]
+)
+def test_every_recipe_builds(recipe: str, overlay: bool, tiny_llava: Path, only_built: list[SaferCLI]) -> None:
+    line = [RECIPES[recipe], "--config", f"configs/{recipe}.yaml"]
+    if overlay:
+        line += ["--config", f"configs/pictograms/{recipe}.yaml"]
+    if recipe not in ("judge", "judge_responses"):
+        line += ["--model.vlm.model", str(tiny_llava)]
+    main(line)
+    (built,) = only_built
+    assert built.datamodule.collator is not None
+    assert built.trainer.default_root_dir == built.config[RECIPES[recipe]]["run"]
+    assert built.config[RECIPES[recipe]]["seed_everything"] == built.config_init[RECIPES[recipe]]["seed_everything"]
+    if recipe in ("sft", "dpo", "ppo"):
+        assert built.model.vlm.lora.r == (16 if overlay else 128)
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "vlm").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_vlm_builds(file: Path, tiny_llava: Path, only_built: list[SaferCLI]) -> None:
+    main(["fit", "--config", "configs/sft.yaml", "--model.vlm", str(file), "--model.vlm.model", str(tiny_llava)])
+    assert isinstance(only_built[0].model.vlm, VLM)
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "strategy").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_strategy_parses(file: Path) -> None:
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "safervlm.cli",
+            "fit",
+            "--config",
+            "configs/sft.yaml",
+            "--config",
+            str(file),
+            "--print_config",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=CONFIGS.parent,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "strategy:" in process.stdout
+
+
+def test_the_seed_reaches_model_and_data(tiny_llava: Path, only_built: list[SaferCLI]) -> None:
+    main(["fit", "--config", "configs/sft.yaml", "--model.vlm.model", str(tiny_llava), "--seed_everything", "7"])
+    assert only_built[0].model.seed == only_built[0].datamodule.seed == 7
+
+
+ERRORS = {
+    "misspelt argument": ([*PICTOGRAMS, "--model.vlm.modle", "x"], "--model.vlm.modle; did you mean --model.vlm.model?"),
+    "abbreviation": ([*PICTOGRAMS, "--trainer.max_step", "3"], "--trainer.max_step; did you mean --trainer.max_steps?"),
+    "not one of": ([*PICTOGRAMS, "--data.split", "tset"], "--data.split: expected Literal['all', 'train', 'validation', 'test'], got 'tset'"),
+    "wrong type": ([*PICTOGRAMS, "--data.batch_size", "many"], "--data.batch_size: expected int, got 'many'"),
+    "nested wrong type": ([*PICTOGRAMS, "--model.vlm.lora.r", "many"], "--model.vlm.lora.r: expected int, got 'many'"),
+    "missing config": (["--config", "configs/mesure.yaml"], "did you mean configs/measure.yaml?"),
+    "no config": ([], "give a recipe"),
+    "recipe of another command": (["--config", "configs/sft.yaml"], "safervlm.objectives.SFT is not for predict; use safervlm fit"),
+    "config of another kind": ([*PICTOGRAMS, "--config", "configs/pictograms/vlm.yaml"], "it is of another kind"),
+    "no such class": ([*PICTOGRAMS, "--model", "safervlm.measure.Mesure"], "--model: no class 'safervlm.measure.Mesure'"),
+    "class of another kind": ([*PICTOGRAMS, "--data", "safervlm.measure.Measure"], "--data: safervlm.measure.Measure is not a LightningDataModule"),
+    "refused value": ([*PICTOGRAMS, "--model.sampling.top_p", "3"], "sampling.top_p: above 0 and at most 1, got 3.0"),
+    "missing adapter": ([*PICTOGRAMS, "--model.vlm.adapter", "nowhere"], "adapter: no adapter_config.json in 'nowhere'"),
+    "missing model": ([*PICTOGRAMS, "--model.vlm.model", "nowhere"], "vlm.model: 'nowhere' can't be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_is_one_line(name: str, capsys: pytest.CaptureFixture[str], only_built: list[SaferCLI]) -> None:
+    arguments, expected = ERRORS[name]
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", *arguments])
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set to")]
+    assert caught.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("safervlm: error: ")
+    assert expected in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["mesure"], "no command 'mesure'"),
+        (["pictograms", "--sed", "3"], "unknown argument --sed; did you mean --seed?"),
+        (["report"], "missing: runs"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_an_error_of_a_plain_command_is_one_line(
+    line: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(line)
+    (message,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert expected in message
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def library(*_: object) -> None:
+        int("x")
+
+    monkeypatch.setattr("safervlm.cli.plain", library)
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["report"])
+
+
+def test_union_messages_are_shortened() -> None:
+    message = (
+        'Parser key "trainer.max_epochs":\n  Does not validate against any of the Union subtypes\n  Subtypes: '
+        "[<class 'int'>, <class 'NoneType'>]\n  Errors:\n    - Expected a <class 'int'>\n    - Expected a <class "
+        "'NoneType'>\n  Given value type: <class 'str'>\n  Given value: x"
+    )
+    assert one_line(message) == "--trainer.max_epochs: expected int, got 'x'"
+
+
+def test_shipped_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert local_or_shipped("configs/sft.yaml") == str(CONFIGS / "sft.yaml")
+    assert local_or_shipped("--config=configs/sft.yaml") == f"--config={CONFIGS / 'sft.yaml'}"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "sft.yaml").touch()
+    assert local_or_shipped("configs/sft.yaml") == "configs/sft.yaml"  # yours first
+    assert local_or_shipped("configs/none.yaml") == "configs/none.yaml"
