@@ -83,7 +83,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     if unknown := find(r"does not accept option '([^']+)'"):
         return (
             f"a config has {unknown.split('.')[0]!r}, which is no part of a recipe: it is of another kind; a recipe "
-            "has run, model, data and trainer, and a part goes where it belongs, as in --model.vlm configs/vlm/NAME.yaml"
+            "has run, model, data, trainer; a part goes where it belongs, as in --model.vlm configs/vlm/NAME.yaml"
         )
     key = find(r"""[Pp]arser key ["']([^"']+)["']""") or ""
     if missing := find(r"File does not exist: '?([^'\n]+)"):

@@ -1,8 +1,8 @@
 """The run folder: where a run's files stand, and the manifest that says what made them.
 
 ``manifest.json`` holds an entry for each stage that ran in the folder, by the name of its module (``measure``,
-``panel``, ``sft``): ``settings``, which decide the result, and ``provenance``, which is good to know. A stage that comes again has
-to come with the same settings: then it goes on where it stopped.
+``panel``, ``sft``): ``settings``, which decide the result, and ``provenance``, which is good to know. A stage that
+comes again has to come with the same settings: then it goes on where it stopped.
 """
 
 import json

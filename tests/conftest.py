@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from safervlm import protocol
+from safervlm.pictograms.world import build
 from safervlm.records import Question, record_id, write_jsonl
 
 torch.set_num_threads(2)
@@ -206,3 +207,9 @@ def make_questions(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], 
         return questions
 
     return make
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictogram world of seed 0, built as ``safervlm pictograms`` builds it."""
+    return build(tmp_path_factory.mktemp("world") / "pictograms", seed=0)

@@ -57,9 +57,9 @@ def our_classes() -> Iterator[type]:
         for info in walk_packages(package.__path__, f"{package.__name__}."):
             module = __import__(info.name, fromlist=["_"])
             for value in vars(module).values():
-                if inspect.isclass(value) and value.__module__ == info.name and not inspect.isabstract(value):
-                    if issubclass(value, LightningModule | LightningDataModule | Callback | VLM):
-                        yield value
+                here = inspect.isclass(value) and value.__module__ == info.name and not inspect.isabstract(value)
+                if here and issubclass(value, LightningModule | LightningDataModule | Callback | VLM):
+                    yield value
 
 
 def unexplained(parser: ArgumentParser) -> list[str]:
@@ -147,21 +147,39 @@ def test_the_seed_reaches_model_and_data(tiny_llava: Path, only_built: list[Safe
 
 
 ERRORS = {
-    "misspelt argument": ([*PICTOGRAMS, "--model.vlm.modle", "x"], "--model.vlm.modle; did you mean --model.vlm.model?"),
+    "misspelt argument": (
+        [*PICTOGRAMS, "--model.vlm.modle", "x"],
+        "--model.vlm.modle; did you mean --model.vlm.model?",
+    ),
     "abbreviation": ([*PICTOGRAMS, "--trainer.max_step", "3"], "--trainer.max_step; did you mean --trainer.max_steps?"),
-    "not one of": ([*PICTOGRAMS, "--data.split", "tset"], "--data.split: expected Literal['all', 'train', 'validation', 'test'], got 'tset'"),
+    "not one of": (
+        [*PICTOGRAMS, "--data.split", "tset"],
+        "--data.split: expected Literal['all', 'train', 'validation', 'test'], got 'tset'",
+    ),
     "wrong type": ([*PICTOGRAMS, "--data.batch_size", "many"], "--data.batch_size: expected int, got 'many'"),
     "nested wrong type": ([*PICTOGRAMS, "--model.vlm.lora.r", "many"], "--model.vlm.lora.r: expected int, got 'many'"),
     "missing config": (["--config", "configs/mesure.yaml"], "did you mean configs/measure.yaml?"),
     "no config": ([], "give a recipe"),
-    "recipe of another command": (["--config", "configs/sft.yaml"], "safervlm.objectives.SFT is not for predict; use safervlm fit"),
+    "recipe of another command": (
+        ["--config", "configs/sft.yaml"],
+        "safervlm.objectives.SFT is not for predict; use safervlm fit",
+    ),
     "config of another kind": ([*PICTOGRAMS, "--config", "configs/pictograms/vlm.yaml"], "it is of another kind"),
-    "no such class": ([*PICTOGRAMS, "--model", "safervlm.measure.Mesure"], "--model: no class 'safervlm.measure.Mesure'"),
-    "class of another kind": ([*PICTOGRAMS, "--data", "safervlm.measure.Measure"], "--data: safervlm.measure.Measure is not a LightningDataModule"),
+    "no such class": (
+        [*PICTOGRAMS, "--model", "safervlm.measure.Mesure"],
+        "--model: no class 'safervlm.measure.Mesure'",
+    ),
+    "class of another kind": (
+        [*PICTOGRAMS, "--data", "safervlm.measure.Measure"],
+        "--data: safervlm.measure.Measure is not a LightningDataModule",
+    ),
     "refused value": ([*PICTOGRAMS, "--model.sampling.top_p", "3"], "sampling.top_p: above 0 and at most 1, got 3.0"),
-    "missing adapter": ([*PICTOGRAMS, "--model.vlm.adapter", "nowhere"], "adapter: no adapter_config.json in 'nowhere'"),
+    "missing adapter": (
+        [*PICTOGRAMS, "--model.vlm.adapter", "nowhere"],
+        "adapter: no adapter_config.json in 'nowhere'",
+    ),
     "missing model": ([*PICTOGRAMS, "--model.vlm.model", "nowhere"], "vlm.model: 'nowhere' can't be read"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ERRORS)

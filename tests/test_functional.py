@@ -28,9 +28,7 @@ def test_dpo_loss_by_hand() -> None:
 def plain_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
     """The defining sum: A_t = sum over k of (gamma lam)^k delta_{t+k}, over the sequence's own length."""
     length = len(rewards)
-    deltas = [
-        rewards[t] + (gamma * values[t + 1] if t + 1 < length else 0.0) - values[t] for t in range(length)
-    ]
+    deltas = [rewards[t] + (gamma * values[t + 1] if t + 1 < length else 0.0) - values[t] for t in range(length)]
     return [sum((gamma * lam) ** k * deltas[t + k] for k in range(length - t)) for t in range(length)]
 
 

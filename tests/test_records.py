@@ -36,7 +36,7 @@ def test_the_scheme_of_ids() -> None:
 
 
 def test_records_survive_a_file(tmp_path: Path) -> None:
-    response = Response(QUESTION, "No – «nicht» \u2028 safe\n", "stop", 7)
+    response = Response(QUESTION, "No \u2013 «nicht» \u2028 safe\n", "stop", 7)
     verdict = Verdict(QUESTION.id, "Unsafe", {"Safe": 0.1, "Unsafe": 0.9}, "f" * 16)
     write_jsonl(tmp_path / "r.jsonl", [response.to_dict()])
     write_jsonl(tmp_path / "v.jsonl", [verdict.to_dict()])

@@ -26,7 +26,9 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     changed = json.loads(json.dumps(SETTINGS))
     changed["model"]["lr"] = 2e-3
     del changed["data"]["ids"]
-    with pytest.raises(SettingsDifferError, match=r"model\.lr: 0\.001 there, 0\.002 now; data\.ids: 'abc' there, None") as caught:
+    with pytest.raises(
+        SettingsDifferError, match=r"model\.lr: 0\.001 there, 0\.002 now; data\.ids: 'abc' there, None"
+    ) as caught:
         check_settings(tmp_path, "sft", changed)
     assert "name another folder" in str(caught.value)
     assert "betas" not in str(caught.value)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -202,7 +203,7 @@ class OrderedLoader:
                 )
             self._length = min(self._length, len(examples) // world_size)
             bounds = [len(self.examples) * number // self._length for number in range(self._length + 1)]
-            self._batches = [rows[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+            self._batches = [rows[begin:end] for begin, end in pairwise(bounds)]
 
     def __len__(self) -> int:
         return self._length

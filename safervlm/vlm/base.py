@@ -220,7 +220,7 @@ def pack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequen
 class KeyedNoise:
     """Turns argmax into sampling: adds Gumbel noise drawn from (seed, record id), one draw a step.
 
-    ``argmax(logits + Gumbel noise)`` is a draw from ``softmax(logits)``. Each record has a generator of its own: what is
+    ``argmax(logits + Gumbel noise)`` is a draw from ``softmax(logits)``. Each record has its own generator: what is
     drawn for it depends neither on its neighbours nor on the batch, the order or the number of processes. The noise is
     drawn on the CPU, so that it doesn't depend on the device either.
 
