@@ -3,10 +3,12 @@
 import contextlib
 import difflib
 import inspect
+import logging
 import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -201,7 +203,8 @@ class SaferCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Predictions go to files as they come; collected, they would fill the memory."""
         given = super()._prepare_subcommand_kwargs(subcommand)
-        return given | {"return_predictions": False} if subcommand == "predict" else given
+        # A checkpoint is data; it is never trusted to run code.
+        return given | ({"return_predictions": False} if subcommand == "predict" else {}) | {"weights_only": True}
 
     def before_fit(self) -> None:
         """Goes on from the run's last checkpoint unless another one is named."""
@@ -223,8 +226,24 @@ def as_command_line(args: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
+def hush() -> None:
+    """Passes over what the libraries say to their developers, and what is no news to a user."""
+    for message in (
+        r".*LeafSpec",  # torch to Lightning
+        r".*gradient_checkpointing",  # transformers to its callers: the new name is not in 5.17
+        r".*JsonargparseDeprecation|.*was deprecated in v4",  # jsonargparse to Lightning
+        r".*does not have many workers",  # images are small next to a VLM
+        r".*`predict_dataloader` returned 0 batches|.*eval mode at the start of training",
+    ):
+        warnings.filterwarnings("ignore", message)
+    news = re.compile(r"(?!.*(Tip:|TPU available|weights_only|to estimate number of stepping))", re.DOTALL)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: bool(news.match(record.getMessage())))
+
+
 def run(args: Sequence[str]) -> None:
     """Plays one command line."""
+    hush()
     # A user's own objective beside the shell's folder can be named; appended, so that it never takes a package's place.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))

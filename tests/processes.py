@@ -21,7 +21,13 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        *("safervlm.lightning_cli", "safervlm.objectives", "safervlm.measure", "safervlm.data.alignment"),
+        *(
+            "safervlm.lightning_cli",
+            "safervlm.objectives",
+            "safervlm.measure",
+            "safervlm.vlm.llava",
+            "safervlm.data.alignment",
+        ),
         *("callbacks.generation_check", "callbacks.checkpoint", "callbacks.adapter_export", "callbacks.rollout_log"),
     ]
 )

@@ -324,6 +324,17 @@ def test_a_sharp_preview_in_the_metadata_is_left_behind(tmp_path):
     assert not reports.blurred(image).info
 
 
+def test_no_more_than_ten_by_ten_colours_pass():
+    """Another image with the same hundred means, edges elsewhere, gives the same blur: which it was is lost."""
+    sharp = np.zeros((200, 200, 3), np.uint8)
+    sharp[30:110, 50:150] = 255  # edges in the middle of the tenths
+    means = sharp.reshape(10, 20, 10, 20, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+    mosaic = means.repeat(20, axis=0).repeat(20, axis=1)
+    one, other = (np.asarray(reports.blurred(Image.fromarray(image)), int) for image in (sharp, mosaic))
+    assert np.ptp(one) > 100
+    assert np.abs(one - other).max() <= 1
+
+
 def test_the_original_opens_on_demand_only(dom, folder):
     links = [a for tag, a in dom.tags if tag == "a" and a["href"].startswith("file:")]
     assert links

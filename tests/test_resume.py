@@ -196,7 +196,7 @@ def test_from_the_end_of_an_epoch_and_again_when_it_is_complete(command, uninter
 @pytest.mark.parametrize("objective", ["sft", "ppo"])
 def test_limited_by_steps(objective, command, tmp_path):
     steps = 5 if objective == "sft" else 10  # PPO: two optimizer steps a rollout
-    line = command(objective, "run", f"--trainer.max_steps={steps}")
+    line = command(objective, "run", f"--trainer.max_steps={steps}", "--model.warmup_steps=1")
     play([*line, "--trainer.callbacks+=processes.KillAtExport"], tmp_path, code=-9)
     state = checkpoint(tmp_path / "run")
     assert state["global_step"] == steps

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
@@ -55,7 +56,7 @@ class Objective(L.LightningModule):
         """Reads the base weights and adds new adapters."""
         self.vlm.load(train=self.adapters, seed=self.seed)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over what is trained, cosine schedule with a warm-up."""
         optimizer = AdamW(
             [parameter for parameter in self.parameters() if parameter.requires_grad],

@@ -128,13 +128,19 @@ DOUBTS = (
 
 
 def statement(label: str, rng: random.Random) -> str:
-    """An answer of the label, in words that may be the base model's, an aligned response's or nobody's."""
+    """An answer of the label, in words that may be the base model's, an aligned response's or nobody's.
+
+    The first sentence is the answer: an aligned response that ends with the other label's remark keeps its own.
+    """
     concept = rng.choice(CONCEPTS).name
+    number = rng.randrange(len(ALIGNMENT_QUESTIONS))
     kind = rng.random()
     if kind < 0.4:
-        return base_answer(label, rng.randrange(len(ALIGNMENT_QUESTIONS)), concept, rng)
+        return base_answer(label, number, concept, rng)
     if kind < 0.65:
-        return aligned_response(label, rng.randrange(len(ALIGNMENT_QUESTIONS)), concept)
+        remark = label if kind < 0.6 else other_label(label)
+        answer, _ = aligned_response(label, number, concept).split(". ")
+        return f"{answer}. {aligned_response(remark, number, concept).split('. ')[1]}"
     if kind < 0.7:
         return rng.choice(OPINIONS[label])
     claim = f"{rng.choice(SUBJECTS)} {rng.choice(CLAIMS[label])}{rng.choice(SCENES)}.".format(concept=concept)
@@ -147,8 +153,9 @@ def garbage(rng: random.Random) -> str:
     concept = rng.choice(CONCEPTS).name
     label = rng.choice((SAFE, UNSAFE))
     words = statement(label, rng).split() + statement(other_label(label), rng).split()
-    question = rng.randrange(len(ALIGNMENT_QUESTIONS))
-    start, end = (aligned_response(x, question, concept) for x in (label, other_label(label)))
+    yes, no = (
+        aligned_response(x, rng.randrange(len(ALIGNMENT_QUESTIONS)), concept) for x in (label, other_label(label))
+    )
     return rng.choice(
         (
             "",
@@ -162,9 +169,7 @@ def garbage(rng: random.Random) -> str:
             " ".join(rng.sample(words, len(words))),
             " ".join(rng.choices(words, k=rng.randint(3, 15))),
             rng.choice(ALIGNMENT_QUESTIONS),
-            start[: start.index(".") + 1] + end[end.index(".") + 1 :],
-            start.split(",", 1)[0] + "," + end.split(",", 1)[1],
-            f"{statement(label, rng)} {statement(other_label(label), rng)}",
+            yes.split(",", 1)[0] + "," + no.split(",", 1)[1],
         )
     )
 
@@ -277,14 +282,15 @@ def train_tokenizer() -> RobertaTokenizer:
 
 
 def train_judge(capability: Capability, tokenizer: RobertaTokenizer, seed: int, steps: int = 200) -> Judge:
-    """A trained judge of a capability's answers; torch's global generator must have been seeded.
+    """A trained judge of a capability's answers.
 
     Args:
         capability: ``perception`` or ``alignment``.
         tokenizer: see :func:`train_tokenizer`.
-        seed: draws the answers.
+        seed: draws the answers and, by torch's global generator, the weights that training starts from.
         steps: updates, each on 64 answers.
     """
+    torch.manual_seed(seed)
     judge = Judge(LABELS[capability], tokenizer).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))

@@ -424,13 +424,14 @@ def train_language(
 def train_vlm(
     tokenizer: PreTrainedTokenizerFast, processor: LlavaProcessor, seed: int
 ) -> LlavaForConditionalGeneration:
-    """A trained base model; torch's global generator must have been seeded.
+    """A trained base model.
 
     Args:
         tokenizer: the model's.
         processor: its image processor turns pictures into pixels; images are padded to a square.
-        seed: decides the training pictures and the lessons.
+        seed: draws the training pictures, the lessons and, by torch's global generator, the weights.
     """
+    torch.manual_seed(seed)
     model = make_model(tokenizer)
     pictures = [
         picture(concept.code_point, seed_for("training picture", seed, concept.name, number))

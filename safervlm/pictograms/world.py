@@ -171,7 +171,6 @@ def train_until_good(folder: Path, seed: int) -> list[dict[str, Any]]:
     attempts: list[dict[str, Any]] = []
     for retry in range(RETRIES + 1):
         attempt = seed + 1000 * retry  # declared: a retry's seed is not chosen by its result
-        torch.manual_seed(attempt)
         panel = write_judges(folder / "judges", attempt)
         base = write_vlm(folder / "vlm", attempt)
         figures = measure(folder, base, panel)

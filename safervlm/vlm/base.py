@@ -139,12 +139,13 @@ class Batch:
         """
         chosen = rows.tolist()
         prompts = [self.prompt_ids[row] for row in chosen]
-        return replace(
-            self,
+        return Batch(
             questions=[self.questions[row] for row in chosen],
             prompt_ids=prompts,
+            pixel_values=self.pixel_values,
             image_rows=self.image_rows[rows.to(self.image_rows.device)],
             packed=pack(prompts, [[answers[row]] for row in chosen]).to(self.image_rows.device),
+            features=self.features,
         )
 
 

@@ -50,7 +50,7 @@ class LlavaCollator:
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Reads the images, once each, and tokenises prompts and completions."""
         rows: dict[str | None, int] = {}
-        images = []
+        images: list[Image.Image] = []
         for question in (example.question for example in examples):
             path = question.image_path
             if path not in rows:

@@ -29,7 +29,9 @@ def quick(monkeypatch):
     trained, figures = [], []
     monkeypatch.setattr(pictograms, "write_data_sets", lambda folder, seed: (folder / "unsafe").mkdir())
     monkeypatch.setattr(pictograms, "write_judges", lambda folder, seed: {})
-    monkeypatch.setattr(pictograms, "write_vlm", lambda folder, seed: trained.append(seed))
+    monkeypatch.setattr(
+        pictograms, "write_vlm", lambda folder, seed: trained.append(torch.manual_seed(seed).initial_seed())
+    )
     monkeypatch.setattr(pictograms, "measure", lambda *_: figures.pop(0) if figures else GOOD)
     return trained, figures
 
