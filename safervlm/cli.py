@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 HELP = """usage: safervlm COMMAND [ARGUMENTS]
@@ -65,11 +66,18 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def plain(args: Sequence[str]) -> None:
     """Plays one of the plain commands."""
-    from jsonargparse import auto_cli
-
     from safervlm.lightning_cli import OneLineParser
 
-    auto_cli(plain_commands()[args[0]], args=list(args[1:]), parser_class=OneLineParser, prog=f"safervlm {args[0]}")
+    name, *rest = args
+    function = plain_commands()[name]
+    parser = OneLineParser(prog=f"safervlm {name}", description=(function.__doc__ or "").split("\n\n")[0])
+    folders = []
+    if name == "report":  # folders are typed one after the other; jsonargparse takes a list as one JSON argument
+        folders = ["runs"]
+        parser.add_argument("runs", nargs="+", type=Path, help="The run folders; the first is the one to compare with.")
+    parser.add_function_arguments(function, skip=set(folders), fail_untyped=True)
+    given = parser.instantiate_classes(parser.parse_args(rest))
+    function(**given.as_dict())
 
 
 if __name__ == "__main__":

@@ -181,11 +181,11 @@ def measure(sides: dict[str, Side], repeats: int) -> None:
     start_weights = {name: [p.detach().clone() for p in side.parameters()] for name, side in sides.items()}
     for repeat in range(repeats + 1):
         losses = {}
+        gc.collect()
         for name, side in sides.items():
             # Each step starts from the same weights: a value head on the policy and a value adapter part ways.
             for parameter, weight in zip(side.parameters(), start_weights[name], strict=True):
                 parameter.data.copy_(weight)
-            gc.collect()
             start = time.process_time()
             losses[name] = side.step()
             if repeat:

@@ -40,6 +40,7 @@ def _command(args: Sequence[str], folder: Path, log: Path, environment: dict[str
     os.dup2(written, 1)
     os.dup2(written, 2)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of its data workers, as in a command of the shell's
     from safervlm.cli import main
 
     main(args)

@@ -50,9 +50,9 @@ def test_both_sides_run_and_agree(
     name: str, rows: int, benchmark: ModuleType, tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     benchmark.write_model(tiny, tmp_path)
-    table = getattr(benchmark, f"benchmark_{name}")(tiny, tmp_path, repeats=2)
+    table = getattr(benchmark, f"benchmark_{name}")(tiny, tmp_path, repeats=1)
     assert len(table) == rows
-    assert all(len(row.ratios()) == 2 and min(row.ratios()) > 0 for row in table)
+    assert all(len(row.ratios()) == 1 and min(row.ratios()) > 0 for row in table)
     said = capsys.readouterr().err
     assert said.count("gradient differs by") == {"dpo": 4, "sft": 3, "ppo": 3}[name]
     if name == "dpo":  # where the adapter does nothing, all losses are equal whatever is wrong

