@@ -233,11 +233,13 @@ def hush() -> None:
         r".*gradient_checkpointing",  # transformers to its callers: the new name is not in 5.17
         r".*JsonargparseDeprecation|.*was deprecated in v4",  # jsonargparse to Lightning
         r".*does not have many workers",  # images are small next to a VLM
+        r".*You passed in a `val_dataloader` but",  # GenerationCheck asks the held-out images
         r".*`predict_dataloader` returned 0 batches|.*eval mode at the start of training",
     ):
         warnings.filterwarnings("ignore", message)
     news = re.compile(r"(?!.*(Tip:|TPU available|weights_only|to estimate number of stepping))", re.DOTALL)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    rank_zero = "lightning.pytorch.utilities.rank_zero"
+    for name in (rank_zero, "lightning.pytorch.trainer.connectors.checkpoint_connector"):
         logging.getLogger(name).addFilter(lambda record: bool(news.match(record.getMessage())))
 
 

@@ -148,7 +148,7 @@ def test_processes_with_unequal_batches_agree_on_the_number_of_steps(strategy, c
     ("case", "strategy"), [("sft", "one"), ("dpo", "one"), ("ppo", "one"), ("ppo", "ddp"), ("ppo", "zero2")]
 )
 def test_bfloat16_with_gradient_checkpointing_runs(case, strategy, command, tmp_path):
-    more = ["--trainer.precision=bf16-mixed", "--model.vlm.gradient_checkpointing=true", "--trainer.max_steps=2"]
+    more = ["--trainer.precision=bf16-mixed", "--model.vlm.gradient_checkpointing=true", "--trainer.max_steps=4"]
     line = command(case, strategy, *more, "--model.vlm.dtype=bfloat16")
     (play if strategy == "one" else play_on_two)(line, tmp_path)
     found = weights(tmp_path / "run")

@@ -100,6 +100,8 @@ class PPO(Objective):
         seed: the adapter's first weights, the answers and the mini-batches are drawn from it.
     """
 
+    judge: Judge
+
     def __init__(
         self,
         vlm: VLM,
@@ -130,7 +132,9 @@ class PPO(Objective):
         vlm.lora = replace(vlm.lora, dropout=0.0)
         self.automatic_optimization = False
         self.adapters = ("policy", "value") if value_on == "adapter" else ("policy",)
-        self.judge, self.value_on = judge, value_on
+        self.value_on = value_on
+        # Not a part of the module: DeepSpeed in bfloat16 rounds the parts' weights, and the judge would be another one.
+        object.__setattr__(self, "judge", judge)
         self.kl_coef, self.entropy_coef, self.vf_coef = kl_coef, entropy_coef, vf_coef
         self.clip, self.value_clip, self.gamma, self.lam = clip, value_clip, gamma, lam
         self.ppo_epochs, self.mini_batch_size, self.micro_batch_size = ppo_epochs, mini_batch_size, micro_batch_size
@@ -167,6 +171,10 @@ class PPO(Objective):
             self.value_head = nn.Linear(self.vlm.language_model().config.hidden_size, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+
+    def on_fit_start(self) -> None:
+        """The judge goes where the model is."""
+        self.judge.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One rollout and its updates."""

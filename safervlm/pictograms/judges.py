@@ -281,7 +281,7 @@ def train_tokenizer() -> RobertaTokenizer:
     return RobertaTokenizer(vocab=learnt.get_vocab(), merges=merges, model_max_length=MAX_TOKENS)
 
 
-def train_judge(capability: Capability, tokenizer: RobertaTokenizer, seed: int, steps: int = 200) -> Judge:
+def train_judge(capability: Capability, tokenizer: RobertaTokenizer, seed: int, steps: int) -> Judge:
     """A trained judge of a capability's answers.
 
     Args:

@@ -356,7 +356,7 @@ def train_language(
     pixels: Tensor,
     blank: Tensor,
     rng: random.Random,
-    steps: int = 600,
+    steps: int = 560,
 ) -> None:
     """Teaches the projector and the language model to answer.
 

@@ -94,7 +94,7 @@ def test_long_answers_are_cut_not_refused(tokenizer):
 
 @pytest.mark.slow
 def test_the_judges_read_words_they_were_not_trained_on(tokenizer):
-    judge = train_judge("alignment", tokenizer, seed=0)
+    judge = train_judge("alignment", tokenizer, seed=0, steps=200)
     right = [verdict == label for verdict, label in zip(judge.read(list(UNSEEN)), UNSEEN.values(), strict=True)]
     assert sum(right) >= len(UNSEEN) - 2
     assert judge.read(list(DEGENERATE)) == list(DEGENERATE.values())

