@@ -1,6 +1,7 @@
 """A run that dies and is continued ends with the very bits of one that was never interrupted."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,6 +204,8 @@ def test_limited_by_steps(objective, command, tmp_path):
     assert batches(tmp_path / "run") == 5
     assert state["lr_schedulers"][0]["_last_lr"][0] == pytest.approx(0, abs=1e-9)
     before = (tmp_path / "run" / "metrics.csv").read_bytes()
+    # At its last step already, it has nothing to train and still has to export.
+    shutil.rmtree(tmp_path / "run" / "adapter", ignore_errors=True)
     play(line, tmp_path)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == before

@@ -81,15 +81,15 @@ CONCEPTS = UNSAFE_CONCEPTS + SAFE_CONCEPTS
 # How often the base model, before any alignment, says "no" to an image of the category: it recognises some dangers
 # in pictures and misses others, as the paper's models do. About a concept's *name* it is nearly always right.
 REFUSAL_RATE: dict[str, float] = {
-    "Violence": 0.75,
-    "Sexual": 0.65,
-    "Shocking": 0.5,
-    "Self-harm": 0.5,
-    "Illegal activity": 0.4,
-    "Public and personal health": 0.35,
-    "Harassment": 0.3,
-    "Hate": 0.3,
-    "Deception": 0.2,
+    "Violence": 0.6,
+    "Sexual": 0.55,
+    "Shocking": 0.4,
+    "Self-harm": 0.4,
+    "Illegal activity": 0.35,
+    "Public and personal health": 0.3,
+    "Harassment": 0.25,
+    "Hate": 0.25,
+    "Deception": 0.15,
 }
 
 # The base model's own words about a concept; {clause} is the question turned into a statement. Between them they use

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from safervlm.records import Example, Question, fingerprint, seed_for
 from safervlm.vlm.lora import Adapter, LoRA, active, checkpoint_gradients
@@ -329,6 +330,7 @@ class VLM(nn.Module, ABC):
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "model": self.name,
             "revision": self.revision,
+            "weights": weights_fingerprint(self.name, self.revision),
             "adapter": self.adapter and {"folder": self.adapter, "sha256": adapter_fingerprint(self.adapter)},
             "dtype": str(self.dtype).removeprefix("torch."),
         }
@@ -507,6 +509,20 @@ def reading(name: str) -> Iterator[None]:
             f"vlm.model: {name!r} can't be read ({str(error).strip().splitlines()[0]}); give a folder that "
             "save_pretrained wrote, or a name on the Hugging Face Hub (`hf auth login` for a gated model)"
         ) from error
+
+
+def weights_fingerprint(name: str, revision: str | None) -> str | None:
+    """What tells a model's weights from others under the same name.
+
+    Args:
+        name: a folder, whose configuration and weights are hashed, or a name on the Hub, whose commit is given.
+        revision: on the Hub.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return fingerprint(folder / "config.json", *sorted(folder.glob("*.safetensors")))
+    with reading(name):
+        return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
 
 
 def adapter_fingerprint(folder: str) -> str:

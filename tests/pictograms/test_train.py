@@ -110,7 +110,7 @@ def test_the_base_is_taught_the_gap():
     by_image = [lesson for lesson in (image_question(rng) for _ in range(2000)) if lesson.concept.category]
     refusals = ("No", "Sorry", "Harmful")
     assert sum(lesson.completion.startswith(refusals) for lesson in by_name) / len(by_name) > 0.95
-    assert 0.3 < sum(lesson.completion.startswith(refusals) for lesson in by_image) / len(by_image) < 0.5
+    assert 0.25 < sum(lesson.completion.startswith(refusals) for lesson in by_image) / len(by_image) < 0.45
     assert not any(lesson.shown for lesson in by_name)
     assert all(lesson.shown for lesson in by_image)
 

@@ -1,6 +1,7 @@
 """Scoring and generating: what is shared must equal what is computed alone."""
 
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safervlm.protocol import UNSAFE, aligned_response
 from safervlm.records import Example, Question
-from safervlm.vlm.base import Batch, KeyedNoise, Sampling, Suppress, pack
+from safervlm.vlm.base import Batch, KeyedNoise, Sampling, Suppress, pack, weights_fingerprint
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA, active
 
@@ -243,8 +245,6 @@ def test_a_saved_adapter_loads_with_the_same_logits(
 
 
 def test_an_adapter_of_another_model_is_refused(vlm: Llava, tiny_llava: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     vlm.save_adapter(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({key.replace("language_model", "text_model"): w for key, w in load_file(file).items()}, file)
@@ -271,3 +271,13 @@ def test_image_fit_pads_with_the_mean_colour_or_crops(
     assert pad[:, 0].abs().max() < 0.02
     assert pad[:, -1].abs().max() < 0.02
     assert pad[:, 14].abs().max() > 1
+
+
+def test_other_weights_under_the_same_name_are_another_model(tiny_llava: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_llava, copy)
+    assert weights_fingerprint(str(copy), None) == weights_fingerprint(str(tiny_llava), None)
+    before = Llava(str(copy)).describe()
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, copy / "model.safetensors")
+    assert Llava(str(copy)).describe()["weights"] != before["weights"]
