@@ -38,6 +38,7 @@ from typing import Any, Self, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy.special import betaincinv, stdtrit
 
@@ -687,22 +688,25 @@ def accuracy_table(table: pd.DataFrame, title: str = "Accuracy") -> Table:
         table: of :func:`scores`.
         title: the line above it.
     """
-    printed = Table(title=title, caption="95 % intervals")
-    for heading in ("capability", "side", "category"):
-        printed.add_column(heading)
+    rows = records(by_category(table))
+    methods = {f"{row['varies']}: {row['method']}": None for row in rows if row["method"]}
+    printed = Table(title=title, caption="95 % intervals\n" + "\n".join(methods), box=SIMPLE_HEAD)
+    printed.add_column("category")
     for heading in ("n", "N/A", "N/A as wrong", "N/A left out"):
         printed.add_column(heading, justify="right")
-    for heading in ("varies", "method"):
-        printed.add_column(heading)
     part = None
-    for row in records(by_category(table)):
-        if part not in (None, (row["capability"], row["side"])):
+    for row in rows:
+        if part != (row["capability"], row["side"]):
+            part = (row["capability"], row["side"])
             printed.add_section()
-        part = (row["capability"], row["side"])
+            printed.add_row(row["capability"] + (f", {row['side']}" if row["side"] != "-" else ""), style="bold")
         wrong = with_interval(row["accuracy_na_wrong"], row["low_na_wrong"], row["high_na_wrong"])
         left_out = with_interval(row["accuracy"], row["low"], row["high"])
-        cells = (row["category"], str(row["n"]), percent(row["na_rate"]), wrong, left_out, row["varies"], row["method"])
-        printed.add_row(*part, *cells, style="bold" if row["category"] == OVERALL else None)
+        whole = row["category"] == OVERALL
+        name = f"{OVERALL}, {row['varies']}" if whole and row["varies"] else row["category"]
+        printed.add_row(
+            f"  {name}", str(row["n"]), percent(row["na_rate"]), wrong, left_out, style="bold" if whole else None
+        )
     return printed
 
 
@@ -713,19 +717,21 @@ def other_table(table: pd.DataFrame, title: str = "Gap, over-flagging, diversity
         table: of :func:`scores`.
         title: the line above it.
     """
-    printed = Table(title=title)
-    for heading in ("measure", "capability", "side"):
+    rows = records(table[~table["measure"].isin(_ACCURACIES) & (table["category"] == OVERALL)])
+    about = [", ".join(filter(None, (MEASURES[row["measure"]], row["varies"]))) for row in rows]
+    methods = {f"{name}: {row['method']}": None for name, row in zip(about, rows, strict=True)}
+    printed = Table(title=title, caption="95 % intervals\n" + "\n".join(methods), box=SIMPLE_HEAD)
+    for heading in ("measure", "of"):
         printed.add_column(heading)
     for heading in ("n", "value"):
         printed.add_column(heading, justify="right")
-    for heading in ("varies", "method"):
-        printed.add_column(heading)
-    for row in records(table[~table["measure"].isin(_ACCURACIES) & (table["category"] == OVERALL)]):
+    printed.add_column("varies")
+    for row in rows:
         value = shown(row["measure"], row["value"])
         if not np.isnan(row["low"]):
             value = with_interval(row["value"], row["low"], row["high"])
-        cells = (row["capability"], row["side"], str(row["n"]), value, row["varies"], row["method"])
-        printed.add_row(MEASURES[row["measure"]], *cells)
+        of = row["capability"] + (f", {row['side']}" if row["side"] != "-" else "")
+        printed.add_row(MEASURES[row["measure"]], of, str(row["n"]), value, row["varies"])
     return printed
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import random
-import time
 
 import numpy as np
 import pandas as pd
@@ -281,22 +280,6 @@ def test_self_bleu_needs_two(responses):
     assert np.isnan(scoring.self_bleu(responses))
 
 
-@pytest.mark.slow
-def test_self_bleu_is_500_times_faster():
-    responses = texts(1000, 0, words=1500)
-    scoring.self_bleu(responses)  # NumPy's first call
-    ratios = []
-    for trial in range(3):
-        only = random.Random(trial).sample(range(1000), 15)  # each costs NLTK the same
-        start = time.perf_counter()
-        nltk_self_bleu(responses, only=only)
-        theirs = (time.perf_counter() - start) * 1000 / len(only)
-        start = time.perf_counter()
-        scoring.self_bleu(responses)
-        ratios.append(theirs / (time.perf_counter() - start))
-    assert np.median(ratios) >= 500, ratios
-
-
 # --- intervals --------------------------------------------------------------------------------------------------------
 
 
@@ -492,8 +475,9 @@ def test_terminal_tables(table):
     text = printed(scoring.comparison_table(scoring.compare({"base": table})))
     assert [line.split("│")[2].strip() for line in text.splitlines() if "Image, unsafe" in line] == ["25.0", "40.0"]
     text = printed(scoring.accuracy_table(table))
-    line = next(line for line in text.splitlines() if "Violence" in line and "│ alignment " in line)
-    assert [cell.strip() for cell in line.split("│")[4:8]] == ["2", "100.0", "0.0 [0.0, 97.5]", "-"]
+    _, alignment = text.split("alignment, unsafe", 1)
+    line = next(line for line in alignment.splitlines() if "Violence" in line)
+    assert line.split() == ["Violence", "2", "100.0", "0.0", "[0.0,", "97.5]", "-"]
     assert "Korn-Graubard, images within concepts" in text
     text = printed(scoring.other_table(table))
     assert "66.7" in text
