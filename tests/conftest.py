@@ -6,6 +6,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The models are small: a second thread waits more than it works, and a busy machine makes it wait long. Of the processes
+# that tests start, too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -28,7 +31,7 @@ from safervlm import protocol
 from safervlm.pictograms.world import build
 from safervlm.records import Question, record_id, write_jsonl
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def byte_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
