@@ -6,8 +6,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# The models are small: a second thread waits more than it works, and a busy machine makes it wait long. Of the processes
-# that tests start, too.
+# The models are small: a second thread waits more than it works, long on a busy machine. Of started processes, too.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
