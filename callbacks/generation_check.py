@@ -43,6 +43,7 @@ class GenerationCheck(Callback):
         self.judge, self.every_n_batches, self.tolerance = judge, every_n_batches, tolerance
         self.sampling, self.minimum = sampling, minimum
         self.first: float | None = None
+        self._trained = False
 
     def state_dict(self) -> dict[str, Any]:
         """The rate before training: a continued run compares with the same one."""
@@ -72,9 +73,16 @@ class GenerationCheck(Callback):
         if trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_batches == 0:
             pl_module.log("train/unsafe_rate_on_safe", self.check(trainer, pl_module), batch_size=1)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes that there is something new to measure."""
+        self._trained = True
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the policy that training leaves."""
-        self.check(trainer, pl_module)
+        """Measures the policy that training leaves; a run that was complete already has been measured."""
+        if self._trained:
+            self.check(trainer, pl_module)
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> float:
         """The rate now; warns when it has risen."""

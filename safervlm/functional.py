@@ -169,3 +169,8 @@ def explained_variance(returns: Tensor, values: Tensor) -> Tensor:
         values: (N,).
     """
     return 1 - (returns - values).var(correction=0) / returns.var(correction=0)
+
+
+def in_parts(rows: Tensor, size: int, fewest: int) -> tuple[Tensor, ...]:
+    """Parts of ``size`` rows, as many as ``fewest`` rows make; whatever is more stands in the last one."""
+    return rows.tensor_split(list(range(size, fewest, size)))

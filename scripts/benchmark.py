@@ -155,8 +155,11 @@ class Row:
         ratios = self.ratios()
         median = statistics.median(ratios)
         target = "" if self.target is None else f"{self.target:g}" + ("" if median >= self.target else " (missed)")
+        shown = " | ".join(
+            f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.2f}" for ratio in (median, min(ratios), max(ratios))
+        )
         times = f"{statistics.median(self.theirs):.3g} | {statistics.median(self.ours):.3g}"
-        return f"| {self.measure} | **{median:.3g}** | {min(ratios):.3g} | {max(ratios):.3g} | {target} | {times} |"
+        return f"| {self.measure} | {shown} | {target} | {times} |"
 
 
 def say(text: str) -> None:

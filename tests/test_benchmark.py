@@ -84,7 +84,7 @@ def test_self_bleu_against_nltk(benchmark: ModuleType) -> None:
 
 def test_the_table_shows_what_was_missed(benchmark: ModuleType) -> None:
     row = benchmark.Row("a : b", [4.0, 6.0, 5.0], [2.0, 2.0, 2.0], target=3.0)
-    assert str(row) == "| a : b | **2.5** | 2 | 3 | 3 (missed) | 5 | 2 |"
+    assert str(row) == "| a : b | 2.50 | 2.00 | 3.00 | 3 (missed) | 5 | 2 |"
     assert "(missed)" not in str(benchmark.Row("a : b", [4.0], [1.0], target=3.0))
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(["fpo"])

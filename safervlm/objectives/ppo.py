@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from safervlm.functional import (
     explained_variance,
     gae,
+    in_parts,
     ppo_policy_loss,
     ppo_value_loss,
     sequence_rewards,
@@ -205,18 +206,12 @@ class PPO(Objective):
         labels = torch.tensor([self.judge.labels.index(question.answer) for question in batch.questions])
         judged = verdicts.gather(1, labels.to(self.device)[:, None])[:, 0]
         # The last batch of an epoch may hold one answer more in one process than in another.
-        lowest, highest = self.all_gather(judged.min()), self.all_gather(judged.max())
+        low = self.all_gather(judged.min()).min()  # type: ignore[union-attr]
+        high = self.all_gather(judged.max()).max()  # type: ignore[union-attr]
         stopped = torch.tensor([answer.finish_reason == "stop" for answer in answers], device=self.device)
         lengths = mask.sum(-1)
         earned = sequence_rewards(
-            judged,
-            lowest.min(),  # type: ignore[union-attr]
-            highest.max(),  # type: ignore[union-attr]
-            stopped,
-            lengths,
-            self.sampling.max_new_tokens,
-            self.no_eos_penalty,
-            self.length_bonus,
+            judged, low, high, stopped, lengths, self.sampling.max_new_tokens, self.no_eos_penalty, self.length_bonus
         )
         rewards = token_rewards(earned, logprobs, reference, mask, self.kl_coef, self.reward_scale)
         advantages = gae(rewards, values, mask, self.gamma, self.lam)
@@ -261,8 +256,7 @@ class PPO(Objective):
                     self.clip_gradients(optimizer, self.max_grad_norm, "norm")  # type: ignore[arg-type]
                 optimizer.step()
                 optimizer.zero_grad()
-        count = self.ppo_epochs * rollout.mask.sum()
-        return {name: total / count for name, total in totals.items()}
+        return {name: total / (self.ppo_epochs * rollout.mask.sum()) for name, total in totals.items()}
 
     def losses(self, rollout: Rollout, rows: Tensor) -> dict[str, Tensor]:
         """The parts of the loss, summed over the response tokens of some answers."""
@@ -303,8 +297,3 @@ class PPO(Objective):
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.trainer.strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
         self.manual_backward(loss)
-
-
-def in_parts(rows: Tensor, size: int, fewest: int) -> tuple[Tensor, ...]:
-    """Parts of ``size`` rows, as many as ``fewest`` rows make; whatever is more stands in the last one."""
-    return rows.tensor_split(list(range(size, fewest, size)))

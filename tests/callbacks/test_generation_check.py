@@ -74,6 +74,7 @@ class Scene:
         for _ in range(batches):
             self.fit_loop.epoch_loop.total_batch_idx = self.done
             check.on_train_batch_start(self, self, None, 0)
+            check.on_train_batch_end(self, self, None, None, 0)
             self.done += 1
 
 
