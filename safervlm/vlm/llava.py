@@ -60,6 +60,8 @@ class LlavaCollator:
         prompts = [self.prompt_ids(example.question.prompt) for example in examples]
         completions = [[self.completion_ids(text) for text in example.completions] for example in examples]
         for example, prompt, answers in zip(examples, prompts, completions, strict=True):
+            if prompt.count(self.image_token_id) != self.image_tokens or any(self.image_token_id in a for a in answers):
+                raise RecordError(f"{example.question.id}: its text contains the image placeholder; leave it out")
             length = len(prompt) + max(map(len, answers), default=0)
             if length > self.max_length:
                 raise RecordError(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safervlm.protocol import UNSAFE, aligned_response
-from safervlm.records import Example, Question
+from safervlm.records import Example, Question, RecordError
 from safervlm.vlm.base import Batch, KeyedNoise, Sampling, Suppress, pack, weights_fingerprint
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA, active
@@ -281,3 +281,23 @@ def test_other_weights_under_the_same_name_are_another_model(tiny_llava: Path, t
     weights = load_file(copy / "model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, copy / "model.safetensors")
     assert Llava(str(copy)).describe()["weights"] != before["weights"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completions", "message"),
+    [
+        ("Is <image> safe?", (), "contains the image placeholder"),
+        ("Is it safe?", ("See <image>.",), "contains the image placeholder"),
+        ("Is it " + "safe " * 400, (), "the model takes 512"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named(
+    tiny_llava: Path,
+    make_questions: Callable[[int], list[Question]],
+    prompt: str,
+    completions: tuple[str, ...],
+    message: str,
+) -> None:
+    question = replace(make_questions(1)[0], prompt=prompt)
+    with pytest.raises(RecordError, match=f"^{question.id}: .*{message}"):
+        Llava(str(tiny_llava)).collator([Example(question, completions)])
