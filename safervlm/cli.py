@@ -76,7 +76,7 @@ def plain(args: Sequence[str]) -> None:
         folders = ["runs"]
         parser.add_argument("runs", nargs="+", type=Path, help="The run folders; the first is the one to compare with.")
     parser.add_function_arguments(function, skip=set(folders), fail_untyped=True)
-    given = parser.instantiate_classes(parser.parse_args(rest))
+    given = parser.instantiate(parser.parse_args(rest))
     function(**given.as_dict())
 
 

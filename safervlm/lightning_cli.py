@@ -74,7 +74,8 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         return found[1] if found else None
 
     if required := find(r"arguments are required: (.*)"):
-        return f"missing: {required}; give a recipe, for example --config configs/measure.yaml"
+        way_out = "give a recipe, for example --config configs/measure.yaml" if "model" in required else "see --help"
+        return f"missing: {required}; {way_out}"
     if unknown := find(r"[Uu]nrecognized arguments: *(\S+)"):
         name = unknown.lstrip("-").split("=")[0]
         return f"unknown argument --{name}{did_you_mean(name, known)}; --help lists all"
@@ -96,7 +97,8 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     if reason := find(r"does not correspond to a subclass of (\w+)"):
         return f"{name}{find(r'Given value: (.*)') or 'the class'} is not a {reason}; name the class_path of one"
     if path := find(r"Problem with given class_path '([^']+)'"):
-        return f"{name}no class {path!r} ({find(r'class_path [^:]+:' + chr(92) + r's+(.*)')}); check the spelling"
+        reason = find(r"class_path '[^']+':\s+(.*)")
+        return f"{name}no class {path!r} ({reason}); check the spelling"
     expected = [
         re.sub(r"^a |<class '|'>|typing\.", "", each) for each in re.findall(r"Expected (.+?)(?:\. Got|\n|$)", message)
     ]

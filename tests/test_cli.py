@@ -199,7 +199,7 @@ def test_an_error_is_one_line(name: str, capsys: pytest.CaptureFixture[str], onl
     [
         (["mesure"], "no command 'mesure'"),
         (["pictograms", "--sed", "3"], "unknown argument --sed; did you mean --seed?"),
-        (["report"], "missing: runs"),
+        (["report"], "missing: runs; see --help"),
         (["report", "nowhere"], "nowhere"),
     ],
 )
