@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from safervlm.judge import Judge
 from safervlm.protocol import SAFE, UNSAFE
 from safervlm.records import RecordError, seed_for
-from safervlm.vlm.base import Sampling
+from safervlm.vlm.sampling import Sampling
 
 
 class OverFlaggingWarning(UserWarning):

@@ -6,6 +6,9 @@ from PIL import Image, UnidentifiedImageError
 
 from safervlm.records import RecordError
 
+# What a VLM is shown with a question about a name, as published.
+BLANK = Image.new("RGB", (1000, 1000), "white")
+
 
 def image_file(folder: Path, image: str, record: str) -> Path:
     """The file of an image that a data set names.

@@ -6,7 +6,8 @@ from typing import Any
 import lightning as L
 
 from safervlm.records import Response
-from safervlm.vlm.base import VLM, Batch, Collator, Sampling
+from safervlm.vlm.base import VLM, Batch, Collator
+from safervlm.vlm.sampling import Sampling
 
 
 class Measure(L.LightningModule):

@@ -53,9 +53,11 @@ from safervlm.objectives.base import Objective
 from safervlm.objectives.ppo import Rollout
 from safervlm.records import Example, Question
 from safervlm.scoring import self_bleu
-from safervlm.vlm.base import Batch, Generation
+from safervlm.vlm.base import Generation
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA, active
+from safervlm.vlm.packed import PackedBatch
+from safervlm.vlm.sampling import Sampling
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 LR = 1e-6
@@ -319,7 +321,7 @@ class Alone:
     world_size = 1
 
 
-def our_side(objective: Objective, batch: Batch) -> Side:
+def our_side(objective: Objective, batch: PackedBatch) -> Side:
     """A step of ours, from a batch that was just collated: its images are encoded in every step."""
     objective.configure_model()
     objective._trainer = Alone()  # type: ignore[assignment]
@@ -329,7 +331,7 @@ def our_side(objective: Objective, batch: Batch) -> Side:
     perturb(trained)
 
     def backward() -> Tensor:
-        loss: Tensor = objective.training_step(Batch(**vars(batch) | {"features": None}), 0)  # type: ignore[operator]
+        loss: Tensor = objective.training_step(PackedBatch(**vars(batch) | {"features": None}), 0)  # type: ignore[operator]
         loss.backward()
         return loss
 
@@ -602,6 +604,61 @@ def benchmark_ppo(shape: Shape, folder: Path, repeats: int) -> list[Row]:
     ]
 
 
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def benchmark_measure(shape: Shape, folder: Path, repeats: int, images: int = 4, tokens: int = 20) -> list[Row]:
+    """Five questions about each image, answered greedily: in one batch, and one by one by transformers' ``generate``.
+
+    The prompts are made beforehand, and the random model is kept from ending an answer, on both sides.
+    """
+    vlm = llava(shape, folder)
+    vlm.load()
+    made = []
+    for number, example in enumerate(examples(shape, folder, 5 * images, 0)):
+        path = str(folder / f"{number // 5}.png")
+        made.append(Example(replace(example.question, image_path=path)))
+    never = [*vlm.suppressed.tolist(), *vlm.eos_token_ids]
+    vlm.suppressed = torch.tensor(sorted(never))
+    singles = [vlm.collator([example]) for example in made]
+
+    def one_by_one() -> list[list[int]]:
+        answers = []
+        for single in singles:
+            ids = torch.tensor(single.prompt_ids)
+            generated = vlm.base.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=single.pixel_values,
+                max_new_tokens=tokens,
+                do_sample=False,
+                suppress_tokens=never,
+            )
+            answers.append(generated[0, ids.shape[1] :].tolist())
+        return answers
+
+    def together() -> list[list[int]]:
+        batch = vlm.collator(made)  # anew: a batch keeps its encoded images
+        generations = vlm.generate(batch, Sampling(temperature=0, max_new_tokens=tokens), seed=0)
+        return [generation.token_ids for generation in generations]
+
+    theirs, ours = [], []
+    for repeat in range(repeats + 1):
+        start = time.process_time()
+        alone = one_by_one()
+        middle = time.process_time()
+        shared = together()
+        end = time.process_time()
+        if alone != shared:
+            sys.exit("the answers are not equal: the comparison is void")
+        if repeat:
+            theirs.append(middle - start)
+            ours.append(end - middle)
+            say(f"  {repeat}/{repeats}: one by one {theirs[-1]:.2f} s, together {ours[-1]:.2f} s")
+    name = f"{images} images of 5 questions, {tokens} tokens each : transformers' generate, one by one"
+    return [Row(name, theirs, ours, 3)]
+
+
 # --- self-BLEU --------------------------------------------------------------------------------------------------------
 
 
@@ -666,7 +723,7 @@ def machine() -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what is asked for and prints a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("dpo", "sft", "ppo", "bleu")
+    names = ("dpo", "sft", "ppo", "measure", "bleu")
     parser.add_argument("which", nargs="*", help=f"what to measure, of {', '.join(names)}; everything if left out")
     parser.add_argument("--repeats", type=int, default=5, help="measured repetitions (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
@@ -688,7 +745,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             write_model(shape, Path(folder))
-            run = {"dpo": benchmark_dpo, "sft": benchmark_sft, "ppo": benchmark_ppo}[name]
+            run = {"dpo": benchmark_dpo, "sft": benchmark_sft, "ppo": benchmark_ppo, "measure": benchmark_measure}[name]
             rows += run(shape, Path(folder), options.repeats)
     print(f"\n{machine()}\n\n{shape}\n")
     print("| ours : theirs | times as fast (median) | min | max | target | theirs, s | ours, s |")

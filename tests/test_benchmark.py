@@ -89,3 +89,9 @@ def test_the_table_shows_what_was_missed(benchmark: ModuleType) -> None:
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(["fpo"])
     assert stopped.value.code == 2
+
+
+def test_measuring_together_gives_the_answers_of_one_by_one(benchmark: ModuleType, tiny, tmp_path: Path) -> None:
+    benchmark.write_model(tiny, tmp_path)
+    (row,) = benchmark.benchmark_measure(tiny, tmp_path, repeats=1, images=2, tokens=4)
+    assert min(row.ratios()) > 0

@@ -14,8 +14,9 @@ import callbacks
 import safervlm
 from safervlm.cli import HELP, main, plain_commands
 from safervlm.lightning_cli import CONFIGS, SaferCLI, local_or_shipped, one_line
-from safervlm.vlm.base import VLM, Sampling
+from safervlm.vlm.base import VLM
 from safervlm.vlm.lora import LoRA
+from safervlm.vlm.sampling import Sampling
 
 PICTOGRAMS = ["--config", "configs/measure.yaml", "--config", "configs/pictograms/measure.yaml"]
 RECIPES = {"measure": "predict", "judge_responses": "predict", "judge": "fit", "sft": "fit", "dpo": "fit", "ppo": "fit"}

@@ -74,7 +74,7 @@ def test_a_second_demo_reuses_what_is_there(played: Path, world: Path, monkeypat
     before = state()
     monkeypatch.chdir(world.parent)
     generated: list[int] = []
-    monkeypatch.setattr("safervlm.vlm.base.VLM.generate", lambda *_, **__: generated.append(1))
+    monkeypatch.setattr("safervlm.vlm.packed.PackedVLM.generate", lambda *_, **__: generated.append(1))
     demo()
     assert not generated
     assert state() == before

@@ -156,60 +156,72 @@ class TrainingLoader:
         self._epoch, self._delivered, self._start = state["epoch"], state["batches"], state["batches"]
 
 
-class OrderedLoader:
-    """The examples in order: every one once, over all processes.
+def validation_batches(examples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """A process's batches of the held-out examples, as row numbers: every example once, in order, over all processes.
 
-    A process has ``examples[rank::world_size]``, and may have a batch more than another.
+    Every process has as many batches as the others, each with something in it: what a step that talks to the others
+    needs. A process has ``examples[rank::world_size]``.
+
+    Raises:
+        RecordError: fewer examples than processes.
+    """
+    if examples < world_size:
+        raise RecordError(f"{examples} validation examples for {world_size} processes: hold out more, or none")
+    rows = list(range(rank, examples, world_size))
+    longest = -(-len(range(0, examples, world_size)) // batch_size)
+    count = min(longest, examples // world_size)
+    bounds = [len(rows) * number // count for number in range(count + 1)]
+    return [rows[begin:end] for begin, end in pairwise(bounds)] if world_size > 1 else in_batches(rows, batch_size)
+
+
+def in_batches(rows: Sequence[int], size: int) -> list[list[int]]:
+    """Cuts rows into batches."""
+    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def prediction_batches(examples: Sequence[Example], batch_size: int, world_size: int = 1) -> list[list[list[int]]]:
+    """The batches of each process, as row numbers: every example once, the questions about an image together.
+
+    A VLM encodes an image once for all its questions in a batch. The longest questions come first: what follows takes
+    less memory than what has been seen to work.
+    """
+    about: dict[str | None, list[int]] = {}
+    for row, example in enumerate(examples):
+        about.setdefault(example.question.image_path, []).append(row)
+    groups = [group for rows in about.values() for group in in_batches(rows, batch_size)]
+    groups.sort(key=lambda group: -max(len(examples[row].question.prompt) for row in group))
+    batches: list[list[list[int]]] = []
+    for rank in range(world_size):
+        batches.append([])
+        for group in groups[rank::world_size]:
+            if not batches[rank] or len(batches[rank][-1]) + len(group) > batch_size:
+                batches[rank].append([])
+            batches[rank][-1] += group
+    return batches
+
+
+class OrderedLoader:
+    """Batches that are known from the start.
 
     Args:
         examples: of all processes.
+        batches: of this process, as row numbers.
+        length: what it is taken to be; an iteration may end before.
         collator: makes a batch of examples.
-        batch_size: of one process.
         num_workers: processes that fetch ahead; 0 fetches in the main process.
-        rank: of this process.
-        world_size: the number of processes.
-        in_step: gives every process as many batches as the others, each of them with something in it: what a step that
-            talks to the others needs. Batches then differ in size by at most one.
-
-    Raises:
-        RecordError: in step, and fewer examples than processes.
     """
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        collator: Collator,
-        batch_size: int,
-        num_workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        in_step: bool = False,
+        self, examples: Sequence[Example], batches: list[list[int]], length: int, collator: Collator, num_workers: int
     ) -> None:
-        self.examples = examples[rank::world_size]
-        self.collator = collator
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        # Lightning skips a loop of length 0, hooks and all. So the length is that of the longest rank, at least 1:
-        # a process with nothing left to do still runs the hooks in which the others wait for it, and a run that is
-        # complete already still merges what it wrote.
-        longest = len(examples[::world_size])
-        self._length = max(1, -(-longest // batch_size))
-        rows = list(range(len(self.examples)))
-        self._batches = [rows[start : start + batch_size] for start in rows[::batch_size]]
-        if in_step and world_size > 1:
-            if len(examples) < world_size:
-                raise RecordError(
-                    f"{len(examples)} validation examples for {world_size} processes: hold out more, or none"
-                )
-            self._length = min(self._length, len(examples) // world_size)
-            bounds = [len(self.examples) * number // self._length for number in range(self._length + 1)]
-            self._batches = [rows[begin:end] for begin, end in pairwise(bounds)]
+        self.examples, self.batches, self.length = examples, batches, length
+        self.collator, self.num_workers = collator, num_workers
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def __iter__(self) -> Iterator[Any]:
-        return _deliver(self.examples, self._batches, self.collator, self.num_workers)
+        return _deliver(self.examples, self.batches, self.collator, self.num_workers)
 
 
 @dataclass(frozen=True)
@@ -345,16 +357,24 @@ class SaferData(LightningDataModule):
 
     def val_dataloader(self) -> OrderedLoader | list[OrderedLoader]:
         """The held-out examples in order; no loader where nothing is held out."""
-        return self._ordered(self.parts.validation, in_step=True) if self.parts.validation else []
+        examples = self.parts.validation
+        if not examples:
+            return []
+        batches = validation_batches(len(examples), self.batch_size, *self._place())
+        return OrderedLoader(examples, batches, len(batches), self._collator(), self.num_workers)
 
     def predict_dataloader(self) -> OrderedLoader:
-        """Everything that isn't skipped, in order."""
+        """Everything that isn't skipped, the questions about an image together."""
         if not self.parts.predict:
             raise RecordError(f"data: {type(self).__name__} has nothing to predict: use UnsafeConcepts or OwnData")
-        return self._ordered([example for example in self.parts.predict if example.question.id not in self._skipped])
-
-    def _ordered(self, examples: list[Example], in_step: bool = False) -> OrderedLoader:
-        return OrderedLoader(examples, self._collator(), self.batch_size, self.num_workers, *self._place(), in_step)
+        examples = [example for example in self.parts.predict if example.question.id not in self._skipped]
+        rank, world_size = self._place()
+        batches = prediction_batches(examples, self.batch_size, world_size)
+        # Lightning skips a loop of length 0, hooks and all. So the length is that of the longest rank, at least 1: a
+        # process with nothing left to do still runs the hooks in which the others wait for it, and a run that is
+        # complete already still merges what it wrote.
+        length = max(1, *map(len, batches))
+        return OrderedLoader(examples, batches[rank], length, self._collator(), self.num_workers)
 
     def _collator(self) -> Collator:
         if self.collator is None:

@@ -10,7 +10,8 @@ from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
 from safervlm.records import RecordError, seed_for
-from safervlm.vlm.base import VLM, Batch, Collator
+from safervlm.vlm.base import Batch, Collator
+from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.lora import Adapter
 
 
@@ -28,7 +29,7 @@ class Objective(L.LightningModule):
     adapters: tuple[Adapter, ...] = ("policy",)
 
     def __init__(
-        self, vlm: VLM, lr: float = 3e-5, warmup_steps: int = 5, weight_decay: float = 0.0, seed: int = 0
+        self, vlm: LocalVLM, lr: float = 3e-5, warmup_steps: int = 5, weight_decay: float = 0.0, seed: int = 0
     ) -> None:
         super().__init__()
         self.vlm, self.lr, self.warmup_steps, self.weight_decay, self.seed = vlm, lr, warmup_steps, weight_decay, seed

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from safervlm.functional import dpo_loss
 from safervlm.objectives.base import Objective
-from safervlm.vlm.base import VLM, Batch, Scores
+from safervlm.vlm.base import Batch, Scores
+from safervlm.vlm.local import LocalVLM
 
 
 class DPO(Objective):
@@ -35,7 +36,7 @@ class DPO(Objective):
 
     def __init__(
         self,
-        vlm: VLM,
+        vlm: LocalVLM,
         beta: float = 0.1,
         rpo_alpha: float = 0.0,
         lr: float = 2e-6,

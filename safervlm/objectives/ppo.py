@@ -4,8 +4,7 @@ A batch is a rollout:
 
 1. the policy answers the questions;
 2. one pass scores the answers: under the policy, under the reference (adapter off), and by the value function;
-3. the judge reads the answers: :func:`~safervlm.functional.sequence_rewards` and
-   :func:`~safervlm.functional.token_rewards` are the paper's reward;
+3. the judge reads the answers; ``sequence_rewards`` and ``token_rewards`` (functional.py) are the paper's reward;
 4. advantages by GAE, whitened over the batch, returns = advantages + values;
 5. ``ppo_epochs`` times over mini-batches, one optimizer step each, of
 
@@ -14,9 +13,8 @@ A batch is a rollout:
 averaged over the response tokens of a mini-batch (of all processes together, as is every statistic above).
 
 Departures from the published implementation: nothing is padded to ``response_length``; a batch whose rewards are all
-equal earns 0.5 rather than 0/0; what sampling suppresses has no probability in scoring either, so the ratio is exactly
-the one of the distribution that was drawn from; the adapters have no dropout at all (published: none in rollouts and
-updates, which is the same); the base has the precision of ``vlm.dtype`` rather than 4 bits.
+equal earns 0.5 rather than 0/0; what sampling suppresses has no probability in scoring either, so the ratio is that of
+the distribution that was drawn from; the adapters have no dropout, the base has ``vlm.dtype`` rather than 4 bits.
 """
 
 import inspect
@@ -43,7 +41,9 @@ from safervlm.functional import (
 from safervlm.judge import Judge
 from safervlm.objectives.base import Objective
 from safervlm.records import seed_for
-from safervlm.vlm.base import VLM, Batch, Generation, Sampling, Scores
+from safervlm.vlm.base import Batch, Generation, Scores
+from safervlm.vlm.local import LocalVLM
+from safervlm.vlm.sampling import Sampling
 
 
 @dataclass
@@ -105,7 +105,7 @@ class PPO(Objective):
 
     def __init__(
         self,
-        vlm: VLM,
+        vlm: LocalVLM,
         judge: Judge,
         value_on: Literal["adapter", "policy"] = "adapter",
         kl_coef: float = 0.1,
@@ -169,7 +169,7 @@ class PPO(Objective):
         super().configure_model()
         self.judge.configure_model()
         if self.value_head is None:
-            self.value_head = nn.Linear(self.vlm.language_model().config.hidden_size, 1)
+            self.value_head = nn.Linear(self.vlm.hidden_size, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 

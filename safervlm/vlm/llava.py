@@ -18,18 +18,17 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from safervlm.images import open_image
+from safervlm.images import BLANK, open_image
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.records import Example, RecordError
-from safervlm.vlm.base import VLM, Batch, pack, reading
+from safervlm.vlm.local import reading
 from safervlm.vlm.lora import LoRA
-
-BLANK = Image.new("RGB", (1000, 1000), "white")
+from safervlm.vlm.packed import PackedBatch, PackedVLM, pack
 
 
 @dataclass
 class LlavaCollator:
-    """Examples -> :class:`Batch` in LLaVA's conversation; picklable, without weights.
+    """Examples -> :class:`PackedBatch` in LLaVA's conversation; picklable, without weights.
 
     Attributes:
         tokenizer: the model's.
@@ -47,7 +46,7 @@ class LlavaCollator:
     system: str
     max_length: int
 
-    def __call__(self, examples: Sequence[Example]) -> Batch:
+    def __call__(self, examples: Sequence[Example]) -> PackedBatch:
         """Reads the images, once each, and tokenises prompts and completions."""
         rows: dict[str | None, int] = {}
         images: list[Image.Image] = []
@@ -55,7 +54,6 @@ class LlavaCollator:
             path = question.image_path
             if path not in rows:
                 rows[path] = len(images)
-                # The published text-only questions are shown a blank image.
                 images.append(BLANK if path is None else open_image(path, question.id))
         prompts = [self.prompt_ids(example.question.prompt) for example in examples]
         completions = [[self.completion_ids(text) for text in example.completions] for example in examples]
@@ -67,7 +65,7 @@ class LlavaCollator:
                 raise RecordError(
                     f"{example.question.id}: {length} tokens, the model takes {self.max_length}; shorten the question"
                 )
-        return Batch(
+        return PackedBatch(
             questions=[example.question for example in examples],
             prompt_ids=prompts,
             pixel_values=self.image_processor(images, return_tensors="pt")["pixel_values"],
@@ -94,7 +92,7 @@ class LlavaCollator:
         return [*whole[len(stem) :], self.tokenizer.eos_token_id]
 
 
-class Llava(VLM):
+class Llava(PackedVLM):
     """LLaVA-1.5 in the Hugging Face format.
 
     Args:
@@ -174,17 +172,11 @@ class Llava(VLM):
         return self.collator.image_token_id
 
     @property
-    def eos_token_id(self) -> int:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's."""
+        return self.collator.tokenizer
+
+    @property
+    def eos_token_ids(self) -> list[int]:
         """``</s>``."""
-        return self.collator.tokenizer.eos_token_id
-
-    @cached_property
-    def suppressed(self) -> Tensor:
-        """Special tokens but for the end, and the rows of the embedding beyond the tokenizer's words."""
-        tokenizer = self.collator.tokenizer
-        special = {*tokenizer.all_special_ids, self.image_token_id} - {self.eos_token_id}
-        return torch.tensor(sorted(special | set(range(len(tokenizer), self.base.config.text_config.vocab_size))))
-
-    def decode(self, token_ids: list[int]) -> str:
-        """The text without special tokens, stripped."""
-        return self.collator.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+        return [self.tokenizer.eos_token_id]

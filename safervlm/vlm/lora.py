@@ -73,16 +73,16 @@ def active(model: nn.Module, adapter: Adapter) -> Iterator[None]:
             layer._active_adapter = names
 
 
-def checkpoint_gradients(language_model: nn.Module) -> None:
+def checkpoint_gradients(model: nn.Module) -> None:
     """Recomputes a layer's activations in the backward pass, with the adapter that its forward pass used.
 
     The recomputation happens at backward time, when another adapter may be at work: plain gradient checkpointing then
     gives wrong gradients.
 
     Args:
-        language_model: the Hugging Face language model; its own ``gradient_checkpointing_enable`` is called.
+        model: the Hugging Face model; its own ``gradient_checkpointing_enable`` is called.
     """
-    layers = [module for module in language_model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
     @contextmanager
     def again(names: list[list[str]]) -> Iterator[None]:
@@ -98,6 +98,6 @@ def checkpoint_gradients(language_model: nn.Module) -> None:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), again([layer._active_adapter for layer in layers])
 
-    language_model.gradient_checkpointing_enable(  # type: ignore[operator]
+    model.gradient_checkpointing_enable(  # type: ignore[operator]
         gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
     )

@@ -10,7 +10,9 @@ from callbacks.generation_check import GenerationCheck, OverFlaggingWarning
 from safervlm.judge import Judge
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.records import Example, Question, RecordError
-from safervlm.vlm.base import Batch, Generation, Sampling
+from safervlm.vlm.base import Generation
+from safervlm.vlm.packed import PackedBatch
+from safervlm.vlm.sampling import Sampling
 
 
 class Reader(Judge):
@@ -63,7 +65,7 @@ class Scene:
     def val_dataloader(self):
         for start in range(0, len(self.examples), 16):
             questions = [example.question for example in self.examples[start : start + 16]]
-            yield Batch(questions, [[1]] * len(questions), torch.zeros(1), torch.zeros(len(questions)))
+            yield PackedBatch(questions, [[1]] * len(questions), torch.zeros(1), torch.zeros(len(questions)))
 
     def log(self, name, value, batch_size):
         self.logged.append((self.done, name, value))

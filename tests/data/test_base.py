@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from safervlm.data.base import OrderedLoader, Parts, SaferData, TrainingLoader, text_field, training_batches
+from safervlm.data.base import (
+    OrderedLoader,
+    Parts,
+    SaferData,
+    TrainingLoader,
+    in_batches,
+    prediction_batches,
+    text_field,
+    training_batches,
+    validation_batches,
+)
 from safervlm.records import Example, Question, RecordError
 
 
@@ -140,14 +151,37 @@ def test_fewer_examples_than_processes():
         TrainingLoader(examples(1), ids, 4, world_size=2)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ordered_loaders_hold_every_example_once_and_agree_on_their_length(world_size: int, batch_size: int):
-    loaders = [OrderedLoader(examples(10), ids, batch_size, 0, rank, world_size) for rank in range(world_size)]
-    batches = list(map(list, loaders))
-    assert batches[0][0] == [0, world_size][:batch_size]
+def test_validation_holds_every_example_once_in_as_many_batches_on_every_process(world_size: int, batch_size: int):
+    batches = [validation_batches(10, batch_size, rank, world_size) for rank in range(world_size)]
+    assert batches[0][0][0] == 0
     assert sorted(itertools.chain(*itertools.chain(*batches))) == list(range(10))
-    assert {len(loader) for loader in loaders} == {max(map(len, batches))}
+    assert len(set(map(len, batches))) == 1
+    with pytest.raises(RecordError, match="1 validation examples for 2 processes"):
+        validation_batches(1, batch_size, 0, 2)
+
+
+def about(images: Sequence[str | None], prompts: Sequence[str]) -> list[Example]:
+    numbered = enumerate(zip(images, prompts, strict=True))
+    return [Example(replace(example(n).question, image_path=i, prompt=p)) for n, (i, p) in numbered]
+
+
+def test_predictions_keep_the_questions_about_an_image_together_the_longest_first():
+    made = about(["a", "b", "a", "c", "b", "a", None], ["??", "?", "?", "????", "??????", "?", "?"])
+    assert prediction_batches(made, 3) == [[[1, 4, 3], [0, 2, 5], [6]]]
+    assert prediction_batches(made, 4) == [[[1, 4, 3], [0, 2, 5, 6]]]
+    assert prediction_batches(made, 2) == [[[1, 4], [3], [0, 2], [5, 6]]]  # more questions than a batch takes
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 12])
+def test_predictions_hold_every_example_once_over_all_processes(world_size: int, batch_size: int):
+    made = about([str(n // 3) for n in range(10)], ["?"] * 10)
+    batches = prediction_batches(made, batch_size, world_size)
+    assert len(batches) == world_size
+    assert sorted(itertools.chain(*itertools.chain(*batches))) == list(range(10))
+    assert max(len(batch) for of_rank in batches for batch in of_rank) <= batch_size
 
 
 # Places
@@ -194,14 +228,14 @@ def test_a_place_fits_another_number_of_processes_with_the_same_global_batch():
 def test_loading_draws_nothing_from_the_global_generator(num_workers: int):
     before = torch.get_rng_state()
     list(TrainingLoader(examples(5), ids, 2, num_workers))
-    list(OrderedLoader(examples(5), ids, 2, num_workers))
+    list(OrderedLoader(examples(5), in_batches(range(5), 2), 3, ids, num_workers))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_bad_record_is_one_line_wherever_it_is_met(num_workers: int):
     with pytest.raises(RecordError) as error:
-        list(OrderedLoader(examples(5), failing, 2, num_workers))
+        list(OrderedLoader(examples(5), in_batches(range(5), 2), 3, failing, num_workers))
     assert str(error.value) == "Set/3: the image is damaged: replace the file"
 
 
@@ -292,7 +326,7 @@ def test_validation_is_in_order_and_may_be_empty():
     [
         ((), (0, 1), [[0, 1], [2, 3], [4]]),
         ((0, 3), (0, 1), [[1, 2], [4]]),
-        ((0, 3), (1, 2), [[2]]),
+        ((0, 3), (1, 2), [[4]]),
         ((0, 1, 2, 3), (1, 2), []),  # nothing left for this process, something for the other
         (range(5), (0, 1), []),
     ],

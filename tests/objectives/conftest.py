@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from safervlm.objectives.base import Objective
 from safervlm.protocol import aligned_response, other_label
 from safervlm.records import Example, Question
-from safervlm.vlm.base import Batch
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA
+from safervlm.vlm.packed import PackedBatch
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,9 @@ def perturb() -> Callable[[nn.Module], None]:
 def fit(tmp_path: Path) -> Callable[..., Steps]:
     """``fit(objective, batches, epochs=1, ckpt_path=None)``: trains in order and says what happened."""
 
-    def fit(objective: Objective, batches: Iterable[Batch], epochs: int = 1, ckpt_path: Path | None = None) -> Steps:
+    def fit(
+        objective: Objective, batches: Iterable[PackedBatch], epochs: int = 1, ckpt_path: Path | None = None
+    ) -> Steps:
         steps = Steps()
         trainer = L.Trainer(
             accelerator="cpu",

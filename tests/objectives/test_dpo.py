@@ -13,8 +13,8 @@ from trl_oracle import LR, STEPS, train_with_trl
 
 from safervlm.objectives import DPO
 from safervlm.records import Example, RecordError
-from safervlm.vlm.base import VLM
 from safervlm.vlm.llava import Llava
+from safervlm.vlm.local import LocalVLM
 
 
 @pytest.fixture
@@ -64,14 +64,14 @@ def test_the_first_loss_is_ln_2(llava: Callable[[], Llava], pairs: list[Example]
 def reference_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The ids of each batch that the reference is asked to score."""
     calls: list[list[str]] = []
-    score = VLM.score
+    score = LocalVLM.score
 
-    def counted(self: VLM, batch: Any, adapter: Any = "policy", **kwargs: Any) -> Any:
+    def counted(self: LocalVLM, batch: Any, adapter: Any = "policy", **kwargs: Any) -> Any:
         if adapter == "reference":
             calls.append([question.id for question in batch.questions])
         return score(self, batch, adapter, **kwargs)
 
-    monkeypatch.setattr(VLM, "score", counted)
+    monkeypatch.setattr(LocalVLM, "score", counted)
     return calls
 
 

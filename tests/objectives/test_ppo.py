@@ -21,8 +21,8 @@ from safervlm.objectives import PPO
 from safervlm.objectives.ppo import Rollout
 from safervlm.protocol import LABELS
 from safervlm.records import Example, Question
-from safervlm.vlm.base import pack
 from safervlm.vlm.llava import Llava
+from safervlm.vlm.packed import pack
 
 TEMPERATURE, LENGTH, EPOCHS, MINI = 0.8, 7, 2, 3
 SETTINGS: dict[str, Any] = {
@@ -76,7 +76,7 @@ def make_ppo(llava: Callable[[], Llava], perturb: Callable[[nn.Module], None], t
         judge = Judge(checkpoint=str(folder / "epoch_10.pt"), base=str(folder))
         ppo = PPO(llava(), judge, **(SETTINGS | settings))
         ppo.configure_model()
-        bias_head(ppo.vlm, {ppo.vlm.eos_token_id: 4.0})
+        bias_head(ppo.vlm, {ppo.vlm.eos_token_ids[0]: 4.0})
         perturb(ppo)
         return ppo
 
@@ -218,7 +218,7 @@ def test_a_rollout_and_its_updates_equal_those_by_hand(
     (rollout,), ppo = done.rollouts, done.ppo
     rows = range(len(rollout.answers))
     lengths = [len(answer.token_ids) for answer in rollout.answers]
-    stopped = [answer.token_ids[-1] == ppo.vlm.eos_token_id for answer in rollout.answers]
+    stopped = [answer.token_ids[-1] == ppo.vlm.eos_token_ids[0] for answer in rollout.answers]
     assert len(set(lengths)) > 2  # padding
     assert len(set(stopped)) == 2  # some end by themselves, some are cut
     assert [answer.finish_reason == "stop" for answer in rollout.answers] == stopped
@@ -442,7 +442,7 @@ def test_suppressed_tokens_are_never_drawn_and_have_no_probability(
     assert len(drawn) > 5
     assert not drawn & {image, unknown, beyond}
     for token in (unknown, beyond):  # (an image's placeholder can't even be read)
-        batch.packed = pack(batch.prompt_ids, [[[token, ppo.vlm.eos_token_id]] for _ in range(5)])
+        batch.packed = pack(batch.prompt_ids, [[[token, ppo.vlm.eos_token_ids[0]]] for _ in range(5)])
         wanted = ppo.vlm.score(batch).logprobs[:, 0].exp()
         scores = ppo.vlm.score(batch, sampling=ppo.sampling, entropy=True)
         assert wanted.max() > 0.3

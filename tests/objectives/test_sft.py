@@ -11,8 +11,8 @@ from trl_oracle import LR, STEPS, train_with_trl
 
 from safervlm.objectives import SFT
 from safervlm.records import Example
-from safervlm.vlm.base import Batch
 from safervlm.vlm.llava import Llava
+from safervlm.vlm.packed import PackedBatch
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_processes_weigh_their_tokens_alike(sft: SFT, targets: list[Example], mo
     monkeypatch.setattr(sft, "log", lambda *args, **kwargs: None)
     monkeypatch.setattr(sft, "all_gather", lambda value: torch.stack(counts))
 
-    def loss(batch: Batch, processes: int) -> float:
+    def loss(batch: PackedBatch, processes: int) -> float:
         sft._trainer = type("Processes", (), {"world_size": processes})()
         return sft.training_step(batch, 0).item()
 

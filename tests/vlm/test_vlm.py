@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from safervlm.protocol import UNSAFE, aligned_response
 from safervlm.records import Example, Question, RecordError
-from safervlm.vlm.base import Batch, KeyedNoise, Sampling, Suppress, pack, weights_fingerprint
 from safervlm.vlm.llava import Llava
+from safervlm.vlm.local import weights_fingerprint
 from safervlm.vlm.lora import LoRA, active
+from safervlm.vlm.packed import ROW, PackedBatch, pack, questions_of_rows
+from safervlm.vlm.sampling import KeyedNoise, Sampling, Suppress
 
 LORA = LoRA(r=4, alpha=8, dropout=0.0)
 
@@ -156,6 +159,40 @@ def test_an_answer_depends_on_its_record_alone(
     assert answer([examples[::-1][:3], examples[::-1][3:]]) == together
 
 
+def test_greedy_answers_are_those_of_transformers_asked_one_by_one(
+    tiny_llava: Path, make_questions: Callable[[int], list[Question]]
+) -> None:
+    """More questions about an image than a row takes, of different lengths, which end at different times."""
+    vlm = Llava(str(tiny_llava), dtype="float32")
+    vlm.load()
+    common = range(ROW + 3)
+    wider = [replace(q, prompt=f"{q.prompt} {'Really? ' * (n % 4)}") for n, q in enumerate(make_questions(len(common)))]
+    about_one = [replace(question, image_path=wider[0].image_path) for question in wider]
+    examples = [Example(question) for question in [*about_one, *make_questions(20)[14:]]]
+    batch = vlm.collator(examples)
+    assert len(questions_of_rows(batch.image_rows.tolist())) == 2 + 3
+    expected = []
+    for example in examples:
+        single = vlm.collator([example])
+        ids = torch.tensor(single.prompt_ids)
+        answer = vlm.base.generate(
+            input_ids=ids,
+            pixel_values=single.pixel_values,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=40,
+            do_sample=False,
+            suppress_tokens=vlm.suppressed.tolist(),
+            # The random model never ends by itself: here some answers end early, and rows leave the batch.
+            eos_token_id=(ends := [vlm.eos_token_ids[0], *range(60, 90)]),
+        )
+        expected.append(answer[0, ids.shape[1] :].tolist())
+    lengths = {len(answer) for answer in expected}
+    assert len(lengths) > 3, lengths
+    with patch.object(Llava, "eos_token_ids", ends):
+        generated = vlm.generate(batch, Sampling(temperature=0, max_new_tokens=40), seed=0)
+    assert [answer.token_ids for answer in generated] == expected
+
+
 def test_another_seed_draws_another_answer(tiny_llava: Path, make_questions: Callable[[int], list[Question]]) -> None:
     vlm = Llava(str(tiny_llava), dtype="float32")
     vlm.load()
@@ -174,7 +211,7 @@ def test_generated_tokens_score_as_they_were_drawn(vlm: Llava, make_questions: C
     suppressed = vlm.suppressed
     assert {vlm.image_token_id, 0, 1}.issubset(suppressed.tolist())
     assert suppressed.max() == vlm.base.config.text_config.vocab_size - 1
-    assert vlm.eos_token_id not in suppressed
+    assert vlm.eos_token_ids[0] not in suppressed
     ids = torch.tensor([batch.prompt_ids[0] + generations[0].token_ids])
     with active(vlm.base, "policy"):
         logits = vlm.base(input_ids=ids, pixel_values=batch.pixel_values[:1]).logits[
@@ -220,7 +257,7 @@ def test_collator_is_small_and_pickles(tiny_llava: Path, make_questions: Callabl
     content = pickle.dumps(vlm.collator)
     assert len(content) < 200_000
     batch = pickle.loads(content)([Example(question, answers(question)) for question in make_questions(2)])
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, PackedBatch)
 
 
 def test_a_saved_adapter_loads_with_the_same_logits(

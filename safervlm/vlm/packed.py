@@ -1,0 +1,289 @@
+"""Packed rows: what stands before completions, or before the questions about an image, is computed once for all.
+
+A row is ``beginning | continuation 1 | continuation 2 | padding``. A continuation sees the beginning and itself, and
+its positions go on from the beginning's end, as if it stood alone. Scoring packs the completions of a prompt;
+generating packs the questions about an image, whose answers grow side by side over keys and values that are never
+copied. It fits a language model with causal attention and rotary positions.
+
+Shapes: B questions of a batch, I different images, R packed rows, Q questions of the longest row, K cached positions of
+a row, C completions in all, T tokens of the longest completion, L tokens of the longest row, V words of the vocabulary,
+H hidden units.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
+
+from safervlm.records import Question, seed_for
+from safervlm.vlm.base import Batch, Generation
+from safervlm.vlm.local import LocalVLM, Targets
+from safervlm.vlm.lora import Adapter, active
+from safervlm.vlm.sampling import KeyedNoise, Sampling, processors
+
+# Questions about one image in a row: each also computes attention over its neighbours' tokens, only to mask it.
+ROW = 8
+
+
+@dataclass
+class Packed(Targets):
+    """Beginnings with their continuations, a row a beginning.
+
+    Attributes:
+        input_ids: (R, L) tokens, padded on the right.
+        segments: (R, L) 0 for the beginning, k for its k-th continuation, -1 for padding.
+        position_ids: (R, L) each continuation's positions go on from the beginning's end.
+        rows: (C,) the row of each continuation; a row's continuations stand one after the other.
+        source: (C, T) the position in the row whose hidden state predicts each token of the continuation.
+        ends: (C,) the position in the row of the continuation's last token.
+    """
+
+    input_ids: Tensor
+    segments: Tensor
+    position_ids: Tensor
+    rows: Tensor
+    source: Tensor
+    ends: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+    def attention_mask(self) -> Tensor | None:
+        """(R, 1, L, L), True where a query may see a key: the beginning and its own continuation, up to itself.
+
+        None where each row holds one continuation: the padding comes last, so causal attention alone is right, and the
+        fastest kernels take no mask.
+        """
+        if len(self.rows) == len(self.input_ids):
+            return None
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        length = self.input_ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        # Padding sees itself: attention over nothing would be NaN.
+        allowed = causal & ((key == 0) | (key == query))
+        return (allowed | torch.eye(length, dtype=torch.bool, device=query.device))[:, None]
+
+
+def pack(beginnings: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]) -> Packed:
+    """Packs each beginning with its continuations into one row.
+
+    Args:
+        beginnings: R beginnings' tokens.
+        continuations: for each of them, the tokens of its continuations (at least one, none of them empty).
+    """
+    ids, segments, positions, rows, source, target, ends = [], [], [], [], [], [], []
+    for row, (beginning, following) in enumerate(zip(beginnings, continuations, strict=True)):
+        row_ids, row_segments = list(beginning), [0] * len(beginning)
+        row_positions = list(range(len(beginning)))
+        for number, tokens in enumerate(following, 1):
+            start = len(row_ids)
+            # The beginning's last token predicts the first token; each token predicts the next.
+            source.append(torch.tensor([len(beginning) - 1, *range(start, start + len(tokens) - 1)]))
+            target.append(torch.tensor(tokens))
+            rows.append(row)
+            row_ids += tokens
+            row_segments += [number] * len(tokens)
+            row_positions += range(len(beginning), len(beginning) + len(tokens))
+            ends.append(len(row_ids) - 1)
+        ids.append(torch.tensor(row_ids))
+        segments.append(torch.tensor(row_segments))
+        positions.append(torch.tensor(row_positions))
+    lengths = torch.tensor([len(tokens) for tokens in target])
+    return Packed(
+        target=pad_sequence(target, batch_first=True),
+        mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        input_ids=pad_sequence(ids, batch_first=True),
+        segments=pad_sequence(segments, batch_first=True, padding_value=-1),
+        position_ids=pad_sequence(positions, batch_first=True),
+        rows=torch.tensor(rows),
+        source=pad_sequence(source, batch_first=True),
+        ends=torch.tensor(ends),
+    )
+
+
+class PackedBatch(Batch):
+    """What a packing family's collator makes of examples.
+
+    Args:
+        questions: the B questions.
+        prompt_ids: the B prompts' tokens, image placeholders included, unpadded.
+        pixel_values: (I, 3, height, width) the different images of the batch.
+        image_rows: (B,) the image of each question.
+        packed: the prompts with their completions; None where there is nothing to score.
+        features: (I, image tokens, H) the encoded images, filled by the VLM when it first needs them.
+    """
+
+    def __init__(
+        self,
+        questions: list[Question],
+        prompt_ids: list[list[int]],
+        pixel_values: Tensor,
+        image_rows: Tensor,
+        packed: Packed | None = None,
+        features: Tensor | None = None,
+    ) -> None:
+        super().__init__(questions)
+        self.prompt_ids = prompt_ids
+        self.pixel_values, self.image_rows = pixel_values, image_rows
+        self.packed, self.features = packed, features
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device; Lightning calls it."""
+        parts = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor | Packed)}
+        return type(self)(**vars(self) | parts)
+
+    def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
+        """Some of the questions, each with its generated answer as its one completion."""
+        chosen = rows.tolist()
+        prompts = [self.prompt_ids[row] for row in chosen]
+        packed = answers and pack(prompts, [[answers[row]] for row in chosen]).to(self.image_rows.device)
+        return type(self)(
+            questions=[self.questions[row] for row in chosen],
+            prompt_ids=prompts,
+            pixel_values=self.pixel_values,
+            image_rows=self.image_rows[rows.to(self.image_rows.device)],
+            packed=packed or None,
+            features=self.features,
+        )
+
+
+class PackedVLM(LocalVLM):
+    """A VLM whose language model takes packed rows."""
+
+    @abstractmethod
+    def language_model(self) -> PreTrainedModel:
+        """The part whose layers LoRA adapts: embeddings in, hidden states out."""
+
+    @abstractmethod
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """(I, 3, height, width) -> (I, image tokens, H): the images as the language model sees them."""
+
+    @property
+    @abstractmethod
+    def image_token_id(self) -> int:
+        """The placeholder that an image's features replace."""
+
+    @property
+    def image_token_ids(self) -> set[int]:
+        """The one placeholder."""
+        return {self.image_token_id}
+
+    def embed(self, input_ids: Tensor, image_rows: Tensor, batch: PackedBatch) -> Tensor:
+        """(R, L) tokens -> (R, L, H) embeddings, the features of each row's image in the place of its placeholders."""
+        if batch.features is None:
+            # LoRA is on the language layers alone: no gradient flows into the vision tower.
+            with torch.no_grad():
+                batch.features = self.encode_images(batch.pixel_values)
+        embeddings = self.base.get_input_embeddings()(input_ids)
+        features = batch.features[image_rows].to(embeddings.dtype)
+        placeholders = input_ids == self.image_token_id
+        return embeddings.masked_scatter(placeholders[..., None], features)
+
+    def forward_packed(
+        self, packed: Packed, image_rows: Tensor, batch: PackedBatch, cache: DynamicCache | None = None
+    ) -> Tensor:
+        """(R, L, H) hidden states of packed rows; their keys and values go into the cache, if there is one."""
+        mask = packed.attention_mask()
+        return self.language_model()(
+            inputs_embeds=self.embed(packed.input_ids, image_rows, batch),
+            attention_mask=mask,
+            position_ids=packed.position_ids if mask is not None else None,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def response_states(self, batch: PackedBatch, adapter: Adapter) -> tuple[Packed, Tensor]:
+        """The response tokens, and the (N, H) hidden states that predict them."""
+        packed = batch.packed
+        if packed is None:
+            raise ValueError("the batch has no completions to score")
+        with active(self.base, adapter):
+            states = self.forward_packed(packed, batch.image_rows, batch)
+        rows = packed.rows[:, None].expand_as(packed.source)
+        return packed, states[rows[packed.mask], packed.source[packed.mask]]
+
+    @torch.no_grad()
+    def generate(
+        self, batch: PackedBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy"
+    ) -> list[Generation]:
+        """Answers the questions of a batch, those about one image together."""
+        training = self.training
+        self.eval()  # no dropout, and a cache also where gradients are checkpointed
+        with active(self.base, adapter):
+            answers = self._decode(batch, sampling, seed)
+        self.train(training)
+        return [self.generation(tokens) for tokens in answers]
+
+    def _decode(self, batch: PackedBatch, sampling: Sampling, seed: int) -> list[list[int]]:
+        """The tokens of each question's answer."""
+        rows = questions_of_rows(batch.image_rows.tolist())
+        starts = [common_beginning([batch.prompt_ids[question] for question in row]) for row in rows]
+        rests = [[batch.prompt_ids[q][len(start) :] for q in row] for row, start in zip(rows, starts, strict=True)]
+        packed = pack(starts, rests).to(batch.image_rows.device)
+        cache = DynamicCache()
+        states = self.forward_packed(packed, batch.image_rows[[row[0] for row in rows]], batch, cache)
+
+        # What the next token of each question that is still being answered comes from.
+        asked = [question for row in rows for question in row]
+        noise = KeyedNoise([seed_for(seed, batch.questions[question].id) for question in asked])
+        row, states = packed.rows, states[packed.rows, packed.ends]
+        slot = packed.segments[row, packed.ends] - 1
+        position = packed.position_ids[row, packed.ends]
+        # Each step has a column, a slot, for each question of a row; it sees the beginning and what it wrote itself.
+        segments = packed.segments
+        slots = torch.arange(1, max(map(len, rows)) + 1, device=row.device).expand(len(rows), -1)
+        itself = torch.eye(slots.shape[1], dtype=torch.bool, device=row.device)
+
+        answers: list[list[int]] = [[] for _ in batch.questions]
+        head, score = self.base.get_output_embeddings(), processors(sampling, self.suppressed)
+        while True:
+            scores = score(None, head(states).float())
+            tokens = (noise(None, scores) if sampling.temperature > 0 else scores).argmax(-1)
+            for question, token in zip(asked, tokens.tolist(), strict=True):
+                answers[question].append(token)
+            going = [
+                place
+                for place, question in enumerate(asked)
+                if len(answers[question]) < sampling.max_new_tokens and answers[question][-1] not in self.eos_token_ids
+            ]
+            if not going:
+                return answers
+            asked, noise = [asked[place] for place in going], noise.select(going)
+            row, slot, position, tokens = row[going], slot[going], position[going] + 1, tokens[going]
+            needed = row.unique()
+            if 2 * len(needed) <= len(segments):  # so that copying the cache costs less than it saves
+                cache.batch_select_indices(needed)
+                segments, slots, row = segments[needed], slots[: len(needed)], torch.searchsorted(needed, row)
+
+            ids, positions = torch.zeros_like(slots), torch.zeros_like(slots)
+            ids[row, slot], positions[row, slot] = tokens, position
+            seen = (segments[:, None] == 0) | (segments[:, None] == slots[:, :, None])
+            states = self.language_model()(
+                inputs_embeds=self.base.get_input_embeddings()(ids),
+                attention_mask=torch.cat([seen, itself.expand(len(seen), -1, -1)], dim=-1)[:, None],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[row, slot]
+            segments = torch.cat([segments, slots], dim=1)
+
+
+def questions_of_rows(image_rows: Sequence[int]) -> list[list[int]]:
+    """The questions of each packed row: about one image, at most :data:`ROW`."""
+    about: dict[int, list[int]] = {}
+    for question, image in enumerate(image_rows):
+        about.setdefault(image, []).append(question)
+    return [those[start : start + ROW] for those in about.values() for start in range(0, len(those), ROW)]
+
+
+def common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all prompts begin with; at least the last one of each is left over."""
+    together = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, together)]
