@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from safervlm.records import RecordError, read_jsonl, to_line, write_jsonl
+from safervlm.records import Failure, RecordError, read_jsonl, to_line, write_jsonl
 
 
 class RecordWriter(Callback):
@@ -17,8 +17,9 @@ class RecordWriter(Callback):
 
     Each process appends to a shard of its own under ``shards/``, a line a record, flushed after every batch. At the
     start whatever shards there are (of any number of processes, a torn last line included) are read, and the data skips
-    what they hold; at the end they are merged in the data's order, and removed. A run that is asked to end (SIGTERM)
-    ends after its next batch.
+    what they hold; at the end they are merged in the data's order, and removed. Questions without an answer are listed
+    in a file of their own (``responses-failed.jsonl``), and asked again by the same command. A run that is asked to end
+    (SIGTERM) ends after its next batch.
 
     Args:
         file: name of the merged file in the run folder.
@@ -27,6 +28,7 @@ class RecordWriter(Callback):
     def __init__(self, file: str = "responses.jsonl") -> None:
         self.file = file
         self._shard: TextIO | None = None
+        self._failed: list[Failure] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds what is there and tells the data to skip it, on every process alike."""
@@ -42,6 +44,7 @@ class RecordWriter(Callback):
         """Opens the process's shard, once the manifest has been agreed to."""
         shards = self._shards(trainer)
         shards.mkdir(parents=True, exist_ok=True)
+        self._failed = []
         # A new file: another run's last line may be torn, and in a container process ids come again.
         self._shard = (shards / f"{trainer.global_rank}-{time.time_ns()}.jsonl").open("x", encoding="utf-8")
 
@@ -56,7 +59,8 @@ class RecordWriter(Callback):
     ) -> None:
         """Appends a batch's records."""
         assert self._shard is not None  # noqa: S101 (on_predict_start opened it; for the type checker)
-        self._shard.write("".join(to_line(record.to_dict()) for record in outputs))
+        self._failed += [record for record in outputs if isinstance(record, Failure)]
+        self._shard.write("".join(to_line(record.to_dict()) for record in outputs if not isinstance(record, Failure)))
         self._shard.flush()
         if trainer.received_sigterm:  # Lightning asks for it while it trains, not here
             raise SIGTERMException
@@ -65,15 +69,24 @@ class RecordWriter(Callback):
         """Merges the shards."""
         assert self._shard is not None  # noqa: S101
         self._shard.close()
+        write_jsonl(self._shards(trainer) / f"{trainer.global_rank}.failed", (each.to_dict() for each in self._failed))
         trainer.strategy.barrier("record-writer-merge")
         if trainer.is_global_zero:
             records = self._read(trainer)
             asked = [example.question.id for example in trainer.datamodule.parts.predict]  # type: ignore[attr-defined]
-            missing = [name for name in asked if name not in records]
+            found = {each["id"]: each for file in self._shards(trainer).glob("*.failed") for each in read_jsonl(file)}
+            failed = [found[name] for name in asked if name in found and name not in records]
+            missing = [name for name in asked if name not in records and name not in found]
             if missing:
                 raise RecordError(f"{missing[0]}: no record was written ({len(missing)} are missing); run it again")
-            write_jsonl(Path(trainer.default_root_dir) / self.file, (records[name] for name in asked))
-            for shard in self._shards(trainer).glob("*.jsonl"):
+            run = Path(trainer.default_root_dir)
+            write_jsonl(run / self.file, (records[name] for name in asked if name in records))
+            file = run / f"{Path(self.file).stem}-failed.jsonl"
+            if failed:
+                write_jsonl(file, failed)
+            else:
+                file.unlink(missing_ok=True)
+            for shard in self._shards(trainer).iterdir():
                 shard.unlink()
             self._shards(trainer).rmdir()
         trainer.strategy.barrier("record-writer-merged")

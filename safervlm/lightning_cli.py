@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from safervlm.records import FAILED, read_jsonl
 from safervlm.run import RunManifest
 
 PACKAGE = Path(__file__).parent
@@ -105,7 +106,13 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     expected = [each for each in dict.fromkeys(expected) if each != "NoneType"]
     got = find(r"(?:Got value|Given value): (.*)")
     if expected and got is not None:
-        return f"{name}expected {' or '.join(expected)}, got {got!r}"
+        choices = re.findall(r"'([^']+)'", " ".join(expected))
+        close = difflib.get_close_matches(got, choices, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        if any("Sequence" in each for each in expected):
+            hint = f"; write a list, '[{got}]'"
+        shown = re.sub(r"Literal\[(.*?)\]", r"\1", " or ".join(expected)).replace("collections.abc.Sequence", "a list")
+        return f"{name}expected {shown}, got {got!r}{hint}"
     return name + " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
 
 
@@ -215,6 +222,18 @@ class SaferCLI(LightningCLI):
         if config["ckpt_path"] is None and last.exists():
             print(f"going on from {last}")
             config["ckpt_path"] = str(last)
+
+    def after_predict(self) -> None:
+        """Says how many questions have no answer, as the last thing, and in the exit code."""
+        failed = Path(self.config_init["predict"]["run"]) / FAILED
+        if not failed.exists() or not self.trainer.is_global_zero:
+            return
+        reasons = [record["reason"] for record in read_jsonl(failed)]
+        sys.stderr.write(
+            f"safervlm: {len(reasons)} questions have no answer, for example: {reasons[0]}; {failed} has them all, the "
+            "same command asks them again\n"
+        )
+        sys.exit(3)
 
 
 @contextlib.contextmanager

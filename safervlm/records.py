@@ -16,6 +16,9 @@ from typing import Any, Literal, Self
 
 from safervlm.protocol import Capability
 
+# In a run folder: the questions that have no answer, and why.
+FAILED = "responses-failed.jsonl"
+
 
 class RecordError(ValueError):
     """A record that can't be used; the message names the record and the way out."""
@@ -100,6 +103,28 @@ class Response:
         """Reads what :meth:`to_dict` wrote."""
         question = Question(**{field.name: record[field.name] for field in fields(Question)})
         return cls(question, record["response"], record["finish_reason"], record["tokens"])
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A question that has no answer.
+
+    Attributes:
+        question: the question.
+        reason: why, in one line.
+    """
+
+    question: Question
+    reason: str
+
+    @property
+    def id(self) -> str:
+        """The question's id."""
+        return self.question.id
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record of ``responses-failed.jsonl``."""
+        return {"id": self.id, "reason": self.reason}
 
 
 @dataclass(frozen=True, slots=True)

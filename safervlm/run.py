@@ -16,8 +16,9 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from safervlm.records import RecordError, write_atomically
+from safervlm.records import FAILED, RecordError, write_atomically
 
+MANIFEST = "manifest.json"
 PACKAGES = ("safervlm", "torch", "lightning", "transformers", "peft", "tokenizers", "datasets", "numpy", "pillow")
 
 
@@ -27,7 +28,7 @@ class SettingsDifferError(RecordError):
 
 def read_manifest(run: Path) -> dict[str, Any]:
     """The manifest of a run folder; without one, an empty manifest."""
-    path = run / "manifest.json"
+    path = run / MANIFEST
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"stages": {}}
     return manifest
 
@@ -35,21 +36,30 @@ def read_manifest(run: Path) -> dict[str, Any]:
 def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
     """Refuses to go on in a folder that was made with other settings.
 
+    A stage that left nothing behind is no obstacle. Where questions failed, the images may have been mended since: it
+    is the way out that a failure names.
+
     Raises:
         SettingsDifferError: names the settings that differ, at most five.
     """
     there = read_manifest(run)["stages"].get(stage)
-    if there is None:
+    if there is None or not any(map(is_result, run.rglob("*"))):
         return
     # Through JSON: a tuple there is a list here.
     before, now = flatten(there["settings"]), flatten(json.loads(json.dumps(settings)))
-    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    mended = {"data.images"} if (run / FAILED).exists() else set()
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in mended]
     if differing:
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing[:5])
         more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
         raise SettingsDifferError(
             f"--run: {run} holds a {stage} made with other settings: {shown}{more}; name another folder, or delete it"
         )
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file of a run folder is more than the settings that it was started with."""
+    return path.is_file() and path.suffix != ".yaml" and path.name != MANIFEST and path.stat().st_size > 0
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -65,7 +75,7 @@ def write_stage(run: Path, stage: str, **entry: Any) -> None:
     manifest = read_manifest(run)
     manifest["stages"][stage] = manifest["stages"].get(stage, {}) | entry
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(run / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(run / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def finished(run: Path, stage: str) -> bool:
@@ -124,4 +134,6 @@ class RunManifest(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Notes that the stage came to its end; Lightning doesn't call this where it was interrupted."""
         if trainer.is_global_zero:
-            write_stage(Path(trainer.default_root_dir), stage_name(pl_module), finished=True)
+            run = Path(trainer.default_root_dir)
+            complete = stage != "predict" or not (run / FAILED).exists()
+            write_stage(run, stage_name(pl_module), finished=complete)

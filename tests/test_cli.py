@@ -155,10 +155,14 @@ ERRORS = {
     "abbreviation": ([*PICTOGRAMS, "--trainer.max_step", "3"], "--trainer.max_step; did you mean --trainer.max_steps?"),
     "not one of": (
         [*PICTOGRAMS, "--data.split", "tset"],
-        "--data.split: expected Literal['all', 'train', 'validation', 'test'], got 'tset'",
+        "--data.split: expected 'all', 'train', 'validation', 'test', got 'tset'; did you mean test?",
     ),
-    "wrong type": ([*PICTOGRAMS, "--data.batch_size", "many"], "--data.batch_size: expected int, got 'many'"),
+    "wrong type": ([*PICTOGRAMS, "--data.batch_size", "many"], "--data.batch_size: expected int or 'auto', got 'many'"),
     "nested wrong type": ([*PICTOGRAMS, "--model.vlm.lora.r", "many"], "--model.vlm.lora.r: expected int, got 'many'"),
+    "no list": (
+        [*PICTOGRAMS, "--data.capabilities", "alignment"],
+        "--data.capabilities: expected a list, got 'alignment'; write a list, '[alignment]'",
+    ),
     "missing config": (["--config", "configs/mesure.yaml"], "did you mean configs/measure.yaml?"),
     "no config": ([], "give a recipe"),
     "recipe of another command": (

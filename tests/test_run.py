@@ -23,6 +23,7 @@ def test_the_same_settings_go_on(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     write_stage(tmp_path, "sft", settings=SETTINGS)
+    (tmp_path / "metrics.csv").write_text("step,loss\n")
     changed = json.loads(json.dumps(SETTINGS))
     changed["model"]["lr"] = 2e-3
     del changed["data"]["ids"]
@@ -36,8 +37,31 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_many_differences_are_counted(tmp_path: Path) -> None:
     write_stage(tmp_path, "sft", settings={str(n): n for n in range(9)})
+    (tmp_path / "metrics.csv").write_text("step,loss\n")
     with pytest.raises(SettingsDifferError, match="and 4 more"):
         check_settings(tmp_path, "sft", {})
+
+
+def test_a_stage_that_left_nothing_behind_is_no_obstacle(tmp_path: Path) -> None:
+    write_stage(tmp_path, "sft", settings=SETTINGS, finished=False)
+    (tmp_path / "fit.yaml").write_text("run: x\n")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0-1.jsonl").touch()
+    check_settings(tmp_path, "sft", {"model": {"lr": 5}})
+    (tmp_path / "shards" / "0-1.jsonl").write_text("{}\n")
+    with pytest.raises(SettingsDifferError):
+        check_settings(tmp_path, "sft", {"model": {"lr": 5}})
+
+
+def test_images_may_be_mended_where_questions_failed(tmp_path: Path) -> None:
+    write_stage(tmp_path, "measure", settings={"data": {"images": "a", "ids": "b"}})
+    (tmp_path / "responses.jsonl").write_text("{}\n")
+    with pytest.raises(SettingsDifferError, match=r"data\.images"):
+        check_settings(tmp_path, "measure", {"data": {"images": "c", "ids": "b"}})
+    (tmp_path / "responses-failed.jsonl").write_text("{}\n")
+    check_settings(tmp_path, "measure", {"data": {"images": "c", "ids": "b"}})
+    with pytest.raises(SettingsDifferError, match=r"data\.ids"):
+        check_settings(tmp_path, "measure", {"data": {"images": "c", "ids": "d"}})
 
 
 def test_flatten() -> None:

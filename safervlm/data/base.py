@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 from safervlm.records import Example, RecordError, fingerprint, seed_for, to_line
 
 Collator = Callable[[Sequence[Example]], Any]
+# Questions at once to begin with, where the user leaves it to the memory.
+AUTOMATIC = 256
 
 
 def training_batches(
@@ -244,21 +246,27 @@ class SaferData(LightningDataModule):
 
     Args:
         collator: makes a batch of examples; the model's, set by the command line.
-        batch_size: examples a step and process.
+        batch_size: examples a step and process; ``auto``, for predicting, begins with 256 and halves them until they
+            fit into the memory of the GPU.
         num_workers: processes that load images ahead; 0 loads them in the main process.
         seed: of the training order.
     """
 
     def __init__(
-        self, collator: Collator | None = None, batch_size: int = 8, num_workers: int = 0, seed: int = 0
+        self,
+        collator: Collator | None = None,
+        batch_size: int | Literal["auto"] = 8,
+        num_workers: int = 0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
+        if batch_size != "auto" and batch_size < 1:
             raise ValueError(f"data.batch_size: at least 1, got {batch_size}")
         if num_workers < 0:
             raise ValueError(f"data.num_workers: 0 or more, got {num_workers}")
         self.collator = collator
-        self.batch_size = batch_size
+        self.automatic = batch_size == "auto"
+        self.batch_size = AUTOMATIC if batch_size == "auto" else batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -322,6 +330,8 @@ class SaferData(LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled by (seed, epoch); see :class:`TrainingLoader`."""
+        if self.automatic:
+            raise ValueError("data.batch_size: auto is for predicting; training needs a number")
         if not self.parts.train:
             raise RecordError(
                 f"data: {type(self).__name__} has nothing to train on: use one of safervlm.data.alignment"

@@ -390,7 +390,7 @@ class ImageSets(SaferData):
         validation_fraction: float,
         limit: int | None,
         collator: Collator | None,
-        batch_size: int,
+        batch_size: int | Literal["auto"],
         num_workers: int,
         seed: int = 0,
     ) -> None:
@@ -484,7 +484,8 @@ class UnsafeConcepts(ImageSets):
         validation_fraction: of the training images, held out as the validation part; the paper holds out none.
         limit: asks about this many images of each set and this many concepts, spread over categories and concepts.
         collator: makes a batch of examples; the model's, set by the command line.
-        batch_size: questions a step and process.
+        batch_size: questions a step and process; ``auto`` begins with 256 and halves them until they fit into the
+            memory of the GPU.
         num_workers: processes that load images ahead; 0 loads them in the main process.
     """
 
@@ -502,7 +503,7 @@ class UnsafeConcepts(ImageSets):
         validation_fraction: float = 0.0,
         limit: int | None = None,
         collator: Collator | None = None,
-        batch_size: int = 8,
+        batch_size: int | Literal["auto"] = 8,
         num_workers: int = 0,
     ) -> None:
         super().__init__(

@@ -144,11 +144,15 @@ class PackedBatch(Batch):
         chosen = rows.tolist()
         prompts = [self.prompt_ids[row] for row in chosen]
         packed = answers and pack(prompts, [[answers[row]] for row in chosen]).to(self.image_rows.device)
+        pixel_values, image_rows = self.pixel_values, self.image_rows[rows.to(self.image_rows.device)]
+        if self.features is None:  # what is encoded already is kept whole, to be shared
+            used, image_rows = image_rows.unique(return_inverse=True)
+            pixel_values = pixel_values[used]
         return type(self)(
             questions=[self.questions[row] for row in chosen],
             prompt_ids=prompts,
-            pixel_values=self.pixel_values,
-            image_rows=self.image_rows[rows.to(self.image_rows.device)],
+            pixel_values=pixel_values,
+            image_rows=image_rows,
             packed=packed or None,
             features=self.features,
         )

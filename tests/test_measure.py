@@ -1,0 +1,151 @@
+"""Measuring: what can't be answered is set aside with its reason, and a batch that doesn't fit is halved."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from safervlm.cli import main
+from safervlm.data.unsafe_concepts import UnsafeConcepts
+from safervlm.measure import AskCollator, Measure
+from safervlm.records import Example, Failure, Question, Response
+from safervlm.vlm.llava import Llava
+from safervlm.vlm.sampling import Sampling
+
+GREEDY = Sampling(temperature=0, max_new_tokens=4)
+
+
+@pytest.fixture
+def measure(tiny_llava: Path) -> Measure:
+    measure = Measure(Llava(str(tiny_llava), dtype="float32"), GREEDY)
+    measure.configure_model()
+    return measure
+
+
+def refuse_more_than(measure: Measure, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has the VLM run out of memory above ``most`` questions; the list fills with the sizes it was asked."""
+    generate, asked = measure.vlm.generate, []
+
+    def full(batch, sampling, seed):
+        asked.append(len(batch))
+        if len(batch) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        assert batch.pixel_values.shape[0] == len({question.image for question in batch.questions})
+        return generate(batch, sampling, seed)
+
+    monkeypatch.setattr(measure.vlm, "generate", full)
+    return asked
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_those_behind_it_are_small_at_once(
+    measure: Measure,
+    make_questions: Callable[[int], list[Question]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = measure.collator([Example(question) for question in make_questions(9)])
+    expected = measure.predict_step(asked, 0)
+    sizes = refuse_more_than(measure, 3, monkeypatch)
+    assert measure.predict_step(measure.collator([Example(q) for q in make_questions(9)]), 0) == expected
+    assert sizes == [9, 4, 2, 2, 2, 2, 1]
+    assert capsys.readouterr().out.count("out of memory") == 2
+    del sizes[:]
+    measure.predict_step(measure.collator([Example(question) for question in make_questions(5)]), 1)
+    assert sizes == [2, 2, 1]
+    assert "out of memory" not in capsys.readouterr().out
+
+
+def test_a_question_that_does_not_fit_alone_fails_and_the_others_are_answered(
+    measure: Measure, make_questions: Callable[[int], list[Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = make_questions(3)
+    refuse_more_than(measure, 0, monkeypatch)
+    records = measure.predict_step(measure.collator([Example(question) for question in questions]), 0)
+    assert [record.id for record in records] == [question.id for question in questions]
+    assert {record.reason for record in records if isinstance(record, Failure)} == {
+        "CUDA out of memory: this question alone doesn't fit into memory"
+    }
+
+
+def test_questions_that_cannot_be_asked_are_set_aside(
+    measure: Measure, make_questions: Callable[[int], list[Question]], tmp_path: Path
+) -> None:
+    good = make_questions(4)
+    (tmp_path / "torn.png").write_bytes(Path(str(good[0].image_path)).read_bytes()[:60])
+    torn = replace(good[1], id="T/torn.png/alignment/0", image_path=str(tmp_path / "torn.png"))
+    long = replace(good[2], id="T/long/alignment/0", prompt="safe " * 900)
+    collator = AskCollator(measure.vlm.collator)
+    records = measure.predict_step(collator([Example(question) for question in (good[0], torn, long, good[3])]), 0)
+    failed = {record.id: record.reason for record in records if isinstance(record, Failure)}
+    assert failed.keys() == {torn.id, long.id}
+    assert failed[torn.id].startswith(f"{torn.id}: the image ")
+    assert "the model takes 512" in failed[long.id]
+    answered = [record for record in records if isinstance(record, Response)]
+    assert answered == measure.predict_step(collator([Example(good[0]), Example(good[3])]), 0)
+    assert collator([Example(torn)]).batch is None
+    assert [type(record) for record in measure.predict_step(collator([Example(torn)]), 0)] == [Failure]
+
+
+def test_a_run_with_a_damaged_image_ends_with_3_and_asks_again_once_it_is_mended(
+    tiny_llava: Path, tiny_sets: Path, tiny_judges: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_sets / "unsafe", tmp_path / "unsafe")
+    data = UnsafeConcepts(str(tmp_path / "unsafe"), split="test", capabilities=["alignment"])
+    question = data.parts.predict[0].question
+    image = Path(str(question.image_path))
+    whole = image.read_bytes()
+    image.write_bytes(whole[:80])
+    judges = {
+        name: {
+            "class_path": "safervlm.judge.Judge",
+            "init_args": {
+                "checkpoint": str(tiny_judges / name / "epoch_10.pt"),
+                "base": str(tiny_judges / name),
+                "labels": labels,
+            },
+        }
+        for name, labels in {"alignment": ["Safe", "Unsafe", "N/A"], "perception": [*"ABCD", "N/A"]}.items()
+    }
+    callbacks = [
+        {"class_path": "callbacks.record_writer.RecordWriter"},
+        {"class_path": "callbacks.judge_responses.JudgeResponses", "init_args": {"panel": judges}},
+        {"class_path": "callbacks.score_table.ScoreTable"},
+    ]
+    line = [
+        "predict",
+        "--config=configs/measure.yaml",
+        f"--model.vlm.model={tiny_llava}",
+        "--model.vlm.dtype=float32",
+        "--model.sampling.max_new_tokens=4",
+        f"--data.folder={tmp_path / 'unsafe'}",
+        "--data.capabilities=[alignment]",
+        "--data.split=test",
+        "--data.batch_size=auto",
+        "--data.num_workers=0",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.callbacks={json.dumps(callbacks)}",
+        f"--run={run}",
+    ]
+    with pytest.raises(SystemExit) as end:
+        main(line)
+    manifest = json.loads((run / "manifest.json").read_text())
+    failed = [json.loads(text) for text in (run / "responses-failed.jsonl").read_text().splitlines()]
+    assert end.value.code == 3
+    assert f"{len(failed)} questions have no answer" in capfd.readouterr().err
+    assert len(failed) == 5
+    assert all(question.image in record["id"] and question.image in record["reason"] for record in failed)
+    assert manifest["stages"]["measure"]["finished"] is False
+    answered = (run / "responses.jsonl").read_text().splitlines()
+    assert (run / "scores.csv").exists()
+
+    image.write_bytes(whole)
+    main(line)
+    assert len((run / "responses.jsonl").read_text().splitlines()) == len(answered) + 5
+    assert not (run / "responses-failed.jsonl").exists()
+    assert json.loads((run / "manifest.json").read_text())["stages"]["measure"]["finished"] is True
