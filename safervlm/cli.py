@@ -56,6 +56,9 @@ def main(args: Sequence[str] | None = None) -> None:
             plain(args)
         else:
             raise ValueError(f"no command {args[0]!r}; see safervlm --help")
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command goes on where it stopped\n")
+        sys.exit(130)
     except ValueError as error:
         from safervlm.lightning_cli import fail, our_error
 

@@ -108,11 +108,11 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     if expected and got is not None:
         choices = re.findall(r"'([^']+)'", " ".join(expected))
         close = difflib.get_close_matches(got, choices, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        meant = f"; did you mean {close[0]}?" if close else ""
         if any("Sequence" in each for each in expected):
-            hint = f"; write a list, '[{got}]'"
-        shown = re.sub(r"Literal\[(.*?)\]", r"\1", " or ".join(expected)).replace("collections.abc.Sequence", "a list")
-        return f"{name}expected {shown}, got {got!r}{hint}"
+            meant = f"; write a list, '[{got}]'"
+        kinds = re.sub(r"Literal\[(.*?)\]", r"\1", " or ".join(expected)).replace("collections.abc.Sequence", "a list")
+        return f"{name}expected {kinds}, got {got!r}{meant}"
     return name + " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
 
 
@@ -217,10 +217,20 @@ class SaferCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Goes on from the run's last checkpoint unless another one is named."""
-        config = self.config_init["fit"]
+        self.take_last_checkpoint("fit")
+
+    def before_validate(self) -> None:
+        """Looks at the run's last checkpoint unless another one is named."""
+        if self.trainer.limit_val_batches == 0:
+            fail("--trainer.limit_val_batches: 0 leaves nothing to validate; give 1.0")
+        self.take_last_checkpoint("validate")
+
+    def take_last_checkpoint(self, command: str) -> None:
+        """Makes the run's last checkpoint the one to load, if there is one and none is named."""
+        config = self.config_init[command]
         last = Path(config["run"]) / "checkpoints" / "last.ckpt"
         if config["ckpt_path"] is None and last.exists():
-            print(f"going on from {last}")
+            print(f"{'going on from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)
 
     def after_predict(self) -> None:

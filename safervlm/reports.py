@@ -28,6 +28,7 @@ from safervlm.images import open_image
 from safervlm.records import RecordError, fingerprint, seed_for, write_atomically
 from safervlm.scoring import (
     ACCURACY_NA_WRONG,
+    BOTH,
     COLUMNS,
     DIVERSITY,
     MEASURES,
@@ -59,7 +60,7 @@ EXAMPLES = {"alignment": 2, "alignment_text_only": 1, "perception": 1}  # that t
 
 WIDTH = 11.0  # inches of every plot
 
-GRAIN = 10  # colours along the longer side of a blurred image: all that is left of it
+GRAIN = 5  # colours along the longer side of a blurred image: all that is left of it
 THUMBNAIL = 160  # pixels along its longer side
 
 # Matplotlib takes colours, the page has light and dark ones: each of these stands for a variable of its style.
@@ -151,6 +152,8 @@ def report(runs: list[Path], out: Path | None = None) -> Path:
     sheets = {"overall": comparison.reset_index(), "by category": wide, "scores": long}
     write_workbook(out.with_suffix(".xlsx"), sheets)
     Console().print(comparison_table(comparison))
+    for line in warnings(loaded):
+        print(f"not comparable: {line}")
     print(f"report: {out} (with .csv, .xlsx and .tex beside it)")
     return out
 
@@ -236,6 +239,7 @@ def render(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
         capability_titles=CAPABILITY_TITLES,
         manifests=[(run.name, run.manifest) for run in runs],
         differences=differences(runs),
+        warnings=warnings(runs),
         shown=shown,
     )
 
@@ -269,6 +273,7 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, An
             measure, left_out = COLUMNS[column][1], row.get(f"{column}_na_left_out")
             source = interval_row(run.scores, column)
             difference = row[column] - values[0][column]
+            comparable = asked(run.frame, column) == asked(runs[0].frame, column)
             signed = f"{difference:+.3f}" if measure == DIVERSITY else f"{100 * difference:+.1f}"
             if not float(signed):
                 signed = signed.replace("-", "+")
@@ -279,12 +284,29 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, An
                     "shown": shown(measure, row[column]),
                     "interval": None if source is None or np.isnan(source["low"]) else (source["low"], source["high"]),
                     "method": "" if source is None else f"{source['varies']}; {source['method']}".removeprefix("; "),
-                    "difference": None if run is runs[0] or np.isnan(difference) else signed,
+                    "difference": None if run is runs[0] or np.isnan(difference) or not comparable else signed,
                     "left_out": None if left_out is None or np.isnan(left_out) else left_out,
                 }
             )
         rows.append({"name": run.name, "cells": cells, "na": row["na_rate"], "n": row["n"]})
     return {"headings": [(column, COLUMNS[column][0]) for column in columns], "rows": rows}
+
+
+def asked(frame: pd.DataFrame, column: str) -> frozenset[str]:
+    """The ids of the questions that a column of the overall table is about."""
+    _, _, capability, side = COLUMNS[column]
+    these = frame["capability"].isin(capability.split(" - ")) & ((frame["side"] == side) | (side == BOTH))
+    return frozenset(frame["id"][these])
+
+
+def warnings(runs: Sequence[Run]) -> list[str]:
+    """What forbids to compare the runs' numbers, in a sentence each."""
+    first, *others = runs
+    return [
+        f"{run.name} answered other questions than {first.name}: where they differ, no difference is shown."
+        for run in others
+        if set(run.frame["id"]) != set(first.frame["id"])
+    ]
 
 
 def side_by_side(runs: Sequence[Run]) -> dict[str, list[dict[str, Any] | None]]:
@@ -408,7 +430,7 @@ def picture(path: str, record: str) -> dict[str, Any]:
 def blurred(image: Image.Image) -> Image.Image:
     """An image of which nothing is left but the broad colours.
 
-    It is first reduced to at most 10 x 10 colours (the means of its tenths: nothing that is smaller survives, however
+    It is first reduced to at most 5 x 5 colours (the means of its fifths: nothing that is smaller survives, however
     cleverly one deconvolves), then enlarged and blurred to look soft. Only pixels are kept: no EXIF data, whose preview
     would show it all.
 

@@ -131,9 +131,16 @@ class RunManifest(Callback):
             }
             write_stage(run, name, settings=settings, provenance=provenance, finished=False)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Says how to go on after Ctrl-C."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            print(f"\nstopped; the same command goes on from what is in {trainer.default_root_dir}")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Notes that the stage came to its end; Lightning doesn't call this where it was interrupted."""
         if trainer.is_global_zero:
             run = Path(trainer.default_root_dir)
             complete = stage != "predict" or not (run / FAILED).exists()
             write_stage(run, stage_name(pl_module), finished=complete)
+            names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in run.iterdir())
+            print(f"{run} holds {', '.join(names)}")

@@ -178,7 +178,11 @@ ERRORS = {
         [*PICTOGRAMS, "--data", "safervlm.measure.Measure"],
         "--data: safervlm.measure.Measure is not a LightningDataModule",
     ),
-    "refused value": ([*PICTOGRAMS, "--model.sampling.top_p", "3"], "sampling.top_p: above 0 and at most 1, got 3.0"),
+    "no pictograms": (PICTOGRAMS, "vlm.model: no folder './pictograms/vlm'; paths begin where the command is typed"),
+    "refused value": (
+        ["--config", "configs/measure.yaml", "--model.sampling.top_p", "3"],
+        "sampling.top_p: above 0 and at most 1, got 3.0",
+    ),
     "missing adapter": (
         [*PICTOGRAMS, "--model.vlm.adapter", "nowhere"],
         "adapter: no adapter_config.json in 'nowhere'",

@@ -407,6 +407,30 @@ def test_runs_of_one_capability(folder, tmp_path):
     assert 'id="gap"' not in text
 
 
+def test_runs_that_answered_other_questions_are_not_subtracted(folder, tmp_path, capsys):
+    base = make_run(tmp_path / "base", folder / "data", BASE)
+    run = make_run(tmp_path / "fewer", folder / "data", PPO)
+    answers = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
+    left_out = next(a["id"] for a in answers if a["capability"] == "alignment" and a["answer"] == "Unsafe")
+    for file in ("responses.jsonl", "verdicts.jsonl"):
+        lines = (run / file).read_text().splitlines()
+        (run / file).write_text("\n".join(line for line in lines if json.loads(line)["id"] != left_out) + "\n")
+    page = reports.report([base, run]).read_text()
+    assert "fewer answered other questions than base" in page
+    assert "not comparable: fewer answered other questions" in capsys.readouterr().out
+    loaded = reports.load([base, run])
+    cells = {
+        cell["column"]: cell
+        for cell in reports.overall_cells(loaded, scoring.compare({each.name: each.scores for each in loaded}))["rows"][
+            1
+        ]["cells"]
+    }
+    for column in ("image_unsafe", "modality_gap", "diversity_overall"):
+        assert cells[column]["difference"] is None
+    for column in ("perception", "image_safe", "text_only_unsafe"):
+        assert cells[column]["difference"] is not None
+
+
 def test_manifest_is_shown(dom):
     rows = dom.table(id="differences")
     assert [[cell["text"] for cell in row] for row in rows[1:]] == [["measure: model.vlm.adapter", "null", "p&p_$o<1>"]]

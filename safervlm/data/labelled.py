@@ -48,8 +48,10 @@ def read_labelled(path: str | Path, labels: Sequence[str]) -> list[Example]:
         RecordError: a missing file or column, or an unknown label, naming file and row.
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".jsonl") or not path.is_file():
-        raise RecordError(f"data.answers: {str(path)!r} is not a CSV or JSONL file (.csv, .jsonl) of labelled answers")
+    if not path.is_file():
+        raise RecordError(f"data.answers: no file {str(path)!r}; name a CSV or JSONL of labelled answers")
+    if path.suffix not in (".csv", ".jsonl"):
+        raise RecordError(f"data.answers: {str(path)!r} is neither .csv nor .jsonl; write the answers as one of them")
     # A question has a capability; which one decides nothing here.
     capability: Capability = "perception" if tuple(labels) == LABELS["perception"] else "alignment"
     answers = []
@@ -57,7 +59,9 @@ def read_labelled(path: str | Path, labels: Sequence[str]) -> list[Example]:
         where = f"{path}, row {row}"
         label = text_field(record, ["label"], where)
         if label not in labels:
-            raise RecordError(f"{where}: unknown label {label!r}; the judge's labels are {', '.join(labels)}")
+            raise RecordError(
+                f"{where}: unknown label {label!r}; write one of {', '.join(labels)}, or set model.labels"
+            )
         text = record.get("text", record.get("response"))
         if not isinstance(text, str):  # an empty answer is an answer
             raise RecordError(f"{where}: the field 'text' or 'response' must hold the answer, got {text!r}")

@@ -197,7 +197,10 @@ def read_images(folder: Path, dataset: str, label: str) -> list[ImageRecord]:
             category = text_field(record, ("category",), where)
             if category not in CATEGORIES:
                 nearest = get_close_matches(category, CATEGORIES, n=1, cutoff=0)[0]
-                raise RecordError(f"{where}: unknown category {category!r}: the nearest of the nine is {nearest!r}")
+                raise RecordError(
+                    f"{where}: unknown category {category!r}: the nearest of the nine is {nearest!r} (there are "
+                    f"{', '.join(CATEGORIES)})"
+                )
         else:
             category = dataset
         concept = text_field(record, ("unsafe_concept",) if label == UNSAFE else ("concept",), where)
@@ -471,7 +474,7 @@ class UnsafeConcepts(ImageSets):
     (gated: accept the terms on its page, then ``hf auth login``), once, into a folder under ``cache_dir``.
 
     Args:
-        folder: the unsafe set's local folder; None takes it from the Hub.
+        folder: the unsafe set's local folder (metadata.jsonl and images, see docs/data.md); None takes it from the Hub.
         safe_folder: the safe set's local folder; None takes ``safe_repo``.
         repo: the unsafe set on the Hub, ``owner/name`` or ``owner/name@revision``.
         safe_repo: the safe set on the Hub, such as yiting/imagenet_1k_unique_class; None, as in the paper's

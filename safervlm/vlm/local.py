@@ -64,7 +64,14 @@ class LocalVLM(VLM):
     ) -> None:
         super().__init__()
         if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
-            raise ValueError(f"adapter: no adapter_config.json in {adapter!r}; give the PEFT folder that fit exported")
+            inside = Path(adapter) / "adapter"
+            hint = f"did you mean {inside}?" if inside.is_dir() else "give the PEFT folder that fit exported"
+            raise ValueError(f"vlm.adapter: no adapter_config.json in {adapter!r}; {hint}")
+        if model.startswith((".", "/")) and not Path(model).is_dir():
+            raise ValueError(
+                f"vlm.model: no folder {model!r}; paths begin where the command is typed ({Path.cwd()}), and the "
+                "pictograms are written by safervlm pictograms"
+            )
         self.name, self.revision, self.adapter, self.lora = model, revision, adapter, lora
         self.dtype = torch.float32 if dtype == "float32" else torch.bfloat16
         self.gradient_checkpointing = gradient_checkpointing
@@ -128,7 +135,7 @@ class LocalVLM(VLM):
         if self.adapter is not None:
             raise ValueError(
                 f"vlm.adapter: {self.adapter!r} is given, but training starts from the base model, which is also the "
-                "reference; leave it out"
+                "reference; leave it out (to go on with a run, or to validate it, name its folder as --run)"
             )
         with torch.random.fork_rng():
             torch.manual_seed(seed_for(seed, "lora"))
@@ -256,7 +263,7 @@ def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
         wrong = set(file.keys()) ^ set(get_peft_model_state_dict(model))
     if wrong:
         raise ValueError(
-            f"adapter: {folder!r} was not made for {base.config.name_or_path!r}: {len(wrong)} weights don't fit, "
+            f"vlm.adapter: {folder!r} was not made for {base.config.name_or_path!r}: {len(wrong)} weights don't fit, "
             f"for example {min(wrong)}; give the base model that it was trained on"
         )
     return model
