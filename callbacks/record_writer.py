@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -89,6 +90,8 @@ class RecordWriter(Callback):
             for shard in self._shards(trainer).iterdir():
                 shard.unlink()
             self._shards(trainer).rmdir()
+            with suppress(OSError):  # another kind of record has its shards there
+                self._shards(trainer).parent.rmdir()
         trainer.strategy.barrier("record-writer-merged")
 
     def _shards(self, trainer: Trainer) -> Path:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 HELP = """usage: safervlm COMMAND [ARGUMENTS]
@@ -16,6 +15,7 @@ on any model, with a recipe (safervlm COMMAND --config configs/RECIPE.yaml; --he
 
 on what they leave behind:
   report       one page, tables and plots of one or several runs
+  verify       ask a sample of a run's questions again: do its answers and verdicts hold?
   export       the training data in the first implementation's formats
 
 the embedded default, a small world of pictograms:
@@ -32,8 +32,9 @@ def plain_commands() -> dict[str, Callable[..., Any]]:
     from safervlm.demo import demo
     from safervlm.pictograms.world import build
     from safervlm.reports import report
+    from safervlm.verify import verify
 
-    return {"report": report, "export": export_training_files, "pictograms": build, "demo": demo}
+    return {"report": report, "verify": verify, "export": export_training_files, "pictograms": build, "demo": demo}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -52,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
             from safervlm.lightning_cli import run
 
             run(args)
-        elif args[0] in ("report", "export", "pictograms", "demo"):
+        elif args[0] in ("report", "verify", "export", "pictograms", "demo"):
             plain(args)
         else:
             raise ValueError(f"no command {args[0]!r}; see safervlm --help")
@@ -75,9 +76,12 @@ def plain(args: Sequence[str]) -> None:
     function = plain_commands()[name]
     parser = OneLineParser(prog=f"safervlm {name}", description=(function.__doc__ or "").split("\n\n")[0])
     folders = []
+    if name == "verify":
+        folders = ["run"]
+        parser.add_argument("run", help="The folder of a finished measurement.")
     if name == "report":  # folders are typed one after the other; jsonargparse takes a list as one JSON argument
         folders = ["runs"]
-        parser.add_argument("runs", nargs="+", type=Path, help="The run folders; the first is the one to compare with.")
+        parser.add_argument("runs", nargs="+", help="The run folders; the first is the one to compare with.")
     parser.add_function_arguments(function, skip=set(folders), fail_untyped=True)
     given = parser.instantiate(parser.parse_args(rest))
     function(**given.as_dict())

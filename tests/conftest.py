@@ -1,5 +1,6 @@
 """What several tests share: a tiny LLaVA in the real format, and questions about small images."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,43 @@ def tiny_judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer.save_pretrained(folder)
         torch.save(state, folder / "epoch_10.pt")
     return root
+
+
+@pytest.fixture(scope="session")
+def measuring_line(tiny_llava: Path, tiny_judges: Path) -> Callable[[Path, Path], list[str]]:
+    """``measuring_line(run, folder)``: the command that asks a tiny LLaVA about a set's test part, and judges."""
+    judges = {
+        name: {
+            "class_path": "safervlm.judge.Judge",
+            "init_args": {
+                "checkpoint": str(tiny_judges / name / "epoch_10.pt"),
+                "base": str(tiny_judges / name),
+                "labels": labels,
+            },
+        }
+        for name, labels in {"alignment": ["Safe", "Unsafe", "N/A"], "perception": [*"ABCD", "N/A"]}.items()
+    }
+    callbacks = [
+        {"class_path": "callbacks.record_writer.RecordWriter"},
+        {"class_path": "callbacks.judge_responses.JudgeResponses", "init_args": {"panel": judges}},
+        {"class_path": "callbacks.score_table.ScoreTable"},
+    ]
+    return lambda run, folder: [
+        "predict",
+        "--config=configs/measure.yaml",
+        f"--model.vlm.model={tiny_llava}",
+        "--model.vlm.dtype=float32",
+        "--model.sampling.max_new_tokens=4",
+        f"--data.folder={folder}",
+        "--data.capabilities=[alignment]",
+        "--data.split=test",
+        "--data.batch_size=auto",
+        "--data.num_workers=0",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.callbacks={json.dumps(callbacks)}",
+        f"--run={run}",
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,10 @@ def test_questions_that_cannot_be_asked_are_set_aside(
 
 
 def test_a_run_with_a_damaged_image_ends_with_3_and_asks_again_once_it_is_mended(
-    tiny_llava: Path, tiny_sets: Path, tiny_judges: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny_sets: Path,
+    measuring_line: Callable[[Path, Path], list[str]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_sets / "unsafe", tmp_path / "unsafe")
@@ -100,38 +103,7 @@ def test_a_run_with_a_damaged_image_ends_with_3_and_asks_again_once_it_is_mended
     image = Path(str(question.image_path))
     whole = image.read_bytes()
     image.write_bytes(whole[:80])
-    judges = {
-        name: {
-            "class_path": "safervlm.judge.Judge",
-            "init_args": {
-                "checkpoint": str(tiny_judges / name / "epoch_10.pt"),
-                "base": str(tiny_judges / name),
-                "labels": labels,
-            },
-        }
-        for name, labels in {"alignment": ["Safe", "Unsafe", "N/A"], "perception": [*"ABCD", "N/A"]}.items()
-    }
-    callbacks = [
-        {"class_path": "callbacks.record_writer.RecordWriter"},
-        {"class_path": "callbacks.judge_responses.JudgeResponses", "init_args": {"panel": judges}},
-        {"class_path": "callbacks.score_table.ScoreTable"},
-    ]
-    line = [
-        "predict",
-        "--config=configs/measure.yaml",
-        f"--model.vlm.model={tiny_llava}",
-        "--model.vlm.dtype=float32",
-        "--model.sampling.max_new_tokens=4",
-        f"--data.folder={tmp_path / 'unsafe'}",
-        "--data.capabilities=[alignment]",
-        "--data.split=test",
-        "--data.batch_size=auto",
-        "--data.num_workers=0",
-        "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-        f"--trainer.callbacks={json.dumps(callbacks)}",
-        f"--run={run}",
-    ]
+    line = measuring_line(run, tmp_path / "unsafe")
     with pytest.raises(SystemExit) as end:
         main(line)
     manifest = json.loads((run / "manifest.json").read_text())

@@ -1,0 +1,148 @@
+"""Whether a measurement holds: a sample of its questions asked again, one by one or in another precision."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import binomtest
+from torch.utils.data import DataLoader
+
+from safervlm.data.responses import read_responses
+from safervlm.lightning_cli import SaferCLI, as_command_line, hush
+from safervlm.measure import Measure
+from safervlm.records import Example, Failure, RecordError, Response, Verdict, read_jsonl, seed_for, write_jsonl
+
+FLIPS = "verify.jsonl"
+
+
+class Kept(L.Callback):
+    """Keeps the answers; Lightning's own way of returning them takes frozen records apart."""
+
+    def __init__(self) -> None:
+        self.records: list[Response | Failure] = []
+
+    def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *place: Any) -> None:
+        """Takes a batch's records."""
+        self.records += outputs
+
+
+class BuiltCLI(SaferCLI):
+    """A command line that builds everything and runs nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leaves model, data and trainer to whoever asked."""
+
+
+def verify(
+    run: Path,
+    sample: int = 100,
+    batch_size: int = 1,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    seed: int = 0,
+) -> None:
+    """Asks a sample of a run's questions again and counts the answers and the verdicts that flip.
+
+    The answers' noise is drawn from the record's id, so what differs is arithmetic: another batch, another precision.
+    The flips are written to verify.jsonl in the run folder.
+
+    Args:
+        run: The folder of a finished measurement.
+        sample: How many questions to ask again, drawn at random.
+        batch_size: Of the second time; 1 asks them one by one.
+        dtype: Precision of the weights the second time; by default that of the run.
+        seed: Of the sample.
+
+    Raises:
+        RecordError: the run has no answers or no configuration.
+    """
+    run = Path(run)
+    config = run / "predict.yaml"
+    if not config.is_file():
+        raise RecordError(f"run: {run} holds no predict.yaml; name the folder of a measurement (predict --run)")
+    line = ["predict", "--config", str(config), "--run", str(run), "--data.num_workers", "0"]
+    line += ["--model.vlm.dtype", dtype] if dtype else []
+    hush()
+    with as_command_line(line):
+        cli = BuiltCLI(line)
+    if not isinstance(cli.model, Measure):
+        raise RecordError(f"run: {run} holds no measurement but a {type(cli.model).__name__}; name a measurement")
+
+    before = {response.id: response for response in read_responses(run)}
+    chosen = sorted(before)
+    random.Random(seed_for(seed, "verify")).shuffle(chosen)
+    asked = [Example(before[name].question) for name in chosen[:sample]]
+    loader: DataLoader[Example] = DataLoader(asked, batch_size, collate_fn=cli.model.collator)  # type: ignore[arg-type]
+    kept = Kept()
+    trainer = L.Trainer(
+        devices=1, callbacks=[kept], logger=False, enable_checkpointing=False, enable_model_summary=False
+    )
+    trainer.predict(cli.model, loader, return_predictions=False)
+    after = {record.id: record for record in kept.records if isinstance(record, Response)}
+
+    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
+    panel = next((callback.panel for callback in callbacks if hasattr(callback, "panel")), None)
+    verdicts: dict[str, tuple[str, str]] = {}
+    if panel is not None and (run / "verdicts.jsonl").is_file():
+        old = {record["id"]: Verdict.from_dict(record).label for record in read_jsonl(run / "verdicts.jsonl")}
+        new = {verdict.id: verdict.label for verdict in panel.judge(list(after.values()))}
+        verdicts = {name: (old[name], label) for name, label in new.items() if name in old}
+
+    write_jsonl(
+        run / FLIPS,
+        (
+            {
+                "id": name,
+                "response": before[name].response,
+                "again": response.response,
+                "label": verdicts.get(name, (None, None))[0],
+                "label_again": verdicts.get(name, (None, None))[1],
+            }
+            for name, response in after.items()
+            if response.response != before[name].response
+        ),
+    )
+    answer = {example.question.id: example.question.answer for example in asked}
+    show(
+        Console(),
+        f"{run}: asked again, {batch_size} at a time" + (f", in {dtype}" if dtype else ""),
+        [before[name].response != response.response for name, response in after.items()],
+        [old != new for old, new in verdicts.values()],
+        [((old == answer[name]), (new == answer[name])) for name, (old, new) in verdicts.items()],
+    )
+    if len(after) < len(asked):
+        print(f"{len(asked) - len(after)} questions have no answer this time")
+    print(f"what flipped: {run / FLIPS}")
+
+
+def show(
+    console: Console, title: str, answers: Sequence[bool], verdicts: Sequence[bool], right: Sequence[tuple[bool, bool]]
+) -> None:
+    """Prints how many flipped, and how far the table could move.
+
+    Args:
+        console: prints.
+        title: of the table.
+        answers: of each question, whether its answer differs.
+        verdicts: of each judged answer, whether its verdict differs.
+        right: of each judged answer, whether it was right before, and the second time.
+    """
+    table = Table(title=title, caption="95 % intervals: Clopper-Pearson; the sample is random, so they are for the run")
+    for heading in ("", "of", "flipped", "% [95 %]"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, flips in (("answers", answers), ("verdicts", verdicts)):
+        if flips:
+            low, high = binomtest(sum(flips), len(flips)).proportion_ci()
+            share = f"{100 * sum(flips) / len(flips):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            table.add_row(name, str(len(flips)), str(sum(flips)), share)
+    console.print(table)
+    if right:
+        once, again = (100 * sum(column) / len(right) for column in zip(*right, strict=True))
+        most = 100 * binomtest(sum(verdicts), len(verdicts)).proportion_ci().high
+        console.print(
+            f"accuracy on the sample: {once:.1f} %, then {again:.1f} %; that of the whole run moves by at most "
+            f"{most:.1f} points"
+        )
