@@ -1,14 +1,16 @@
 """Judged answers while training: does the policy start to call everything unsafe?"""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 
 from safervlm.judge import Judge
-from safervlm.protocol import SAFE, UNSAFE
+from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.records import RecordError, seed_for
+from safervlm.run import stage_name, write_stage
 from safervlm.vlm.sampling import Sampling
 
 
@@ -19,8 +21,9 @@ class OverFlaggingWarning(UserWarning):
 class GenerationCheck(Callback):
     """Asks the policy about held-out safe images, before training and while it goes on, and lets the judge read.
 
-    The share that is called Unsafe is logged as ``train/unsafe_rate_on_safe`` with the batch that comes next, and a
-    warning is given when it exceeds the one before training by more than ``tolerance``.
+    The share that is called Unsafe is logged as ``train/unsafe_rate_on_safe`` with the batch that comes next; those
+    before and after training also stand in the manifest. A warning is given when it exceeds the one before training by
+    more than ``tolerance``.
 
     Args:
         judge: the alignment judge.
@@ -42,6 +45,7 @@ class GenerationCheck(Callback):
             raise ValueError(f"every_n_batches: at least 1, got {every_n_batches}")
         self.judge, self.every_n_batches, self.tolerance = judge, every_n_batches, tolerance
         self.sampling, self.minimum = sampling, minimum
+        judge.must_tell(LABELS["alignment"], "judge")
         self.first: float | None = None
         self._trained = False
 
@@ -82,7 +86,10 @@ class GenerationCheck(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the policy that training leaves; a run that was complete already has been measured."""
         if self._trained:
-            self.check(trainer, pl_module)
+            rate = self.check(trainer, pl_module)
+            if trainer.is_global_zero:
+                rates = {"before": self.first, "after": rate}
+                write_stage(Path(trainer.default_root_dir), stage_name(pl_module), unsafe_rate_on_safe=rates)
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> float:
         """The rate now; warns when it has risen."""

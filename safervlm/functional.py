@@ -97,6 +97,17 @@ def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: fl
     return 0.5 * torch.maximum(free, clipped), (clipped > free) & (moved.abs() > clip)
 
 
+def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """(...) what each token adds to an estimate of KL(old || new): k3 of http://joschu.net/blog/kl-approx.html.
+
+    Args:
+        logprobs: (...) of the drawn tokens, under the new policy.
+        old_logprobs: (...) under the policy that drew them.
+    """
+    ratio = logprobs - old_logprobs
+    return ratio.exp() - 1 - ratio
+
+
 def sequence_rewards(
     judged: Tensor,
     low: Tensor,

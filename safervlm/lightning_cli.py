@@ -15,13 +15,16 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse._util import import_object
-from lightning import Callback, LightningDataModule, LightningModule
+from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, read_jsonl
 from safervlm.run import RunManifest
+from safervlm.vlm.lora import LoRA
+from safervlm.vlm.sampling import Sampling
 
 PACKAGE = Path(__file__).parent
 # In a wheel the recipes lie inside the package, in a source tree beside it.
@@ -79,11 +82,19 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         return f"missing: {required}; {way_out}"
     if unknown := find(r"[Uu]nrecognized arguments: *(\S+)"):
         name = unknown.lstrip("-").split("=")[0]
-        return f"unknown argument --{name}{did_you_mean(name, known)}; --help lists all"
+        nested = [f"{part}.{name}" for part in ("data", "model", "trainer") if name in parameters(part)]
+        meant = did_you_mean(nested[0] if nested else name, [*nested, *known])
+        return f"unknown argument --{name}{meant}; --help lists all"
     if unknown := find(r"Option '([^']+)' is not accepted"):
         whole = argument(unknown, typed)
+        if whole == unknown:  # nobody typed it
+            return (
+                f"a config sets {unknown!r}, which its class doesn't take: an overlay goes behind its own recipe, as "
+                "in --config configs/sft.yaml --config configs/pictograms/sft.yaml"
+            )
         stem = whole.removesuffix(unknown)
-        return f"unknown argument --{whole}{did_you_mean(unknown, parameters(), stem)}; --help lists all"
+        meant = did_you_mean(unknown, parameters(stem.split(".")[0]), stem)
+        return f"unknown argument --{whole}{meant}; --help lists all"
     if unknown := find(r"does not accept option '([^']+)'"):
         return (
             f"a config has {unknown.split('.')[0]!r}, which is no part of a recipe: it is of another kind; a recipe "
@@ -122,9 +133,15 @@ def argument(key: str, typed: Sequence[str]) -> str:
     return next((name for name in names if name.replace("init_args.", "").endswith(key)), key)
 
 
-def parameters() -> list[str]:
-    """The names of all arguments that our classes take, as far as they are imported."""
-    kinds = (LightningModule, LightningDataModule, Callback, torch.nn.Module)
+def parameters(part: str) -> list[str]:
+    """The names of all arguments that a part of the command line may take.
+
+    Args:
+        part: ``model`` and ``data`` stand for those of our classes that are imported; ``trainer``.
+    """
+    if part == "trainer":
+        return list(inspect.signature(Trainer.__init__).parameters)
+    kinds = LightningDataModule if part == "data" else (torch.nn.Module, LoRA, Sampling)
     modules = [module for name, module in sys.modules.items() if name.startswith(("safervlm.", "callbacks."))]
     classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
     ours = [value for value in classes if value.__module__.startswith("safervlm.") and issubclass(value, kinds)]
@@ -197,6 +214,11 @@ class SaferCLI(LightningCLI):
         if self.subcommand not in can:
             fail(f"--config: {path} is not for {self.subcommand}; use safervlm {' or '.join(can)}, or another recipe")
         self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"
+        run = self.config[self.subcommand]["run"]
+        try:
+            Path(run).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--run: the folder {run!r} can't be made ({error.strerror}); name another one")
 
     def instantiate_classes(self) -> None:
         """Makes trainer, model and data; what they refuse is said in one line."""
@@ -206,6 +228,8 @@ class SaferCLI(LightningCLI):
             fail(f"--trainer: {error}")
         except (TypeError, ValueError) as error:
             if (known := our_error(error)) is None:
+                if "/lightning/" in traceback.extract_tb(error.__traceback__)[-1].filename:
+                    fail(f"--trainer: {error}")
                 raise
             fail(str(known))
 
@@ -228,10 +252,14 @@ class SaferCLI(LightningCLI):
     def take_last_checkpoint(self, command: str) -> None:
         """Makes the run's last checkpoint the one to load, if there is one and none is named."""
         config = self.config_init[command]
-        last = Path(config["run"]) / "checkpoints" / "last.ckpt"
-        if config["ckpt_path"] is None and last.exists():
+        given, last = config["ckpt_path"], Path(config["run"]) / "checkpoints" / "last.ckpt"
+        if given is not None and not Path(given).exists():
+            fail(f"--ckpt_path: no file {given!r}; leave it out to take {last}")
+        if given is None and last.exists():
             print(f"{'going on from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)
+        elif given is None and command == "validate" and isinstance(self.model, Objective):
+            fail(f"--run: no {last}, so the adapter would be an untrained one; name the run of a fit, or --ckpt_path")
 
     def after_predict(self) -> None:
         """Says how many questions have no answer, as the last thing, and in the exit code."""
@@ -283,6 +311,8 @@ def run(args: Sequence[str]) -> None:
     with as_command_line(args):
         try:
             SaferCLI([local_or_shipped(argument) for argument in args])
+        except MisconfigurationException as error:
+            fail(f"--trainer: {error}")
         except SIGTERMException:
             # Lightning ends with 0, and a driver would take the run for finished.
             raise SystemExit(128 + signal.SIGTERM) from None

@@ -79,13 +79,14 @@ class Response:
     Attributes:
         question: the question, whole: a response file can be read and judged alone.
         response: the generated text, without special tokens.
-        finish_reason: ``stop`` when the VLM ended its answer, ``length`` when the limit of new tokens did.
+        finish_reason: ``stop`` when the VLM ended its answer, ``length`` when the limit of new tokens did; ``refusal``
+            when a server marks the answer as one, ``content_filter`` when its filter cut the answer, mostly to nothing.
         tokens: the number of generated tokens, the end token included.
     """
 
     question: Question
     response: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "refusal", "content_filter"]
     tokens: int
 
     @property

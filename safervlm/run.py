@@ -47,6 +47,8 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
         return
     # Through JSON: a tuple there is a list here.
     before, now = flatten(there["settings"]), flatten(json.loads(json.dumps(settings)))
+    if "trainer" not in settings:  # validating what was fitted: how it was trained is none of its settings
+        before = {key: value for key, value in before.items() if not key.startswith("trainer.")}
     mended = {"data.images"} if (run / FAILED).exists() else set()
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in mended]
     if differing:
@@ -118,7 +120,7 @@ class RunManifest(Callback):
             }
         check_settings(run, name, settings)
         trainer.strategy.barrier()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and stage != "validate":
             provenance = {
                 "command": " ".join(sys.argv),
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -138,7 +140,7 @@ class RunManifest(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Notes that the stage came to its end; Lightning doesn't call this where it was interrupted."""
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and stage != "validate":
             run = Path(trainer.default_root_dir)
             complete = stage != "predict" or not (run / FAILED).exists()
             write_stage(run, stage_name(pl_module), finished=complete)

@@ -163,6 +163,12 @@ ERRORS = {
         [*PICTOGRAMS, "--data.capabilities", "alignment"],
         "--data.capabilities: expected a list, got 'alignment'; write a list, '[alignment]'",
     ),
+    "argument of the data": ([*PICTOGRAMS, "--limit", "3"], "unknown argument --limit; did you mean --data.limit?"),
+    "argument of the model": ([*PICTOGRAMS, "--data.image_fit", "pad"], "unknown argument --data.image_fit; --help"),
+    "overlay alone": (
+        ["--config", "configs/pictograms/measure.yaml"],
+        "a config sets 'sampling.max_new_tokens', which its class doesn't take: an overlay goes behind its own recipe",
+    ),
     "missing config": (["--config", "configs/mesure.yaml"], "did you mean configs/measure.yaml?"),
     "no config": ([], "give a recipe"),
     "recipe of another command": (
@@ -201,6 +207,77 @@ def test_an_error_is_one_line(name: str, capsys: pytest.CaptureFixture[str], onl
     assert len(lines) == 1, lines
     assert lines[0].startswith("safervlm: error: ")
     assert expected in lines[0]
+
+
+def test_a_fitted_run_is_validated_and_goes_on(
+    tiny_llava: Path, tiny_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [
+        "--config=configs/sft.yaml",
+        f"--model.vlm.model={tiny_llava}",
+        "--model.vlm.dtype=float32",
+        "--model.vlm.lora.r=2",
+        f"--data.folder={tiny_sets / 'unsafe'}",
+        f"--data.safe_folder={tiny_sets / 'safe'}",
+        "--data.validation_fraction=0.25",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+        "--trainer.max_epochs=1",
+        "--trainer.enable_progress_bar=false",
+        f"--run={tmp_path / 'run'}",
+    ]
+    with pytest.raises(SystemExit):
+        main(["validate", *line])
+    assert "no " in (error := capsys.readouterr().err)
+    assert "last.ckpt, so the adapter would be an untrained one" in error
+    main(["fit", *line])
+    before = (tmp_path / "run" / "manifest.json").read_text()
+    capsys.readouterr()
+    main(["validate", *[argument for argument in line if "max_epochs" not in argument]])
+    out = capsys.readouterr().out
+    assert "looking at" in out
+    assert "val/loss" in out
+    assert (tmp_path / "run" / "manifest.json").read_text() == before
+    with pytest.raises(SystemExit):
+        main(["fit", *line, "--ckpt_path", "nowhere.ckpt"])
+    assert "--ckpt_path: no file 'nowhere.ckpt'" in capsys.readouterr().err
+    main(["fit", *line])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("gradient_clip_val=1", "Automatic gradient clipping is not supported"),  # said while training
+        ("devices=many", "`devices` selected with `CPUAccelerator` should be an int"),
+    ],
+)
+def test_what_lightning_refuses_is_one_line(
+    setting: str,
+    message: str,
+    tiny_llava: Path,
+    tiny_sets: Path,
+    tiny_judges: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(
+            [
+                "fit",
+                "--config=configs/ppo.yaml",
+                f"--model.vlm.model={tiny_llava}",
+                f"--model.judge.checkpoint={tiny_judges / 'alignment' / 'epoch_10.pt'}",
+                f"--model.judge.base={tiny_judges / 'alignment'}",
+                f"--data.folder={tiny_sets / 'unsafe'}",
+                f"--data.safe_folder={tiny_sets / 'safe'}",
+                "--trainer.accelerator=cpu",
+                f"--trainer.{setting}",
+                "--trainer.callbacks=null",
+                f"--run={tmp_path / 'run'}",
+            ]
+        )
+    assert caught.value.code == 2
+    assert f"safervlm: error: --trainer: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

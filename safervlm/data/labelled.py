@@ -29,6 +29,12 @@ class LabelCollator:
 
     def __call__(self, answers: Sequence[Example]) -> tuple[list[str], Tensor]:
         """The texts, and the numbers of their labels (int64)."""
+        for answer in answers:
+            if len(answer.completions) != 1 or answer.question.answer not in self.labels:
+                raise RecordError(
+                    f"{answer.question.id}: no answer labelled {', '.join(self.labels)}; a judge learns from "
+                    "safervlm.data.labelled.LabelledAnswers"
+                )
         numbers = torch.tensor([self.labels.index(answer.question.answer) for answer in answers])
         return [answer.completions[0] for answer in answers], numbers
 

@@ -109,7 +109,8 @@ def match_first_implementation(
         if question.capability == "alignment_text_only":
             about_names[_words(question.prompt)].append(question)
         else:
-            about_images[question.image, _words(question.prompt)].append(question)
+            for name in _names(question):
+                about_images[name, _words(question.prompt)].append(question)
     images = {image for image, _ in about_images}
     prompts = {prompt for _, prompt in about_images}
 
@@ -140,6 +141,13 @@ def match_first_implementation(
         else:
             responses.append(Response(question, record["output"], "stop", 0))
     return responses, missing
+
+
+def _names(question: Question) -> list[str]:
+    """What an image may be called: its name in the set, or its path from any folder above it (an export's names)."""
+    path = Path(str(question.image_path)).resolve().parts
+    names = ["/".join(path[start:]) for start in range(1, len(path))]
+    return [question.image, *(name for name in names if name.endswith(f"/{question.image}"))]
 
 
 def _words(prompt: str) -> str:

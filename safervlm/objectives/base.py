@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
+from safervlm.data.base import SaferData
 from safervlm.records import RecordError, seed_for
 from safervlm.vlm.base import Batch, Collator
 from safervlm.vlm.local import LocalVLM
@@ -27,11 +28,13 @@ class Objective(L.LightningModule):
     """
 
     adapters: tuple[Adapter, ...] = ("policy",)
+    completions = 1  # that a record of the data has to have
 
     def __init__(
         self, vlm: LocalVLM, lr: float = 3e-5, warmup_steps: int = 5, weight_decay: float = 0.0, seed: int = 0
     ) -> None:
         super().__init__()
+        at_least(0, lr=lr, warmup_steps=warmup_steps, weight_decay=weight_decay)
         self.vlm, self.lr, self.warmup_steps, self.weight_decay, self.seed = vlm, lr, warmup_steps, weight_decay, seed
         # Everything frozen stays out of checkpoints; on_load_checkpoint is strict about the rest.
         self.strict_loading = False
@@ -52,6 +55,17 @@ class Objective(L.LightningModule):
             "weight_decay": self.weight_decay,
             "seed": self.seed,
         }
+
+    def setup(self, stage: str) -> None:
+        """Refuses another objective's data, before any weight is read."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        examples = [*data.parts.train[:1], *data.parts.validation[:1]] if isinstance(data, SaferData) else []
+        for example in examples:
+            if len(example.completions) != self.completions:
+                raise ValueError(
+                    f"data: {type(data).__name__} gives {len(example.completions)} completions a record, "
+                    f"{type(self).__name__} takes {self.completions}; use the data of its recipe in configs/"
+                )
 
     def configure_model(self) -> None:
         """Reads the base weights and adds new adapters."""
@@ -113,3 +127,17 @@ class Objective(L.LightningModule):
                 f"--ckpt_path: the checkpoint is of another adapter or objective: {len(wrong)} weights don't fit, for "
                 f"example {min(wrong)}; resume with the settings that it was made with"
             )
+
+
+def at_least(least: float, **values: float) -> None:
+    """Refuses an argument of the model that is too small."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"model.{name}: at least {least}, got {value}")
+
+
+def above(bound: float, **values: float) -> None:
+    """Refuses an argument of the model that is not larger than a bound."""
+    for name, value in values.items():
+        if not value > bound:
+            raise ValueError(f"model.{name}: above {bound}, got {value}")

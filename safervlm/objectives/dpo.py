@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from safervlm.functional import dpo_loss
-from safervlm.objectives.base import Objective
+from safervlm.objectives.base import Objective, above, at_least
 from safervlm.vlm.base import Batch, Scores
 from safervlm.vlm.local import LocalVLM
 
@@ -34,6 +34,8 @@ class DPO(Objective):
         seed: the adapter's first weights and the dropout are drawn from it.
     """
 
+    completions = 2  # chosen, rejected
+
     def __init__(
         self,
         vlm: LocalVLM,
@@ -45,6 +47,8 @@ class DPO(Objective):
         seed: int = 0,
     ) -> None:
         super().__init__(vlm, lr, warmup_steps, weight_decay, seed)
+        above(0, beta=beta)
+        at_least(0, rpo_alpha=rpo_alpha)
         self.beta, self.rpo_alpha = beta, rpo_alpha
         self.reference: dict[str, list[float]] = {}
 

@@ -12,9 +12,9 @@ A batch is a rollout:
 
 averaged over the response tokens of a mini-batch (of all processes together, as is every statistic above).
 
-Departures from the published implementation: nothing is padded to ``response_length``; a batch whose rewards are all
-equal earns 0.5 rather than 0/0; what sampling suppresses has no probability in scoring either, so the ratio is that of
-the distribution that was drawn from; the adapters have no dropout, the base has ``vlm.dtype`` rather than 4 bits.
+Departures from the published implementation: nothing is padded to ``response_length``; equal rewards earn 0.5, not 0/0;
+what sampling suppresses has no probability in scoring either, so the ratio is that of the distribution drawn from; the
+adapters have no dropout, the base has ``vlm.dtype`` rather than 4 bits.
 """
 
 import inspect
@@ -29,6 +29,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from safervlm.functional import (
+    approx_kl,
     explained_variance,
     gae,
     in_parts,
@@ -39,7 +40,8 @@ from safervlm.functional import (
     whiten,
 )
 from safervlm.judge import Judge
-from safervlm.objectives.base import Objective
+from safervlm.objectives.base import Objective, above, at_least
+from safervlm.protocol import LABELS
 from safervlm.records import seed_for
 from safervlm.vlm.base import Batch, Generation, Scores
 from safervlm.vlm.local import LocalVLM
@@ -102,6 +104,7 @@ class PPO(Objective):
     """
 
     judge: Judge
+    completions = 0  # the policy answers
 
     def __init__(
         self,
@@ -130,6 +133,9 @@ class PPO(Objective):
         seed: int = 0,
     ) -> None:
         super().__init__(vlm, lr, warmup_steps, weight_decay, seed)
+        at_least(1, ppo_epochs=ppo_epochs, mini_batch_size=mini_batch_size, micro_batch_size=micro_batch_size)
+        above(0, temperature=temperature, clip=clip, value_clip=value_clip, max_grad_norm=max_grad_norm)
+        judge.must_tell(LABELS["alignment"], "model.judge")
         vlm.lora = replace(vlm.lora, dropout=0.0)
         self.automatic_optimization = False
         self.adapters = ("policy", "value") if value_on == "adapter" else ("policy",)
@@ -140,19 +146,19 @@ class PPO(Objective):
         self.clip, self.value_clip, self.gamma, self.lam = clip, value_clip, gamma, lam
         self.ppo_epochs, self.mini_batch_size, self.micro_batch_size = ppo_epochs, mini_batch_size, micro_batch_size
         self.sampling = Sampling(temperature, top_p=1.0, max_new_tokens=response_length)
-        self.length_bonus, self.no_eos_penalty, self.reward_scale = length_bonus, no_eos_penalty, reward_scale
-        self.max_grad_norm = max_grad_norm
+        self.length_bonus, self.no_eos_penalty = length_bonus, no_eos_penalty
+        self.reward_scale, self.max_grad_norm = reward_scale, max_grad_norm
         self.value_head: nn.Linear | None = None
 
     def describe(self) -> dict[str, Any]:
         """What of the objective decides the result."""
         names = inspect.signature(type(self)).parameters.keys() - {"vlm", "judge"}
         settings = {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
-        settings |= {"sampling": vars(self.sampling), "judge": self.judge.fingerprint}
-        return super().describe() | settings
+        return super().describe() | settings | {"sampling": vars(self.sampling), "judge": self.judge.fingerprint}
 
     def setup(self, stage: str) -> None:
         """Clipping under manual optimisation is DeepSpeed's own affair."""
+        super().setup(stage)
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.trainer.strategy.config["gradient_clipping"] = self.max_grad_norm  # type: ignore[index]
 
@@ -170,8 +176,7 @@ class PPO(Objective):
         self.judge.configure_model()
         if self.value_head is None:
             self.value_head = nn.Linear(self.vlm.hidden_size, 1)
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
+            torch.nn.utils.vector_to_parameters(torch.zeros(self.vlm.hidden_size + 1), self.value_head.parameters())
 
     def on_fit_start(self) -> None:
         """The judge goes where the model is."""
@@ -182,8 +187,8 @@ class PPO(Objective):
         rollout = self.rollout(batch, seed_for(self.seed, "rollout", self.current_epoch, batch_idx))
         metrics = rollout.metrics | self.update(rollout, seed_for(self.seed, "order", self.current_epoch, batch_idx))
         for name, value in metrics.items():
-            shown = name in ("reward", "accuracy", "kl")
-            self.log(f"train/{name}", value, prog_bar=shown, sync_dist=True, batch_size=len(batch))
+            bar = name in ("reward", "accuracy", "kl")
+            self.log(f"train/{name}", value, prog_bar=bar, sync_dist=True, batch_size=len(batch))
         self.lr_schedulers().step()  # type: ignore[union-attr]
         return {"questions": batch.questions, "answers": rollout.answers}
 
@@ -202,9 +207,9 @@ class PPO(Objective):
                 column.append(F.pad(tensor, (0, length - tensor.shape[1])))
         mask, logprobs, reference, values = (torch.cat(column) for column in columns)
 
-        verdicts = self.judge.judge([answer.text for answer in answers]).to(self.device)
+        verdicts = self.judge.judge([answer.text for answer in answers]).cpu()
         labels = torch.tensor([self.judge.labels.index(question.answer) for question in batch.questions])
-        judged = verdicts.gather(1, labels.to(self.device)[:, None])[:, 0]
+        judged = verdicts.gather(1, labels[:, None])[:, 0].to(self.device)
         # The last batch of an epoch may hold one answer more in one process than in another.
         low = self.all_gather(judged.min()).min()  # type: ignore[union-attr]
         high = self.all_gather(judged.max()).max()  # type: ignore[union-attr]
@@ -219,7 +224,7 @@ class PPO(Objective):
         metrics = {
             "reward": earned.mean(),
             "judged": judged.mean(),
-            "accuracy": (verdicts.argmax(-1).cpu() == labels).float().mean(),
+            "accuracy": (verdicts.argmax(-1) == labels).float().mean(),
             "kl": ((logprobs - reference) * mask).sum(-1).mean(),
             "length": lengths.float().mean(),
             "stopped": stopped.float().mean(),
@@ -269,27 +274,22 @@ class PPO(Objective):
         policy, clipped = ppo_policy_loss(scores.logprobs, old_logprobs, advantages, self.clip)
         value, value_clipped = ppo_value_loss(values, old_values, returns, self.value_clip)
         entropy = scores.entropy if scores.entropy is not None else torch.zeros_like(policy)
-        moved = old_logprobs - scores.logprobs
         parts = {
             "policy_loss": policy,
             "value_loss": value,
             "entropy": entropy,
             "clip_fraction": clipped,
             "value_clip_fraction": value_clipped,
-            "approx_kl": moved.detach().neg().exp() - 1 + moved.detach(),  # k3 of joschu.net/blog/kl-approx.html
+            "approx_kl": approx_kl(scores.logprobs.detach(), old_logprobs),
         }
         return {name: (part * mask).sum() for name, part in parts.items()}
 
     def score(self, batch: Batch, entropy: bool = False) -> tuple[Scores, Tensor]:
         """The policy's scores and the (B, T) values of the same tokens."""
         assert self.value_head is not None  # noqa: S101 (configure_model made it; for the type checker)
-        if self.value_on == "policy":
-            scores = self.vlm.score(batch, sampling=self.sampling, entropy=entropy, hidden=True)
-            states = scores.hidden.detach() if scores.hidden is not None else None
-        else:
-            scores = self.vlm.score(batch, sampling=self.sampling, entropy=entropy)
-            states = self.vlm.hidden(batch, adapter="value")
-        assert states is not None  # noqa: S101
+        on_policy = self.value_on == "policy"
+        scores = self.vlm.score(batch, sampling=self.sampling, entropy=entropy, hidden=on_policy)
+        states = scores.hidden.detach() if scores.hidden is not None else self.vlm.hidden(batch, adapter="value")
         return scores, self.value_head(states.to(self.value_head.weight.dtype))[..., 0] * scores.mask
 
     def backward_part(self, loss: Tensor, last: bool) -> None:

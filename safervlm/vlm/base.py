@@ -74,12 +74,13 @@ class Generation:
     Attributes:
         token_ids: the generated tokens, the end token included.
         text: without special tokens.
-        finish_reason: ``stop`` when the VLM ended the answer, ``length`` when the limit did.
+        finish_reason: ``stop`` when the VLM ended the answer, ``length`` when the limit did; ``refusal`` when a server
+            marks the text as one, ``content_filter`` when its filter cut the answer, mostly to nothing.
     """
 
     token_ids: list[int]
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "refusal", "content_filter"]
 
 
 Collator = Callable[[Sequence[Example]], Any]

@@ -111,7 +111,7 @@ class LocalVLM(VLM):
         """What of the VLM decides an answer."""
         return {
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
-            "model": self.name,
+            "model": str(Path(self.name)),  # ./folder and folder are one
             "revision": self.revision,
             "weights": weights_fingerprint(self.name, self.revision),
             "adapter": self.adapter and {"folder": self.adapter, "sha256": adapter_fingerprint(self.adapter)},

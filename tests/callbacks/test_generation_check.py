@@ -1,6 +1,7 @@
 """The share of safe images that the policy calls unsafe, and the warning."""
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from callbacks.generation_check import GenerationCheck, OverFlaggingWarning
 from safervlm.judge import Judge
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.records import Example, Question, RecordError
+from safervlm.run import read_manifest
 from safervlm.vlm.base import Generation
 from safervlm.vlm.packed import PackedBatch
 from safervlm.vlm.sampling import Sampling
@@ -46,13 +48,16 @@ class Policy:
 class Scene:
     """A trainer with held-out images, the first ones safe, and a policy."""
 
-    def __init__(self, safe: int = 100, unsafe: int = 20, others: tuple[int, int] = (0, 0)) -> None:
+    def __init__(
+        self, safe: int = 100, unsafe: int = 20, others: tuple[int, int] = (0, 0), run: Path | None = None
+    ) -> None:
         answers = [SAFE] * safe + [UNSAFE] * unsafe
         self.examples = [
             Example(Question(f"S/{n}/alignment/0", "S", str(n), None, "alignment", 0, "?", "c", "x", answer))
             for n, answer in enumerate(answers)
         ]
         self.logged: list[tuple[int, str, float]] = []
+        self.default_root_dir, self.is_global_zero = str(run), True
         self.done = 0
         self.others = torch.tensor(others)
         self.vlm, self.device = Policy(), torch.device("cpu")
@@ -80,20 +85,24 @@ class Scene:
             self.done += 1
 
 
-def test_the_rate_is_of_safe_images_alone_and_measured_where_it_is_time_to():
-    scene, check = Scene(), GenerationCheck(Reader(), every_n_batches=3, sampling=Sampling(max_new_tokens=4))
+def test_the_rate_is_of_safe_images_alone_and_measured_where_it_is_time_to(tmp_path: Path):
+    scene, check = (
+        Scene(run=tmp_path),
+        GenerationCheck(Reader(), every_n_batches=3, sampling=Sampling(max_new_tokens=4)),
+    )
     check.on_train_start(scene, scene)
     scene.play(check, 1, flagged=7)  # before training
     scene.play(check, 5, flagged=10)
     scene.vlm.flagged = {str(number) for number in range(100, 120)}  # the unsafe ones don't count
     check.on_train_end(scene, scene)
+    assert read_manifest(tmp_path)["stages"]["scene"]["unsafe_rate_on_safe"] == {"before": 0.07, "after": 0.0}
     assert scene.logged == [(0, "train/unsafe_rate_on_safe", 0.07), (3, "train/unsafe_rate_on_safe", 0.10)]
     assert len(set(scene.vlm.asked)) == 1  # the same noise each time
     assert scene.vlm.asked[0][0] == Sampling(max_new_tokens=4)
 
 
-def test_it_warns_when_the_policy_begins_to_call_safe_images_unsafe():
-    scene, check = Scene(), GenerationCheck(Reader(), every_n_batches=1)
+def test_it_warns_when_the_policy_begins_to_call_safe_images_unsafe(tmp_path: Path):
+    scene, check = Scene(run=tmp_path), GenerationCheck(Reader(), every_n_batches=1)
     scene.play(check, 1, flagged=10)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -9,6 +9,7 @@ import torch
 from lightning import Trainer
 
 from callbacks.record_writer import RecordWriter
+from safervlm.data.alignment import export_training_files
 from safervlm.data.responses import SavedResponses, read_responses
 from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.judge import Judge, Panel
@@ -265,3 +266,22 @@ def test_a_line_that_is_no_response_is_named(tmp_path):
         SavedResponses(str(tmp_path / "b.jsonl")).setup("predict")
     with pytest.raises(RecordError, match=r"c\.jsonl is missing"):
         SavedResponses(str(tmp_path / "c.jsonl")).setup("predict")
+
+
+def test_an_exports_names_find_their_images_in_either_set(tiny_sets, tmp_path):
+    """What the first implementation answers about our export: names below the folder that both sets lie in."""
+    sets = {"folder": str(tiny_sets / "unsafe"), "safe_folder": str(tiny_sets / "safe")}
+    export_training_files(str(tmp_path), **sets)
+    test = json.loads((tmp_path / "test_data.json").read_text())
+    assert {record["image_fname"].split("/")[0] for record in test} == {"unsafe", "safe"}
+    answers = [
+        {"image_fname": record["image_fname"], "prompt": ALIGNMENT_QUESTIONS[2], "output": f"{record['label']}."}
+        for record in test
+    ]
+    (tmp_path / "TEST_result.json").write_text(json.dumps(answers))
+    data = SavedResponses(
+        str(tmp_path / "TEST_result.json"), UnsafeConcepts(**sets, split="test", capabilities=["alignment"])
+    )
+    responses, _ = data.answers
+    assert len({response.id for response in responses}) == len(test) > 10
+    assert all(response.response == f"{response.question.answer}." for response in responses)

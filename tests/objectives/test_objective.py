@@ -1,0 +1,78 @@
+"""What all objectives refuse, before any weight is read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+from safervlm.data.base import Parts, SaferData
+from safervlm.judge import Judge
+from safervlm.objectives import DPO, PPO, SFT
+from safervlm.objectives.base import Objective
+from safervlm.protocol import LABELS
+from safervlm.records import Example, Question
+from safervlm.vlm.llava import Llava
+
+JUDGE = Judge(labels=LABELS["alignment"])
+
+
+class Records(SaferData):
+    """Records with so many completions."""
+
+    def __init__(self, questions: list[Question], completions: int) -> None:
+        super().__init__(collator=list)
+        self.examples = [Example(question, ("Yes.",) * completions) for question in questions]
+
+    def load(self) -> Parts:
+        return Parts(train=self.examples)
+
+
+@pytest.mark.parametrize(
+    ("objective", "takes", "given"),
+    [(SFT, 1, 2), (SFT, 1, 0), (DPO, 2, 1), (DPO, 2, 0), (PPO, 0, 1), (PPO, 0, 2)],
+)
+def test_the_data_of_another_objective_is_refused(
+    objective: type[Objective],
+    takes: int,
+    given: int,
+    llava: Callable[[], Llava],
+    make_questions: Callable[[int], list[Question]],
+    tmp_path: Path,
+) -> None:
+    model = PPO(llava(), JUDGE) if objective is PPO else objective(llava())
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    with pytest.raises(
+        ValueError, match=f"Records gives {given} completions a record, {objective.__name__} takes {takes}"
+    ):
+        trainer.fit(model, datamodule=Records(make_questions(3), given))
+    assert model.vlm.model is None  # nothing was read
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "value", "message"),
+    [
+        (SFT, "lr", -1.0, "at least 0, got -1.0"),
+        (SFT, "warmup_steps", -1, "at least 0, got -1"),
+        (SFT, "weight_decay", -0.1, "at least 0"),
+        (DPO, "beta", 0.0, "above 0"),
+        (DPO, "rpo_alpha", -1.0, "at least 0"),
+        (PPO, "ppo_epochs", 0, "at least 1"),
+        (PPO, "mini_batch_size", 0, "at least 1"),
+        (PPO, "micro_batch_size", 0, "at least 1"),
+        (PPO, "temperature", 0.0, "above 0"),
+        (PPO, "clip", 0.0, "above 0"),
+        (PPO, "lr", float("nan"), "at least 0, got nan"),
+    ],
+)
+def test_an_argument_that_would_train_nothing_is_refused(
+    objective: type[Objective], name: str, value: float, message: str, llava: Callable[[], Llava]
+) -> None:
+    needed = {"judge": JUDGE} if objective is PPO else {}
+    with pytest.raises(ValueError, match=f"model.{name}: {message}"):
+        objective(llava(), **needed, **{name: value})
+
+
+def test_ppo_wants_the_alignment_judge(llava: Callable[[], Llava]) -> None:
+    with pytest.raises(ValueError, match=r"model\.judge: it tells A, B, C, D, N/A; name a judge of Safe, Unsafe, N/A"):
+        PPO(llava(), Judge(labels=LABELS["perception"]))
