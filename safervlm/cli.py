@@ -18,6 +18,9 @@ on what they leave behind:
   verify       ask a sample of a run's questions again: do its answers and verdicts hold?
   export       the training data in the first implementation's formats
 
+before it all:
+  doctor       does this machine have what a recipe needs? (--config configs/measure.yaml)
+
 the embedded default, a small world of pictograms:
   pictograms   write its data, its VLM and its judges
   demo         play the whole line on it: measure, judge, align, measure again
@@ -30,11 +33,19 @@ def plain_commands() -> dict[str, Callable[..., Any]]:
     """The commands that run no Lightning loop: functions, whose signatures are their arguments."""
     from safervlm.data.alignment import export_training_files
     from safervlm.demo import demo
+    from safervlm.doctor import doctor
     from safervlm.pictograms.world import build
     from safervlm.reports import report
     from safervlm.verify import verify
 
-    return {"report": report, "verify": verify, "export": export_training_files, "pictograms": build, "demo": demo}
+    return {
+        "doctor": doctor,
+        "report": report,
+        "verify": verify,
+        "export": export_training_files,
+        "pictograms": build,
+        "demo": demo,
+    }
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -53,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
             from safervlm.lightning_cli import run
 
             run(args)
-        elif args[0] in ("report", "verify", "export", "pictograms", "demo"):
+        elif args[0] in ("doctor", "report", "verify", "export", "pictograms", "demo"):
             plain(args)
         else:
             raise ValueError(f"no command {args[0]!r}; see safervlm --help")
@@ -75,14 +86,17 @@ def plain(args: Sequence[str]) -> None:
     name, *rest = args
     function = plain_commands()[name]
     parser = OneLineParser(prog=f"safervlm {name}", description=(function.__doc__ or "").split("\n\n")[0])
-    folders = []
+    own: set[str | int] = set()  # arguments that are typed as jsonargparse wouldn't take them
+    if name == "doctor":
+        own = {"config"}
+        parser.add_argument("--config", action="append", help="The recipe, then its overlays, each behind a --config.")
     if name == "verify":
-        folders = ["run"]
+        own = {"run"}
         parser.add_argument("run", help="The folder of a finished measurement.")
-    if name == "report":  # folders are typed one after the other; jsonargparse takes a list as one JSON argument
-        folders = ["runs"]
+    if name == "report":
+        own = {"runs"}
         parser.add_argument("runs", nargs="+", help="The run folders; the first is the one to compare with.")
-    parser.add_function_arguments(function, skip=set(folders), fail_untyped=True)
+    parser.add_function_arguments(function, skip=own, fail_untyped=True)
     given = parser.instantiate(parser.parse_args(rest))
     function(**given.as_dict())
 

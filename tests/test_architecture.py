@@ -12,7 +12,7 @@ LAYERS = (
     ("vlm", "data", "judge", "reports"),
     ("objectives", "measure"),
     ("pictograms", "lightning_cli"),
-    ("cli", "demo", "verify"),
+    ("cli", "demo", "doctor", "verify"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SOURCES = sorted((ROOT / "safervlm").rglob("*.py"))

@@ -1,0 +1,231 @@
+"""Whether this machine has what a run needs, before the run finds out."""
+
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from huggingface_hub import auth_check, get_token, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from jsonargparse import Namespace
+from jsonargparse._util import import_object
+from lightning import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+from safervlm.lightning_cli import SaferCLI, as_command_line, hush, local_or_shipped
+from safervlm.records import read_jsonl
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination.
+
+    Attributes:
+        state: ``error`` where a run can't work.
+        what: was looked at.
+        found: there, and the way out where something is amiss.
+    """
+
+    state: Literal["ok", "warning", "error"]
+    what: str
+    found: str
+
+
+class ParsedCLI(SaferCLI):
+    """A command line that is understood, and nothing more."""
+
+    def instantiate_classes(self) -> None:
+        """Builds nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs nothing."""
+
+
+def doctor(config: list[str] | None = None, online: bool = False) -> None:
+    """Looks at Python, packages, GPU, disk, the Hub's token, and at what a recipe names; exit code 1 on an error.
+
+    Args:
+        config: The recipe, then its overlays, as safervlm predict or fit takes them.
+        online: Also ask the Hub whether it gives what the recipe names; without it nothing leaves this machine.
+    """
+    findings = [*machine(), *hub_token()]
+    if config:
+        files = [local_or_shipped(file) for file in config]
+        missing = [file for file in files if not Path(file).is_file()]
+        if missing:
+            raise ValueError(f"--config: no file {missing[0]!r}; see configs/")
+        # An overlay names no class.
+        models = [yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("model", {}) for file in files]
+        paths = [model["class_path"] for model in models if "class_path" in model]
+        trains = bool(paths) and is_overridden("training_step", import_object(paths[-1]), LightningModule)
+        command = "fit" if trains else "predict"
+        line = [command, *(part for file in files for part in ("--config", file))]
+        hush()
+        with as_command_line(line):
+            settings = ParsedCLI(line).config[command]
+        findings += recipe(settings, online)
+    table = Table(show_edge=False)
+    for heading in ("", "what", "found"):
+        table.add_column(heading, overflow="fold")
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    for finding in findings:
+        table.add_row(f"[{colours[finding.state]}]{finding.state}[/]", finding.what, finding.found)
+    Console().print(table)
+    if any(finding.state == "error" for finding in findings):
+        sys.exit(1)
+
+
+def machine() -> Iterator[Finding]:
+    """Python, packages, GPUs, disk."""
+    yield Finding("ok", "Python", sys.version.split()[0])
+    for text in requires("safervlm") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            there = version(requirement.name)
+        except PackageNotFoundError:
+            yield Finding("error", requirement.name, f"is missing; pip install '{requirement}'")
+            continue
+        if requirement.specifier.contains(there, prereleases=True):
+            yield Finding("ok", requirement.name, there)
+        else:
+            yield Finding(
+                "error", requirement.name, f"{there}, {requirement.specifier} is needed; pip install '{requirement}'"
+            )
+    if not torch.cuda.is_available():
+        yield Finding("warning", "GPU", "none that torch sees: the pictograms run, a 7B doesn't; see nvidia-smi")
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        bf16 = "" if torch.cuda.get_device_capability(number) >= (8, 0) else ", no bfloat16: use vlm.dtype float32"
+        found = f"{torch.cuda.get_device_name(number)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free{bf16}"
+        yield Finding("warning" if bf16 or free < total / 2 else "ok", f"GPU {number}", found)
+    for what, folder in (("disk here", Path.cwd()), ("disk of the Hub's cache", Path(HF_HUB_CACHE))):
+        place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+        free = shutil.disk_usage(place).free
+        state: Literal["ok", "warning"] = "ok" if free > 20 * GIB else "warning"
+        more = "" if state == "ok" else "; a 7B takes 14 GiB"
+        yield Finding(state, what, f"{free / GIB:.0f} GiB free in {place}{more}")
+
+
+def hub_token() -> Iterator[Finding]:
+    """Whether there is a token; it is never shown."""
+    if get_token():
+        yield Finding("ok", "Hub token", "there is one")
+    else:
+        yield Finding("warning", "Hub token", "none; UnsafeConcepts and some models are gated: hf auth login")
+
+
+def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
+    """What a recipe names: the VLM, its adapter, the data, the judges."""
+    named = dict(flat(settings.as_dict()))
+    for key, value in named.items():
+        name = key.rsplit(".", 1)[-1]
+        if value is None or not isinstance(value, str):
+            continue
+        if name == "model" and key.endswith("vlm.init_args.model"):
+            yield from vlm(value, named.get(key.removesuffix("model") + "revision"), online)
+        elif name == "adapter":
+            there = (Path(value) / "adapter_config.json").is_file()
+            found = value if there else f"no adapter_config.json in {value!r}; give the folder that fit exported"
+            yield Finding("ok" if there else "error", "adapter", found)
+        elif name in ("folder", "safe_folder"):
+            yield image_folder(name, value)
+        elif name in ("repo", "safe_repo") and not named.get(key.replace("repo", "folder")):
+            yield from repository(f"data.{name}", value, "dataset", online)
+        elif name == "checkpoint":
+            yield from judge(value, online)
+
+
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings -> dotted keys."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from flat(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for number, inner in enumerate(value):
+            yield from flat(inner, f"{key}.{number}")
+    else:
+        yield key, value
+
+
+def vlm(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
+    """The model: is it there, is it pinned, does it fit?"""
+    if Path(name).is_dir():
+        weights = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+        if not weights:
+            yield Finding("error", "VLM", f"no *.safetensors in {name}; save_pretrained writes them")
+            return
+        yield Finding("ok", "VLM", f"{name}, {weights / GIB:.2f} GiB of weights")
+        if torch.cuda.is_available():
+            total = torch.cuda.mem_get_info(0)[1]
+            state: Literal["ok", "error"] = "ok" if weights < total else "error"
+            yield Finding(state, "memory", f"weights of {weights / GIB:.1f} GiB, a GPU of {total / GIB:.1f} GiB")
+        return
+    if name.startswith((".", "/")):
+        yield Finding(
+            "error", "VLM", f"no folder {name!r} here ({Path.cwd()}); for the pictograms: safervlm pictograms"
+        )
+        return
+    yield from repository("VLM", name, "model", online, revision)
+    if revision is None:
+        yield Finding("warning", "VLM's revision", "not pinned: name a commit (--model.vlm.revision) to repeat the run")
+
+
+def image_folder(name: str, folder: str) -> Finding:
+    """A set's folder: its metadata, and whether the images that it names are there."""
+    metadata = Path(folder) / "metadata.jsonl"
+    if not metadata.is_file():
+        return Finding("error", f"data.{name}", f"no {metadata}; see docs/data.md, or safervlm pictograms")
+    images = [record.get("image_filename", record.get("file_name")) for record in read_jsonl(metadata)]
+    missing = [image for image in images if not (Path(folder) / str(image)).is_file()]
+    if missing:
+        found = f"{len(missing)} of {len(images)} images are missing in {folder}, for example {missing[0]}"
+        return Finding("error", f"data.{name}", found)
+    return Finding("ok", f"data.{name}", f"{folder}, {len(images)} images")
+
+
+def judge(checkpoint: str, online: bool) -> Iterator[Finding]:
+    """A judge's weights: a file, a folder, or REPOSITORY:FILE on the Hub."""
+    if Path(checkpoint).exists():
+        yield Finding("ok", "judge", checkpoint)
+    elif ":" in checkpoint:
+        yield from repository("judge", checkpoint.split(":")[0], "model", online)
+    else:
+        yield Finding("error", "judge", f"no {checkpoint!r} here; for the pictograms: safervlm pictograms")
+
+
+def repository(
+    what: str, name: str, kind: Literal["model", "dataset"], online: bool, revision: str | None = None
+) -> Iterator[Finding]:
+    """A repository of the Hub: in the cache, or within reach."""
+    repo, _, pinned = name.partition("@")
+    revision = pinned or revision
+    if kind == "model" and isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str):
+        yield Finding("ok", what, f"{repo} is in the Hub's cache")
+        return
+    if not online:
+        yield Finding("warning", what, f"{repo} comes from the Hub; --online asks whether it is within reach")
+        return
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    try:
+        auth_check(repo, repo_type=kind)
+    except GatedRepoError:
+        yield Finding("error", what, f"{repo} is gated: accept its terms on {page}, then hf auth login")
+    except RepositoryNotFoundError:
+        yield Finding("error", what, f"{repo} isn't there, or is private: {page}")
+    except Exception as error:
+        yield Finding("error", what, f"{repo}: the Hub can't be reached ({type(error).__name__})")
+    else:
+        yield Finding("ok", what, f"{repo} is within reach")

@@ -1,0 +1,100 @@
+"""What is there is ok, what is missing is an error with its way out, and nothing leaves the machine unasked."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from huggingface_hub.errors import GatedRepoError
+
+from safervlm import doctor as module
+from safervlm.cli import main
+from safervlm.doctor import Finding, flat
+
+
+@pytest.fixture
+def examine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, dict[str, Finding]]]:
+    """``examine(*arguments)``: the exit code, and the findings by what was looked at."""
+
+    def examine(*arguments: str) -> tuple[int, dict[str, Finding]]:
+        seen: list[Finding] = []
+        finding = module.Finding
+        monkeypatch.setattr(module, "Finding", lambda *given: seen.append(finding(*given)) or seen[-1])
+        code = 0
+        try:
+            main(["doctor", *arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        shown = capsys.readouterr().out
+        assert all(each.what.split()[0] in shown for each in seen)
+        return code, {each.what: each for each in seen}
+
+    return examine
+
+
+def test_this_environment_has_all_packages(examine) -> None:
+    code, found = examine()
+    assert code == 0
+    assert {"Python", "torch", "transformers", "lightning", "disk here", "Hub token"} <= found.keys()
+    assert found["torch"].state == "ok"
+    assert "pytest" not in found  # of an extra
+
+
+def test_a_package_of_another_version_is_an_error_with_the_command_that_mends_it(examine, monkeypatch) -> None:
+    monkeypatch.setattr(module, "requires", lambda name: ["torch>=99", "no-such-package>=1"])
+    code, found = examine()
+    assert code == 1
+    assert found["torch"].state == "error"
+    assert "pip install 'torch>=99'" in found["torch"].found
+    assert found["no-such-package"].found == "is missing; pip install 'no-such-package>=1'"
+
+
+def test_what_a_recipe_names_is_looked_at(examine, tiny_llava: Path, tiny_sets: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_sets / "unsafe", tmp_path / "unsafe")
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        f"model: {{init_args: {{vlm: {{init_args: {{model: {tiny_llava}}}}}}}}}\n"
+        f"data: {{init_args: {{folder: {tmp_path / 'unsafe'}, safe_folder: {tmp_path / 'nowhere'}}}}}\n"
+    )
+    line = ["--config", "configs/sft.yaml", "--config", str(overlay)]
+    code, found = examine(*line)
+    assert code == 1
+    assert found["VLM"].state == found["data.folder"].state == "ok"
+    assert "30 images" in found["data.folder"].found
+    assert found["data.safe_folder"].state == "error"
+    (tmp_path / "unsafe" / "images" / "3.png").unlink()
+    _, found = examine(*line)
+    assert found["data.folder"].found.startswith("1 of 30 images are missing")
+    assert "images/3.png" in found["data.folder"].found
+
+
+def test_the_hub_is_asked_only_online(examine, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def check(repo: str, repo_type: str) -> None:
+        asked.append(f"{repo_type} {repo}")
+        if repo_type == "dataset":
+            raise GatedRepoError("gated", response=Mock(headers={}))
+
+    monkeypatch.setattr(module, "auth_check", check)
+    code, found = examine("--config", "configs/measure.yaml")
+    assert (code, asked) == (0, [])
+    assert {found[what].state for what in ("VLM", "VLM's revision", "data.repo", "judge")} == {"warning"}
+    code, found = examine("--config", "configs/measure.yaml", "--online", "true")
+    assert code == 1
+    assert "model llava-hf/llava-1.5-7b-hf" in asked
+    assert found["VLM"].state == "ok"
+    assert "accept its terms on https://huggingface.co/datasets/yiting/UnsafeConcepts" in found["data.repo"].found
+
+
+def test_a_config_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", "--config", "configs/nothing.yaml"])
+    assert "safervlm: error: --config: no file 'configs/nothing.yaml'" in capsys.readouterr().err
+
+
+def test_settings_are_flattened_through_lists() -> None:
+    assert dict(flat({"a": [{"b": 1}, {"b": "x"}], "c": {"d": None}})) == {"a.0.b": 1, "a.1.b": "x", "c.d": None}
