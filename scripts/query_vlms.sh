@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Measures VLMs one after the other: bash scripts/query_vlms.sh [VLM ...] [-- ARGUMENTS of safervlm predict ...]
+# A VLM is a file of configs/vlm without its ending, or the path of another such file; left out, all of configs/vlm are
+# measured. Each has the run folder $RUNS/VLM (RUNS: runs/query) and the log $RUNS/VLM.log. What is complete is skipped,
+# a failure doesn't stop the others, and the end is a table of VLMs and capabilities.
+set -uo pipefail
+command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
+runs="${RUNS:-runs/query}"
+vlms=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do vlms+=("$1"); shift; done
+[ $# -gt 0 ] && shift
+if [ "${#vlms[@]}" = 0 ]; then for file in configs/vlm/*.yaml; do vlms+=("$(basename "$file" .yaml)"); done; fi
+scripts="$(dirname "$0")"
+folders=()
+mkdir -p "$runs"
+for vlm in "${vlms[@]}"; do
+  file="$vlm"
+  [ -f "$file" ] || file="configs/vlm/$vlm.yaml"
+  run="$runs/$(basename "$vlm" .yaml)"
+  folders+=("$run")
+  if python "$scripts/query_matrix.py" --complete "$run"; then
+    echo "$vlm: complete, skipped"
+    continue
+  fi
+  echo "$vlm: measuring into $run"
+  safervlm predict --config configs/measure.yaml "$@" --model.vlm "$file" --run "$run" 2>&1 | tee "$run.log"
+  code="${PIPESTATUS[0]}"
+  case "$code" in
+    0 | 3) ;;  # 3: some questions have no answer; the table says how many
+    130) exit 130 ;;
+    *) echo "$vlm: failed with exit code $code, going on with the next; see $run.log" >&2 ;;
+  esac
+done
+python "$scripts/query_matrix.py" "${folders[@]}"
