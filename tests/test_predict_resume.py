@@ -123,7 +123,8 @@ def test_two_processes_are_killed_and_one_goes_on_and_then_two(command, uninterr
     play_on_two([*command("run", *DDP), *kill, "--trainer.callbacks.batch=2"], tmp_path, code=-9)
     assert lines_in_shards(tmp_path) == 2 * 8
     play([*command("run"), *kill, "--trainer.callbacks.batch=3"], tmp_path, code=-9)
-    assert lines_in_shards(tmp_path) == 2 * 8 + 11
+    # Batches hold an image's questions together, so one of them may be smaller than the three that fit.
+    assert 2 * 8 + 8 <= lines_in_shards(tmp_path) <= 2 * 8 + 11
     play_on_two(command("run", *DDP), tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
 

@@ -1,0 +1,193 @@
+"""LLaVA-1.5 in its authors' format, for example ``liuhaotian/llava-v1.5-7b``: converted once, then a :class:`Llava`.
+
+The original holds a Llama and a projector under other names, no image token, and mostly no vision tower: that is CLIP's
+from the Hub. Logits are the same before and after.
+"""
+
+import json
+import re
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPVisionModel, GenerationConfig, LlamaConfig, LlavaConfig
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from safervlm.protocol import VICUNA_SYSTEM
+from safervlm.records import fingerprint
+from safervlm.vlm.llava import Llava, LlavaCollator
+from safervlm.vlm.local import reading
+from safervlm.vlm.lora import LANGUAGE_LAYERS, LoRA
+
+# Names of the original -> names of a llava-hf checkpoint, in which transformers has its own way of reading them.
+NAMES = (
+    (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
+    (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^(model|lm_head)\.", r"language_model.\1."),
+)
+DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # computed by the model, stored by older versions of it
+
+
+class LlavaOriginal(Llava):
+    """LLaVA-1.5 in its authors' format, and its adapters; both are converted once, into the cache.
+
+    Args:
+        model: name on the Hugging Face Hub, or folder, of the model in the original format.
+        revision: branch, tag or commit of a model on the Hub; a commit makes a run repeatable.
+        adapter: PEFT folder of an adapter, ours or one that was trained on the original; none for the base model.
+        lora: the adapter that training makes.
+        dtype: of the base weights; the adapter's stay in float32.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        image_fit: how an image becomes a square: ``pad`` with the mean colour (the published training and evaluation of
+            trained models), or ``crop`` its centre (the published measurement).
+        system: the conversation's system prompt; empty for none.
+        vision: name on the Hub, or folder, of the vision tower, and of its image processor.
+        cache_dir: where what is converted is kept; as large as the model.
+    """
+
+    def __init__(
+        self,
+        model: str = "liuhaotian/llava-v1.5-7b",
+        revision: str | None = None,
+        adapter: str | None = None,
+        lora: LoRA = LoRA(),  # noqa: B008 (frozen)
+        dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        gradient_checkpointing: bool = False,
+        image_fit: Literal["pad", "crop"] = "pad",
+        system: str = VICUNA_SYSTEM,
+        vision: str = "openai/clip-vit-large-patch14-336",
+        cache_dir: str = "~/.cache/safervlm",
+    ) -> None:
+        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, image_fit, system)
+        self.original, self.vision, self.cache = model, vision, Path(cache_dir).expanduser() / "converted"
+        if adapter is not None:
+            self.adapter = str(convert_adapter(Path(adapter), self.cache))
+
+    @cached_property
+    def collator(self) -> LlavaCollator:
+        """Converts the model when it is first asked for."""
+        self.name = str(convert(self.original, self.revision, self.vision, self.cache))
+        self.revision = None
+        return super().collator
+
+    def describe(self) -> dict[str, Any]:
+        """What of the VLM decides an answer; the weights' fingerprint is that of the converted ones."""
+        return super().describe() | {"model": self.original, "vision": self.vision}
+
+
+def convert(name: str, revision: str | None, vision: str, cache: Path) -> Path:
+    """Writes a model in the original format as ``save_pretrained`` writes a LLaVA.
+
+    Args:
+        name: of the original, on the Hub or a folder.
+        revision: on the Hub.
+        vision: the vision tower, on the Hub or a folder.
+        cache: the folder to write into.
+
+    Returns:
+        The folder of the converted model, made before or now.
+    """
+    with reading(name):
+        wanted = ["*.json", "*.safetensors", "*.bin", "tokenizer.model"]
+        found = name if Path(name).is_dir() else snapshot_download(name, revision=revision, allow_patterns=wanted)
+        source = Path(found)
+        raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if "mm_vision_tower" not in raw:
+        raise ValueError(f"vlm.model: {name!r} is no LLaVA in the original format; use safervlm.vlm.llava.Llava")
+    files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"vlm.model: no weights (*.safetensors, pytorch_model*.bin) in {source}")
+    folder = cache / fingerprint(source / "config.json", *files, vision)
+    if folder.is_dir():
+        return folder
+
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True, mmap=True)
+    state = {renamed(key): value for key, value in state.items() if not key.endswith(DERIVED)}
+    with reading(vision):
+        tower = CLIPVisionModel.from_pretrained(vision)
+        image_processor = LlavaImageProcessorPil.from_pretrained(vision)
+    if not any(key.startswith("vision_tower.") for key in state):
+        state |= {f"vision_tower.{key}": value for key, value in tower.state_dict().items()}
+    words = state["language_model.lm_head.weight"].shape[0]
+    image_token, pad_token = words, words + 1
+    for key in ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"):
+        state[key] = torch.cat([state[key], state[key].new_zeros(64 - words % 64, state[key].shape[1])])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    if [image_token, pad_token] != tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]):
+        raise ValueError(f"vlm.model: {name!r} has {words} words in its weights and others in its tokenizer")
+
+    text = {key: raw[key] for key in LlamaConfig().to_dict() if key in raw}
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=LlamaConfig(**text | {"vocab_size": words + 64 - words % 64, "pad_token_id": pad_token}),
+        image_token_id=image_token,
+        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+        vision_feature_layer=raw["mm_vision_select_layer"],
+        vision_feature_select_strategy="default",
+        architectures=["LlavaForConditionalGeneration"],
+    )
+    partial = folder.with_name(f".{folder.name}")
+    partial.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {key: value.contiguous() for key, value in state.items()}, partial / "model.safetensors", {"format": "pt"}
+    )
+    for part in (config, tokenizer, image_processor, GenerationConfig(eos_token_id=tokenizer.eos_token_id)):
+        part.save_pretrained(partial)
+    partial.replace(folder)
+    return folder
+
+
+def renamed(key: str) -> str:
+    """A weight's name in a llava-hf checkpoint."""
+    for pattern, name in NAMES:
+        key, count = re.subn(pattern, name, key)
+        if count:
+            return key
+    raise ValueError(f"vlm.model: the weight {key!r} is none of LLaVA-1.5 in the original format")
+
+
+def convert_adapter(folder: Path, cache: Path) -> Path:
+    """An adapter of the original, with the names of the converted model; PEFT would load it without effect.
+
+    Args:
+        folder: the adapter's PEFT folder; one that needs no conversion is given back as it is.
+        cache: the folder to write into.
+    """
+    weights = next(
+        (folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()),
+        None,
+    )
+    if weights is None:
+        raise ValueError(f"vlm.adapter: no adapter_model.safetensors or .bin in {str(folder)!r}")
+    state = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
+    if not any(key.startswith("base_model.model.model.layers.") for key in state):
+        return folder
+    if (folder / "non_lora_trainables.bin").exists():
+        raise ValueError(
+            f"vlm.adapter: {str(folder)!r} has also trained the projector (non_lora_trainables.bin); merge it into the "
+            "model with its authors' script, and name the merged model"
+        )
+    there = cache / fingerprint(folder / "adapter_config.json", weights)
+    if not there.is_dir():
+        partial = there.with_name(f".{there.name}")
+        partial.mkdir(parents=True, exist_ok=True)
+        inside = re.compile(r"^base_model\.model\.model\.layers\.")
+        moved = {inside.sub("base_model.model.model.language_model.layers.", key): w for key, w in state.items()}
+        save_file(moved, partial / "adapter_model.safetensors")
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kinds = "|".join(sorted({key.split(".")[-3] for key in state}))
+        config["target_modules"] = LANGUAGE_LAYERS.rsplit(r"\d+\.", 1)[0] + rf"\d+\.(self_attn|mlp)\.({kinds})"
+        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        shutil.rmtree(there, ignore_errors=True)
+        partial.replace(there)
+    return there
