@@ -143,7 +143,13 @@ class PPOData(AlignmentData):
         to choose settings by.
         """
         safe, split = self.sets[1], self.splits[1]
-        rows = [*split.validation, *split.unused] or split.test
+        rows = [*split.validation, *split.unused]
+        if not rows:
+            rows = split.test
+            print(
+                "the held-out safe images are the test part's: choose no setting by them, or set "
+                "data.validation_fraction above 0"
+            )
         return spread([safe[row] for row in rows[:HELD_OUT]], self.limit)
 
 
