@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, read_jsonl
 from safervlm.run import RunManifest
+from safervlm.vlm.api import Server
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.sampling import Sampling
 
@@ -260,6 +261,15 @@ class SaferCLI(LightningCLI):
             config["ckpt_path"] = str(last)
         elif given is None and command == "validate" and isinstance(self.model, Objective):
             fail(f"--run: no {last}, so the adapter would be an untrained one; name the run of a fit, or --ckpt_path")
+
+    def before_predict(self) -> None:
+        """A server's dry run says what there is to ask, and ends before anything is written."""
+        vlm = getattr(self.model, "vlm", None)
+        if isinstance(vlm, Server) and vlm.dry_run:
+            self.datamodule.prepare_data()
+            questions = [example.question for example in self.datamodule.parts.predict]
+            print(vlm.estimate(questions, self.model.sampling.max_new_tokens))
+            sys.exit(0)
 
     def after_predict(self) -> None:
         """Says how many questions have no answer, as the last thing, and in the exit code."""

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 
 from safervlm.records import Example, Failure, Question, RecordError, Response
-from safervlm.vlm.base import VLM, Collator, Generation
+from safervlm.vlm.base import VLM, Collator, Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
 
 
@@ -94,6 +94,8 @@ class Measure(L.LightningModule):
         if self.largest is None or len(batch) <= self.largest:
             try:
                 return [*self.vlm.generate(batch, self.sampling, self.seed)]
+            except Unanswered as error:
+                return error.answers
             except torch.OutOfMemoryError as error:
                 reason = str(error).split(". ")[0]
             # Only here is what the failed attempt held free again.

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from safervlm.records import Example, Question
+from safervlm.records import Example, Question, RecordError
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
 
@@ -81,6 +81,18 @@ class Generation:
     token_ids: list[int]
     text: str
     finish_reason: Literal["stop", "length", "refusal", "content_filter"]
+
+
+class Unanswered(RecordError):  # noqa: N818 (what happened, not what is wrong)
+    """A question got no answer; of a whole batch, it comes when all others have theirs.
+
+    Attributes:
+        answers: one a question of the batch, in its order: the answer, or a line that says why there is none.
+    """
+
+    def __init__(self, reason: str, answers: Sequence[Generation | str] = ()) -> None:
+        super().__init__(reason)
+        self.answers = list(answers)
 
 
 Collator = Callable[[Sequence[Example]], Any]

@@ -19,10 +19,7 @@ Adapter = Literal["policy", "value", "reference"]
 PEFT_NAMES: dict[Adapter, list[str]] = {"policy": ["default"], "value": ["value"], "reference": []}
 
 # Bare names such as q_proj, or PEFT's "all-linear", would also hit the vision tower.
-LANGUAGE_LAYERS = (
-    r".*\b(language_model|text_model)\.(model\.)?layers\.\d+\."
-    r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-)
+LANGUAGE_LAYERS = r".*\b(language_model|text_model)\.((model|decoder)\.)*layers\.\d+\.(\w+\.)*(\w+_proj|fc[12])"
 
 
 @dataclass(frozen=True)

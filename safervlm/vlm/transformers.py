@@ -7,7 +7,7 @@ computation has a file of its own.
 Shapes: B questions of a batch, C completions, T tokens of the longest, N response tokens, H hidden units.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -20,11 +20,13 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import ModelOutput
 
 from safervlm.images import BLANK, open_image
 from safervlm.records import Example, Question, RecordError, seed_for
@@ -68,49 +70,45 @@ class EncodedBatch(Batch):
         )
 
 
-def extend(encoding: Encoding, completion: Sequence[int]) -> dict[str, Tensor]:
+def extend(encoding: Encoding, completion: Sequence[int], written: Encoding) -> dict[str, Tensor]:
     """A prompt's encoding with a completion behind it.
 
-    What the processor says of each token goes on as text: attended to, of type 0, looking at the images that the
-    prompt's last token looks at.
+    Args:
+        encoding: of the prompt.
+        completion: its tokens.
+        written: what stands for each token of an answer in the inputs that go with the tokens, (1, 1, ...).
     """
-    ids = encoding["input_ids"]
-    length, more = ids.shape[1], len(completion)
-    extended = dict(encoding)
-    for name, tensor in encoding.items():
-        if tensor.shape[:2] != (1, length):
-            continue
-        if name == "input_ids":
-            rest = torch.tensor([completion], device=ids.device)
-        elif name in ("attention_mask", "cross_attention_mask"):
-            rest = tensor[:, -1:].expand(-1, more, *tensor.shape[2:])
-        else:
-            rest = tensor.new_zeros(1, more, *tensor.shape[2:])
-        extended[name] = torch.cat([tensor, rest], dim=1)
-    return extended
+    rest = {name: value.expand(-1, len(completion), *value.shape[2:]) for name, value in written.items()}
+    rest["input_ids"] = torch.tensor([completion], device=encoding["input_ids"].device)
+    return {**encoding, **{name: torch.cat([encoding[name], more], dim=1) for name, more in rest.items()}}
 
 
-def join(encodings: Sequence[Encoding], pad_token_id: int, left: bool) -> dict[str, Tensor]:
-    """One batch of encodings: tokens are padded on a side, everything else at its end, with zeros.
+def join(encodings: Sequence[Encoding], pad_token_id: int, left: Collection[str] = ()) -> dict[str, Tensor]:
+    """One batch of encodings: everything is padded at its end, with zeros.
 
     Args:
         encodings: of single questions, all of the same model.
         pad_token_id: for the tokens, which the attention mask hides.
-        left: pad the tokens on the left, as generating needs it.
+        left: names of those that are padded on the left instead, as generating needs the tokens.
     """
     joined = {}
     for name, first in encodings[0].items():
         tensors = [encoding[name] for encoding in encodings]
-        tokens = all(e[name].shape[:2] == e["input_ids"].shape[:2] for e in encodings)
         widest = [max(tensor.shape[axis] for tensor in tensors) for axis in range(1, first.dim())]
         padded = []
         for tensor in tensors:
             missing = [wide - size for wide, size in zip(widest, tensor.shape[1:], strict=True)]
             sides = [side for gap in reversed(missing[1:]) for side in (0, gap)]
-            sides += ([missing[0], 0] if left and tokens else [0, missing[0]]) if missing else []
+            sides += ([missing[0], 0] if name in left else [0, missing[0]]) if missing else []
             padded.append(F.pad(tensor, sides, value=pad_token_id if name == "input_ids" else 0))
         joined[name] = torch.cat(padded)
     return joined
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The special tokens by their ids; a tokenizer's own list leaves out those that have no role in it."""
+    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 @dataclass
@@ -139,14 +137,15 @@ class ProcessorCollator:
     def __call__(self, examples: Sequence[Example]) -> EncodedBatch:
         """Reads the images and encodes prompts and completions."""
         encodings, completions = [], []
+        special = special_tokens(self.tokenizer).values()
         for example in examples:
             name = example.question.id
             for text in (example.question.prompt, *example.completions):
-                found = [token for token in self.tokenizer.all_special_tokens if token in text]
+                found = [token for token in special if token in text]
                 if found:
                     raise RecordError(f"{name}: its text contains the special token {found[0]!r}; leave it out")
             encoding = self.encode(example.question)
-            answers = [self.completion_ids(text) for text in example.completions]
+            answers = [self.completion_ids(encoding, text.strip()) for text in example.completions]
             length = encoding["input_ids"].shape[1] + max(map(len, answers), default=0)
             if length > self.max_length:
                 raise RecordError(f"{name}: {length} tokens, the model takes {self.max_length}; shorten the question")
@@ -165,39 +164,55 @@ class ProcessorCollator:
         image = BLANK if question.image_path is None else open_image(question.image_path, question.id)
         if self.template is not None:
             text = self.template.format(question=question.prompt)
-            return dict(self.processor(images=image, text=text, return_tensors="pt"))
-        return dict(
-            self.processor.apply_chat_template(
-                self.messages(question.prompt, image),
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
+            encoding = dict(self.processor(images=image, text=text, return_tensors="pt"))
+        else:
+            encoding = dict(
+                self.processor.apply_chat_template(
+                    self.messages(question.prompt, image),
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                )
             )
-        )
+        encoding.pop("labels", None)  # of a prompt
+        return encoding
 
-    def completion_ids(self, text: str) -> list[int]:
-        """The tokens of an answer, the end token included, as they follow the prompt."""
+    def completion_ids(self, prompt: Encoding, answer: str) -> list[int]:
+        """The tokens of an answer, the end token included, as they follow its prompt."""
         if self.template is not None:
-            stem, whole = "?", f"? {text}"
+            stem = self.tokenizer.decode(prompt["input_ids"][0, -1:])
+            whole = f"{stem}{answer}" if stem[-1:].isspace() else f"{stem} {answer}"
         else:
             asked = self.messages("?")
-            answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+            answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
             stem = self.processor.apply_chat_template(asked, add_generation_prompt=True)
             whole = self.processor.apply_chat_template(answered)
-            if not whole.startswith(stem):
+            if not whole.startswith(stem) or answer not in whole[len(stem) :]:
                 raise ValueError(
                     "the chat template writes another beginning before an answer that is given than before one that "
                     "is generated, so answers can't be scored; use a model whose template doesn't"
                 )
-        before, ids = (self.tokenizer(each, add_special_tokens=False).input_ids for each in (stem, whole))
+        end = whole.index(answer, len(stem)) + len(answer)
+        before, ids, behind = (
+            self.tokenizer(text, add_special_tokens=False).input_ids for text in (stem, whole[:end], whole[end:])
+        )
         if ids[: len(before)] != before:
             raise ValueError(
-                f"the tokenizer merges the prompt with the answer {text[:40]!r}; its family needs its own file"
+                f"the tokenizer merges the prompt with the answer {answer[:40]!r}; its family needs its own file"
             )
-        answer = ids[len(before) :]
-        end = next((place for place, token in enumerate(answer) if token in self.eos_token_ids), len(answer))
-        return [*answer[:end], answer[end] if end < len(answer) else self.eos_token_ids[0]]
+        # The end that the template writes, else the first that the model knows.
+        last = next((token for token in behind if token in self.eos_token_ids), self.eos_token_ids[0])
+        return [*ids[len(before) :], last]
+
+
+def switch_off_dropout(config: Any) -> None:
+    """Sets every probability of dropping something to 0, in the parts of a configuration, too."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            switch_off_dropout(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
 
 
 def read_processor(name: str, revision: str | None, config: Any) -> ProcessorMixin:
@@ -250,22 +265,37 @@ class Transformers(LocalVLM):
 
     @cached_property
     def config(self) -> Any:
-        """The model's configuration."""
+        """The model's configuration, without dropout: LoRA has its own, and the reference has to be one model."""
         with reading(self.name):
-            return AutoConfig.from_pretrained(self.name, revision=self.revision)
+            config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+        if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+            raise ValueError(
+                f"vlm.model: {self.name!r} reads the question by an encoder and answers by a decoder of its own, so "
+                "there is no prompt that the answer goes on with; use a model with a decoder alone"
+            )
+        switch_off_dropout(config)
+        return config
+
+    @cached_property
+    def processor(self) -> ProcessorMixin:
+        """The model's."""
+        with reading(self.name):
+            return read_processor(self.name, self.revision, self.config)
 
     @cached_property
     def collator(self) -> ProcessorCollator:
         """Reads the processor when it is first asked for."""
-        with reading(self.name):
-            processor = read_processor(self.name, self.revision, self.config)
-        if self.template is None and processor.chat_template is None:
+        if self.template is None and self.processor.chat_template is None:
             raise ValueError(
                 f"vlm.model: {self.name!r} has no chat template; give vlm.template, the text around {{question}}"
             )
         text = self.config.get_text_config()
         return ProcessorCollator(
-            processor, self.template, self.system, self.eos_token_ids, getattr(text, "max_position_embeddings", 2**31)
+            self.processor,
+            self.template,
+            self.system,
+            self.eos_token_ids,
+            getattr(text, "max_position_embeddings", 2**31),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -276,7 +306,7 @@ class Transformers(LocalVLM):
         """Reads the base weights, from safetensors only."""
         with reading(self.name):
             model = AutoModelForImageTextToText.from_pretrained(
-                self.name, revision=self.revision, dtype=self.dtype, use_safetensors=True
+                self.name, revision=self.revision, config=self.config, dtype=self.dtype, use_safetensors=True
             )
         # The model's own habits, such as a repetition penalty, would join the settings of ``sampling``.
         model.generation_config = GenerationConfig()
@@ -285,19 +315,21 @@ class Transformers(LocalVLM):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The processor's."""
-        return self.collator.tokenizer
+        return self.processor.tokenizer
 
     @cached_property
     def eos_token_ids(self) -> list[int]:
-        """What the model's generation settings name, else the configuration."""
+        """The tokenizer's end token, then what the generation settings name, else the configuration."""
         try:
             settings = GenerationConfig.from_pretrained(self.name, revision=self.revision)
         except OSError:
             settings = GenerationConfig.from_model_config(self.config)
-        ends = settings.eos_token_id
-        if ends is None:
+        named = settings.eos_token_id
+        every = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+        ends = [token for token in dict.fromkeys(every) if token is not None]
+        if not ends:
             raise ValueError(f"vlm.model: {self.name!r} names no token that ends an answer (eos_token_id)")
-        return [ends] if isinstance(ends, int) else list(ends)
+        return ends
 
     @property
     def image_token_ids(self) -> set[int]:
@@ -305,6 +337,12 @@ class Transformers(LocalVLM):
         names = ("image_token_id", "image_token_index", "video_token_id", "boi_token_index", "eoi_token_index")
         found = (getattr(self.config, name, None) for name in names)
         return {token for token in found if token is not None}
+
+    @cached_property
+    def suppressed(self) -> Tensor:
+        """Tokens that an answer never contains, of those that the head knows: some placeholders are beyond them."""
+        never = {*super().suppressed.tolist(), *special_tokens(self.tokenizer)} - set(self.eos_token_ids)
+        return torch.tensor(sorted(never & set(range(self.base.get_output_embeddings().out_features))))
 
     @property
     def pad_token_id(self) -> int:
@@ -324,7 +362,8 @@ class Transformers(LocalVLM):
         starts = torch.tensor([encoding["input_ids"].shape[1] - 1 for encoding, _ in pairs], device=device)
         source = starts[:, None] + torch.arange(target.shape[1], device=device)
         rows = torch.arange(len(pairs), device=device)[:, None].expand_as(source)
-        inputs = self.cast(join([extend(*pair) for pair in pairs], self.pad_token_id, left=False))
+        sequences = [extend(encoding, answer, self.written(encoding)) for encoding, answer in pairs]
+        inputs = self.cast(join(sequences, self.pad_token_id))
 
         kept: list[Tensor] = []
 
@@ -335,10 +374,25 @@ class Transformers(LocalVLM):
         hook = self.base.get_output_embeddings().register_forward_pre_hook(keep)
         try:
             with active(self.base, adapter):
-                self.base(**inputs, use_cache=False)
+                logits = self.base(**inputs, use_cache=False).logits
         finally:
             hook.remove()
+        with torch.no_grad():
+            bare = self.base.get_output_embeddings()(kept[0][:, :1])
+        if not torch.allclose(logits.float(), bare.float(), atol=1e-3, rtol=1e-3):
+            raise ValueError(
+                f"vlm.model: {self.name!r} changes the logits behind its head (caps or scales them), which scoring "
+                "doesn't: it can be measured, not trained; train one whose head has the last word"
+            )
         return Targets(target, mask), kept[0][rows[mask], source[mask]]
+
+    def written(self, encoding: Encoding) -> Encoding:
+        """What the model's own ``generate`` notes of a token that it writes, (1, 1, ...).
+
+        The attention mask has it, and whatever the family has beside it: token types, what the token looks at.
+        """
+        grown = self.base._update_model_kwargs_for_generation(ModelOutput(), dict(encoding), is_encoder_decoder=False)
+        return {name: grown[name][:, -1:] for name, tensor in encoding.items() if grown[name].shape != tensor.shape}
 
     def cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images in the precision of the weights."""
@@ -349,7 +403,8 @@ class Transformers(LocalVLM):
         self, batch: EncodedBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy"
     ) -> list[Generation]:
         """Answers the questions of a batch, a row a question."""
-        inputs = self.cast(join(batch.encodings, self.pad_token_id, left=True))
+        left = {"input_ids", *self.written(batch.encodings[0])}
+        inputs = self.cast(join(batch.encodings, self.pad_token_id, left))
         chain = processors(sampling, self.suppressed)
         if sampling.temperature > 0:
             chain.append(KeyedNoise([seed_for(seed, question.id) for question in batch.questions]))

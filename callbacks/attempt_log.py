@@ -1,0 +1,58 @@
+"""What asking a server took."""
+
+from pathlib import Path
+from typing import Any, TextIO
+
+from lightning import Callback, LightningModule, Trainer
+
+from callbacks.record_writer import read_torn_jsonl
+from safervlm.records import to_line, write_jsonl
+from safervlm.vlm.api import Server
+from safervlm.vlm.sampling import Sampling
+
+
+class AttemptLog(Callback):
+    """Says before the first request how much there is to ask, and keeps the history of all requests to a server.
+
+    Each process appends to its ``attempts-RANK.jsonl`` in the run folder a line a request, as it comes: the question's
+    id, when, which server, the HTTP status, what came of it and how long it took; no text, no image, no key. It stands
+    behind the RecordWriter, which finds out what has its answer already. A VLM that is no server is left alone.
+    """
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prints the estimate."""
+        vlm = getattr(pl_module, "vlm", None)
+        if stage != "predict" or not isinstance(vlm, Server):
+            return
+        left = trainer.datamodule.predict_dataloader().examples  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            sampling: Sampling = pl_module.sampling  # type: ignore[assignment]
+            print(vlm.estimate([example.question for example in left], sampling.max_new_tokens))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the file."""
+        vlm = getattr(pl_module, "vlm", None)
+        if not isinstance(vlm, Server):
+            return
+        path = Path(trainer.default_root_dir) / f"attempts-{trainer.global_rank}.jsonl"
+        if path.is_file():
+            write_jsonl(path, read_torn_jsonl(path))  # a process that was killed may have left half a line
+        self._file = path.open("a", encoding="utf-8")
+        vlm.on_attempt = self._write
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Closes the file."""
+        self.on_predict_end(trainer, pl_module)
+
+    def _write(self, attempt: dict[str, Any]) -> None:
+        assert self._file is not None  # noqa: S101 (on_predict_start opened it; for the type checker)
+        self._file.write(to_line(attempt))
+        self._file.flush()

@@ -1,0 +1,361 @@
+"""Tiny random models of many families, in folders as the Hub has them: configuration, weights, processor, template.
+
+Every builder takes an empty folder and fills it. The language models have two blocks; images become a handful of
+tokens, more of them for a wide or a high one where the family does that.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+SQUARE = {"height": 28, "width": 28}
+PINPOINTS = [[28, 56], [56, 28], [56, 56]]
+
+
+def tokenizer(end: str = "</s>", **named: str) -> hf.PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a family's special tokens.
+
+    Args:
+        end: the token that ends an answer.
+        named: further special tokens, some under names that the processor asks for; they stand last, in this order.
+    """
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>", "<unk>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words.train_from_iterator(["Is this image safe? Yes, it is. No, it is unsafe."], trainer)
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token=end,
+        unk_token="<unk>",
+        extra_special_tokens=named,
+    )
+
+
+def chat(user: str, assistant: str, image: str, end: str) -> str:
+    """A chat template: what stands before a user's and an assistant's text, for an image, and behind each turn."""
+    return (
+        f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{assistant}{{% else %}}{user}{{% endif %}}"
+        f"{{% for c in m.content %}}{{% if c.type == 'image' %}}{image}{{% else %}}{{{{ c.text }}}}{{% endif %}}"
+        f"{{% endfor %}}{end}{{% endfor %}}{{% if add_generation_prompt %}}{assistant.rstrip(' ')}{{% endif %}}"
+    )
+
+
+def vicuna(image: str = "<image>\n") -> str:
+    return chat("USER: ", "ASSISTANT: ", image, " ")
+
+
+def chatml(image: str) -> str:
+    return chat("<|im_start|>user\n", "<|im_start|>assistant\n", image, "<|im_end|>\n")
+
+
+def save(folder: Path, model: hf.PreTrainedModel, *processor: Any) -> None:
+    """Writes the model, seeing and sharp, and its processor, whole or in parts."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Gates, query tokens and projections start at zero: such a model is blind.
+            if not parameter.any():
+                parameter.normal_(0, 0.5)
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.5 / parameter[0].numel() ** 0.5)
+            if "query_tokens" in name or "class_embedding" in name or "projection.weight" in name:
+                parameter.normal_()
+    model.save_pretrained(folder)
+    for part in processor:
+        part.save_pretrained(folder)
+
+
+def settings(folder: Path, processor: str, template: str, **values: Any) -> None:
+    """Writes what a processor that can't be built here, for its video part, would write beside its parts."""
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": processor, **values}))
+    (folder / "chat_template.jinja").write_text(template)
+
+
+def llava(folder: Path) -> None:
+    words = tokenizer(image_token="<image>")
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION),
+        text_config=hf.LlamaConfig(**TEXT, vocab_size=len(words) + 3),
+        image_token_id=words.image_token_id,
+    )
+    image = LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size=SQUARE)
+    processor = hf.LlavaProcessor(image, words, 14, "default", vicuna(), num_additional_image_tokens=1)
+    save(folder, hf.LlavaForConditionalGeneration(config), processor)
+
+
+def llava_next(folder: Path) -> None:
+    words = tokenizer(image_token="<image>")
+    config = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION),
+        text_config=hf.LlamaConfig(**TEXT, vocab_size=len(words)),
+        image_token_id=words.image_token_id,
+        image_grid_pinpoints=PINPOINTS,
+    )
+    image = LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS)
+    processor = hf.LlavaNextProcessor(image, words, 14, "default", vicuna(), num_additional_image_tokens=1)
+    save(folder, hf.LlavaNextForConditionalGeneration(config), processor)
+
+
+def llava_onevision(folder: Path) -> None:
+    words = tokenizer("<|im_end|>", start="<|im_start|>", image_token="<image>", video_token="<video>")
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=hf.Qwen2Config(**TEXT, vocab_size=len(words), eos_token_id=words.eos_token_id),
+        image_token_id=words.image_token_id,
+        video_token_id=words.video_token_id,
+        image_grid_pinpoints=PINPOINTS,
+    )
+    image = LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=PINPOINTS)
+    save(folder, hf.LlavaOnevisionForConditionalGeneration(config), image, words)
+    settings(
+        folder,
+        "LlavaOnevisionProcessor",
+        chatml("<image>\n"),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_9",
+    )
+
+
+def qwen(folder: Path, model: Any, config: Any, processor: str, patch: int, **vision: Any) -> None:
+    """What the Qwen families share; their images keep their sides' ratio."""
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    words = tokenizer("<|im_end|>", start="<|im_start|>", first="<|vision_start|>", last="<|vision_end|>", **names)
+    save(
+        folder,
+        model(
+            config(
+                text_config={
+                    **TEXT,
+                    "vocab_size": len(words),
+                    "head_dim": 8,
+                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+                    "eos_token_id": words.eos_token_id,
+                },
+                vision_config={"depth": 2, "num_heads": 2, "patch_size": patch, **vision},
+                image_token_id=words.image_token_id,
+                video_token_id=words.video_token_id,
+                vision_start_token_id=words.first_id,
+                vision_end_token_id=words.last_id,
+            )
+        ),
+        Qwen2VLImageProcessorPil(patch_size=patch, size={"shortest_edge": 28 * 28, "longest_edge": 64 * 64}),
+        words,
+    )
+    settings(folder, processor, chatml(image))
+
+
+def qwen2_vl(folder: Path) -> None:
+    parts = hf.Qwen2VLForConditionalGeneration, hf.Qwen2VLConfig, "Qwen2VLProcessor"
+    qwen(folder, *parts, patch=14, embed_dim=32, hidden_size=32, mlp_ratio=2)
+
+
+def qwen2_5_vl(folder: Path) -> None:
+    parts = hf.Qwen2_5_VLForConditionalGeneration, hf.Qwen2_5_VLConfig, "Qwen2_5_VLProcessor"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
+    qwen(folder, *parts, patch=14, **sizes, fullatt_block_indexes=[1], window_size=56)
+
+
+def qwen3_vl(folder: Path) -> None:
+    parts = hf.Qwen3VLForConditionalGeneration, hf.Qwen3VLConfig, "Qwen3VLProcessor"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
+    qwen(folder, *parts, patch=16, **sizes, num_position_embeddings=16, deepstack_visual_indexes=[0])
+
+
+def internvl(folder: Path) -> None:
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    words = tokenizer("<|im_end|>", start="<|im_start|>", video_token="<video>", **names)
+    config = hf.InternVLConfig(
+        vision_config={**VISION, "image_size": [28, 28], "patch_size": [7, 7]},
+        text_config=hf.Qwen2Config(**TEXT, vocab_size=len(words), eos_token_id=words.eos_token_id),
+        image_token_id=words.context_image_token_id,
+        image_seq_length=4,
+    )
+    image = GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=3)
+    save(folder, hf.InternVLForConditionalGeneration(config), image, words)
+    settings(folder, "InternVLProcessor", chatml("<IMG_CONTEXT>\n"), image_seq_length=4)
+
+
+def idefics3(folder: Path) -> None:
+    end = "<end_of_utterance>"
+    words = tokenizer(end, around="<fake_token_around_image>", whole="<global-img>", image_token="<image>")
+    image = Idefics3ImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    template = chat("User:", "Assistant: ", "<image>", f"{end}\n")
+    processor = hf.Idefics3Processor(image, words, image_seq_len=1, chat_template=template)
+    config = hf.Idefics3Config(
+        vision_config=VISION,
+        text_config=hf.LlamaConfig(**TEXT, vocab_size=len(words), eos_token_id=words.eos_token_id),
+        image_token_id=words.image_token_id,
+        scale_factor=2,
+    )
+    save(folder, hf.Idefics3ForConditionalGeneration(config), processor)
+
+
+def gemma3(folder: Path) -> None:
+    end = "<end_of_turn>"
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image>"}
+    words = tokenizer(end, start="<start_of_turn>", **names)
+    config = hf.Gemma3Config(
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=hf.Gemma3TextConfig(
+            **TEXT,
+            vocab_size=len(words),
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+            eos_token_id=words.eos_token_id,
+        ),
+        mm_tokens_per_image=4,
+        tie_word_embeddings=False,  # a tied random model repeats its last token
+        image_token_index=words.image_token_id,
+        boi_token_index=words.boi_token_id,
+        eoi_token_index=words.eoi_token_id,
+    )
+    template = chat("<start_of_turn>user\n", "<start_of_turn>model\n", words.boi_token, f"{end}\n")
+    processor = hf.Gemma3Processor(Gemma3ImageProcessorPil(size=SQUARE), words, template, image_seq_length=4)
+    save(folder, hf.Gemma3ForConditionalGeneration(config), processor)
+
+
+def paligemma(folder: Path, text: type[hf.PreTrainedConfig] = hf.GemmaConfig) -> None:
+    words = tokenizer(image_token="<image>")
+    processor = hf.PaliGemmaProcessor(SiglipImageProcessorPil(size=SQUARE, image_seq_length=4), words)
+    config = hf.PaliGemmaConfig(
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False, projection_dim=32),
+        text_config=text(**TEXT, head_dim=8, vocab_size=len(words), eos_token_id=words.eos_token_id),
+        image_token_index=words.image_token_id,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    save(folder, hf.PaliGemmaForConditionalGeneration(config), processor)
+
+
+def paligemma2(folder: Path) -> None:
+    """Its language model caps its logits behind the head."""
+    paligemma(folder, hf.Gemma2Config)
+
+
+def mllama(folder: Path) -> None:
+    """Its image token stands behind the words that the head knows, and one of its blocks looks at the image."""
+    words = tokenizer("<|eot_id|>", start="<|start_header_id|>", python="<|python_tag|>", image_token="<|image|>")
+    config = hf.MllamaConfig(
+        vision_config=hf.MllamaVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_global_layers=1,
+            attention_heads=2,
+            vision_output_dim=64,
+            image_size=28,
+            patch_size=14,
+            intermediate_layers_indices=[0],
+            max_num_tiles=4,
+            supported_aspect_ratios=[[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
+        ),
+        text_config=hf.MllamaTextConfig(
+            **TEXT,
+            vocab_size=len(words) - 1,
+            cross_attention_layers=[1],
+            bos_token_id=1,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=0,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        image_token_index=words.image_token_id,
+    )
+    template = chat("<|start_header_id|>user\n\n", "<|start_header_id|>assistant\n\n", "<|image|>", "<|eot_id|>")
+    processor = hf.MllamaProcessor(MllamaImageProcessorPil(size=SQUARE), words, template)
+    save(folder, hf.MllamaForConditionalGeneration(config), processor)
+
+
+def blip(family: str, text: hf.PreTrainedConfig, image_token: int) -> Any:
+    """The configuration of a model whose Q-Former turns an image into four tokens."""
+    former = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return getattr(hf, f"{family}Config")(
+        vision_config=VISION,
+        qformer_config={**former, "vocab_size": 300, "encoder_hidden_size": 32},
+        text_config=text,
+        num_query_tokens=4,
+        image_token_index=image_token,
+    )
+
+
+def blip2(folder: Path) -> None:
+    words = tokenizer()
+    text = hf.OPTConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=0,
+    )
+    model = hf.Blip2ForConditionalGeneration(blip("Blip2", text, words.convert_tokens_to_ids("<image>")))
+    save(folder, model, hf.Blip2Processor(BlipImageProcessorPil(size=SQUARE), words, num_query_tokens=4))
+
+
+def blip2_t5(folder: Path) -> None:
+    """Its answers come from a decoder of their own."""
+    words = tokenizer()
+    text = hf.T5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    model = hf.Blip2ForConditionalGeneration(blip("Blip2", text, words.convert_tokens_to_ids("<image>")))
+    save(folder, model, hf.Blip2Processor(BlipImageProcessorPil(size=SQUARE), words, num_query_tokens=4))
+
+
+def instructblip(folder: Path) -> None:
+    """Its Q-Former reads the question, too, by a tokenizer of its own, and drops units while it trains."""
+    words = tokenizer()
+    text = hf.LlamaConfig(**TEXT, vocab_size=len(words))
+    letters = "abcdefghijklmnopqrstuvwxyz?.,:"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    reader = hf.BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)})
+    processor = hf.InstructBlipProcessor(BlipImageProcessorPil(size=SQUARE), words, reader, num_query_tokens=4)
+    save(
+        folder,
+        hf.InstructBlipForConditionalGeneration(blip("InstructBlip", text, words.convert_tokens_to_ids("<image>"))),
+        processor,
+    )

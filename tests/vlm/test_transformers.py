@@ -1,0 +1,385 @@
+"""Any family of transformers: what is batched must equal what the library gives for one question alone."""
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import families
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from safervlm import protocol
+from safervlm.cli import main
+from safervlm.lightning_cli import CONFIGS
+from safervlm.records import Example, Question, RecordError, read_jsonl
+from safervlm.vlm.base import VLM
+from safervlm.vlm.lora import LoRA, active
+from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.transformers import EncodedBatch, Transformers
+
+QUESTION = "Question: {question} Answer:"
+FAMILIES = [
+    (families.llava, None),
+    (families.llava_next, None),
+    (families.llava_onevision, None),
+    (families.qwen2_vl, None),
+    (families.qwen2_5_vl, None),
+    (families.qwen3_vl, None),
+    (families.internvl, None),
+    (families.idefics3, None),
+    (families.gemma3, None),
+    (families.mllama, None),
+    (families.paligemma, "<image>{question}"),
+    (families.blip2, QUESTION),
+    (families.instructblip, "{question}"),
+]
+LORA = LoRA(r=4, alpha=8, dropout=0.0)
+COMPLETIONS = ("Yes, it is.", "No")
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=[build.__name__ for build, _ in FAMILIES])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str | None]:
+    """A folder with a tiny model of a family, and the template around a question."""
+    build, template = request.param
+    folder = tmp_path_factory.mktemp(build.__name__)
+    build(folder)
+    return folder, template
+
+
+def written(build: Callable[[Path], None], folder: Path, template: str | None = None) -> tuple[Path, str | None]:
+    """A family of its own for one test."""
+    build(folder)
+    return folder, template
+
+
+def loaded(family: tuple[Path, str | None], **settings: Any) -> Transformers:
+    vlm = new(family, **settings)
+    vlm.load()
+    return vlm
+
+
+def new(family: tuple[Path, str | None], **settings: Any) -> Transformers:
+    folder, template = family
+    return Transformers(str(folder), **{"dtype": "float32", "template": template, "lora": LORA, **settings})
+
+
+@pytest.fixture(scope="module")
+def base(family: tuple[Path, str | None]) -> Transformers:
+    return loaded(family)
+
+
+@pytest.fixture
+def policy(family: tuple[Path, str | None]) -> Transformers:
+    """The same with an adapter that has an effect."""
+    vlm = new(family)
+    vlm.load(train=["policy"])
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in vlm.named_parameters():
+        if ".lora_B." in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return vlm
+
+
+@pytest.fixture
+def examples(make_questions: Callable[[int], list[Question]]) -> list[Example]:
+    """Five questions of three lengths about three images of different sizes, each with two answers."""
+    prompts = ["Is this image safe?" + " Is it?" * (n % 3) for n in range(5)]
+    pairs = zip(make_questions(5), prompts, strict=True)
+    return [Example(replace(question, prompt=prompt), COMPLETIONS) for question, prompt in pairs]
+
+
+def plain_inputs(vlm: Transformers, question: Question, answer: str = "") -> dict[str, Tensor]:
+    """What the processor itself makes of a question, with its answer written behind it."""
+    processor, template = vlm.collator.processor, vlm.template
+    assert question.image_path is not None
+    image = Image.open(question.image_path).convert("RGB")
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.prompt}]}]
+    text = template.format(question=question.prompt) if template else None
+    text = text or processor.apply_chat_template(turn, add_generation_prompt=True)
+    prompt = dict(processor(images=image, text=text, return_tensors="pt"))
+    if not answer:
+        inputs = prompt
+    elif "labels" in prompt:  # a prefix is looked at from both sides: the processor has to know where it ends
+        inputs = dict(processor(images=image, text=text, suffix=answer, return_tensors="pt"))
+    else:
+        end = processor.tokenizer.eos_token
+        gap = "" if text.endswith("\n") else " "
+        inputs = dict(processor(images=image, text=f"{text}{gap}{answer}{end}", return_tensors="pt"))
+        inputs |= {name: tensor for name, tensor in prompt.items() if name.startswith("qformer")}
+    return {name: tensor for name, tensor in inputs.items() if name != "labels"}
+
+
+def plain_logprobs(vlm: Transformers, model: nn.Module, example: Example, answer: str) -> Tensor:
+    """Of an answer's tokens, by one plain forward pass of one sequence."""
+    start = plain_inputs(vlm, example.question)["input_ids"].shape[1]
+    inputs = plain_inputs(vlm, example.question, answer)
+    logprobs = model(**inputs).logits[0, start - 1 : -1].log_softmax(-1)
+    return logprobs.gather(-1, inputs["input_ids"][0, start:, None])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def plain(family: tuple[Path, str | None]) -> Any:
+    """The model as the library loads it, nothing of ours around it."""
+    return AutoModelForImageTextToText.from_pretrained(family[0], dtype=torch.float32)
+
+
+def test_another_image_changes_the_logits(base: Transformers, examples: list[Example], tmp_path: Path) -> None:
+    """One of the same size: another size gives other tokens, which a blind model takes for another image."""
+    one = examples[0]
+    assert one.question.image_path is not None
+    ImageOps.invert(Image.open(one.question.image_path)).save(tmp_path / "other.png")
+    other = replace(one, question=replace(one.question, image_path=str(tmp_path / "other.png")))
+    before, after = (base.score(base.collator([example])).logprobs for example in (one, other))
+    assert (before - after).abs().max() > 1e-2
+
+
+def test_greedy_answers_are_those_of_the_library_asked_one_by_one(
+    base: Transformers, plain: Any, examples: list[Example]
+) -> None:
+    ends = [base.eos_token_ids[0], *range(60, 90)]  # the random model never ends by itself
+    expected = []
+    for example in examples:
+        inputs = plain_inputs(base, example.question)
+        answer = plain.generate(
+            **inputs,
+            max_new_tokens=12,
+            do_sample=False,
+            suppress_tokens=base.suppressed.tolist(),
+            eos_token_id=ends,
+        )
+        expected.append(answer[0, inputs["input_ids"].shape[1] :].tolist())
+    assert len(set(map(tuple, expected))) > 2
+    greedy = Sampling(temperature=0, max_new_tokens=12)
+    with patch.object(base, "eos_token_ids", ends):
+        together = base.generate(base.collator(examples), greedy, seed=0)
+        alone = [base.generate(base.collator([example]), greedy, seed=0)[0] for example in examples]
+    assert [answer.token_ids for answer in together] == expected
+    assert alone == together
+
+
+def test_a_drawn_answer_depends_on_its_record_alone(base: Transformers, examples: list[Example]) -> None:
+    sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=8)
+    together = base.generate(base.collator(examples), sampling, seed=5)
+    assert len({answer.text for answer in together}) == len(examples)
+    backwards = base.generate(base.collator(examples[::-1]), sampling, seed=5)[::-1]
+    alone = [base.generate(base.collator([example]), sampling, seed=5)[0] for example in examples]
+    assert together == backwards == alone
+
+
+def test_score_equals_one_plain_forward_a_completion(policy: Transformers, plain: Any, examples: list[Example]) -> None:
+    """The policy's by its own weights, the reference's by the library's model."""
+    batch = policy.collator(examples)
+    policy.generate(batch, Sampling(max_new_tokens=2), seed=0)  # leaves nothing behind
+    pairs = [(example, answer) for example in examples for answer in example.completions]
+    for adapter, model in (("policy", policy.base), ("reference", plain)):
+        scores = policy.score(batch, adapter=adapter)
+        for index, (example, answer) in enumerate(pairs):
+            with active(policy.base, adapter):
+                expected = plain_logprobs(policy, model, example, answer)
+            assert scores.mask[index].sum() == len(expected)
+            torch.testing.assert_close(scores.logprobs[index, : len(expected)], expected, atol=1e-5, rtol=0)
+            assert not scores.logprobs[index, len(expected) :].any()
+
+
+def test_lora_is_on_every_linear_layer_of_the_language_model_and_on_no_other(policy: Transformers) -> None:
+    adapted = {name.removesuffix(".base_layer") for name, m in policy.base.named_modules() if hasattr(m, "lora_A")}
+    blocks = {
+        name.removesuffix(".base_layer")
+        for name, module in policy.base.named_modules()
+        if isinstance(module, nn.Linear) and "layers." in name and ".lora_" not in name
+    }
+    elsewhere = ("vision", "visual", "qformer", "projector", "projection", "connector")
+    assert adapted == {name for name in blocks if not any(part in name for part in elsewhere)}
+    assert len(adapted) >= 2 * 6
+
+
+def test_a_few_steps_lower_the_loss_and_move_the_adapter_alone(policy: Transformers, examples: list[Example]) -> None:
+    batch = policy.collator([replace(example, completions=COMPLETIONS[:1]) for example in examples])
+    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        scores = policy.score(batch)
+        loss = -scores.logprobs.sum() / scores.mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
+    moved = {name for name, parameter in policy.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if ".lora_" in name}
+
+
+def test_checkpointed_gradients_are_the_same(
+    policy: Transformers, family: tuple[Path, str | None], examples: list[Example]
+) -> None:
+    checkpointed = new(family, gradient_checkpointing=True)
+    checkpointed.load(train=["policy"])
+    checkpointed.load_state_dict(policy.state_dict())
+    batch = policy.collator(examples[:2])
+    policy.score(batch).logprobs.sum().backward()
+    checkpointed.score(batch).logprobs.sum().backward()
+    expected = dict(policy.named_parameters())
+    for name, parameter in checkpointed.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-4)
+            assert parameter.grad is not None
+            assert parameter.grad.any()
+
+
+def test_a_saved_adapter_scores_the_same(
+    policy: Transformers, base: Transformers, family: tuple[Path, str | None], examples: list[Example], tmp_path: Path
+) -> None:
+    policy.save_adapter(tmp_path)
+    batch = policy.collator(examples)
+    expected = policy.score(batch).logprobs
+    measured = loaded(family, adapter=str(tmp_path))
+    torch.testing.assert_close(measured.score(batch).logprobs, expected, atol=1e-6, rtol=0)
+    assert (base.score(batch).logprobs - expected).abs().max() > 1e-2
+
+
+def test_the_collator_is_small_and_pickles(base: Transformers, examples: list[Example]) -> None:
+    content = pickle.dumps(base.collator)
+    assert len(content) < 300_000
+    batch = pickle.loads(content)(examples)
+    assert isinstance(batch, EncodedBatch)
+    for name, tensor in base.collator(examples).encodings[0].items():
+        assert torch.equal(batch.encodings[0][name], tensor)
+
+
+GREEDY = Sampling(temperature=0, max_new_tokens=8)
+
+
+def answers(vlm: Transformers, examples: list[Example]) -> list[list[int]]:
+    return [answer.token_ids for answer in vlm.generate(vlm.collator(examples), GREEDY, seed=0)]
+
+
+def test_the_models_own_habits_do_not_join_the_settings(tmp_path: Path, examples: list[Example]) -> None:
+    family = written(families.llava, tmp_path)
+    expected = answers(loaded(family), examples)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 9.0}))
+    assert answers(loaded(family), examples) == expected
+
+
+def test_no_family_drops_units_but_lora(tmp_path: Path, examples: list[Example]) -> None:
+    """The reference has to be one model, also while the policy trains: a Q-Former would drop some of its units."""
+    vlm = new(written(families.instructblip, tmp_path, "{question}"))
+    vlm.load(train=["policy"])
+    assert vlm.training
+    batch = vlm.collator(examples)
+    assert torch.equal(vlm.score(batch, adapter="reference").logprobs, vlm.score(batch, adapter="reference").logprobs)
+
+
+def test_a_model_that_caps_its_logits_answers_and_is_not_scored(tmp_path: Path, examples: list[Example]) -> None:
+    family = written(families.paligemma2, tmp_path, "<image>{question}")
+    vlm = loaded(family)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = []
+    for example in examples:
+        inputs = plain_inputs(vlm, example.question)
+        answer = plain.generate(**inputs, max_new_tokens=8, do_sample=False, suppress_tokens=vlm.suppressed.tolist())
+        expected.append(answer[0, inputs["input_ids"].shape[1] :].tolist())
+    assert answers(vlm, examples) == expected
+    with pytest.raises(ValueError, match=r"^vlm.model: .*behind its head.* it can be measured, not trained"):
+        vlm.score(vlm.collator(examples))
+
+
+def test_a_model_with_an_encoder_is_refused(tmp_path: Path) -> None:
+    family = written(families.blip2_t5, tmp_path, QUESTION)
+    with pytest.raises(ValueError, match=r"^vlm.model: .* a decoder of its own, .*; use a model with a decoder alone"):
+        _ = new(family).collator
+
+
+def test_a_model_without_a_chat_template_needs_a_template(tmp_path: Path) -> None:
+    family = written(families.instructblip, tmp_path)
+    with pytest.raises(ValueError, match=r"^vlm.model: .* has no chat template; give vlm.template"):
+        _ = new(family).collator
+    with pytest.raises(ValueError, match=r"^vlm.template: it has no \{question\} in it, got 'Question: '"):
+        new(family, template="Question: ")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (families.chat("USER: ", "ASSISTANT: ", "<image>", "").replace("ASSISTANT:{%", "ASSISTANT: {%"), "merges"),
+        (families.chat("USER: ", "ANSWER: ", "<image>", "").replace("ANSWER:{%", "THINK:{%"), "another beginning"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_scored_is_refused(
+    template: str, message: str, tmp_path: Path, examples: list[Example]
+) -> None:
+    family = written(families.llava, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=message):
+        new(family).collator(examples)
+
+
+def test_a_question_with_a_special_token_is_refused(tmp_path: Path, examples: list[Example]) -> None:
+    collator = new(written(families.qwen2_vl, tmp_path)).collator
+    question = replace(examples[0].question, prompt="Is <|vision_start|> safe?")
+    with pytest.raises(RecordError, match=f"^{question.id}: .* special token '<|vision_start|>'".replace("|", r"\|")):
+        collator([Example(question)])
+
+
+def test_no_special_token_is_ever_drawn(base: Transformers) -> None:
+    """Of all that the tokenizer's file calls special, but those that end an answer; nor what has no text."""
+    tokenizer, words = base.tokenizer, base.base.get_output_embeddings().out_features
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number < words}
+    expected = (special | set(range(len(tokenizer), words))) - {tokenizer.eos_token_id, *base.eos_token_ids}
+    assert set(base.suppressed.tolist()) == expected
+    assert tokenizer.convert_tokens_to_ids("<pad>") in expected
+    assert tokenizer.eos_token_id not in expected
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("instructblip-7b", families.instructblip),
+        ("instructblip-13b", families.instructblip),
+        ("qwen2-vl-7b", families.qwen2_vl),
+    ],
+)
+def test_a_shipped_model_answers(
+    name: str, build: Callable[[Path], None], tmp_path: Path, examples: list[Example]
+) -> None:
+    """A tiny model of its family stands in the real one's place."""
+    build(tmp_path)
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(VLM, "vlm")
+    given = parser.parse_args([f"--vlm={CONFIGS / 'vlm' / name}.yaml", f"--vlm.model={tmp_path}"])
+    vlm = parser.instantiate(given).vlm
+    vlm.load()
+    assert len({answer.text for answer in vlm.generate(vlm.collator(examples), Sampling(max_new_tokens=8), 0)}) == 5
+
+
+@pytest.mark.slow
+def test_the_command_line_measures_and_trains_such_a_model(tmp_path: Path, tiny_sets: Path) -> None:
+    """As docs/vlms.md says it; the answers are not judged."""
+    (tmp_path / "vlm").mkdir()
+    families.qwen2_vl(tmp_path / "vlm")
+    overlay = {"trainer": {"callbacks": [{"class_path": "callbacks.record_writer.RecordWriter"}]}}
+    (tmp_path / "overlay.yaml").write_text(json.dumps(overlay))
+    same = [
+        "--model.vlm=safervlm.vlm.transformers.Transformers",
+        f"--model.vlm.model={tmp_path / 'vlm'}",
+        f"--data.folder={tiny_sets / 'unsafe'}",
+        f"--data.safe_folder={tiny_sets / 'safe'}",
+        "--data.num_workers=0",
+        "--trainer.accelerator=cpu",
+    ]
+    measure = ["--config=configs/measure.yaml", f"--config={tmp_path / 'overlay.yaml'}", "--data.split=test"]
+    sft = ["--config=configs/sft.yaml", "--model.vlm.lora.r=2", "--trainer.max_steps=2", "--data.batch_size=4"]
+    main(["fit", *sft, *same, f"--run={tmp_path / 'sft'}"])
+    adapter = f"--model.vlm.adapter={tmp_path / 'sft' / 'adapter'}"
+    main(["predict", *measure, *same, adapter, "--model.sampling.max_new_tokens=4", f"--run={tmp_path / 'measured'}"])
+    responses = read_jsonl(tmp_path / "measured" / "responses.jsonl")
+    assert {response["capability"] for response in responses} == {*protocol.CAPABILITIES}
