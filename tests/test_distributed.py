@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from processes import play, play_on_two, write_config
+from processes import play, play_together, write_config
 from torch import Tensor
 
 pytestmark = pytest.mark.slow
@@ -79,7 +79,7 @@ def trained(command, tmp_path_factory) -> Callable[[str, str], Path]:
     def run(case: str, strategy: str) -> Path:
         if (case, strategy) not in done:
             folder = tmp_path_factory.mktemp(f"{case}-{strategy}")
-            (play if strategy == "one" else play_on_two)(command(case, strategy), folder)
+            (play if strategy == "one" else play_together)(command(case, strategy), folder)
             done[case, strategy] = folder / "run"
         return done[case, strategy]
 
@@ -121,8 +121,8 @@ def test_two_processes_equal_one(case, strategy, trained):
 def test_two_processes_are_killed_and_go_on(case, strategy, command, trained, tmp_path):
     line = command(case, strategy)
     kill = ["--trainer.callbacks+=processes.SignalAtBatchEnd", "--trainer.callbacks.batch=3"]
-    play_on_two([*line, *kill], tmp_path, code=-9)
-    assert "going on from" in play_on_two(line, tmp_path)
+    play_together([*line, *kill], tmp_path, code=-9)
+    assert "going on from" in play_together(line, tmp_path)
     whole = trained(case, strategy)
     expected, found = weights(whole), weights(tmp_path / "run")
     assert found.keys() == expected.keys()
@@ -136,7 +136,7 @@ def test_two_processes_are_killed_and_go_on(case, strategy, command, trained, tm
 def test_processes_with_unequal_batches_agree_on_the_number_of_steps(strategy, command, tmp_path):
     """The last batch is 5 answers in one process and 4 in the other: 4 a step would be two steps and one."""
     sizes = ["--model.mini_batch_size=4", "--model.micro_batch_size=2", "--model.ppo_epochs=2"]
-    play_on_two(command("ppo", strategy, *sizes, "--trainer.max_steps=-1", "--trainer.max_epochs=1"), tmp_path)
+    play_together(command("ppo", strategy, *sizes, "--trainer.max_steps=-1", "--trainer.max_epochs=1"), tmp_path)
     state = (
         torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False) if strategy == "ddp" else None
     )
@@ -150,7 +150,7 @@ def test_processes_with_unequal_batches_agree_on_the_number_of_steps(strategy, c
 def test_bfloat16_with_gradient_checkpointing_runs(case, strategy, command, tmp_path):
     more = ["--trainer.precision=bf16-mixed", "--model.vlm.gradient_checkpointing=true", "--trainer.max_steps=4"]
     line = command(case, strategy, *more, "--model.vlm.dtype=bfloat16")
-    (play if strategy == "one" else play_on_two)(line, tmp_path)
+    (play if strategy == "one" else play_together)(line, tmp_path)
     found = weights(tmp_path / "run")
     assert all(torch.isfinite(value).all() for value in found.values())
     assert all(value.abs().max() > 1e-4 for name, value in found.items() if "lora_B" in name)

@@ -1,12 +1,13 @@
 """Measuring: what is killed goes on, and neither batches nor processes change an answer."""
 
 import json
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import Played, play, play_on_two, write_config
+from processes import Played, play, play_together, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -89,7 +90,7 @@ def test_the_batch_size_changes_nothing(batch_size, temperature, command, uninte
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 def test_two_processes_change_nothing(temperature, command, uninterrupted, tmp_path):
-    play_on_two(command("run", *DDP, f"--model.sampling.temperature={temperature}"), tmp_path)
+    play_together(command("run", *DDP, f"--model.sampling.temperature={temperature}"), tmp_path)
     assert responses(tmp_path) == uninterrupted(temperature)
 
 
@@ -107,6 +108,38 @@ def test_killed_three_times_with_torn_lines(command, uninterrupted, tmp_path):
     assert responses(tmp_path) == uninterrupted(1.0)
 
 
+def test_killed_at_twenty_random_moments(command, uninterrupted, tmp_path):
+    line = command("run", "--data.batch_size=1")
+    shards = tmp_path / "run" / "shards" / "responses"
+    rng = random.Random(0)
+    there = []
+    for _ in range(20):
+        before = set(shards.glob("*.jsonl"))
+        played = Played(line, tmp_path)
+        while played.process.exitcode is None and set(shards.glob("*.jsonl")) <= before:
+            played.process.join(0.005)
+        played.process.join(rng.uniform(0, 0.05))
+        played.process.kill()
+        played.process.join()
+        there.append(lines_in_shards(tmp_path))
+    assert there == sorted(there)  # nothing is lost
+    assert len(set(there)) > 5, there  # the moments differ
+    assert f"{there[-1]} records are there already" in play(line, tmp_path)
+    assert responses(tmp_path) == uninterrupted(1.0)
+
+
+def test_four_processes_are_killed_and_one_goes_on_and_then_two(command, uninterrupted, tmp_path):
+    kill = ["--trainer.callbacks+=processes.KillInPredict", "--trainer.callbacks.torn=9"]
+    line = command("run", "--trainer.strategy=ddp", "--trainer.devices=4")
+    play_together([*line, *kill, "--trainer.callbacks.batch=1"], tmp_path, code=-9, processes=4)
+    first = lines_in_shards(tmp_path)
+    assert 4 * 2 <= first <= 4 * 5
+    play([*command("run"), *kill, "--trainer.callbacks.batch=2"], tmp_path, code=-9)
+    assert lines_in_shards(tmp_path) > first
+    play_together(command("run", *DDP), tmp_path)
+    assert responses(tmp_path) == uninterrupted(1.0)
+
+
 def test_killed_while_merging(command, uninterrupted, tmp_path):
     line = command("run")
     play([*line, "--trainer.callbacks+=processes.KillInMerge"], tmp_path, code=-9)
@@ -120,12 +153,12 @@ def test_killed_while_merging(command, uninterrupted, tmp_path):
 
 def test_two_processes_are_killed_and_one_goes_on_and_then_two(command, uninterrupted, tmp_path):
     kill = ["--trainer.callbacks+=processes.KillInPredict", "--trainer.callbacks.torn=9"]
-    play_on_two([*command("run", *DDP), *kill, "--trainer.callbacks.batch=2"], tmp_path, code=-9)
+    play_together([*command("run", *DDP), *kill, "--trainer.callbacks.batch=2"], tmp_path, code=-9)
     assert lines_in_shards(tmp_path) == 2 * 8
     play([*command("run"), *kill, "--trainer.callbacks.batch=3"], tmp_path, code=-9)
     # Batches hold an image's questions together, so one of them may be smaller than the three that fit.
     assert 2 * 8 + 8 <= lines_in_shards(tmp_path) <= 2 * 8 + 11
-    play_on_two(command("run", *DDP), tmp_path)
+    play_together(command("run", *DDP), tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
 
 
