@@ -242,6 +242,8 @@ class SaferCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Goes on from the run's last checkpoint unless another one is named."""
+        if self.trainer.limit_train_batches == 0:
+            fail("--trainer.limit_train_batches: 0 leaves nothing to train on; give 1.0")
         self.take_last_checkpoint("fit")
 
     def before_validate(self) -> None:
@@ -318,6 +320,8 @@ def run(args: Sequence[str]) -> None:
     # A user's own objective beside the shell's folder can be named; appended, so that it never takes a package's place.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
+    # What is typed most is short.
+    args = [re.sub(r"^--limit(?==|$)", "--data.limit", argument) for argument in args]
     with as_command_line(args):
         try:
             SaferCLI([local_or_shipped(argument) for argument in args])

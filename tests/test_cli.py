@@ -147,6 +147,13 @@ def test_every_strategy_parses(file: Path) -> None:
     assert "strategy:" in process.stdout
 
 
+def test_limit_is_short_for_the_datas(tiny_llava: Path, only_built: list[SaferCLI]) -> None:
+    line = ["predict", *PICTOGRAMS, "--model.vlm.model", str(tiny_llava)]
+    main([*line, "--limit", "3"])
+    main([*line, "--limit=4"])
+    assert [built.datamodule.limit for built in only_built] == [3, 4]
+
+
 def test_the_seed_reaches_model_and_data(tiny_llava: Path, only_built: list[SaferCLI]) -> None:
     main(["fit", "--config", "configs/sft.yaml", "--model.vlm.model", str(tiny_llava), "--seed_everything", "7"])
     assert only_built[0].model.seed == only_built[0].datamodule.seed == 7
@@ -168,7 +175,7 @@ ERRORS = {
         [*PICTOGRAMS, "--data.capabilities", "alignment"],
         "--data.capabilities: expected a list, got 'alignment'; write a list, '[alignment]'",
     ),
-    "argument of the data": ([*PICTOGRAMS, "--limit", "3"], "unknown argument --limit; did you mean --data.limit?"),
+    "argument of the data": ([*PICTOGRAMS, "--split", "test"], "unknown argument --split; did you mean --data.split?"),
     "argument of the model": ([*PICTOGRAMS, "--data.image_fit", "pad"], "unknown argument --data.image_fit; --help"),
     "overlay alone": (
         ["--config", "configs/pictograms/measure.yaml"],

@@ -169,6 +169,20 @@ class ImageRecord:
         return self.question("alignment", number, ALIGNMENT_QUESTIONS[number], self.label)
 
 
+def require_metadata(folder: Path) -> Path:
+    """The metadata of a set's folder.
+
+    Raises:
+        RecordError: there is none.
+    """
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        raise RecordError(
+            f"data.folder: {metadata} is missing: a set's folder holds metadata.jsonl and its images (docs/data.md)"
+        )
+    return metadata
+
+
 def read_images(folder: Path, dataset: str, label: str) -> list[ImageRecord]:
     """The images of a local folder, in data-set order.
 
@@ -181,9 +195,7 @@ def read_images(folder: Path, dataset: str, label: str) -> list[ImageRecord]:
         RecordError: the file is missing or empty; a record lacks a field, has an unknown category, or names an image
             that is missing, lies outside the folder or was named before.
     """
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        raise RecordError(f"{metadata} is missing: a set's folder holds metadata.jsonl and its images")
+    metadata = require_metadata(folder)
     images = []
     seen = set()
     for number, record in enumerate(read_jsonl(metadata), 1):
@@ -418,6 +430,9 @@ class ImageSets(SaferData):
 
     def prepare_data(self) -> None:
         """Downloads what isn't there, on one process."""
+        for repo, folder in ((self.repo, self.folder), (self.safe_repo, self.safe_folder)):
+            if repo is None and folder is not None:
+                require_metadata(folder)  # before anything is fetched
         for repo, folder in ((self.repo, self.folder), (self.safe_repo, self.safe_folder)):
             if repo is not None and folder is not None and not folder.exists():
                 download(repo, folder)
