@@ -33,6 +33,7 @@ from safervlm.scoring import (
     DIVERSITY,
     MEASURES,
     NEW_CONCEPTS,
+    OVER_FLAGGING,
     OVERALL,
     THESE_CONCEPTS,
     by_category,
@@ -43,6 +44,7 @@ from safervlm.scoring import (
     load_run,
     modality_gap,
     overall,
+    paired_difference,
     percent,
     records,
     scores,
@@ -285,11 +287,20 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, An
                     "interval": None if source is None or np.isnan(source["low"]) else (source["low"], source["high"]),
                     "method": "" if source is None else f"{source['varies']}; {source['method']}".removeprefix("; "),
                     "difference": None if run is runs[0] or np.isnan(difference) or not comparable else signed,
+                    "paired": paired(run, runs[0], column) if run is not runs[0] and comparable else "",
                     "left_out": None if left_out is None or np.isnan(left_out) else left_out,
                 }
             )
         rows.append({"name": run.name, "cells": cells, "na": row["na_rate"], "n": row["n"]})
     return {"headings": [(column, COLUMNS[column][0]) for column in columns], "rows": rows}
+
+
+def paired(run: Run, base: Run, column: str) -> str:
+    """The 95 % interval of a run's difference from the first one, new concepts; empty where it can't be had."""
+    if COLUMNS[column][1] not in (ACCURACY_NA_WRONG, OVER_FLAGGING):
+        return ""
+    estimate = paired_difference(run.frame, base.frame, column)
+    return "" if np.isnan(estimate.low) else f"{100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}"
 
 
 def asked(frame: pd.DataFrame, column: str) -> frozenset[str]:

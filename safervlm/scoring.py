@@ -297,6 +297,24 @@ def interval_paired(differences: Floats) -> tuple[float, float] | None:
     return max(float(differences.mean()) - half, -1.0), min(float(differences.mean()) + half, 1.0)
 
 
+def interval_difference(differences: Floats, answers: Floats) -> tuple[float, float] | None:
+    """The 95 % t interval of ``sum(differences) / sum(answers)`` over other concepts: two runs on the same questions.
+
+    The variance is CR2's, as in :func:`interval_new_concepts`. None for fewer than 10 concepts, or if none differs.
+
+    Args:
+        differences: (concepts,) right answers of the one run minus those of the other.
+        answers: (concepts,) answers of each run about each concept, at least 1.
+    """
+    if len(answers) < FEWEST_CONCEPTS or np.ptp(differences / answers) < 1e-12:
+        return None
+    total = answers.sum()
+    value = float(differences.sum() / total)
+    squares = (differences - value * answers) ** 2 / (1 - answers / total) / total**2
+    half = float(stdtrit(effective_freedom(squares), 0.975) * np.sqrt(squares.sum()))
+    return max(value - half, -1.0), min(value + half, 1.0)
+
+
 # --- measures ---------------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +420,33 @@ def modality_gap(frame: pd.DataFrame) -> Estimate:
     if interval is None:
         return Estimate(gaps.mean(), np.nan, np.nan, _TOO_FEW if len(gaps) < FEWEST_CONCEPTS else _NO_SPREAD)
     return Estimate(gaps.mean(), *interval, _BY_PAIR)
+
+
+def paired_difference(frame: pd.DataFrame, base: pd.DataFrame, column: str) -> Estimate:
+    """What a run differs in from another one that was asked the same questions, paired by concept.
+
+    Args:
+        frame: of :func:`load_run`.
+        base: the run to compare with, asked the same in this column.
+        column: of :data:`COLUMNS`: an accuracy with N/A as wrong, or over-flagging.
+    """
+    _, measure, capability, side = COLUMNS[column]
+    hits = []
+    for run in (frame, base):
+        asked = run[(run["capability"] == capability) & (run["side"] == side)].set_index("id")
+        says = asked["label"] == (UNSAFE if measure == OVER_FLAGGING else asked["answer"])
+        hits.append(says.astype(float))
+    concepts = [asked["category"], asked["concept"]]
+    # pandas subtracts by index, the questions' ids.
+    by_concept = (hits[0] - hits[1]).reindex(asked.index).groupby(concepts)
+    differences, answers = np.asarray(by_concept.sum(), np.float64), np.asarray(by_concept.size(), np.float64)
+    if not len(answers):
+        return Estimate(np.nan, np.nan, np.nan, _NOTHING)
+    value = float(differences.sum() / answers.sum())
+    interval = interval_difference(differences, answers)
+    if interval is None:
+        return Estimate(value, np.nan, np.nan, _TOO_FEW if len(answers) < FEWEST_CONCEPTS else _NO_SPREAD)
+    return Estimate(value, *interval, _BY_PAIR)
 
 
 def self_bleu(responses: Sequence[str], order: int = 4) -> float:

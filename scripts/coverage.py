@@ -16,7 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv
 
-from safervlm.scoring import FEWEST_CONCEPTS, interval_new_concepts, interval_paired, interval_these_concepts
+from safervlm.scoring import (
+    FEWEST_CONCEPTS,
+    interval_difference,
+    interval_new_concepts,
+    interval_paired,
+    interval_these_concepts,
+)
 
 # Images of every concept of UnsafeConcepts, by category.
 IMAGES = {
@@ -111,6 +117,30 @@ def simulate_gap(
     return np.array(rows, float)
 
 
+def simulate_difference(
+    sizes: Sequence[int], first: float, second: float, correlation: float, repetitions: int, rng: np.random.Generator
+) -> Floats:
+    """(repetitions, 2) whether the interval of a difference between two runs held, and its length; NaN without one.
+
+    The runs share each concept's quantile (what is hard for one is hard for the other), and each image's luck by half.
+    """
+    images = np.asarray(sizes)
+    concepts = np.repeat(np.arange(len(images)), images)
+    rows = []
+    for _ in range(repetitions):
+        quantiles = rng.random(len(images))
+        luck, shared = rng.random((2, len(concepts))), rng.random(len(concepts))
+        together = rng.random(len(concepts)) < 0.5
+        right = [
+            (np.where(together, shared, own) < rates(quantiles, rate, correlation)[concepts]).astype(float)
+            for own, rate in zip(luck, (first, second), strict=True)
+        ]
+        interval = interval_difference(np.bincount(concepts, right[1] - right[0]), images.astype(float))
+        truth = second - first
+        rows.append((interval[0] <= truth <= interval[1], interval[1] - interval[0]) if interval else (np.nan,) * 2)
+    return np.array(rows, float)
+
+
 def lines(repetitions: int, seed: int) -> Iterator[str]:
     """The two Markdown tables, line by line."""
     rng = np.random.default_rng(seed)
@@ -150,14 +180,30 @@ def lines(repetitions: int, seed: int) -> Iterator[str]:
             yield f"| {name} | {text:g}, {image:g} | " + " | ".join(cells) + " |"
 
 
+def difference_lines(repetitions: int, seed: int) -> Iterator[str]:
+    """The table of the differences between two runs."""
+    rng = np.random.default_rng(seed)
+    yield "The difference between two runs on the same questions, one an image (accuracy of the one, of the other):"
+    yield ""
+    yield "| clusters | accuracies | " + " | ".join(f"correlation {c:g}" for c in CORRELATIONS) + " |"
+    yield "|---|---|" + "---|" * len(CORRELATIONS)
+    for design in (DESIGNS[0], DESIGNS[2], DESIGNS[-1]):
+        for first, second in ((0.3, 0.9), (0.5, 0.8), (0.8, 0.8), (0.95, 0.97)):
+            cells = [simulate_difference(design[1], first, second, c, repetitions, rng) for c in CORRELATIONS]
+            shown = " | ".join("{:.3f} ({:.2f})".format(*np.nanmean(cell, axis=0)) for cell in cells)
+            yield f"| {design[0]} | {first:g}, {second:g} | {shown} |"
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=2000, help="simulated experiments a cell (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default 0)")
     arguments = parser.parse_args()
-    for line in lines(arguments.repetitions, arguments.seed):
-        print(line, flush=True)
+    for table in (lines, difference_lines):
+        for line in table(arguments.repetitions, arguments.seed):
+            print(line, flush=True)
+        print()
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def dom(page, tmp_path_factory):
 # --- in the browser ---------------------------------------------------------------------------------------------------
 
 
-def test_overall_table_equals_the_csv(dom, page):
+def test_overall_table_equals_the_csv(dom, page, runs):
     table = pd.read_csv(page.with_name("report_overall.csv"), index_col="run")
     rows = dom.table(id="overall")[1:]
     assert [row[0]["text"] for row in rows] == list(table.index) == ["base", "p&p_$o<1>"]
@@ -202,7 +202,10 @@ def test_overall_table_equals_the_csv(dom, page):
                 seen.add(name)
     assert seen == set(table.columns)
     base, ppo = table.loc["base"], table.loc["p&p_$o<1>"]
-    assert f"{100 * (ppo.image_unsafe - base.image_unsafe):+.1f}" in rows[1][3]["text"]
+    estimate = scoring.paired_difference(*(scoring.load_run(run) for run in reversed(runs)), "image_unsafe")
+    assert estimate.value == pytest.approx(ppo.image_unsafe - base.image_unsafe)
+    for shown in (f"{100 * estimate.value:+.1f}", f"{100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}"):
+        assert shown in rows[1][3]["text"]
 
 
 @pytest.mark.parametrize("name", ["base", "p&p_$o<1>"])
