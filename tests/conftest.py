@@ -179,9 +179,9 @@ def tiny_judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def measuring_line(tiny_llava: Path, tiny_judges: Path) -> Callable[[Path, Path], list[str]]:
-    """``measuring_line(run, folder)``: the command that asks a tiny LLaVA about a set's test part, and judges."""
-    judges = {
+def tiny_panel(tiny_judges: Path) -> dict[str, object]:
+    """The settings of the two judges, as a configuration has them."""
+    return {
         name: {
             "class_path": "safervlm.judge.Judge",
             "init_args": {
@@ -192,9 +192,14 @@ def measuring_line(tiny_llava: Path, tiny_judges: Path) -> Callable[[Path, Path]
         }
         for name, labels in {"alignment": ["Safe", "Unsafe", "N/A"], "perception": [*"ABCD", "N/A"]}.items()
     }
+
+
+@pytest.fixture(scope="session")
+def measuring_line(tiny_llava: Path, tiny_panel: dict[str, object]) -> Callable[[Path, Path], list[str]]:
+    """``measuring_line(run, folder)``: the command that asks a tiny LLaVA about a set's test part, and judges."""
     callbacks = [
         {"class_path": "callbacks.record_writer.RecordWriter"},
-        {"class_path": "callbacks.judge_responses.JudgeResponses", "init_args": {"panel": judges}},
+        {"class_path": "callbacks.judge_responses.JudgeResponses", "init_args": {"panel": tiny_panel}},
         {"class_path": "callbacks.score_table.ScoreTable"},
     ]
     return lambda run, folder: [

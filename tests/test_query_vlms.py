@@ -12,23 +12,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def query(tiny_llava: Path, tiny_sets: Path, tiny_judges: Path, tmp_path: Path):
+def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_path: Path):
     """``query(*vlms)``: what the script prints; ``good`` is a VLM, ``bad`` names a folder that isn't there."""
-    judges = {
-        "alignment": ["Safe", "Unsafe", "N/A"],
-        "perception": [*"ABCD", "N/A"],
-    }
-    panel = {
-        name: {
-            "class_path": "safervlm.judge.Judge",
-            "init_args": {
-                "checkpoint": str(tiny_judges / name / "epoch_10.pt"),
-                "base": str(tiny_judges / name),
-                "labels": labels,
-            },
-        }
-        for name, labels in judges.items()
-    }
     overlay = {
         "model": {"init_args": {"sampling": {"max_new_tokens": 3}}},
         "data": {"init_args": {"folder": str(tiny_sets / "unsafe"), "limit": 2, "num_workers": 0}},
@@ -37,7 +22,7 @@ def query(tiny_llava: Path, tiny_sets: Path, tiny_judges: Path, tmp_path: Path):
             "enable_progress_bar": False,
             "callbacks": [
                 {"class_path": "callbacks.record_writer.RecordWriter"},
-                {"class_path": "callbacks.judge_responses.JudgeResponses", "init_args": {"panel": panel}},
+                {"class_path": "callbacks.judge_responses.JudgeResponses", "init_args": {"panel": tiny_panel}},
             ],
         },
     }
