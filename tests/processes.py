@@ -6,6 +6,7 @@ A server that has imported what a command needs forks each of them: seconds less
 import io
 import multiprocessing
 import os
+import random
 import signal
 import socket
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ import torch
 import yaml
 from lightning import Callback
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+from safervlm.data.base import OrderedLoader, in_batches
+from safervlm.data.unsafe_concepts import UnsafeConcepts
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -121,6 +125,18 @@ def write_config(file: Path, config: dict[str, object]) -> Path:
     """Writes a YAML file."""
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     return file
+
+
+class ShuffledConcepts(UnsafeConcepts):
+    """Asks in another order, whatever the batches."""
+
+    def predict_dataloader(self) -> OrderedLoader:
+        loader = super().predict_dataloader()
+        rows = [row for batch in loader.batches for row in batch]
+        random.Random(3).shuffle(rows)
+        loader.batches = in_batches(rows, self.batch_size)
+        loader.length = len(loader.batches)
+        return loader
 
 
 class SignalAtBatchEnd(Callback):

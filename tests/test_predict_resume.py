@@ -108,6 +108,15 @@ def test_killed_three_times_with_torn_lines(command, uninterrupted, tmp_path):
     assert responses(tmp_path) == uninterrupted(1.0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_the_order_of_the_questions_changes_nothing(temperature, command, uninterrupted, tmp_path):
+    line = command("run", f"--model.sampling.temperature={temperature}", "--data=processes.ShuffledConcepts")
+    play(line, tmp_path)
+    stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    assert stages["measure"]["settings"]["data"]["class"] == "processes.ShuffledConcepts"
+    assert responses(tmp_path) == uninterrupted(temperature)
+
+
 def test_killed_at_twenty_random_moments(command, uninterrupted, tmp_path):
     line = command("run", "--data.batch_size=1")
     shards = tmp_path / "run" / "shards" / "responses"
