@@ -176,7 +176,7 @@ class PPO(Objective):
         self.judge.configure_model()
         if self.value_head is None:
             self.value_head = nn.Linear(self.vlm.hidden_size, 1)
-            torch.nn.utils.vector_to_parameters(torch.zeros(self.vlm.hidden_size + 1), self.value_head.parameters())
+            self.value_head.load_state_dict({n: torch.zeros_like(p) for n, p in self.value_head.state_dict().items()})
 
     def on_fit_start(self) -> None:
         """The judge goes where the model is."""
