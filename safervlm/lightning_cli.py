@@ -215,14 +215,14 @@ class SaferCLI(LightningCLI):
         if self.subcommand not in can:
             fail(f"--config: {path} is not for {self.subcommand}; use safervlm {' or '.join(can)}, or another recipe")
         self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"
+
+    def instantiate_classes(self) -> None:
+        """Makes trainer, model and data; what they refuse is said in one line."""
         run = self.config[self.subcommand]["run"]
         try:
             Path(run).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"--run: the folder {run!r} can't be made ({error.strerror}); name another one")
-
-    def instantiate_classes(self) -> None:
-        """Makes trainer, model and data; what they refuse is said in one line."""
         try:
             super().instantiate_classes()
         except MisconfigurationException as error:

@@ -78,7 +78,12 @@ def verify(
     loader: DataLoader[Example] = DataLoader(asked, batch_size, collate_fn=cli.model.collator)  # type: ignore[arg-type]
     kept = Kept()
     trainer = L.Trainer(
-        devices=1, callbacks=[kept], logger=False, enable_checkpointing=False, enable_model_summary=False
+        devices=1,
+        precision=cli.trainer.precision,
+        callbacks=[kept],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
     )
     trainer.predict(cli.model, loader, return_predictions=False)
     after = {record.id: record for record in kept.records if isinstance(record, Response)}
@@ -144,5 +149,5 @@ def show(
         most = 100 * binomtest(sum(verdicts), len(verdicts)).proportion_ci().high
         console.print(
             f"accuracy on the sample: {once:.1f} %, then {again:.1f} %; that of the whole run moves by at most "
-            f"{most:.1f} points"
+            f"{most:.1f} points (upper end of the verdicts' interval)"
         )

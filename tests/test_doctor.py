@@ -98,3 +98,9 @@ def test_a_config_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[st
 
 def test_settings_are_flattened_through_lists() -> None:
     assert dict(flat({"a": [{"b": 1}, {"b": "x"}], "c": {"d": None}})) == {"a.0.b": 1, "a.1.b": "x", "c.d": None}
+
+
+def test_looking_leaves_nothing_behind(examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    examine("--config", "configs/measure.yaml")
+    assert not list(tmp_path.iterdir())

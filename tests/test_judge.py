@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -532,3 +533,13 @@ def test_what_is_held_out_depends_on_seed_and_text_alone(tmp_path, capsys):
 def test_heavy_things_wait_for_the_first_use():
     judge = Judge("nowhere.pt")
     assert list(judge.parameters()) == []
+
+
+def test_a_judge_learns_from_labelled_answers_alone():
+    collator = LabelCollator(LABELS["alignment"])
+    question = Question("S/1/alignment/0", "S", "1", None, "alignment", 0, "?", "c", "x", "Safe")
+    texts, numbers = collator([Example(question, ("Yes.",))])
+    assert (texts, numbers.tolist()) == (["Yes."], [0])
+    for completions, answer in ((("Yes.", "No."), "Safe"), ((), "Safe"), (("Yes.",), "A")):
+        with pytest.raises(RecordError, match=r"^S/1/alignment/0: no answer labelled Safe, Unsafe, N/A"):
+            collator([Example(replace(question, answer=answer), completions)])

@@ -636,6 +636,9 @@ def test_training_goes_on_after_inference_mode(policy: CogVLM, examples: list[Ex
         policy.generate(batch, Sampling(max_new_tokens=2), seed=0)
         policy.score(batch)
     policy.score(batch).logprobs.sum().backward()
+    gradients = [parameter.grad for name, parameter in policy.named_parameters() if ".default." in name]
+    assert gradients
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
 def test_a_saved_adapter_scores_the_same(
