@@ -1,4 +1,4 @@
-"""How often the 95 % intervals of ``safervlm.scoring`` hold, simulated on the real data set's clusters.
+"""How often the 95 % intervals of ``safervlm.intervals`` hold, simulated on the real data set's clusters.
 
     python scripts/coverage.py [--repetitions 2000] [--seed 0]
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv
 
-from safervlm.scoring import (
+from safervlm.intervals import (
     FEWEST_CONCEPTS,
     interval_difference,
     interval_new_concepts,

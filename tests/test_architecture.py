@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("protocol", "records", "functional", "images", "__init__"),
+    ("protocol", "records", "functional", "intervals", "images", "__init__"),
     ("scoring", "run"),
     ("vlm", "data", "judge", "reports"),
     ("objectives", "measure"),
