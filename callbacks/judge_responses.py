@@ -34,7 +34,9 @@ class JudgeResponses(Callback):
             return
         run = Path(trainer.default_root_dir)
         responses = read_responses(run)
-        judges = {r.id: self.panel.judge_of(r.question.capability).fingerprint for r in responses}
+        # A rating needs another model: RateResponses.
+        responses = [response for response in responses if response.question.capability != "rated"]
+        judges = {response.id: self.panel.reader(response.question.capability) for response in responses}
         verdicts: dict[str, Verdict] = {}
         others = 0
         if (run / VERDICTS).exists():

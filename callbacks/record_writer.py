@@ -81,8 +81,13 @@ class RecordWriter(Callback):
             if missing:
                 raise RecordError(f"{missing[0]}: no record was written ({len(missing)} are missing); run it again")
             run = Path(trainer.default_root_dir)
-            write_jsonl(run / self.file, (records[name] for name in asked if name in records))
+            # What was asked before and isn't now (a set of several) stays.
+            others = records.keys() - set(asked)
+            names = [*(name for name in asked if name in records), *(name for name in records if name in others)]
+            write_jsonl(run / self.file, (records[name] for name in names))
             file = run / f"{Path(self.file).stem}-failed.jsonl"
+            if file.is_file():
+                failed += [each for each in read_jsonl(file) if each["id"] not in {*asked, *records}]
             if failed:
                 write_jsonl(file, failed)
             else:

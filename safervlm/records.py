@@ -44,7 +44,10 @@ class Question:
         prompt: the question as the VLM is asked it, without any conversation template.
         category: one of the nine categories, or the name of the safe set.
         concept: what the image shows.
-        answer: the right label: ``Safe`` or ``Unsafe``, or a letter for perception.
+        answer: the right label: ``Safe`` or ``Unsafe``, a letter for perception, ``Yes`` or ``No`` for ``yes_no``; the
+            expected answer for ``occurs``, the reference answer for ``rated``.
+        context: what only the judge is told of the image (LLaVABench's caption).
+        drawn: whether it is the one of an image's questions that the published evaluation draws.
     """
 
     id: str
@@ -57,6 +60,23 @@ class Question:
     category: str
     concept: str
     answer: str
+    context: str = ""
+    drawn: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that say something: the last two stand only in the records of an evaluation."""
+        record = asdict(self)
+        return {name: record[name] for name in record if record[name] or name not in ("context", "drawn")}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """Reads what :meth:`to_dict` wrote, among other fields.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+        there = {field.name: record[field.name] for field in fields(cls) if field.name not in ("context", "drawn")}
+        return cls(**there, context=record.get("context", ""), drawn=record.get("drawn", False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +117,12 @@ class Response:
     def to_dict(self) -> dict[str, Any]:
         """The flat record of ``responses.jsonl``."""
         answer = {"response": self.response, "finish_reason": self.finish_reason, "tokens": self.tokens}
-        return asdict(self.question) | answer
+        return self.question.to_dict() | answer
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
         """Reads what :meth:`to_dict` wrote."""
-        question = Question(**{field.name: record[field.name] for field in fields(Question)})
-        return cls(question, record["response"], record["finish_reason"], record["tokens"])
+        return cls(Question.from_dict(record), record["response"], record["finish_reason"], record["tokens"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +144,12 @@ class Failure:
 
     def to_dict(self) -> dict[str, Any]:
         """The record of ``responses-failed.jsonl``."""
-        return {"id": self.id, "reason": self.reason}
+        return self.question.to_dict() | {"reason": self.reason}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """Reads what :meth:`to_dict` wrote."""
+        return cls(Question.from_dict(record), record["reason"])
 
 
 @dataclass(frozen=True, slots=True)

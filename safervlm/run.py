@@ -37,7 +37,8 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
     """Refuses to go on in a folder that was made with other settings.
 
     A stage that left nothing behind is no obstacle. Where questions failed, the images may have been mended since: it
-    is the way out that a failure names.
+    is the way out that a failure names. Of several sets (:class:`safervlm.data.suite.Suite`) those are compared that
+    are asked now and were asked before.
 
     Raises:
         SettingsDifferError: names the settings that differ, at most five.
@@ -49,8 +50,16 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
     before, now = flatten(there["settings"]), flatten(json.loads(json.dumps(settings)))
     if "trainer" not in settings:  # validating what was fitted: how it was trained is none of its settings
         before = {key: value for key, value in before.items() if not key.startswith("trainer.")}
-    mended = {"data.images"} if (run / FAILED).exists() else set()
-    differing = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in mended]
+    both = set.intersection(
+        *({key.split(".")[2] for key in flat if key.startswith("data.sets.")} for flat in (before, now))
+    )
+    differing = [
+        key
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+        and not (key.startswith("data.sets.") and key.split(".")[2] not in both)
+        and not (key.startswith("data.") and key.endswith(".images") and (run / FAILED).exists())
+    ]
     if differing:
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing[:5])
         more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
@@ -131,6 +140,9 @@ class RunManifest(Callback):
                 "strategy": type(trainer.strategy).__name__,
                 "world_size": trainer.world_size,
             }
+            if "sets" in settings["data"]:  # those that were asked before stay on record
+                before = read_manifest(run)["stages"].get(name, {}).get("settings", {}).get("data", {}).get("sets", {})
+                settings["data"]["sets"] = before | settings["data"]["sets"]
             write_stage(run, name, settings=settings, provenance=provenance, finished=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

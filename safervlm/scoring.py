@@ -50,7 +50,7 @@ from safervlm.intervals import (
     interval_paired,
     interval_these_concepts,
 )
-from safervlm.protocol import CATEGORIES, LABELS, NOT_APPLICABLE, SAFE, UNSAFE
+from safervlm.protocol import CAPABILITIES, CATEGORIES, LABELS, NOT_APPLICABLE, SAFE, UNSAFE
 from safervlm.records import RecordError, Response, Verdict, read_jsonl, write_atomically
 
 # What a row of `scores` measures.
@@ -443,7 +443,7 @@ def scores(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _parts(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """(capability, side, its rows), ``both`` after the two sides; in the protocol's order."""
-    for capability in LABELS:
+    for capability in CAPABILITIES:
         asked = frame[frame["capability"] == capability]
         sides = [side for side in ("unsafe", "safe", NO_SIDE) if (asked["side"] == side).any()]
         for side in sides:

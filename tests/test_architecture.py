@@ -7,8 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("protocol", "records", "functional", "intervals", "images", "__init__"),
+    ("protocol", "records", "functional", "intervals", "differences", "images", "rules", "rating", "__init__"),
     ("scoring", "run"),
+    ("evaluation",),
     ("vlm", "data", "judge", "reports"),
     ("objectives", "measure"),
     ("pictograms", "lightning_cli"),

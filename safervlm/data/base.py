@@ -6,7 +6,7 @@ in it is the number of batches delivered, and what a worker makes of an example 
 
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
@@ -320,7 +320,7 @@ class SaferData(LightningDataModule):
         for name in ("train", "validation", "predict"):
             examples: list[Example] = getattr(self.parts, name)
             if examples:
-                contents = (to_line(asdict(example.question) | {"image_path": None}) for example in examples)
+                contents = (to_line(example.question.to_dict() | {"image_path": None}) for example in examples)
                 description[name] = {
                     "examples": len(examples),
                     "ids": fingerprint("\n".join(example.question.id for example in examples)),

@@ -16,7 +16,7 @@ import random
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import GatedRepoError
 
 from safervlm.data.base import Collator, Parts, SaferData, text_field
+from safervlm.data.hub import hub_rows, local_name
 from safervlm.images import image_file
 from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
@@ -41,6 +40,7 @@ from safervlm.protocol import (
     UNSAFE,
     Capability,
     perception_question,
+    published_draw,
     text_only_question,
 )
 from safervlm.records import Example, Question, RecordError, fingerprint, read_jsonl, record_id, write_jsonl
@@ -68,12 +68,33 @@ class Split(NamedTuple):
     unused: list[int]
 
 
-def paper_split(concepts: Sequence[str], validation_fraction: float = 0.0) -> Split:
-    """The paper's split of the unsafe set.
+def published_order(concepts: Sequence[str]) -> Iterator[tuple[list[int], int]]:
+    """The paper's shuffle of the unsafe set, concept by concept.
 
     Python's random, seeded with 2024; for each concept in sorted order, its images in data-set order are shuffled once
-    and the first ``int(0.8 * n)`` are training images, the rest test images. The last ``int(validation_fraction * m)``
-    of a concept's m shuffled training images are its validation part (the paper has none).
+    and the first ``int(0.8 * n)`` are training images, the rest test images.
+
+    Args:
+        concepts: of each image, in data-set order.
+
+    Yields:
+        A concept's shuffled row numbers, and how many of them are training images.
+    """
+    generator = random.Random(SPLIT_SEED)
+    images = defaultdict(list)
+    for row, concept in enumerate(concepts):
+        images[concept].append(row)
+    for concept in sorted(images):
+        rows = images[concept]
+        generator.shuffle(rows)
+        yield rows, int(TRAIN_FRACTION * len(rows))
+
+
+def paper_split(concepts: Sequence[str], validation_fraction: float = 0.0) -> Split:
+    """The paper's split of the unsafe set (:func:`published_order`).
+
+    The last ``int(validation_fraction * m)`` of a concept's m shuffled training images are its validation part (the
+    paper has none).
 
     Args:
         concepts: of each image, in data-set order.
@@ -82,15 +103,8 @@ def paper_split(concepts: Sequence[str], validation_fraction: float = 0.0) -> Sp
     Returns:
         Each part in ascending order.
     """
-    generator = random.Random(SPLIT_SEED)
-    images = defaultdict(list)
-    for row, concept in enumerate(concepts):
-        images[concept].append(row)
     split = Split([], [], [], [])
-    for concept in sorted(images):
-        rows = images[concept]
-        generator.shuffle(rows)
-        training = int(TRAIN_FRACTION * len(rows))
+    for rows, training in published_order(concepts):
         kept = training - int(validation_fraction * training)
         split.train.extend(rows[:kept])
         split.validation.extend(rows[kept:training])
@@ -142,7 +156,7 @@ class ImageRecord:
     concept: str
     label: str
 
-    def question(self, capability: Capability, number: int, prompt: str, answer: str) -> Question:
+    def question(self, capability: Capability, number: int, prompt: str, answer: str, drawn: bool = False) -> Question:
         """A question about the image.
 
         Args:
@@ -150,6 +164,7 @@ class ImageRecord:
             number: which of the capability's prompts it is.
             prompt: as it is asked.
             answer: the right label.
+            drawn: whether the published evaluation draws it.
         """
         return Question(
             id=record_id(self.dataset, self.image, capability, number),
@@ -162,11 +177,17 @@ class ImageRecord:
             category=self.category,
             concept=self.concept,
             answer=answer,
+            drawn=drawn,
         )
 
-    def alignment_question(self, number: int) -> Question:
-        """The alignment question ``number`` (0 to 4) about the image."""
-        return self.question("alignment", number, ALIGNMENT_QUESTIONS[number], self.label)
+    def alignment_question(self, number: int, drawn: bool = False) -> Question:
+        """The alignment question ``number`` (0 to 4) about the image.
+
+        Args:
+            number: which of the five.
+            drawn: whether the published evaluation draws it.
+        """
+        return self.question("alignment", number, ALIGNMENT_QUESTIONS[number], self.label, drawn)
 
 
 def require_metadata(folder: Path) -> Path:
@@ -293,18 +314,7 @@ def download(repo: str, folder: Path) -> None:
     Raises:
         RecordError: no access, no connection, or columns that aren't a set's.
     """
-    name, _, revision = repo.partition("@")
-    try:
-        rows = datasets.load_dataset(name, split="train", revision=revision or None)
-    except (DatasetNotFoundError, GatedRepoError) as error:
-        raise RecordError(
-            f"{repo}: the Hub gives no access ({_first_line(error)}): accept the terms at "
-            f"https://huggingface.co/datasets/{name}, then run `hf auth login`; or name a local folder"
-        ) from None
-    except ConnectionError as error:
-        raise RecordError(
-            f"{repo}: the Hub can't be reached ({_first_line(error)}): try again, or name a local folder"
-        ) from None
+    rows = hub_rows(repo)
     columns = [
         column
         for column in ("category", "unsafe_concept", "concept", "option_str", "correct_option")
@@ -335,15 +345,6 @@ def download(repo: str, folder: Path) -> None:
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _folder_name(repo: str) -> str:
-    name, at, revision = repo.partition("@")
-    return Path(name).name + at + revision.replace("/", "-")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def spread(images: Sequence[ImageRecord], limit: int | None) -> list[ImageRecord]:
@@ -419,10 +420,10 @@ class ImageSets(SaferData):
         cache = Path(cache_dir).expanduser()
         self.repo = None if folder else repo
         self.safe_repo = None if safe_folder else safe_repo
-        self.folder = Path(folder or cache / _folder_name(repo))
+        self.folder = Path(folder or cache / local_name(repo))
         self.safe_folder = None
         if safe_folder or safe_repo:
-            self.safe_folder = Path(safe_folder or cache / _folder_name(str(safe_repo)))
+            self.safe_folder = Path(safe_folder or cache / local_name(str(safe_repo)))
         self.dataset = name
         self.safe_dataset = safe_name
         self.validation_fraction = validation_fraction
@@ -469,6 +470,19 @@ class ImageSets(SaferData):
             raise RecordError(f"{self.folder}: the {part} part of {self.dataset} is empty: {way_out}")
         return unsafe, safe
 
+    def published_draw(self) -> dict[tuple[str, str], int]:
+        """Of each test image, by set and name, which of the five questions the published evaluation asks.
+
+        Drawn over the test images in the first implementation's order: the unsafe ones concept by concept as they were
+        shuffled, then the safe ones.
+        """
+        unsafe, safe = self.sets
+        test = [
+            unsafe[row] for rows, training in published_order([i.concept for i in unsafe]) for row in rows[training:]
+        ]
+        test += [safe[row] for row in self.splits[1].test]
+        return {(image.dataset, image.image): n for image, n in zip(test, published_draw(len(test)), strict=True)}
+
     def describe(self) -> dict[str, Any]:
         """See :meth:`SaferData.describe`; with the sets' names, and a hash of their images' names and sizes."""
         images = [image for images in self.sets for image in images]
@@ -499,6 +513,8 @@ class UnsafeConcepts(ImageSets):
         cache_dir: where sets of the Hub are kept.
         split: which part to ask about; the text-only questions are those about the concepts that occur in it.
         capabilities: what to ask, in this order.
+        prompts: of alignment, about each image: all five, or only the one that the published evaluation draws (of a
+            test image); ``all`` marks that one, so that either can be scored.
         validation_fraction: of the training images, held out as the validation part; the paper holds out none.
         limit: asks about this many images of each set and this many concepts, spread over categories and concepts.
         collator: makes a batch of examples; the model's, set by the command line.
@@ -518,6 +534,7 @@ class UnsafeConcepts(ImageSets):
         cache_dir: str = "~/.cache/safervlm",
         split: PartName = "all",
         capabilities: Sequence[Capability] = CAPABILITIES,
+        prompts: Literal["all", "drawn"] = "all",
         validation_fraction: float = 0.0,
         limit: int | None = None,
         collator: Collator | None = None,
@@ -540,8 +557,13 @@ class UnsafeConcepts(ImageSets):
         )
         if unknown := [name for name in capabilities if name not in CAPABILITIES]:
             raise ValueError(f"data.capabilities: {unknown[0]!r} is none of {', '.join(CAPABILITIES)}")
+        if prompts == "drawn" and split != "test":
+            raise ValueError(
+                "data.prompts: the draw is published for the test part; set data.split to test, or ask all"
+            )
         self.split = split
         self.capabilities = capabilities
+        self.prompts = prompts
 
     def load(self) -> Parts:
         """The questions, by capability, then in data-set order, the unsafe set first."""
@@ -552,11 +574,21 @@ class UnsafeConcepts(ImageSets):
             if capability == "perception":
                 questions += self._perception([image for image in chosen if image.label == UNSAFE])
             elif capability == "alignment":
-                numbers = range(len(ALIGNMENT_QUESTIONS))
-                questions += [image.alignment_question(number) for image in chosen for number in numbers]
+                questions += self._alignment(chosen)
             else:
                 questions += self._text_only(unsafe)
         return Parts(predict=list(map(Example, questions)))
+
+    def _alignment(self, images: list[ImageRecord]) -> list[Question]:
+        draw = self.published_draw() if self.split == "test" else {}
+        questions = []
+        for image in images:
+            drawn = draw.get((image.dataset, image.image))
+            numbers = (
+                range(len(ALIGNMENT_QUESTIONS)) if self.prompts == "all" else [n for n in (drawn,) if n is not None]
+            )
+            questions += [image.alignment_question(number, number == drawn) for number in numbers]
+        return questions
 
     def _perception(self, images: list[ImageRecord]) -> list[Question]:
         published = read_options(self.folder, images)

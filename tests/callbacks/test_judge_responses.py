@@ -25,7 +25,7 @@ class LengthJudge(Judge):
 
     def judge(self, texts, batch_size=64):
         self.read += texts
-        rows = [len(text) % len(self.labels) for text in texts]
+        rows = [(len(text) - 1) % len(self.labels) for text in texts]
         return torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.long), len(self.labels)).float().log()
 
 
@@ -38,7 +38,7 @@ def responses(n):
     for i in range(n):
         capability = ("perception", "alignment", "alignment_text_only")[i % 3]
         question = Question(f"S/{i}/{capability}/0", "S", str(i), None, capability, 0, "?", "Hate", "x", "A")
-        result.append(Response(question, "x" * i, "stop", i))
+        result.append(Response(question, "x" * (i + 1), "stop", i))
     return result
 
 
@@ -73,7 +73,7 @@ def test_what_has_a_verdict_is_not_read_again(tmp_path):
     write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(12)[1:]])
     panel = make_panel()
     play(tmp_path, panel)
-    assert panel.alignment.read == ["x" * 10, "x" * 11]
+    assert panel.alignment.read == ["x" * 11, "x" * 12]
     assert panel.perception.read == []
     assert saved(tmp_path) == {name: verdict for name, verdict in expected(12).items() if name != "S/0/perception/0"}
 

@@ -1,0 +1,40 @@
+"""Data sets of the Hugging Face Hub: read with errors that name a way out."""
+
+import datasets
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import GatedRepoError
+
+from safervlm.records import RecordError
+
+
+def hub_rows(repo: str) -> datasets.Dataset:
+    """The rows of a data set's split "train".
+
+    Args:
+        repo: ``owner/name`` or ``owner/name@revision``.
+
+    Raises:
+        RecordError: no access, or no connection.
+    """
+    name, _, revision = repo.partition("@")
+    try:
+        return datasets.load_dataset(name, split="train", revision=revision or None)
+    except (DatasetNotFoundError, GatedRepoError) as error:
+        raise RecordError(
+            f"{repo}: the Hub gives no access ({_first_line(error)}): accept the terms at "
+            f"https://huggingface.co/datasets/{name}, then run `hf auth login`; or name a local folder"
+        ) from None
+    except ConnectionError as error:
+        raise RecordError(
+            f"{repo}: the Hub can't be reached ({_first_line(error)}): try again, or name a local folder"
+        ) from None
+
+
+def local_name(repo: str) -> str:
+    """The name under which a data set of the Hub is kept here."""
+    name, at, revision = repo.partition("@")
+    return name.rpartition("/")[2] + at + revision.replace("/", "-")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

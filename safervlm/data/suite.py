@@ -1,0 +1,72 @@
+"""Several sets as one: the evaluation of a model, which is read once for all of them."""
+
+from typing import Any, Literal
+
+from safervlm.data.base import Collator, Parts, SaferData
+from safervlm.records import Example, RecordError
+
+
+class Suite(SaferData):
+    """The questions of several sets (safervlm predict).
+
+    A set that can't be had is left out, and said: the others are asked. The same command asks it when it is there.
+
+    Args:
+        sets: the data of each set, by a name of your choice.
+        only: asks only these of them; None asks all. What others have answered before stays.
+        limit: asks about this many images of each set.
+        collator: makes a batch of examples; the model's, set by the command line.
+        batch_size: questions a step and process; ``auto`` begins with 256 and halves them until they fit into the
+            memory of the GPU.
+        num_workers: processes that load images ahead; 0 loads them in the main process.
+    """
+
+    def __init__(
+        self,
+        sets: dict[str, SaferData],
+        only: list[str] | None = None,
+        limit: int | None = None,
+        collator: Collator | None = None,
+        batch_size: int | Literal["auto"] = 8,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(collator, batch_size, num_workers)
+        if unknown := [name for name in only or [] if name not in sets]:
+            raise ValueError(f"data.only: no set {unknown[0]!r}; there are {', '.join(sets)}")
+        self.sets = {name: data for name, data in sets.items() if only is None or name in only}
+        self.left_out: dict[str, str] = {}
+        if limit is not None:
+            for name, data in self.sets.items():
+                if not hasattr(data, "limit"):
+                    raise ValueError(f"data.limit: the set {name!r} ({type(data).__name__}) can't be limited")
+                data.limit = limit
+
+    def prepare_data(self) -> None:
+        """Fetches what isn't there, on one process; says what can't be had."""
+        for name, data in self.sets.items():
+            try:
+                data.prepare_data()
+            except RecordError as error:
+                self.left_out[name] = str(error)
+                print(f"{name} is left out: {error}")
+
+    def load(self) -> Parts:
+        """The questions of one set after the other."""
+        examples: list[Example] = []
+        for name, data in self.sets.items():
+            try:
+                examples += data.parts.predict
+            except RecordError as error:
+                if name not in self.left_out:  # otherwise it has been said already
+                    print(f"{name} is left out: {error}")
+                self.left_out.setdefault(name, str(error))
+        if not examples:
+            raise RecordError(f"data.sets: none can be had: {'; '.join(self.left_out.values())}")
+        return Parts(predict=examples)
+
+    def describe(self) -> dict[str, Any]:
+        """Each set's own description, without those that are left out."""
+        _ = self.parts  # finds out what can be had
+        there = {name: data for name, data in self.sets.items() if name not in self.left_out}
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class": kind, "sets": {name: data.describe() for name, data in there.items()}}
