@@ -19,7 +19,8 @@ class RecordWriter(Callback):
     Each process appends to a shard of its own under ``shards/``, a line a record, flushed after every batch. At the
     start whatever shards there are (of any number of processes, a torn last line included) are read, and the data skips
     what they hold; at the end they are merged in the data's order, and removed. Questions without an answer are listed
-    in a file of their own (``responses-failed.jsonl``), and asked again by the same command. A run that is asked to end
+    in a file of their own (``responses-failed.jsonl``), and asked again by the same command. Records of sets that are
+    not asked this time stay where there are several sets. A run that is asked to end
     (SIGTERM) ends after its next batch.
 
     Args:
@@ -81,12 +82,11 @@ class RecordWriter(Callback):
             if missing:
                 raise RecordError(f"{missing[0]}: no record was written ({len(missing)} are missing); run it again")
             run = Path(trainer.default_root_dir)
-            # What was asked before and isn't now (a set of several) stays.
-            others = records.keys() - set(asked)
+            others = records.keys() - set(asked) if trainer.datamodule.keeps_others else ()  # type: ignore[attr-defined]
             names = [*(name for name in asked if name in records), *(name for name in records if name in others)]
             write_jsonl(run / self.file, (records[name] for name in names))
             file = run / f"{Path(self.file).stem}-failed.jsonl"
-            if file.is_file():
+            if file.is_file() and trainer.datamodule.keeps_others:  # type: ignore[attr-defined]
                 failed += [each for each in read_jsonl(file) if each["id"] not in {*asked, *records}]
             if failed:
                 write_jsonl(file, failed)

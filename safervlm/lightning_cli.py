@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from safervlm.data.suite import Suite
 from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, read_jsonl
 from safervlm.run import RunManifest
@@ -274,16 +275,21 @@ class SaferCLI(LightningCLI):
             sys.exit(0)
 
     def after_predict(self) -> None:
-        """Says how many questions have no answer, as the last thing, and in the exit code."""
-        failed = Path(self.config_init["predict"]["run"]) / FAILED
-        if not failed.exists() or not self.trainer.is_global_zero:
+        """Says what has no answer, as the last thing, and in the exit code."""
+        if not self.trainer.is_global_zero:
             return
-        reasons = [record["reason"] for record in read_jsonl(failed)]
-        sys.stderr.write(
-            f"safervlm: {len(reasons)} questions have no answer, for example: {reasons[0]}; {failed} has them all, the "
-            "same command asks them again\n"
-        )
-        sys.exit(3)
+        failed = Path(self.config_init["predict"]["run"]) / FAILED
+        reasons = [record["reason"] for record in read_jsonl(failed)] if failed.exists() else []
+        left_out = self.datamodule.left_out if isinstance(self.datamodule, Suite) else {}
+        for name, reason in left_out.items():
+            sys.stderr.write(f"safervlm: {name} was left out: {reason}; the same command asks it when it is there\n")
+        if reasons:
+            sys.stderr.write(
+                f"safervlm: {len(reasons)} questions have no answer, for example: {reasons[0]}; {failed} has them all, "
+                "the same command asks them again\n"
+            )
+        if reasons or left_out:
+            sys.exit(3)
 
 
 @contextlib.contextmanager

@@ -244,6 +244,9 @@ class Parts:
 class SaferData(LightningDataModule):
     """What every data module shares; a subclass says what it holds (:meth:`load`).
 
+    Attributes:
+        keeps_others: whether records of questions that are not asked now, but were before, stay in the run folder.
+
     Args:
         collator: makes a batch of examples; the model's, set by the command line.
         batch_size: examples a step and process; ``auto``, for predicting, begins with 256 and halves them until they
@@ -251,6 +254,8 @@ class SaferData(LightningDataModule):
         num_workers: processes that load images ahead; 0 loads them in the main process.
         seed: of the training order.
     """
+
+    keeps_others = False
 
     def __init__(
         self,

@@ -63,8 +63,8 @@ class Benchmark(SaferData):
         label_column: what is right.
         question_column: what is asked; None, of ``safety`` only, asks the five alignment questions.
         image_column: the image: base64, the ``index`` of the row that holds it, or a file relative to the table.
-        name_column: what an image is called, where questions about one image are several rows; by default the row that
-            holds it.
+        name_column: what an image is called, the same in all rows about it; by default the ``index`` of the row that
+            holds it where there is a question column, else that of the row: each row is an item then.
         category_column: of ``yes_no``, MME's task; otherwise a name to group by.
         context_column: what only the judge of ``rated`` is told.
         unsafe: labels that mean Unsafe.
@@ -257,8 +257,10 @@ class Benchmark(SaferData):
                 if value not in index:
                     raise RecordError(f"{where}: the image is that of the row with index {value}, which there isn't")
                 holder = index[value]
+            namesake = holder if self.question_column else number
+            name = self.rows[namesake].get("index", str(namesake))
             if str(holder) in files:
-                path, name = self.images_folder / files[str(holder)], self.rows[holder].get("index", str(holder))
+                path = self.images_folder / files[str(holder)]
             else:
                 name = self._value(self.rows[holder], self.image_column, where)
                 path = image_file(folder, name, where)

@@ -21,6 +21,8 @@ class Suite(SaferData):
         num_workers: processes that load images ahead; 0 loads them in the main process.
     """
 
+    keeps_others = True
+
     def __init__(
         self,
         sets: dict[str, SaferData],

@@ -21,14 +21,15 @@ class Record:
 class Scene:
     """A trainer whose data asks about the ids, in their order."""
 
-    def __init__(self, run, ids, rank=0):
+    def __init__(self, run, ids, rank=0, keeps_others=False):
         self.default_root_dir, self.global_rank, self.is_global_zero = str(run), rank, rank == 0
         self.received_sigterm = False
         self.skipped: set[str] = set()
         self.barriers: list[str] = []
         self.strategy = SimpleNamespace(barrier=self.barriers.append)
         predict = [SimpleNamespace(question=SimpleNamespace(id=name)) for name in ids]
-        self.datamodule = SimpleNamespace(parts=SimpleNamespace(predict=predict), skip=self.skip)
+        parts = SimpleNamespace(predict=predict)
+        self.datamodule = SimpleNamespace(parts=parts, skip=self.skip, keeps_others=keeps_others)
 
     def skip(self, ids):
         self.skipped = set(ids)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError
@@ -16,7 +17,7 @@ from PIL import Image
 
 from safervlm.data.unsafe_concepts import ImageRecord, UnsafeConcepts, paper_split, safe_split, spread
 from safervlm.images import open_image
-from safervlm.records import Example, RecordError
+from safervlm.records import Example, RecordError, read_jsonl
 
 CATEGORY_SIZES = {  # as published, in data-set order
     "Hate": 111,
@@ -490,3 +491,36 @@ def test_the_revision_goes_to_the_hub_and_into_the_folders_name(tmp_path: Path, 
     with pytest.raises(RecordError, match="can't be reached"):
         data.prepare_data()
     assert calls == [(("yiting/UnsafeConcepts",), {"split": "train", "revision": "refs/pr/1"})]
+
+
+def first_implementations_test_set(unsafe, safe):
+    """What its build_training_data and eval do: one global generator a set, sorted concepts, shuffles, then a draw."""
+    random.seed(2024)
+    test = []
+    for concept in sorted({concept for _, concept in unsafe}):
+        items = [image for image, each in unsafe if each == concept]
+        random.shuffle(items)
+        test += items[int(len(items) * 0.8) :]
+    random.seed(2024)
+    shuffled = list(safe)
+    random.shuffle(shuffled)
+    test += shuffled[int(len(shuffled) * 0.8) :][: len(test)]
+    np.random.seed(42)
+    return dict(zip(test, np.random.choice(5, size=len(test), replace=True).tolist(), strict=True))
+
+
+def test_the_published_draw(tiny_sets):
+    data = UnsafeConcepts(str(tiny_sets / "unsafe"), str(tiny_sets / "safe"), split="test", capabilities=["alignment"])
+    unsafe = [(f"U{r['image_filename']}", r["unsafe_concept"]) for r in read_jsonl(tiny_sets / "unsafe/metadata.jsonl")]
+    safe = [f"S{record['image_filename']}" for record in read_jsonl(tiny_sets / "safe/metadata.jsonl")]
+    expected = first_implementations_test_set(unsafe, safe)
+    questions = [example.question for example in data.parts.predict]
+    assert len(questions) == 5 * len(expected)
+    drawn = {("U" if q.answer == "Unsafe" else "S") + q.image: q.prompt_number for q in questions if q.drawn}
+    assert drawn == expected
+    alone = UnsafeConcepts(
+        str(tiny_sets / "unsafe"), str(tiny_sets / "safe"), split="test", capabilities=["alignment"], prompts="drawn"
+    )
+    assert [e.question for e in alone.parts.predict] == [q for q in questions if q.drawn]
+    with pytest.raises(ValueError, match=r"data\.prompts: the draw is published for the test part"):
+        UnsafeConcepts(str(tiny_sets / "unsafe"), split="all", prompts="drawn")

@@ -1,0 +1,58 @@
+"""Several sets as one: none may take another one with it."""
+
+import pytest
+
+from safervlm.data.base import Parts, SaferData
+from safervlm.data.suite import Suite
+from safervlm.records import Example, Question, RecordError
+
+
+class Set(SaferData):
+    def __init__(self, name, count=2, missing="", limit=None):
+        super().__init__()
+        self.name, self.count, self.missing, self.limit = name, count, missing, limit
+
+    def prepare_data(self):
+        if self.missing == "fetch":
+            raise RecordError(f"{self.name}: the Hub gives no access")
+
+    def load(self):
+        if self.missing:
+            raise RecordError(f"{self.name}: a record can't be used")
+        names = [f"{self.name}/{n}" for n in range(self.limit or self.count)]
+        return Parts(
+            predict=[Example(Question(n, self.name, n, None, "alignment", 0, "?", "", "", "Safe")) for n in names]
+        )
+
+
+def ids(suite):
+    return [example.question.id for example in suite.parts.predict]
+
+
+def test_one_set_after_the_other():
+    suite = Suite({"a": Set("A"), "b": Set("B", 1)})
+    assert ids(suite) == ["A/0", "A/1", "B/0"]
+    assert list(suite.describe()["sets"]) == ["a", "b"]
+    assert ids(Suite({"a": Set("A"), "b": Set("B", 1)}, only=["b"])) == ["B/0"]
+    assert ids(Suite({"a": Set("A", 9), "b": Set("B", 9)}, limit=1)) == ["A/0", "B/0"]
+    with pytest.raises(ValueError, match=r"data\.only: no set 'c'; there are a, b"):
+        Suite({"a": Set("A"), "b": Set("B")}, only=["c"])
+
+
+@pytest.mark.parametrize("missing", ["fetch", "load"])
+def test_a_set_that_cant_be_had_is_left_out_and_said_once(missing, capsys):
+    suite = Suite({"a": Set("A", missing=missing), "b": Set("B")})
+    suite.prepare_data()
+    assert ids(suite) == ["B/0", "B/1"]
+    assert list(suite.left_out) == ["a"]
+    assert list(suite.describe()["sets"]) == ["b"]
+    assert capsys.readouterr().out.count("a is left out: A:") == 1
+    alone = Suite({"a": Set("A", missing=missing)})
+    alone.prepare_data()
+    with pytest.raises(RecordError, match=r"data\.sets: none can be had: A:"):
+        ids(alone)
+
+
+def test_two_sets_with_one_id_are_refused():
+    with pytest.raises(RecordError, match="A/0: two records have this id"):
+        ids(Suite({"a": Set("A"), "b": Set("A")}))
