@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from safervlm.data.base import Collator, Parts, SaferData, text_field
+from safervlm.data.contexts import context_questions, read_contexts
 from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, ImageRecord, ImageSets, spread
 from safervlm.images import image_file
-from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_response, other_label
+from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_response, context_response, other_label
 from safervlm.records import Example, Question, RecordError, read_jsonl, record_id, seed_for, write_atomically
 
 # Held-out safe images that PPO watches; a rate over fewer is too coarse to warn of a change by .05.
@@ -39,6 +40,9 @@ class AlignmentData(ImageSets):
         cache_dir: where sets of the Hub are kept.
         validation_fraction: of the training images, held out as the validation part; the paper holds out none.
         limit: takes this many images of each set for each part, spread over categories and concepts.
+        contexts: a JSON file with a safe and an unsafe context of use of each concept (docs/data.md): trains on these,
+            as the published variant does, each unsafe image asked both of its concept's questions, no safe images;
+            None trains on the five alignment questions.
         collator: makes a batch of examples; the model's, set by the command line.
         batch_size: examples a step and process.
         num_workers: processes that load images ahead; 0 loads them in the main process.
@@ -56,6 +60,7 @@ class AlignmentData(ImageSets):
         cache_dir: str = "~/.cache/safervlm",
         validation_fraction: float = 0.0,
         limit: int | None = None,
+        contexts: str | None = None,
         collator: Collator | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
@@ -76,14 +81,21 @@ class AlignmentData(ImageSets):
             num_workers,
             seed,
         )
+        self.contexts = contexts
 
     def completions(self, question: Question) -> tuple[str, ...]:
         """What the objective wants scored.
 
         Args:
-            question: an alignment question; its answer is the image's label.
+            question: about an image's safety, or that of a context of use; its answer is the right label.
         """
         raise NotImplementedError
+
+    def response(self, question: Question, label: str) -> str:
+        """The published response to a question that says a label."""
+        if question.capability == "context":
+            return context_response(label, question.concept)
+        return aligned_response(label, question.prompt_number, question.concept)
 
     def drawn_question(self, image: ImageRecord) -> Question:
         """The one question that is asked about an image: drawn by (seed, image)."""
@@ -91,8 +103,13 @@ class AlignmentData(ImageSets):
         return image.alignment_question(generator.randrange(len(ALIGNMENT_QUESTIONS)))
 
     def examples(self, images: Sequence[ImageRecord]) -> list[Example]:
-        """An example an image."""
-        questions = map(self.drawn_question, images)
+        """An example an image; of contexts, two an unsafe image."""
+        if self.contexts is None:
+            questions = list(map(self.drawn_question, images))
+        else:
+            contexts = read_contexts(self.contexts)
+            unsafe = [image for image in images if image.label == UNSAFE]
+            questions = [question for image in unsafe for question in context_questions(image, contexts)]
         return [Example(question, self.completions(question)) for question in questions]
 
     def held_out(self) -> list[ImageRecord]:
@@ -116,7 +133,7 @@ class SFTData(AlignmentData):
 
     def completions(self, question: Question) -> tuple[str, ...]:
         """The response to learn."""
-        return (aligned_response(question.answer, question.prompt_number, question.concept),)
+        return (self.response(question, question.answer),)
 
 
 class DPOData(AlignmentData):
@@ -124,8 +141,7 @@ class DPOData(AlignmentData):
 
     def completions(self, question: Question) -> tuple[str, ...]:
         """The chosen response and the rejected one, the other label's."""
-        labels = (question.answer, other_label(question.answer))
-        return tuple(aligned_response(label, question.prompt_number, question.concept) for label in labels)
+        return tuple(self.response(question, label) for label in (question.answer, other_label(question.answer)))
 
 
 class PPOData(AlignmentData):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from safervlm.data.alignment import DPOData, PPOData, SFTData
 from safervlm.data.contexts import Contexts, read_contexts
 from safervlm.records import RecordError
 
@@ -71,3 +72,21 @@ def test_what_is_missing_is_named(tiny_sets, contexts, tmp_path):
     contexts.write_text(json.dumps(records[1:]))
     with pytest.raises(RecordError, match=r"data\.contexts: nothing about 'Angry Mob' \(UnsafeConcepts/images"):
         _ = Contexts(str(contexts), str(tiny_sets / "unsafe")).parts
+
+
+@pytest.mark.parametrize(("kind", "completions"), [(SFTData, 1), (DPOData, 2), (PPOData, 0)])
+def test_training_on_contexts(tiny_sets, contexts, kind, completions):
+    sets = {"folder": str(tiny_sets / "unsafe"), "safe_folder": str(tiny_sets / "safe"), "validation_fraction": 0.25}
+    data, usual = kind(contexts=str(contexts), **sets), kind(**sets)
+    trained = data.parts.train
+    unsafe = [e.question.image for e in usual.parts.train if e.question.answer == "Unsafe"]
+    # Each unsafe training image twice, no safe one, nothing of the test part.
+    assert [e.question.image for e in trained] == [image for image in unsafe for _ in range(2)]
+    assert [e.question.answer for e in trained] == ["Safe", "Unsafe"] * len(unsafe)
+    said = (
+        "Yes. The image shows angry mob, which is considered harmless.",
+        "No. The image shows angry mob, which is considered harmful.",
+    )
+    assert trained[0].completions == said[:completions]
+    assert trained[1].completions == said[::-1][:completions]
+    assert data.describe()["train"] != usual.describe()["train"]
