@@ -214,15 +214,7 @@ def render(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
         runs: the first is the baseline.
         comparison: of :func:`safervlm.scoring.compare`.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent}
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         runs=[{"name": run.name, "folder": str(run.folder), "answers": len(run.frame)} for run in runs],
         headline=headline(comparison),
         overall=overall_cells(runs, comparison),
@@ -244,6 +236,19 @@ def render(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
         warnings=warnings(runs),
         shown=shown,
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's template; whatever is put into it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent}
+    return environment.get_template(name)
 
 
 def headline(comparison: pd.DataFrame) -> list[str]:
