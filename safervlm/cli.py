@@ -15,6 +15,7 @@ on any model, with a recipe (safervlm COMMAND --config configs/RECIPE.yaml; --he
 
 on what they leave behind:
   report       one page, tables and plots of one or several runs
+  evaluation   one table of the evaluations of several models (scripts/eval.sh makes them)
   verify       ask a sample of a run's questions again: do its answers and verdicts hold?
   export       the training data in the first implementation's formats
 
@@ -34,6 +35,7 @@ def plain_commands() -> dict[str, Callable[..., Any]]:
     from safervlm.data.alignment import export_training_files
     from safervlm.demo import demo
     from safervlm.doctor import doctor
+    from safervlm.evaluation_report import evaluation
     from safervlm.pictograms.world import build
     from safervlm.reports import report
     from safervlm.verify import verify
@@ -41,6 +43,7 @@ def plain_commands() -> dict[str, Callable[..., Any]]:
     return {
         "doctor": doctor,
         "report": report,
+        "evaluation": evaluation,
         "verify": verify,
         "export": export_training_files,
         "pictograms": build,
@@ -64,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
             from safervlm.lightning_cli import run
 
             run(args)
-        elif args[0] in ("doctor", "report", "verify", "export", "pictograms", "demo"):
+        elif args[0] in ("doctor", "report", "evaluation", "verify", "export", "pictograms", "demo"):
             plain(args)
         else:
             raise ValueError(f"no command {args[0]!r}; see safervlm --help")
@@ -93,7 +96,7 @@ def plain(args: Sequence[str]) -> None:
     if name == "verify":
         own = {"run"}
         parser.add_argument("run", help="The folder of a finished measurement.")
-    if name == "report":
+    if name in ("report", "evaluation"):
         own = {"runs"}
         parser.add_argument("runs", nargs="+", help="The run folders; the first is the one to compare with.")
     parser.add_function_arguments(function, skip=own, fail_untyped=True)

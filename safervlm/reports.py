@@ -161,17 +161,26 @@ def report(runs: list[Path], out: Path | None = None) -> Path:
 
 
 def load(folders: Sequence[Path]) -> list[Run]:
-    """Reads and scores runs; a run is called by its folder, or by its path where two folders are called the same."""
+    """Reads and scores runs."""
     paths = [Path(folder) for folder in folders]
-    names = [path.resolve().name for path in paths]
     runs = []
-    for path, name in zip(paths, names, strict=True):
+    for path, name in zip(paths, run_names(paths), strict=True):
         frame = load_run(path)
-        unique = name if names.count(name) == 1 else str(path)
-        runs.append(Run(unique, path, frame, scores(frame), read_summary(path / "manifest.json")))
-    if len({run.name for run in runs}) < len(runs):
-        raise ValueError(f"runs: {', '.join(map(str, paths))}: the same folder is named twice; name each once")
+        runs.append(Run(name, path, frame, scores(frame), read_summary(path / "manifest.json")))
     return runs
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """What runs are called: by their folder, or by their path where two folders are called the same.
+
+    Raises:
+        ValueError: a folder is named twice.
+    """
+    names = [path.resolve().name for path in paths]
+    unique = [name if names.count(name) == 1 else str(path) for path, name in zip(paths, names, strict=True)]
+    if len(set(unique)) < len(unique):
+        raise ValueError(f"runs: {', '.join(map(str, paths))}: the same folder is named twice; name each once")
+    return unique
 
 
 def read_summary(path: Path) -> dict[str, dict[str, str]]:
@@ -232,7 +241,7 @@ def render(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
         examples=examples(runs),
         capability_titles=CAPABILITY_TITLES,
         manifests=[(run.name, run.manifest) for run in runs],
-        differences=differences(runs),
+        differences=settings_that_differ([run.manifest for run in runs]),
         warnings=warnings(runs),
         shown=shown,
     )
@@ -351,11 +360,15 @@ def other_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [row | {"title": MEASURES[row["measure"]]} for row in records(rows)]
 
 
-def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The settings in which the runs differ: (stage and key, a value for each run)."""
+def settings_that_differ(manifests: Sequence[Mapping[str, Mapping[str, str]]]) -> list[tuple[str, list[str]]]:
+    """The settings in which runs differ: (stage and key, a value for each run).
+
+    Args:
+        manifests: of :func:`read_summary`.
+    """
     settings = [
-        {f"{stage}: {key}": value for stage, entry in run.manifest.items() for key, value in entry.items()}
-        for run in runs
+        {f"{stage}: {key}": value for stage, entry in manifest.items() for key, value in entry.items()}
+        for manifest in manifests
     ]
     keys = dict.fromkeys(key for entry in settings for key in entry if ": settings." in key)
     rows = [(key.replace("settings.", "", 1), [entry.get(key, "") for entry in settings]) for key in keys]
@@ -636,7 +649,7 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
         }
     )
     caption = "Runs side by side; accuracies, over-flagging and the gap in percent, N/A as wrong unless said."
-    tables = [_latex(side_by_side, "l" + "r" * len(runs), caption, index=True)]
+    tables = [latex_table(side_by_side, "l" + "r" * len(runs), caption, index=True)]
     for run in runs:
         rows = [
             {
@@ -653,11 +666,19 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
             for row in records(by_category(run.scores))
         ]
         caption = f"{run.name}: accuracy in percent with 95 % intervals."
-        tables.append(_latex(pd.DataFrame(rows), "lllrrrrll", caption, index=False))
+        tables.append(latex_table(pd.DataFrame(rows), "lllrrrrll", caption, index=False))
     return "% \\usepackage{booktabs}\n\n" + "\n".join(tables)
 
 
-def _latex(table: pd.DataFrame, columns: str, caption: str, index: bool) -> str:
+def latex_table(table: pd.DataFrame, columns: str, caption: str, index: bool) -> str:
+    """A table for the booktabs package.
+
+    Args:
+        table: of texts.
+        columns: LaTeX's specification of them.
+        caption: as it is read.
+        index: whether the row names are a column.
+    """
     text = caption
     for character, escaped in (
         ("\\", r"\textbackslash "),

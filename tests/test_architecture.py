@@ -10,7 +10,7 @@ LAYERS = (
     ("protocol", "records", "functional", "intervals", "differences", "images", "rules", "rating", "__init__"),
     ("scoring", "run"),
     ("evaluation",),
-    ("vlm", "data", "judge", "reports"),
+    ("vlm", "data", "judge", "reports", "evaluation_report"),
     ("objectives", "measure"),
     ("pictograms", "lightning_cli"),
     ("cli", "demo", "doctor", "verify"),
