@@ -1,7 +1,7 @@
 """What asking a server took."""
 
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -9,6 +9,28 @@ from callbacks.record_writer import read_torn_jsonl
 from safervlm.records import to_line, write_jsonl
 from safervlm.vlm.api import Server
 from safervlm.vlm.sampling import Sampling
+
+
+class AttemptFile:
+    """A history of requests: a line a request, as it comes.
+
+    Args:
+        path: goes on with the file that is there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.is_file():
+            write_jsonl(path, read_torn_jsonl(path))  # a process that was killed may have left half a line
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, attempt: dict[str, Any]) -> None:
+        """Appends what :attr:`safervlm.vlm.api.Server.on_attempt` is told."""
+        self._file.write(to_line(attempt))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
 class AttemptLog(Callback):
@@ -20,7 +42,7 @@ class AttemptLog(Callback):
     """
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._file: AttemptFile | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prints the estimate."""
@@ -37,11 +59,8 @@ class AttemptLog(Callback):
         vlm = getattr(pl_module, "vlm", None)
         if not isinstance(vlm, Server):
             return
-        path = Path(trainer.default_root_dir) / f"attempts-{trainer.global_rank}.jsonl"
-        if path.is_file():
-            write_jsonl(path, read_torn_jsonl(path))  # a process that was killed may have left half a line
-        self._file = path.open("a", encoding="utf-8")
-        vlm.on_attempt = self._write
+        self._file = AttemptFile(Path(trainer.default_root_dir) / f"attempts-{trainer.global_rank}.jsonl")
+        vlm.on_attempt = self._file.write
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes the file."""
@@ -51,8 +70,3 @@ class AttemptLog(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Closes the file."""
         self.on_predict_end(trainer, pl_module)
-
-    def _write(self, attempt: dict[str, Any]) -> None:
-        assert self._file is not None  # noqa: S101 (on_predict_start opened it; for the type checker)
-        self._file.write(to_line(attempt))
-        self._file.flush()

@@ -186,6 +186,7 @@ class Server(VLM):
         api_key_variable: the environment variable that holds the key, which is sent to each of the addresses; a server
             of your own needs none.
         system: the conversation's system prompt; empty for none.
+        blank: shows a blank white image with a question that has none; without, such a question is text alone.
         concurrency: requests on their way at the same time, over all servers, of each process; a batch holds no more
             than data.batch_size of them.
         timeout: seconds that a whole answer may take.
@@ -203,6 +204,7 @@ class Server(VLM):
         addresses: Sequence[str],
         api_key_variable: str = "OPENAI_API_KEY",
         system: str = "",
+        blank: bool = True,
         concurrency: int = 16,
         timeout: float = 300.0,
         max_retries: int = 6,
@@ -232,7 +234,7 @@ class Server(VLM):
                 raise ValueError(f"vlm.{name}: at least {least}, got {value}")
         if not timeout > 0:
             raise ValueError(f"vlm.timeout: more than 0 seconds, got {timeout}")
-        self.name, self.system, self.api_key_variable = model, system, api_key_variable
+        self.name, self.system, self.blank, self.api_key_variable = model, system, blank, api_key_variable
         self.hosts = [Host(address.rstrip("/")) for address in addresses]
         self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
         self.max_requests, self.max_tokens, self.dry_run = max_requests, max_tokens, dry_run
@@ -250,7 +252,8 @@ class Server(VLM):
     def describe(self) -> dict[str, Any]:
         """What decides an answer; where the model is served doesn't."""
         kind = type(self)
-        return {"class": f"{kind.__module__}.{kind.__qualname__}", "model": self.name, "system": self.system}
+        described = {"class": f"{kind.__module__}.{kind.__qualname__}", "model": self.name, "system": self.system}
+        return described if self.blank else described | {"blank": False}
 
     def load(self) -> None:
         """Looks at what is needed here; no server is asked."""
@@ -271,13 +274,16 @@ class Server(VLM):
         for path in {question.image_path for question in questions} - {None}:
             file = Path(str(path))
             sizes[path] = 4 * file.stat().st_size // 3 if file.is_file() else 0
-        images = len({question.image_path for question in questions})
+        shown = [question.image_path for question in questions if self.blank or question.image_path is not None]
         text = sum(len(question.prompt) + len(self.system) for question in questions) // 4
-        sent = sum(sizes[question.image_path] for question in questions) / 1e6
+        about, sent = "", ""
+        if shown:
+            about = f" about {len(set(shown))} different images"
+            megabytes = sum(sizes[path] for path in shown) / 1e6
+            sent = f" {megabytes:.1f} MB of images (a server has its own way to count them as tokens),"
         return (
-            f"{len(questions)} questions about {images} different images to {self.name}: about {text} tokens of text "
-            f"(4 characters a token), {sent:.1f} MB of images (a server has its own way to count them as tokens), at "
-            f"most {len(questions) * max_new_tokens} tokens of answers; retries come on top"
+            f"{len(questions)} questions{about} to {self.name}: about {text} tokens of text (4 characters a token),"
+            f"{sent} at most {len(questions) * max_new_tokens} tokens of answers; retries come on top"
         )
 
     def generate(
@@ -318,7 +324,7 @@ class Server(VLM):
         async def answer(question: Question, image: str) -> Generation | str:
             request = {
                 "model": self.name,
-                "messages": self._messages(question.prompt, image),
+                "messages": self._messages(question, image),
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "max_completion_tokens": sampling.max_new_tokens,
@@ -349,11 +355,13 @@ class Server(VLM):
                 await host.client.close()
                 host.client, host.busy = None, 0  # the client holds the key
 
-    def _messages(self, prompt: str, image: str) -> list[dict[str, Any]]:
+    def _messages(self, question: Question, image: str) -> list[dict[str, Any]]:
         """The conversation up to the answer."""
         system = [{"role": "system", "content": self.system}] if self.system else []
+        if question.image_path is None and not self.blank:
+            return [*system, {"role": "user", "content": question.prompt}]
         shown = {"type": "image_url", "image_url": {"url": image}}
-        return [*system, {"role": "user", "content": [shown, {"type": "text", "text": prompt}]}]
+        return [*system, {"role": "user", "content": [shown, {"type": "text", "text": question.prompt}]}]
 
     async def _ask(self, question: Question, request: Mapping[str, Any]) -> Generation:
         """One question, as often as it takes.

@@ -1,7 +1,6 @@
 """A server that misbehaves on loopback: nothing is lost, nothing is doubled, and the key stays where it is."""
 
 import base64
-import contextlib
 import io
 import json
 import os
@@ -18,12 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import Loopback, Reply, completion, error, hurry, loopbacks
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -43,115 +42,15 @@ KEY = "sk-very-secret-0123456789"
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
 
 
-class Reply:
-    """What a server sends; the default is a chat completion."""
-
-    def __init__(self, status=200, body=None, headers=(), cut=False, sleep=0.0):
-        self.status, self.headers, self.cut, self.sleep = status, dict(headers), cut, sleep
-        self.body = body if isinstance(body, bytes) else json.dumps(body).encode()
-
-
-def completion(text: str | None, finish: str | None = "stop", tokens: int = 3, **message: Any) -> dict[str, Any]:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
-    usage = {"prompt_tokens": 7, "completion_tokens": tokens, "total_tokens": 7 + tokens}
-    return {"id": "x", "object": "chat.completion", "model": "served", "choices": [choice], "usage": usage}
-
-
-def error(status: int, code: str | None = None, message: str = "no", param: str | None = None, **headers: str) -> Reply:
-    body = {"error": {"message": message, "type": "some_error", "code": code, "param": param}}
-    return Reply(status, body, {name.replace("_", "-"): value for name, value in headers.items()})
-
-
-class Loopback:
-    """A server that answers the n-th request for a prompt with what ``play(prompt, n, body)`` gives; None for an echo.
-
-    Attributes:
-        asked: the bodies of the requests, and their headers, in the order in which they came.
-        times: when they came.
-        answered: the prompts that got a chat completion.
-        most: requests that were there at the same time.
-    """
-
-    def __init__(self, play: Callable[[str, int, dict[str, Any]], Reply | None]) -> None:
-        self.asked: list[tuple[dict[str, Any], dict[str, str]]] = []
-        self.times: list[float] = []
-        self.answered: list[str] = []
-        self.most = self.now = 0
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                prompt = body["messages"][-1]["content"][1]["text"]
-                with outer.lock:
-                    outer.now += 1
-                    outer.most = max(outer.most, outer.now)
-                    outer.times.append(time.monotonic())
-                    outer.asked.append((body, {name.lower(): value for name, value in self.headers.items()}))
-                    number = sum(other["messages"][-1]["content"][1]["text"] == prompt for other, _ in outer.asked)
-                try:
-                    reply = play(prompt, number, body)
-                    echo = reply is None
-                    reply = reply or Reply(body=completion(f" echo of {prompt}\n"))
-                    time.sleep(reply.sleep)
-                finally:
-                    with outer.lock:
-                        outer.now -= 1
-                if reply.status == 0:  # hangs up
-                    self.close_connection = True
-                    return
-                self.send_response(reply.status)
-                for name, value in ({"Content-Type": "application/json"} | reply.headers).items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(reply.body) + 100 * reply.cut))
-                self.end_headers()
-                self.wfile.write(reply.body)
-                self.close_connection = reply.cut
-                if echo:
-                    outer.answered.append(prompt)
-
-            def handle(self):
-                with contextlib.suppress(ConnectionError):  # the client gave up
-                    super().handle()
-
-            def log_message(self, *args):
-                pass
-
-        class Listener(ThreadingHTTPServer):
-            request_queue_size = 128  # the default of 5 resets whoever comes sixth
-            daemon_threads = True
-
-        self.server = Listener(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def die(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
 @pytest.fixture
 def loopback() -> Iterator[Callable[..., Loopback]]:
-    servers = []
-
-    def start(play: Callable[[str, int, dict[str, Any]], Reply | None] = lambda prompt, number, body: None) -> Loopback:
-        servers.append(Loopback(play))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.die()
+    with loopbacks() as start:
+        yield start
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(api, "LONGEST_WAIT", 0.05)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    hurry(monkeypatch)
 
 
 @pytest.fixture
@@ -321,8 +220,8 @@ def test_refusals_and_filters_are_answers(loopback, ask, make_questions, tiny_ju
     )
     verdicts = panel.judge(responses)
     certain = {"Safe": 0.0, "Unsafe": 0.0, "N/A": 1.0}
-    assert [verdict.probabilities == certain for verdict in verdicts] == [False, False, True, True, True, False, False]
-    assert {verdict.label for verdict in verdicts[2:5]} == {"N/A"}
+    assert [verdict.probabilities == certain for verdict in verdicts] == [False, False, True, True, True, True, False]
+    assert {verdict.label for verdict in verdicts[2:6]} == {"N/A"}
     assert [verdict.id for verdict in verdicts] == [response.id for response in responses]
     assert len({verdict.judge for verdict in verdicts}) == 1
 
@@ -347,6 +246,33 @@ def test_a_request_says_how_to_draw_and_its_seed_is_its_own(loopback, ask):
     assert len({body["seed"] for body in bodies}) == 2
     assert {body["seed"] for body, _ in there.asked[2:]} == {body["seed"] for body in bodies}
     assert all(body["messages"][0] == {"role": "system", "content": "Be brief."} for body, _ in there.asked[2:])
+
+
+def test_without_an_image_a_blank_one_is_sent_or_text_alone(loopback, make_questions):
+    there = loopback()
+    shown = make_questions(1)[0]
+    batch = collate(
+        [
+            Example(replace(shown, id=str(number), image_path=path))
+            for number, path in enumerate([shown.image_path, None])
+        ]
+    )
+    default = Server("m", [there.address], system="Be brief.", concurrency=1)
+    text_only = Server("m", [there.address], system="Be brief.", concurrency=1, blank=False)
+    for server in (default, text_only):
+        assert echoes(server.generate(batch, GREEDY, seed=0)) == [f"echo of {shown.prompt}"] * 2
+    contents = [body["messages"][1]["content"] for body, _ in there.asked]
+    assert [[part["type"] for part in content] for content in contents[:3]] == [["image_url", "text"]] * 3
+    assert contents[0] == contents[2] != contents[1]
+    assert contents[3] == shown.prompt
+    assert "blank" not in default.describe()  # the manifests of runs that are there have no such word
+    assert text_only.describe() == default.describe() | {"blank": False}
+    named = [replace(shown, image_path=None)]
+    assert re.match(r"1 questions about 1 different images to m: .* MB of images", default.estimate(named, 8))
+    assert re.fullmatch(
+        r"1 questions to m: about \d+ tokens of text \(4 characters a token\), at most 8 tokens of answers; retries .*",
+        text_only.estimate(named, 8),
+    )
 
 
 def test_a_parameter_that_a_server_does_not_know_is_found_out_once_a_server(loopback, ask, capsys):
