@@ -146,6 +146,12 @@ def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
             yield from repository(f"data.{name}", value, "dataset", online)
         elif name == "checkpoint":
             yield from judge(value, online)
+        elif name == "source":
+            yield from source(value, online)
+        elif name == "contexts":
+            there = Path(value).is_file()
+            found = value if there else f"no file {value!r}: the published questions, or yours; see docs/data.md"
+            yield Finding("ok" if there else "error", "data.contexts", found)
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -194,6 +200,18 @@ def image_folder(name: str, folder: str) -> Finding:
         found = f"{len(missing)} of {len(images)} images are missing in {folder}, for example {missing[0]}"
         return Finding("error", f"data.{name}", found)
     return Finding("ok", f"data.{name}", f"{folder}, {len(images)} images")
+
+
+def source(name: str, online: bool) -> Iterator[Finding]:
+    """A benchmark's table or folder: here, on the web, or on the Hub."""
+    if Path(name).exists():
+        yield Finding("ok", "data.source", name)
+    elif name.startswith("http"):
+        yield Finding("warning", "data.source", f"{name} is fetched when it is first asked")
+    elif name.startswith((".", "/")) or name.endswith((".tsv", ".csv", ".jsonl")):
+        yield Finding("error", "data.source", f"no {name!r} here ({Path.cwd()}); see docs/data.md")
+    else:
+        yield from repository("data.source", name, "dataset", online)
 
 
 def judge(checkpoint: str, online: bool) -> Iterator[Finding]:

@@ -65,7 +65,13 @@ PERCEPTION_TASKS = (
 COGNITION_TASKS = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 Measure = Literal["share", "occurs", "diversity", "mme", "ratio"]
-GROUPS = ("Alignment", "Contexts of use", "General ability", "Generalisation")
+GROUPS = (
+    "Alignment, published draw",
+    "Alignment, all five questions",
+    "Contexts of use",
+    "General ability",
+    "Generalisation",
+)
 
 
 @dataclass(frozen=True)
@@ -195,13 +201,13 @@ def columns(evaluations: Sequence[Evaluation]) -> list[Column]:
 
 def _all_columns(asked: pd.DataFrame) -> Iterator[Column]:
     if (asked["capability"] == "alignment").any():
-        for drawn, suffix in ((False, ""), (True, ", published draw")):
+        for drawn, group in ((True, GROUPS[0]), (False, GROUPS[1])):
             for side in ("", "safe", "unsafe"):
-                what = f"{side or 'all'}{suffix}"
+                what = f"{side or 'all'}{', draw' if drawn else ''}"
                 key = f"alignment_{side or 'all'}{'_drawn' if drawn else ''}"
-                yield Column(key, f"Alignment, {what}", "Alignment", "share", "", "alignment", side, drawn)
+                yield Column(key, f"Alignment, {what}", group, "share", "", "alignment", side, drawn)
                 yield Column(
-                    f"{key}_diversity", f"1 - self-BLEU, {what}", "Alignment", "diversity", "", "alignment", side, drawn
+                    f"{key}_diversity", f"1 - self-BLEU, {what}", group, "diversity", "", "alignment", side, drawn
                 )
     for capability, what in (("context", "with the image"), ("context_text_only", "by name")):
         for side in ("", "safe", "unsafe"):

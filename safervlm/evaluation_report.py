@@ -171,7 +171,7 @@ def difference_table(differences: pd.DataFrame, name: str, original: str) -> Tab
     for row in records(differences):
         p = "-" if np.isnan(row["p_holm"]) else f"{row['p_holm']:.3f}" if row["p_holm"] >= 0.001 else "<0.001"
         star = " *" if row["p_holm"] < LEVEL else ""
-        counts = [str(row[key]) if row["n"] else "-" for key in ("lost", "gained", "n")]
+        counts = ["-" if np.isnan(row["p"]) else str(row[key]) for key in ("lost", "gained", "n")]
         number = shown(row["unit"], row["difference"], signed=True)
         printed.add_row(row["heading"], number, interval(row, signed=True), p + star, *counts)
     return printed

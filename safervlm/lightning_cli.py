@@ -294,9 +294,12 @@ class SaferCLI(LightningCLI):
 
 @contextlib.contextmanager
 def as_command_line(args: Sequence[str]) -> Iterator[None]:
-    """Makes ``sys.argv`` the line that is played: Lightning compares with it, and the manifest records it."""
+    """Makes ``sys.argv`` the line that is played: the manifest records it, and Lightning starts more processes by it.
+
+    The first word stays: it is the script that those processes run.
+    """
     before = sys.argv
-    sys.argv = ["safervlm", *args]
+    sys.argv = [before[0], *args]
     try:
         yield
     finally:

@@ -131,7 +131,7 @@ class RunManifest(Callback):
         trainer.strategy.barrier()
         if trainer.is_global_zero and stage != "validate":
             provenance = {
-                "command": " ".join(sys.argv),
+                "command": " ".join(["safervlm", *sys.argv[1:]]),
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": {name: version(name) for name in PACKAGES},
                 "python": sys.version.split()[0],

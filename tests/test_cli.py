@@ -12,6 +12,7 @@ from lightning import Callback, LightningDataModule, LightningModule
 
 import callbacks
 import safervlm
+from callbacks.rate_responses import RateResponses
 from safervlm.cli import HELP, main, plain_commands
 from safervlm.lightning_cli import CONFIGS, SaferCLI, local_or_shipped, one_line
 from safervlm.vlm.base import VLM
@@ -19,7 +20,15 @@ from safervlm.vlm.lora import LoRA
 from safervlm.vlm.sampling import Sampling
 
 PICTOGRAMS = ["--config", "configs/measure.yaml", "--config", "configs/pictograms/measure.yaml"]
-RECIPES = {"measure": "predict", "judge_responses": "predict", "judge": "fit", "sft": "fit", "dpo": "fit", "ppo": "fit"}
+RECIPES = {
+    "measure": "predict",
+    "judge_responses": "predict",
+    "judge": "fit",
+    "sft": "fit",
+    "dpo": "fit",
+    "ppo": "fit",
+    "evaluate": "predict",
+}
 
 
 @pytest.fixture
@@ -89,10 +98,12 @@ def test_every_argument_of_the_commands_is_explained(only_built: list[SaferCLI],
 
 
 def test_every_recipe_is_listed() -> None:
-    # server.yaml is an overlay, for any recipe that measures.
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*RECIPES, "server"}
+    # Overlays of recipes that ask, and a part of one of them.
+    others = {"server", "rate", "llavabench_judge"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == RECIPES.keys() | others
 
 
+SETS = ["unsafe_concepts", "contexts", "mme", "mmvet", "llavabench", "smid", "nsfw"]
 OVERLAYS = [name for name in RECIPES if (CONFIGS / "pictograms" / f"{name}.yaml").exists()]
 
 
@@ -112,6 +123,19 @@ def test_every_recipe_builds(recipe: str, overlay: bool, tiny_llava: Path, only_
     assert built.config[RECIPES[recipe]]["seed_everything"] == built.config_init[RECIPES[recipe]]["seed_everything"]
     if recipe in ("sft", "dpo", "ppo"):
         assert built.model.vlm.lora.r == (16 if overlay else 128)
+
+
+@pytest.mark.parametrize("overlays", [["rate"], ["pictograms/evaluate", "pictograms/rate"]], ids=" ".join)
+def test_the_raters_build(overlays: list[str], tiny_llava: Path, only_built: list[SaferCLI]) -> None:
+    recipe = [part for name in ("evaluate", *overlays) for part in ("--config", f"configs/{name}.yaml")]
+    main(["predict", *recipe, "--model.vlm.model", str(tiny_llava)])
+    raters = [each for each in only_built[0].trainer.callbacks if isinstance(each, RateResponses)]
+    assert len(raters) == 1
+    assert list(only_built[0].datamodule.sets) == SETS
+
+
+def test_every_set_of_the_suite_is_in_its_recipe() -> None:
+    assert sorted(path.stem for path in (CONFIGS / "benchmarks").glob("*.yaml")) == sorted(SETS)
 
 
 # The others are built, with a tiny model of their family, by tests/vlm/test_transformers.py and test_llava_original.py.

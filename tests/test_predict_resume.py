@@ -1,8 +1,12 @@
 """Measuring: what is killed goes on, and neither batches nor processes change an answer."""
 
 import json
+import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from processes import Played, play, play_together, write_config
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parent.parent
 QUESTIONS = 4 + 4 * 5 + 4 * 5 + 3 * 5  # perception, alignment of both sets, three concepts' names
 DDP = ("--trainer.strategy=ddp", "--trainer.devices=2")
 
@@ -208,3 +213,45 @@ def test_other_settings_are_refused_and_the_folder_is_left_alone(command, tmp_pa
         assert len(errors) == 1
         assert said in errors[0]
     assert contents() == before
+
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_what_starts_the_processes_changes_nothing(launcher, command, uninterrupted, tmp_path) -> None:
+    """As users type it: Lightning starts the second process by the same line, or torchrun starts both."""
+    line = [BIN / "safervlm", *command("run", "--model.sampling.temperature=1.0", *DDP)]
+    if launcher == "torchrun":
+        line = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "--no-python", "--", *line]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    ended = subprocess.run(
+        list(map(str, line)), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "run" / "responses.jsonl").read_bytes() == uninterrupted(1.0)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["stages"]["measure"]["provenance"]["world_size"] == 2
+    assert manifest["stages"]["measure"]["provenance"]["command"].startswith("safervlm predict --config")
+
+
+@pytest.mark.parametrize("cluster", ["two nodes", "slurm"])
+def test_two_nodes(cluster, command, uninterrupted, tmp_path) -> None:
+    """Two nodes of one process each, on one machine: each is told which it is as a cluster or Slurm tells it."""
+    line = command("run", "--model.sampling.temperature=1.0", "--trainer.strategy=ddp", "--trainer.num_nodes=2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    nodes = []
+    for node in range(2):
+        if cluster == "slurm":
+            told = {"SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 1, "SLURM_NNODES": 2, "SLURM_JOB_ID": 1}
+            told |= {"SLURM_PROCID": node, "SLURM_LOCALID": 0, "SLURM_NODEID": node, "SLURM_JOB_NAME": "safervlm"}
+            told |= {"SLURM_NODELIST": "localhost", "SLURM_STEP_NODELIST": "localhost"}
+        else:
+            told = {"NODE_RANK": node, "LOCAL_RANK": 0}
+        nodes.append(Played(line, tmp_path, f"node-{node}", **common, **told))
+    assert [node.end() for node in nodes] == [0, 0], nodes[0].output + nodes[1].output
+    assert (tmp_path / "run" / "responses.jsonl").read_bytes() == uninterrupted(1.0)

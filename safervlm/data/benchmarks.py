@@ -155,7 +155,7 @@ class Benchmark(SaferData):
                 elif self.remote == "hub":
                     save_table(self.source, self.file, self.image_column)
                 else:
-                    raise RecordError(f"data.source: there is no {self.source}: name a file, a folder, or owner/name")
+                    _ = self.rows  # says what is missing
         except RecordError as error:
             raise RecordError(f"{error}" + (f" ({self.dataset}: {self.about})" if self.about else "")) from None
         if self.file.is_file() and not self.images_folder.exists():
@@ -191,6 +191,8 @@ class Benchmark(SaferData):
     def rows(self) -> list[dict[str, str]]:
         """The rows of the table, every value a text; of a folder without metadata its images by label."""
         file = self.file
+        if not file.exists():
+            raise RecordError(f"data.source: there is no {file}: name a file, a folder, or owner/name")
         if file.is_dir():
             file = next(
                 (there for name in ("metadata.jsonl", "metadata.csv") if (there := file / name).is_file()), file

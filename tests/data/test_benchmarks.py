@@ -204,8 +204,10 @@ def test_what_cant_be_had_is_said_in_one_line(tmp_path, monkeypatch):
     ) as found:
         data.prepare_data()
     assert "\n" not in str(found.value)
-    with pytest.raises(RecordError, match=r"data\.source: there is no \./x\.tsv"):
-        Benchmark("SMID", "./x.tsv", cache_dir=str(tmp_path)).prepare_data()
+    missing = Benchmark("SMID", "./x.tsv", cache_dir=str(tmp_path))
+    for step in (missing.prepare_data, missing.load):  # another process only loads
+        with pytest.raises(RecordError, match=r"data\.source: there is no x\.tsv"):
+            step()
 
 
 @pytest.mark.parametrize("embedded", [False, True])

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Evaluates the original model and what was trained from it on every set, and ends in one table:
+#   bash scripts/eval.sh RUN... [-- ARGUMENTS of safervlm predict ...]
+# Of each RUN the adapter is evaluated, into RUN/evaluation; the original, without one, into $ORIGINAL/evaluation
+# (ORIGINAL: runs/original). In the arguments {} stands for the run's name. The table is $OUT (runs/evaluation.html) with
+# .csv, .xlsx and .tex beside it. What is complete is not asked again; a failure doesn't stop the others; a set that can't
+# be had is left out and said; the same command goes on where it stopped.
+set -uo pipefail
+command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
+original="${ORIGINAL:-runs/original}"
+runs=("$original")
+while [ $# -gt 0 ] && [ "$1" != -- ]; do [ "${1%/}" = "$original" ] || runs+=("${1%/}"); shift; done
+[ $# -gt 0 ] && shift
+failed=() partial=() evaluated=()
+for run in "${runs[@]}"; do
+  adapter=()
+  if [ "$run" != "$original" ]; then
+    if [ ! -f "$run/adapter/adapter_config.json" ]; then
+      failed+=("$run: no adapter in it; train one: bash scripts/train.sh")
+      continue
+    fi
+    adapter=(--model.vlm.adapter "$run/adapter")
+  fi
+  echo "$run: evaluating into $run/evaluation"
+  safervlm predict --config configs/evaluate.yaml "${@//\{\}/$(basename "$run")}" "${adapter[@]}" --run "$run/evaluation"
+  code=$?
+  case "$code" in
+    0) ;;
+    3) partial+=("$run: some of it has no answer, see above; the same command asks it again") ;;
+    130) exit 130 ;;
+    *) failed+=("$run: exit code $code") ;;
+  esac
+  [ -f "$run/evaluation/responses.jsonl" ] && evaluated+=("$run")
+done
+if [ "${#evaluated[@]}" -gt 0 ]; then
+  safervlm evaluation "${evaluated[@]}" --out "${OUT:-runs/evaluation.html}" || failed+=("the table")
+fi
+for line in "${partial[@]}"; do echo "incomplete: $line" >&2; done
+for line in "${failed[@]}"; do echo "failed: $line" >&2; done
+[ "${#failed[@]}" = 0 ] || exit 1
+[ "${#partial[@]}" = 0 ] || exit 3

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Trains what eval.sh evaluates: bash scripts/train.sh OBJECTIVE... [-- ARGUMENTS of safervlm fit ...]
+# An objective is a file of configs without its ending (sft, dpo, ppo) or the path of such a file; each has the run folder
+# $RUNS/OBJECTIVE (RUNS: runs). In the arguments {} stands for the objective: -- --config configs/pictograms/{}.yaml
+# What is finished is left as it is, a failure doesn't stop the others, and the same command goes on where it stopped.
+set -uo pipefail
+command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
+objectives=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do objectives+=("$1"); shift; done
+[ $# -gt 0 ] && shift
+[ "${#objectives[@]}" -gt 0 ] || { echo "no objective: bash scripts/train.sh sft dpo ppo" >&2; exit 2; }
+failed=()
+for objective in "${objectives[@]}"; do
+  file="$objective"
+  [ -f "$file" ] || file="configs/$objective.yaml"
+  name="$(basename "$objective" .yaml)"
+  echo "$name: training into ${RUNS:-runs}/$name"
+  safervlm fit --config "$file" "${@//\{\}/$name}" --run "${RUNS:-runs}/$name"
+  code=$?
+  [ "$code" = 130 ] && exit 130
+  [ "$code" = 0 ] || failed+=("$name (exit code $code)")
+done
+[ "${#failed[@]}" = 0 ] || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }

@@ -1,0 +1,250 @@
+"""An evaluation's numbers, recomputed by hand on answers in the real format.
+
+What would break: MME's rule, a missing answer that vanishes, a rating that is none, pairs that aren't pairs.
+"""
+
+from dataclasses import replace
+from math import comb
+
+import numpy as np
+import pandas as pd
+import pytest
+from evaluations import question, safety, write
+
+from safervlm.evaluation import columns, compare, estimates, evaluate, flips, load, mme_images
+from safervlm.rating import Rating
+from safervlm.records import RecordError
+from safervlm.scoring import scores, self_bleu
+
+
+def values(evaluation):
+    return {row["column"]: row["value"] for row in evaluate(evaluation, columns([evaluation])).to_dict("records")}
+
+
+# --- MME --------------------------------------------------------------------------------------------------------------
+
+# task, image, what is answered to the question whose answer is Yes, and to the one whose answer is No; None: missing
+MME = [
+    ("existence", "a", "Yes.", "No"),
+    ("existence", "b", "yes, it is", "I can't tell"),
+    ("existence", "c", "", None),
+    ("existence", "d", "Absolutely, yes", "None of these"),  # the first four letters decide: "abso", "none"
+    ("code_reasoning", "e", "No", "No, it isn't."),
+    ("code_reasoning", "f", None, None),
+]
+
+
+def mme(folder, rows=MME):
+    answers, failed = [], []
+    for task, image, *said in rows:
+        for number, (right, text) in enumerate(zip(("Yes", "No"), said, strict=True)):
+            asked = question("MME", f"images/{task}/{image}.jpg", "yes_no", number, right, task)
+            if text is None:
+                failed.append(asked)
+            else:
+                answers.append((asked, text, None))
+    return load(write(folder, answers, failed), "model")
+
+
+def test_mme_by_the_official_rule(tmp_path):
+    # existence: right a both, b one, c none, d one of eight: accuracy 4/8 = 50 %; both right: a of four: 25 %
+    # code_reasoning: e one, f none of four: 25 %; both right: none
+    assert values(mme(tmp_path)) == {
+        "MME": pytest.approx(100.0),
+        "MME_perception": pytest.approx(75.0),
+        "MME_cognition": pytest.approx(25.0),
+        # The published shortcut looks for "Yes" and "No" as they are written: a both, "yes" isn't "Yes", d "No" in
+        # "None", e once; answers that are missing are left out: 4 of 9.
+        "MME_occurs": pytest.approx(4 / 9),
+    }
+
+
+def test_missing_answers_are_counted(tmp_path):
+    table = evaluate(evaluation := mme(tmp_path), columns([evaluation]))
+    assert table.set_index("column")["missing"].to_dict() == {
+        "MME": 3,
+        "MME_perception": 1,
+        "MME_cognition": 2,
+        "MME_occurs": 3,
+    }
+
+
+def official(rows):
+    """As the evaluation tool goes through its files, two lines an image; a text that is missing stands as empty."""
+    score = 0.0
+    for task in {task for task, *_ in rows}:
+        right, both, images = 0, 0, 0
+        for _, _, yes, no in (row for row in rows if row[0] == task):
+            hits = 0
+            for truth, said in (("yes", yes), ("no", no)):
+                said = (said or "").lower()
+                read = said if said in ("yes", "no") else "other"
+                if read == "other":
+                    read = "yes" if "yes" in said[:4] else "no" if "no" in said[:4] else "other"
+                hits += read == truth
+            right, both, images = right + hits, both + (hits == 2), images + 1
+        score += 100 * right / (2 * images) + 100 * both / images
+    return score
+
+
+def test_mme_like_the_official_tool(tmp_path):
+    rng = np.random.default_rng(0)
+    said = ["Yes", "No", "yes.", "no way", "Hm", "", "I know", "Not sure", "Yes and no", None]
+    tasks = ("existence", "count", "OCR", "text_translation")
+    rows = [(task, str(i), rng.choice(said), rng.choice(said)) for task in tasks for i in range(12)]
+    assert values(mme(tmp_path, rows))["MME"] == pytest.approx(official(rows))
+
+
+def test_an_image_that_is_asked_about_once_or_thrice_is_refused():
+    rows = [{"category": "color", "image": "a.jpg", "answer": "Yes", "label": "Yes"}] * 3
+    with pytest.raises(RecordError, match=r"needs two questions an image, 'a\.jpg' \(color\) has 3"):
+        mme_images(pd.DataFrame(rows))
+
+
+def test_other_yes_or_no_sets_have_an_accuracy(tmp_path):
+    rows = [("mine", image, yes, no) for _, image, yes, no in MME]
+    assert values(mme(tmp_path, rows)) == {"MME": pytest.approx(5 / 9), "MME_occurs": pytest.approx(4 / 9)}
+
+
+# --- LLaVABench -------------------------------------------------------------------------------------------------------
+
+
+def rated(folder, ratings, count=4):
+    asked = [question("LLaVABench", f"{n // 2}.jpg", "rated", n % 2, "A reference.", "conv") for n in range(count)]
+    made = []
+    for number, swapped, reference, response in ratings:
+        missing = "" if reference else "unreadable"
+        made.append(
+            Rating(asked[number].id, swapped, reference, response, missing, "judge", "", "", f"{number}{swapped}")
+        )
+    return load(write(folder, [(each, "An answer.", None) for each in asked], ratings=made), "model")
+
+
+def test_llavabench_is_the_ratio_of_sums(tmp_path):
+    evaluation = rated(tmp_path, [(0, False, 8, 4), (1, False, 10, 9), (2, False, None, None), (3, False, 5, 5)])
+    ((_, ratio),) = estimates(evaluation, columns([evaluation])[0])
+    assert ratio.value == pytest.approx(18 / 23)
+    table = evaluate(evaluation, columns([evaluation]))
+    assert table[["n", "missing"]].to_numpy().tolist() == [[3, 1]]
+
+
+def test_both_orders_are_averaged_and_one_alone_counts_as_missing(tmp_path):
+    # A judge that gives two more to what stands first.
+    evaluation = rated(
+        tmp_path,
+        [(0, False, 8, 4), (0, True, 6, 6), (1, False, 9, 6), (1, True, None, None), (2, False, 7, 5), (2, True, 5, 7)],
+    )
+    ((_, ratio),) = estimates(evaluation, columns([evaluation])[0])
+    assert ratio.value == pytest.approx((5 + 6) / (7 + 6))
+    assert evaluate(evaluation, columns([evaluation]))["missing"].tolist() == [2]
+
+
+def test_without_ratings_the_column_stands_empty(tmp_path):
+    evaluation = rated(tmp_path, [])
+    table = evaluate(evaluation, columns([evaluation]))
+    assert table["column"].tolist() == ["LLaVABench"]
+    assert np.isnan(table["value"]).all()
+    assert table["missing"].tolist() == [4]
+
+
+# --- alignment, contexts, generalisation ------------------------------------------------------------------------------
+
+
+def test_alignment_equals_the_measurements_scores(tmp_path):
+    evaluation = load(write(tmp_path, safety(np.random.default_rng(1))), "model")
+    table = evaluate(evaluation, columns([evaluation]))
+    expected = scores(evaluation.answers)
+    for key, side in (("alignment_all", "both"), ("alignment_safe", "safe"), ("alignment_unsafe", "unsafe")):
+        for varies in ("these concepts", "new concepts"):
+            ours = table[(table["column"] == key) & (table["varies"] == varies)].iloc[0]
+            theirs = expected[(expected["measure"] == "accuracy_na_wrong") & (expected["side"] == side)]
+            theirs = theirs[(theirs["category"] == "overall") & (theirs["varies"] == varies)].iloc[0]
+            assert (
+                ours[["value", "low", "high", "method"]].tolist() == theirs[["value", "low", "high", "method"]].tolist()
+            )
+    drawn = [(q, said, label) for q, said, label in safety(np.random.default_rng(1)) if q.drawn and q.dataset == "U"]
+    found = values(evaluation)
+    assert found["alignment_unsafe_drawn"] == pytest.approx(np.mean([label == "Unsafe" for _, _, label in drawn]))
+    assert found["alignment_unsafe_drawn_diversity"] == pytest.approx(1 - self_bleu([said for _, said, _ in drawn]))
+    assert (found["context_all"], found["context_safe"], found["context_unsafe"]) == (0.5, 1.0, 0.0)
+
+
+def test_an_image_without_a_concept_is_a_cluster_of_its_own(tmp_path):
+    evaluation = load(write(tmp_path, safety(np.random.default_rng(2))), "model")
+    column = next(column for column in columns([evaluation]) if column.key == "SMID")
+    ((varies, share),) = estimates(evaluation, column)
+    right = (evaluation.answers["capability"] == "generalisation") & (
+        evaluation.answers["label"] == evaluation.answers["answer"]
+    )
+    assert varies == "new images"
+    assert share.value == pytest.approx(right.sum() / 40)
+    assert share.low < share.value < share.high
+
+
+# --- differences ------------------------------------------------------------------------------------------------------
+
+
+def smid(folder, labels):
+    answers = [
+        (question("SMID", str(i), "generalisation", 0, "Unsafe", "SMID"), "No", label) for i, label in enumerate(labels)
+    ]
+    return load(write(folder, answers), folder.name)
+
+
+def test_items_that_dont_repeat_are_compared_by_mcnemar(tmp_path):
+    original = smid(tmp_path / "original", ["Unsafe"] * 20 + ["Safe"] * 20)
+    model = smid(tmp_path / "model", ["Unsafe"] * 18 + ["Safe"] * 2 + ["Unsafe"] * 9 + ["N/A"] * 11)
+    wanted = columns([original, model])
+    row = compare(model, original, wanted).set_index("column").loc["SMID"]
+    assert (row["lost"], row["gained"], row["n"]) == (2, 9, 40)
+    assert row["difference"] == pytest.approx(7 / 40)
+    assert row["p"] == pytest.approx(2 * sum(comb(11, k) for k in range(3)) / 2**11)
+    assert row["low"] < 7 / 40 < row["high"]
+    turned = flips(model, original, wanted[0])
+    assert (turned["gained"].sum(), (~turned["gained"]).sum()) == (9, 2)
+
+
+def test_a_model_is_compared_with_itself(tmp_path):
+    evaluation = load(write(tmp_path, safety(np.random.default_rng(3))), "model")
+    table = compare(evaluation, evaluation, columns([evaluation])).set_index("column")
+    tested = table[table["p"].notna()]
+    assert (tested["difference"] == 0).all()
+    assert (tested["p_holm"] == 1).all()
+    # Not even then it is said that nothing can be lost.
+    assert (tested["low"] < 0).all()
+    assert (tested["high"] > 0).all()
+    assert not len(flips(evaluation, evaluation, columns([evaluation])[0]))
+
+
+def test_other_questions_are_not_compared(tmp_path):
+    original = smid(tmp_path / "original", ["Unsafe"] * 20)
+    model = smid(tmp_path / "model", ["Unsafe"] * 21)
+    row = compare(model, original, columns([original, model])).set_index("column").loc["SMID"]
+    assert np.isnan(row["difference"])
+    assert row["method"] == "none: they answered other questions"
+
+
+def test_the_order_of_the_answers_changes_nothing(tmp_path):
+    rng = np.random.default_rng(4)
+    one, other = safety(rng), safety(rng, right=0.4)
+    tables = []
+    for name, order in (("straight", 1), ("reversed", -1)):
+        original = load(write(tmp_path / f"o-{name}", one), "original")
+        model = load(write(tmp_path / f"m-{name}", other[::order]), "model")
+        tables.append(compare(model, original, columns([original, model])).set_index("column").sort_index())
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_mme_and_llavabench_are_paired(tmp_path):
+    rows = [("existence", str(i), "Yes", "No") for i in range(12)]
+    worse = [*rows[:9], *(("existence", str(i), "Yes", "Yes") for i in range(9, 12))]
+    original, model = mme(tmp_path / "o", rows), mme(tmp_path / "m", worse)
+    table = compare(model, replace(original, name="original"), columns([original])).set_index("column")
+    assert table.loc["MME", "difference"] == pytest.approx(-150 * 3 / 12)
+    assert (table.loc["MME", "lost"], table.loc["MME", "gained"]) == (3, 0)
+    pairs = [(n, False, 8, 4 + n % 3) for n in range(24)]
+    original = rated(tmp_path / "lo", pairs, 24)
+    model = rated(tmp_path / "lm", [(n, s, r, m + (n < 6)) for n, s, r, m in pairs], 24)
+    row = compare(model, original, columns([original])).iloc[0]
+    assert row["difference"] == pytest.approx(6 / (8 * 24))
+    assert (row["lost"], row["gained"], row["n"]) == (0, 6, 24)

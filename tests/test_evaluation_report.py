@@ -1,0 +1,93 @@
+"""The table of an evaluation, wherever it is shown: the same numbers, nothing that runs, no image to be seen."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import openpyxl
+import pandas as pd
+import pytest
+from evaluations import safety, write
+from PIL import Image
+
+from safervlm.evaluation_report import evaluation
+from safervlm.records import RecordError
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """``original`` and ``ppo``, each with an evaluation of 304 answers; all images are one file."""
+    file = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 40, 3), dtype=np.uint8)).save(file)
+    for seed, (name, right) in enumerate((("original", 0.4), ("ppo", 0.9))):
+        answers = [
+            (type(asked)(**asked.to_dict() | {"image_path": str(file)}), f"{said} <script>x</script>", label)
+            for asked, said, label in safety(np.random.default_rng(seed), right)
+        ]
+        write(tmp_path / "runs" / name / "evaluation", answers)
+    return [tmp_path / "runs" / name for name in ("original", "ppo")]
+
+
+def test_one_table_everywhere(runs, tmp_path, capsys):
+    out = evaluation(runs, tmp_path / "out" / "all.html")
+    printed = capsys.readouterr().out
+    names = [file.name for file in sorted(out.parent.iterdir())]
+    assert names == ["all.csv", "all.html", "all.tex", "all.xlsx", "all_differences.csv", "all_table.csv"]
+    page = out.read_text()
+    long = pd.read_csv(out.with_suffix(".csv"))
+    cells = re.findall(r'data-column="([^"]+)"><data value="([^"]+)">', page)
+    by_column = {}
+    for column, value in cells:
+        by_column.setdefault(column, []).append(float(value))
+    for column, rows in long.groupby("column"):
+        expected = rows.drop_duplicates("run").set_index("run")["value"].loc[["original", "ppo"]].tolist()
+        assert by_column[column] == pytest.approx(expected, nan_ok=True)
+    wide = pd.read_csv(out.with_name("all_table.csv"), index_col="run")
+    share = long[(long["column"] == "SMID") & (long["run"] == "ppo")].iloc[0]
+    text = f"{100 * share['value']:.1f} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+    assert wide.loc["ppo", "SMID"] == text
+    assert text in " ".join(printed.split())
+    assert text in out.with_suffix(".tex").read_text()
+    book = openpyxl.load_workbook(out.with_suffix(".xlsx"))
+    assert book.sheetnames == ["table", "evaluation", "differences"]
+    differences = pd.read_csv(out.with_name("all_differences.csv")).set_index("column")
+    assert set(differences["run"]) == {"ppo"}
+    smid = differences.loc["SMID"]
+    assert smid["difference"] == pytest.approx(share["value"] - by_column["SMID"][0])
+    assert f"{100 * smid['difference']:+.1f}" in page
+
+
+def test_the_page_runs_nothing_and_shows_no_image(runs, tmp_path):
+    page = evaluation(runs, tmp_path / "all.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;x&lt;/script&gt;" in page  # a model's answer is text
+    assert "default-src 'none'" in page
+    assert not re.findall(r'(?:src|href)="https?:', page)
+    flipped = re.findall(r"turned (right|wrong), (\d+) answers", page)
+    assert {way for way, _ in flipped} == {"right", "wrong"}
+    images = re.findall(r'<img src="(data:image/png;base64,[^"]+)"', page)
+    assert images
+    assert all(len(image) < 40_000 for image in images)
+
+
+def test_flips_are_chosen_by_id_and_counted_whole(runs, tmp_path):
+    pages = [evaluation(runs, tmp_path / f"{n}.html").read_text() for n in (1, 2)]
+    assert pages[0] == pages[1]
+
+
+def test_a_single_run_and_the_folder_of_its_evaluation(runs, capsys):
+    out = evaluation([runs[0] / "evaluation"])
+    assert out == runs[0] / "evaluation" / "evaluation.html"
+    assert "original" in capsys.readouterr().out
+    assert not out.with_name("evaluation_differences.csv").exists()
+
+
+def test_what_cant_be_shown_is_refused(runs, tmp_path):
+    with pytest.raises(ValueError, match=r"out: the table is a page"):
+        evaluation(runs, tmp_path / "all.pdf")
+    with pytest.raises(ValueError, match="named twice"):
+        evaluation([runs[0], runs[0]])
+    with pytest.raises(ValueError, match="at least one run"):
+        evaluation([])
+    with pytest.raises(RecordError, match=r"responses\.jsonl: no such file"):
+        evaluation([Path(tmp_path / "nowhere")])
