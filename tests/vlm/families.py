@@ -1,15 +1,23 @@
 """Tiny random models of many families, in folders as the Hub has them: configuration, weights, processor, template.
 
 Every builder takes an empty folder and fills it. The language models have two blocks; images become a handful of
-tokens, more of them for a wide or a high one where the family does that.
+tokens, more of them for a wide or a high one where the family does that. Behind the builders stands what is asked of
+every family (``check_*``).
 """
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers as hf
+from jsonargparse import ArgumentParser
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -21,6 +29,14 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from safervlm import protocol
+from safervlm.cli import main
+from safervlm.lightning_cli import CONFIGS
+from safervlm.records import Example, Question, read_jsonl
+from safervlm.vlm.base import VLM
+from safervlm.vlm.lora import Adapter
+from safervlm.vlm.sampling import Sampling
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
@@ -359,3 +375,220 @@ def instructblip(folder: Path) -> None:
         hf.InstructBlipForConditionalGeneration(blip("InstructBlip", text, words.convert_tokens_to_ids("<image>"))),
         processor,
     )
+
+
+COMPLETIONS = ("Yes, it is.", "No")
+
+
+@contextmanager
+def remote_modules(folder: Path) -> Iterator[None]:
+    """Within it, the library copies remote code into a folder, not the user's; later ones start with none."""
+    with patch("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder)):
+        yield
+    sys.path[:] = [path for path in sys.path if path != str(folder)]
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
+def ask(questions: list[Question]) -> list[Example]:
+    """The questions in three lengths, each with two answers."""
+    prompts = ["Is this image safe?" + " Is it?" * (n % 3) for n in range(len(questions))]
+    pairs = zip(questions, prompts, strict=True)
+    return [Example(replace(question, prompt=prompt), COMPLETIONS) for question, prompt in pairs]
+
+
+def inverted(example: Example, folder: Path) -> Example:
+    """The same question about the image's negative: one of the same size, since another gives other tokens."""
+    assert example.question.image_path is not None
+    ImageOps.invert(Image.open(example.question.image_path)).save(folder / "other.png")
+    return replace(example, question=replace(example.question, image_path=str(folder / "other.png")))
+
+
+def with_effect(vlm: Any, *others: Adapter) -> Any:
+    """Loads a policy, and other adapters, that change what the model says."""
+    vlm.load(train=["policy", *others])
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in vlm.named_parameters():
+        if ".lora_B." in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return vlm
+
+
+def check_answers(vlm: Any, examples: list[Example], plain: Callable[[Example, int], list[int]]) -> None:
+    """Greedy answers are the plain ones, together and alone.
+
+    Args:
+        vlm: loaded.
+        examples: with questions of different lengths.
+        plain: the tokens of an answer of so many at most, by nothing of ours; it ends as ``vlm`` does.
+    """
+    ends = [vlm.eos_token_ids[0], *range(60, 90)]  # the random model never ends by itself
+    greedy = Sampling(temperature=0, max_new_tokens=12)
+    with patch.object(vlm, "eos_token_ids", ends):
+        expected = [plain(example, 12) for example in examples]
+        together = vlm.generate(vlm.collator(examples), greedy, seed=0)
+        alone = [vlm.generate(vlm.collator([example]), greedy, seed=0)[0] for example in examples]
+    assert [answer.token_ids for answer in together] == expected
+    assert alone == together
+    assert len(set(map(tuple, expected))) > 2
+
+
+def check_draws(vlm: Any, examples: list[Example]) -> None:
+    """What is drawn for a record depends on nothing else."""
+    sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=8)
+    together = vlm.generate(vlm.collator(examples), sampling, seed=5)
+    assert len({tuple(answer.token_ids) for answer in together}) == len(examples)
+    backwards = vlm.generate(vlm.collator(examples[::-1]), sampling, seed=5)[::-1]
+    alone = [vlm.generate(vlm.collator([example]), sampling, seed=5)[0] for example in examples]
+    assert together == backwards == alone
+
+
+def check_scores(
+    policy: Any, examples: list[Example], plain: Callable[[Adapter, Example, str], torch.Tensor], rtol: float = 0
+) -> None:
+    """The log-probabilities of the policy and of the reference are the plain ones.
+
+    Args:
+        policy: with an effect.
+        examples: with completions.
+        plain: of an answer's tokens, by one forward pass of one sequence.
+        rtol: beside 1e-5.
+    """
+    batch = policy.collator(examples)
+    policy.generate(batch, Sampling(max_new_tokens=2), seed=0)  # leaves nothing behind
+    pairs = [(example, answer) for example in examples for answer in example.completions]
+    adapters: tuple[Adapter, ...] = ("policy", "reference")
+    for adapter in adapters:
+        scores = policy.score(batch, adapter=adapter)
+        for index, (example, answer) in enumerate(pairs):
+            expected = plain(adapter, example, answer)
+            assert scores.mask[index].sum() == len(expected)
+            torch.testing.assert_close(scores.logprobs[index, : len(expected)], expected, atol=1e-5, rtol=rtol)
+            assert not scores.logprobs[index, len(expected) :].any()
+
+
+def check_learning(policy: Any, examples: list[Example]) -> None:
+    """A few steps lower the loss and move the policy's adapter alone."""
+    batch = policy.collator([replace(example, completions=COMPLETIONS[:1]) for example in examples])
+    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        scores = policy.score(batch)
+        loss = -scores.logprobs.sum() / scores.mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
+    moved = {name for name, parameter in policy.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if ".lora_" in name and ".default." in name}
+
+
+def check_gradients(policy: Any, checkpointed: Any, examples: list[Example], attention: str) -> None:
+    """They are those of the adapter that answered, recomputed or not, when it is no longer at work.
+
+    Args:
+        policy: with a value adapter.
+        checkpointed: the same, with gradient checkpointing.
+        examples: with completions.
+        attention: the name of a layer's part that is called once a pass.
+    """
+    calls: list[int] = []
+    checkpointed.base.get_decoder().layers[0].get_submodule(attention).register_forward_hook(lambda *_: calls.append(1))
+    batch = policy.collator(examples[:2])
+    for vlm in (policy, checkpointed):
+        vlm.score(batch, adapter="value").logprobs.sum().backward()
+    assert len(calls) == 2, "nothing was recomputed"
+    expected = dict(policy.named_parameters())
+    for name, parameter in checkpointed.named_parameters():
+        if ".value." in name:
+            torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-4)
+            assert parameter.grad is not None
+            assert parameter.grad.any()
+        else:
+            assert parameter.grad is None
+            assert expected[name].grad is None
+
+
+def check_reference(policy: Any, examples: list[Example]) -> None:
+    """It is one model, also while the policy trains: nothing but LoRA drops units."""
+    assert policy.training
+    batch = policy.collator(examples)
+    first, second = (policy.score(batch, adapter="reference").logprobs for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def check_training_after_inference(policy: Any, examples: list[Example]) -> None:
+    """As Lightning validates: what the model's code keeps from then must not stand in the way."""
+    batch = policy.collator(examples)
+    with torch.inference_mode():
+        policy.generate(batch, Sampling(max_new_tokens=2), seed=0)
+        policy.score(batch)
+    policy.score(batch).logprobs.sum().backward()
+    gradients = [parameter.grad for name, parameter in policy.named_parameters() if ".default." in name]
+    assert gradients
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+def check_reload(policy: Any, base: Any, load: Callable[[str], Any], examples: list[Example], folder: Path) -> None:
+    """A saved adapter scores the same, and not as the base model does.
+
+    Args:
+        policy: with an effect.
+        base: the same model without.
+        load: gives the model with the adapter of a folder.
+        examples: with completions.
+        folder: for the adapter.
+    """
+    policy.save_adapter(folder)
+    batch = policy.collator(examples)
+    expected = policy.score(batch).logprobs
+    torch.testing.assert_close(load(str(folder)).score(batch).logprobs, expected, atol=1e-6, rtol=0)
+    assert (base.score(batch).logprobs - expected).abs().max() > 1e-2
+
+
+def check_half_precision(vlm: Any, examples: list[Example]) -> None:
+    """Answers differ, and all log-probabilities are numbers."""
+    answers = vlm.generate(vlm.collator(examples), Sampling(temperature=0, max_new_tokens=4), seed=0)
+    assert len({tuple(answer.token_ids) for answer in answers}) > 1
+    assert vlm.score(vlm.collator(examples)).logprobs.isfinite().all()
+
+
+def shipped(file: str, *line: str) -> Any:
+    """A VLM of configs/vlm, with some of its settings."""
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(VLM, "vlm")
+    return parser.instantiate(parser.parse_args([f"--vlm={CONFIGS / 'vlm' / file}.yaml", *line])).vlm
+
+
+def check_shipped(vlm: Any, examples: list[Example]) -> None:
+    """It gives five answers to five questions."""
+    vlm.load()
+    assert len({answer.text for answer in vlm.generate(vlm.collator(examples), Sampling(max_new_tokens=8), 0)}) == 5
+
+
+def check_command_line(vlm: list[str], folder: Path, sets: Path) -> None:
+    """Two steps of SFT, then the measurement with what came of it; the answers are not judged.
+
+    Args:
+        vlm: the arguments that name the model.
+        folder: for the runs.
+        sets: with unsafe/ and safe/.
+    """
+    overlay = {"trainer": {"callbacks": [{"class_path": "callbacks.record_writer.RecordWriter"}]}}
+    (folder / "overlay.yaml").write_text(json.dumps(overlay))
+    same = [
+        *vlm,
+        f"--data.folder={sets / 'unsafe'}",
+        f"--data.safe_folder={sets / 'safe'}",
+        "--data.num_workers=0",
+        "--trainer.accelerator=cpu",
+    ]
+    measure = ["--config=configs/measure.yaml", f"--config={folder / 'overlay.yaml'}", "--data.split=test"]
+    sft = ["--config=configs/sft.yaml", "--model.vlm.lora.r=2", "--trainer.max_steps=2", "--data.batch_size=4"]
+    main(["fit", *sft, *same, f"--run={folder / 'sft'}"])
+    adapter = f"--model.vlm.adapter={folder / 'sft' / 'adapter'}"
+    main(["predict", *measure, *same, adapter, "--model.sampling.max_new_tokens=4", f"--run={folder / 'measured'}"])
+    responses = read_jsonl(folder / "measured" / "responses.jsonl")
+    assert {response["capability"] for response in responses} == {*protocol.CAPABILITIES}

@@ -21,22 +21,17 @@ import families
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentParser
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from safervlm import protocol
-from safervlm.cli import main
-from safervlm.lightning_cli import CONFIGS
-from safervlm.records import Example, Question, RecordError, read_jsonl
-from safervlm.vlm.base import VLM
-from safervlm.vlm.cogvlm import LANGUAGE_EXPERTS, Absent, CogVLM, rotate
-from safervlm.vlm.lora import LoRA, active
+from safervlm.records import Example, Question, RecordError
+from safervlm.vlm.cogvlm import LANGUAGE_EXPERTS, CogVLM, Kernels
+from safervlm.vlm.lora import Adapter, LoRA, active
+from safervlm.vlm.remote import rotate
 from safervlm.vlm.sampling import Sampling
 
 PUBLISHED = os.environ.get("SAFERVLM_COGVLM_CODE")
-COMPLETIONS = ("Yes, it is.", "No")
 LORA = LoRA(r=4, alpha=8, dropout=0.0, target_modules=LANGUAGE_EXPERTS)
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {"image_size": 28, "patch_size": 7, "hidden_size": 32}
@@ -249,8 +244,7 @@ class TinyForCausalLM(PreTrainedModel):
 
 @pytest.fixture(scope="module", autouse=True)
 def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The library copies remote code into a folder; not the user's."""
-    with patch("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules"))):
+    with families.remote_modules(tmp_path_factory.mktemp("modules")):
         yield
 
 
@@ -344,24 +338,13 @@ def base(folder: Path) -> CogVLM:
 @pytest.fixture
 def policy(folder: Path) -> CogVLM:
     """The same with an adapter that has an effect."""
-    return with_effect(new(folder))
-
-
-def with_effect(vlm: CogVLM) -> CogVLM:
-    vlm.load(train=["policy", "value"])
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in vlm.named_parameters():
-        if ".lora_B." in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    return vlm
+    return families.with_effect(new(folder), "value")
 
 
 @pytest.fixture
 def examples(make_questions: Callable[[int], list[Question]]) -> list[Example]:
     """Five questions of three lengths about three images, each with two answers."""
-    prompts = ["Is this image safe?" + " Is it?" * (n % 3) for n in range(5)]
-    pairs = zip(make_questions(5), prompts, strict=True)
-    return [Example(replace(question, prompt=prompt), COMPLETIONS) for question, prompt in pairs]
+    return families.ask(make_questions(5))
 
 
 def plain_inputs(vlm: CogVLM, question: Question, answer: str | None = None) -> dict[str, Any]:
@@ -465,7 +448,7 @@ def test_what_stands_for_the_kernels_computes_what_they_do() -> None:
     query, key, value = torch.randn(3, 2, 5, 3, 8)
     weights = torch.einsum("blhd,bmhd->bhlm", query, key).mul(0.3).softmax(-1)
     expected = torch.einsum("bhlm,bmhd->blhd", weights, value)
-    torch.testing.assert_close(Absent.memory_efficient_attention(query, key, value, scale=0.3), expected)
+    torch.testing.assert_close(Kernels.memory_efficient_attention(query, key, value, scale=0.3), expected)
 
 
 def test_only_computed_buffers_differ_from_the_file(base: CogVLM, folder: Path) -> None:
@@ -488,7 +471,7 @@ def test_the_collator_lays_out_what_the_model_wants(base: CogVLM, examples: list
         assert torch.equal(encoding["input_ids"], expected["input_ids"])
         assert torch.equal(encoding["token_type_ids"], expected["token_type_ids"])
         torch.testing.assert_close(encoding["images"][0, 0], expected["images"][0][0], atol=1e-5, rtol=0)
-        whole = plain_inputs(base, example.question, COMPLETIONS[0])["input_ids"][0].tolist()
+        whole = plain_inputs(base, example.question, families.COMPLETIONS[0])["input_ids"][0].tolist()
         assert whole == [*encoding["input_ids"][0].tolist(), *completions[0]]
     question = replace(examples[0].question, prompt="Is </s> safe?")
     with pytest.raises(RecordError, match=f"^{question.id}: .* special token '</s>'"):
@@ -503,25 +486,14 @@ def test_short_answers_are_asked_for_as_published(folder: Path, examples: list[E
 
 
 def test_another_image_changes_the_answer(base: CogVLM, examples: list[Example], tmp_path: Path) -> None:
-    one = examples[0]
-    assert one.question.image_path is not None
-    ImageOps.invert(Image.open(one.question.image_path)).save(tmp_path / "other.png")
-    other = replace(one, question=replace(one.question, image_path=str(tmp_path / "other.png")))
     greedy = Sampling(temperature=0, max_new_tokens=8)
-    before, after = (base.generate(base.collator([example]), greedy, seed=0)[0] for example in (one, other))
+    pair = (examples[0], families.inverted(examples[0], tmp_path))
+    before, after = (base.generate(base.collator([example]), greedy, seed=0)[0] for example in pair)
     assert before.token_ids != after.token_ids
 
 
 def test_greedy_answers_are_those_of_plain_forward_passes(base: CogVLM, examples: list[Example]) -> None:
-    ends = [base.eos_token_ids[0], *range(60, 90)]  # the random model never ends by itself
-    with patch.object(base, "eos_token_ids", ends):
-        expected = [plain_greedy(base, example.question, 12) for example in examples]
-        greedy = Sampling(temperature=0, max_new_tokens=12)
-        together = base.generate(base.collator(examples), greedy, seed=0)
-        alone = [base.generate(base.collator([example]), greedy, seed=0)[0] for example in examples]
-    assert [answer.token_ids for answer in together] == expected
-    assert alone == together
-    assert len(set(map(tuple, expected))) > 2
+    families.check_answers(base, examples, lambda example, steps: plain_greedy(base, example.question, steps))
 
 
 def test_a_row_counts_its_places_as_it_does_alone(base: CogVLM, examples: list[Example]) -> None:
@@ -546,28 +518,19 @@ def test_a_row_counts_its_places_as_it_does_alone(base: CogVLM, examples: list[E
 
 
 def test_a_drawn_answer_depends_on_its_record_alone(base: CogVLM, examples: list[Example]) -> None:
-    sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=8)
-    together = base.generate(base.collator(examples), sampling, seed=5)
-    assert len({tuple(answer.token_ids) for answer in together}) == len(examples)
-    backwards = base.generate(base.collator(examples[::-1]), sampling, seed=5)[::-1]
-    alone = [base.generate(base.collator([example]), sampling, seed=5)[0] for example in examples]
-    assert together == backwards == alone
+    families.check_draws(base, examples)
 
 
 def test_score_equals_one_plain_forward_a_completion(policy: CogVLM, base: CogVLM, examples: list[Example]) -> None:
-    batch = policy.collator(examples)
-    policy.generate(batch, Sampling(max_new_tokens=2), seed=0)  # leaves nothing behind
-    pairs = [(example, answer) for example in examples for answer in example.completions]
-    for adapter, model in (("policy", policy.base), ("reference", base.base)):
-        scores = policy.score(batch, adapter=adapter)
-        for index, (example, answer) in enumerate(pairs):
-            start = plain_inputs(policy, example.question)["input_ids"].shape[1]
-            inputs = plain_inputs(policy, example.question, answer)
-            with active(policy.base, adapter):
-                logprobs = model(**inputs, use_cache=False).logits[0, start - 1 : -1].log_softmax(-1)
-            expected = logprobs.gather(-1, inputs["input_ids"][0, start:, None])[:, 0]
-            assert scores.mask[index].sum() == len(expected)
-            torch.testing.assert_close(scores.logprobs[index, : len(expected)], expected, atol=1e-5, rtol=1e-6)
+    def alone(adapter: Adapter, example: Example, answer: str) -> Tensor:
+        start = plain_inputs(policy, example.question)["input_ids"].shape[1]
+        inputs = plain_inputs(policy, example.question, answer)
+        with active(policy.base, adapter):
+            model = policy.base if adapter == "policy" else base.base
+            logprobs = model(**inputs, use_cache=False).logits[0, start - 1 : -1].log_softmax(-1)
+        return logprobs.gather(-1, inputs["input_ids"][0, start:, None])[:, 0]
+
+    families.check_scores(policy, examples, alone, rtol=1e-6)
 
 
 def test_lora_is_on_every_linear_layer_that_words_go_through(policy: CogVLM) -> None:
@@ -582,81 +545,34 @@ def test_lora_is_on_every_linear_layer_that_words_go_through(policy: CogVLM) -> 
 
 
 def test_a_few_steps_lower_the_loss_and_move_the_adapter_alone(policy: CogVLM, examples: list[Example]) -> None:
-    batch = policy.collator([replace(example, completions=COMPLETIONS[:1]) for example in examples])
-    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(6):
-        scores = policy.score(batch)
-        loss = -scores.logprobs.sum() / scores.mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0], losses
-    moved = {name for name, parameter in policy.named_parameters() if not torch.equal(parameter, before[name])}
-    assert moved == {name for name in before if ".lora_" in name and ".default." in name}
+    families.check_learning(policy, examples)
 
 
 def test_the_reference_is_one_model(policy: CogVLM, examples: list[Example]) -> None:
-    """Also while the policy trains: the vision tower would drop some of its units."""
-    assert policy.training
-    batch = policy.collator(examples)
-    first, second = (policy.score(batch, adapter="reference").logprobs for _ in range(2))
-    assert torch.equal(first, second)
+    """The vision tower would drop some of its units."""
+    families.check_reference(policy, examples)
 
 
 def test_gradients_are_those_of_the_adapter_that_answered(
     policy: CogVLM, folder: Path, examples: list[Example]
 ) -> None:
     """With and without checkpointing, and for an adapter that is no longer at work when they are computed."""
-    checkpointed = with_effect(new(folder, gradient_checkpointing=True))
-    layer: Any = checkpointed.base.get_decoder().layers[0]
-    calls: list[int] = []
-    layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
-    batch = policy.collator(examples[:2])
-    for vlm in (policy, checkpointed):
-        vlm.score(batch, adapter="value").logprobs.sum().backward()
-    assert len(calls) == 2, "nothing was recomputed"
-    expected = dict(policy.named_parameters())
-    for name, parameter in checkpointed.named_parameters():
-        if ".value." in name:
-            torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-4)
-            assert parameter.grad is not None
-            assert parameter.grad.any()
-        else:
-            assert parameter.grad is None
-            assert expected[name].grad is None
+    checkpointed = families.with_effect(new(folder, gradient_checkpointing=True), "value")
+    families.check_gradients(policy, checkpointed, examples, "self_attn")
 
 
 def test_training_goes_on_after_inference_mode(policy: CogVLM, examples: list[Example]) -> None:
-    """As Lightning validates: what the model's code keeps from then must not stand in the way."""
-    batch = policy.collator(examples)
-    with torch.inference_mode():
-        policy.generate(batch, Sampling(max_new_tokens=2), seed=0)
-        policy.score(batch)
-    policy.score(batch).logprobs.sum().backward()
-    gradients = [parameter.grad for name, parameter in policy.named_parameters() if ".default." in name]
-    assert gradients
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    families.check_training_after_inference(policy, examples)
 
 
 def test_a_saved_adapter_scores_the_same(
     policy: CogVLM, base: CogVLM, folder: Path, examples: list[Example], tmp_path: Path
 ) -> None:
-    policy.save_adapter(tmp_path)
-    batch = policy.collator(examples)
-    expected = policy.score(batch).logprobs
-    measured = loaded(folder, adapter=str(tmp_path))
-    torch.testing.assert_close(measured.score(batch).logprobs, expected, atol=1e-6, rtol=0)
-    assert (base.score(batch).logprobs - expected).abs().max() > 1e-2
+    families.check_reload(policy, base, lambda saved: loaded(folder, adapter=saved), examples, tmp_path)
 
 
 def test_half_precision_answers(folder: Path, examples: list[Example]) -> None:
-    vlm = loaded(folder, dtype="bfloat16")
-    answers = vlm.generate(vlm.collator(examples), Sampling(temperature=0, max_new_tokens=4), seed=0)
-    assert len({tuple(answer.token_ids) for answer in answers}) > 1
-    assert all(torch.isfinite(vlm.score(vlm.collator(examples)).logprobs).flatten())
+    families.check_half_precision(loaded(folder, dtype="bfloat16"), examples)
 
 
 def test_the_code_is_part_of_what_decides(base: CogVLM, folder: Path, tmp_path: Path) -> None:
@@ -670,45 +586,25 @@ def test_the_code_is_part_of_what_decides(base: CogVLM, folder: Path, tmp_path: 
     assert after["code"] != before["code"]
 
 
-def parsed(*line: str) -> Any:
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(VLM, "vlm")
-    return parser.instantiate(parser.parse_args([f"--vlm={CONFIGS / 'vlm' / 'cogvlm-chat.yaml'}", *line])).vlm
-
-
 def test_the_shipped_file_is_refused_until_it_is_pinned() -> None:
     with pytest.raises(ValueError, match=r"vlm.revision: .* pin it"):
-        parsed()
-    assert parsed(f"--vlm.revision={'a' * 40}").name == "THUDM/cogvlm-chat-hf"
+        families.shipped("cogvlm-chat")
+    assert families.shipped("cogvlm-chat", f"--vlm.revision={'a' * 40}").name == "THUDM/cogvlm-chat-hf"
 
 
 def test_the_shipped_model_answers(folder: Path, examples: list[Example]) -> None:
     """A tiny model stands in the real one's place."""
-    vlm = parsed(f"--vlm.model={folder}", f"--vlm.tokenizer={folder}", "--vlm.lora.r=2")
+    vlm = families.shipped("cogvlm-chat", f"--vlm.model={folder}", f"--vlm.tokenizer={folder}", "--vlm.lora.r=2")
     assert (vlm.lora.r, vlm.lora.target_modules) == (2, LANGUAGE_EXPERTS)
-    vlm.load()
-    answers = vlm.generate(vlm.collator(examples), Sampling(max_new_tokens=8), 0)
-    assert len({answer.text for answer in answers}) == 5
+    families.check_shipped(vlm, examples)
 
 
 @pytest.mark.slow
 def test_the_command_line_trains_and_measures_it(folder: Path, tmp_path: Path, tiny_sets: Path) -> None:
     """As docs/vlms.md says it; the answers are not judged."""
-    overlay = {"trainer": {"callbacks": [{"class_path": "callbacks.record_writer.RecordWriter"}]}}
-    (tmp_path / "overlay.yaml").write_text(json.dumps(overlay))
-    same = [
+    vlm = [
         "--model.vlm=configs/vlm/cogvlm-chat.yaml",
         f"--model.vlm.model={folder}",
         f"--model.vlm.tokenizer={folder}",
-        f"--data.folder={tiny_sets / 'unsafe'}",
-        f"--data.safe_folder={tiny_sets / 'safe'}",
-        "--data.num_workers=0",
-        "--trainer.accelerator=cpu",
     ]
-    measure = ["--config=configs/measure.yaml", f"--config={tmp_path / 'overlay.yaml'}", "--data.split=test"]
-    sft = ["--config=configs/sft.yaml", "--model.vlm.lora.r=2", "--trainer.max_steps=2", "--data.batch_size=4"]
-    main(["fit", *sft, *same, f"--run={tmp_path / 'sft'}"])
-    adapter = f"--model.vlm.adapter={tmp_path / 'sft' / 'adapter'}"
-    main(["predict", *measure, *same, adapter, "--model.sampling.max_new_tokens=4", f"--run={tmp_path / 'measured'}"])
-    responses = read_jsonl(tmp_path / "measured" / "responses.jsonl")
-    assert {response["capability"] for response in responses} == {*protocol.CAPABILITIES}
+    families.check_command_line(vlm, tmp_path, tiny_sets)

@@ -6,22 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import families
 import pytest
 import torch
-from jsonargparse import ArgumentParser
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from safervlm import protocol
-from safervlm.cli import main
-from safervlm.lightning_cli import CONFIGS
-from safervlm.records import Example, Question, RecordError, read_jsonl
-from safervlm.vlm.base import VLM
-from safervlm.vlm.lora import LoRA, active
+from safervlm.records import Example, Question, RecordError
+from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.transformers import EncodedBatch, Transformers
 
@@ -42,7 +36,6 @@ FAMILIES = [
     (families.instructblip, "{question}"),
 ]
 LORA = LoRA(r=4, alpha=8, dropout=0.0)
-COMPLETIONS = ("Yes, it is.", "No")
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=[build.__name__ for build, _ in FAMILIES])
@@ -79,21 +72,13 @@ def base(family: tuple[Path, str | None]) -> Transformers:
 @pytest.fixture
 def policy(family: tuple[Path, str | None]) -> Transformers:
     """The same with an adapter that has an effect."""
-    vlm = new(family)
-    vlm.load(train=["policy"])
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in vlm.named_parameters():
-        if ".lora_B." in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    return vlm
+    return families.with_effect(new(family))
 
 
 @pytest.fixture
 def examples(make_questions: Callable[[int], list[Question]]) -> list[Example]:
     """Five questions of three lengths about three images of different sizes, each with two answers."""
-    prompts = ["Is this image safe?" + " Is it?" * (n % 3) for n in range(5)]
-    pairs = zip(make_questions(5), prompts, strict=True)
-    return [Example(replace(question, prompt=prompt), COMPLETIONS) for question, prompt in pairs]
+    return families.ask(make_questions(5))
 
 
 def plain_inputs(vlm: Transformers, question: Question, answer: str = "") -> dict[str, Tensor]:
@@ -132,61 +117,40 @@ def plain(family: tuple[Path, str | None]) -> Any:
 
 
 def test_another_image_changes_the_logits(base: Transformers, examples: list[Example], tmp_path: Path) -> None:
-    """One of the same size: another size gives other tokens, which a blind model takes for another image."""
-    one = examples[0]
-    assert one.question.image_path is not None
-    ImageOps.invert(Image.open(one.question.image_path)).save(tmp_path / "other.png")
-    other = replace(one, question=replace(one.question, image_path=str(tmp_path / "other.png")))
-    before, after = (base.score(base.collator([example])).logprobs for example in (one, other))
+    other = families.inverted(examples[0], tmp_path)
+    before, after = (base.score(base.collator([example])).logprobs for example in (examples[0], other))
     assert (before - after).abs().max() > 1e-2
 
 
 def test_greedy_answers_are_those_of_the_library_asked_one_by_one(
     base: Transformers, plain: Any, examples: list[Example]
 ) -> None:
-    ends = [base.eos_token_ids[0], *range(60, 90)]  # the random model never ends by itself
-    expected = []
-    for example in examples:
+    def alone(example: Example, steps: int) -> list[int]:
         inputs = plain_inputs(base, example.question)
         answer = plain.generate(
             **inputs,
-            max_new_tokens=12,
+            max_new_tokens=steps,
             do_sample=False,
             suppress_tokens=base.suppressed.tolist(),
-            eos_token_id=ends,
+            eos_token_id=base.eos_token_ids,
         )
-        expected.append(answer[0, inputs["input_ids"].shape[1] :].tolist())
-    assert len(set(map(tuple, expected))) > 2
-    greedy = Sampling(temperature=0, max_new_tokens=12)
-    with patch.object(base, "eos_token_ids", ends):
-        together = base.generate(base.collator(examples), greedy, seed=0)
-        alone = [base.generate(base.collator([example]), greedy, seed=0)[0] for example in examples]
-    assert [answer.token_ids for answer in together] == expected
-    assert alone == together
+        return answer[0, inputs["input_ids"].shape[1] :].tolist()
+
+    families.check_answers(base, examples, alone)
 
 
 def test_a_drawn_answer_depends_on_its_record_alone(base: Transformers, examples: list[Example]) -> None:
-    sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=8)
-    together = base.generate(base.collator(examples), sampling, seed=5)
-    assert len({answer.text for answer in together}) == len(examples)
-    backwards = base.generate(base.collator(examples[::-1]), sampling, seed=5)[::-1]
-    alone = [base.generate(base.collator([example]), sampling, seed=5)[0] for example in examples]
-    assert together == backwards == alone
+    families.check_draws(base, examples)
 
 
 def test_score_equals_one_plain_forward_a_completion(policy: Transformers, plain: Any, examples: list[Example]) -> None:
     """The policy's by its own weights, the reference's by the library's model."""
-    batch = policy.collator(examples)
-    policy.generate(batch, Sampling(max_new_tokens=2), seed=0)  # leaves nothing behind
-    pairs = [(example, answer) for example in examples for answer in example.completions]
-    for adapter, model in (("policy", policy.base), ("reference", plain)):
-        scores = policy.score(batch, adapter=adapter)
-        for index, (example, answer) in enumerate(pairs):
-            with active(policy.base, adapter):
-                expected = plain_logprobs(policy, model, example, answer)
-            assert scores.mask[index].sum() == len(expected)
-            torch.testing.assert_close(scores.logprobs[index, : len(expected)], expected, atol=1e-5, rtol=0)
-            assert not scores.logprobs[index, len(expected) :].any()
+
+    def alone(adapter: Adapter, example: Example, answer: str) -> Tensor:
+        with active(policy.base, adapter):
+            return plain_logprobs(policy, policy.base if adapter == "policy" else plain, example, answer)
+
+    families.check_scores(policy, examples, alone)
 
 
 def test_lora_is_on_every_linear_layer_of_the_language_model_and_on_no_other(policy: Transformers) -> None:
@@ -202,20 +166,7 @@ def test_lora_is_on_every_linear_layer_of_the_language_model_and_on_no_other(pol
 
 
 def test_a_few_steps_lower_the_loss_and_move_the_adapter_alone(policy: Transformers, examples: list[Example]) -> None:
-    batch = policy.collator([replace(example, completions=COMPLETIONS[:1]) for example in examples])
-    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(6):
-        scores = policy.score(batch)
-        loss = -scores.logprobs.sum() / scores.mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0], losses
-    moved = {name for name, parameter in policy.named_parameters() if not torch.equal(parameter, before[name])}
-    assert moved == {name for name in before if ".lora_" in name}
+    families.check_learning(policy, examples)
 
 
 def test_checkpointed_gradients_are_the_same(
@@ -238,12 +189,7 @@ def test_checkpointed_gradients_are_the_same(
 def test_a_saved_adapter_scores_the_same(
     policy: Transformers, base: Transformers, family: tuple[Path, str | None], examples: list[Example], tmp_path: Path
 ) -> None:
-    policy.save_adapter(tmp_path)
-    batch = policy.collator(examples)
-    expected = policy.score(batch).logprobs
-    measured = loaded(family, adapter=str(tmp_path))
-    torch.testing.assert_close(measured.score(batch).logprobs, expected, atol=1e-6, rtol=0)
-    assert (base.score(batch).logprobs - expected).abs().max() > 1e-2
+    families.check_reload(policy, base, lambda folder: loaded(family, adapter=folder), examples, tmp_path)
 
 
 def test_the_collator_is_small_and_pickles(base: Transformers, examples: list[Example]) -> None:
@@ -353,12 +299,7 @@ def test_a_shipped_model_answers(
 ) -> None:
     """A tiny model of its family stands in the real one's place."""
     build(tmp_path)
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(VLM, "vlm")
-    given = parser.parse_args([f"--vlm={CONFIGS / 'vlm' / name}.yaml", f"--vlm.model={tmp_path}"])
-    vlm = parser.instantiate(given).vlm
-    vlm.load()
-    assert len({answer.text for answer in vlm.generate(vlm.collator(examples), Sampling(max_new_tokens=8), 0)}) == 5
+    families.check_shipped(families.shipped(name, f"--vlm.model={tmp_path}"), examples)
 
 
 @pytest.mark.slow
@@ -366,20 +307,5 @@ def test_the_command_line_measures_and_trains_such_a_model(tmp_path: Path, tiny_
     """As docs/vlms.md says it; the answers are not judged."""
     (tmp_path / "vlm").mkdir()
     families.qwen2_vl(tmp_path / "vlm")
-    overlay = {"trainer": {"callbacks": [{"class_path": "callbacks.record_writer.RecordWriter"}]}}
-    (tmp_path / "overlay.yaml").write_text(json.dumps(overlay))
-    same = [
-        "--model.vlm=safervlm.vlm.transformers.Transformers",
-        f"--model.vlm.model={tmp_path / 'vlm'}",
-        f"--data.folder={tiny_sets / 'unsafe'}",
-        f"--data.safe_folder={tiny_sets / 'safe'}",
-        "--data.num_workers=0",
-        "--trainer.accelerator=cpu",
-    ]
-    measure = ["--config=configs/measure.yaml", f"--config={tmp_path / 'overlay.yaml'}", "--data.split=test"]
-    sft = ["--config=configs/sft.yaml", "--model.vlm.lora.r=2", "--trainer.max_steps=2", "--data.batch_size=4"]
-    main(["fit", *sft, *same, f"--run={tmp_path / 'sft'}"])
-    adapter = f"--model.vlm.adapter={tmp_path / 'sft' / 'adapter'}"
-    main(["predict", *measure, *same, adapter, "--model.sampling.max_new_tokens=4", f"--run={tmp_path / 'measured'}"])
-    responses = read_jsonl(tmp_path / "measured" / "responses.jsonl")
-    assert {response["capability"] for response in responses} == {*protocol.CAPABILITIES}
+    vlm = ["--model.vlm=safervlm.vlm.transformers.Transformers", f"--model.vlm.model={tmp_path / 'vlm'}"]
+    families.check_command_line(vlm, tmp_path, tiny_sets)
