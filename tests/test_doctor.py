@@ -104,3 +104,17 @@ def test_looking_leaves_nothing_behind(examine, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     examine("--config", "configs/measure.yaml")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_sets_of_an_evaluation_are_looked_at(examine, tmp_path: Path) -> None:
+    code, found = examine("--config", "configs/evaluate.yaml")
+    assert code == 1
+    assert found["data.contexts"].state == "error"
+    assert "the published questions, or yours" in found["data.contexts"].found
+    sources = list(module.source("https://x.org/MME.tsv", online=False)) + list(module.source("a/b", online=False))
+    assert [each.state for each in sources] == ["warning", "warning"]
+    (missing,) = module.source(str(tmp_path / "x.tsv"), online=False)
+    assert missing.state == "error"
+    (tmp_path / "x.tsv").touch()
+    (there,) = module.source(str(tmp_path / "x.tsv"), online=False)
+    assert there.state == "ok"
