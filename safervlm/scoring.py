@@ -83,7 +83,7 @@ _BY_PAIR = "paired t, concepts"
 _TOO_FEW = f"none: fewer than {FEWEST_CONCEPTS} concepts"
 _NO_SPREAD = "none: no spread between concepts"
 _NOTHING = "none: no answer counts"
-_ONE_SAMPLE = "none: texts compared with each other"
+ONE_SAMPLE = "none: texts compared with each other"
 
 Record = TypeVar("Record", Response, Verdict)
 
@@ -117,8 +117,8 @@ def load_run(run: str | Path) -> pd.DataFrame:
     Returns:
         One row an answer, in the order of ``responses.jsonl``: id, dataset, image, image_path (None for a question
         about a name), capability, prompt_number, prompt, category, concept, answer (the right label), response, label
-        (the verdict's), probabilities (label -> probability), judge, and side: ``unsafe`` or ``safe`` by the right
-        label, ``-`` for perception.
+        (the verdict's; empty for answers that are rated), probabilities (label -> probability), judge, side:
+        ``unsafe`` or ``safe`` by the right label, else ``-``, and drawn (see :class:`safervlm.records.Question`).
 
     Raises:
         RecordError: a file that is missing or empty; an id that is there twice, that has no verdict, or whose response
@@ -126,8 +126,11 @@ def load_run(run: str | Path) -> pd.DataFrame:
     """
     run = Path(run)
     responses = _by_id(run / "responses.jsonl", Response, f"measure with `safervlm predict ... --run {run}`")
-    verdicts = _by_id(run / "verdicts.jsonl", Verdict, _how_to_judge(run))
-    unjudged = [name for name in responses if name not in verdicts]
+    rated = all(response.question.capability == "rated" for response in responses.values())
+    verdicts = {} if rated else _by_id(run / "verdicts.jsonl", Verdict, _how_to_judge(run))
+    unjudged = [
+        name for name, each in responses.items() if name not in verdicts and each.question.capability != "rated"
+    ]
     if unjudged:
         raise RecordError(
             f"{run}: {len(unjudged)} of {len(responses)} responses have no verdict, the first is {unjudged[0]!r}; "
@@ -142,12 +145,13 @@ def load_run(run: str | Path) -> pd.DataFrame:
 
     rows = []
     for name, response in responses.items():
-        question, verdict = response.question, verdicts[name]
+        question, verdict = response.question, verdicts.get(name, Verdict(name, "", {}, ""))
+        labels = LABELS.get(question.capability)
         for what, label in (("verdict's label", verdict.label), ("right answer", question.answer)):
-            if label not in LABELS[question.capability]:
+            if labels is not None and label not in labels:
                 raise RecordError(
                     f"{run}: the {what} of {name!r} is {label!r}, but {question.capability} has "
-                    f"{', '.join(LABELS[question.capability])}; was it judged by the other capability's judge?"
+                    f"{', '.join(labels)}; was it judged by the other capability's judge?"
                 )
         rows.append(
             {
@@ -166,10 +170,11 @@ def load_run(run: str | Path) -> pd.DataFrame:
                 "probabilities": verdict.probabilities,
                 "judge": verdict.judge,
                 "side": {UNSAFE: "unsafe", SAFE: "safe"}.get(question.answer, NO_SIDE),
+                "drawn": question.drawn,
             }
         )
     # Objects: None stays None, and a text may hold what Arrow's strings refuse (half a surrogate pair).
-    return pd.DataFrame(rows, dtype=object).astype({"prompt_number": int})
+    return pd.DataFrame(rows, dtype=object).astype({"prompt_number": int, "drawn": bool})
 
 
 def _how_to_judge(run: Path) -> str:
@@ -226,7 +231,7 @@ class Counts:
     def of(cls, frame: pd.DataFrame) -> Self:
         """Counts rows of :func:`load_run`."""
         label = frame["label"]
-        unit = frame["image"].where(frame["capability"] != TEXT_ONLY, frame["id"])
+        unit = frame["image"].where(~frame["capability"].isin([TEXT_ONLY, "context_text_only"]), frame["id"])
         counts = frame[["dataset", "category", "concept", "image"]].assign(
             unit=unit,
             asked=1,
@@ -468,7 +473,7 @@ def _part_scores(part: pd.DataFrame, capability: str, side: str) -> Iterator[dic
                 if measure != OVER_FLAGGING or side == "safe":
                     estimate = proportion(hits, answers, these.concept, varies, units)
                     yield _row(measure, keys, varies, estimate, these, answers)
-    diversity = Estimate(1 - self_bleu(part["response"].tolist()), np.nan, np.nan, _ONE_SAMPLE)
+    diversity = Estimate(1 - self_bleu(part["response"].tolist()), np.nan, np.nan, ONE_SAMPLE)
     yield _row(DIVERSITY, (capability, side, OVERALL), "", diversity, counts, counts.asked)
 
 

@@ -1,26 +1,44 @@
-"""How often the 95 % intervals of ``safervlm.intervals`` hold, simulated on the real data set's clusters.
+"""How often the 95 % intervals of SaferVLM hold, simulated on the real data sets' clusters.
 
-    python scripts/coverage.py [--repetitions 2000] [--seed 0]
+    python scripts/coverage.py [--repetitions 2000] [--seed 0] [--write safervlm/coverage.csv]
 
 prints Markdown tables. Each repetition draws every concept's rate from a beta distribution with the given mean and
 intra-concept correlation, asks about each image once, or five times with answers to one image correlated by .5, and
 forms the intervals as the scores do. *These concepts* is held against the drawn rates of the very concepts, weighted by
 their images (by their answers, for names); *new concepts* against the mean of the distribution. The gap's two rates of
-a concept are drawn apart, or from one quantile ("tied"); the names are asked five times, the images once.
+a concept are drawn apart, or from one quantile ("tied"); the names are asked five times, the images once. What MME's
+and LLaVABench's tables simulate stands above them.
+
+``--write`` also writes the lowest and the highest coverage of each method, for the tables' captions. 2,000 repetitions
+take about 7 minutes of one core, 200 a tenth of that.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+import csv
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betaincinv
+from scipy.special import betaincinv, ndtr
 
+from safervlm import differences, intervals
+from safervlm.differences import (
+    Difference,
+    difference_of_items,
+    difference_of_ratios,
+    difference_of_shares,
+    difference_of_sums_of_means,
+)
 from safervlm.intervals import (
     FEWEST_CONCEPTS,
-    interval_difference,
     interval_new_concepts,
     interval_paired,
+    interval_ratio,
+    interval_sum_of_means,
     interval_these_concepts,
 )
 
@@ -39,27 +57,71 @@ IMAGES = {
 # What the 80/20 split leaves of each for testing.
 TEST = {category: tuple(n - int(0.8 * n) for n in sizes) for category, sizes in IMAGES.items()}
 
-# What is simulated: name, images of each concept, questions an image.
-DESIGNS: tuple[tuple[str, Sequence[int], int], ...] = (
-    ("test part, overall", [n for sizes in TEST.values() for n in sizes], 1),
-    ("test part, overall", [n for sizes in TEST.values() for n in sizes], 5),
-    ("all images, overall", [n for sizes in IMAGES.values() for n in sizes], 1),
-    ("all images, overall", [n for sizes in IMAGES.values() for n in sizes], 5),
-    ("test part, Hate", TEST["Hate"], 1),
-    ("test part, Self-harm", TEST["Self-harm"], 1),
-    ("test part, Self-harm", TEST["Self-harm"], 5),
-    ("test part, Public and personal health", TEST["Public and personal health"], 1),
-    ("test part, Public and personal health", TEST["Public and personal health"], 5),
-    ("all images, Public and personal health", IMAGES["Public and personal health"], 5),
-    ("names of Public and personal health, 5 answers each", [5] * 2, 1),
-    ("names, overall, 5 answers each", [5] * 75, 1),
-    ("27 concepts of 8 images (pictograms)", [8] * 27, 1),
+# The methods as scoring names them.
+WITHIN, NAMES_WITHIN = ("Korn-Graubard, images within concepts", "Korn-Graubard, answers within concepts")
+BY_CONCEPT = "Korn-Graubard, concepts (CR2)"
+# What a method is measured on, for `intervals.coverage`.
+OVERALL, CATEGORY, PICTOGRAMS, ALIKE = "overall", "category", "pictograms", "independent images"
+
+# What is simulated: part, name, images of each concept, questions an image.
+DESIGNS: tuple[tuple[str, str, Sequence[int], int], ...] = (
+    (OVERALL, "test part, overall", [n for sizes in TEST.values() for n in sizes], 1),
+    (OVERALL, "test part, overall", [n for sizes in TEST.values() for n in sizes], 5),
+    (OVERALL, "all images, overall", [n for sizes in IMAGES.values() for n in sizes], 1),
+    (OVERALL, "all images, overall", [n for sizes in IMAGES.values() for n in sizes], 5),
+    (CATEGORY, "test part, Hate", TEST["Hate"], 1),
+    (CATEGORY, "test part, Self-harm", TEST["Self-harm"], 1),
+    (CATEGORY, "test part, Self-harm", TEST["Self-harm"], 5),
+    (CATEGORY, "test part, Public and personal health", TEST["Public and personal health"], 1),
+    (CATEGORY, "test part, Public and personal health", TEST["Public and personal health"], 5),
+    (CATEGORY, "all images, Public and personal health", IMAGES["Public and personal health"], 5),
+    (CATEGORY, "names of Public and personal health, 5 answers each", [5] * 2, 1),
+    (OVERALL, "names, overall, 5 answers each", [5] * 75, 1),
+    (PICTOGRAMS, "27 concepts of 8 images (pictograms)", [8] * 27, 1),
 )
+PAIRED = (DESIGNS[0], DESIGNS[2], DESIGNS[-1])
 RATES = (0.3, 0.5, 0.8, 0.97)
 CORRELATIONS = (0.0, 0.1, 0.3)
 WITHIN_IMAGE = 0.5
 
+# Images of every task of MME, each with two questions.
+PERCEPTION = {
+    "existence": 30,
+    "count": 30,
+    "position": 30,
+    "color": 30,
+    "posters": 147,
+    "celebrity": 170,
+    "scene": 200,
+    "landmark": 200,
+    "artwork": 200,
+    "OCR": 20,
+}
+COGNITION = {
+    "commonsense_reasoning": 70,
+    "numerical_calculation": 20,
+    "text_translation": 20,
+    "code_reasoning": 20,
+}
+TASKS: dict[str, Sequence[int]] = {
+    "perception": tuple(PERCEPTION.values()),
+    "cognition": tuple(COGNITION.values()),
+    "total": (*PERCEPTION.values(), *COGNITION.values()),
+    "a task of 20 images": (20,),
+    "a task of 30 images": (30,),
+    "a task of 200 images": (200,),
+}
+# LLaVABench: 60 questions about 24 images; how many an image, and scores from 1 to 10 by mean and deviation.
+QUESTIONS: dict[str, Sequence[int]] = {
+    "2 or 3": [2] * 12 + [3] * 12,
+    "1 to 4": [1] * 4 + [2] * 8 + [3] * 8 + [4] * 4,
+}
+SCORES = ((3.0, 2.5), (6.0, 2.0), (8.0, 1.5), (9.5, 1.0))
+REFERENCES = ((8.0, 1.0), (9.8, 0.4))
+
 Floats = npt.NDArray[np.float64]
+Interval = tuple[float, float] | None
+Found = defaultdict[tuple[str, str], list[float]]
 
 
 def rates(quantiles: Floats, mean: float | Floats, correlation: float) -> Floats:
@@ -70,128 +132,302 @@ def rates(quantiles: Floats, mean: float | Floats, correlation: float) -> Floats
     return betaincinv(np.maximum(total * mean, 1e-9), np.maximum(total * (1 - mean), 1e-9), quantiles)
 
 
-def simulate(
-    sizes: Sequence[int], questions: int, rate: float, correlation: float, repetitions: int, rng: np.random.Generator
-) -> tuple[Floats, Floats]:
-    """(repetitions, 2 and 2) whether an interval held and how long it was: these concepts, new concepts."""
+def held(interval: Interval | Difference, truth: float) -> tuple[float, float]:
+    """Whether an interval holds the truth, and its length; NaN where there is none."""
+    if isinstance(interval, Difference):
+        interval = None if np.isnan(interval.low) else (interval.low, interval.high)
+    if interval is None:
+        return np.nan, np.nan
+    return float(interval[0] - 1e-9 <= truth <= interval[1] + 1e-9), interval[1] - interval[0]
+
+
+def repeat(repetitions: int, study: Callable[..., tuple[float, ...]], *arguments: Any) -> Floats:
+    """Coverage and mean length of each interval of a study; NaN where there was none."""
+    table = np.array([study(*arguments) for _ in range(repetitions)], float)
+    counted = (~np.isnan(table)).sum(axis=0)
+    return np.nansum(table, axis=0) / np.where(counted, counted, np.nan)
+
+
+def cell(values: Floats, digits: int = 2) -> str:
+    """Coverage and mean length, as a table shows them."""
+    return f"{values[0]:.3f} ({values[1]:.{digits}f})"
+
+
+def header(*columns: str) -> str:
+    """A table's head."""
+    return "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+def share(
+    sizes: Sequence[int], questions: int, rate: float, correlation: float, rng: np.random.Generator
+) -> tuple[float, ...]:
+    """These concepts: whether it held, its length; new concepts: the same, NaN for fewer than 10."""
     concepts = np.repeat(np.arange(len(sizes)), sizes)
     answers = np.full(len(concepts), float(questions))
-    rows = []
-    for _ in range(repetitions):
-        by_concept = rates(rng.random(len(sizes)), rate, correlation)
-        by_image = by_concept[concepts]
-        if questions > 1:
-            by_image = rates(rng.random(len(concepts)), by_image, WITHIN_IMAGE)
-        right = rng.binomial(questions, by_image).astype(float)
-        low, high = interval_these_concepts(right, answers, concepts)
-        truth = by_concept[concepts].mean()
-        row = [low <= truth <= high, high - low, np.nan, np.nan]
-        interval = interval_new_concepts(np.bincount(concepts, right), np.bincount(concepts, answers))
-        if interval:
-            row[2:] = [interval[0] <= rate <= interval[1], interval[1] - interval[0]]
-        rows.append(row)
-    table = np.array(rows, float)
-    return table[:, :2], table[:, 2:]
+    by_concept = rates(rng.random(len(sizes)), rate, correlation)
+    by_image = by_concept[concepts]
+    if questions > 1:
+        by_image = rates(rng.random(len(concepts)), by_image, WITHIN_IMAGE)
+    right = rng.binomial(questions, by_image).astype(float)
+    new = interval_new_concepts(np.bincount(concepts, right), np.bincount(concepts, answers))
+    truth = float(np.average(by_concept, weights=sizes))
+    return *held(interval_these_concepts(right, answers, concepts), truth), *held(new, rate)
 
 
-def simulate_gap(
-    sizes: Sequence[int],
-    text: float,
-    image: float,
-    correlation: float,
-    tied: bool,
-    repetitions: int,
-    rng: np.random.Generator,
-) -> Floats:
-    """(repetitions, 2) whether the gap's interval held and how long it was; NaN where there was none."""
+def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
+    """The tables of the shares."""
+    columns = list(product(RATES, CORRELATIONS))
+    yield "Shares of the answers. Columns: accuracy, intra-concept correlation."
+    yield ""
+    yield header("clusters", "questions an image", "varies", *(f"{rate:g}, {c:g}" for rate, c in columns))
+    for part, name, sizes, questions in DESIGNS:
+        cells = np.array([repeat(repetitions, share, sizes, questions, *column, rng) for column in columns])
+        found[NAMES_WITHIN if name.startswith("names") else WITHIN, part] += cells[:, 0].tolist()
+        yield f"| {name} | {questions} | these concepts | " + " | ".join(cell(x[:2]) for x in cells) + " |"
+        if len(sizes) >= FEWEST_CONCEPTS:
+            if part != CATEGORY:  # no table shows new concepts of a category
+                found[BY_CONCEPT, part] += cells[:, 2].tolist()
+            yield f"| {name} | {questions} | new concepts | " + " | ".join(cell(x[2:]) for x in cells) + " |"
+    yield ""
+    yield "Nearer to 1, not in the summary below. Columns as before."
+    yield ""
+    columns = list(product((0.99,), CORRELATIONS))
+    yield header("clusters", "questions an image", "varies", *(f"{rate:g}, {c:g}" for rate, c in columns))
+    for part, name, sizes, questions in DESIGNS:
+        if part == OVERALL:
+            cells = np.array([repeat(repetitions, share, sizes, questions, *column, rng) for column in columns])
+            for varies, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
+                yield f"| {name} | {questions} | {varies} | " + " | ".join(map(cell, of)) + " |"
+    yield ""
+    yield "Images without concepts, as of SMID or NSFW: one concept that holds all. Columns: accuracy."
+    yield ""
+    yield header("images", "questions an image", *(f"{rate:g}" for rate in RATES))
+    for images, questions in product((100, 1000), (1, 5)):
+        cells = np.array([repeat(repetitions, share, [images], questions, rate, 0.0, rng)[:2] for rate in RATES])
+        found[WITHIN, ALIKE] += cells[:, 0].tolist()
+        yield f"| {images} | {questions} | " + " | ".join(map(cell, cells)) + " |"
+
+
+def gap(
+    sizes: Sequence[int], text: float, image: float, correlation: float, tied: bool, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Whether the gap's interval held, and its length."""
     images = np.asarray(sizes)
-    rows = []
-    for _ in range(repetitions):
-        quantiles = rng.random(len(sizes))
-        names = rates(quantiles, text, correlation)
-        pictures = rates(quantiles if tied else rng.random(len(sizes)), image, correlation)
-        interval = interval_paired(rng.binomial(5, names) / 5 - rng.binomial(images, pictures) / images)
-        rows.append(
-            (interval[0] <= text - image <= interval[1], interval[1] - interval[0]) if interval else (np.nan,) * 2
-        )
-    return np.array(rows, float)
+    quantiles = rng.random(len(images))
+    names = rates(quantiles, text, correlation)
+    pictures = rates(quantiles if tied else rng.random(len(images)), image, correlation)
+    return held(interval_paired(rng.binomial(5, names) / 5 - rng.binomial(images, pictures) / images), text - image)
 
 
-def simulate_difference(
-    sizes: Sequence[int], first: float, second: float, correlation: float, repetitions: int, rng: np.random.Generator
-) -> Floats:
-    """(repetitions, 2) whether the interval of a difference between two runs held, and its length; NaN without one.
+def gaps(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
+    """The table of the modality gap."""
+    yield "The modality gap: accuracy on names, on images; rates of a concept drawn apart / tied."
+    yield ""
+    yield header("clusters", "names, images", *(f"correlation {c:g}" for c in CORRELATIONS))
+    for (part, name, sizes, _), (text, image) in product(PAIRED, ((0.97, 0.3), (0.8, 0.5), (0.97, 0.97))):
+        cells = [
+            [repeat(repetitions, gap, sizes, text, image, c, tied, rng) for tied in (False, True)] for c in CORRELATIONS
+        ]
+        found[differences.SHARES_BY_CONCEPT, part] += [both[0] for pair in cells for both in pair]
+        yield f"| {name} | {text:g}, {image:g} | " + " | ".join(" / ".join(map(cell, pair)) for pair in cells) + " |"
+
+
+# --- sums of means, ratios --------------------------------------------------------------------------------------------
+
+
+def mme(right: npt.NDArray[np.integer]) -> Floats:
+    """The value of images by how many of their two questions are right."""
+    return np.array([0.0, 50.0, 200.0])[right]
+
+
+def mme_mean(accuracy: Floats, correlation: float) -> Floats:
+    """The expected value of an image whose two answers are right with this probability and correlated so."""
+    both = accuracy**2 + correlation * accuracy * (1 - accuracy)
+    return 200 * both + 50 * 2 * (accuracy - both)
+
+
+def accuracies(tasks: Sequence[int], accuracy: float, spread: float) -> Floats:
+    """One accuracy a task, spread evenly on the logit scale, in an order that has nothing to do with the sizes."""
+    places = np.random.default_rng(0).permutation(np.linspace(-spread, spread, len(tasks))) if len(tasks) > 1 else 0.0
+    return np.atleast_1d(1 / (1 + (1 - accuracy) / accuracy * np.exp(-places)))
+
+
+def sum_of_means(
+    tasks: Sequence[int], accuracy: float, spread: float, correlation: float, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Whether the interval of MME's sum held, and its length; accuracy 0: a model that nearly always says yes."""
+    strata = np.repeat(np.arange(len(tasks)), tasks)
+    if accuracy == 0:
+        right, truth = rng.choice(3, len(strata), p=(0.02, 0.96, 0.02)), len(tasks) * (0.96 * 50 + 0.02 * 200)
+    else:
+        by_task = accuracies(tasks, accuracy, spread)
+        right = rng.binomial(2, rates(rng.random(len(strata)), by_task[strata], correlation))
+        truth = mme_mean(by_task, correlation).sum()
+    return held(interval_sum_of_means(mme(right), strata), truth)
+
+
+def sums(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
+    """The table of MME's sums of means."""
+    columns = [*product((0.5, 0.8, 0.9, 0.97), (0.0, 2.0)), (0.0, 0.0)]
+    yield "MME: sums of the tasks' means, 200 a task at most. Columns: accuracy, and how far the tasks lie from it (on"
+    yield 'the logit scale). "yes": one of the two answers right for nearly every image.'
+    yield ""
+    names = [f"{accuracy:g}, +-{spread:g}" if accuracy else "yes" for accuracy, spread in columns]
+    yield header("tasks", "correlation of the two answers", *names)
+    for (name, tasks), correlation in product(TASKS.items(), (0.0, 0.3)):
+        cells = []
+        for accuracy, spread in columns:
+            if len(tasks) > 1 or not spread:
+                cells.append(repeat(repetitions, sum_of_means, tasks, accuracy, spread, correlation, rng))
+                found[intervals.BY_TASK if len(tasks) > 1 else intervals.BY_IMAGE, name] += [cells[-1][0]]
+            else:
+                cells.append(np.array([]))
+        yield f"| {name} | {correlation:g} | " + " | ".join(cell(x, 0) if len(x) else "" for x in cells) + " |"
+
+
+def scores(mean: float, deviation: float, own: Floats, of_image: Floats, correlation: float) -> Floats:
+    """Whole scores from 1 to 10 by normal luck, a part of which the questions of an image share."""
+    return np.clip(np.rint(mean + deviation * (correlation**0.5 * of_image + (1 - correlation) ** 0.5 * own)), 1, 10)
+
+
+def scores_mean(mean: float, deviation: float) -> float:
+    """What :func:`scores` gives on average."""
+    return 1 + float((1 - ndtr((np.arange(1, 10) + 0.5 - mean) / deviation)).sum())
+
+
+def ratio(
+    questions: Sequence[int],
+    model: tuple[float, float],
+    reference: tuple[float, float],
+    correlation: float,
+    rng: np.random.Generator,
+) -> tuple[float, ...]:
+    """LLaVABench's ratio: whether its interval held, its length; the same of the difference of two runs' ratios.
+
+    The second run is half a point worse, shares half of the luck with the first, and its reference is scored anew.
+    """
+    images = np.repeat(np.arange(len(questions)), questions)
+    of_image = rng.standard_normal(len(questions))[images]
+    shared, *own = rng.standard_normal((5, len(images)))
+    base = (model[0] - 0.5, model[1])
+    runs = [
+        scores(*what, 0.5**0.5 * shared + 0.5**0.5 * luck, of_image, correlation)
+        for what, luck in zip((model, reference, base, reference), own, strict=True)
+    ]
+    truth, base_truth = (scores_mean(*what) / scores_mean(*reference) for what in (model, base))
+    return (
+        *held(interval_ratio(runs[0], runs[1], images), truth),
+        *held(difference_of_ratios(*runs, images), truth - base_truth),
+    )
+
+
+def ratios(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
+    """The table of LLaVABench's ratios and their differences."""
+    yield "LLaVABench: the model's scores over the reference's, 60 questions about 24 images; and the difference of two"
+    yield "runs. Columns: mean and deviation of the model's scores, correlation of the scores of an image."
+    yield ""
+    columns = list(product(SCORES, (0.0, 0.3)))
+    yield header("questions an image", "reference", "what", *(f"{m:g} +-{d:g}, {c:g}" for (m, d), c in columns))
+    for (name, questions), reference in product(QUESTIONS.items(), REFERENCES):
+        cells = np.array([repeat(repetitions, ratio, questions, model, reference, c, rng) for model, c in columns])
+        found[intervals.RATIO_BY_IMAGE, OVERALL] += cells[:, 0].tolist()
+        found[differences.RATIOS_BY_IMAGE, OVERALL] += cells[:, 2].tolist()
+        about = f"| {name} | {reference[0]:g} +-{reference[1]:g} | "
+        yield about + "ratio | " + " | ".join(cell(x[:2]) for x in cells) + " |"
+        yield about + "difference | " + " | ".join(cell(x[2:]) for x in cells) + " |"
+
+
+# --- differences between runs -----------------------------------------------------------------------------------------
+
+
+def answers_of_two(
+    by_image: tuple[Floats, Floats], questions: int, alike: float, rng: np.random.Generator
+) -> list[Floats]:
+    """(images, questions) whether two runs are right; a question's luck is the same for both with chance ``alike``."""
+    shape = (len(by_image[0]), questions)
+    together, shared = rng.random(shape) < alike, rng.random(shape)
+    return [(np.where(together, shared, rng.random(shape)) < rate[:, None]).astype(float) for rate in by_image]
+
+
+def share_difference(
+    sizes: Sequence[int], first: float, second: float, correlation: float, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Whether the interval of a difference between two runs held, and its length.
 
     The runs share each concept's quantile (what is hard for one is hard for the other), and each image's luck by half.
     """
-    images = np.asarray(sizes)
-    concepts = np.repeat(np.arange(len(images)), images)
-    rows = []
-    for _ in range(repetitions):
-        quantiles = rng.random(len(images))
-        luck, shared = rng.random((2, len(concepts))), rng.random(len(concepts))
-        together = rng.random(len(concepts)) < 0.5
-        right = [
-            (np.where(together, shared, own) < rates(quantiles, rate, correlation)[concepts]).astype(float)
-            for own, rate in zip(luck, (first, second), strict=True)
-        ]
-        interval = interval_difference(np.bincount(concepts, right[1] - right[0]), images.astype(float))
-        truth = second - first
-        rows.append((interval[0] <= truth <= interval[1], interval[1] - interval[0]) if interval else (np.nan,) * 2)
-    return np.array(rows, float)
+    concepts = np.repeat(np.arange(len(sizes)), sizes)
+    quantiles = rng.random(len(sizes))
+    by_image = (rates(quantiles, first, correlation)[concepts], rates(quantiles, second, correlation)[concepts])
+    base, run = (right[:, 0] for right in answers_of_two(by_image, 1, 0.5, rng))
+    return held(difference_of_shares(np.bincount(concepts, run - base), np.asarray(sizes, float)), second - first)
 
 
-def lines(repetitions: int, seed: int) -> Iterator[str]:
-    """The two Markdown tables, line by line."""
-    rng = np.random.default_rng(seed)
-    yield f"Coverage of a nominal .95 (mean length); {repetitions} repetitions a cell, seed {seed}."
-    yield ""
-    columns = [f"{rate:g}, {correlation:g}" for rate in RATES for correlation in CORRELATIONS]
-    yield "| clusters | questions an image | varies | " + " | ".join(columns) + " |"
-    yield "|---|---|---|" + "---|" * len(columns)
-    for name, sizes, questions in DESIGNS:
-        cells = [
-            simulate(sizes, questions, rate, correlation, repetitions, rng)
-            for rate in RATES
-            for correlation in CORRELATIONS
-        ]
-        for kind, varies in enumerate(("these concepts", "new concepts")):
-            if kind == 0 or len(sizes) >= FEWEST_CONCEPTS:
-                shown = " | ".join("{:.3f} ({:.2f})".format(*cell[kind].mean(axis=0)) for cell in cells)
-                yield f"| {name} | {questions} | {varies} | {shown} |"
-    yield ""
-    yield "The modality gap (accuracy on names, on images; rates of a concept drawn apart / tied):"
-    yield ""
-    yield "| clusters | names, images | " + " | ".join(f"correlation {c:g}" for c in CORRELATIONS) + " |"
-    yield "|---|---|" + "---|" * len(CORRELATIONS)
-    for name, sizes in (
-        (DESIGNS[0][0], DESIGNS[0][1]),
-        (DESIGNS[2][0], DESIGNS[2][1]),
-        (DESIGNS[-1][0], DESIGNS[-1][1]),
-    ):
-        for text, image in ((0.97, 0.3), (0.8, 0.5), (0.97, 0.97)):
-            cells = []
-            for correlation in CORRELATIONS:
-                held = [
-                    np.nanmean(simulate_gap(sizes, text, image, correlation, tied, repetitions, rng), axis=0)
-                    for tied in (False, True)
-                ]
-                cells.append(" / ".join("{:.3f} ({:.2f})".format(*cell) for cell in held))
-            yield f"| {name} | {text:g}, {image:g} | " + " | ".join(cells) + " |"
+def alike_difference(
+    images: int, questions: int, first: float, second: float, alike: float, rng: np.random.Generator
+) -> tuple[float, ...]:
+    """The same for independent images, clustered by image; and by item (NaN for several questions an image)."""
+    quantiles = rng.random(images)
+    correlation = WITHIN_IMAGE if questions > 1 else 0.0
+    by_image = (rates(quantiles, first, correlation), rates(quantiles, second, correlation))
+    base, run = (right.sum(axis=1) for right in answers_of_two(by_image, questions, alike, rng))
+    clustered = held(difference_of_shares(run - base, np.full(images, float(questions))), second - first)
+    if questions > 1:
+        return *clustered, np.nan, np.nan
+    tango = difference_of_items(int((run < base).sum()), int((run > base).sum()), images)
+    return *clustered, *held(tango, second - first)
 
 
-def difference_lines(repetitions: int, seed: int) -> Iterator[str]:
-    """The table of the differences between two runs."""
-    rng = np.random.default_rng(seed)
-    yield "The difference between two runs on the same questions, one an image (accuracy of the one, of the other):"
+def sum_difference(
+    tasks: Sequence[int], first: float, second: float, alike: float, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Whether the interval of the difference of two runs' sums of means held, and its length."""
+    strata = np.repeat(np.arange(len(tasks)), tasks)
+    quantiles = rng.random(len(strata))
+    by_task = [accuracies(tasks, accuracy, 1.0) for accuracy in (first, second)]
+    by_image = (rates(quantiles, by_task[0][strata], 0.3), rates(quantiles, by_task[1][strata], 0.3))
+    base, run = (mme(right.sum(axis=1).astype(int)) for right in answers_of_two(by_image, 2, alike, rng))
+    truth = mme_mean(by_task[1], 0.3).sum() - mme_mean(by_task[0], 0.3).sum()
+    return held(difference_of_sums_of_means(run - base, strata), truth)
+
+
+def runs(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
+    """The tables of the differences between two runs."""
+    pairs = ((0.3, 0.9), (0.5, 0.8), (0.8, 0.8), (0.95, 0.97), (0.97, 0.97))
+    yield "The difference between two runs on the same questions, one an image: accuracy of the one, of the other."
     yield ""
-    yield "| clusters | accuracies | " + " | ".join(f"correlation {c:g}" for c in CORRELATIONS) + " |"
-    yield "|---|---|" + "---|" * len(CORRELATIONS)
-    for design in (DESIGNS[0], DESIGNS[2], DESIGNS[-1]):
-        for first, second in ((0.3, 0.9), (0.5, 0.8), (0.8, 0.8), (0.95, 0.97)):
-            cells = [simulate_difference(design[1], first, second, c, repetitions, rng) for c in CORRELATIONS]
-            shown = " | ".join("{:.3f} ({:.2f})".format(*np.nanmean(cell, axis=0)) for cell in cells)
-            yield f"| {design[0]} | {first:g}, {second:g} | {shown} |"
+    yield header("clusters", "accuracies", *(f"correlation {c:g}" for c in CORRELATIONS))
+    for (part, name, sizes, _), (first, second) in product(PAIRED, pairs):
+        cells = [repeat(repetitions, share_difference, sizes, first, second, c, rng) for c in CORRELATIONS]
+        found[differences.SHARES_BY_CONCEPT, part] += [values[0] for values in cells]
+        yield f"| {name} | {first:g}, {second:g} | " + " | ".join(map(cell, cells)) + " |"
+    yield ""
+    yield "The same for images without concepts, clustered by image, and for items of one question each (Tango)."
+    yield "Columns: accuracies, and the chance that a question's luck is the same for both."
+    yield ""
+    columns = list(product((*pairs, (0.99, 0.99)), (0.5, 0.9)))
+    yield header("images", "questions an image", "method", *(f"{a:g}, {b:g}; {alike:g}" for (a, b), alike in columns))
+    for images, questions in product((100, 1000), (1, 5)):
+        cells = np.array(
+            [repeat(repetitions, alike_difference, images, questions, *p, alike, rng) for p, alike in columns]
+        )
+        found[differences.SHARES_BY_IMAGE, ALIKE] += cells[:, 0].tolist()
+        yield f"| {images} | {questions} | by image | " + " | ".join(cell(x[:2], 3) for x in cells) + " |"
+        if questions == 1:
+            found[differences.SHARES_BY_ITEM, ALIKE] += cells[:, 2].tolist()
+            yield f"| {images} | {questions} | by item | " + " | ".join(cell(x[2:], 3) for x in cells) + " |"
+    yield ""
+    yield "The difference of two runs' sums of means (MME; tasks +-1, the two answers of an image correlated by .3)."
+    yield "Columns as before."
+    yield ""
+    yield header("tasks", *(f"{a:g}, {b:g}; {alike:g}" for (a, b), alike in columns))
+    for name, tasks in TASKS.items():
+        cells = [repeat(repetitions, sum_difference, tasks, *p, alike, rng) for p, alike in columns]
+        found[differences.SUMS_BY_TASK, name] += [values[0] for values in cells]
+        yield f"| {name} | " + " | ".join(cell(x, 0) for x in cells) + " |"
 
 
 def main() -> None:
@@ -199,11 +435,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=2000, help="simulated experiments a cell (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default 0)")
+    parser.add_argument("--write", type=Path, help="file for each method's lowest and highest coverage, CSV")
     arguments = parser.parse_args()
-    for table in (lines, difference_lines):
-        for line in table(arguments.repetitions, arguments.seed):
-            print(line, flush=True)
+    found: Found = defaultdict(list)
+    repetitions, seed = arguments.repetitions, arguments.seed
+    print(f"Coverage of a nominal .95 (mean length); {repetitions} repetitions a cell, seed {seed}.")
+    for number, table in enumerate((shares, gaps, sums, ratios, runs)):
         print()
+        for line in table(repetitions, np.random.default_rng((seed, number)), found):
+            print(line, flush=True)
+    print("\nLowest and highest of each method:\n")
+    print(header("method", "part", "lowest", "highest", "cells"))
+    summary = [(*key, f"{min(x):.3f}", f"{max(x):.3f}", str(len(x))) for key, x in found.items()]
+    for row in summary:
+        print("| " + " | ".join(row) + " |")
+    if arguments.write:
+        with arguments.write.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([("method", "part", "lowest", "highest", "cells"), *summary])
 
 
 if __name__ == "__main__":
