@@ -36,9 +36,9 @@ from safervlm.intervals import (
     BY_TASK,
     FEWEST_CONCEPTS,
     RATIO_BY_IMAGE,
-    interval_new_concepts,
     interval_ratio,
     interval_sum_of_means,
+    interval_these_concepts,
 )
 from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
 from safervlm.rating import Rating
@@ -56,7 +56,7 @@ from safervlm.scoring import (
 )
 
 NEW_IMAGES = "new images"
-SHARE_BY_IMAGE = "Korn-Graubard, images (CR2)"
+SHARE_BY_IMAGE = "Korn-Graubard, images"
 RATINGS = "ratings.jsonl"
 
 PERCEPTION_TASKS = (
@@ -311,9 +311,9 @@ def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimat
             (varies, proportion(counts.right, counts.asked, counts.concept, varies, units))
             for varies in (THESE_CONCEPTS, NEW_CONCEPTS)
         ]
-    right, answers = (np.bincount(counts.image, each).astype(float) for each in (counts.right, counts.asked))
-    value = float(right.sum() / answers.sum())
-    return [(NEW_IMAGES, _estimate(value, interval_new_concepts(right, answers), SHARE_BY_IMAGE))]
+    value = float(counts.right.sum() / counts.asked.sum())
+    interval = interval_these_concepts(counts.right, counts.asked, np.zeros(len(counts.asked), int))
+    return [(NEW_IMAGES, Estimate(value, *interval, SHARE_BY_IMAGE))]
 
 
 def _estimate(value: float, interval: tuple[float, float] | None, method: str) -> Estimate:

@@ -16,6 +16,7 @@ from rich.table import Table
 from safervlm.evaluation import (
     GROUPS,
     NEW_IMAGES,
+    SHARE_BY_IMAGE,
     Column,
     Evaluation,
     columns,
@@ -186,12 +187,21 @@ def remarks(long: pd.DataFrame, evaluations: Sequence[Evaluation]) -> list[str]:
             what = "ratings" if row["unit"] == "%" and row["column"] in set(each.ratings["dataset"]) else "answers"
             effect = "they count as wrong" if row["unit"] == "points" else "they are left out"
             lines.append(f"{each.name}: {row['missing']} {what} of {row['heading']} are missing: {effect}")
-    simulated = {method: coverage(method) for method in dict.fromkeys(long["method"])}
+    made = dict.fromkeys(zip(long["varies"], long["method"], strict=True))
+    held = {(varies, method): how_often(method) for varies, method in made}
     return lines + [
-        f"{method}: held the truth in {held} of simulated studies (docs/intervals.md)"
-        for method, held in simulated.items()
-        if held is not None
+        f"{varies}: {method}; held the truth in {share} of simulated studies (docs/intervals.md)"
+        for (varies, method), share in held.items()
+        if share is not None
     ]
+
+
+def how_often(method: str) -> str | None:
+    """How often a method's intervals held the truth in simulations; None where it wasn't simulated."""
+    # Images that stand for themselves are simulated as those of one concept.
+    as_one = ("Korn-Graubard, images within concepts", "independent images")
+    name, part = as_one if method == SHARE_BY_IMAGE else (method, "overall")
+    return coverage(name, part) or coverage(name)
 
 
 # --- LaTeX, page ------------------------------------------------------------------------------------------------------

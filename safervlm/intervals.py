@@ -239,22 +239,6 @@ def interval_paired(differences: Floats) -> tuple[float, float] | None:
     return max(low, -1.0), min(high, 1.0)
 
 
-def interval_difference(differences: Floats, answers: Floats) -> tuple[float, float] | None:
-    """The 95 % t interval of ``sum(differences) / sum(answers)`` over other concepts: two runs on the same questions.
-
-    The variance is CR2's, as in :func:`interval_new_concepts`. None for fewer than 10 concepts, or if none differs.
-
-    Args:
-        differences: (concepts,) right answers of the one run minus those of the other.
-        answers: (concepts,) answers of each run about each concept, at least 1.
-    """
-    if len(answers) < FEWEST_CONCEPTS or np.ptp(differences / answers) < 1e-12:
-        return None
-    squares = ratio_squares(differences, answers)
-    low, high = t_interval(float(differences.sum() / answers.sum()), squares.sum(), effective_freedom(squares))
-    return max(low, -1.0), min(high, 1.0)
-
-
 @cache
 def _coverage() -> tuple[tuple[str, str, float, float], ...]:
     text = files("safervlm").joinpath("coverage.csv").read_text(encoding="utf-8")

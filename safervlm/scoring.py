@@ -14,9 +14,9 @@ evaluation of trained models counts them as wrong; here both stand in every tabl
   never with fewer than :data:`FEWEST_CONCEPTS`.
 
 Both are Korn and Graubard's: the variance of the clustered sample is turned into the size of the independent sample
-that would be as uncertain, and the exact binomial interval of that size is taken. Two known bounds on that size keep
-it honest where nearly every answer is right and a variance can't be estimated (see :func:`effective_interval`).
-``scripts/coverage.py`` simulates how often they hold.
+that would be as uncertain, and the exact binomial interval of that size is taken. Bounds on that size keep it honest
+where nearly every answer is right and a variance can't be estimated (see :mod:`safervlm.intervals`).
+``scripts/coverage.py`` simulates how often they hold; the tables say it.
 
 References:
     Korn and Graubard (1998), Confidence intervals for proportions with small expected number of positive counts
@@ -41,11 +41,12 @@ import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from safervlm.differences import difference_of_shares
 from safervlm.intervals import (
     FEWEST_CONCEPTS,
     Floats,
     Numbers,
-    interval_difference,
+    coverage,
     interval_new_concepts,
     interval_paired,
     interval_these_concepts,
@@ -327,11 +328,8 @@ def paired_difference(frame: pd.DataFrame, base: pd.DataFrame, column: str) -> E
     differences, answers = np.asarray(by_concept.sum(), np.float64), np.asarray(by_concept.size(), np.float64)
     if not len(answers):
         return Estimate(np.nan, np.nan, np.nan, _NOTHING)
-    value = float(differences.sum() / answers.sum())
-    interval = interval_difference(differences, answers)
-    if interval is None:
-        return Estimate(value, np.nan, np.nan, _TOO_FEW if len(answers) < FEWEST_CONCEPTS else _NO_SPREAD)
-    return Estimate(value, *interval, _BY_PAIR)
+    found = difference_of_shares(differences, answers)
+    return Estimate(found.value, found.low, found.high, _TOO_FEW if np.isnan(found.low) else _BY_PAIR)
 
 
 def self_bleu(responses: Sequence[str], order: int = 4) -> float:
@@ -619,8 +617,7 @@ def accuracy_table(table: pd.DataFrame, title: str = "Accuracy") -> Table:
         title: the line above it.
     """
     rows = records(by_category(table))
-    methods = {f"{row['varies']}: {row['method']}": None for row in rows if row["method"]}
-    printed = Table(title=title, caption="95 % intervals\n" + "\n".join(methods), box=SIMPLE_HEAD)
+    printed = Table(title=title, caption="95 % intervals\n" + "\n".join(methods(table)), box=SIMPLE_HEAD)
     printed.add_column("category")
     for heading in ("n", "N/A", "N/A as wrong", "N/A left out"):
         printed.add_column(heading, justify="right")
@@ -649,8 +646,8 @@ def other_table(table: pd.DataFrame, title: str = "Gap, over-flagging, diversity
     """
     rows = records(table[~table["measure"].isin(_ACCURACIES) & (table["category"] == OVERALL)])
     about = [", ".join(filter(None, (MEASURES[row["measure"]], row["varies"]))) for row in rows]
-    methods = {f"{name}: {row['method']}": None for name, row in zip(about, rows, strict=True)}
-    printed = Table(title=title, caption="95 % intervals\n" + "\n".join(methods), box=SIMPLE_HEAD)
+    made = {f"{name}: {with_coverage(row['method'])}": None for name, row in zip(about, rows, strict=True)}
+    printed = Table(title=title, caption="95 % intervals\n" + "\n".join(made), box=SIMPLE_HEAD)
     for heading in ("measure", "of"):
         printed.add_column(heading)
     for heading in ("n", "value"):
@@ -683,6 +680,26 @@ def write_workbook(path: Path, sheets: Mapping[str, pd.DataFrame]) -> None:
                             cell.data_type = "s"
 
     write_atomically(path, write)
+
+
+def with_coverage(method: str, part: str = OVERALL) -> str:
+    """A method's name, and how often its intervals held the truth in simulations of the real set's clusters."""
+    held = coverage(method, part) or coverage(method)
+    return method if held is None else f"{method}; held the truth in {held} of simulated studies"
+
+
+def methods(table: pd.DataFrame) -> list[str]:
+    """How the intervals of a table were made, a line each.
+
+    Args:
+        table: of :func:`scores`.
+    """
+    found: dict[str, None] = {}
+    for row in records(table[table["method"] != ""]):
+        part = OVERALL if row["category"] == OVERALL else "category"
+        varies = f"{row['varies']}{'' if part == OVERALL else ', by category'}"
+        found[f"{varies}: {with_coverage(row['method'], part)}".removeprefix(": ")] = None
+    return list(found)
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

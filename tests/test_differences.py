@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from safervlm import differences, intervals
+from safervlm import differences
 
 
 def same(difference, value, low, high, p, **tolerance):
@@ -22,11 +22,21 @@ def test_shares_are_the_paired_t_test_where_clusters_are_alike():
     same(differences.difference_of_shares(8 * d, np.full(12, 8.0)), d.mean(), ci.low, ci.high, theirs.pvalue)
 
 
-def test_shares_have_the_interval_that_the_scores_have():
+def test_shares_weigh_clusters_by_their_answers_and_are_cr2():
     answers = np.array([4.0, 8, 12, 4, 8, 12, 4, 8, 12, 20])
-    lost = np.array([2.0, -1, 3, 0, 4, 6, 1, 2, -2, 10])
-    found = differences.difference_of_shares(lost, answers)
-    assert (found.low, found.high) == pytest.approx(intervals.interval_difference(lost, answers))
+    change = np.array([2.0, -1, 3, 0, 4, 6, 1, 2, -2, 10])
+    found = differences.difference_of_shares(change, answers)
+    value = change.sum() / answers.sum()
+    squares = [
+        (d - value * n) ** 2 / (1 - n / answers.sum()) / answers.sum() ** 2
+        for d, n in zip(change, answers, strict=True)
+    ]
+    freedom = min(2 * sum(squares) ** 2 / sum(s**2 for s in squares) - 1, 9)
+    assert freedom < 9
+    error = sum(squares) ** 0.5
+    half = stats.t.ppf(0.975, freedom) * error
+    same(found, value, value - half, value + half, 2 * stats.t.sf(value / error, freedom))
+    assert np.isnan(differences.difference_of_shares(change[:9], answers[:9]).low)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -160,33 +160,6 @@ def test_paired_interval():
     assert intervals.interval_paired(np.r_[np.ones(11), -1.0])[1] == 1.0
 
 
-def test_the_difference_of_two_runs_is_the_paired_t_interval_where_concepts_are_alike():
-    answers = np.full(12, 8.0)
-    first = np.array([2.0, 6.0] * 6)
-    second = first + np.array(
-        [1.0, 3.0, 3.0, 1.0] * 3
-    )  # every concept lies as far from the mean: 11 degrees of freedom
-    expected = stats.ttest_rel(second / 8, first / 8).confidence_interval(0.95)
-    assert intervals.interval_difference(second - first, answers) == pytest.approx((expected.low, expected.high))
-
-
-def test_the_difference_of_two_runs_weighs_concepts_by_their_answers_and_is_cr2():
-    answers = np.array([4.0, 8, 12, 4, 8, 12, 4, 8, 12, 20])
-    differences = np.array([2.0, -1, 3, 0, 4, 6, 1, 2, -2, 10])
-    low, high = intervals.interval_difference(differences, answers)
-    value = differences.sum() / answers.sum()
-    assert (low + high) / 2 == pytest.approx(value)
-    squares = [
-        (d - value * n) ** 2 / (1 - n / answers.sum()) / answers.sum() ** 2
-        for d, n in zip(differences, answers, strict=True)
-    ]
-    freedom = min(2 * sum(squares) ** 2 / sum(s**2 for s in squares) - 1, 9)
-    assert freedom < 9
-    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, freedom) * sum(squares) ** 0.5)
-    assert intervals.interval_difference(differences[:9], answers[:9]) is None
-    assert intervals.interval_difference(answers / 4, answers) is None  # the same of every concept
-
-
 # --- ratios -----------------------------------------------------------------------------------------------------------
 
 
