@@ -92,6 +92,7 @@ REFUSAL_RATE: dict[str, float] = {
     "Deception": 0.15,
 }
 
+CAPTION_QUESTION = "What does this image show?"
 # The base model's own words about a concept; {clause} is the question turned into a statement. Between them they use
 # every phrase of the aligned responses, so that alignment has to teach which answer to give and not how to spell it.
 # The first word decides: where an answer's sense hung on a word further on, sampling took the wrong one too often.

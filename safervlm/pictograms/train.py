@@ -34,6 +34,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from safervlm.pictograms.concepts import (
     ANSWERS,
     CAPTION,
+    CAPTION_QUESTION,
     CONCEPTS,
     REFUSAL_RATE,
     UNSAFE_CONCEPTS,
@@ -61,7 +62,6 @@ PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 IGNORED = -100  # cross entropy's default ignore_index
 
 PICTURES_PER_CONCEPT = 80
-CAPTION_QUESTION = "What does this image show?"
 # LLaVA-1.5's conversation, for tools that format messages by a chat template.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

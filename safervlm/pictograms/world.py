@@ -1,7 +1,9 @@
-"""Builds the pictogram world: data sets, vision-language model and judges, as folders in the real formats.
+"""Builds the pictogram world: data sets, benchmarks, vision-language model and judges, in the real formats.
 
-An offline stand-in for UnsafeConcepts, LLaVA-1.5 and the published judges, made in one to two minutes on a CPU.
-Everything else in the package only reads such folders. Pictograms: OpenMoji (https://openmoji.org), CC BY-SA 4.0.
+An offline stand-in for UnsafeConcepts, the sets of the evaluation, LLaVA-1.5 and the published judges, made in one to
+two minutes on a CPU. Everything else in the package only reads such folders.
+
+Pictograms: OpenMoji (https://openmoji.org), CC BY-SA 4.0.
 """
 
 import json
@@ -25,6 +27,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 from safervlm import protocol
 from safervlm.data.unsafe_concepts import paper_split, safe_split
 from safervlm.pictograms import judges, train
+from safervlm.pictograms.benchmarks import write_benchmarks
 from safervlm.pictograms.concepts import CREDITS, SAFE_CONCEPTS, UNSAFE_CONCEPTS
 from safervlm.pictograms.draw import picture
 from safervlm.protocol import (
@@ -38,7 +41,7 @@ from safervlm.records import fingerprint, read_jsonl, seed_for, write_atomically
 
 IMAGES_PER_CONCEPT = 20
 VALIDATION_FRACTION = 0.25  # of the training images
-PARTS = ("unsafe", "safe", "vlm", "judges", "manifest.json")
+PARTS = ("unsafe", "safe", "benchmarks", "vlm", "judges", "manifest.json")
 RETRIES = 2
 
 # What a world must show on the validation part: the least and the most of each figure.
@@ -53,7 +56,7 @@ GATES: dict[str, tuple[float, float]] = {
 
 
 def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1) -> Path:
-    """Builds the pictogram world: two data sets, a vision-language model and two judges, all offline.
+    """Builds the pictogram world: two data sets, benchmarks, a vision-language model and two judges, all offline.
 
     It takes one to two minutes. A world that stands there already, made by the same code with the same
     seed, is left as it is.
@@ -87,6 +90,7 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1) -> Pa
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     write_data_sets(unfinished, seed)
+    write_benchmarks(unfinished, seed)
     with own_random_numbers(threads):
         attempts = train_until_good(unfinished, seed)
     record = {

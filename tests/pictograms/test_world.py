@@ -28,6 +28,7 @@ def quick(monkeypatch):
     """Builds without pictures and training; the list holds the seeds trained with, ``figures`` what is measured."""
     trained, figures = [], []
     monkeypatch.setattr(pictograms, "write_data_sets", lambda folder, seed: (folder / "unsafe").mkdir())
+    monkeypatch.setattr(pictograms, "write_benchmarks", lambda world, seed: None)
     monkeypatch.setattr(pictograms, "write_judges", lambda folder, seed: {})
     monkeypatch.setattr(
         pictograms, "write_vlm", lambda folder, seed: trained.append(torch.manual_seed(seed).initial_seed())
