@@ -1,5 +1,6 @@
 """Whether this machine has what a run needs, before the run finds out."""
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from safervlm.lightning_cli import SaferCLI, as_command_line, hush, local_or_shipped
 from safervlm.records import read_jsonl
@@ -130,12 +132,17 @@ def hub_token() -> Iterator[Finding]:
 def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
     """What a recipe names: the VLM, its adapter, the data, the judges."""
     named = dict(flat(settings.as_dict()))
+    trains = settings.model.class_path.startswith("safervlm.objectives.")
     for key, value in named.items():
         name = key.rsplit(".", 1)[-1]
         if value is None or not isinstance(value, str):
             continue
         if name == "model" and key.endswith("vlm.init_args.model"):
             yield from vlm(value, named.get(key.removesuffix("model") + "revision"), online)
+            if trains and Path(value).is_dir():
+                stem = key.removesuffix("model") + "lora."
+                adapters = 2 if named.get("model.init_args.value_on") == "adapter" else 1
+                yield training(Path(value), adapters * named[f"{stem}r"], named[f"{stem}target_modules"])
         elif name == "adapter":
             there = (Path(value) / "adapter_config.json").is_file()
             found = value if there else f"no adapter_config.json in {value!r}; give the folder that fit exported"
@@ -187,6 +194,36 @@ def vlm(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
     yield from repository("VLM", name, "model", online, revision)
     if revision is None:
         yield Finding("warning", "VLM's revision", "not pinned: name a commit (--model.vlm.revision) to repeat the run")
+
+
+def training(folder: Path, r: int, target_modules: str) -> Finding:
+    """What training takes beside the base weights; activations come on top, and depend on the batch."""
+    try:
+        needed = training_memory(folder, r, target_modules) / GIB
+    except (ValueError, KeyError, OSError) as error:
+        return Finding("warning", "training memory", f"can't be told for this model ({str(error).splitlines()[0]})")
+    return Finding("ok", "training memory", f"{needed:.2f} GiB of adapters and optimizer, activations on top (README)")
+
+
+def training_memory(folder: Path, r: int, target_modules: str) -> int:
+    """Bytes of the adapters, their gradients and AdamW's two averages, all in float32.
+
+    Args:
+        folder: the model's.
+        r: the rank, summed over the adapters.
+        target_modules: the regular expression of the layers that they are on.
+
+    Raises:
+        ValueError: transformers doesn't know the model.
+    """
+    with torch.device("meta"):  # the shapes alone
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    sizes = [
+        module.in_features + module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and re.fullmatch(target_modules, name)
+    ]
+    return 4 * 4 * r * sum(sizes)
 
 
 def image_folder(name: str, folder: str) -> Finding:

@@ -11,6 +11,8 @@ from huggingface_hub.errors import GatedRepoError
 from safervlm import doctor as module
 from safervlm.cli import main
 from safervlm.doctor import Finding, flat
+from safervlm.vlm.llava import Llava
+from safervlm.vlm.lora import LoRA
 
 
 @pytest.fixture
@@ -118,3 +120,16 @@ def test_the_sets_of_an_evaluation_are_looked_at(examine, tmp_path: Path) -> Non
     (tmp_path / "x.tsv").touch()
     (there,) = module.source(str(tmp_path / "x.tsv"), online=False)
     assert there.state == "ok"
+
+
+def test_what_training_takes(examine, tiny_llava: Path, tmp_path: Path) -> None:
+    vlm = Llava(str(tiny_llava), lora=LoRA(r=8), dtype="float32")
+    vlm.load(train=["policy"])
+    weights = sum(weight.numel() for name, weight in vlm.named_parameters() if "lora" in name)
+    assert module.training_memory(tiny_llava, 8, LoRA().target_modules) == 16 * weights
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(f"model: {{init_args: {{vlm: {{init_args: {{model: {tiny_llava}}}}}}}}}\n")
+    _, found = examine("--config", "configs/sft.yaml", "--config", str(overlay))
+    assert found["training memory"].state == "ok"
+    _, found = examine("--config", "configs/measure.yaml", "--config", str(overlay))
+    assert "training memory" not in found
