@@ -14,7 +14,7 @@ from typing import Any
 
 from safervlm.data.base import Collator, Parts, SaferData, text_field
 from safervlm.data.contexts import context_questions, read_contexts
-from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, ImageRecord, ImageSets, spread
+from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, ImageRecord, ImageSets, PartName, spread
 from safervlm.images import image_file
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_response, context_response, other_label
 from safervlm.records import Example, Question, RecordError, read_jsonl, record_id, seed_for, write_atomically
@@ -104,24 +104,29 @@ class AlignmentData(ImageSets):
 
     def examples(self, images: Sequence[ImageRecord]) -> list[Example]:
         """An example an image; of contexts, two an unsafe image."""
-        if self.contexts is None:
-            questions = list(map(self.drawn_question, images))
-        else:
-            contexts = read_contexts(self.contexts)
-            unsafe = [image for image in images if image.label == UNSAFE]
-            questions = [question for image in unsafe for question in context_questions(image, contexts)]
+        contexts = None if self.contexts is None else read_contexts(self.contexts)
+        questions: list[Question] = []
+        for image in images:
+            if contexts is not None and image.label == UNSAFE:
+                questions += context_questions(image, contexts)
+            else:
+                questions.append(self.drawn_question(image))
         return [Example(question, self.completions(question)) for question in questions]
 
     def held_out(self) -> list[ImageRecord]:
         """The images to look at while training: the validation part, none where nothing is held out."""
         if not self.validation_fraction:
             return []
-        return [image for images in self.images("validation") for image in spread(images, self.limit)]
+        return self.chosen("validation")
 
     def load(self) -> Parts:
         """The training and the validation examples, the unsafe set first."""
-        training = [image for images in self.images("train") for image in spread(images, self.limit)]
-        return Parts(train=self.examples(training), validation=self.examples(self.held_out()))
+        return Parts(train=self.examples(self.chosen("train")), validation=self.examples(self.held_out()))
+
+    def chosen(self, part: PartName) -> list[ImageRecord]:
+        """The images of a part, unsafe and safe; of contexts, unsafe ones alone."""
+        images = [image for images in self.images(part) for image in spread(images, self.limit)]
+        return images if self.contexts is None else [image for image in images if image.label == UNSAFE]
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`ImageSets.describe`; with what else decides a training step."""

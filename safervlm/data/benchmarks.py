@@ -27,6 +27,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
+from urllib.parse import urlsplit
 
 import datasets
 import pandas as pd
@@ -39,7 +40,7 @@ from safervlm.data.hub import hub_rows, local_name
 from safervlm.data.unsafe_concepts import ImageRecord, spread
 from safervlm.images import image_file
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, Capability, published_draw
-from safervlm.records import Example, RecordError, fingerprint, read_jsonl, write_atomically
+from safervlm.records import Example, RecordError, fingerprint, read_jsonl, record_id, write_atomically
 
 # What makes an answer right; each is a capability of the protocol.
 Answers = Literal["safety", "yes_no", "occurs", "rated"]
@@ -64,7 +65,7 @@ class Benchmark(SaferData):
         question_column: what is asked; None, of ``safety`` only, asks the five alignment questions.
         image_column: the image: base64, the ``index`` of the row that holds it, or a file relative to the table.
         name_column: what an image is called, the same in all rows about it; by default the ``index`` of the row that
-            holds it where there is a question column, else that of the row: each row is an item then.
+            holds it, or its file.
         category_column: of ``yes_no``, MME's task; otherwise a name to group by.
         context_column: what only the judge of ``rated`` is told.
         unsafe: labels that mean Unsafe.
@@ -137,7 +138,8 @@ class Benchmark(SaferData):
     def file(self) -> Path:
         """The local table, or the folder."""
         if self.remote == "web":
-            return self.cache / self.source.rpartition("/")[2].partition("?")[0]
+            name = Path(urlsplit(self.source).path)
+            return self.cache / f"{name.stem}-{fingerprint(self.source)[:8]}{name.suffix}"
         if self.remote == "hub":
             return self.cache / f"{local_name(self.source)}.tsv"
         return Path(self.source).expanduser()
@@ -149,10 +151,12 @@ class Benchmark(SaferData):
             RecordError: the set can't be had; the message says what it is and where it comes from.
         """
         try:
-            if not self.file.exists():
-                if self.remote == "web":
-                    fetch(self.source, self.file, self.md5)
-                elif self.remote == "hub":
+            if self.remote == "web":
+                if not self.file.exists():
+                    fetch(self.source, self.file)
+                check(self.file, self.md5, self.source)
+            elif not self.file.exists():
+                if self.remote == "hub":
                     save_table(self.source, self.file, self.image_column)
                 else:
                     _ = self.rows  # says what is missing
@@ -238,9 +242,11 @@ class Benchmark(SaferData):
                 prompts = [(n, question, n == draw[number]) for n, question in enumerate(ALIGNMENT_QUESTIONS)]
                 prompts = [prompt for prompt in prompts if self.prompts == "all" or prompt[2]]
             for which, prompt, drawn in prompts:
-                questions.append(
-                    replace(image.question(self.capability, which, prompt, answer, drawn), context=context)
-                )
+                question = image.question(self.capability, which, prompt, answer, drawn)
+                if self.question_column is None and asked[image.image]:  # another row with the same image
+                    name = f"{image.image}.{asked[image.image]}"
+                    question = replace(question, id=record_id(self.dataset, name, self.capability, which))
+                questions.append(replace(question, context=context))
             asked[image.image] += 1
         return Parts(predict=[Example(question) for question in questions])
 
@@ -250,6 +256,9 @@ class Benchmark(SaferData):
         files = json.loads(kept.read_text(encoding="utf-8")) if kept is not None and kept.is_file() else {}
         folder = self.file if self.file.is_dir() else self.file.parent
         index = {row.get("index", str(number)): number for number, row in enumerate(self.rows)}
+        if len(index) < len(self.rows):
+            twice = Counter(row["index"] for row in self.rows).most_common(1)[0][0]
+            raise RecordError(f"{self.file}: two rows have the index {twice}; number the rows")
         images = []
         for number, row in enumerate(self.rows):
             where = f"{self.file}, row {number}"
@@ -259,8 +268,7 @@ class Benchmark(SaferData):
                 if value not in index:
                     raise RecordError(f"{where}: the image is that of the row with index {value}, which there isn't")
                 holder = index[value]
-            namesake = holder if self.question_column else number
-            name = self.rows[namesake].get("index", str(namesake))
+            name = self.rows[holder].get("index", str(holder))
             if str(holder) in files:
                 path = self.images_folder / files[str(holder)]
             else:
@@ -314,7 +322,8 @@ def read_table(file: Path) -> list[dict[str, str]]:
         RecordError: the file can't be read.
     """
     if file.suffix == ".jsonl":
-        return [{name: str(value) for name, value in row.items()} for row in read_jsonl(file)]
+        rows = read_jsonl(file)
+        return [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
     if file.suffix not in (".tsv", ".csv"):
         raise RecordError(f"data.source: {file} is none of .tsv, .csv, .jsonl")
     try:
@@ -334,36 +343,51 @@ def decoded(value: str) -> tuple[bytes, str]:
         return value.encode(), ".broken"
 
 
-def fetch(address: str, file: Path, md5: str | None) -> None:
+def fetch(address: str, file: Path) -> None:
     """Fetches a file of the web, whole or not at all.
 
     Args:
         address: where it is.
         file: where it is kept.
-        md5: its published checksum.
 
     Raises:
-        RecordError: it can't be had, or is another file.
+        RecordError: it can't be had.
     """
-    way_out = f"fetch it by other means to {file}, or name the file as data.source"
-    digest = hashlib.md5(usedforsecurity=False)
 
     def write(path: Path) -> None:
         with urllib.request.urlopen(address, timeout=60) as response, path.open("wb") as out:  # noqa: S310
-            size = int(response.headers.get("Content-Length") or 0) or None
-            with wrap_file(response, size or 0, description=f"fetching {file.name}") as body:
-                while block := body.read(1 << 20):
-                    digest.update(block)
-                    out.write(block)
-        if md5 is not None and digest.hexdigest() != md5:
-            raise RecordError(
-                f"{address}: its MD5 is {digest.hexdigest()}, published is {md5}: another file; {way_out}"
-            )
+            size = int(response.headers.get("Content-Length") or 0)
+            with wrap_file(response, size, description=f"fetching {file.name}") as body:
+                shutil.copyfileobj(body, out)
+            if size and out.tell() != size:
+                raise OSError(f"{out.tell()} of {size} bytes came")
 
     try:
         write_atomically(file, write)
     except OSError as error:
-        raise RecordError(f"{address} can't be fetched ({str(error).splitlines()[0]}): {way_out}") from None
+        reason = str(error).splitlines()[0]
+        raise RecordError(
+            f"{address} can't be fetched ({reason}): fetch it by other means to {file}, or name the file as data.source"
+        ) from None
+
+
+def check(file: Path, md5: str | None, address: str) -> None:
+    """Refuses a file that isn't the published one.
+
+    Args:
+        file: that was fetched, by us or by other means.
+        md5: its published checksum.
+        address: where it comes from.
+
+    Raises:
+        RecordError: it is another file.
+    """
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if md5 is not None and found != md5:
+        raise RecordError(
+            f"{file}: its MD5 is {found}, that of {address} is {md5}: another file; remove it and try again"
+        )
 
 
 def save_table(repo: str, file: Path, image_column: str) -> None:

@@ -33,7 +33,7 @@ def hub_rows(repo: str) -> datasets.Dataset:
 def local_name(repo: str) -> str:
     """The name under which a data set of the Hub is kept here."""
     name, at, revision = repo.partition("@")
-    return name.rpartition("/")[2] + at + revision.replace("/", "-")
+    return "--".join(name.split("/")[-2:]) + at + revision.replace("/", "--")
 
 
 def _first_line(error: Exception) -> str:

@@ -59,9 +59,9 @@ class Suite(SaferData):
             try:
                 examples += data.parts.predict
             except RecordError as error:
-                if name not in self.left_out:  # otherwise it has been said already
+                if name not in self.left_out and (self.trainer is None or self.trainer.is_global_zero):
                     print(f"{name} is left out: {error}")
-                self.left_out.setdefault(name, str(error))
+                self.left_out.setdefault(name, str(error))  # it may have been said already
         if not examples:
             raise RecordError(f"data.sets: none can be had: {'; '.join(self.left_out.values())}")
         return Parts(predict=examples)

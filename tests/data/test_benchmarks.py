@@ -95,8 +95,10 @@ def test_labels_of_a_safety_set_and_the_published_draw(tmp_path):
     assert [q.prompt_number for q in questions] == draw
     assert all(q.drawn and q.capability == "generalisation" for q in questions)
     assert [q.answer for q in questions] == ["Safe", "Unsafe"] * 15
-    assert colour_of(questions[7]) == (5, 0, 0)  # a row is an item, even if its image is another row's
-    assert questions[7].image == "7"
+    # Another row with the same image: a question of its own, about the same image (they are no independent items).
+    assert (questions[7].image, questions[7].image_path) == (questions[5].image, questions[5].image_path)
+    assert colour_of(questions[7]) == (5, 0, 0)
+    assert questions[7].id == f"Set/5.1/generalisation/{draw[7]}"
     every = asked(make(tmp_path, rows, prompts="all"))
     assert len(every) == 150
     assert [q.prompt_number for q in every if q.drawn] == draw
@@ -175,6 +177,17 @@ def test_what_a_row_lacks_is_named(tmp_path, change, message):
         asked(make(tmp_path, rows, **MME))
 
 
+def test_what_is_absent_or_there_twice(tmp_path):
+    rows = mme_rows()
+    rows[0]["question"] = None
+    with pytest.raises(RecordError, match="row 0: no 'question'"):
+        asked(make(tmp_path, rows, "null.jsonl", **MME))
+    rows = mme_rows()
+    rows[3]["index"] = 0
+    with pytest.raises(RecordError, match="two rows have the index 0"):
+        asked(make(tmp_path, rows, "twice.tsv", **MME))
+
+
 def test_a_label_that_means_nothing(tmp_path):
     rows = [{"image": encoded("red"), "label": "2"}]
     with pytest.raises(RecordError, match=r"label '2' means neither Unsafe nor Safe: see data\.unsafe"):
@@ -251,13 +264,21 @@ def test_a_file_of_the_web(tmp_path, web):
     address, md5 = web
     cache = str(tmp_path / "cache")
     assert len(asked(Benchmark("MME", f"{address}/MME.tsv", md5=md5, cache_dir=cache, **MME))) == 4
-    assert len(asked(Benchmark("MME", "http://127.0.0.1:9/MME.tsv", md5=md5, cache_dir=cache, **MME))) == 4  # kept
-    for path, message in (("/MME2.tsv", "its MD5 is .*, published is abc"), ("/none.tsv", "can't be fetched .*404")):
-        with pytest.raises(RecordError, match=message):
-            asked(Benchmark("MME", address + path, md5="abc", cache_dir=cache, **MME))
-    with pytest.raises(RecordError, match="fetch it by other means"):
-        asked(Benchmark("MME", f"{address}/cut/MME3.tsv", md5=md5, cache_dir=cache, **MME))
-    assert sorted(path.name for path in (tmp_path / "cache").glob("*.tsv")) == ["MME.tsv"]
+    (kept,) = (tmp_path / "cache").glob("MME-*.tsv")
+    made = kept.stat().st_mtime_ns
+    assert len(asked(Benchmark("MME", f"{address}/MME.tsv", md5=md5, cache_dir=cache, **MME))) == 4
+    assert kept.stat().st_mtime_ns == made
+    for _ in range(2):  # whoever put the file there
+        with pytest.raises(RecordError, match=r"its MD5 is .*, that of .*MME2\.tsv is abc"):
+            asked(Benchmark("MME", f"{address}/MME2.tsv", md5="abc", cache_dir=cache, **MME))
+    with pytest.raises(RecordError, match="can't be fetched .*404"):
+        asked(Benchmark("MME", f"{address}/none.tsv", cache_dir=cache, **MME))
+    with pytest.raises(RecordError, match="can't be fetched .*10 of .* bytes came.*fetch it by other means"):
+        asked(Benchmark("MME", f"{address}/cut/MME3.tsv", cache_dir=cache, **MME))
+    assert len(list((tmp_path / "cache").glob("MME-*.tsv"))) == 1
+    # Another address with the same name is another set.
+    assert len(asked(Benchmark("MME", f"{address}/other/MME.tsv", cache_dir=cache, **MME))) == 4
+    assert len(list((tmp_path / "cache").glob("MME-*.tsv"))) == 2
 
 
 def test_other_images_are_another_set(tmp_path):

@@ -90,3 +90,10 @@ def test_training_on_contexts(tiny_sets, contexts, kind, completions):
     assert trained[0].completions == said[:completions]
     assert trained[1].completions == said[::-1][:completions]
     assert data.describe()["train"] != usual.describe()["train"]
+    # What is held out of them is asked alike; PPO watches safe images, as ever.
+    held_out = [e.question for e in data.parts.validation]
+    if kind is PPOData:
+        assert held_out == [e.question for e in usual.parts.validation]
+        assert {q.answer for q in held_out} == {"Safe"}
+    else:
+        assert {q.capability for q in held_out} == {"context"}

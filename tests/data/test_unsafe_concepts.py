@@ -408,7 +408,7 @@ def test_a_hub_set_becomes_a_folder_with_the_published_bytes(tmp_path: Path, fol
     assert [Path(question.image_path).read_bytes() for question in questions[::5]] == contents
     shutil.rmtree(repo)  # from here on only the folder is read
     assert [example.question for example in asked(**settings)] == questions
-    assert [path.name for path in hub_cache.iterdir()] == ["Published"]
+    assert [path.name for path in hub_cache.iterdir()] == [f"{repo.parent.name}--Published"]
 
 
 def test_a_hub_set_may_bring_its_options(tmp_path: Path, folder: Path, hub_cache: Path):
@@ -487,7 +487,7 @@ def test_the_revision_goes_to_the_hub_and_into_the_folders_name(tmp_path: Path, 
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     data = UnsafeConcepts(repo="yiting/UnsafeConcepts@refs/pr/1", cache_dir=str(tmp_path))
-    assert data.folder == tmp_path / "UnsafeConcepts@refs-pr-1"
+    assert data.folder == tmp_path / "yiting--UnsafeConcepts@refs--pr--1"
     with pytest.raises(RecordError, match="can't be reached"):
         data.prepare_data()
     assert calls == [(("yiting/UnsafeConcepts",), {"split": "train", "revision": "refs/pr/1"})]
