@@ -48,7 +48,7 @@ class Difference:
     p: float = np.nan
 
 
-def difference_of_shares(differences: Floats, answers: Floats) -> Difference:
+def difference_of_shares(differences: Floats, answers: Floats, strata: Numbers | None = None) -> Difference:
     """The difference of two shares, ``sum(differences) / sum(answers)``, over other clusters (concepts, or images).
 
     Student's, with the variance CR2 and the degrees of freedom :func:`~safervlm.intervals.effective_freedom`, but no
@@ -61,12 +61,13 @@ def difference_of_shares(differences: Floats, answers: Floats) -> Difference:
     Args:
         differences: (clusters,) right answers of the one run minus those of the other.
         answers: (clusters,) answers of each run about each cluster, at least 1.
+        strata: (clusters,) the kind of each, unsafe or safe, as a number from 0: new clusters are of the same kinds.
     """
     value = float(differences.sum() / answers.sum())
     if len(answers) < FEWEST_CONCEPTS:
         return Difference(value)
     clusters = effective_clusters(answers)
-    squares = ratio_squares(differences, answers)
+    squares = ratio_squares(differences, answers, strata)
     if squares.sum() < 1e-15:
         other = most_differ(0.0, clusters)
         p = min(2 * (1 + abs(value)) ** -clusters, 1.0)  # where the interval's end is 0

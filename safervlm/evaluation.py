@@ -308,7 +308,7 @@ def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimat
     if (part["concept"] != "").all():
         units = "images" if column.capability in ("alignment", "context") else "answers"
         return [
-            (varies, proportion(counts.right, counts.asked, counts.concept, varies, units))
+            (varies, proportion(counts.right, counts.asked, counts, varies, units))
             for varies in (THESE_CONCEPTS, NEW_CONCEPTS)
         ]
     value = float(counts.right.sum() / counts.asked.sum())
@@ -438,7 +438,7 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
     first = both[0].set_index("id").loc[items.index]
     change = items["now"].astype(float) - items["before"].astype(float)
     if (first["concept"] != "").all():
-        clusters = change.groupby([first["category"], first["concept"]])
+        clusters = change.groupby([first["dataset"], first["category"], first["concept"]])
         varies, method, units = NEW_CONCEPTS, SHARES_BY_CONCEPT, "concepts"
     else:
         clusters = change.groupby([first["dataset"], first["image"]])
@@ -447,7 +447,10 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
             return Comparison(
                 difference_of_items(lost, gained, len(items)), varies, SHARES_BY_ITEM, len(items), lost, gained
             )
-    difference = difference_of_shares(*(np.asarray(x, np.float64) for x in (clusters.sum(), clusters.size())))
+    sums = clusters.sum()
+    strata = pd.factorize(sums.index.get_level_values(0))[0]  # new concepts are drawn within the two sets
+    answered = np.asarray(clusters.size(), np.float64)
+    difference = difference_of_shares(np.asarray(sums, np.float64), answered, strata)
     return _with_method(difference, varies, method, units, len(items), lost, gained)
 
 

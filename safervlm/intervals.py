@@ -80,19 +80,25 @@ def effective_freedom(squares: Floats, last: float | None = None) -> float:
     return float(min(2 * total**2 / (squares**2).sum() - 1, last)) if total > 0 else last
 
 
-def ratio_squares(numerators: Floats, denominators: Floats) -> Floats:
+def ratio_squares(numerators: Floats, denominators: Floats, strata: Numbers | None = None) -> Floats:
     """Each cluster's contribution to the variance of ``sum(numerators) / sum(denominators)``, linearised.
 
     It is Bell and McCaffrey's CR2 (2002, Survey Methodology 28) of a mean: a square is enlarged by the share that its
-    cluster has in the ratio it is measured from.
+    cluster has in the ratio it is measured from, that of its stratum.
 
     Args:
         numerators: (clusters,) the sum over each cluster.
         denominators: (clusters,) the sum over each cluster, positive.
+        strata: (clusters,) the stratum of each, as a number from 0 without holes, where new clusters are drawn within
+            strata (unsafe and safe concepts); one of a single cluster has no variance to be told.
     """
-    total = denominators.sum()
-    residuals = numerators - numerators.sum() / total * denominators
-    return residuals**2 / (1 - denominators / total) / total**2
+    if strata is None:
+        strata = np.zeros(len(denominators), int)
+    above, below = np.bincount(strata, numerators), np.bincount(strata, denominators)
+    residuals = numerators - (above / below)[strata] * denominators
+    alone = np.bincount(strata)[strata] == 1
+    shares = np.where(alone, 0.0, denominators / below[strata])
+    return residuals**2 / (1 - shares) / denominators.sum() ** 2
 
 
 def interval_these_concepts(right: Floats, answers: Floats, concepts: Numbers) -> tuple[float, float]:
@@ -122,7 +128,7 @@ def interval_these_concepts(right: Floats, answers: Floats, concepts: Numbers) -
     return effective_interval(share, squares.sum(), freedom, effective_clusters(answers), 2 * answers.sum())
 
 
-def interval_new_concepts(right: Floats, answers: Floats) -> tuple[float, float] | None:
+def interval_new_concepts(right: Floats, answers: Floats, strata: Numbers | None = None) -> tuple[float, float] | None:
     """The 95 % interval of ``sum(right) / sum(answers)`` over other concepts; None for fewer than 10.
 
     The variance is CR2's (:func:`ratio_squares`). A sample of concepts is never taken to be better than independent
@@ -131,12 +137,19 @@ def interval_new_concepts(right: Floats, answers: Floats) -> tuple[float, float]
     Args:
         right: (concepts,) right answers about each concept.
         answers: (concepts,) answers about each concept, at least 1.
+        strata: (concepts,) the kind of each, unsafe or safe, as a number from 0: new concepts are of the same kinds.
     """
     if len(answers) < FEWEST_CONCEPTS:
         return None
-    total, squares = answers.sum(), ratio_squares(right, answers)
-    freedom = effective_freedom(squares)
-    return effective_interval(right.sum() / total, squares.sum(), freedom, effective_clusters(answers), total)
+    total, share = answers.sum(), right.sum() / answers.sum()
+    squares = ratio_squares(right, answers, strata)
+    most = total
+    if strata is not None and 0 < share < 1:  # independent answers of two kinds vary less than those of one
+        of_stratum = np.bincount(strata, answers)
+        shares = np.bincount(strata, right) / of_stratum
+        within = float((of_stratum * shares * (1 - shares)).sum() / total)
+        most = total * share * (1 - share) / max(within, 1e-9)
+    return effective_interval(share, squares.sum(), effective_freedom(squares), effective_clusters(answers), most)
 
 
 def interval_ratio(numerators: Floats, denominators: Floats, clusters: Numbers) -> tuple[float, float] | None:

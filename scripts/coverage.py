@@ -192,13 +192,15 @@ def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator
                 found[BY_CONCEPT, part] += cells[:, 2].tolist()
             yield f"| {name} | {questions} | new concepts | " + " | ".join(cell(x[2:]) for x in cells) + " |"
     yield ""
-    yield "Nearer to 1, not in the summary below. Columns as before."
+    yield "Nearer to 1. Columns as before."
     yield ""
     columns = list(product((0.99,), CORRELATIONS))
     yield header("clusters", "questions an image", "varies", *(f"{rate:g}, {c:g}" for rate, c in columns))
     for part, name, sizes, questions in DESIGNS:
         if part == OVERALL:
             cells = np.array([repeat(repetitions, share, sizes, questions, *column, rng) for column in columns])
+            found[NAMES_WITHIN if name.startswith("names") else WITHIN, part] += cells[:, 0].tolist()
+            found[BY_CONCEPT, part] += cells[:, 2].tolist()
             for varies, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
                 yield f"| {name} | {questions} | {varies} | " + " | ".join(map(cell, of)) + " |"
     yield ""
@@ -430,6 +432,53 @@ def runs(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[s
         yield f"| {name} | " + " | ".join(cell(x, 0) for x in cells) + " |"
 
 
+def both_sides(
+    unsafe: float, safe: float, correlation: float, questions: int, change: float, rng: np.random.Generator
+) -> tuple[float, ...]:
+    """Unsafe and safe test images in one share, and its difference from a second run's, over new concepts.
+
+    Args:
+        unsafe: accuracy on the 75 concepts' images.
+        safe: accuracy on as many safe images, each of a concept of its own.
+        correlation: within a concept.
+        questions: about an image.
+        change: added to both accuracies in the second run, which shares each concept's quantile.
+        rng: draws.
+    """
+    sizes = np.array([n for part in TEST.values() for n in part])
+    sizes = np.r_[sizes, np.ones(sizes.sum(), int)]
+    strata = np.repeat([0, 1], [75, len(sizes) - 75])
+    quantiles, concepts = rng.random(len(sizes)), np.repeat(np.arange(len(sizes)), sizes)
+    answers = sizes * float(questions)
+    right = []
+    for shift in (0.0, change):
+        means = np.where(strata == 0, unsafe + shift, safe + shift)
+        by_image = rates(quantiles, means, correlation)[concepts]
+        right.append(np.bincount(concepts, rng.binomial(questions, by_image)).astype(float))
+    truth = float(np.average(np.where(strata == 0, unsafe, safe), weights=sizes))
+    return (
+        *held(interval_new_concepts(right[0], answers, strata), truth),
+        *held(difference_of_shares(right[1] - right[0], answers, strata), change),
+    )
+
+
+def sides(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
+    """The table of shares of both sides together."""
+    columns = list(product(((0.05, 0.97), (0.3, 0.9), (0.8, 0.8)), CORRELATIONS))
+    yield "Unsafe and safe test images together, new concepts of either kind. Columns: accuracies on unsafe, on safe"
+    yield "images; correlation. The second run is .02 better on both."
+    yield ""
+    yield header("questions an image", "what", *(f"{u:g}, {s:g}; {c:g}" for (u, s), c in columns))
+    for questions in (1, 5):
+        cells = np.array([repeat(repetitions, both_sides, *p, c, questions, 0.02, rng) for p, c in columns])
+        for method, what, of in (
+            (BY_CONCEPT, "share", cells[:, :2]),
+            (differences.SHARES_BY_CONCEPT, "difference", cells[:, 2:]),
+        ):
+            found[method, OVERALL] += of[:, 0].tolist()
+            yield f"| {questions} | {what} | " + " | ".join(map(cell, of)) + " |"
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -440,7 +489,7 @@ def main() -> None:
     found: Found = defaultdict(list)
     repetitions, seed = arguments.repetitions, arguments.seed
     print(f"Coverage of a nominal .95 (mean length); {repetitions} repetitions a cell, seed {seed}.")
-    for number, table in enumerate((shares, gaps, sums, ratios, runs)):
+    for number, table in enumerate((shares, gaps, sums, ratios, runs, sides)):
         print()
         for line in table(repetitions, np.random.default_rng((seed, number)), found):
             print(line, flush=True)

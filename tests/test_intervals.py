@@ -351,3 +351,40 @@ def test_coverage(rate):
         new_low, new_high = intervals.interval_new_concepts(np.bincount(concepts, right), sizes.astype(float))
         held.append((low <= truth[concepts].mean() <= high, new_low <= rate <= new_high))
     assert (np.mean(held, axis=0) >= 0.93).all(), np.mean(held, axis=0)
+
+
+def test_new_concepts_of_two_kinds_are_drawn_within_each():
+    """What unsafe and safe concepts differ in is no variance between concepts."""
+    rng = np.random.default_rng(0)
+    answers, strata = np.full(40, 5.0), np.repeat([0, 1], 20)
+    right = rng.binomial(5, np.where(strata == 0, 0.3, 0.9)).astype(float)
+    squares = intervals.ratio_squares(right, answers, strata)
+    by_hand = [
+        ((right[i] - right[strata == s].mean()) ** 2 / (1 - 1 / 20) / 200**2)
+        for s in (0, 1)
+        for i in np.flatnonzero(strata == s)
+    ]
+    assert squares == pytest.approx(np.array(by_hand))
+    low, high = intervals.interval_new_concepts(right, answers, strata)
+    all_low, all_high = intervals.interval_new_concepts(right, answers)
+    assert high - low < 0.6 * (all_high - all_low)
+    # One kind alone is what it was; a kind of a single concept adds nothing.
+    one = np.zeros(20, int)
+    assert intervals.interval_new_concepts(right[:20], answers[:20], one) == pytest.approx(
+        intervals.interval_new_concepts(right[:20], answers[:20])
+    )
+    assert intervals.ratio_squares(right[:21], answers[:21], np.r_[one, 1])[20] == 0
+
+
+def test_both_kinds_together_hold_the_truth():
+    rng = np.random.default_rng(1)
+    strata = np.repeat([0, 1], [30, 60])
+    answers = np.where(strata == 0, 5.0, 2.0)
+    truth = (0.1 * 150 + 0.95 * 120) / 270
+    held = []
+    for _ in range(400):
+        by_concept = rng.beta(*np.where(strata == 0, [[0.9], [8.1]], [[8.55], [0.45]]))
+        right = rng.binomial(answers.astype(int), by_concept).astype(float)
+        low, high = intervals.interval_new_concepts(right, answers, strata)
+        held.append(low <= truth <= high)
+    assert 0.92 <= np.mean(held) <= 0.99
