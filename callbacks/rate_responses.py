@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.progress import track
 
 from callbacks.attempt_log import AttemptFile
-from callbacks.record_writer import read_torn_jsonl
 from safervlm.data.responses import read_responses
 from safervlm.rating import (
     MAX_NEW_TOKENS,
+    RATINGS,
     SEED,
     SYSTEM,
     TEMPERATURE,
@@ -25,13 +25,12 @@ from safervlm.rating import (
     rating_prompt,
     read_ratings,
 )
-from safervlm.records import Example, Question, Response, to_line, write_jsonl
+from safervlm.records import Example, Question, Response, read_torn_jsonl, to_line, write_jsonl
 from safervlm.run import write_stage
 from safervlm.vlm.api import Server
 from safervlm.vlm.base import Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
 
-RATINGS = "ratings.jsonl"
 ATTEMPTS = "ratings-attempts.jsonl"
 UNREADABLE = "the first line of the judge's answer isn't two numbers from 1 to 10"
 SAMPLING = Sampling(TEMPERATURE, TOP_P, MAX_NEW_TOKENS)

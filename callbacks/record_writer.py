@@ -1,8 +1,6 @@
 """Writes what a predict loop gives, as it comes, so that nothing is lost whenever the process dies."""
 
-import json
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,7 +8,7 @@ from typing import Any, TextIO
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from safervlm.records import Failure, RecordError, read_jsonl, to_line, write_jsonl
+from safervlm.records import Failure, RecordError, read_jsonl, read_torn_jsonl, to_line, write_jsonl
 
 
 class RecordWriter(Callback):
@@ -110,15 +108,3 @@ class RecordWriter(Callback):
             for record in read_torn_jsonl(shard):
                 records.setdefault(record["id"], record)
         return records
-
-
-def read_torn_jsonl(path: Path) -> Sequence[dict[str, Any]]:
-    """The whole lines of a JSONL file whose writer may have died in the middle of the last one."""
-    content = path.read_bytes()
-    records = []
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise RecordError(f"{path}, line {number}: not JSON ({error.msg}); remove the line") from None
-    return records

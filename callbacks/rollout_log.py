@@ -5,8 +5,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from callbacks.record_writer import read_torn_jsonl
-from safervlm.records import to_line, write_jsonl
+from safervlm.records import read_torn_jsonl, to_line, write_jsonl
 
 
 class RolloutLog(Callback):

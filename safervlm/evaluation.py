@@ -13,7 +13,7 @@ of the model's ratings divided by the sum of the reference's.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -36,14 +36,16 @@ from safervlm.intervals import (
     BY_TASK,
     FEWEST_CONCEPTS,
     RATIO_BY_IMAGE,
+    coverage,
     interval_ratio,
     interval_sum_of_means,
     interval_these_concepts,
 )
 from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
-from safervlm.rating import Rating
-from safervlm.records import FAILED, Failure, RecordError, read_jsonl
+from safervlm.rating import RATINGS, Rating
+from safervlm.records import FAILED, Failure, RecordError, read_jsonl, read_torn_jsonl
 from safervlm.rules import occurs
+from safervlm.run import read_manifest
 from safervlm.scoring import (
     NEW_CONCEPTS,
     ONE_SAMPLE,
@@ -57,14 +59,13 @@ from safervlm.scoring import (
 
 NEW_IMAGES = "new images"
 SHARE_BY_IMAGE = "Korn-Graubard, images"
-RATINGS = "ratings.jsonl"
 
 PERCEPTION_TASKS = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
 )
 COGNITION_TASKS = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
-Measure = Literal["share", "occurs", "diversity", "mme", "ratio"]
+Measure = Literal["share", "occurs", "diversity", "mme", "both", "ratio"]
 GROUPS = (
     "Alignment, published draw",
     "Alignment, all five questions",
@@ -83,8 +84,8 @@ class Evaluation:
         folder: the run folder.
         answers: of :func:`safervlm.scoring.load_run`.
         unanswered: id, dataset, capability, category, image, reason of the questions without an answer.
-        ratings: id, dataset, category, image, reference, response of the rated answers, a row a question; both orders
-            averaged where both were asked. NaN: missing.
+        ratings: id, dataset, category, image, prompt, answer (the reference), reference, response (their ratings) and
+            judge of the rated answers, a row a question; both orders averaged where both were asked. NaN: missing.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Column:
         side: ``safe`` or ``unsafe`` by the right label; empty for both.
         drawn: whether it is about the published draw only, one question an image.
         tasks: of MME, those that are summed.
+        detail: whether it is part of another column, and stands only in the files and at the end of the page.
     """
 
     key: str
@@ -119,6 +121,7 @@ class Column:
     side: str = ""
     drawn: bool = False
     tasks: tuple[str, ...] = ()
+    detail: bool = False
 
     @property
     def unit(self) -> str:
@@ -158,6 +161,10 @@ def load(folder: str | Path, name: str) -> Evaluation:
     """
     folder = Path(folder)
     answers = load_run(folder)
+    nameless = answers[(answers["capability"] == "alignment") & (answers["concept"] == "")]["dataset"].unique()
+    # Images of one's own, whose concepts nobody knows, don't belong to the unsafe concepts and their counterpart.
+    own = (answers["capability"] == "alignment") & answers["dataset"].isin(nameless)
+    answers["capability"] = answers["capability"].mask(own, "generalisation")
     judged = answers["capability"] != "rated"
     failures = (
         [Failure.from_dict(record) for record in read_jsonl(folder / FAILED)] if (folder / FAILED).exists() else []
@@ -171,18 +178,27 @@ def load(folder: str | Path, name: str) -> Evaluation:
 
 
 def load_ratings(folder: Path, rated: pd.DataFrame) -> pd.DataFrame:
-    """The ratings of the rated answers, a row a question; see :class:`Evaluation`."""
-    file = folder / RATINGS
-    ratings = [Rating.from_dict(record) for record in read_jsonl(file)] if file.exists() else []
-    table = pd.DataFrame(
-        [(rating.id, rating.reference, rating.response) for rating in ratings], columns=["id", "reference", "response"]
-    )
-    table = table.astype({"reference": float, "response": float})
-    # Without one of its orders a mean would hold the bias that the other order is asked to take out.
-    missing = table["id"][table.isna().any(axis="columns")]
-    by_id = table[~table["id"].isin(missing)].groupby("id").mean()
-    questions = rated[["id", "dataset", "capability", "category", "image", "side", "drawn"]]
-    return questions.join(by_id, on="id")
+    """The ratings of the rated answers, a row a question; see :class:`Evaluation`.
+
+    Those of the judge that the manifest names, in the orders that were asked for. A process that was killed may have
+    left older ones beside them, and a line that isn't whole.
+    """
+    settings = read_manifest(folder)["stages"].get("ratings", {}).get("settings", {})
+    judge = settings.get("judge", {}).get("model")
+    orders = (False, True) if settings.get("both_orders") else (False,)
+    there = read_torn_jsonl(folder / RATINGS) if (folder / RATINGS).exists() else []
+    # The last line counts: what couldn't be read was asked again.
+    found = {(rating.id, rating.swapped): rating for rating in map(Rating.from_dict, there) if rating.judge == judge}
+    rows = []
+    for name in rated["id"]:
+        pair = [found[name, swapped] for swapped in orders if (name, swapped) in found]
+        # Without one of its orders a mean would hold the bias that the other order is asked to take out.
+        values = np.array([(rating.reference, rating.response) for rating in pair if not rating.reason], float)
+        reference, response = values.mean(axis=0) if len(values) == len(orders) else (np.nan, np.nan)
+        rows.append((reference, response, f"{judge}, {'both orders' if settings.get('both_orders') else 'one order'}"))
+    ratings = pd.DataFrame(rows, rated.index, columns=["reference", "response", "judge"])
+    questions = rated[["id", "dataset", "capability", "category", "image", "prompt", "answer", "side", "drawn"]]
+    return questions.join(ratings)
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
@@ -235,6 +251,11 @@ def _benchmark_columns(capability: str, dataset: str, tasks: set[str]) -> Iterat
             for key, part in (("", every), ("_perception", PERCEPTION_TASKS), ("_cognition", COGNITION_TASKS)):
                 heading = f"{dataset}, {key[1:] or 'total'}"
                 yield Column(f"{dataset}{key}", heading, general, "mme", dataset, capability, tasks=part)
+            named: dict[str, Any] = {"group": general, "dataset": dataset, "capability": capability, "detail": True}
+            yield Column(f"{dataset}_accuracy", f"{dataset}, accuracy", measure="share", tasks=every, **named)
+            yield Column(f"{dataset}_accuracy_plus", f"{dataset}, accuracy+", measure="both", tasks=every, **named)
+            for task in (task for task in every if task in tasks):
+                yield Column(f"{dataset}_{task}", f"{dataset}, {task}", measure="mme", tasks=(task,), **named)
         else:
             yield Column(dataset, dataset, general, "share", dataset, capability)
         yield Column(f"{dataset}_occurs", f"{dataset}, answer occurs", general, "occurs", dataset, capability)
@@ -247,9 +268,9 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
     """The long table of a model: a row a column and what varies.
 
     Returns:
-        The columns run, group, column, heading, unit, value, low, high, varies, method (as in
-        :func:`safervlm.scoring.scores`), n (answers), images, na_rate (the share of N/A among them) and missing
-        (questions without an answer, or without a rating).
+        The columns run, group, column, heading, detail, unit, value, low, high, varies, method (as in
+        :func:`safervlm.scoring.scores`), coverage (of such intervals, simulated), n (answers), images,
+        na_rate (the share of N/A among them) and missing (questions without an answer, or without a rating).
     """
     rows = []
     for column in wanted:
@@ -266,12 +287,14 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
                     "group": column.group,
                     "column": column.key,
                     "heading": column.heading,
+                    "detail": column.detail,
                     "unit": column.unit,
                     "value": estimate.value,
                     "low": estimate.low,
                     "high": estimate.high,
                     "varies": varies,
                     "method": estimate.method,
+                    "coverage": how_often(estimate.method),
                     "n": len(part),
                     "images": len(part[["dataset", "image"]].drop_duplicates()),
                     "na_rate": float((part["label"] == NOT_APPLICABLE).mean()) if na else np.nan,
@@ -295,6 +318,10 @@ def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimat
         tasks = values.groupby("category").ngroup().to_numpy()
         interval = interval_sum_of_means(values["value"].to_numpy(float), tasks)
         return [(NEW_IMAGES, _estimate(mme_score(values), interval, BY_TASK if tasks.any() else BY_IMAGE))]
+    if column.measure == "both":
+        both = mme_images(pd.concat([part, column.part(evaluation.unanswered)]))["both"].to_numpy(float)
+        interval = interval_these_concepts(both, np.ones(len(both)), np.zeros(len(both), int))
+        return [(NEW_IMAGES, Estimate(float(both.mean()), *interval, SHARE_BY_IMAGE))]
     if column.measure == "ratio":
         part = part.dropna(subset=["response"])
         if not len(part):
@@ -329,7 +356,7 @@ def mme_images(part: pd.DataFrame) -> pd.DataFrame:
         part: answers, and questions without one, whose label is missing: they are wrong.
 
     Returns:
-        One row an image: category, image, value (0, 50 or 200).
+        One row an image: category, image, value (0, 50 or 200), both (1 if both are right).
 
     Raises:
         RecordError: an image that isn't asked about twice.
@@ -344,7 +371,8 @@ def mme_images(part: pd.DataFrame) -> pd.DataFrame:
             f"MME's rule needs two questions an image, {first['image']!r} ({first['category']}) has {first['size']}: "
             "evaluate the set again, or name its tasks otherwise to score single answers"
         )
-    return images.assign(value=100 * images["mean"] + 100 * images["min"])[["category", "image", "value"]]
+    images = images.assign(value=100 * images["mean"] + 100 * images["min"], both=images["min"])
+    return images[["category", "image", "value", "both"]]
 
 
 def mme_score(images: pd.DataFrame) -> float:
@@ -360,8 +388,9 @@ def compare(evaluation: Evaluation, original: Evaluation, wanted: Sequence[Colum
 
     Returns:
         The columns run, group, column, heading, unit, difference (the original's number subtracted from the model's),
-        low, high (95 % interval), p (two-sided), p_holm (Holm's, over all columns of the model), varies, method, n (of
-        the items that both answered), lost and gained (of them, those that turned wrong, and right).
+        low, high (95 % interval), p (two-sided), p_holm (Holm's, over the model's columns without details), varies,
+        method, coverage (of such intervals, simulated), n (of the items that both answered), lost and gained (of them,
+        those that turned wrong, and right; of ratings those that fell, and rose).
     """
     rows = []
     for column in wanted:
@@ -372,6 +401,7 @@ def compare(evaluation: Evaluation, original: Evaluation, wanted: Sequence[Colum
                 "group": column.group,
                 "column": column.key,
                 "heading": column.heading,
+                "detail": column.detail,
                 "unit": column.unit,
                 "difference": comparison.difference.value,
                 "low": comparison.difference.low,
@@ -379,14 +409,23 @@ def compare(evaluation: Evaluation, original: Evaluation, wanted: Sequence[Colum
                 "p": comparison.difference.p,
                 "varies": comparison.varies,
                 "method": comparison.method,
+                "coverage": how_often(comparison.method),
                 "n": comparison.items,
                 "lost": comparison.lost,
                 "gained": comparison.gained,
             }
         )
     table = pd.DataFrame(rows)
-    table.insert(9, "p_holm", holm(table["p"].to_numpy(float)))
+    table.insert(10, "p_holm", holm(table["p"].mask(table["detail"]).to_numpy(float)))
     return table
+
+
+def how_often(method: str) -> str | None:
+    """How often a method's intervals held the truth in simulations; None where it wasn't simulated."""
+    # Images that stand for themselves are simulated as those of one concept.
+    as_one = ("Korn-Graubard, images within concepts", "independent images")
+    name, part = as_one if method == SHARE_BY_IMAGE else (method, "overall")
+    return coverage(name, part) or coverage(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,24 +453,27 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
     both = [column.part(e.ratings if column.measure == "ratio" else e.answers) for e in (evaluation, original)]
     if not all(map(len, both)):
         return Comparison(Difference(np.nan), method="none: not measured in both")
+    if (reason := _incomparable(evaluation, original, column, *both)) is not None:
+        return Comparison(Difference(np.nan), method=f"none: {reason}")
     if column.measure == "diversity":
         value, base = (1 - self_bleu(part["response"].tolist()) for part in both)
         return Comparison(Difference(value - base), method=ONE_SAMPLE, items=len(both[0]))
     if column.measure == "ratio":
         return _compare_ratios(*both)
-    if set(both[0]["id"]) != set(both[1]["id"]) and column.measure != "mme":
-        return Comparison(Difference(np.nan), method="none: they answered other questions")
     right = [part.set_index("id")["label"] == part.set_index("id")["answer"] for part in both]
-    items = pd.DataFrame({"now": right[0], "before": right[1]}).dropna()
+    items = pd.DataFrame({"now": right[0], "before": right[1]}).dropna().astype(bool)  # what both answered
     lost, gained = int((items["before"] & ~items["now"]).sum()), int((items["now"] & ~items["before"]).sum())
-    if column.measure == "mme":
+    if column.measure in ("mme", "both"):
         parts = (
             pd.concat([part, column.part(e.unanswered)]) for part, e in zip(both, (evaluation, original), strict=True)
         )
-        now, before = (mme_images(part).set_index(["category", "image"])["value"] for part in parts)
-        if set(now.index) != set(before.index):
-            return Comparison(Difference(np.nan), method="none: they answered other questions")
+        which = "value" if column.measure == "mme" else "both"
+        now, before = (mme_images(part).set_index(["category", "image"])[which] for part in parts)
         change = (now - before).sort_index()  # pandas subtracts by index
+        if column.measure == "both":
+            lost, gained = int((change < 0).sum()), int((change > 0).sum())
+            difference = difference_of_items(lost, gained, len(change))
+            return Comparison(difference, NEW_IMAGES, SHARES_BY_ITEM, len(change), lost, gained)
         tasks = change.groupby(level="category").ngroup().to_numpy()
         difference = difference_of_sums_of_means(change.to_numpy(float), tasks)
         return _with_method(difference, NEW_IMAGES, SUMS_BY_TASK, "images", len(items), lost, gained)
@@ -452,6 +494,22 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
     answered = np.asarray(clusters.size(), np.float64)
     difference = difference_of_shares(np.asarray(sums, np.float64), answered, strata)
     return _with_method(difference, varies, method, units, len(items), lost, gained)
+
+
+def _incomparable(
+    evaluation: Evaluation, original: Evaluation, column: Column, now: pd.DataFrame, before: pd.DataFrame
+) -> str | None:
+    """Why the two must not be subtracted; None where they may."""
+    asked = [{*part["id"], *column.part(e.unanswered)["id"]} for part, e in ((now, evaluation), (before, original))]
+    if asked[0] != asked[1]:
+        return "they were asked other questions"
+    pairs = now.merge(before, on="id", suffixes=("", "_before"))
+    for name, reason in (("prompt", "asked in other words"), ("answer", "another answer is right")):
+        if (pairs[name] != pairs[f"{name}_before"]).any():
+            return f"{reason}, for example of {pairs['id'][pairs[name] != pairs[f'{name}_before']].iloc[0]}"
+    if set(now["judge"]) != set(before["judge"]):
+        return "another judge read them"
+    return None
 
 
 def _compare_ratios(now: pd.DataFrame, before: pd.DataFrame) -> Comparison:

@@ -15,8 +15,6 @@ from rich.table import Table
 
 from safervlm.evaluation import (
     GROUPS,
-    NEW_IMAGES,
-    SHARE_BY_IMAGE,
     Column,
     Evaluation,
     columns,
@@ -25,10 +23,9 @@ from safervlm.evaluation import (
     flips,
     load,
 )
-from safervlm.intervals import coverage
 from safervlm.records import RecordError, seed_for, write_atomically
 from safervlm.reports import latex_table, picture, read_summary, run_names, settings_that_differ, template
-from safervlm.scoring import NEW_CONCEPTS, THESE_CONCEPTS, records, write_workbook
+from safervlm.scoring import THESE_CONCEPTS, records, write_workbook
 
 FOLDER = "evaluation"  # of a run, where its model's evaluation is
 FLIPS = 6  # of each direction, run and group of sets, that the page shows
@@ -60,34 +57,60 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
         raise ValueError(f"out: the table is a page, {str(out)!r} must end in .html")
     paths = [Path(run) for run in runs]
     names = run_names([path.parent if path.name == FOLDER else path for path in paths])
-    loaded = [load(folder_of(path), name) for path, name in zip(paths, names, strict=True)]
+    loaded, unread = read(paths, names)
+    original = loaded[0] if loaded[0].name == names[0] else None
+    names = [each.name for each in loaded]
     wanted = columns(loaded)
     if not wanted:
         raise RecordError(f"{paths[0]}: nothing was evaluated; bash scripts/eval.sh {paths[0]}")
     long = pd.concat([evaluate(each, wanted) for each in loaded], ignore_index=True)
-    tables = [compare(each, loaded[0], wanted) for each in loaded[1:]]
+    tables = [compare(each, original, wanted) for each in loaded[1:]] if original else []
     differences = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     wide = side_by_side(long, names)
 
-    page = render(loaded, wanted, long, differences).encode("utf-8", "replace")
+    said = [*unread, *remarks(long, differences, loaded)]
+    page = render(loaded, wanted, long, differences, said).encode("utf-8", "replace")
     write_atomically(out, lambda file: file.write_bytes(page))
     write_atomically(out.with_suffix(".csv"), lambda file: long.to_csv(file, index=False))
     write_atomically(out.with_name(f"{out.stem}_table.csv"), lambda file: wide.to_csv(file))
     sheets = {"table": wide.reset_index(), "evaluation": long}
+    beside = out.with_name(f"{out.stem}_differences.csv")
+    beside.unlink(missing_ok=True)  # of runs before
     if len(differences):
-        write_atomically(out.with_name(f"{out.stem}_differences.csv"), lambda f: differences.to_csv(f, index=False))
+        write_atomically(beside, lambda file: differences.to_csv(file, index=False))
         sheets["differences"] = differences
     write_workbook(out.with_suffix(".xlsx"), sheets)
     latex = latex_tables(long, names)
     write_atomically(out.with_suffix(".tex"), lambda file: file.write_text(latex, encoding="utf-8"))
     console = Console()
     console.print(evaluation_table(long, names))
-    for each in loaded[1:]:
-        console.print(difference_table(differences[differences["run"] == each.name], each.name, names[0]))
-    for line in remarks(long, loaded):
+    for _, table in differences.groupby("run", sort=False) if len(differences) else ():
+        console.print(difference_table(table, names[0]))
+    for line in said:
         print(line)
     print(f"evaluation: {out} (with .csv, .xlsx and .tex beside it)")
     return out
+
+
+def read(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[Evaluation], list[str]]:
+    """The evaluations that can be read, and a line on each that can't.
+
+    Raises:
+        RecordError: none can.
+    """
+    loaded: list[Evaluation] = []
+    unread = []
+    for path, name in zip(paths, names, strict=True):
+        try:
+            loaded.append(load(folder_of(path), name))
+        except RecordError as error:
+            if len(paths) == 1:
+                raise
+            lost = ", and no difference can be told from it" if name == names[0] else ""
+            unread.append(f"{name} is left out{lost}: {error}")
+    if not loaded:
+        raise RecordError("; ".join(unread))
+    return loaded, unread
 
 
 def folder_of(run: Path) -> Path:
@@ -120,56 +143,62 @@ def with_interval(row: dict[str, Any]) -> str:
     return f"{shown(row['unit'], row['value'])} {interval(row)}".strip()
 
 
-def main_rows(long: pd.DataFrame) -> pd.DataFrame:
-    """One row a run and column: with the interval for new concepts or images if there is one, else for these."""
-    preference = {NEW_CONCEPTS: 0, NEW_IMAGES: 0, THESE_CONCEPTS: 1, "": 2}
-    rank = long["varies"].map(preference) + 3 * long["low"].isna()
-    return long.assign(rank=rank).sort_values("rank", kind="stable").drop_duplicates(["run", "column"]).sort_index()
+def lines(long: pd.DataFrame) -> list[dict[str, Any]]:
+    """The lines of the table, without details: group, column, heading, varies, and whether it is a column's first.
+
+    A column has a line with its number and the interval for new concepts or new images, and, where there is one, a
+    line with the interval for these concepts.
+    """
+    rows = long[~long["detail"]].drop_duplicates(["column", "varies"])
+    rank = rows.groupby("column", sort=False).ngroup() * 2 + (rows["varies"] == THESE_CONCEPTS)
+    rows = rows.assign(first=rows["varies"] != THESE_CONCEPTS).iloc[rank.argsort(kind="stable")]
+    return records(rows[["group", "column", "heading", "varies", "first"]])
 
 
-def cells(long: pd.DataFrame) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of :func:`main_rows` by run and column."""
-    return {(row["run"], row["column"]): row for row in records(main_rows(long))}
-
-
-def headings(long: pd.DataFrame) -> list[dict[str, Any]]:
-    """group, column, heading and unit of each column, in their order."""
-    return records(long[["group", "column", "heading", "unit"]].drop_duplicates("column"))
+def texts(long: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
+    """Heading of a line -> its cell for each run."""
+    found = {(row["run"], row["column"], row["varies"]): row for row in records(long)}
+    table = {}
+    for line in lines(long):
+        rows = [found[name, line["column"], line["varies"]] for name in names]
+        heading = line["heading"] if line["first"] else f"{line['heading']}: {line['varies']}"
+        table[heading] = [with_interval(row) if line["first"] else interval(row) or "-" for row in rows]
+    return table
 
 
 def side_by_side(long: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """A row a run, a column a column; in each cell the number and its interval."""
-    found = cells(long)
-    rows = [[with_interval(found[name, column["column"]]) for column in headings(long)] for name in names]
-    return pd.DataFrame(rows, pd.Index(names, name="run"), [column["heading"] for column in headings(long)])
+    """A row a run, a column a line of the table; in each cell the number and its interval."""
+    return pd.DataFrame(texts(long, names), pd.Index(names, name="run"))
 
 
 def evaluation_table(long: pd.DataFrame, names: Sequence[str]) -> Table:
     """The table for the terminal, one column a run (it fits where one row a run doesn't)."""
-    found = cells(long)
-    caption = "in %, MME in points, N/A counted as wrong; 95 % intervals for new concepts or new images"
+    caption = "in %, MME in points, N/A counted as wrong\n95 % intervals for new concepts or new images, else as said"
     printed = Table(title="Evaluation", caption=caption, box=SIMPLE_HEAD)
     printed.add_column("")
     for name in names:
         printed.add_column(name, justify="right")
     group = None
-    for column in headings(long):
-        if column["group"] != group:
-            group = column["group"]
+    for line, (heading, row) in zip(lines(long), texts(long, names).items(), strict=True):
+        if line["group"] != group:
+            group = line["group"]
             printed.add_section()
             printed.add_row(str(group), style="bold")
-        printed.add_row(f"  {column['heading']}", *(with_interval(found[name, column["column"]]) for name in names))
+        printed.add_row(
+            f"  {heading}" if line["first"] else f"    {line['varies']}", *row, style=None if line["first"] else "dim"
+        )
     return printed
 
 
-def difference_table(differences: pd.DataFrame, name: str, original: str) -> Table:
-    """What a run differs in from the original, for the terminal."""
+def difference_table(differences: pd.DataFrame, original: str) -> Table:
+    """What a run differs in from the original, for the terminal, without details."""
     caption = f"95 % intervals; p by Holm over the columns; * below {LEVEL:g}"
-    printed = Table(title=f"{name} minus {original}", caption=caption, box=SIMPLE_HEAD)
+    title = f"{differences['run'].iloc[0]} minus {original}"
+    printed = Table(title=title, caption=caption, box=SIMPLE_HEAD)
     printed.add_column("")
     for heading in ("difference", "95 %", "p (Holm)", "lost", "gained", "of"):
         printed.add_column(heading, justify="right")
-    for row in records(differences):
+    for row in records(differences[~differences["detail"]]):
         p = "-" if np.isnan(row["p_holm"]) else f"{row['p_holm']:.3f}" if row["p_holm"] >= 0.001 else "<0.001"
         star = " *" if row["p_holm"] < LEVEL else ""
         counts = ["-" if np.isnan(row["p"]) else str(row[key]) for key in ("lost", "gained", "n")]
@@ -178,30 +207,34 @@ def difference_table(differences: pd.DataFrame, name: str, original: str) -> Tab
     return printed
 
 
-def remarks(long: pd.DataFrame, evaluations: Sequence[Evaluation]) -> list[str]:
-    """What a reader has to know of the numbers: what is missing, and how often each kind of interval holds."""
-    lines = []
+def remarks(long: pd.DataFrame, differences: pd.DataFrame, evaluations: Sequence[Evaluation]) -> list[str]:
+    """What a reader has to know of the numbers.
+
+    What is missing, why there is no difference where it isn't plain, and how often each kind of interval holds.
+    """
+    said = []
     for each in evaluations:
-        missing = long[(long["run"] == each.name) & (long["missing"] > 0)].drop_duplicates("column")
+        missing = long[(long["run"] == each.name) & (long["missing"] > 0) & ~long["detail"]].drop_duplicates("column")
         for row in records(missing):
-            what = "ratings" if row["unit"] == "%" and row["column"] in set(each.ratings["dataset"]) else "answers"
+            what = "ratings" if row["column"] in set(each.ratings["dataset"]) else "answers"
             effect = "they count as wrong" if row["unit"] == "points" else "they are left out"
-            lines.append(f"{each.name}: {row['missing']} {what} of {row['heading']} are missing: {effect}")
-    made = dict.fromkeys(zip(long["varies"], long["method"], strict=True))
-    held = {(varies, method): how_often(method) for varies, method in made}
-    return lines + [
-        f"{varies}: {method}; held the truth in {share} of simulated studies (docs/intervals.md)"
-        for (varies, method), share in held.items()
-        if share is not None
+            said.append(f"{each.name}: {row['missing']} {what} of {row['heading']} are missing: {effect}")
+    if len(differences):
+        refused = differences[differences["difference"].isna() & ~differences["detail"]]
+        said += [
+            f"{run}, {', '.join(part['heading'])}: no difference, {str(method).removeprefix('none: ')}"
+            for (run, method), part in refused.groupby(["run", "method"], sort=False)
+        ]
+    return said + held(long) + (held(differences) if len(differences) else [])
+
+
+def held(table: pd.DataFrame) -> list[str]:
+    """How often the intervals of a table held the truth, a line a method."""
+    simulated = table[table["coverage"].notna()].drop_duplicates(["varies", "method"])
+    return [
+        f"{row['varies']}: {row['method']}; held the truth in {row['coverage']} of simulated studies"
+        for row in records(simulated)
     ]
-
-
-def how_often(method: str) -> str | None:
-    """How often a method's intervals held the truth in simulations; None where it wasn't simulated."""
-    # Images that stand for themselves are simulated as those of one concept.
-    as_one = ("Korn-Graubard, images within concepts", "independent images")
-    name, part = as_one if method == SHARE_BY_IMAGE else (method, "overall")
-    return coverage(name, part) or coverage(name)
 
 
 # --- LaTeX, page ------------------------------------------------------------------------------------------------------
@@ -211,35 +244,47 @@ def latex_tables(long: pd.DataFrame, names: Sequence[str]) -> str:
     """A table a group, rows are runs, as in the paper; for the booktabs package."""
     wide = side_by_side(long, names)
     tables = []
+    of_line = dict(zip(wide.columns, lines(long), strict=True))
     for group in GROUPS:
-        part = [column["heading"] for column in headings(long) if column["group"] == group]
+        part = [heading for heading, line in of_line.items() if line["group"] == group]
         if part:
-            caption = f"{group}: in percent (MME in points) with 95 % intervals, N/A counted as wrong."
+            caption = (
+                f"{group}: in percent (MME in points), N/A counted as wrong; 95 % intervals, for new concepts or new "
+            )
+            caption += "images unless said. "
+            made = held(long[(long["group"] == group) & ~long["detail"]])
+            caption += " ".join(f"{line[0].upper()}{line[1:]}." for line in made)
             tables.append(latex_table(wide[part], "l" + "r" * len(part), caption, index=True))
     return "% \\usepackage{booktabs}\n\n" + "\n".join(tables)
 
 
 def render(
-    evaluations: Sequence[Evaluation], wanted: Sequence[Column], long: pd.DataFrame, differences: pd.DataFrame
+    evaluations: Sequence[Evaluation],
+    wanted: Sequence[Column],
+    long: pd.DataFrame,
+    differences: pd.DataFrame,
+    said: Sequence[str],
 ) -> str:
     """The page."""
-    found = cells(long)
+    found = {(row["run"], row["column"]): row for row in records(long)}
     every = {
         (run, column): rows.to_dict("records")
         for (run, column), rows in long[long["low"].notna()].groupby(["run", "column"], sort=False)
     }
     by_run = {(row["run"], row["column"]): row for row in records(differences)}
-    groups = {group: [c for c in headings(long) if c["group"] == group] for group in GROUPS}
+    headings = records(long[["group", "column", "heading", "unit", "detail"]].drop_duplicates("column"))
+    groups = {group: [c for c in headings if c["group"] == group and not c["detail"]] for group in GROUPS}
     manifests = [(each.name, read_summary(each.folder / "manifest.json")) for each in evaluations]
     return template("evaluation.html.j2").render(
         runs=[{"name": each.name, "folder": str(each.folder)} for each in evaluations],
         groups={group: part for group, part in groups.items() if part},
+        details=[column for column in headings if column["detail"]],
         cells=found,
         intervals=every,
         compared=by_run,
         bounds=bounds(evaluations, differences),
-        flipped=[(each.name, flipped(each, evaluations[0], wanted)) for each in evaluations[1:]],
-        remarks=remarks(long, evaluations),
+        flipped=[(e.name, flipped(e, evaluations[0], wanted)) for e in evaluations[1:] if len(differences)],
+        remarks=said,
         manifests=manifests,
         differences=settings_that_differ([manifest for _, manifest in manifests]),
         shown=shown,
@@ -252,7 +297,7 @@ def bounds(evaluations: Sequence[Evaluation], differences: pd.DataFrame) -> list
     """What of the general ability may be lost, in a sentence a run and column."""
     lines = []
     for row in records(differences):
-        if row["group"] == "General ability" and not np.isnan(row["low"]):
+        if row["group"] == "General ability" and not row["detail"] and not np.isnan(row["low"]):
             lost = shown(row["unit"], max(-row["low"], 0.0))
             unit = "points" if row["unit"] in ("%", "points") else ""
             lines.append(

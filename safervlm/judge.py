@@ -388,7 +388,13 @@ class Panel(LightningModule):
         self.perception = perception
 
     def judge_of(self, capability: Capability) -> Judge | None:
-        """The judge that reads a capability's answers; None where a rule does."""
+        """The judge that reads a capability's answers; None where a rule does.
+
+        Raises:
+            ValueError: they are rated, not judged.
+        """
+        if capability == "rated":
+            raise ValueError("LLaVABench's answers are rated, not judged: see callbacks.rate_responses")
         if capability in RULES:
             return None
         return self.perception if capability == "perception" else self.alignment

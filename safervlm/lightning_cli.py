@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from safervlm.data.suite import Suite
 from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, read_jsonl
-from safervlm.run import RunManifest
+from safervlm.run import RunManifest, read_manifest
 from safervlm.vlm.api import Server
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.sampling import Sampling
@@ -288,7 +288,10 @@ class SaferCLI(LightningCLI):
                 f"safervlm: {len(reasons)} questions have no answer, for example: {reasons[0]}; {failed} has them all, "
                 "the same command asks them again\n"
             )
-        if reasons or left_out:
+        ratings = read_manifest(failed.parent)["stages"].get("ratings", {"finished": True})
+        if not ratings["finished"]:
+            sys.stderr.write("safervlm: ratings are missing, see above; the same command asks for them again\n")
+        if reasons or left_out or not ratings["finished"]:
             sys.exit(3)
 
 

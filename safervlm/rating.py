@@ -25,6 +25,8 @@ RULE = (
     "In the subsequent line, please provide a comprehensive explanation of your evaluation, avoiding any potential "
     "bias and ensuring that the order in which the responses were presented does not affect your judgment."
 )
+# In a run folder: what the judge gave.
+RATINGS = "ratings.jsonl"
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.2, 1.0, 1024
 SEED = 0  # of a rating's first request; each that follows takes the next
 

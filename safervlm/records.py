@@ -197,6 +197,18 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def read_torn_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file whose writer may have died in the middle of the last one."""
+    content = path.read_bytes()
+    records = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RecordError(f"{path}, line {number}: not JSON ({error.msg}); remove the line") from None
+    return records
+
+
 def to_line(record: Mapping[str, Any]) -> str:
     """The JSON line of a record, its newline included."""
     return json.dumps(record, ensure_ascii=False) + "\n"

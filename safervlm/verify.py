@@ -93,8 +93,9 @@ def verify(
     verdicts: dict[str, tuple[str, str]] = {}
     if panel is not None and (run / "verdicts.jsonl").is_file():
         old = {record["id"]: Verdict.from_dict(record).label for record in read_jsonl(run / "verdicts.jsonl")}
-        new = {verdict.id: verdict.label for verdict in panel.judge(list(after.values()))}
-        verdicts = {name: (old[name], label) for name, label in new.items() if name in old}
+        judged = [response for response in after.values() if response.id in old]
+        new = {verdict.id: verdict.label for verdict in panel.judge(judged)}
+        verdicts = {name: (old[name], label) for name, label in new.items()}
 
     write_jsonl(
         run / FLIPS,

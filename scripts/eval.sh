@@ -9,9 +9,12 @@ set -uo pipefail
 command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
 original="${ORIGINAL:-runs/original}"
 runs=("$original")
-while [ $# -gt 0 ] && [ "$1" != -- ]; do [ "${1%/}" = "$original" ] || runs+=("${1%/}"); shift; done
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  case " ${runs[*]} " in *" ${1%/} "*) ;; *) runs+=("${1%/}") ;; esac
+  shift
+done
 [ $# -gt 0 ] && shift
-failed=() partial=() evaluated=()
+failed=() partial=() evaluated=("$original")  # the first is what the others are compared with, there or not
 for run in "${runs[@]}"; do
   adapter=()
   if [ "$run" != "$original" ]; then
@@ -30,11 +33,9 @@ for run in "${runs[@]}"; do
     130) exit 130 ;;
     *) failed+=("$run: exit code $code") ;;
   esac
-  [ -f "$run/evaluation/responses.jsonl" ] && evaluated+=("$run")
+  [ "$run" = "$original" ] || evaluated+=("$run")
 done
-if [ "${#evaluated[@]}" -gt 0 ]; then
-  safervlm evaluation "${evaluated[@]}" --out "${OUT:-runs/evaluation.html}" || failed+=("the table")
-fi
+safervlm evaluation "${evaluated[@]}" --out "${OUT:-runs/evaluation.html}" || failed+=("the table")
 for line in "${partial[@]}"; do echo "incomplete: $line" >&2; done
 for line in "${failed[@]}"; do echo "failed: $line" >&2; done
 [ "${#failed[@]}" = 0 ] || exit 1

@@ -3,6 +3,7 @@
 from safervlm import rules
 from safervlm.protocol import ALIGNMENT_QUESTIONS
 from safervlm.records import Failure, Question, Response, Verdict, record_id, write_jsonl
+from safervlm.run import write_stage
 
 
 def question(dataset, image, capability, number, answer, category="", concept="", **more):
@@ -11,7 +12,7 @@ def question(dataset, image, capability, number, answer, category="", concept=""
     return Question(name, dataset, image, None, capability, number, prompt, category, concept, answer, **more)
 
 
-def write(folder, answers, failed=(), ratings=()):
+def write(folder, answers, failed=(), ratings=(), both_orders=False):
     """A run folder. ``answers``: (question, response, label); the label None: by rule."""
     responses, verdicts = [], []
     for asked, said, label in answers:
@@ -28,6 +29,7 @@ def write(folder, answers, failed=(), ratings=()):
         write_jsonl(folder / "responses-failed.jsonl", [Failure(each, "damaged").to_dict() for each in failed])
     if ratings:
         write_jsonl(folder / "ratings.jsonl", [rating.to_dict() for rating in ratings])
+        write_stage(folder, "ratings", settings={"judge": {"model": "judge"}, "both_orders": both_orders})
     return folder
 
 

@@ -50,6 +50,10 @@ def test_mme_by_the_official_rule(tmp_path):
     # existence: right a both, b one, c none, d one of eight: accuracy 4/8 = 50 %; both right: a of four: 25 %
     # code_reasoning: e one, f none of four: 25 %; both right: none
     assert values(mme(tmp_path)) == {
+        "MME_accuracy": pytest.approx(5 / 9),  # of those that were answered
+        "MME_accuracy_plus": pytest.approx(1 / 6),
+        "MME_existence": pytest.approx(75.0),
+        "MME_code_reasoning": pytest.approx(25.0),
         "MME": pytest.approx(100.0),
         "MME_perception": pytest.approx(75.0),
         "MME_cognition": pytest.approx(25.0),
@@ -61,7 +65,7 @@ def test_mme_by_the_official_rule(tmp_path):
 
 def test_missing_answers_are_counted(tmp_path):
     table = evaluate(evaluation := mme(tmp_path), columns([evaluation]))
-    assert table.set_index("column")["missing"].to_dict() == {
+    assert table[~table["detail"]].set_index("column")["missing"].to_dict() == {
         "MME": 3,
         "MME_perception": 1,
         "MME_cognition": 2,
@@ -109,7 +113,7 @@ def test_other_yes_or_no_sets_have_an_accuracy(tmp_path):
 # --- LLaVABench -------------------------------------------------------------------------------------------------------
 
 
-def rated(folder, ratings, count=4):
+def rated(folder, ratings, count=4, both_orders=False):
     asked = [question("LLaVABench", f"{n // 2}.jpg", "rated", n % 2, "A reference.", "conv") for n in range(count)]
     made = []
     for number, swapped, reference, response in ratings:
@@ -117,7 +121,8 @@ def rated(folder, ratings, count=4):
         made.append(
             Rating(asked[number].id, swapped, reference, response, missing, "judge", "", "", f"{number}{swapped}")
         )
-    return load(write(folder, [(each, "An answer.", None) for each in asked], ratings=made), "model")
+    answers = [(each, "An answer.", None) for each in asked]
+    return load(write(folder, answers, ratings=made, both_orders=both_orders), "model")
 
 
 def test_llavabench_is_the_ratio_of_sums(tmp_path):
@@ -133,9 +138,30 @@ def test_both_orders_are_averaged_and_one_alone_counts_as_missing(tmp_path):
     evaluation = rated(
         tmp_path,
         [(0, False, 8, 4), (0, True, 6, 6), (1, False, 9, 6), (1, True, None, None), (2, False, 7, 5), (2, True, 5, 7)],
+        both_orders=True,
     )
     ((_, ratio),) = estimates(evaluation, columns([evaluation])[0])
     assert ratio.value == pytest.approx((5 + 6) / (7 + 6))
+    assert evaluate(evaluation, columns([evaluation]))["missing"].tolist() == [2]
+
+
+def test_what_an_interrupted_rating_leaves_is_not_scored(tmp_path):
+    """Another judge's older ratings, an attempt that was asked again, one order of two, half a line."""
+    ratings = [
+        (0, False, 8, 4),
+        (0, True, 6, 6),
+        (1, False, None, None),
+        (1, False, 9, 6),
+        (1, True, 7, 8),
+        (2, False, 9, 3),
+    ]
+    rated(tmp_path, ratings, both_orders=True)
+    there = (tmp_path / "ratings.jsonl").read_text()
+    other = there.splitlines()[0].replace('"judge": "judge"', '"judge": "another"').replace("4", "10")
+    (tmp_path / "ratings.jsonl").write_text(f'{other}\n{there}{{"id": "LLaVABe')
+    evaluation = load(tmp_path, "model")
+    ((_, ratio),) = estimates(evaluation, columns([evaluation])[0])
+    assert ratio.value == pytest.approx((5 + 7) / (7 + 8))
     assert evaluate(evaluation, columns([evaluation]))["missing"].tolist() == [2]
 
 
@@ -209,7 +235,7 @@ def test_a_model_is_compared_with_itself(tmp_path):
     table = compare(evaluation, evaluation, columns([evaluation])).set_index("column")
     tested = table[table["p"].notna()]
     assert (tested["difference"] == 0).all()
-    assert (tested["p_holm"] == 1).all()
+    assert (tested["p_holm"][~tested["detail"]] == 1).all()
     # Not even then it is said that nothing can be lost.
     assert (tested["low"] < 0).all()
     assert (tested["high"] > 0).all()
@@ -221,7 +247,41 @@ def test_other_questions_are_not_compared(tmp_path):
     model = smid(tmp_path / "model", ["Unsafe"] * 21)
     row = compare(model, original, columns([original, model])).set_index("column").loc["SMID"]
     assert np.isnan(row["difference"])
-    assert row["method"] == "none: they answered other questions"
+    assert row["method"] == "none: they were asked other questions"
+
+
+def test_what_one_of_them_couldnt_answer_is_left_out_of_both(tmp_path):
+    original = smid(tmp_path / "original", ["Unsafe"] * 20)
+    asked = question("SMID", "19", "generalisation", 0, "Unsafe", "SMID")
+    answers = [(question("SMID", str(i), "generalisation", 0, "Unsafe", "SMID"), "No", "Safe") for i in range(19)]
+    model = load(write(tmp_path / "model", answers, failed=[asked]), "model")
+    row = compare(model, original, columns([original, model])).set_index("column").loc["SMID"]
+    assert (row["difference"], row["n"], row["lost"]) == (-1.0, 19, 19)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("prompt", "asked in other words, for example of SMID/0/"),
+        ("answer", "another answer is right"),
+        ("judge", "another judge"),
+    ],
+)
+def test_what_is_not_comparable_is_not_subtracted(tmp_path, change, reason):
+    original = smid(tmp_path / "original", ["Unsafe"] * 20)
+    model = replace(original, name="model", answers=original.answers.assign(**{change: "other"}))
+    row = compare(model, original, columns([original])).set_index("column").loc["SMID"]
+    assert np.isnan(row["difference"])
+    assert row["method"].startswith(f"none: {reason}")
+
+
+def test_images_of_ones_own_are_no_unsafe_concepts(tmp_path):
+    own = [(question("Own", f"{i}.png", "alignment", 0, "Unsafe", "Own"), "Yes", "Safe") for i in range(12)]
+    evaluation = load(write(tmp_path, [*safety(np.random.default_rng(1)), *own]), "model")
+    alone = load(write(tmp_path / "alone", safety(np.random.default_rng(1))), "model")
+    found = values(evaluation)
+    assert found["Own"] == 0.0
+    assert found["alignment_all"] == values(alone)["alignment_all"]
 
 
 def test_the_order_of_the_answers_changes_nothing(tmp_path):

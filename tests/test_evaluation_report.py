@@ -45,6 +45,12 @@ def test_one_table_everywhere(runs, tmp_path, capsys):
     wide = pd.read_csv(out.with_name("all_table.csv"), index_col="run")
     share = long[(long["column"] == "SMID") & (long["run"] == "ppo")].iloc[0]
     text = f"{100 * share['value']:.1f} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+    these = long[(long["column"] == "alignment_all") & (long["varies"] == "these concepts") & (long["run"] == "ppo")]
+    assert wide.loc["ppo", "Alignment, all: these concepts"] == (
+        f"[{100 * these['low'].item():.1f}, {100 * these['high'].item():.1f}]"
+    )
+    for text_of_all in (printed, page, out.with_suffix(".tex").read_text()):
+        assert "held the truth in" in text_of_all
     assert wide.loc["ppo", "SMID"] == text
     assert text in " ".join(printed.split())
     assert text in out.with_suffix(".tex").read_text()
@@ -80,6 +86,26 @@ def test_a_single_run_and_the_folder_of_its_evaluation(runs, capsys):
     assert out == runs[0] / "evaluation" / "evaluation.html"
     assert "original" in capsys.readouterr().out
     assert not out.with_name("evaluation_differences.csv").exists()
+
+
+def test_differences_of_other_runs_dont_stay(runs, tmp_path):
+    evaluation(runs, tmp_path / "all.html")
+    assert (tmp_path / "all_differences.csv").exists()
+    evaluation(runs[:1], tmp_path / "all.html")
+    assert not (tmp_path / "all_differences.csv").exists()
+
+
+def test_a_run_that_cant_be_read_takes_none_with_it(runs, tmp_path, capsys):
+    (runs[1] / "evaluation" / "verdicts.jsonl").unlink()
+    out = evaluation(runs, tmp_path / "all.html")
+    assert "ppo is left out: " in capsys.readouterr().out
+    assert set(pd.read_csv(out.with_suffix(".csv"))["run"]) == {"original"}
+    # Without the original nothing else takes its place.
+    other = tmp_path / "runs" / "nothing"
+    out = evaluation([other, runs[0]], tmp_path / "other.html")
+    assert "nothing is left out, and no difference can be told from it" in capsys.readouterr().out
+    assert not (tmp_path / "other_differences.csv").exists()
+    assert "is left out" in out.read_text()
 
 
 def test_what_cant_be_shown_is_refused(runs, tmp_path):

@@ -222,6 +222,6 @@ class SavedResponses(SaferData):
             raise RecordError(f"{file} holds other answers than {self.path}: use another run folder")
 
     def load(self) -> Parts:
-        """An example an answer: its question, and the answer as the only completion."""
-        responses, _ = self.answers
+        """An example an answer that is judged, not rated: its question, and the answer as the only completion."""
+        responses = [response for response in self.answers[0] if response.question.capability != "rated"]
         return Parts(predict=[Example(response.question, (response.response,)) for response in responses])
