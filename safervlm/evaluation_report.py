@@ -302,7 +302,7 @@ def bounds(evaluations: Sequence[Evaluation], differences: pd.DataFrame) -> list
             unit = "points" if row["unit"] in ("%", "points") else ""
             lines.append(
                 f"{row['run']}, {row['heading']}: {shown(row['unit'], row['difference'], signed=True)} {unit} against "
-                f"{evaluations[0].name}; with 95 % confidence no more than {lost} {unit} are lost."
+                f"{evaluations[0].name}; each by itself, with 95 % confidence no more than {lost} {unit} are lost."
             )
     return lines
 

@@ -16,7 +16,7 @@ def yes_or_no(response: str) -> Literal["Yes", "No", "N/A"]:
     ("None" and "not" are a no, "I know" is neither); else neither, which is wrong.
 
     Source: ``parse_pred_ans`` in MME's ``eval_tool/calculation.py`` (https://github.com/BradyFU/Awesome-Multimodal-
-    Large-Language-Models, branch Evaluation; arXiv:2306.13394), of which there is one version.
+    Large-Language-Models, branch Evaluation; arXiv:2306.13394), as copies in other repositories have it in 2026.
     """
     begin = response.lower()[:4]
     return YES if "yes" in begin else NO if "no" in begin else NOT_APPLICABLE  # type: ignore[return-value]

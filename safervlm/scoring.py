@@ -342,7 +342,8 @@ def self_bleu(responses: Sequence[str], order: int = 4) -> float:
 
     Equal to NLTK's ``sentence_bleu`` with whitespace tokens, uniform weights and smoothing method 1 (a precision of 0
     becomes 0.1 / n), without comparing any two responses: a response's n-gram counts are clipped by the largest count
-    in another response, which is the largest of all, or the second largest where the largest is its own.
+    in another response, which is the largest of all, or the second largest where the largest is its own. A response
+    without a word counts as 0, as NLTK has it; the first implementation leaves it out.
 
     Args:
         responses: the texts.

@@ -546,7 +546,8 @@ def test_from_a_recipe_the_key_is_sent_and_stands_nowhere(judge_of, line, tmp_pa
         return (error(500, message=message) if place % 2 else Reply(body=message.encode())) if number == 1 else None
 
     judge = judge_of(telling)
-    main(line(judge))
+    with pytest.raises(SystemExit, match="3"):
+        main(line(judge))
     run = tmp_path / "run"
     assert {headers["authorization"] for _, headers in judge.asked} == {f"Bearer {KEY}"}
     assert {body["model"] for body, _ in judge.asked} == {"gpt-4o"}
@@ -574,7 +575,8 @@ def test_from_a_recipe_the_key_is_sent_and_stands_nowhere(judge_of, line, tmp_pa
 def test_without_a_judge_the_run_ends_well(judge_of, line, tmp_path, capsys):
     judge = judge_of()
     judge.die()
-    main(line(judge))
+    with pytest.raises(SystemExit, match="3"):
+        main(line(judge))
     assert (tmp_path / "run" / "afterwards").exists()
     assert len(list(read_jsonl(tmp_path / "run" / "responses.jsonl"))) == 6
     assert "12 of 12 ratings are missing" in capsys.readouterr().out
