@@ -100,6 +100,23 @@ def test_killed_continued_and_asked_in_parts_it_is_the_same(overlay, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_leave_out_the_same_set(overlay, tmp_path):
+    """The set is looked for by one process, and missed by both."""
+    settings = yaml.safe_load(overlay.read_text())
+    settings["data"]["init_args"]["sets"]["smid"]["init_args"]["source"] = "./nowhere.tsv"
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(settings))
+    some = "--data.only=[mme,smid,nsfw]"
+    one = play(line(tmp_path / "overlay.yaml", tmp_path / "one", some), tmp_path, code=3)
+    assert one.count("smid is left out") == 1
+    two = [Path(sys.executable).parent / "safervlm", *line(tmp_path / "overlay.yaml", tmp_path / "two", some)]
+    two += ["--trainer.strategy=ddp", "--trainer.devices=2"]
+    ended = subprocess.run(list(map(str, two)), capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
+    assert ended.returncode == 3, ended.stderr
+    assert ended.stdout.count("smid is left out") == 1
+    assert results(tmp_path / "two") == results(tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_the_script_goes_on_after_a_failure_and_ends_in_a_table(overlay, tmp_path, tiny_llava):
     settings = yaml.safe_load(overlay.read_text())
     settings["data"]["init_args"]["sets"]["nsfw"]["init_args"]["source"] = "./nowhere.tsv"
