@@ -366,14 +366,22 @@ def test_new_concepts_of_two_kinds_are_drawn_within_each():
     ]
     assert squares == pytest.approx(np.array(by_hand))
     low, high = intervals.interval_new_concepts(right, answers, strata)
+    shares = [right[strata == s].sum() / 100 for s in (0, 1)]
+    each = [intervals.interval_new_concepts(right[strata == s], answers[strata == s]) for s in (0, 1)]
+    below, above = (
+        sum((end - share) ** 2 for end, share in zip(ends, shares, strict=True)) ** 0.5 / 2
+        for ends in zip(*each, strict=True)
+    )
+    assert (low, high) == pytest.approx((sum(shares) / 2 - below, sum(shares) / 2 + above))
     all_low, all_high = intervals.interval_new_concepts(right, answers)
-    assert high - low < 0.6 * (all_high - all_low)
+    assert high - low < 0.65 * (all_high - all_low)
     # One kind alone is what it was; a kind of a single concept adds nothing.
     one = np.zeros(20, int)
     assert intervals.interval_new_concepts(right[:20], answers[:20], one) == pytest.approx(
         intervals.interval_new_concepts(right[:20], answers[:20])
     )
     assert intervals.ratio_squares(right[:21], answers[:21], np.r_[one, 1])[20] == 0
+    assert intervals.interval_new_concepts(right[:29], answers[:29], strata[:29]) is None  # nine of the other kind
 
 
 def test_both_kinds_together_hold_the_truth():
