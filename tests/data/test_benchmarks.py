@@ -271,9 +271,9 @@ def test_a_file_of_the_web(tmp_path, web):
     for _ in range(2):  # whoever put the file there
         with pytest.raises(RecordError, match=r"its MD5 is .*, that of .*MME2\.tsv is abc"):
             asked(Benchmark("MME", f"{address}/MME2.tsv", md5="abc", cache_dir=cache, **MME))
-    with pytest.raises(RecordError, match="can't be fetched .*404"):
+    with pytest.raises(RecordError, match=r"can't be fetched .*404"):
         asked(Benchmark("MME", f"{address}/none.tsv", cache_dir=cache, **MME))
-    with pytest.raises(RecordError, match="can't be fetched .*10 of .* bytes came.*fetch it by other means"):
+    with pytest.raises(RecordError, match=r"can't be fetched .*10 of .* bytes came.*fetch it by other means"):
         asked(Benchmark("MME", f"{address}/cut/MME3.tsv", cache_dir=cache, **MME))
     assert len(list((tmp_path / "cache").glob("MME-*.tsv"))) == 1
     # Another address with the same name is another set.
