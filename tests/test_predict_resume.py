@@ -129,10 +129,14 @@ def test_killed_at_twenty_random_moments(command, uninterrupted, tmp_path):
     there = []
     for _ in range(20):
         before = set(shards.glob("*.jsonl"))
+        # So many answers more than before, however slow the machine is, and a little later.
+        enough = (there[-1] if there else 0) + rng.randrange(4)
         played = Played(line, tmp_path)
-        while played.process.exitcode is None and set(shards.glob("*.jsonl")) <= before:
+        while played.process.exitcode is None and (
+            set(shards.glob("*.jsonl")) <= before or lines_in_shards(tmp_path) < enough
+        ):
             played.process.join(0.005)
-        played.process.join(rng.uniform(0, 0.05))
+        played.process.join(rng.uniform(0, 0.02))
         played.process.kill()
         played.process.join()
         there.append(lines_in_shards(tmp_path))
