@@ -365,7 +365,7 @@ def fetch(address: str, file: Path) -> None:
     try:
         write_atomically(file, write)
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].strip("<>").removeprefix("urlopen error ")
         raise RecordError(
             f"{address} can't be fetched ({reason}): fetch it by other means to {file}, or name the file as data.source"
         ) from None

@@ -63,7 +63,7 @@ class Suite(SaferData):
                     print(f"{name} is left out: {error}")
                 self.left_out.setdefault(name, str(error))  # it may have been said already
         if not examples:
-            raise RecordError(f"data.sets: none can be had: {'; '.join(self.left_out.values())}")
+            raise RecordError(f"data.sets: none of {', '.join(self.left_out)} can be had; the reasons stand above")
         return Parts(predict=examples)
 
     def describe(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_a_set_that_cant_be_had_is_left_out_and_said_once(missing, capsys):
     assert capsys.readouterr().out.count("a is left out: A:") == 1
     alone = Suite({"a": Set("A", missing=missing)})
     alone.prepare_data()
-    with pytest.raises(RecordError, match=r"data\.sets: none can be had: A:"):
+    with pytest.raises(RecordError, match=r"data\.sets: none of a can be had"):
         ids(alone)
 
 
