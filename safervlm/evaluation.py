@@ -13,7 +13,7 @@ of the model's ratings divided by the sum of the reference's.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -59,6 +59,7 @@ from safervlm.scoring import (
 
 NEW_IMAGES = "new images"
 SHARE_BY_IMAGE = "Korn-Graubard, images"
+NOT_MEASURED = "none: not measured"
 
 PERCEPTION_TASKS = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
@@ -251,11 +252,15 @@ def _benchmark_columns(capability: str, dataset: str, tasks: set[str]) -> Iterat
             for key, part in (("", every), ("_perception", PERCEPTION_TASKS), ("_cognition", COGNITION_TASKS)):
                 heading = f"{dataset}, {key[1:] or 'total'}"
                 yield Column(f"{dataset}{key}", heading, general, "mme", dataset, capability, tasks=part)
-            named: dict[str, Any] = {"group": general, "dataset": dataset, "capability": capability, "detail": True}
-            yield Column(f"{dataset}_accuracy", f"{dataset}, accuracy", measure="share", tasks=every, **named)
-            yield Column(f"{dataset}_accuracy_plus", f"{dataset}, accuracy+", measure="both", tasks=every, **named)
-            for task in (task for task in every if task in tasks):
-                yield Column(f"{dataset}_{task}", f"{dataset}, {task}", measure="mme", tasks=(task,), **named)
+            details: list[tuple[str, str, Measure, tuple[str, ...]]] = [
+                ("accuracy", "accuracy", "share", every),
+                ("accuracy_plus", "accuracy+", "both", every),
+                *((task, task, "mme", (task,)) for task in every if task in tasks),
+            ]
+            for key, what, measure, chosen in details:
+                heading = f"{dataset}, {what}"
+                name = f"{dataset}_{key}"
+                yield Column(name, heading, general, measure, dataset, capability, tasks=chosen, detail=True)
         else:
             yield Column(dataset, dataset, general, "share", dataset, capability)
         yield Column(f"{dataset}_occurs", f"{dataset}, answer occurs", general, "occurs", dataset, capability)
@@ -307,30 +312,27 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
 def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimate]]:
     """A column's value with an interval for each thing that may vary."""
     part = column.part(evaluation.ratings if column.measure == "ratio" else evaluation.answers)
-    nothing = Estimate(np.nan, np.nan, np.nan, "none: not measured")
+    if column.measure in ("mme", "both"):
+        part = pd.concat([part, column.part(evaluation.unanswered)])
+    if column.measure == "ratio":
+        part = part.dropna(subset=["response"])
+    if not len(part):
+        return [("", Estimate(np.nan, np.nan, np.nan, NOT_MEASURED))]
     if column.measure == "diversity":
-        value = 1 - self_bleu(part["response"].tolist()) if len(part) else np.nan
-        return [("", Estimate(value, np.nan, np.nan, ONE_SAMPLE))]
+        return [("", Estimate(1 - self_bleu(part["response"].tolist()), np.nan, np.nan, ONE_SAMPLE))]
     if column.measure == "mme":
-        values = mme_images(pd.concat([part, column.part(evaluation.unanswered)]))
-        if not len(values):
-            return [(NEW_IMAGES, nothing)]
+        values = mme_images(part)
         tasks = values.groupby("category").ngroup().to_numpy()
         interval = interval_sum_of_means(values["value"].to_numpy(float), tasks)
         return [(NEW_IMAGES, _estimate(mme_score(values), interval, BY_TASK if tasks.any() else BY_IMAGE))]
     if column.measure == "both":
-        both = mme_images(pd.concat([part, column.part(evaluation.unanswered)]))["both"].to_numpy(float)
+        both = mme_images(part)["both"].to_numpy(float)
         interval = interval_these_concepts(both, np.ones(len(both)), np.zeros(len(both), int))
         return [(NEW_IMAGES, Estimate(float(both.mean()), *interval, SHARE_BY_IMAGE))]
     if column.measure == "ratio":
-        part = part.dropna(subset=["response"])
-        if not len(part):
-            return [(NEW_IMAGES, nothing)]
         model, reference = part["response"].to_numpy(float), part["reference"].to_numpy(float)
         interval = interval_ratio(model, reference, part.groupby("image").ngroup().to_numpy())
         return [(NEW_IMAGES, _estimate(float(model.sum() / reference.sum()), interval, RATIO_BY_IMAGE))]
-    if not len(part):
-        return [(NEW_CONCEPTS, nothing)]
     counts = Counts.of(part)
     if (part["concept"] != "").all():
         units = "images" if column.capability in ("alignment", "context") else "answers"

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from safervlm.evaluation import (
     GROUPS,
+    NOT_MEASURED,
     Column,
     Evaluation,
     columns,
@@ -149,7 +150,9 @@ def lines(long: pd.DataFrame) -> list[dict[str, Any]]:
     A column has a line with its number and the interval for new concepts or new images, and, where there is one, a
     line with the interval for these concepts.
     """
-    rows = long[~long["detail"]].drop_duplicates(["column", "varies"])
+    measured = long.groupby("column")["method"].transform(lambda methods: (methods != NOT_MEASURED).any())
+    rows = long[~long["detail"] & ~(measured & (long["method"] == NOT_MEASURED))]
+    rows = rows.drop_duplicates(["column", "varies"])
     rank = rows.groupby("column", sort=False).ngroup() * 2 + (rows["varies"] == THESE_CONCEPTS)
     rows = rows.assign(first=rows["varies"] != THESE_CONCEPTS).iloc[rank.argsort(kind="stable")]
     return records(rows[["group", "column", "heading", "varies", "first"]])
@@ -160,9 +163,10 @@ def texts(long: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
     found = {(row["run"], row["column"], row["varies"]): row for row in records(long)}
     table = {}
     for line in lines(long):
-        rows = [found[name, line["column"], line["varies"]] for name in names]
+        rows = [found.get((name, line["column"], line["varies"])) for name in names]
         heading = line["heading"] if line["first"] else f"{line['heading']}: {line['varies']}"
-        table[heading] = [with_interval(row) if line["first"] else interval(row) or "-" for row in rows]
+        cell = with_interval if line["first"] else interval
+        table[heading] = [(row and cell(row)) or "-" for row in rows]
     return table
 
 

@@ -88,6 +88,20 @@ def test_a_single_run_and_the_folder_of_its_evaluation(runs, capsys):
     assert not out.with_name("evaluation_differences.csv").exists()
 
 
+def test_a_set_that_one_run_hasnt_answered_stays_empty(runs, tmp_path, capsys):
+    folder = runs[1] / "evaluation"
+    for name in ("responses.jsonl", "verdicts.jsonl"):
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text(
+            "".join(line for line in lines if '"id": "SMID' not in line and "/context/" not in line)
+        )
+    out = evaluation(runs, tmp_path / "all.html")
+    wide = pd.read_csv(out.with_name("all_table.csv"), index_col="run")
+    assert wide.loc["ppo", "SMID"] == wide.loc["ppo", "Contexts, with the image: these concepts"] == "-"
+    assert "[" in wide.loc["original", "SMID"]
+    assert "no difference, not measured in both" in capsys.readouterr().out
+
+
 def test_differences_of_other_runs_dont_stay(runs, tmp_path):
     evaluation(runs, tmp_path / "all.html")
     assert (tmp_path / "all_differences.csv").exists()
