@@ -15,8 +15,9 @@ def yes_or_no(response: str) -> Literal["Yes", "No", "N/A"]:
     In lower case: "yes" or "no" itself; else whether its first four characters hold "yes", then whether they hold "no"
     ("None" and "not" are a no, "I know" is neither); else neither, which is wrong.
 
-    Source: ``parse_pred_ans`` in MME's ``eval_tool/calculation.py`` (https://github.com/BradyFU/Awesome-Multimodal-
-    Large-Language-Models, branch Evaluation; arXiv:2306.13394), as copies in other repositories have it in 2026.
+    Source: ``parse_pred_ans`` of ``calculation.py`` in MME's ``tools/eval_tool.zip``, the one version of it there is
+    (https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation, commit 1c1d69e, July 2023;
+    arXiv:2306.13394). The answers of LaVIN that lie beside it score the same here and there, task by task.
     """
     begin = response.lower()[:4]
     return YES if "yes" in begin else NO if "no" in begin else NOT_APPLICABLE  # type: ignore[return-value]

@@ -3,8 +3,13 @@
 What would break: MME's rule, a missing answer that vanishes, a rating that is none, pairs that aren't pairs.
 """
 
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +20,11 @@ from safervlm.evaluation import columns, compare, estimates, evaluate, flips, lo
 from safervlm.rating import Rating
 from safervlm.records import RecordError
 from safervlm.scoring import scores, self_bleu
+
+
+# The folder of MME's published tools/eval_tool.zip (https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models,
+# branch Evaluation), unpacked.
+TOOL = os.environ.get("SAFERVLM_MME_TOOL")
 
 
 def values(evaluation):
@@ -97,6 +107,26 @@ def test_mme_like_the_official_tool(tmp_path):
     tasks = ("existence", "count", "OCR", "text_translation")
     rows = [(task, str(i), rng.choice(said), rng.choice(said)) for task in tasks for i in range(12)]
     assert values(mme(tmp_path, rows))["MME"] == pytest.approx(official(rows))
+
+
+@pytest.mark.skipif(TOOL is None, reason="SAFERVLM_MME_TOOL names no folder with MME's eval_tool")
+def test_a_published_models_answers_score_as_the_official_tool_prints(tmp_path):
+    """LaVIN's 2,374 answers, which lie beside the tool; 963.61 and 249.64 are its scores on MME's leaderboard, too."""
+    answers = []
+    for file in sorted(Path(TOOL, "LaVIN").glob("*.txt")):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
+            image, _, truth, said = line.split("\t")
+            asked = question("MME", f"images/{file.stem}/{image}", "yes_no", number % 2, truth, file.stem)
+            answers.append((asked, said, None))
+    assert len(answers) == 2374
+    ours = values(load(write(tmp_path, answers), "LaVIN"))
+    assert (ours["MME_perception"], ours["MME_cognition"]) == pytest.approx((963.6114445778312, 249.64285714285714))
+    tool = subprocess.run([sys.executable, "calculation.py"], cwd=TOOL, capture_output=True, text=True, check=False)
+    if "No module named 'sklearn'" in tool.stderr:
+        return  # the scores above are what it prints
+    printed = dict(re.findall(r"\t (\w+)  score: ([\d.]+)", tool.stdout))
+    assert len(printed) == 14
+    assert {task: ours[f"MME_{task}"] for task in printed} == pytest.approx({t: float(s) for t, s in printed.items()})
 
 
 def test_an_image_that_is_asked_about_once_or_thrice_is_refused():
