@@ -21,7 +21,6 @@ from safervlm.rating import Rating
 from safervlm.records import RecordError
 from safervlm.scoring import scores, self_bleu
 
-
 # The folder of MME's published tools/eval_tool.zip (https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models,
 # branch Evaluation), unpacked.
 TOOL = os.environ.get("SAFERVLM_MME_TOOL")
