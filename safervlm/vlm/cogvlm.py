@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import local_torch_dtype
 
@@ -165,6 +165,10 @@ class CogVLM(Remote):
 
         Adapted.__name__ = remote.__name__
         return Adapted
+
+    def image_encoder(self, model: PreTrainedModel) -> nn.Module:
+        """What of the model goes through the pixels of an image, the projection included."""
+        return model.get_submodule("model.vision")
 
     def load_base(self) -> PreTrainedModel:
         """Reads the base weights, and computes what they come without."""

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -244,5 +244,8 @@ class Remote(Transformers):
         for layer in model.get_decoder().layers:
             kind = type(layer)
             layer.__class__ = type(kind.__name__, (GradientCheckpointingLayer, kind), {})
-        model.generation_config = GenerationConfig()  # the settings of ``sampling`` are the only ones
-        return model
+        return self.prepare(model)
+
+    @abstractmethod
+    def image_encoder(self, model: PreTrainedModel) -> nn.Module:
+        """What of the model goes through the pixels of an image: the code has its own name for it."""

@@ -1,20 +1,18 @@
 """Any vision-language model that transformers loads with ``AutoModelForImageTextToText``.
 
-Each question is encoded by the model's own processor and stands in a row of its own, whatever the model does with
-images: nothing is shared between questions, and every score is one plain forward pass. A family that can share
-computation has a file of its own.
+Each question is encoded by the model's own processor, whatever the model does with images, and every score is one plain
+forward pass, a row a completion. What the questions about an image have in common is computed once (:mod:`~.rows`).
 
 Shapes: B questions of a batch, C completions, T tokens of the longest, N response tokens, H hidden units.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
@@ -33,9 +31,8 @@ from safervlm.records import Example, Question, RecordError, seed_for
 from safervlm.vlm.base import Batch, Generation
 from safervlm.vlm.local import LocalVLM, Targets, reading
 from safervlm.vlm.lora import Adapter, LoRA, active
+from safervlm.vlm.rows import EachOnce, Encoding, Sharing, extend, join
 from safervlm.vlm.sampling import KeyedNoise, Sampling, processors
-
-Encoding = Mapping[str, Tensor]
 
 
 class EncodedBatch(Batch):
@@ -68,41 +65,6 @@ class EncodedBatch(Batch):
             [self.encodings[row] for row in chosen],
             [[list(answers[row])] if answers else [] for row in chosen],
         )
-
-
-def extend(encoding: Encoding, completion: Sequence[int], written: Encoding) -> dict[str, Tensor]:
-    """A prompt's encoding with a completion behind it.
-
-    Args:
-        encoding: of the prompt.
-        completion: its tokens.
-        written: what stands for each token of an answer in the inputs that go with the tokens, (1, 1, ...).
-    """
-    rest = {name: value.expand(-1, len(completion), *value.shape[2:]) for name, value in written.items()}
-    rest["input_ids"] = torch.tensor([completion], device=encoding["input_ids"].device)
-    return {**encoding, **{name: torch.cat([encoding[name], more], dim=1) for name, more in rest.items()}}
-
-
-def join(encodings: Sequence[Encoding], pad_token_id: int, left: Collection[str] = ()) -> dict[str, Tensor]:
-    """One batch of encodings: everything is padded at its end, with zeros.
-
-    Args:
-        encodings: of single questions, all of the same model.
-        pad_token_id: for the tokens, which the attention mask hides.
-        left: names of those that are padded on the left instead, as generating needs the tokens.
-    """
-    joined = {}
-    for name, first in encodings[0].items():
-        tensors = [encoding[name] for encoding in encodings]
-        widest = [max(tensor.shape[axis] for tensor in tensors) for axis in range(1, first.dim())]
-        padded = []
-        for tensor in tensors:
-            missing = [wide - size for wide, size in zip(widest, tensor.shape[1:], strict=True)]
-            sides = [side for gap in reversed(missing[1:]) for side in (0, gap)]
-            sides += ([missing[0], 0] if name in left else [0, missing[0]]) if missing else []
-            padded.append(F.pad(tensor, sides, value=pad_token_id if name == "input_ids" else 0))
-        joined[name] = torch.cat(padded)
-    return joined
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
@@ -308,9 +270,19 @@ class Transformers(LocalVLM):
             model = AutoModelForImageTextToText.from_pretrained(
                 self.name, revision=self.revision, config=self.config, dtype=self.dtype, use_safetensors=True
             )
+        return self.prepare(model)
+
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model as it was read, made to see an image once and to have no habits of its own."""
+        encoder = self.image_encoder(model)
+        encoder.forward = EachOnce(encoder.forward)
         # The model's own habits, such as a repetition penalty, would join the settings of ``sampling``.
         model.generation_config = GenerationConfig()
         return model
+
+    def image_encoder(self, model: PreTrainedModel) -> nn.Module:
+        """What of the model goes through the pixels of an image, whatever is asked about it."""
+        return model.get_encoder(modality="image")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -363,7 +335,7 @@ class Transformers(LocalVLM):
         source = starts[:, None] + torch.arange(target.shape[1], device=device)
         rows = torch.arange(len(pairs), device=device)[:, None].expand_as(source)
         sequences = [extend(encoding, answer, self.written(encoding)) for encoding, answer in pairs]
-        inputs = self.cast(join(sequences, self.pad_token_id))
+        inputs = join(sequences, self.pad_token_id, self.dtype)
 
         kept: list[Tensor] = []
 
@@ -394,23 +366,26 @@ class Transformers(LocalVLM):
         grown = self.base._update_model_kwargs_for_generation(ModelOutput(), dict(encoding), is_encoder_decoder=False)
         return {name: grown[name][:, -1:] for name, tensor in encoding.items() if grown[name].shape != tensor.shape}
 
-    def cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Images in the precision of the weights."""
-        return {n: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for n, tensor in inputs.items()}
+    @cached_property
+    def sharing(self) -> Sharing:
+        """Of what the questions about an image begin with."""
+        return Sharing(self.base, self.pad_token_id, self.image_token_ids, self.dtype)
 
     @torch.no_grad()
     def generate(
         self, batch: EncodedBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy"
     ) -> list[Generation]:
-        """Answers the questions of a batch, a row a question."""
-        left = {"input_ids", *self.written(batch.encodings[0])}
-        inputs = self.cast(join(batch.encodings, self.pad_token_id, left))
+        """Answers the questions of a batch; those about one image share what they begin with, where they can."""
+        tokenwise = {"input_ids", *self.written(batch.encodings[0])}
         chain = processors(sampling, self.suppressed)
         if sampling.temperature > 0:
             chain.append(KeyedNoise([seed_for(seed, question.id) for question in batch.questions]))
         training = self.training
         self.eval()  # no dropout, and a cache also where gradients are checkpointed
         with active(self.base, adapter):
+            inputs: dict[str, Any] = self.sharing.inputs(batch.encodings, tokenwise) or join(
+                batch.encodings, self.pad_token_id, self.dtype, tokenwise
+            )
             generated = self.base.generate(
                 **inputs,
                 logits_processor=chain,

@@ -293,6 +293,10 @@ class XComposer2(Remote):
         Adapted.__name__ = remote.__name__
         return Adapted
 
+    def image_encoder(self, model: PreTrainedModel) -> nn.Module:
+        """What of the model goes through the pixels of an image."""
+        return model.get_submodule("vit")
+
     def load_base(self) -> PreTrainedModel:
         """Reads the base weights, and computes what they come without."""
         model = super().load_base()

@@ -433,6 +433,40 @@ def check_answers(vlm: Any, examples: list[Example], plain: Callable[[Example, i
     assert len(set(map(tuple, expected))) > 2
 
 
+def encoded(vlm: Any, use: Callable[[], Any]) -> int:
+    """Of how many rows the image encoder makes its first step in the meantime."""
+    rows: list[int] = []
+    first = next(vlm.image_encoder(vlm.base).children())
+    hook = first.register_forward_pre_hook(
+        lambda _, args, given: rows.append(len(next(iter((*args, *given.values()))))), with_kwargs=True
+    )
+    try:
+        use()
+    finally:
+        hook.remove()
+    return sum(rows)
+
+
+def check_images_once(vlm: Any, examples: list[Example], packed: bool = False) -> None:
+    """Five questions about three images encode as much as three questions about them, and so do ten completions.
+
+    Args:
+        vlm: loaded.
+        examples: five, two of them about an image, two about another, one about a third, with two completions each.
+        packed: whether the encoder lays all images into one row, so that those to score are encoded as they come.
+    """
+    greedy = Sampling(temperature=0, max_new_tokens=2)
+    five, three = (vlm.collator(some) for some in (examples, examples[::2]))
+    expected = encoded(vlm, lambda: vlm.generate(three, greedy, seed=0))
+    vlm.generate(five, greedy, seed=0)  # the first time, both ways are compared
+    assert expected
+    assert encoded(vlm, lambda: vlm.generate(five, greedy, seed=0)) == expected
+    if packed:
+        return
+    vlm.score(five)  # the first time, both ways are compared
+    assert encoded(vlm, lambda: vlm.score(five)) == expected
+
+
 def check_draws(vlm: Any, examples: list[Example]) -> None:
     """What is drawn for a record depends on nothing else."""
     sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=8)

@@ -517,6 +517,10 @@ def test_a_row_counts_its_places_as_it_does_alone(base: CogVLM, examples: list[E
     assert [int(together[1][0, 0]), int(seen[0][0, 0])] == [int(seen[1][0, 0]), 0]
 
 
+def test_an_image_is_encoded_once(base: CogVLM, examples: list[Example]) -> None:
+    families.check_images_once(base, examples)
+
+
 def test_a_drawn_answer_depends_on_its_record_alone(base: CogVLM, examples: list[Example]) -> None:
     families.check_draws(base, examples)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from safervlm.records import Example, Question, RecordError
 from safervlm.vlm.lora import Adapter, LoRA, active
@@ -35,6 +35,11 @@ FAMILIES = [
     (families.blip2, QUESTION),
     (families.instructblip, "{question}"),
 ]
+# Those whose tokens look back alone, over a cache that the library's own ``generate`` goes on with.
+SHARING = {
+    *("llava", "llava_next", "llava_onevision", "internvl", "idefics3"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+}
 LORA = LoRA(r=4, alpha=8, dropout=0.0)
 
 
@@ -137,6 +142,53 @@ def test_greedy_answers_are_those_of_the_library_asked_one_by_one(
         return answer[0, inputs["input_ids"].shape[1] :].tolist()
 
     families.check_answers(base, examples, alone)
+
+
+def test_questions_about_an_image_share_what_they_begin_with(
+    base: Transformers, plain: Any, examples: list[Example]
+) -> None:
+    """Five questions about three images: the image and the beginning in a row an image, then the rest in a row each."""
+    encodings = base.collator(examples).encodings
+    tokenwise = {"input_ids", *base.written(encodings[0])}
+    shared = base.sharing.inputs(encodings, tokenwise)
+    assert (shared is not None) == (base.config.model_type in SHARING)
+    if shared is None:
+        return
+    entered: list[tuple[int, int]] = []
+
+    def enter(_: nn.Module, states: tuple[Tensor]) -> None:
+        entered.append((states[0].shape[0], states[0].shape[1]))
+
+    settings = GenerationConfig(
+        max_new_tokens=6, suppress_tokens=base.eos_token_ids, output_logits=True, return_dict_in_generate=True
+    )
+    hook = base.base.get_decoder().layers[0].register_forward_pre_hook(enter)
+    try:
+        beginning = base.sharing.inputs(encodings, tokenwise)
+        together = base.base.generate(**beginning, generation_config=settings)
+    finally:
+        hook.remove()
+    prompts = [encoding["input_ids"][0].tolist() for encoding in encodings]
+    asked = [prompts[0:2], prompts[2:4], prompts[4:]]
+    common = [max(n for n in range(len(min(about, key=len))) if about[0][:n] == about[-1][:n]) for about in asked]
+    rest = max(len(max(about, key=len)) - cut for about, cut in zip(asked, common, strict=True))
+    assert entered == [(3, max(common)), (5, rest), *[(5, 1)] * 5]
+    for row, example in enumerate(examples):
+        alone = plain.generate(**plain_inputs(base, example.question), generation_config=settings)
+        logits = torch.stack(alone.logits, 1)[0]
+        torch.testing.assert_close(torch.stack(together.logits, 1)[row], logits, atol=1e-4, rtol=0)
+
+
+def test_an_image_is_encoded_once(base: Transformers, examples: list[Example]) -> None:
+    families.check_images_once(base, examples, packed=base.config.model_type.startswith("qwen"))
+
+
+def test_a_question_that_is_asked_twice_is_answered_twice(base: Transformers, examples: list[Example]) -> None:
+    """All but the last token of such prompts is common to them."""
+    twice = [examples[0], replace(examples[0], question=replace(examples[0].question, id="again"))]
+    greedy = Sampling(temperature=0, max_new_tokens=6)
+    first, second = base.generate(base.collator(twice), greedy, seed=0)
+    assert first == second == base.generate(base.collator(twice[:1]), greedy, seed=0)[0]
 
 
 def test_a_drawn_answer_depends_on_its_record_alone(base: Transformers, examples: list[Example]) -> None:

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from safervlm.records import Example, Question, RecordError
 from safervlm.vlm import xcomposer
 from safervlm.vlm.lora import Adapter, LoRA
+from safervlm.vlm.rows import join
 from safervlm.vlm.sampling import Sampling
-from safervlm.vlm.transformers import join
 from safervlm.vlm.xcomposer import END, LANGUAGE_LAYERS, Tower, XComposer2, rotate_rows
 
 PUBLISHED = os.environ.get("SAFERVLM_XCOMPOSER_CODE")
@@ -690,7 +690,7 @@ def test_a_row_counts_its_places_as_it_does_alone(base: XComposer2, examples: li
 
 def test_padding_changes_no_logits(base: XComposer2, examples: list[Example]) -> None:
     encodings = base.collator(examples).encodings
-    joined = join(encodings, base.pad_token_id, {"input_ids", "im_mask", "attention_mask"})
+    joined = join(encodings, base.pad_token_id, base.dtype, {"input_ids", "im_mask", "attention_mask"})
     model: Any = base.base
     with torch.no_grad():
         together = model(**model.prepare_inputs_for_generation(**joined)).logits[:, -1]
@@ -760,6 +760,10 @@ def test_greedy_answers_are_those_of_plain_forward_passes(
     base: XComposer2, plain: Any, examples: list[Example]
 ) -> None:
     families.check_answers(base, examples, lambda example, steps: plain_greedy(base, plain, example.question, steps))
+
+
+def test_an_image_is_encoded_once(base: XComposer2, examples: list[Example]) -> None:
+    families.check_images_once(base, examples)
 
 
 def test_a_drawn_answer_depends_on_its_record_alone(base: XComposer2, examples: list[Example]) -> None:

@@ -1,0 +1,241 @@
+"""Rows of encoded questions: joined to a batch, gone on with, and what those about one image have in common shared.
+
+Shapes: B questions, I different images, L tokens of the longest prompt, V words of the vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from safervlm.vlm.packed import common_beginning
+
+log = logging.getLogger(__name__)
+
+Encoding = Mapping[str, Tensor]
+
+# Of the spread of numbers, how far two ways to compute them may lie apart: bfloat16 rounds by some hundredths of it.
+ROUNDING = 0.1
+
+
+def extend(encoding: Encoding, completion: Sequence[int], written: Encoding) -> dict[str, Tensor]:
+    """A prompt's encoding with a completion behind it.
+
+    Args:
+        encoding: of the prompt.
+        completion: its tokens.
+        written: what stands for each token of an answer in the inputs that go with the tokens, (1, 1, ...).
+    """
+    rest = {name: value.expand(-1, len(completion), *value.shape[2:]) for name, value in written.items()}
+    rest["input_ids"] = torch.tensor([completion], device=encoding["input_ids"].device)
+    return {**encoding, **{name: torch.cat([encoding[name], more], dim=1) for name, more in rest.items()}}
+
+
+def join(
+    encodings: Sequence[Encoding], pad_token_id: int, dtype: torch.dtype, left: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """One batch of encodings: everything is padded at its end, with zeros.
+
+    Args:
+        encodings: of single questions, all of the same model.
+        pad_token_id: for the tokens, which the attention mask hides.
+        dtype: of the weights, and so of images.
+        left: names of those that are padded on the left instead, as generating needs the tokens.
+    """
+    joined = {}
+    for name, first in encodings[0].items():
+        tensors = [encoding[name] for encoding in encodings]
+        widest = [max(tensor.shape[axis] for tensor in tensors) for axis in range(1, first.dim())]
+        padded = []
+        for tensor in tensors:
+            missing = [wide - size for wide, size in zip(widest, tensor.shape[1:], strict=True)]
+            sides = [side for gap in reversed(missing[1:]) for side in (0, gap)]
+            sides += ([missing[0], 0] if name in left else [0, missing[0]]) if missing else []
+            padded.append(F.pad(tensor, sides, value=pad_token_id if name == "input_ids" else 0))
+        joined[name] = torch.cat(padded).to(dtype if first.is_floating_point() else first.dtype)
+    return joined
+
+
+def equals(rows: Sequence[Sequence[Tensor]]) -> tuple[list[int], list[int]]:
+    """The places of the rows that differ from all before them, and of each row the one of those that it equals.
+
+    Args:
+        rows: of tensors, as many in each.
+    """
+    firsts: list[int] = []
+    number: list[int] = []
+    for place, row in enumerate(rows):
+        for known, first in enumerate(firsts):
+            if all(torch.equal(mine, other) for mine, other in zip(row, rows[first], strict=True)):
+                number.append(known)
+                break
+        else:
+            number.append(len(firsts))
+            firsts.append(place)
+    return firsts, number
+
+
+def agree(one: Tensor, other: Tensor) -> bool:
+    """Whether two ways to compute something differ by rounding alone."""
+    if one.shape != other.shape:
+        return False
+    return bool((one - other).float().square().mean().sqrt() <= ROUNDING * one.float().std(correction=0))
+
+
+class EachOnce:
+    """An image encoder that encodes an image once, however many rows show it.
+
+    The first time that it can, it does both and compares: an encoder may lay all of its images into one row.
+
+    Args:
+        encode: the encoder's forward pass.
+    """
+
+    def __init__(self, encode: Callable[..., Any]) -> None:
+        self.encode = encode
+        self.works: bool | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the encoder gives for tensors that have a row an image."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if self.works is False or len({len(tensor) for tensor in tensors}) != 1:
+            return self.encode(*args, **kwargs)
+        firsts, number = equals(list(zip(*tensors, strict=True)))
+        if len(firsts) == len(number):
+            return self.encode(*args, **kwargs)
+
+        def rows(tree: Any, places: list[int]) -> Any:
+            return tree_map(lambda leaf: leaf[places] if isinstance(leaf, Tensor) else leaf, tree)
+
+        some_args, some_kwargs = rows((args, kwargs), firsts)
+        encoded = self.encode(*some_args, **some_kwargs)
+        if self.works is None:
+            every = self.encode(*args, **kwargs)
+            pairs = list(zip(*(map(_tensors, (every, encoded))), strict=True))
+            self.works = all(len(part) == len(firsts) and agree(whole, part[number]) for whole, part in pairs)
+            return every
+        return rows(encoded, number)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class Sharing:
+    """Computes what the prompts about an image begin with once, for the library's ``generate`` to go on with.
+
+    Where that changes no answer: where a token looks back alone, at all that stands before it. The first time it is
+    done on few questions in both ways, and the logits are compared.
+
+    Args:
+        model: a causal one.
+        pad_token_id: for tokens that the attention mask hides.
+        image_token_ids: what stands in an image's places.
+        dtype: of the base weights.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, pad_token_id: int, image_token_ids: set[int], dtype: torch.dtype
+    ) -> None:
+        self.model, self.pad_token_id, self.image_token_ids, self.dtype = model, pad_token_id, image_token_ids, dtype
+        # Not where a layer forgets (a sliding window, a recurrent state), the code is older than the library's caches,
+        # or the model has a ``generate`` of its own (a Q-Former).
+        self.works: bool | None = None
+        if not (
+            type(model).generate is GenerationMixin.generate
+            and model._supports_default_dynamic_cache()
+            and model._supports_logits_to_keep()
+            and all(type(layer) is DynamicLayer for layer in self.cache().layers)
+        ):
+            self.works = False
+
+    def cache(self) -> DynamicCache:
+        """An empty one."""
+        return DynamicCache(config=self.model.config.get_text_config())
+
+    def inputs(self, encodings: Sequence[Encoding], tokenwise: Collection[str]) -> dict[str, Any] | None:
+        """The inputs of ``generate``: whole prompts, and the cache of what they begin with.
+
+        Args:
+            encodings: of the questions.
+            tokenwise: the names of the inputs that go with the tokens.
+
+        Returns:
+            None where each question is to be computed alone: no two are about one image, an image stands behind the
+            question, or a token has more beside it than the mask and whether it is an image's. Such an input (a token's
+            type, which images it looks at) stands for attention that doesn't look back alone.
+        """
+        if self.works is False or not {*tokenwise} <= {"input_ids", "attention_mask", "mm_token_type_ids"}:
+            return None
+        firsts, image_of = equals([[e[name] for name in e if name not in tokenwise] for e in encodings])
+        prompts = [encoding["input_ids"][0].tolist() for encoding in encodings]
+        beginnings = [
+            common_beginning([prompt for prompt, image in zip(prompts, image_of, strict=True) if image == number])
+            for number in range(len(firsts))
+        ]
+        cuts = [len(beginnings[image]) for image in image_of]
+        if len(firsts) == len(prompts) or any(
+            self.image_token_ids.isdisjoint(prompt[:cut]) or not self.image_token_ids.isdisjoint(prompt[cut:])
+            for prompt, cut in zip(prompts, cuts, strict=True)
+        ):
+            return None
+        if self.works is None:
+            self.works = self._agrees(encodings, image_of, tokenwise)
+            return self.inputs(encodings, tokenwise)
+
+        # A row is ``padding | beginning | padding | rest``: the beginnings end in one column, and so do the prompts.
+        before, behind = (
+            self._join(
+                [{name: e[name][:, side] for name in tokenwise} for e, side in zip(encodings, sides, strict=True)]
+            )
+            for sides in ([slice(cut) for cut in cuts], [slice(cut, None) for cut in cuts])
+        )
+        whole = {name: torch.cat([before[name], behind[name]], dim=1) for name in tokenwise}
+        every, images = self._join(encodings), self._join([encodings[question] for question in firsts])
+        # Places in an image may have positions in two dimensions; words go on from them.
+        positions = self.model._prepare_position_ids_for_generation(whole["input_ids"], every | whole)
+        cache = self.model(
+            **images | {name: tensor[firsts] for name, tensor in before.items()},
+            position_ids=positions[..., firsts, : before["input_ids"].shape[1]],
+            past_key_values=self.cache(),
+            use_cache=True,
+            logits_to_keep=1,
+        ).past_key_values
+        cache.batch_select_indices(torch.tensor(image_of, device=positions.device))
+        whole.pop("mm_token_type_ids", None)  # it was for the positions
+        return whole | {"position_ids": positions, "past_key_values": cache}
+
+    def _join(self, encodings: Sequence[Encoding]) -> dict[str, Tensor]:
+        left = ("input_ids", "attention_mask", "mm_token_type_ids")
+        return join(encodings, self.pad_token_id, self.dtype, left)
+
+    def _agrees(self, encodings: Sequence[Encoding], image_of: list[int], tokenwise: Collection[str]) -> bool:
+        """Whether two questions about one image, and one about another, have the same first logits in both ways."""
+        image = next(number for number in image_of if image_of.count(number) > 1)
+        of_it = [place for place, number in enumerate(image_of) if number == image]
+        others = [place for place, number in enumerate(image_of) if number != image]
+        few = [encodings[place] for place in of_it[:2] + others[:1]]
+        trial = copy(self)
+        trial.works = True
+        shared, alone = (
+            self.model.generate(
+                **inputs,
+                max_new_tokens=1,
+                generation_config=GenerationConfig(
+                    output_logits=True, return_dict_in_generate=True, pad_token_id=self.pad_token_id
+                ),
+            ).logits[0]
+            for inputs in (trial.inputs(few, tokenwise) or {}, self._join(few))
+        )
+        if not (same := agree(alone, shared)):
+            log.warning(
+                "the questions about an image are computed one by one: this model's can't share what they begin with"
+            )
+        return same

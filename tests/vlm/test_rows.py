@@ -1,0 +1,104 @@
+"""What rows have in common is computed once, and only where that is the same.
+
+What would break: an encoder that looks at several images together, attention that looks ahead, a row with another
+row's image.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from torch import Tensor, nn
+
+from safervlm.records import Question
+from safervlm.vlm.rows import EachOnce, agree, equals
+from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.transformers import Transformers
+
+SHOWN = [2, 0, 2, 2, 1, 0]  # the image of each row
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_equal_rows_are_found_in_every_tensor() -> None:
+    one, other = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])
+    assert equals([(one, one), (one, other), (one.clone(), one), (other, one), (one, other)]) == (
+        [0, 1, 3],
+        [0, 1, 0, 2, 1],
+    )
+
+
+def test_each_image_is_encoded_once(images: Tensor) -> None:
+    seen: list[int] = []
+
+    def encode(pixels: Tensor, scale: Tensor, *, bias: float) -> dict[str, Any]:
+        seen.append(len(pixels))
+        return {"states": (pixels.flatten(1) * scale + bias, pixels.mean((1, 2, 3))), "name": "states"}
+
+    scale = torch.tensor([[1.0], [2.0], [3.0]])
+    once = EachOnce(encode)
+    for _ in range(2):
+        found = once(images[SHOWN], scale[SHOWN], bias=1.0)
+        expected = encode(images[SHOWN], scale[SHOWN], bias=1.0)
+        for mine, plain in zip(found["states"], expected["states"], strict=True):
+            torch.testing.assert_close(mine, plain)
+        assert found["name"] == "states"
+    # The first time both ways, the second time one row an image; the comparisons here see all six.
+    assert seen == [3, 6, 6, 3, 6]
+    # The same image at another scale is another row.
+    once(images[SHOWN], torch.arange(6.0)[:, None], bias=0.0)
+    assert seen[-1] == 6
+
+
+def test_an_encoder_that_looks_at_all_images_together_is_left_alone(images: Tensor) -> None:
+    def into_one_row(pixels: Tensor) -> Tensor:
+        return pixels.flatten(1).reshape(1, -1)
+
+    def with_neighbours(pixels: Tensor) -> Tensor:
+        return pixels.flatten(1) + pixels.cumsum(0).flatten(1)
+
+    for encode in (into_one_row, with_neighbours):
+        once = EachOnce(encode)
+        for shown in (SHOWN, [1, 1, 1]):
+            for _ in range(2):
+                torch.testing.assert_close(once(images[shown]), encode(images[shown]))
+        assert once.works is False
+
+
+def test_rounding_is_not_a_difference() -> None:
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) * 3
+    assert agree(logits, logits.bfloat16().float())
+    assert not agree(logits, logits.roll(1, dims=0))
+    assert not agree(logits, logits[:2])
+
+
+def test_attention_that_looks_ahead_shares_nothing(
+    tmp_path: Path, make_questions: Callable[[int], list[Question]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A layer that adds what stands behind a token: nothing of its inputs says so."""
+    families.llava(tmp_path)
+    vlm = Transformers(str(tmp_path), dtype="float32")
+    vlm.load()
+
+    def look_ahead(_: nn.Module, __: Any, states: Tensor) -> Tensor:
+        return states + states.flip(1).cumsum(1).flip(1)
+
+    vlm.base.get_decoder().layers[0].register_forward_hook(look_ahead)
+    # Of one length: padding would be looked at, too.
+    examples = families.ask(make_questions(2))
+    examples = [
+        replace(example, question=replace(example.question, prompt=f"Is it {word}?"))
+        for example, word in zip(examples, ("safe", "nice"), strict=True)
+    ]
+    greedy = Sampling(temperature=0, max_new_tokens=6)
+    together = vlm.generate(vlm.collator(examples), greedy, seed=0)
+    assert together == [vlm.generate(vlm.collator([example]), greedy, seed=0)[0] for example in examples]
+    assert vlm.sharing.works is False
+    assert "one by one" in caplog.text
