@@ -229,6 +229,10 @@ def reading(name: str) -> Iterator[None]:
             f"vlm.model: {name!r} can't be read ({str(error).strip().splitlines()[0]}); give a folder that "
             "save_pretrained wrote, or a name on the Hugging Face Hub (`hf auth login` for a gated model)"
         ) from error
+    except ImportError as error:
+        raise ValueError(
+            f"vlm.model: {name!r} can't be read ({str(error).strip().splitlines()[0]}); install it, or name another model"
+        ) from error
 
 
 def weights_fingerprint(name: str, revision: str | None) -> str | None:

@@ -9,6 +9,8 @@ Shapes: B questions of a batch, C completions, T tokens of the longest, N respon
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
+from types import SimpleNamespace
 from typing import Any, Literal, Self
 
 import torch
@@ -189,8 +191,12 @@ def read_processor(name: str, revision: str | None, config: Any) -> ProcessorMix
             return [part for part in super().get_attributes() if part != "video_processor"]
 
     ImagesAlone.__name__ = processor_class.__name__  # it is compared with the name that the folder gives
-    processor = ImagesAlone.from_pretrained(name, revision=revision, backend="pil")
+    parameter = signature(processor_class.__init__).parameters.get("video_processor")
+    no_videos = {"video_processor": None} if parameter and parameter.default is parameter.empty else {}
+    processor = ImagesAlone.from_pretrained(name, revision=revision, backend="pil", **no_videos)
     processor.__class__ = processor_class  # a local class can't be pickled
+    if no_videos:  # where it has to be there, it is also asked for its settings, videos or not
+        processor.video_processor = SimpleNamespace(num_frames=None, fps=None)
     return processor
 
 

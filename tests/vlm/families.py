@@ -29,6 +29,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from safervlm import protocol
 from safervlm.cli import main
@@ -245,6 +246,20 @@ def idefics3(folder: Path) -> None:
         scale_factor=2,
     )
     save(folder, hf.Idefics3ForConditionalGeneration(config), processor)
+
+
+def smolvlm(folder: Path) -> None:
+    end = "<end_of_utterance>"
+    words = tokenizer(end, around="<fake_token_around_image>", whole="<global-img>", image_token="<image>")
+    config = hf.SmolVLMConfig(
+        vision_config=VISION,
+        text_config=hf.LlamaConfig(**TEXT, vocab_size=len(words), eos_token_id=words.eos_token_id),
+        image_token_id=words.image_token_id,
+        scale_factor=2,
+    )
+    image = SmolVLMImageProcessorPil(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    save(folder, hf.SmolVLMForConditionalGeneration(config), image, words)
+    settings(folder, "SmolVLMProcessor", chat("User:", "Assistant: ", "<image>", f"{end}\n"), image_seq_len=1)
 
 
 def gemma3(folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import families
 import pytest
@@ -29,6 +30,7 @@ FAMILIES = [
     (families.qwen3_vl, None),
     (families.internvl, None),
     (families.idefics3, None),
+    (families.smolvlm, None),
     (families.gemma3, None),
     (families.mllama, None),
     (families.paligemma, "<image>{question}"),
@@ -37,7 +39,7 @@ FAMILIES = [
 ]
 # Those whose tokens look back alone, over a cache that the library's own ``generate`` goes on with.
 SHARING = {
-    *("llava", "llava_next", "llava_onevision", "internvl", "idefics3"),
+    *("llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 }
 LORA = LoRA(r=4, alpha=8, dropout=0.0)
@@ -295,6 +297,15 @@ def test_a_model_with_an_encoder_is_refused(tmp_path: Path) -> None:
     family = written(families.blip2_t5, tmp_path, QUESTION)
     with pytest.raises(ValueError, match=r"^vlm.model: .* a decoder of its own, .*; use a model with a decoder alone"):
         _ = new(family).collator
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path) -> None:
+    families.smolvlm(tmp_path)
+    with (
+        patch("transformers.models.smolvlm.processing_smolvlm.num2words", None),
+        pytest.raises(ValueError, match=r"vlm\.model: .*pip install num2words.*; install it"),
+    ):
+        new((tmp_path, None)).processor  # noqa: B018
 
 
 def test_a_model_without_a_chat_template_needs_a_template(tmp_path: Path) -> None:
