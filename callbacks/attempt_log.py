@@ -48,7 +48,7 @@ class AttemptLog(Callback):
         vlm = getattr(pl_module, "vlm", None)
         if stage != "predict" or not isinstance(vlm, Server):
             return
-        left = trainer.datamodule.predict_dataloader().examples  # type: ignore[attr-defined]
+        left = trainer.datamodule.remaining()  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             sampling: Sampling = pl_module.sampling  # type: ignore[assignment]
             print(vlm.estimate([example.question for example in left], sampling.max_new_tokens))

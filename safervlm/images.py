@@ -8,6 +8,10 @@ from safervlm.records import RecordError
 
 # What a VLM is shown with a question about a name, as published.
 BLANK = Image.new("RGB", (1000, 1000), "white")
+# The endings by which a table's value is taken for a file.
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+# The ending of a file that holds what a table has in an image's place, and what is none.
+BROKEN = ".broken"
 
 
 def image_file(folder: Path, image: str, record: str) -> Path:
@@ -45,6 +49,12 @@ def open_image(path: str | Path, record: str) -> Image.Image:
     except FileNotFoundError:
         raise RecordError(f"{record}: the image {path} is missing: add the file or remove the record") from None
     except UnidentifiedImageError:
+        if Path(path).suffix == BROKEN:
+            there = Path(path).read_text(encoding="utf-8", errors="replace")
+            raise RecordError(
+                f"{record}: its image in the table, {there[:40]!r}, is no base64 of an image, no index of a row and no "
+                f"file ending in {', '.join(IMAGE_ENDINGS)}: mend the table"
+            ) from None
         raise RecordError(f"{record}: {path} is not an image: replace the file or remove the record") from None
     # Pillow's decoders raise whatever a broken file makes them stumble over, SyntaxError (PNG) included.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:

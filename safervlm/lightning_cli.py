@@ -219,11 +219,6 @@ class SaferCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Makes trainer, model and data; what they refuse is said in one line."""
-        run = self.config[self.subcommand]["run"]
-        try:
-            Path(run).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--run: the folder {run!r} can't be made ({error.strerror}); name another one")
         try:
             super().instantiate_classes()
         except MisconfigurationException as error:
@@ -234,6 +229,20 @@ class SaferCLI(LightningCLI):
                     fail(f"--trainer: {error}")
                 raise
             fail(str(known))
+        run = self.config[self.subcommand]["run"]
+        try:
+            Path(run).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--run: the folder {run!r} can't be made ({error.strerror}); name another one")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Plays the command. Ctrl-C ends with 130: Lightning's 1 tells a driver to go on with its next run."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as end:
+            if end.code == 1 and self.trainer.interrupted:
+                raise SystemExit(128 + signal.SIGINT) from None
+            raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Predictions go to files as they come; collected, they would fill the memory."""

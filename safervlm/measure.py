@@ -79,8 +79,9 @@ class Measure(L.LightningModule):
         return {"vlm": self.vlm.describe(), "sampling": asdict(self.sampling), "seed": self.seed}
 
     def configure_model(self) -> None:
-        """Reads the weights."""
-        self.vlm.load()
+        """Reads the weights, if there is anything left to ask."""
+        if self._trainer is None or self.trainer.datamodule.remaining():  # type: ignore[attr-defined]
+            self.vlm.load()
 
     def predict_step(self, asked: Asked, batch_idx: int) -> list[Response | Failure]:
         """One answer a question, or the reason why there is none."""

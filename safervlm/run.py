@@ -2,7 +2,8 @@
 
 ``manifest.json`` holds an entry for each stage that ran in the folder, by the name of its module (``measure``,
 ``panel``, ``sft``): ``settings``, which decide the result, and ``provenance``, which is good to know. A stage that
-comes again has to come with the same settings: then it goes on where it stopped.
+comes again has to come with the same settings: then it goes on where it stopped, and ``continued`` says when, by which
+command, and what of the provenance was another.
 """
 
 import json
@@ -38,13 +39,13 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
 
     A stage that left nothing behind is no obstacle. Where questions failed, the images may have been mended since: it
     is the way out that a failure names. Of several sets (:class:`safervlm.data.suite.Suite`) those are compared that
-    are asked now and were asked before.
+    are asked now and were asked before. An adapter is its weights, wherever they lie.
 
     Raises:
         SettingsDifferError: names the settings that differ, at most five.
     """
     there = read_manifest(run)["stages"].get(stage)
-    if there is None or not any(map(is_result, run.rglob("*"))):
+    if there is None or not has_results(run):
         return
     # Through JSON: a tuple there is a list here.
     before, now = flatten(there["settings"]), flatten(json.loads(json.dumps(settings)))
@@ -58,6 +59,7 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
         for key in {**before, **now}
         if before.get(key) != now.get(key)
         and not (key.startswith("data.sets.") and key.split(".")[2] not in both)
+        and not key.endswith(".adapter.folder")
         and not (key.startswith("data.") and key.endswith(".images") and (run / FAILED).exists())
     ]
     if differing:
@@ -66,6 +68,11 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
         raise SettingsDifferError(
             f"--run: {run} holds a {stage} made with other settings: {shown}{more}; name another folder, or delete it"
         )
+
+
+def has_results(run: Path) -> bool:
+    """Whether a run folder holds more than the settings that it was started with."""
+    return any(map(is_result, run.rglob("*")))
 
 
 def is_result(path: Path) -> bool:
@@ -140,10 +147,16 @@ class RunManifest(Callback):
                 "strategy": type(trainer.strategy).__name__,
                 "world_size": trainer.world_size,
             }
+            there = read_manifest(run)["stages"].get(name, {})
             if "sets" in settings["data"]:  # those that were asked before stay on record
-                before = read_manifest(run)["stages"].get(name, {}).get("settings", {}).get("data", {}).get("sets", {})
+                before = there.get("settings", {}).get("data", {}).get("sets", {})
                 settings["data"]["sets"] = before | settings["data"]["sets"]
-            write_stage(run, name, settings=settings, provenance=provenance, finished=False)
+            continued: list[dict[str, Any]] = []
+            if "provenance" in there and has_results(run):
+                first, now = there["provenance"], provenance
+                kept = {key: value for key, value in now.items() if key == "started" or value != first.get(key)}
+                provenance, continued = first, [*there.get("continued", []), kept]
+            write_stage(run, name, settings=settings, provenance=provenance, continued=continued, finished=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Says how to go on after Ctrl-C."""

@@ -6,11 +6,17 @@
 # .csv, .xlsx and .tex beside it. What is complete is not asked again; a failure doesn't stop the others; a set that can't
 # be had is left out and said; the same command goes on where it stopped.
 set -uo pipefail
+case "${1:-}" in
+  -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;;
+  -?*) [ "$1" = -- ] || { echo "$0: unknown option $1: arguments of safervlm stand behind --; see --help" >&2; exit 2; } ;;
+esac
 command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
 original="${ORIGINAL:-runs/original}"
 runs=("$original")
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
-  case " ${runs[*]} " in *" ${1%/} "*) ;; *) runs+=("${1%/}") ;; esac
+  known=
+  for run in "${runs[@]}"; do [ "$(realpath -m "$run")" = "$(realpath -m "$1")" ] && known=1; done
+  [ -n "$known" ] || runs+=("${1%/}")
   shift
 done
 [ $# -gt 0 ] && shift

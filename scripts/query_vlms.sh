@@ -4,6 +4,10 @@
 # measured. Each has the run folder $RUNS/VLM (RUNS: runs/query) and the log $RUNS/VLM.log. What is complete is skipped,
 # a failure doesn't stop the others, and the end is a table of VLMs and capabilities.
 set -uo pipefail
+case "${1:-}" in
+  -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;;
+  -?*) [ "$1" = -- ] || { echo "$0: unknown option $1: arguments of safervlm stand behind --; see --help" >&2; exit 2; } ;;
+esac
 command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
 runs="${RUNS:-runs/query}"
 vlms=()

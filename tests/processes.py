@@ -219,6 +219,16 @@ class KillInPredict(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class RefuseToLoad(Callback):
+    """Lets nothing read the weights."""
+
+    def setup(self, trainer, pl_module, stage):
+        def load():
+            raise AssertionError("the weights are read")
+
+        pl_module.vlm.load = load
+
+
 class KillInMerge(Callback):
     """Kills its own process when the answers have been merged and the shards are still there."""
 

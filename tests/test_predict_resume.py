@@ -197,6 +197,38 @@ def test_sigterm(command, uninterrupted, tmp_path):
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["measure"]["finished"]
 
 
+def test_ctrl_c(command, uninterrupted, tmp_path):
+    """A script that plays one run after the other has to see that it was stopped: 130, and not Lightning's 1."""
+    played = Played(command("run", "--data.batch_size=1"), tmp_path)
+    while not lines_in_shards(tmp_path):
+        played.process.join(0.05)
+        assert played.process.exitcode is None, played.output
+    os.kill(played.process.pid, signal.SIGINT)
+    assert played.end() == 128 + signal.SIGINT
+    assert "the same command goes on" in played.output
+    play(command("run"), tmp_path)
+    assert responses(tmp_path) == uninterrupted(1.0)
+
+
+def test_what_is_complete_reads_no_weights_and_keeps_what_made_it(command, uninterrupted, tmp_path):
+    kill = ["--trainer.callbacks+=processes.KillInPredict", "--trainer.callbacks.batch=1"]
+    play([*command("run"), *kill], tmp_path, code=-9)
+
+    def stage():
+        return json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["measure"]
+
+    first = stage()
+    assert first["continued"] == []
+    play(command("run"), tmp_path)
+    assert stage()["provenance"] == first["provenance"]  # of the first answers
+    assert [set(more) for more in stage()["continued"]] == [{"started", "command"}]
+    # Nothing is left to ask: weights that can't be read aren't missed.
+    play(command("run", "--trainer.callbacks+=processes.RefuseToLoad"), tmp_path)
+    assert responses(tmp_path) == uninterrupted(1.0)
+    assert len(stage()["continued"]) == 2
+    assert stage()["finished"]
+
+
 def test_other_settings_are_refused_and_the_folder_is_left_alone(command, tmp_path):
     kill = ["--trainer.callbacks+=processes.KillInPredict", "--trainer.callbacks.batch=1"]
     play([*command("run"), *kill], tmp_path, code=-9)

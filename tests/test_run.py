@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,17 @@ def test_images_may_be_mended_where_questions_failed(tmp_path: Path) -> None:
     check_settings(tmp_path, "measure", {"data": {"images": "c", "ids": "b"}})
     with pytest.raises(SettingsDifferError, match=r"data\.ids"):
         check_settings(tmp_path, "measure", {"data": {"images": "c", "ids": "d"}})
+
+
+def test_an_adapter_is_its_weights_wherever_they_lie(tmp_path: Path) -> None:
+    def settings(folder: str, weights: str) -> dict[str, Any]:
+        return {"model": {"vlm": {"adapter": {"folder": folder, "sha256": weights}}}}
+
+    write_stage(tmp_path, "measure", settings=settings("runs/ppo/adapter", "a"))
+    (tmp_path / "responses.jsonl").write_text("{}\n")
+    check_settings(tmp_path, "measure", settings("/moved/ppo/adapter", "a"))
+    with pytest.raises(SettingsDifferError, match=r"adapter\.sha256: 'a' there, 'b' now"):
+        check_settings(tmp_path, "measure", settings("runs/ppo/adapter", "b"))
 
 
 def test_flatten() -> None:

@@ -315,6 +315,10 @@ class SaferData(LightningDataModule):
         """
         self._skipped = ids
 
+    def remaining(self) -> list[Example]:
+        """What is to be predicted and isn't skipped, on all processes together."""
+        return [example for example in self.parts.predict if example.question.id not in self._skipped]
+
     def describe(self) -> dict[str, Any]:
         """What decides the result, as plain JSON values.
 
@@ -382,7 +386,7 @@ class SaferData(LightningDataModule):
         """Everything that isn't skipped, the questions about an image together."""
         if not self.parts.predict:
             raise RecordError(f"data: {type(self).__name__} has nothing to predict: use UnsafeConcepts or OwnData")
-        examples = [example for example in self.parts.predict if example.question.id not in self._skipped]
+        examples = self.remaining()
         rank, world_size = self._place()
         batches = prediction_batches(examples, self.batch_size, world_size)
         # Lightning skips a loop of length 0, hooks and all. So the length is that of the longest rank, at least 1: a

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -38,13 +38,13 @@ from rich.progress import track, wrap_file
 from safervlm.data.base import Collator, Parts, SaferData
 from safervlm.data.hub import hub_rows, local_name
 from safervlm.data.unsafe_concepts import ImageRecord, spread
-from safervlm.images import image_file
+from safervlm.images import BROKEN, IMAGE_ENDINGS, image_file
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, Capability, published_draw
 from safervlm.records import Example, RecordError, fingerprint, read_jsonl, record_id, write_atomically
 
 # What makes an answer right; each is a capability of the protocol.
 Answers = Literal["safety", "yes_no", "occurs", "rated"]
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+TABLES = (".tsv", ".csv", ".jsonl")
 # Of a folder's metadata, besides the column that is named.
 FILE_COLUMNS = ("file_name", "image_filename")
 
@@ -131,7 +131,8 @@ class Benchmark(SaferData):
         """Where the source is fetched from; None for a file or a folder here."""
         if re.match(r"https?://", self.source):
             return "web"
-        here = Path(self.source).expanduser().exists()
+        path = Path(self.source).expanduser()
+        here = path.exists() or path.parent.is_dir() or path.suffix in TABLES
         return "hub" if not here and re.fullmatch(r"[\w-]+/[\w.-]+(@[\w./-]+)?", self.source) else None
 
     @property
@@ -192,16 +193,19 @@ class Benchmark(SaferData):
         return value.lower().endswith(IMAGE_ENDINGS) and len(value) < 1000
 
     @cached_property
+    def table(self) -> Path | None:
+        """The file that holds the rows; None for a folder of images by label."""
+        if not self.file.is_dir():
+            return self.file
+        return next((file for name in ("metadata.jsonl", "metadata.csv") if (file := self.file / name).is_file()), None)
+
+    @cached_property
     def rows(self) -> list[dict[str, str]]:
         """The rows of the table, every value a text; of a folder without metadata its images by label."""
         file = self.file
         if not file.exists():
             raise RecordError(f"data.source: there is no {file}: name a file, a folder, or owner/name")
-        if file.is_dir():
-            file = next(
-                (there for name in ("metadata.jsonl", "metadata.csv") if (there := file / name).is_file()), file
-            )
-        if file.is_dir():
+        if self.table is None:
             folders = sorted(path for path in file.iterdir() if path.is_dir())
             images = [path for folder in folders for path in sorted(folder.iterdir())]
             rows = [
@@ -210,7 +214,7 @@ class Benchmark(SaferData):
                 if path.suffix.lower() in IMAGE_ENDINGS
             ]
         else:
-            rows = read_table(file)
+            rows = read_table(self.table)
         if not rows:
             raise RecordError(
                 f"data.source: {file} holds no rows; a folder has metadata.jsonl, metadata.csv, or a folder of "
@@ -228,16 +232,18 @@ class Benchmark(SaferData):
         """The questions, in the order of the table."""
         shown = self.images()
         asked: Counter[str] = Counter()
+        answers: defaultdict[str, set[str]] = defaultdict(set)
         questions = []
         draw = published_draw(len(self.rows))
         chosen = {image.image for image in spread(list({image.image: image for image in shown}.values()), self.limit)}
         for number, (row, image) in enumerate(zip(self.rows, shown, strict=True)):
             if image.image not in chosen:
                 continue
-            where = f"{self.file}, row {number}"
-            answer, context = self.answer(row, where), self._value(row, self.context_column, where)
+            where = self._where(number)
+            answer, context = self.answer(row, where), self._value(row, "context_column", where)
+            answers[image.image].add(answer)
             if self.question_column is not None:
-                prompts = [(asked[image.image], self._value(row, self.question_column, where), False)]
+                prompts = [(asked[image.image], self._value(row, "question_column", where), False)]
             else:
                 prompts = [(n, question, n == draw[number]) for n, question in enumerate(ALIGNMENT_QUESTIONS)]
                 prompts = [prompt for prompt in prompts if self.prompts == "all" or prompt[2]]
@@ -248,6 +254,9 @@ class Benchmark(SaferData):
                     question = replace(question, id=record_id(self.dataset, name, self.capability, which))
                 questions.append(replace(question, context=context))
             asked[image.image] += 1
+        both = [image for image, labels in answers.items() if len(labels) > 1]
+        if both and self.answers == "safety" and (self.trainer is None or self.trainer.is_global_zero):
+            print(f"{self.dataset}: {len(both)} images are Safe in one row and Unsafe in another, as {both[0]}")
         return Parts(predict=[Example(question) for question in questions])
 
     def images(self) -> list[ImageRecord]:
@@ -261,8 +270,8 @@ class Benchmark(SaferData):
             raise RecordError(f"{self.file}: two rows have the index {twice}; number the rows")
         images = []
         for number, row in enumerate(self.rows):
-            where = f"{self.file}, row {number}"
-            value = self._value(row, self.image_column, where)
+            where = self._where(number)
+            value = self._value(row, "image_column", where)
             holder = number
             if value.isdigit():
                 if value not in index:
@@ -272,10 +281,10 @@ class Benchmark(SaferData):
             if str(holder) in files:
                 path = self.images_folder / files[str(holder)]
             else:
-                name = self._value(self.rows[holder], self.image_column, where)
+                name = self._value(self.rows[holder], "image_column", where)
                 path = image_file(folder, name, where)
-            name = self._value(row, self.name_column, where) or name
-            category = self._value(row, self.category_column, where) or self.dataset
+            name = self._value(row, "name_column", where) or name
+            category = self._value(row, "category_column", where) or self.dataset
             images.append(ImageRecord(self.dataset, name, str(path), category, "", ""))
         return images
 
@@ -285,7 +294,7 @@ class Benchmark(SaferData):
         Raises:
             RecordError: a label that isn't one.
         """
-        label = self._value(row, self.label_column, where)
+        label = self._value(row, "label_column", where)
         if self.answers == "safety":
             if label.lower() not in self.labels:
                 raise RecordError(
@@ -296,11 +305,22 @@ class Benchmark(SaferData):
             raise RecordError(f"{where}: the answer must be Yes or No, got {label!r}")
         return label.capitalize() if self.answers == "yes_no" else label
 
-    def _value(self, row: Mapping[str, str], column: str | None, where: str) -> str:
+    def _where(self, number: int) -> str:
+        """A row as an editor or a spreadsheet counts it, for an error."""
+        if self.table is None:
+            return f"{self.file / self.rows[number][self.image_column]}"
+        return f"{self.table}, " + (f"line {number + 1}" if self.table.suffix == ".jsonl" else f"row {number + 2}")
+
+    def _value(self, row: Mapping[str, str], argument: str, where: str) -> str:
+        """What stands in the column that an argument names."""
+        column = getattr(self, argument)
         if column is None:
             return ""
-        if not row.get(column):
-            raise RecordError(f"{where}: no {column!r}; its columns are {', '.join(sorted(row))}")
+        if column not in row:
+            columns = ", ".join(sorted(row))
+            raise RecordError(f"{where}: there is no column {column!r}, but {columns}; name one by data.{argument}")
+        if not row[column]:
+            raise RecordError(f"{where}: {column!r} is empty; fill it in, or remove the row")
         return row[column]
 
     def describe(self) -> dict[str, Any]:
@@ -324,8 +344,8 @@ def read_table(file: Path) -> list[dict[str, str]]:
     if file.suffix == ".jsonl":
         rows = read_jsonl(file)
         return [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
-    if file.suffix not in (".tsv", ".csv"):
-        raise RecordError(f"data.source: {file} is none of .tsv, .csv, .jsonl")
+    if file.suffix not in TABLES:
+        raise RecordError(f"data.source: {file} is none of {', '.join(TABLES)}")
     try:
         table = pd.read_csv(file, sep="\t" if file.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
@@ -340,7 +360,7 @@ def decoded(value: str) -> tuple[bytes, str]:
         with Image.open(io.BytesIO(content)) as image:
             return content, f".{str(image.format).lower()}"
     except (binascii.Error, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-        return value.encode(), ".broken"
+        return value.encode(), BROKEN
 
 
 def fetch(address: str, file: Path) -> None:

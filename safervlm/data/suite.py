@@ -13,6 +13,7 @@ class Suite(SaferData):
 
     Args:
         sets: the data of each set, by a name of your choice.
+        own: more sets in the same form, beside those of a recipe: ``--data.own '{mine: my/set.yaml}'``.
         only: asks only these of them; None asks all. What others have answered before stays.
         limit: asks about this many images of each set.
         collator: makes a batch of examples; the model's, set by the command line.
@@ -26,6 +27,7 @@ class Suite(SaferData):
     def __init__(
         self,
         sets: dict[str, SaferData],
+        own: dict[str, SaferData] | None = None,
         only: list[str] | None = None,
         limit: int | None = None,
         collator: Collator | None = None,
@@ -33,6 +35,11 @@ class Suite(SaferData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(collator, batch_size, num_workers)
+        if twice := sets.keys() & (own or {}).keys():
+            raise ValueError(f"data.own: {min(twice)!r} is one of data.sets already; give it another name")
+        sets = sets | (own or {})
+        if limit is not None and limit < 1:
+            raise ValueError(f"data.limit: at least 1, or none, got {limit}")
         if unknown := [name for name in only or [] if name not in sets]:
             raise ValueError(f"data.only: no set {unknown[0]!r}; there are {', '.join(sets)}")
         self.sets = {name: data for name, data in sets.items() if only is None or name in only}
@@ -55,13 +62,22 @@ class Suite(SaferData):
     def load(self) -> Parts:
         """The questions of one set after the other."""
         examples: list[Example] = []
+        sets: dict[tuple[str, str], str] = {}
         for name, data in self.sets.items():
             try:
-                examples += data.parts.predict
+                mine = data.parts.predict
             except RecordError as error:
                 if name not in self.left_out and (self.trainer is None or self.trainer.is_global_zero):
                     print(f"{name} is left out: {error}")
                 self.left_out.setdefault(name, str(error))  # it may have been said already
+                continue
+            for part in {(example.question.dataset, example.question.capability) for example in mine}:
+                if (other := sets.setdefault(part, name)) != name:
+                    raise RecordError(
+                        f"data.sets: {other} and {name} both hold {part[1]} questions of {part[0]!r}, which would be "
+                        "one in every table; give one of them another data.name"
+                    )
+            examples += mine
         if not examples:
             raise RecordError(f"data.sets: none of {', '.join(self.left_out)} can be had; the reasons stand above")
         return Parts(predict=examples)

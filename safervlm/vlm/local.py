@@ -231,7 +231,8 @@ def reading(name: str) -> Iterator[None]:
         ) from error
     except ImportError as error:
         raise ValueError(
-            f"vlm.model: {name!r} can't be read ({str(error).strip().splitlines()[0]}); install it, or name another model"
+            f"vlm.model: {name!r} can't be read ({str(error).strip().splitlines()[0]}); install it, or name another "
+            "model"
         ) from error
 
 

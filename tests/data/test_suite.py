@@ -53,6 +53,19 @@ def test_a_set_that_cant_be_had_is_left_out_and_said_once(missing, capsys):
         ids(alone)
 
 
-def test_two_sets_with_one_id_are_refused():
-    with pytest.raises(RecordError, match="A/0: two records have this id"):
+def test_two_sets_with_one_name_are_refused():
+    with pytest.raises(RecordError, match=r"data\.sets: a and b both hold alignment questions of 'A'"):
         ids(Suite({"a": Set("A"), "b": Set("A")}))
+
+
+def test_own_sets_stand_beside_a_recipes():
+    assert ids(Suite({"a": Set("A", 1)}, own={"mine": Set("Mine", 1)})) == ["A/0", "Mine/0"]
+    assert ids(Suite({"a": Set("A", 1)}, own={"mine": Set("Mine", 1)}, only=["mine"])) == ["Mine/0"]
+    with pytest.raises(ValueError, match=r"data\.own: 'a' is one of data\.sets already"):
+        Suite({"a": Set("A", 1)}, own={"a": Set("Mine", 1)})
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_takes_nothing_is_refused(limit):
+    with pytest.raises(ValueError, match=rf"data\.limit: at least 1, or none, got {limit}"):
+        Suite({"a": Set("A")}, limit=limit)
