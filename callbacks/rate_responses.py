@@ -58,7 +58,8 @@ class RateResponses(Callback):
 
     A line a response and order (see :class:`safervlm.rating.Rating`), written as they come and put in the responses'
     order at the end; a process that dies loses the batch at work and no more. What this judge has rated already is not
-    asked again; ratings of another judge, or of responses that have changed, are replaced. A rating that doesn't come
+    asked again; what another judge has rated, or this one in the other order, is kept before it, for when it is wanted
+    again. Ratings of responses that have changed are replaced. A rating that doesn't come
     is listed as missing, with its reason, and asked for by the next run of the same command; it ends neither the run
     nor the other callbacks. What the requests took is in ``ratings-attempts.jsonl``. It stands behind the
     RecordWriter, which writes ``responses.jsonl``; a run without such responses has no use for the judge, and it isn't
@@ -109,14 +110,20 @@ class RateResponses(Callback):
             "attempts": self.attempts,
         }
         write_stage(run, "ratings", settings=settings, finished=False)
-        if replaced := len(ratings.keys() - {each.key for each in wanted}):
-            print(f"{replaced} ratings of another judge, or of what isn't asked for any more, are replaced")
+        others = [rating for key, rating in ratings.items() if key not in {each.key for each in wanted}]
+        orders = {each.swapped for each in wanted}
+        kept = [r for r in others if not r.reason and (r.judge != self.judge.name or r.swapped not in orders)]
+        if kept:
+            print(f"{len(kept)} ratings of another judge, or in another order, are kept in {run / RATINGS}")
+        if replaced := len(others) - len(kept):
+            print(f"{replaced} ratings of responses that have changed, or aren't there any more, are replaced")
         if self.judge.system != SYSTEM:
             print(f"judge.system: {self.judge.system!r} is not the published prompt, and the ratings compare with none")
         if left:
             write_jsonl(run / RATINGS, there)  # whole lines, to go on behind
             self.rate(trainer, left, ratings)
-        write_jsonl(run / RATINGS, (ratings[each.key].to_dict() for each in wanted))
+        # The last line of a response, judge and order counts (safervlm.evaluation).
+        write_jsonl(run / RATINGS, (rating.to_dict() for rating in [*kept, *(ratings[each.key] for each in wanted)]))
         missing = [ratings[each.key] for each in wanted if ratings[each.key].reason]
         write_stage(run, "ratings", finished=not missing)
         if missing:

@@ -1,13 +1,16 @@
 """Whether this machine has what a run needs, before the run finds out."""
 
+import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import torch
 import yaml
@@ -23,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from safervlm.data.benchmarks import TABLES
 from safervlm.lightning_cli import SaferCLI, as_command_line, hush, local_or_shipped
 from safervlm.records import read_jsonl
 
@@ -137,6 +141,7 @@ def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
         name = key.rsplit(".", 1)[-1]
         if value is None or not isinstance(value, str):
             continue
+        argument = key.replace(".init_args", "")
         if name == "model" and key.endswith("vlm.init_args.model"):
             yield from vlm(value, named.get(key.removesuffix("model") + "revision"), online)
             if trains and Path(value).is_dir():
@@ -148,17 +153,20 @@ def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
             found = value if there else f"no adapter_config.json in {value!r}; give the folder that fit exported"
             yield Finding("ok" if there else "error", "adapter", found)
         elif name in ("folder", "safe_folder"):
-            yield image_folder(name, value)
+            yield image_folder(argument, value)
         elif name in ("repo", "safe_repo") and not named.get(key.replace("repo", "folder")):
-            yield from repository(f"data.{name}", value, "dataset", online)
+            yield from repository(argument, value, "dataset", online)
         elif name == "checkpoint":
             yield from judge(value, online)
         elif name == "source":
-            yield from source(value, online)
+            yield from source(argument, value, online)
         elif name == "contexts":
             there = Path(value).is_file()
             found = value if there else f"no file {value!r}: the published questions, or yours; see docs/data.md"
-            yield Finding("ok" if there else "error", "data.contexts", found)
+            yield Finding("ok" if there else "error", argument, found)
+        elif name == "api_key_variable":
+            stem = key.removesuffix(name) + "addresses."
+            yield from server(value, [address for other, address in named.items() if other.startswith(stem)])
 
 
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -226,29 +234,40 @@ def training_memory(folder: Path, r: int, target_modules: str) -> int:
     return 4 * 4 * r * sum(sizes)
 
 
-def image_folder(name: str, folder: str) -> Finding:
+def server(key_variable: str, addresses: Sequence[str]) -> Iterator[Finding]:
+    """What asking a server takes: a package, and OpenAI a key."""
+    if find_spec("openai") is None:
+        yield Finding("error", "server", "the package openai is missing; pip install 'safervlm[api]'")
+    for address in addresses:
+        if urlsplit(address).hostname == "api.openai.com" and not os.environ.get(key_variable):
+            yield Finding("error", "server", f"{address} needs a key: export {key_variable}=...")
+        else:
+            yield Finding("ok", "server", f"{address}, not asked; a key is read from {key_variable}")
+
+
+def image_folder(argument: str, folder: str) -> Finding:
     """A set's folder: its metadata, and whether the images that it names are there."""
     metadata = Path(folder) / "metadata.jsonl"
     if not metadata.is_file():
-        return Finding("error", f"data.{name}", f"no {metadata}; see docs/data.md, or safervlm pictograms")
+        return Finding("error", argument, f"no {metadata}; see docs/data.md, or safervlm pictograms")
     images = [record.get("image_filename", record.get("file_name")) for record in read_jsonl(metadata)]
     missing = [image for image in images if not (Path(folder) / str(image)).is_file()]
     if missing:
         found = f"{len(missing)} of {len(images)} images are missing in {folder}, for example {missing[0]}"
-        return Finding("error", f"data.{name}", found)
-    return Finding("ok", f"data.{name}", f"{folder}, {len(images)} images")
+        return Finding("error", argument, found)
+    return Finding("ok", argument, f"{folder}, {len(images)} images")
 
 
-def source(name: str, online: bool) -> Iterator[Finding]:
+def source(argument: str, name: str, online: bool) -> Iterator[Finding]:
     """A benchmark's table or folder: here, on the web, or on the Hub."""
     if Path(name).exists():
-        yield Finding("ok", "data.source", name)
+        yield Finding("ok", argument, name)
     elif name.startswith("http"):
-        yield Finding("warning", "data.source", f"{name} is fetched when it is first asked")
-    elif name.startswith((".", "/")) or name.endswith((".tsv", ".csv", ".jsonl")):
-        yield Finding("error", "data.source", f"no {name!r} here ({Path.cwd()}); see docs/data.md")
+        yield Finding("warning", argument, f"{name} is fetched when it is first asked")
+    elif name.startswith((".", "/")) or name.endswith(TABLES):
+        yield Finding("error", argument, f"no {name!r} here ({Path.cwd()}); see docs/data.md")
     else:
-        yield from repository("data.source", name, "dataset", online)
+        yield from repository(argument, name, "dataset", online)
 
 
 def judge(checkpoint: str, online: bool) -> Iterator[Finding]:

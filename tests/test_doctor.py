@@ -21,6 +21,8 @@ def examine(
 ) -> Callable[..., tuple[int, dict[str, Finding]]]:
     """``examine(*arguments)``: the exit code, and the findings by what was looked at."""
 
+    monkeypatch.setenv("COLUMNS", "200")
+
     def examine(*arguments: str) -> tuple[int, dict[str, Finding]]:
         seen: list[Finding] = []
         finding = module.Finding
@@ -111,15 +113,30 @@ def test_looking_leaves_nothing_behind(examine, tmp_path: Path, monkeypatch: pyt
 def test_the_sets_of_an_evaluation_are_looked_at(examine, tmp_path: Path) -> None:
     code, found = examine("--config", "configs/evaluate.yaml")
     assert code == 1
-    assert found["data.contexts"].state == "error"
-    assert "the published questions, or yours" in found["data.contexts"].found
-    sources = list(module.source("https://x.org/MME.tsv", online=False)) + list(module.source("a/b", online=False))
-    assert [each.state for each in sources] == ["warning", "warning"]
-    (missing,) = module.source(str(tmp_path / "x.tsv"), online=False)
+    contexts = found["data.sets.contexts.contexts"]
+    assert contexts.state == "error"
+    assert "the published questions, or yours" in contexts.found
+    assert "data.sets.mme.source" in found
+    for name in ("https://x.org/MME.tsv", "a/b"):
+        (elsewhere,) = module.source("data.source", name, online=False)
+        assert elsewhere.state == "warning"
+    (missing,) = module.source("data.source", str(tmp_path / "x.tsv"), online=False)
     assert missing.state == "error"
     (tmp_path / "x.tsv").touch()
-    (there,) = module.source(str(tmp_path / "x.tsv"), online=False)
+    (there,) = module.source("data.source", str(tmp_path / "x.tsv"), online=False)
     assert there.state == "ok"
+
+
+def test_a_server_that_needs_a_key_is_said_to(examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = ("--config", "configs/evaluate.yaml", "--config", "configs/rate.yaml")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    _, found = examine(*recipe)
+    assert found["server"].state == "error"
+    assert "api.openai.com/v1 needs a key: export OPENAI_API_KEY=" in found["server"].found
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    _, found = examine(*recipe)
+    assert found["server"].state == "ok"
+    assert "secret" not in found["server"].found
 
 
 def test_what_training_takes(examine, tiny_llava: Path, tmp_path: Path) -> None:

@@ -63,6 +63,12 @@ class Handler(BaseHTTPRequestHandler):
         """Keeps quiet."""
 
 
+class Server(ThreadingHTTPServer):
+    """Takes as many requests at once as a client sends; five wait by default, and more are turned away."""
+
+    request_queue_size = 128
+
+
 def main() -> None:
     """Serves until it is interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -70,7 +76,7 @@ def main() -> None:
     port = parser.parse_args().port
     print(f"rating on http://127.0.0.1:{port}/v1, end it with Ctrl-C", flush=True)
     with suppress(KeyboardInterrupt):
-        ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+        Server(("127.0.0.1", port), Handler).serve_forever()
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def test_a_second_run_asks_nothing(judge_of, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_ratings_of_changed_responses_or_by_another_judge_are_replaced(judge_of, tmp_path, capsys):
+def test_ratings_of_changed_responses_are_replaced(judge_of, tmp_path, capsys):
     judge = judge_of()
     write(tmp_path, *map(rated, range(4)))
     play(tmp_path, server(judge))
@@ -207,13 +207,25 @@ def test_ratings_of_changed_responses_or_by_another_judge_are_replaced(judge_of,
     play(tmp_path, server(judge))
     assert asked(judge)[4:] == ["question 1", "question 5"]
     assert [each.response for each in ratings(tmp_path)] == [1, 9, 1, 4]
-    assert "2 ratings of another judge, or of what isn't asked for any more, are replaced" in capsys.readouterr().out
-    another = judge_of(bias=2)
+    assert "2 ratings of responses that have changed, or aren't there any more, are replaced" in capsys.readouterr().out
+
+
+def test_what_was_paid_for_is_kept(judge_of, tmp_path, capsys):
+    """Another judge, then both orders, then the first again: nothing is asked twice."""
+    judge, another = judge_of(), judge_of(bias=2)
+    write(tmp_path, *map(rated, range(4)))
+    play(tmp_path, server(judge), both_orders=True)
     play(tmp_path, server(another, name="another"))
+    assert "8 ratings of another judge, or in another order, are kept" in capsys.readouterr().out
     assert len(another.asked) == 4
-    assert {(each.judge, each.reference) for each in ratings(tmp_path)} == {("another", 10)}
+    assert {(r.judge, r.reference) for r in ratings(tmp_path)[-4:]} == {("another", 10)}
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["stages"]["ratings"]["settings"]["judge"]["model"] == "another"
+    play(tmp_path, server(judge))
+    play(tmp_path, server(judge), both_orders=True)
+    play(tmp_path, server(another, name="another"))
+    assert (len(judge.asked), len(another.asked), len(ratings(tmp_path))) == (8, 4, 12)
+    assert {r.judge for r in ratings(tmp_path)[-4:]} == {"another"}
 
 
 def test_an_exception_in_the_middle_costs_nothing(judge_of, tmp_path, monkeypatch):
