@@ -65,6 +65,7 @@ PERCEPTION_TASKS = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
 )
 COGNITION_TASKS = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+ALL_TASKS = (*PERCEPTION_TASKS, *COGNITION_TASKS)
 
 Measure = Literal["share", "occurs", "diversity", "mme", "both", "ratio"]
 GROUPS = (
@@ -220,15 +221,15 @@ def _all_columns(asked: pd.DataFrame) -> Iterator[Column]:
     if (asked["capability"] == "alignment").any():
         for drawn, group in ((True, GROUPS[0]), (False, GROUPS[1])):
             for side in ("", "safe", "unsafe"):
-                what = f"{side or 'all'}{', draw' if drawn else ''}"
+                what = f"{side or 'all'} images{' (draw)' if drawn else ''}"
                 key = f"alignment_{side or 'all'}{'_drawn' if drawn else ''}"
-                yield Column(key, f"Alignment, {what}", group, "share", "", "alignment", side, drawn)
+                yield Column(key, f"Alignment of {what}", group, "share", "", "alignment", side, drawn)
                 yield Column(
-                    f"{key}_diversity", f"1 - self-BLEU, {what}", group, "diversity", "", "alignment", side, drawn
+                    f"{key}_diversity", f"1 - self-BLEU of {what}", group, "diversity", "", "alignment", side, drawn
                 )
     for capability, what in (("context", "with the image"), ("context_text_only", "by name")):
         for side in ("", "safe", "unsafe"):
-            heading = f"{f'{side} contexts' if side else 'Contexts'}, {what}".capitalize()
+            heading = f"{side} contexts {what}".strip().capitalize()
             yield Column(f"{capability}_{side or 'all'}", heading, "Contexts of use", "share", "", capability, side)
     for capability, dataset in asked[["capability", "dataset"]].drop_duplicates().itertuples(index=False):
         tasks = set(asked[(asked["dataset"] == dataset) & (asked["capability"] == capability)]["category"])
@@ -240,30 +241,31 @@ def _benchmark_columns(capability: str, dataset: str, tasks: set[str]) -> Iterat
     if capability == "generalisation":
         yield Column(dataset, dataset, "Generalisation", "share", dataset, capability)
         yield Column(
-            f"{dataset}_diversity", f"{dataset}, 1 - self-BLEU", "Generalisation", "diversity", dataset, capability
+            f"{dataset}_diversity", f"{dataset}: 1 - self-BLEU", "Generalisation", "diversity", dataset, capability
         )
     elif capability == "rated":
         yield Column(dataset, dataset, general, "ratio", dataset, capability)
     elif capability == "occurs":
-        yield Column(f"{dataset}_occurs", f"{dataset}, answer occurs", general, "occurs", dataset, capability)
+        yield Column(f"{dataset}_occurs", f"{dataset}: answer occurs", general, "occurs", dataset, capability)
     elif capability == "yes_no":
-        if tasks <= {*PERCEPTION_TASKS, *COGNITION_TASKS}:
-            every = (*PERCEPTION_TASKS, *COGNITION_TASKS)
-            for key, part in (("", every), ("_perception", PERCEPTION_TASKS), ("_cognition", COGNITION_TASKS)):
-                heading = f"{dataset}, {key[1:] or 'total'}"
+        if tasks <= {*ALL_TASKS}:
+            for key, part in (("", ALL_TASKS), ("_perception", PERCEPTION_TASKS), ("_cognition", COGNITION_TASKS)):
+                found = len(tasks & {*part})
+                some = f" ({found} of {len(part)} tasks)" if found < len(part) else ""
+                heading = f"{dataset} {key[1:] or 'total'}{some}"
                 yield Column(f"{dataset}{key}", heading, general, "mme", dataset, capability, tasks=part)
             details: list[tuple[str, str, Measure, tuple[str, ...]]] = [
-                ("accuracy", "accuracy", "share", every),
-                ("accuracy_plus", "accuracy+", "both", every),
-                *((task, task, "mme", (task,)) for task in every if task in tasks),
+                ("accuracy", "accuracy", "share", ALL_TASKS),
+                ("accuracy_plus", "accuracy+", "both", ALL_TASKS),
+                *((task, task, "mme", (task,)) for task in ALL_TASKS if task in tasks),
             ]
             for key, what, measure, chosen in details:
-                heading = f"{dataset}, {what}"
+                heading = f"{dataset} {what}"
                 name = f"{dataset}_{key}"
                 yield Column(name, heading, general, measure, dataset, capability, tasks=chosen, detail=True)
         else:
             yield Column(dataset, dataset, general, "share", dataset, capability)
-        yield Column(f"{dataset}_occurs", f"{dataset}, answer occurs", general, "occurs", dataset, capability)
+        yield Column(f"{dataset}_occurs", f"{dataset}: answer occurs", general, "occurs", dataset, capability)
 
 
 # --- estimates --------------------------------------------------------------------------------------------------------
@@ -370,8 +372,8 @@ def mme_images(part: pd.DataFrame) -> pd.DataFrame:
     if len(odd):
         first = odd.iloc[0]
         raise RecordError(
-            f"MME's rule needs two questions an image, {first['image']!r} ({first['category']}) has {first['size']}: "
-            "evaluate the set again, or name its tasks otherwise to score single answers"
+            f"MME's rule needs two questions an image, {first['image']!r} ({first['category']}) has {first['size']}; "
+            "evaluate the set again, or, to score single answers, name its categories otherwise than MME's tasks"
         )
     images = images.assign(value=100 * images["mean"] + 100 * images["min"], both=images["min"])
     return images[["category", "image", "value", "both"]]
@@ -511,7 +513,22 @@ def _incomparable(
             return f"{reason}, for example of {pairs['id'][pairs[name] != pairs[f'{name}_before']].iloc[0]}"
     if set(now["judge"]) != set(before["judge"]):
         return "another judge read them"
+    shown, shown_before = (_images(e, {*now["dataset"]}, column.capability) for e in (evaluation, original))
+    if any(shown[name] != shown_before[name] for name in shown.keys() & shown_before.keys()):
+        return "they were asked about other images"
     return None
+
+
+def _images(evaluation: Evaluation, datasets: set[str], capability: str) -> dict[str, str]:
+    """What the images of data sets are by the manifest: name in the suite -> hash of their names and sizes."""
+    data = read_manifest(evaluation.folder)["stages"].get("measure", {}).get("settings", {}).get("data", {})
+    return {
+        name: described["images"]
+        for name, described in data.get("sets", {"": data}).items()
+        if "images" in described
+        and datasets & {*described.get("names", [described.get("name")])}
+        and ("contexts" in described) == capability.startswith("context")
+    }
 
 
 def _compare_ratios(now: pd.DataFrame, before: pd.DataFrame) -> Comparison:

@@ -3,34 +3,51 @@
 The page shows differences from the original with their bounds, and answers that flipped, images blurred.
 """
 
-from collections.abc import Sequence
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from safervlm.evaluation import (
+    ALL_TASKS,
     GROUPS,
     NOT_MEASURED,
     Column,
     Evaluation,
     columns,
     compare,
+    estimates,
     evaluate,
     flips,
     load,
 )
 from safervlm.records import RecordError, seed_for, write_atomically
-from safervlm.reports import latex_table, picture, read_summary, run_names, settings_that_differ, template
-from safervlm.scoring import THESE_CONCEPTS, records, write_workbook
+from safervlm.reports import (
+    latex,
+    latex_table,
+    picture,
+    read_summary,
+    refuse_to_overwrite,
+    run_names,
+    settings_that_differ,
+    template,
+    terminal,
+)
+from safervlm.scoring import ONE_SAMPLE, THESE_CONCEPTS, records, write_workbook
 
 FOLDER = "evaluation"  # of a run, where its model's evaluation is
 FLIPS = 6  # of each direction, run and group of sets, that the page shows
 LEVEL = 0.05
+OFTEN = 0.1  # the share of N/A from which the terminal says it; the page says it of each
+
+# A manifest as the page shows it; see safervlm.reports.read_summary.
+Summary = Mapping[str, Mapping[str, str]]
 
 
 def evaluation(runs: list[Path], out: Path | None = None) -> Path:
@@ -50,12 +67,14 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
     Raises:
         ValueError: no runs, one named twice, or ``out`` is no HTML file.
         RecordError: an evaluation that can't be read.
+        SystemExit: with exit code 3 at the end, if some of the runs can't be read.
     """
     if not runs:
         raise ValueError("runs: at least one run folder, for example runs/original")
     out = Path(out) if out else Path(runs[0]) / "evaluation.html"
     if out.suffix != ".html":
         raise ValueError(f"out: the table is a page, {str(out)!r} must end in .html")
+    refuse_to_overwrite(out, ".csv", "_table.csv", "_differences.csv", ".xlsx", ".tex")
     paths = [Path(run) for run in runs]
     names = run_names([path.parent if path.name == FOLDER else path for path in paths])
     loaded, unread = read(paths, names)
@@ -69,8 +88,9 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
     differences = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     wide = side_by_side(long, names)
 
-    said = [*unread, *remarks(long, differences, loaded)]
-    page = render(loaded, wanted, long, differences, said).encode("utf-8", "replace")
+    manifests = [(each.name, read_summary(each.folder / "manifest.json")) for each in loaded]
+    said = [*unread, *remarks(long, differences, loaded, wanted, manifests)]
+    page = render(loaded, wanted, long, differences, said, manifests).encode("utf-8", "replace")
     write_atomically(out, lambda file: file.write_bytes(page))
     write_atomically(out.with_suffix(".csv"), lambda file: long.to_csv(file, index=False))
     write_atomically(out.with_name(f"{out.stem}_table.csv"), lambda file: wide.to_csv(file))
@@ -81,15 +101,17 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
         write_atomically(beside, lambda file: differences.to_csv(file, index=False))
         sheets["differences"] = differences
     write_workbook(out.with_suffix(".xlsx"), sheets)
-    latex = latex_tables(long, names)
-    write_atomically(out.with_suffix(".tex"), lambda file: file.write_text(latex, encoding="utf-8"))
-    console = Console()
+    tex = latex_tables(long, differences, names)
+    write_atomically(out.with_suffix(".tex"), lambda file: file.write_text(tex, encoding="utf-8"))
+    console = terminal()
     console.print(evaluation_table(long, names))
     for _, table in differences.groupby("run", sort=False) if len(differences) else ():
         console.print(difference_table(table, names[0]))
     for line in said:
         print(line)
     print(f"evaluation: {out} (with .csv, .xlsx and .tex beside it)")
+    if unread:
+        sys.exit(3)
     return out
 
 
@@ -103,7 +125,11 @@ def read(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[Evaluation],
     unread = []
     for path, name in zip(paths, names, strict=True):
         try:
-            loaded.append(load(folder_of(path), name))
+            each = load(folder_of(path), name)
+            for column in columns([each]):
+                if column.measure == "mme":
+                    estimates(each, column)  # its rule can't score every set
+            loaded.append(each)
         except RecordError as error:
             if len(paths) == 1:
                 raise
@@ -115,8 +141,15 @@ def read(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[Evaluation],
 
 
 def folder_of(run: Path) -> Path:
-    """The folder of a run's evaluation: within it, or itself."""
-    return run / FOLDER if (run / FOLDER).is_dir() else run
+    """The folder of a run's evaluation: within it, or itself.
+
+    Raises:
+        RecordError: nothing was evaluated there.
+    """
+    folder = run / FOLDER if (run / FOLDER).is_dir() else run
+    if not (folder / "responses.jsonl").is_file():
+        raise RecordError(f"{folder / 'responses.jsonl'}: no such file; evaluate the run: bash scripts/eval.sh {run}")
+    return folder
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -126,10 +159,9 @@ def shown(unit: str, value: float, signed: bool = False) -> str:
     """A number as the tables show it: shares and ratios in percent, MME's points, self-BLEU with three decimals."""
     if np.isnan(value):
         return "-"
-    sign = "+" if signed else ""
-    if unit == "%":
-        return f"{100 * value:{sign}.1f}"
-    return f"{value:{sign}.1f}" if unit == "points" else f"{value:{sign}.3f}"
+    number, digits = (100 * value, 1) if unit == "%" else (value, 1 if unit == "points" else 3)
+    rounded = round(number, digits) + 0.0  # no -0.0
+    return f"{rounded:{'+' if signed else ''}.{digits}f}"
 
 
 def interval(row: dict[str, Any], signed: bool = False) -> str:
@@ -140,8 +172,9 @@ def interval(row: dict[str, Any], signed: bool = False) -> str:
 
 
 def with_interval(row: dict[str, Any]) -> str:
-    """A number and its interval, ``94.1 [90.2, 97.0]``."""
-    return f"{shown(row['unit'], row['value'])} {interval(row)}".strip()
+    """A number and its interval, ``94.1 [90.2, 97.0]``, and how many answers or ratings are missing, if some are."""
+    missing = f"({row['missing']} missing)" if row["missing"] else ""
+    return " ".join(filter(None, (shown(row["unit"], row["value"]), interval(row), missing)))
 
 
 def lines(long: pd.DataFrame) -> list[dict[str, Any]]:
@@ -200,66 +233,149 @@ def difference_table(differences: pd.DataFrame, original: str) -> Table:
     title = f"{differences['run'].iloc[0]} minus {original}"
     printed = Table(title=title, caption=caption, box=SIMPLE_HEAD)
     printed.add_column("")
-    for heading in ("difference", "95 %", "p (Holm)", "lost", "gained", "of"):
+    for heading in ("difference", "95 %", "p", "p (Holm)", "lost", "gained", "of"):
         printed.add_column(heading, justify="right")
     for row in records(differences[~differences["detail"]]):
-        p = "-" if np.isnan(row["p_holm"]) else f"{row['p_holm']:.3f}" if row["p_holm"] >= 0.001 else "<0.001"
+        p, by_holm = (
+            "-" if np.isnan(value) else f"{value:.3f}" if value >= 0.001 else "<0.001"
+            for value in (row["p"], row["p_holm"])
+        )
         star = " *" if row["p_holm"] < LEVEL else ""
         counts = ["-" if np.isnan(row["p"]) else str(row[key]) for key in ("lost", "gained", "n")]
         number = shown(row["unit"], row["difference"], signed=True)
-        printed.add_row(row["heading"], number, interval(row, signed=True), p + star, *counts)
+        printed.add_row(row["heading"], number, interval(row, signed=True), p, by_holm + star, *counts)
     return printed
 
 
-def remarks(long: pd.DataFrame, differences: pd.DataFrame, evaluations: Sequence[Evaluation]) -> list[str]:
+def remarks(
+    long: pd.DataFrame,
+    differences: pd.DataFrame,
+    evaluations: Sequence[Evaluation],
+    wanted: Sequence[Column],
+    manifests: Sequence[tuple[str, Summary]],
+) -> list[str]:
     """What a reader has to know of the numbers.
 
-    What is missing, why there is no difference where it isn't plain, and how often each kind of interval holds.
+    What is missing, how much is N/A, why there is no interval or no difference where it isn't plain, whether the runs
+    are of one model, and how often each kind of interval holds.
     """
-    said = []
+    said = [
+        f"{name}: the evaluation isn't finished; the same command goes on"
+        for name, summary in manifests
+        if summary.get("measure", {}).get("finished", "true").lower() == "false"
+    ]
+    table = long[~long["detail"]].drop_duplicates(["run", "column"])
+    # Parts of a set are as often N/A as the whole, more or less.
+    shares = {c.key for c in wanted if not c.side and (c.measure == "share" or len(c.tasks) == len(ALL_TASKS))}
     for each in evaluations:
-        missing = long[(long["run"] == each.name) & (long["missing"] > 0) & ~long["detail"]].drop_duplicates("column")
-        for row in records(missing):
-            what = "ratings" if row["column"] in set(each.ratings["dataset"]) else "answers"
+        mine = table[table["run"] == each.name]
+        for row in records(mine[mine["missing"] > 0]):
+            rated = row["column"] in set(each.ratings["dataset"])
             effect = "they count as wrong" if row["unit"] == "points" else "they are left out"
-            said.append(f"{each.name}: {row['missing']} {what} of {row['heading']} are missing: {effect}")
+            way_out = "; give the same command a judge: --config configs/rate.yaml" if rated else ""
+            what = "ratings" if rated else "answers"
+            said.append(f"{each.name}: {row['missing']} {what} of {row['heading']} are missing: {effect}{way_out}")
+        often = mine[mine["column"].isin(shares) & (mine["na_rate"] >= OFTEN)]
+        if len(often):
+            parts = [f"{100 * row['na_rate']:.0f} % of {row['heading']}" for row in records(often)]
+            said.append(f"{each.name}: N/A, which counts as wrong, is {'; '.join(parts)}")
+    bare = table[table["method"].str.startswith("none: ") & ~table["method"].isin([NOT_MEASURED, ONE_SAMPLE])]
+    for (run, method), part in bare.groupby(["run", "method"], sort=False):
+        said.append(f"{run}: no interval, {str(method).removeprefix('none: ')}: {'; '.join(part['heading'])}")
+    said += other_models(manifests)
     if len(differences):
         refused = differences[differences["difference"].isna() & ~differences["detail"]]
         said += [
-            f"{run}, {', '.join(part['heading'])}: no difference, {str(method).removeprefix('none: ')}"
+            f"{run}: no difference, {str(method).removeprefix('none: ')}: {'; '.join(part['heading'])}"
             for (run, method), part in refused.groupby(["run", "method"], sort=False)
         ]
     return said + held(long) + (held(differences) if len(differences) else [])
 
 
-def held(table: pd.DataFrame) -> list[str]:
-    """How often the intervals of a table held the truth, a line a method."""
-    simulated = table[table["coverage"].notna()].drop_duplicates(["varies", "method"])
+def other_models(manifests: Sequence[tuple[str, Summary]]) -> list[str]:
+    """A line on each run whose base model isn't the first one's."""
+    key = "settings.model.vlm."
+    (first, original), *others = [(name, summary.get("measure", {})) for name, summary in manifests]
     return [
-        f"{row['varies']}: {row['method']}; held the truth in {row['coverage']} of simulated studies"
-        for row in records(simulated)
+        f"{name} and {first} have other base models ({there.get(f'{key}model')}; {original.get(f'{key}model')}): what "
+        "they differ in is not an adapter's work"
+        for name, there in others
+        if any(there.get(key + part) != original.get(key + part) for part in ("model", "revision", "weights"))
     ]
+
+
+def held(table: pd.DataFrame) -> list[str]:
+    """How often the intervals of a table held the truth, a line a method, with the groups or columns that it makes."""
+    simulated = table[table["coverage"].notna() & ~table["detail"]]
+    lines = []
+    for (varies, method), part in simulated.groupby(["varies", "method"], sort=False):
+        made = []
+        for group, rows in part.groupby("group", sort=False):
+            every = simulated[(simulated["group"] == group) & (simulated["varies"] == varies)]
+            headings = rows["heading"].unique()
+            made += [str(group)] if len(headings) == every["heading"].nunique() > 1 else [*headings]
+        lines.append(
+            f"{'; '.join(made)}: {varies} by {method}, held the truth in {part['coverage'].iloc[0]} of simulated "
+            "studies"
+        )
+    return lines
 
 
 # --- LaTeX, page ------------------------------------------------------------------------------------------------------
 
 
-def latex_tables(long: pd.DataFrame, names: Sequence[str]) -> str:
-    """A table a group, rows are runs, as in the paper; for the booktabs package."""
-    wide = side_by_side(long, names)
+def latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Sequence[str]) -> str:
+    """A table a group, rows are runs, as in the paper, then one of the differences; for the booktabs package."""
+    found = {(row["run"], row["column"], row["varies"]): row for row in records(long)}
     tables = []
-    of_line = dict(zip(wide.columns, lines(long), strict=True))
     for group in GROUPS:
-        part = [heading for heading, line in of_line.items() if line["group"] == group]
-        if part:
+        cells: dict[str, list[list[str]]] = {}  # heading -> of each run the number and its intervals
+        for line in lines(long):
+            if line["group"] != group:
+                continue
+            column = cells.setdefault(line["heading"], [[] for _ in names])
+            for cell, name in zip(column, names, strict=True):
+                row = found.get((name, line["column"], line["varies"]))
+                if line["first"]:
+                    missing = f"{row['missing']} missing" if row and row["missing"] else ""
+                    cell += [shown(row["unit"], row["value"]), interval(row), missing] if row else ["-"]
+                elif row:
+                    cell.append(interval(row).replace("[", "(").replace("]", ")"))
+        if cells:
+            stacked = {
+                _stack(textwrap.wrap(heading, 13)): [_stack(cell, small=True) for cell in column]
+                for heading, column in cells.items()
+            }
             caption = (
-                f"{group}: in percent (MME in points), N/A counted as wrong; 95 % intervals, for new concepts or new "
+                f"{group}: in percent (MME in points), N/A counted as wrong. 95 % intervals: in brackets for new "
+                "concepts or new images, in parentheses for other images of these concepts."
             )
-            caption += "images unless said. "
-            made = held(long[(long["group"] == group) & ~long["detail"]])
-            caption += " ".join(f"{line[0].upper()}{line[1:]}." for line in made)
-            tables.append(latex_table(wide[part], "l" + "r" * len(part), caption, index=True))
-    return "% \\usepackage{booktabs}\n\n" + "\n".join(tables)
+            table = pd.DataFrame(stacked, pd.Index([latex(name) for name in names]))
+            tables.append(latex_table(table, "l" + "r" * len(stacked), caption, index=True, escape=False))
+    if len(differences):
+        rows = differences[~differences["detail"]]
+        texts = {
+            (row["heading"], row["run"]): (
+                f"{shown(row['unit'], row['difference'], signed=True)}{'*' if row['p_holm'] < LEVEL else ''} "
+                f"{interval(row, signed=True)}"
+            )
+            for row in records(rows)
+        }
+        table = pd.Series(texts).unstack(sort=False)[[name for name in names if name in set(rows["run"])]]
+        caption = (
+            f"Differences from {names[0]} on the same items, in percentage points (MME in points), with 95 % "
+            f"intervals; * p, by Holm over a run's columns, below {LEVEL:g}."
+        )
+        tables.append(latex_table(table, "l" + "r" * len(table.columns), caption, index=True))
+    made = [f"% {line}" for line in held(long) + (held(differences) if len(differences) else [])]
+    return "\n".join(["% \\usepackage{booktabs}", "% How the intervals are made:", *made, "", *tables])
+
+
+def _stack(parts: Sequence[str], small: bool = False) -> str:
+    """Texts above each other, as LaTeX; all but the first one small if asked."""
+    first, *rest = map(latex, parts)
+    rest = [f"{{\\scriptsize {part}}}" if small else f"{{{part}}}" for part in rest if part]
+    return "\\shortstack[r]{" + r"\\".join([first, *rest]) + "}" if rest else first
 
 
 def render(
@@ -268,6 +384,7 @@ def render(
     long: pd.DataFrame,
     differences: pd.DataFrame,
     said: Sequence[str],
+    manifests: Sequence[tuple[str, Summary]],
 ) -> str:
     """The page."""
     found = {(row["run"], row["column"]): row for row in records(long)}
@@ -278,7 +395,6 @@ def render(
     by_run = {(row["run"], row["column"]): row for row in records(differences)}
     headings = records(long[["group", "column", "heading", "unit", "detail"]].drop_duplicates("column"))
     groups = {group: [c for c in headings if c["group"] == group and not c["detail"]] for group in GROUPS}
-    manifests = [(each.name, read_summary(each.folder / "manifest.json")) for each in evaluations]
     return template("evaluation.html.j2").render(
         runs=[{"name": each.name, "folder": str(each.folder)} for each in evaluations],
         groups={group: part for group, part in groups.items() if part},
@@ -286,7 +402,8 @@ def render(
         cells=found,
         intervals=every,
         compared=by_run,
-        bounds=bounds(evaluations, differences),
+        bounds=bounds(differences, wanted),
+        na_counts={column.key for column in wanted if column.measure in ("share", "mme", "both")},
         flipped=[(e.name, flipped(e, evaluations[0], wanted)) for e in evaluations[1:] if len(differences)],
         remarks=said,
         manifests=manifests,
@@ -297,16 +414,17 @@ def render(
     )
 
 
-def bounds(evaluations: Sequence[Evaluation], differences: pd.DataFrame) -> list[str]:
-    """What of the general ability may be lost, in a sentence a run and column."""
+def bounds(differences: pd.DataFrame, wanted: Sequence[Column]) -> list[str]:
+    """What of the general ability, and of what is rightly called safe, may be lost: a sentence a run and column."""
+    watched = {c.key for c in wanted if c.group == "General ability" or (c.side == "safe" and c.measure == "share")}
     lines = []
     for row in records(differences):
-        if row["group"] == "General ability" and not row["detail"] and not np.isnan(row["low"]):
+        if row["column"] in watched and not row["detail"] and not np.isnan(row["low"]):
             lost = shown(row["unit"], max(-row["low"], 0.0))
-            unit = "points" if row["unit"] in ("%", "points") else ""
+            unit = "percentage points" if row["unit"] == "%" else row["unit"]
             lines.append(
-                f"{row['run']}, {row['heading']}: {shown(row['unit'], row['difference'], signed=True)} {unit} against "
-                f"{evaluations[0].name}; each by itself, with 95 % confidence no more than {lost} {unit} are lost."
+                f"{row['run']}, {row['heading']}: {shown(row['unit'], row['difference'], signed=True)} {unit}, and "
+                f"with 95 % confidence no more than {lost} lost."
             )
     return lines
 

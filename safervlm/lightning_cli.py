@@ -297,7 +297,14 @@ class SaferCLI(LightningCLI):
                 f"safervlm: {len(reasons)} questions have no answer, for example: {reasons[0]}; {failed} has them all, "
                 "the same command asks them again\n"
             )
-        ratings = read_manifest(failed.parent)["stages"].get("ratings", {"finished": True})
+        stages = read_manifest(failed.parent)["stages"]
+        ratings = stages.get("ratings", {"finished": True})
+        rated = sum(example.question.capability == "rated" for example in self.datamodule.parts.predict)
+        if rated and "ratings" not in stages:
+            sys.stderr.write(
+                f"safervlm: {rated} answers wait for a model that rates them: give the same command a judge, --config "
+                "configs/rate.yaml\n"
+            )
         if not ratings["finished"]:
             sys.stderr.write("safervlm: ratings are missing, see above; the same command asks for them again\n")
         if reasons or left_out or not ratings["finished"]:

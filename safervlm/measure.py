@@ -80,7 +80,8 @@ class Measure(L.LightningModule):
 
     def configure_model(self) -> None:
         """Reads the weights, if there is anything left to ask."""
-        if self._trainer is None or self.trainer.datamodule.remaining():  # type: ignore[attr-defined]
+        data = getattr(self._trainer, "datamodule", None)  # none where a loader alone is asked
+        if data is None or data.remaining():
             self.vlm.load()
 
     def predict_step(self, asked: Asked, batch_idx: int) -> list[Response | Failure]:

@@ -9,6 +9,7 @@ the page.
 import base64
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from PIL import Image, ImageFilter
 from rich.console import Console
 
 from safervlm.images import open_image
+from safervlm.protocol import CAPABILITIES
 from safervlm.records import RecordError, fingerprint, seed_for, write_atomically
 from safervlm.scoring import (
     ACCURACY_NA_WRONG,
@@ -139,22 +141,23 @@ def report(runs: list[Path], out: Path | None = None) -> Path:
     out = Path(out) if out else Path(runs[0]) / "report.html"
     if out.suffix != ".html":
         raise ValueError(f"out: the report is a page, {str(out)!r} must end in .html")
+    refuse_to_overwrite(out, ".csv", "_overall.csv", ".xlsx", ".tex")
     loaded = load(runs)
     comparison = compare({run.name: run.scores for run in loaded})
     page = render(loaded, comparison).encode("utf-8", "replace")  # a model may have written half a surrogate pair
-    latex = latex_tables(loaded, comparison)
+    tex = latex_tables(loaded, comparison)
     long = pd.concat([run.scores.assign(run=run.name) for run in loaded])
     long = long[["run", *long.columns.drop("run")]]
     wide = pd.concat([by_category(run.scores).assign(run=run.name) for run in loaded])
     wide = wide[["run", *wide.columns.drop("run")]]
 
     write_atomically(out, lambda file: file.write_bytes(page))
-    write_atomically(out.with_suffix(".tex"), lambda file: file.write_text(latex, encoding="utf-8"))
+    write_atomically(out.with_suffix(".tex"), lambda file: file.write_text(tex, encoding="utf-8"))
     write_atomically(out.with_suffix(".csv"), lambda file: long.to_csv(file, index=False))
     write_atomically(out.with_name(f"{out.stem}_overall.csv"), lambda file: comparison.to_csv(file))
     sheets = {"overall": comparison.reset_index(), "by category": wide, "scores": long}
     write_workbook(out.with_suffix(".xlsx"), sheets)
-    Console().print(comparison_table(comparison))
+    terminal().print(comparison_table(comparison))
     for line in warnings(loaded):
         print(f"not comparable: {line}")
     print(f"report: {out} (with .csv, .xlsx and .tex beside it)")
@@ -167,6 +170,10 @@ def load(folders: Sequence[Path]) -> list[Run]:
     runs = []
     for path, name in zip(paths, run_names(paths), strict=True):
         frame = load_run(path)
+        kinds = frame["capability"].value_counts()
+        if others := {str(kind): int(count) for kind, count in kinds.items() if kind not in CAPABILITIES}:
+            listed = ", ".join(f"{count} {kind}" for kind, count in others.items())
+            print(f"{name}: {listed} answers aren't in a report but in `safervlm evaluation {path}`")
         runs.append(Run(name, path, frame, scores(frame), read_summary(path / "manifest.json")))
     return runs
 
@@ -672,7 +679,7 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
     return "% \\usepackage{booktabs}\n\n" + "\n".join(tables)
 
 
-def latex_table(table: pd.DataFrame, columns: str, caption: str, index: bool) -> str:
+def latex_table(table: pd.DataFrame, columns: str, caption: str, index: bool, escape: bool = True) -> str:
     """A table for the booktabs package.
 
     Args:
@@ -680,12 +687,38 @@ def latex_table(table: pd.DataFrame, columns: str, caption: str, index: bool) ->
         columns: LaTeX's specification of them.
         caption: as it is read.
         index: whether the row names are a column.
+        escape: whether the texts are as they are read; False where they are LaTeX.
     """
-    text = caption
+    return table.to_latex(escape=escape, column_format=columns, caption=latex(caption), index=index)
+
+
+def latex(text: str) -> str:
+    """A text as LaTeX writes it."""
     for character, escaped in (
         ("\\", r"\textbackslash "),
         *((c, "\\" + c) for c in "&%$#_{}"),
         ("~", r"\textasciitilde "),
     ):
         text = text.replace(character, escaped)
-    return table.to_latex(escape=True, column_format=columns, caption=text, index=index)
+    return text
+
+
+def terminal() -> Console:
+    """The terminal; what goes into a file or a pipe has no width of its own, and a table isn't broken there."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=200)
+
+
+def refuse_to_overwrite(out: Path, *others: str) -> None:
+    """Lets a page take the place of an earlier one, and its tables that of the earlier page's, and of nothing else.
+
+    Args:
+        out: the page.
+        others: endings of what is written beside it, such as ``.csv`` or ``_table.csv``.
+
+    Raises:
+        ValueError: without a page there is such a file: it is the user's.
+    """
+    there = [file for ending in others if (file := out.with_name(out.stem + ending)).exists()]
+    if there and not out.exists():
+        raise ValueError(f"out: {there[0]} is there already and would be overwritten; name another page than {out}")

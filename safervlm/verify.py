@@ -62,7 +62,9 @@ def verify(
     run = Path(run)
     config = run / "predict.yaml"
     if not config.is_file():
-        raise RecordError(f"run: {run} holds no predict.yaml; name the folder of a measurement (predict --run)")
+        inside = run / "evaluation"
+        example = f", for example {inside}" if (inside / "predict.yaml").is_file() else " (predict --run)"
+        raise RecordError(f"run: {run} holds no predict.yaml; name the folder of a measurement{example}")
     line = ["predict", "--config", str(config), "--run", str(run), "--data.num_workers", "0"]
     line += ["--model.vlm.dtype", dtype] if dtype else []
     hush()

@@ -7,11 +7,12 @@ import numpy as np
 import openpyxl
 import pandas as pd
 import pytest
-from evaluations import safety, write
+from evaluations import question, safety, write
 from PIL import Image
 
-from safervlm.evaluation_report import evaluation
+from safervlm.evaluation_report import evaluation, shown
 from safervlm.records import RecordError
+from safervlm.run import write_stage
 
 
 @pytest.fixture
@@ -46,14 +47,16 @@ def test_one_table_everywhere(runs, tmp_path, capsys):
     share = long[(long["column"] == "SMID") & (long["run"] == "ppo")].iloc[0]
     text = f"{100 * share['value']:.1f} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
     these = long[(long["column"] == "alignment_all") & (long["varies"] == "these concepts") & (long["run"] == "ppo")]
-    assert wide.loc["ppo", "Alignment, all: these concepts"] == (
+    assert wide.loc["ppo", "Alignment of all images: these concepts"] == (
         f"[{100 * these['low'].item():.1f}, {100 * these['high'].item():.1f}]"
     )
     for text_of_all in (printed, page, out.with_suffix(".tex").read_text()):
         assert "held the truth in" in text_of_all
     assert wide.loc["ppo", "SMID"] == text
     assert text in " ".join(printed.split())
-    assert text in out.with_suffix(".tex").read_text()
+    tex = out.with_suffix(".tex").read_text()
+    number, interval = text.split(" ", 1)
+    assert f"\\shortstack[r]{{{number}\\\\{{\\scriptsize {interval}}}}}" in tex
     book = openpyxl.load_workbook(out.with_suffix(".xlsx"))
     assert book.sheetnames == ["table", "evaluation", "differences"]
     differences = pd.read_csv(out.with_name("all_differences.csv")).set_index("column")
@@ -61,6 +64,9 @@ def test_one_table_everywhere(runs, tmp_path, capsys):
     smid = differences.loc["SMID"]
     assert smid["difference"] == pytest.approx(share["value"] - by_column["SMID"][0])
     assert f"{100 * smid['difference']:+.1f}" in page
+    assert f"SMID & {100 * smid['difference']:+.1f}" in tex
+    assert tex.count("{") == tex.count("}")
+    assert tex.count(r"\begin{tabular}") == 5
 
 
 def test_the_page_runs_nothing_and_shows_no_image(runs, tmp_path):
@@ -97,7 +103,7 @@ def test_a_set_that_one_run_hasnt_answered_stays_empty(runs, tmp_path, capsys):
         )
     out = evaluation(runs, tmp_path / "all.html")
     wide = pd.read_csv(out.with_name("all_table.csv"), index_col="run")
-    assert wide.loc["ppo", "SMID"] == wide.loc["ppo", "Contexts, with the image: these concepts"] == "-"
+    assert wide.loc["ppo", "SMID"] == wide.loc["ppo", "Contexts with the image: these concepts"] == "-"
     assert "[" in wide.loc["original", "SMID"]
     assert "no difference, not measured in both" in capsys.readouterr().out
 
@@ -111,12 +117,16 @@ def test_differences_of_other_runs_dont_stay(runs, tmp_path):
 
 def test_a_run_that_cant_be_read_takes_none_with_it(runs, tmp_path, capsys):
     (runs[1] / "evaluation" / "verdicts.jsonl").unlink()
-    out = evaluation(runs, tmp_path / "all.html")
+    out = tmp_path / "all.html"
+    with pytest.raises(SystemExit, match="3"):
+        evaluation(runs, out)
     assert "ppo is left out: " in capsys.readouterr().out
     assert set(pd.read_csv(out.with_suffix(".csv"))["run"]) == {"original"}
     # Without the original nothing else takes its place.
     other = tmp_path / "runs" / "nothing"
-    out = evaluation([other, runs[0]], tmp_path / "other.html")
+    out = tmp_path / "other.html"
+    with pytest.raises(SystemExit, match="3"):
+        evaluation([other, runs[0]], out)
     assert "nothing is left out, and no difference can be told from it" in capsys.readouterr().out
     assert not (tmp_path / "other_differences.csv").exists()
     assert "is left out" in out.read_text()
@@ -131,3 +141,65 @@ def test_what_cant_be_shown_is_refused(runs, tmp_path):
         evaluation([])
     with pytest.raises(RecordError, match=r"responses\.jsonl: no such file"):
         evaluation([Path(tmp_path / "nowhere")])
+
+
+def test_a_file_of_the_users_is_not_overwritten(runs, tmp_path):
+    (tmp_path / "mine.csv").write_text("image,label\n")
+    with pytest.raises(ValueError, match=r"out: .*mine\.csv is there already.*name another page"):
+        evaluation(runs, tmp_path / "mine.html")
+    assert (tmp_path / "mine.csv").read_text() == "image,label\n"
+    evaluation(runs, tmp_path / "page.html")
+    evaluation(runs, tmp_path / "page.html")  # its own may be made anew
+
+
+def test_what_a_reader_has_to_know_is_said(runs, tmp_path, capsys):
+    """Often N/A, other base models: neither is seen from the numbers."""
+    for run, model in zip(runs, ("one", "other"), strict=True):
+        settings = {"model": {"vlm": {"model": model, "weights": model}}}
+        write_stage(run / "evaluation", "measure", settings=settings, finished=model == "one")
+    page = evaluation(runs, tmp_path / "all.html").read_text()
+    printed = capsys.readouterr().out
+    said = "ppo and original have other base models (other; one): what they differ in is not an adapter's work"
+    long = pd.read_csv(tmp_path / "all.csv").query("run == 'original' and column == 'alignment_all'")
+    often = f"; {100 * long['na_rate'].iloc[0]:.0f} % of Alignment of all images"
+    for text in (printed, page.replace("&#39;", "'")):
+        assert said in text
+        assert often in text
+    assert f"{100 * long['na_rate'].iloc[0]:.1f} % N/A</small>" in page
+    assert "original: N/A, which counts as wrong, is " in printed
+    assert "ppo: N/A" not in printed  # seldom
+    assert "ppo: the evaluation isn't finished; the same command goes on" in printed
+    assert "original: the evaluation" not in printed
+
+
+def test_zero_has_no_sign_and_a_file_is_wide(runs, tmp_path, capsys, monkeypatch):
+    assert shown("", -0.0004) == "0.000"
+    assert shown("%", -0.0004, signed=True) == "+0.0"
+    assert shown("points", -0.06) == "-0.1"
+    monkeypatch.delenv("COLUMNS", raising=False)
+    evaluation(runs, tmp_path / "all.html")
+    assert "Alignment of unsafe images (draw)" in capsys.readouterr().out  # in one line
+
+
+def test_other_images_under_the_same_names_are_not_subtracted(runs, tmp_path, capsys):
+    for run, images in zip(runs, ("a", "b"), strict=True):
+        sets = {
+            "smid": {"name": "SMID", "images": images},
+            "unsafe": {"names": ["U", "S"], "images": "same"},
+            "contexts": {"names": ["U"], "images": "same", "contexts": "c"},
+        }
+        write_stage(run / "evaluation", "measure", settings={"data": {"sets": sets}})
+    evaluation(runs, tmp_path / "all.html")
+    differences = pd.read_csv(tmp_path / "all_differences.csv").set_index("column")["difference"]
+    assert np.isnan(differences["SMID"])
+    assert not differences[["alignment_all", "context_all"]].isna().any()
+    assert "ppo: no difference, they were asked about other images: SMID" in capsys.readouterr().out
+
+
+def test_a_set_that_mmes_rule_cant_score_takes_no_other_run_with_it(runs, tmp_path, capsys):
+    asked = question("Mine", "0.png", "yes_no", 0, "Yes", "color")
+    write(tmp_path / "runs" / "odd" / "evaluation", [(asked, "Yes", None)])
+    with pytest.raises(SystemExit, match="3"):
+        evaluation([*runs, tmp_path / "runs" / "odd"], tmp_path / "all.html")
+    assert "odd is left out: MME's rule needs two questions an image, '0.png' (color) has 1" in capsys.readouterr().out
+    assert (tmp_path / "all.html").exists()
