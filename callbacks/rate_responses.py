@@ -129,7 +129,7 @@ class RateResponses(Callback):
         if missing:
             print(
                 f"{len(missing)} of {len(wanted)} ratings are missing, for example of {missing[0].id}: "
-                f"{missing[0].reason}; {run / RATINGS} has them all, the same command asks for them again"
+                f"{missing[0].reason}; {run / RATINGS} has them all"
             )
 
     def wanted(self, responses: Sequence[Response]) -> list[Wanted]:

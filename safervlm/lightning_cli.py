@@ -90,6 +90,9 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     if unknown := find(r"Option '([^']+)' is not accepted"):
         whole = argument(unknown, typed)
         if whole == unknown:  # nobody typed it
+            names = [*parameters("data"), *parameters("model")]
+            if unknown not in names and (close := difflib.get_close_matches(unknown, names, 1, cutoff=0.8)):
+                return f"a config sets {unknown!r}, which its class doesn't take; did you mean {close[0]}?"
             return (
                 f"a config sets {unknown!r}, which its class doesn't take: an overlay goes behind its own recipe, as "
                 "in --config configs/sft.yaml --config configs/pictograms/sft.yaml"

@@ -63,6 +63,7 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
         and not (key.startswith("data.") and key.endswith(".images") and (run / FAILED).exists())
     ]
     if differing:
+        differing.sort(key=lambda key: key.endswith((".ids", ".content", ".images", ".sha256")))  # hashes tell least
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing[:5])
         more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
         raise SettingsDifferError(

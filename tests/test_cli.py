@@ -138,6 +138,31 @@ def test_every_set_of_the_suite_is_in_its_recipe() -> None:
     assert sorted(path.stem for path in (CONFIGS / "benchmarks").glob("*.yaml")) == sorted(SETS)
 
 
+MINE = "class_path: safervlm.data.benchmarks.Benchmark\ninit_args: {{name: Mine, {}: {}/mine.csv}}\n"
+
+
+@pytest.mark.parametrize("way", ["command line", "overlay"])
+def test_a_set_of_ones_own_stands_beside_a_recipes(
+    way: str, tmp_path: Path, tiny_llava: Path, only_built: list[SaferCLI]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE.format("source", tmp_path))
+    (tmp_path / "overlay.yaml").write_text("data: {init_args: {own: {mine: mine.yaml}}}\n")
+    more = {
+        "command line": ["--data.own", f"{{mine: {tmp_path / 'mine.yaml'}}}"],
+        "overlay": ["--config", str(tmp_path / "overlay.yaml")],
+    }[way]
+    main(["predict", "--config", "configs/evaluate.yaml", "--model.vlm.model", str(tiny_llava), *more])
+    assert list(only_built[0].datamodule.sets) == [*SETS, "mine"]
+    assert only_built[0].datamodule.sets["mine"].source == f"{tmp_path}/mine.csv"
+
+
+def test_a_misspelt_argument_in_a_sets_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE.format("sourse", tmp_path))
+    with pytest.raises(SystemExit):
+        main(["predict", "--config", "configs/evaluate.yaml", "--data", str(tmp_path / "mine.yaml")])
+    assert "'sourse', which its class doesn't take; did you mean source?" in capsys.readouterr().err
+
+
 # The others are built, with a tiny model of their family, by tests/vlm/test_transformers.py and test_llava_original.py.
 LLAVAS = [file for file in sorted((CONFIGS / "vlm").glob("*.yaml")) if "safervlm.vlm.llava.Llava" in file.read_text()]
 

@@ -294,7 +294,7 @@ class Benchmark(SaferData):
         Raises:
             RecordError: a label that isn't one.
         """
-        label = self._value(row, "label_column", where)
+        label = self._value(row, "label_column", where).strip()
         if self.answers == "safety":
             if label.lower() not in self.labels:
                 raise RecordError(
@@ -319,7 +319,7 @@ class Benchmark(SaferData):
         if column not in row:
             columns = ", ".join(sorted(row))
             raise RecordError(f"{where}: there is no column {column!r}, but {columns}; name one by data.{argument}")
-        if not row[column]:
+        if not row[column].strip():
             raise RecordError(f"{where}: {column!r} is empty; fill it in, or remove the row")
         return row[column]
 

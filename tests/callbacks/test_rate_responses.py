@@ -323,7 +323,7 @@ def test_what_can_never_be_read_is_missing_and_said_and_asked_again_next_time(ju
     assert [(each.reference, each.reason) for each in there[6:]] == [(8, "")] * 2
     said = capsys.readouterr().out
     assert f"6 of 8 ratings are missing, for example of {rated(0).id}: {UNREADABLE}; " in said
-    assert "the same command asks for them again" in said
+    assert "ratings.jsonl has them all" in said
     assert json.loads((tmp_path / "manifest.json").read_text())["stages"]["ratings"]["finished"] is False
     better = judge_of()
     play(tmp_path, server(better), attempts=4)
