@@ -1,7 +1,4 @@
-"""Rows of encoded questions: joined to a batch, gone on with, and what those about one image have in common shared.
-
-Shapes: B questions, I different images, L tokens of the longest prompt, V words of the vocabulary.
-"""
+"""Rows of encoded questions: joined to a batch, gone on with, and what those about one image have in common shared."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,8 +18,8 @@ log = logging.getLogger(__name__)
 
 Encoding = Mapping[str, Tensor]
 
-# Of the spread of numbers, how far two ways to compute them may lie apart: bfloat16 rounds by some hundredths of it.
-ROUNDING = 0.1
+# Of the spread of numbers, how far two ways to compute them may lie apart. bfloat16 rounds by some hundredths of it.
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def extend(encoding: Encoding, completion: Sequence[int], written: Encoding) -> dict[str, Tensor]:
@@ -82,11 +79,12 @@ def equals(rows: Sequence[Sequence[Tensor]]) -> tuple[list[int], list[int]]:
     return firsts, number
 
 
-def agree(one: Tensor, other: Tensor) -> bool:
-    """Whether two ways to compute something differ by rounding alone."""
+def agree(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways to compute something, in the precision of ``dtype``, differ by rounding alone."""
     if one.shape != other.shape:
         return False
-    return bool((one - other).float().square().mean().sqrt() <= ROUNDING * one.float().std(correction=0))
+    apart = (one.float() - other.float()).square().mean().sqrt()
+    return bool(apart <= ROUNDING[dtype] * one.float().std(correction=0))
 
 
 class EachOnce:
@@ -118,8 +116,10 @@ class EachOnce:
         encoded = self.encode(*some_args, **some_kwargs)
         if self.works is None:
             every = self.encode(*args, **kwargs)
-            pairs = list(zip(*(map(_tensors, (every, encoded))), strict=True))
-            self.works = all(len(part) == len(firsts) and agree(whole, part[number]) for whole, part in pairs)
+            self.works = all(
+                len(part) == len(firsts) and agree(whole, part[number], whole.dtype)
+                for whole, part in zip(_tensors(every), _tensors(encoded), strict=True)
+            )
             return every
         return rows(encoded, number)
 
@@ -198,9 +198,10 @@ class Sharing:
             for sides in ([slice(cut) for cut in cuts], [slice(cut, None) for cut in cuts])
         )
         whole = {name: torch.cat([before[name], behind[name]], dim=1) for name in tokenwise}
-        every, images = self._join(encodings), self._join([encodings[question] for question in firsts])
-        # Places in an image may have positions in two dimensions; words go on from them.
-        positions = self.model._prepare_position_ids_for_generation(whole["input_ids"], every | whole)
+        images = self._join([encodings[question] for question in firsts])
+        # Places in an image may have positions in two dimensions, by the sizes of the images; words go on from them.
+        sizes = self._join([{n: e[n] for n in e if not e[n].is_floating_point()} for e in encodings])
+        positions = self.model._prepare_position_ids_for_generation(whole["input_ids"], sizes | whole)
         cache = self.model(
             **images | {name: tensor[firsts] for name, tensor in before.items()},
             position_ids=positions[..., firsts, : before["input_ids"].shape[1]],
@@ -217,7 +218,7 @@ class Sharing:
         return join(encodings, self.pad_token_id, self.dtype, left)
 
     def _agrees(self, encodings: Sequence[Encoding], image_of: list[int], tokenwise: Collection[str]) -> bool:
-        """Whether two questions about one image, and one about another, have the same first logits in both ways."""
+        """Whether two questions about one image, and one about another, have the same logits in both ways."""
         image = next(number for number in image_of if image_of.count(number) > 1)
         of_it = [place for place, number in enumerate(image_of) if number == image]
         others = [place for place, number in enumerate(image_of) if number != image]
@@ -227,14 +228,19 @@ class Sharing:
         shared, alone = (
             self.model.generate(
                 **inputs,
-                max_new_tokens=1,
+                max_new_tokens=2,
                 generation_config=GenerationConfig(
                     output_logits=True, return_dict_in_generate=True, pad_token_id=self.pad_token_id
                 ),
-            ).logits[0]
+            )
             for inputs in (trial.inputs(few, tokenwise) or {}, self._join(few))
         )
-        if not (same := agree(alone, shared)):
+        same = agree(alone.logits[0], shared.logits[0], self.dtype)
+        # The second token's, too, where the first is the same: by rounding it may be another one.
+        rows = alone.sequences[:, -2] == shared.sequences[:, -2]
+        if rows.any():
+            same = same and agree(alone.logits[1][rows], shared.logits[1][rows], self.dtype)
+        if not same:
             log.warning(
                 "the questions about an image are computed one by one: this model's can't share what they begin with"
             )

@@ -74,9 +74,11 @@ def test_an_encoder_that_looks_at_all_images_together_is_left_alone(images: Tens
 
 def test_rounding_is_not_a_difference() -> None:
     logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) * 3
-    assert agree(logits, logits.bfloat16().float())
-    assert not agree(logits, logits.roll(1, dims=0))
-    assert not agree(logits, logits[:2])
+    assert agree(logits, logits.bfloat16().float(), torch.bfloat16)
+    assert not agree(logits, logits.bfloat16().float(), torch.float32)
+    assert agree(logits, logits + 1e-4, torch.float32)
+    assert not agree(logits, logits.roll(1, dims=0), torch.bfloat16)
+    assert not agree(logits, logits[:2], torch.float32)
 
 
 def test_attention_that_looks_ahead_shares_nothing(
