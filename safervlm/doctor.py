@@ -1,5 +1,6 @@
 """Whether this machine has what a run needs, before the run finds out."""
 
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 
 import torch
 import yaml
-from huggingface_hub import auth_check, get_token, try_to_load_from_cache
+from huggingface_hub import HfApi, auth_check, get_token, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from jsonargparse import Namespace
@@ -139,6 +140,9 @@ def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
     trains = settings.model.class_path.startswith("safervlm.objectives.")
     for key, value in named.items():
         name = key.rsplit(".", 1)[-1]
+        if name == "trust_remote_code":
+            stem = key.removesuffix(name)
+            yield from remote_code(str(named[f"{stem}model"]), named.get(f"{stem}revision"), bool(value))
         if value is None or not isinstance(value, str):
             continue
         argument = key.replace(".init_args", "")
@@ -189,10 +193,7 @@ def vlm(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
             yield Finding("error", "VLM", f"no *.safetensors in {name}; save_pretrained writes them")
             return
         yield Finding("ok", "VLM", f"{name}, {weights / GIB:.2f} GiB of weights")
-        if torch.cuda.is_available():
-            total = torch.cuda.mem_get_info(0)[1]
-            state: Literal["ok", "error"] = "ok" if weights < total else "error"
-            yield Finding(state, "memory", f"weights of {weights / GIB:.1f} GiB, a GPU of {total / GIB:.1f} GiB")
+        yield from memory(weights)
         return
     if name.startswith((".", "/")):
         yield Finding(
@@ -200,8 +201,47 @@ def vlm(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
         )
         return
     yield from repository("VLM", name, "model", online, revision)
+    yield from size(name, revision, online)
     if revision is None:
         yield Finding("warning", "VLM's revision", "not pinned: name a commit (--model.vlm.revision) to repeat the run")
+
+
+def size(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
+    """The weights of a model on the Hub, as their index in its cache or, if asked, the Hub says."""
+    index = try_to_load_from_cache(name, "model.safetensors.index.json", revision=revision)
+    weights = 0
+    if isinstance(index, str):
+        weights = int(json.loads(Path(index).read_text(encoding="utf-8"))["metadata"]["total_size"])
+    elif online:
+        try:
+            files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+        except Exception:
+            return  # what stands in the way was said of the repository
+        weights = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+    if weights:
+        yield Finding("ok", "VLM's weights", f"{weights / GIB:.1f} GiB")
+        yield from memory(weights)
+
+
+def memory(weights: int) -> Iterator[Finding]:
+    """Whether so many bytes fit on the GPU, if there is one; answering takes some more."""
+    if torch.cuda.is_available():
+        total = torch.cuda.mem_get_info(0)[1]
+        state: Literal["ok", "error"] = "ok" if weights < total else "error"
+        yield Finding(state, "memory", f"weights of {weights / GIB:.1f} GiB, a GPU of {total / GIB:.1f} GiB")
+
+
+def remote_code(name: str, revision: str | None, trusted: bool) -> Iterator[Finding]:
+    """Code that comes with a model: whether it is asked for, and at a commit."""
+    if not trusted:
+        yield Finding("error", "VLM's code", f"{name} runs code of its own: read it, then trust_remote_code: true")
+    elif Path(name).is_dir():
+        yield Finding("ok", "VLM's code", f"the .py files in {name}")
+    elif not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        found = f"from the Hub, revision {revision!r}: give all 40 digits of the commit that you have read"
+        yield Finding("error", "VLM's code", found)
+    else:
+        yield Finding("ok", "VLM's code", f"pinned to {revision}")
 
 
 def training(folder: Path, r: int, target_modules: str) -> Finding:

@@ -23,7 +23,7 @@ for vlm in "${vlms[@]}"; do
   run="$runs/$(basename "$vlm" .yaml)"
   folders+=("$run")
   if python "$scripts/query_matrix.py" --complete "$run"; then
-    echo "$vlm: complete, skipped"
+    echo "$vlm: complete, skipped; other arguments need another folder (RUNS=...)"
     continue
   fi
   echo "$vlm: measuring into $run"

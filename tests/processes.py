@@ -40,6 +40,7 @@ CONTEXT.set_forkserver_preload(
 def _command(args: Sequence[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     os.chdir(folder)
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it puts behind it ignore Ctrl-C
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(written, 1)
     os.dup2(written, 2)

@@ -127,6 +127,33 @@ def test_the_sets_of_an_evaluation_are_looked_at(examine, tmp_path: Path) -> Non
     assert there.state == "ok"
 
 
+def test_remote_code_has_to_be_asked_for_and_pinned() -> None:
+    commit = "0" * 40
+    states = [
+        [found.state for found in module.remote_code(*given)]
+        for given in (("a/b", commit, False), ("a/b", "main", True), ("a/b", None, True), ("a/b", commit, True))
+    ]
+    assert states == [["error"], ["error"], ["error"], ["ok"]]
+
+
+def test_the_size_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its index in the cache, or, if it may be asked, from the Hub; and whether it fits."""
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module.torch.cuda, "mem_get_info", lambda device: (0, 8 * 2**30))
+    assert list(module.size("a/b", None, online=False)) == []
+    files = [Mock(rfilename="model-1.safetensors", size=7 * 2**30), Mock(rfilename="model.bin", size=99 * 2**30)]
+    monkeypatch.setattr(module, "HfApi", lambda: Mock(model_info=lambda *a, **k: Mock(siblings=files)))
+    assert [(found.what, found.state) for found in module.size("a/b", None, online=True)] == [
+        ("VLM's weights", "ok"),
+        ("memory", "ok"),
+    ]
+    (tmp_path / "index.json").write_text('{"metadata": {"total_size": 15032385536}}')
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *a, **k: str(tmp_path / "index.json"))
+    weights, memory = module.size("a/b", None, online=False)
+    assert weights.found == "14.0 GiB"
+    assert memory.state == "error"
+
+
 def test_a_server_that_needs_a_key_is_said_to(examine, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = ("--config", "configs/evaluate.yaml", "--config", "configs/rate.yaml")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)

@@ -134,6 +134,7 @@ class CogVLM(Remote):
             self.system,
             self.eos_token_ids,
             self.config.max_position_embeddings,
+            0,
             self.config.vision_config["image_size"],
             int(own["token_type_ids"].sum()),
             int(own["input_ids"][1]),

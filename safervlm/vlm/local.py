@@ -236,16 +236,23 @@ def reading(name: str) -> Iterator[None]:
         ) from error
 
 
+# What of a model's folder decides an answer, besides its weights.
+DECIDES = (
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("chat_template.*", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+)
+
+
 def weights_fingerprint(name: str, revision: str | None) -> str | None:
-    """What tells a model's weights from others under the same name.
+    """What tells a model's weights, and what else in its folder decides an answer, from others under the same name.
 
     Args:
-        name: a folder, whose configuration and weights are hashed, or a name on the Hub, whose commit is given.
+        name: a folder, whose files are hashed, or a name on the Hub, whose commit is given.
         revision: on the Hub.
     """
     folder = Path(name)
     if folder.is_dir():
-        return fingerprint(folder / "config.json", *sorted(folder.glob("*.safetensors")))
+        return fingerprint(*(file for kind in (*DECIDES, "*.safetensors") for file in sorted(folder.glob(kind))))
     with reading(name):
         return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
 

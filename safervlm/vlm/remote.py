@@ -176,7 +176,7 @@ class Remote(Transformers):
             return super().describe() | {"code": self.revision}
         described = super().describe() | {"code": fingerprint(*sorted(folder.glob("*.py")))}
         if not any(folder.glob("*.safetensors")):
-            described["weights"] = fingerprint(folder / "config.json", *sorted(folder.glob("pytorch_model*.bin")))
+            described["weights"] = fingerprint(described["weights"], *sorted(folder.glob("pytorch_model*.bin")))
         return described
 
     @cached_property
@@ -203,14 +203,15 @@ class Remote(Transformers):
                 f"vlm.model: the code of {self.name!r} has to lie in its own repository, but {name} in its auto_map "
                 f"is {reference!r}; name a {self.family}"
             )
-        try:
-            with reading(self.name), standing_in(self.absent, self.stand_in):
-                return get_class_from_dynamic_module(reference, self.name, revision=self.revision)
-        except ImportError as error:
-            raise ValueError(
-                f"vlm.model: the code of {self.name!r} can't be imported ({str(error).splitlines()[0]}); "
-                f"{self.family}'s needs pip install 'safervlm[remote]'"
-            ) from error
+        with reading(self.name):
+            try:
+                with standing_in(self.absent, self.stand_in):
+                    return get_class_from_dynamic_module(reference, self.name, revision=self.revision)
+            except ImportError as error:
+                raise ValueError(
+                    f"vlm.model: the code of {self.name!r} can't be imported ({str(error).splitlines()[0]}); "
+                    f"{self.family}'s needs pip install 'safervlm[remote]'"
+                ) from error
 
     @cached_property
     @abstractmethod

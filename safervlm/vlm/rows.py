@@ -116,9 +116,9 @@ class EachOnce:
         encoded = self.encode(*some_args, **some_kwargs)
         if self.works is None:
             every = self.encode(*args, **kwargs)
-            self.works = all(
-                len(part) == len(firsts) and agree(whole, part[number], whole.dtype)
-                for whole, part in zip(_tensors(every), _tensors(encoded), strict=True)
+            pairs = list(zip(_tensors(every), _tensors(encoded), strict=True))
+            self.works = bool(pairs) and all(
+                len(part) == len(firsts) and agree(whole, part[number], whole.dtype) for whole, part in pairs
             )
             return every
         return rows(encoded, number)

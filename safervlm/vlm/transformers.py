@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from string import Formatter
 from types import SimpleNamespace
 from typing import Any, Literal, Self
 
@@ -30,7 +31,7 @@ from transformers.utils import ModelOutput
 
 from safervlm.images import BLANK, open_image
 from safervlm.records import Example, Question, RecordError, seed_for
-from safervlm.vlm.base import Batch, Generation
+from safervlm.vlm.base import Batch, Generation, Unanswered
 from safervlm.vlm.local import LocalVLM, Targets, reading
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.rows import EachOnce, Encoding, Sharing, extend, join
@@ -85,6 +86,7 @@ class ProcessorCollator:
         system: the conversation's system prompt; empty for none.
         eos_token_ids: the tokens that end an answer.
         max_length: a longer prompt with its completion is refused, never cut.
+        question_length: the same of a question that is read a second time, by a Q-Former; 0 where none does.
     """
 
     processor: ProcessorMixin
@@ -92,6 +94,7 @@ class ProcessorCollator:
     system: str
     eos_token_ids: list[int]
     max_length: int
+    question_length: int
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -108,11 +111,21 @@ class ProcessorCollator:
                 found = [token for token in special if token in text]
                 if found:
                     raise RecordError(f"{name}: its text contains the special token {found[0]!r}; leave it out")
-            encoding = self.encode(example.question)
+            try:
+                encoding = self.encode(example.question)
+            except RecordError:
+                raise
+            except ValueError as error:  # of an image of another shape than it can handle, for example
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise RecordError(f"{name}: the model's processor can't take it ({reason})") from error
             answers = [self.completion_ids(encoding, text.strip()) for text in example.completions]
             length = encoding["input_ids"].shape[1] + max(map(len, answers), default=0)
             if length > self.max_length:
                 raise RecordError(f"{name}: {length} tokens, the model takes {self.max_length}; shorten the question")
+            if self.question_length and (length := encoding["qformer_input_ids"].shape[1]) > self.question_length:
+                raise RecordError(
+                    f"{name}: {length} tokens, the Q-Former takes {self.question_length}; shorten the question"
+                )
             encodings.append(encoding)
             completions.append(answers)
         return EncodedBatch([example.question for example in examples], encodings, completions)
@@ -227,8 +240,8 @@ class Transformers(LocalVLM):
         template: str | None = None,
     ) -> None:
         super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing)
-        if template is not None and "{question}" not in template:
-            raise ValueError(f"vlm.template: it has no {{question}} in it, got {template!r}")
+        if template is not None and {name for _, name, _, _ in Formatter().parse(template)} - {None} != {"question"}:
+            raise ValueError(f"vlm.template: it holds {{question}}, and nothing else in braces, got {template!r}")
         self.system, self.template = system, template
 
     @cached_property
@@ -264,6 +277,7 @@ class Transformers(LocalVLM):
             self.system,
             self.eos_token_ids,
             getattr(text, "max_position_embeddings", 2**31),
+            self.config.qformer_config.max_position_embeddings if hasattr(self.processor, "qformer_tokenizer") else 0,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -377,11 +391,31 @@ class Transformers(LocalVLM):
         """Of what the questions about an image begin with."""
         return Sharing(self.base, self.pad_token_id, self.image_token_ids, self.dtype)
 
+    def without_room(self, batch: EncodedBatch, sampling: Sampling) -> dict[int, str]:
+        """The questions whose answers may need positions that the model hasn't learnt, and the reason for each."""
+        learned = (part for name, part in self.base.get_decoder().named_modules() if name.endswith("embed_positions"))
+        if not any(isinstance(part, nn.Embedding) for part in learned):
+            return {}  # it computes positions, as many as there are
+        limit, new = self.collator.max_length, sampling.max_new_tokens
+        lengths = [encoding["input_ids"].shape[1] for encoding in batch.encodings]
+        return {
+            row: f"{batch.questions[row].id}: {length} tokens and as many as {new} new ones, the model takes {limit}; "
+            "shorten the question, or lower sampling.max_new_tokens"
+            for row, length in enumerate(lengths)
+            if length + new > limit
+        }
+
     @torch.no_grad()
     def generate(
         self, batch: EncodedBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy"
     ) -> list[Generation]:
         """Answers the questions of a batch; those about one image share what they begin with, where they can."""
+        if reasons := self.without_room(batch, sampling):
+            some = torch.tensor([row for row in range(len(batch)) if row not in reasons])
+            answers = iter(self.generate(batch.select(some), sampling, seed, adapter) if len(some) else [])
+            raise Unanswered(
+                next(iter(reasons.values())), [reasons.get(row) or next(answers) for row in range(len(batch))]
+            )
         tokenwise = {"input_ids", *self.written(batch.encodings[0])}
         chain = processors(sampling, self.suppressed)
         if sampling.temperature > 0:

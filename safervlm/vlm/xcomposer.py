@@ -207,6 +207,7 @@ class XComposer2(Remote):
             system,
             self.eos_token_ids,
             self.raw_config["max_length"],
+            0,
             self.raw_config["img_size"],
             (self.raw_config["img_size"] // CLIP["patch_size"]) ** 2,
             self.tokenizer.unk_token_id,

@@ -15,7 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
+from safervlm.measure import AskCollator
 from safervlm.records import Example, Question, RecordError
+from safervlm.vlm.base import Unanswered
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.transformers import EncodedBatch, Transformers
@@ -312,8 +314,9 @@ def test_a_model_without_a_chat_template_needs_a_template(tmp_path: Path) -> Non
     family = written(families.instructblip, tmp_path)
     with pytest.raises(ValueError, match=r"^vlm.model: .* has no chat template; give vlm.template"):
         _ = new(family).collator
-    with pytest.raises(ValueError, match=r"^vlm.template: it has no \{question\} in it, got 'Question: '"):
-        new(family, template="Question: ")
+    for template in ("Question: ", "{question} {x}"):
+        with pytest.raises(ValueError, match=r"^vlm\.template: it holds \{question\}, and nothing else in braces, got"):
+            new(family, template=template)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +340,44 @@ def test_a_question_with_a_special_token_is_refused(tmp_path: Path, examples: li
     question = replace(examples[0].question, prompt="Is <|vision_start|> safe?")
     with pytest.raises(RecordError, match=f"^{question.id}: .* special token '<|vision_start|>'".replace("|", r"\|")):
         collator([Example(question)])
+
+
+def test_an_image_that_the_processor_cannot_take_fails_alone(tmp_path: Path, examples: list[Example]) -> None:
+    """Qwen's refuses one that is 200 times as wide as high; the others are asked."""
+    vlm = loaded(written(families.qwen2_vl, tmp_path))
+    Image.new("RGB", (900, 3)).save(tmp_path / "thin.png")
+    thin = replace(
+        examples[0], question=replace(examples[0].question, image_path=str(tmp_path / "thin.png"), id="thin")
+    )
+    asked = AskCollator(vlm.collator)([thin, *examples[1:]])
+    assert len(asked.batch) == 4
+    assert [failure.question.id for failure in asked.failed] == ["thin"]
+    assert "thin: the model's processor can't take it (absolute aspect ratio" in asked.failed[0].reason
+
+
+def test_a_question_that_is_too_long_for_the_q_former_fails_alone(tmp_path: Path, examples: list[Example]) -> None:
+    vlm = loaded(written(families.instructblip, tmp_path, "{question}"))
+    long = Example(replace(examples[0].question, prompt="safe? " * 200, id="long"))
+    vlm.collator.max_length = 10_000
+    asked = AskCollator(vlm.collator)([long, *(Example(example.question) for example in examples[1:])])
+    assert [failure.question.id for failure in asked.failed] == ["long"]
+    assert "tokens, the Q-Former takes 512; shorten the question" in asked.failed[0].reason
+
+
+def test_an_answer_that_would_have_no_place_is_not_begun(tmp_path: Path, examples: list[Example]) -> None:
+    """OPT has learnt its positions: behind the last one there is nothing to look up."""
+    vlm = loaded(written(families.blip2, tmp_path, QUESTION))
+    greedy = Sampling(temperature=0, max_new_tokens=8)
+    expected = vlm.generate(vlm.collator(examples[1:]), greedy, seed=0)
+    there = vlm.collator([examples[0]]).encodings[0]["input_ids"].shape[1]
+    words = vlm.collator.max_length - there - 4  # each a token of its own or more
+    long = Example(replace(examples[0].question, prompt=examples[0].question.prompt + " " * (words // 2), id="long"))
+    batch = vlm.collator([long, *examples[1:]])
+    length = batch.encodings[0]["input_ids"].shape[1]
+    with pytest.raises(Unanswered) as caught:
+        vlm.generate(batch, replace(greedy, max_new_tokens=vlm.collator.max_length - length + 1), seed=0)
+    assert f"long: {length} tokens and as many as" in caught.value.answers[0]
+    assert [answer.token_ids[:8] for answer in caught.value.answers[1:]] == [answer.token_ids for answer in expected]
 
 
 def test_no_special_token_is_ever_drawn(base: Transformers) -> None:

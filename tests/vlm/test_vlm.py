@@ -321,7 +321,10 @@ def test_other_weights_under_the_same_name_are_another_model(tiny_llava: Path, t
     before = Llava(str(copy)).describe()
     weights = load_file(copy / "model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, copy / "model.safetensors")
-    assert Llava(str(copy)).describe()["weights"] != before["weights"]
+    after = Llava(str(copy)).describe()
+    assert after["weights"] != before["weights"]
+    (copy / "chat_template.jinja").write_text("another layout of the question")
+    assert Llava(str(copy)).describe()["weights"] != after["weights"]
 
 
 @pytest.mark.parametrize(
