@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import inspect
 import logging
+import os
 import re
 import signal
 import sys
@@ -232,6 +233,13 @@ class SaferCLI(LightningCLI):
                     fail(f"--trainer: {error}")
                 raise
             fail(str(known))
+        started, wanted = int(os.environ.get("WORLD_SIZE", 1)), self.trainer.num_devices * self.trainer.num_nodes
+        if "TORCHELASTIC_RUN_ID" in os.environ and started != wanted:
+            fail(
+                f"--trainer.devices: torchrun has started {started} processes for a trainer of {wanted}; give "
+                f"--trainer.devices {started} --trainer.strategy ddp (for each of several nodes its own, and "
+                "--trainer.num_nodes)"
+            )
         run = self.config[self.subcommand]["run"]
         try:
             Path(run).mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ comes again has to come with the same settings: then it goes on where it stopped
 command, and what of the provenance was another.
 """
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from lightning import Callback, LightningModule, Trainer
 
 from safervlm.records import FAILED, RecordError, write_atomically
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 PACKAGES = ("safervlm", "torch", "lightning", "transformers", "peft", "tokenizers", "datasets", "numpy", "pillow")
 
 
@@ -89,6 +91,29 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def lock(run: Path) -> TextIO | None:
+    """Keeps other commands out of a run folder, until the file that is given back is closed or the process dies.
+
+    Returns:
+        None on a file system without locks.
+
+    Raises:
+        RecordError: another process has the folder.
+    """
+    file = (run / LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise RecordError(
+            f"--run: another command is at work in {run}; wait for its end, or name another folder"
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
 def write_stage(run: Path, stage: str, **entry: Any) -> None:
     """Adds to a stage's entry of the manifest."""
     manifest = read_manifest(run)
@@ -117,11 +142,16 @@ def stage_name(module: LightningModule) -> str:
 
 
 class RunManifest(Callback):
-    """Writes the run's manifest, and refuses a folder made with other settings."""
+    """Writes the run's manifest, and refuses a folder made with other settings, or in which another command works."""
+
+    def __init__(self) -> None:
+        self._lock: TextIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs before any weight is read."""
         run, name = Path(trainer.default_root_dir), stage_name(pl_module)
+        if trainer.is_global_zero and stage != "validate":
+            self._lock = lock(run)
         settings = {
             "model": pl_module.describe(),  # type: ignore[operator]
             "data": trainer.datamodule.describe(),  # type: ignore[attr-defined]
@@ -163,6 +193,12 @@ class RunManifest(Callback):
         """Says how to go on after Ctrl-C."""
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             print(f"\nstopped; the same command goes on from what is in {trainer.default_root_dir}")
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Notes that the stage came to its end; Lightning doesn't call this where it was interrupted."""
@@ -170,5 +206,7 @@ class RunManifest(Callback):
             run = Path(trainer.default_root_dir)
             complete = stage != "predict" or not (run / FAILED).exists()
             write_stage(run, stage_name(pl_module), finished=complete)
-            names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in run.iterdir())
+            there = [path for path in run.iterdir() if path.name != LOCK]
+            names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in there)
             print(f"{run} holds {', '.join(names)}")
+        self._unlock()

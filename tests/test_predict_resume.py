@@ -272,6 +272,19 @@ def test_what_starts_the_processes_changes_nothing(launcher, command, uninterrup
     assert manifest["stages"]["measure"]["provenance"]["command"].startswith("safervlm predict --config")
 
 
+def test_torchrun_and_a_trainer_for_one(command, tmp_path) -> None:
+    """Each of its processes would take itself for the only one."""
+    line = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "--no-python", "--", BIN / "safervlm"]
+    line += command("run")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    ended = subprocess.run(list(map(str, line)), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert (
+        "--trainer.devices: torchrun has started 2 processes for a trainer of 1; give --trainer.devices 2"
+        in ended.stderr
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("cluster", ["two nodes", "slurm"])
 def test_two_nodes(cluster, command, uninterrupted, tmp_path) -> None:
     """Two nodes of one process each, on one machine: each is told which it is as a cluster or Slurm tells it."""

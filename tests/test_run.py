@@ -1,12 +1,23 @@
 """The manifest: what made a run, and what is refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from safervlm.run import SettingsDifferError, check_settings, finished, flatten, read_manifest, write_stage
+from safervlm.run import (
+    SettingsDifferError,
+    check_settings,
+    finished,
+    flatten,
+    has_results,
+    lock,
+    read_manifest,
+    write_stage,
+)
 
 SETTINGS = {"model": {"lr": 1e-3, "betas": (0.9, 0.99)}, "data": {"ids": "abc"}}
 
@@ -74,6 +85,18 @@ def test_an_adapter_is_its_weights_wherever_they_lie(tmp_path: Path) -> None:
     check_settings(tmp_path, "measure", settings("/moved/ppo/adapter", "a"))
     with pytest.raises(SettingsDifferError, match=r"adapter\.sha256: 'a' there, 'b' now"):
         check_settings(tmp_path, "measure", settings("runs/ppo/adapter", "b"))
+
+
+def test_a_folder_takes_one_command_at_a_time(tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    assert held is not None
+    other = "import sys; from pathlib import Path; from safervlm.run import lock; lock(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", other, str(tmp_path)]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"--run: another command is at work in {tmp_path}; wait for its end" in refused.stderr
+    held.close()
+    subprocess.run(command, capture_output=True, check=True)
+    assert not has_results(tmp_path)  # it isn't one of them
 
 
 def test_flatten() -> None:
