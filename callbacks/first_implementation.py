@@ -13,9 +13,10 @@ from safervlm.records import write_atomically
 
 
 class FirstImplementationFiles(Callback):
-    """After ``predict``, writes ``first_implementation/CAPABILITY/response_prompt_N.json`` into the run folder.
+    """After ``predict``, writes ``first_implementation/SET/CAPABILITY/response_prompt_N.json`` into the run folder.
 
-    Each holds a list of prompt, image_fname and output. It stands behind the RecordWriter, which writes the
+    Each holds a list of prompt, image_fname and output. A data set has a folder of its own, which that implementation
+    takes for a VLM's: its files don't say which set an image is of. It stands behind the RecordWriter, which writes the
     ``responses.jsonl`` that it reads.
 
     Args:
@@ -33,7 +34,8 @@ class FirstImplementationFiles(Callback):
         files: dict[Path, list[dict[str, Any]]] = defaultdict(list)
         for response in read_responses(run):
             question = response.question
-            file = run / "first_implementation" / question.capability / f"response_prompt_{question.prompt_number}.json"
+            folder = run / "first_implementation" / question.dataset / question.capability
+            file = folder / f"response_prompt_{question.prompt_number}.json"
             image = question.image if question.image_path is not None else self.blank
             files[file].append({"prompt": question.prompt, "image_fname": image, "output": response.response})
         for file, records in files.items():

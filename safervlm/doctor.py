@@ -59,14 +59,17 @@ class ParsedCLI(SaferCLI):
         """Runs nothing."""
 
 
-def doctor(config: list[str] | None = None, online: bool = False) -> None:
+def doctor(config: list[str] | None = None, vlm: str | None = None, online: bool = False) -> None:
     """Looks at Python, packages, GPU, disk, the Hub's token, and at what a recipe names; exit code 1 on an error.
 
     Args:
         config: The recipe, then its overlays, as safervlm predict or fit takes them.
+        vlm: A file of configs/vlm, or another, to look at in place of the recipe's VLM.
         online: Also ask the Hub whether it gives what the recipe names; without it nothing leaves this machine.
     """
     findings = [*machine(), *hub_token()]
+    if vlm and not config:
+        raise ValueError(f"--vlm: {vlm!r} is looked at with a recipe: --config configs/measure.yaml")
     if config:
         files = [local_or_shipped(file) for file in config]
         missing = [file for file in files if not Path(file).is_file()]
@@ -78,6 +81,7 @@ def doctor(config: list[str] | None = None, online: bool = False) -> None:
         trains = bool(paths) and is_overridden("training_step", import_object(paths[-1]), LightningModule)
         command = "fit" if trains else "predict"
         line = [command, *(part for file in files for part in ("--config", file))]
+        line += ["--model.vlm", local_or_shipped(vlm)] if vlm else []
         hush()
         with as_command_line(line):
             settings = ParsedCLI(line).config[command]
@@ -147,7 +151,7 @@ def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
             continue
         argument = key.replace(".init_args", "")
         if name == "model" and key.endswith("vlm.init_args.model"):
-            yield from vlm(value, named.get(key.removesuffix("model") + "revision"), online)
+            yield from model(value, named.get(key.removesuffix("model") + "revision"), online)
             if trains and Path(value).is_dir():
                 stem = key.removesuffix("model") + "lora."
                 adapters = 2 if named.get("model.init_args.value_on") == "adapter" else 1
@@ -185,7 +189,7 @@ def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def vlm(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
+def model(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
     """The model: is it there, is it pinned, does it fit?"""
     if Path(name).is_dir():
         weights = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))

@@ -11,7 +11,7 @@ from rich.table import Table
 from callbacks.record_writer import read_torn_jsonl
 from safervlm.protocol import CAPABILITIES
 from safervlm.records import FAILED, read_jsonl
-from safervlm.run import finished
+from safervlm.run import finished, read_manifest
 
 
 def state(run: Path) -> dict[str, str]:
@@ -47,6 +47,13 @@ def capability(name: str) -> str:
     return name.split("/")[-2]
 
 
+def command(run: Path) -> str:
+    """The one that measured last."""
+    stage = read_manifest(run)["stages"]["measure"]
+    first: str = stage["provenance"]["command"]
+    return str(stage["continued"][-1].get("command", first)) if stage.get("continued") else first
+
+
 def last_line(run: Path) -> str:
     """What the run said last."""
     log = run.with_name(f"{run.name}.log")
@@ -55,13 +62,16 @@ def last_line(run: Path) -> str:
 
 
 def main() -> None:
-    """Prints the table; with --complete only the exit code says whether a run is complete."""
+    """Prints the table; with --complete only the exit code says whether the command has completed the run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--complete", action="store_true", help="no table: exit code 0 if all of them are complete")
+    parser.add_argument(
+        "--complete", metavar="COMMAND", help="no table: exit code 0 if this command has completed them"
+    )
     options = parser.parse_args()
     if options.complete:
-        sys.exit(0 if all(finished(run, "measure") for run in options.runs) else 1)
+        complete = all(finished(run, "measure") and command(run) == options.complete for run in options.runs)
+        sys.exit(0 if complete else 1)
     table = Table(title="What is measured: answers")
     for heading in ("run", *CAPABILITIES):
         table.add_column(heading, overflow="fold")

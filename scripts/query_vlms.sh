@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Measures VLMs one after the other: bash scripts/query_vlms.sh [VLM ...] [-- ARGUMENTS of safervlm predict ...]
 # A VLM is a file of configs/vlm without its ending, or the path of another such file; left out, all of configs/vlm are
-# measured. Each has the run folder $RUNS/VLM (RUNS: runs/query) and the log $RUNS/VLM.log. What is complete is skipped,
-# a failure doesn't stop the others, and the end is a table of VLMs and capabilities.
+# measured. Each has the run folder $RUNS/VLM (RUNS: runs/query) and the log $RUNS/VLM.log. What the same command has
+# completed is skipped, a failure doesn't stop the others, and the end is a table of VLMs and capabilities; exit code 1
+# after a failure, 3 where questions have no answer.
 set -uo pipefail
 case "${1:-}" in
   -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;;
@@ -15,24 +16,30 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do vlms+=("$1"); shift; done
 [ $# -gt 0 ] && shift
 if [ "${#vlms[@]}" = 0 ]; then for file in configs/vlm/*.yaml; do vlms+=("$(basename "$file" .yaml)"); done; fi
 scripts="$(dirname "$0")"
-folders=()
+folders=() ended=0
 mkdir -p "$runs"
 for vlm in "${vlms[@]}"; do
   file="$vlm"
   [ -f "$file" ] || file="configs/vlm/$vlm.yaml"
   run="$runs/$(basename "$vlm" .yaml)"
   folders+=("$run")
-  if python "$scripts/query_matrix.py" --complete "$run"; then
-    echo "$vlm: complete, skipped; other arguments need another folder (RUNS=...)"
+  line=(predict --config configs/measure.yaml "$@" --model.vlm "$file" --run "$run")
+  if python "$scripts/query_matrix.py" --complete "safervlm ${line[*]}" "$run"; then
+    echo "$vlm: complete, skipped"
     continue
   fi
   echo "$vlm: measuring into $run"
-  safervlm predict --config configs/measure.yaml "$@" --model.vlm "$file" --run "$run" 2>&1 | tee "$run.log"
+  safervlm "${line[@]}" 2>&1 | tee -i "$run.log"
   code="${PIPESTATUS[0]}"
   case "$code" in
-    0 | 3) ;;  # 3: some questions have no answer; the table says how many
+    0) ;;
+    3) [ "$ended" = 1 ] || ended=3 ;;  # some questions have no answer; the table says how many
     130) exit 130 ;;
-    *) echo "$vlm: failed with exit code $code, going on with the next; see $run.log" >&2 ;;
+    *)
+      ended=1
+      echo "$vlm: failed with exit code $code, going on with the next; see $run.log" >&2
+      ;;
   esac
 done
 python "$scripts/query_matrix.py" "${folders[@]}"
+exit "$ended"

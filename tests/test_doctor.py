@@ -136,6 +136,12 @@ def test_remote_code_has_to_be_asked_for_and_pinned() -> None:
     assert states == [["error"], ["error"], ["error"], ["ok"]]
 
 
+def test_another_vlm_in_the_recipes_place(examine) -> None:
+    _, found = examine("--config", "configs/measure.yaml", "--vlm", "configs/vlm/cogvlm-chat.yaml")
+    assert found["VLM"].found.startswith("THUDM/cogvlm-chat-hf")
+    assert "all 40 digits of the commit" in found["VLM's code"].found
+
+
 def test_the_size_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its index in the cache, or, if it may be asked, from the Hub; and whether it fits."""
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)

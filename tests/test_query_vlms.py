@@ -31,16 +31,16 @@ def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_
         vlm = {"class_path": "safervlm.vlm.llava.Llava", "init_args": {"model": str(model), "dtype": "float32"}}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(vlm))
 
-    def query(*vlms: str) -> str:
+    def query(*vlms: str, more: tuple[str, ...] = (), code: int = 0) -> str:
         environment = os.environ | {
             "RUNS": str(tmp_path / "runs"),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "COLUMNS": "200",
         }
         line = ["bash", "scripts/query_vlms.sh", *(str(tmp_path / f"{name}.yaml") for name in vlms), "--"]
-        line += ["--config", str(tmp_path / "overlay.yaml")]
+        line += ["--config", str(tmp_path / "overlay.yaml"), *more]
         ended = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-        assert ended.returncode == 0, ended.stderr
+        assert ended.returncode == code, ended.stderr
         return ended.stdout
 
     return query
@@ -48,7 +48,7 @@ def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_
 
 @pytest.mark.slow
 def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: Path) -> None:
-    printed = query("bad", "good")
+    printed = query("bad", "good", code=1)
     rows = {line.split()[1]: line for line in printed.splitlines() if line.startswith("│")}
     assert [cell.strip() for cell in rows["good"].split("│")[2:5]] == ["complete, 2", "complete, 10", "complete, 10"]
     assert "failed: vlm.model: no folder" in rows["bad"]
@@ -57,6 +57,10 @@ def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: P
     again = query("good")
     assert "complete, skipped" in again
     assert (tmp_path / "runs" / "good" / "responses.jsonl").read_bytes() == responses
+    # Complete by other arguments isn't complete by these.
+    refused = query("good", more=("--data.limit", "1"), code=1)
+    assert "data.limit: 2 there, 1 now" in refused
+    assert "complete, skipped" in query("good")
 
     # Half of it is gone, as if it had been killed: the table says so, and the next time it is completed.
     run = tmp_path / "runs" / "good"

@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safervlm.data.base import Collator, Parts, SaferData, text_field
 from safervlm.data.contexts import context_questions, read_contexts
@@ -203,7 +203,7 @@ class OwnData(SaferData):
         validation_file: str | None = None,
         name: str = "Own",
         collator: Collator | None = None,
-        batch_size: int = 8,
+        batch_size: int | Literal["auto"] = 8,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:

@@ -45,14 +45,14 @@ def read_responses(path: str | Path) -> list[Response]:
     return responses
 
 
-def read_first_implementation(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+def read_first_implementation(path: str | Path) -> list[tuple[Path, int, dict[str, Any]]]:
     """Reads the first implementation's JSON.
 
     Args:
         path: a VLM's folder, all of whose ``response_prompt_{n}.json`` are read, or one JSON file.
 
     Returns:
-        Where each record stands (file and number from 0, for messages), and the record.
+        The file and number, from 0, of each record, and the record.
 
     Raises:
         RecordError: nothing to read, no JSON, or a record of another form, naming it.
@@ -80,17 +80,18 @@ def read_first_implementation(path: str | Path) -> list[tuple[str, dict[str, Any
                     raise RecordError(f"{where}: the field {name!r} must be a text, got {fields.get(name)!r}")
             if "output" not in fields or not isinstance(fields["output"], str | None):
                 raise RecordError(f"{where}: the field 'output' must be a text or null, got {fields.get('output')!r}")
-            records.append((where, fields))
+            records.append((file, number, fields))
     return records
 
 
 def match_first_implementation(
-    records: Iterable[tuple[str, dict[str, Any]]], questions: Sequence[Question]
+    records: Iterable[tuple[Path, int, dict[str, Any]]], questions: Sequence[Question]
 ) -> tuple[list[Response], list[Question]]:
     """Finds the question that each record answers, by content: what was asked, and about which image.
 
     A question about a concept's name is found by its words alone, for the concept is one of them (those records carry
-    the blank image's name). The position in the file is never used.
+    the blank image's name). Of two sets with equal images that is meant in whose folder the file lies. The position in
+    the file is never used.
 
     Args:
         records: see :func:`read_first_implementation`.
@@ -116,7 +117,8 @@ def match_first_implementation(
 
     responses, missing = [], []
     answered: dict[str, str] = {}
-    for where, record in records:
+    for file, number, record in records:
+        where = f"{file}, record {number}"
         image, prompt = record["image_fname"], _words(record["prompt"])
         found = about_names.get(prompt) or about_images.get((image, prompt), [])
         if not found:
@@ -128,8 +130,13 @@ def match_first_implementation(
                 reason = f"the data set has neither the question {record['prompt']!r} nor the image {image!r}"
             raise RecordError(f"{where}: {reason}; is it the set (and are these the capabilities) in data.questions?")
         if len(found) > 1:
+            found = [question for question in found if question.dataset in file.parts] or found
+        if len(found) > 1:
             candidates = " or ".join(question.id for question in found)
-            raise RecordError(f"{where}: it may answer {candidates}: name a data set in data.questions that asks one")
+            raise RecordError(
+                f"{where}: it may answer {candidates}: name a data set in data.questions that asks one, or put the "
+                "file into a folder that is called as its data set"
+            )
         question = found[0]
         if question.id in answered:
             raise RecordError(

@@ -415,6 +415,9 @@ class ImageSets(SaferData):
             raise ValueError(f"data.validation_fraction: from 0 to below 1, got {validation_fraction}")
         if limit is not None and limit < 1:
             raise ValueError(f"data.limit: at least 1, or none, got {limit}")
+        for each in (name, safe_name):
+            if "/" in each or each in ("", ".", ".."):
+                raise ValueError(f"data.name: a name without a slash, got {each!r}")
         if name == safe_name:
             raise ValueError(f"data.safe_name: the two sets need different names, got {name!r} twice")
         cache = Path(cache_dir).expanduser()

@@ -228,9 +228,8 @@ class Sharing:
         shared, alone = (
             self.model.generate(
                 **inputs,
-                max_new_tokens=2,
                 generation_config=GenerationConfig(
-                    output_logits=True, return_dict_in_generate=True, pad_token_id=self.pad_token_id
+                    max_new_tokens=2, output_logits=True, return_dict_in_generate=True, pad_token_id=self.pad_token_id
                 ),
             )
             for inputs in (trial.inputs(few, tokenwise) or {}, self._join(few))

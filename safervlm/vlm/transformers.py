@@ -271,7 +271,7 @@ class Transformers(LocalVLM):
                 f"vlm.model: {self.name!r} has no chat template; give vlm.template, the text around {{question}}"
             )
         text = self.config.get_text_config()
-        return ProcessorCollator(
+        collator = ProcessorCollator(
             self.processor,
             self.template,
             self.system,
@@ -279,6 +279,16 @@ class Transformers(LocalVLM):
             getattr(text, "max_position_embeddings", 2**31),
             self.config.qformer_config.max_position_embeddings if hasattr(self.processor, "qformer_tokenizer") else 0,
         )
+        if self.template is not None:
+            try:
+                collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
+            except ValueError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ValueError(
+                    f"vlm.template: the model's processor refuses {self.template!r} with an image ({reason}); write "
+                    "where the image stands, as in '<image>{question}'"
+                ) from error
+        return collator
 
     def describe(self) -> dict[str, Any]:
         """What of the VLM decides an answer."""

@@ -3,15 +3,22 @@
 import json
 from types import SimpleNamespace
 
+import pytest
+
 from callbacks.first_implementation import FirstImplementationFiles
 from safervlm.data.responses import SavedResponses
 from safervlm.data.unsafe_concepts import UnsafeConcepts
-from safervlm.records import Response, write_jsonl
+from safervlm.records import RecordError, Response, write_jsonl
 
 
 def test_what_is_written_is_read_back(tiny_sets, tmp_path):
-    data = UnsafeConcepts(str(tiny_sets / "unsafe"), limit=4)
+    """Of two sets whose images have the same names: only the folder tells their answers apart."""
+    data = UnsafeConcepts(str(tiny_sets / "unsafe"), str(tiny_sets / "safe"), limit=4)
     questions = [example.question for example in data.parts.predict]
+    shared = {q.image for q in questions if q.dataset == data.dataset} & {
+        q.image for q in questions if q.dataset == data.safe_dataset
+    }
+    assert shared
     written = [Response(question, f"answer {n}", "stop", 2) for n, question in enumerate(questions)]
     write_jsonl(tmp_path / "responses.jsonl", [response.to_dict() for response in written])
     trainer = SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path))
@@ -19,13 +26,20 @@ def test_what_is_written_is_read_back(tiny_sets, tmp_path):
 
     folder = tmp_path / "first_implementation"
     names = {str(file.relative_to(folder)) for file in folder.rglob("*.json")}
-    numbered = {f"{c}/response_prompt_{n}.json" for c in ("alignment", "alignment_text_only") for n in range(5)}
-    assert names == numbered | {"perception/response_prompt_0.json"}
-    record = json.loads((folder / "alignment_text_only" / "response_prompt_2.json").read_text())[0]
+    unsafe = {f"{c}/response_prompt_{n}.json" for c in ("alignment", "alignment_text_only") for n in range(5)}
+    unsafe |= {"perception/response_prompt_0.json"}
+    safe = {f"alignment/response_prompt_{n}.json" for n in range(5)}
+    assert names == {*(f"{data.dataset}/{n}" for n in unsafe), *(f"{data.safe_dataset}/{n}" for n in safe)}
+    record = json.loads((folder / data.dataset / "alignment_text_only" / "response_prompt_2.json").read_text())[0]
     assert record.keys() == {"prompt", "image_fname", "output"}
     assert record["image_fname"] == "blank_image.png"
 
     read, missing = SavedResponses(str(folder), data).answers
     assert not missing
     assert {r.id: r.response for r in read} == {r.id: r.response for r in written}
+    # Without its folder a file is refused, and the way out is said.
+    moved = tmp_path / "moved.json"
+    moved.write_bytes((folder / data.safe_dataset / "alignment" / "response_prompt_0.json").read_bytes())
+    with pytest.raises(RecordError, match=r"it may answer .* or .*a folder that is called as its data set"):
+        _ = SavedResponses(str(moved), data).answers
     FirstImplementationFiles().on_predict_end(SimpleNamespace(is_global_zero=False), None)  # one process is enough
