@@ -102,8 +102,11 @@ class EachOnce:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the encoder gives for tensors that have a row an image."""
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if self.works is False or len({len(tensor) for tensor in tensors}) != 1:
+        given = [*args, *kwargs.values()]
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        # A list, of the images' sizes for example, may have a row an image, too.
+        listed = any(isinstance(value, Sequence | Mapping) and not isinstance(value, str) for value in given)
+        if self.works is False or listed or len({len(tensor) for tensor in tensors}) != 1:
             return self.encode(*args, **kwargs)
         firsts, number = equals(list(zip(*tensors, strict=True)))
         if len(firsts) == len(number):
@@ -112,8 +115,7 @@ class EachOnce:
         def rows(tree: Any, places: list[int]) -> Any:
             return tree_map(lambda leaf: leaf[places] if isinstance(leaf, Tensor) else leaf, tree)
 
-        some_args, some_kwargs = rows((args, kwargs), firsts)
-        encoded = self.encode(*some_args, **some_kwargs)
+        encoded = self.encode(*rows(args, firsts), **rows(kwargs, firsts))
         if self.works is None:
             every = self.encode(*args, **kwargs)
             pairs = list(zip(_tensors(every), _tensors(encoded), strict=True))

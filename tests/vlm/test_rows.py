@@ -57,6 +57,18 @@ def test_each_image_is_encoded_once(images: Tensor) -> None:
     assert seen[-1] == 6
 
 
+def test_sizes_in_a_list_are_left_alone(images: Tensor) -> None:
+    """They have a row an image, and nothing says so."""
+
+    def cropped(pixels: Tensor, sizes: list[int]) -> Tensor:
+        return torch.stack([image[:, :size].sum() for image, size in zip(pixels, sizes, strict=True)])
+
+    once = EachOnce(cropped)
+    for sizes in ([2] * 6, [1, 2, 3, 4, 1, 2]):
+        torch.testing.assert_close(once(images[SHOWN], sizes), cropped(images[SHOWN], sizes))
+    assert once.works is None
+
+
 def test_an_encoder_that_looks_at_all_images_together_is_left_alone(images: Tensor) -> None:
     def into_one_row(pixels: Tensor) -> Tensor:
         return pixels.flatten(1).reshape(1, -1)
