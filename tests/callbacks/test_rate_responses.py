@@ -568,7 +568,8 @@ def test_from_a_recipe_the_key_is_sent_and_stands_nowhere(judge_of, line, tmp_pa
     assert len(judge.asked) == 5 * 2 * 2 + 2
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert {path.name for path in files} == {
-        *("manifest.json", "predict.yaml", "responses.jsonl", "ratings.jsonl", "ratings-attempts.jsonl", "afterwards")
+        *("manifest.json", "predict.yaml", "responses.jsonl", "ratings.jsonl", "ratings-attempts.jsonl", "afterwards"),
+        ".lock",
     }
     said = capfd.readouterr()
     for where, content in (files | {Path("shell"): (said.out + said.err).encode()}).items():
