@@ -126,12 +126,15 @@ class Llava(PackedVLM):
         """Reads the tokenizer and the image processor when it is first asked for."""
         with reading(self.name):
             config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+            if not isinstance(config, LlavaConfig):
+                raise ValueError(
+                    f"vlm.model: {self.name!r} is a {config.model_type}, not a llava; name a LLaVA-1.5, or have it "
+                    "asked by --model.vlm safervlm.vlm.transformers.Transformers"
+                )
             tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
             image_processor = LlavaImageProcessorPil.from_pretrained(
                 self.name, revision=self.revision, do_pad=self.image_fit == "pad"
             )
-        if not isinstance(config, LlavaConfig):
-            raise ValueError(f"vlm.model: {self.name!r} is a {config.model_type}, not a llava; name a LLaVA-1.5")
         return LlavaCollator(
             tokenizer=tokenizer,
             image_processor=image_processor,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import families
 import pytest
 import torch
 from PIL import Image
@@ -312,6 +313,12 @@ def test_image_fit_pads_with_the_mean_colour_or_crops(
     assert pad[:, 0].abs().max() < 0.02
     assert pad[:, -1].abs().max() < 0.02
     assert pad[:, 14].abs().max() > 1
+
+
+def test_another_family_is_sent_to_its_class(tmp_path: Path) -> None:
+    families.gemma3(tmp_path)
+    with pytest.raises(ValueError, match=r"is a gemma3, not a llava; .* --model\.vlm safervlm\.vlm\.transformers\.Tr"):
+        _ = Llava(str(tmp_path)).collator
 
 
 def test_other_weights_under_the_same_name_are_another_model(tiny_llava: Path, tmp_path: Path) -> None:
