@@ -9,7 +9,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from safervlm.data.responses import read_responses
-from safervlm.records import write_atomically
+from safervlm.records import RecordError, write_atomically
 
 
 class FirstImplementationFiles(Callback):
@@ -34,6 +34,8 @@ class FirstImplementationFiles(Callback):
         files: dict[Path, list[dict[str, Any]]] = defaultdict(list)
         for response in read_responses(run):
             question = response.question
+            if question.dataset in ("", ".", "..") or "/" in question.dataset:
+                raise RecordError(f"{question.id}: the data set {question.dataset!r} can't name a folder; rename it")
             folder = run / "first_implementation" / question.dataset / question.capability
             file = folder / f"response_prompt_{question.prompt_number}.json"
             image = question.image if question.image_path is not None else self.blank

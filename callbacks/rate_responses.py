@@ -58,8 +58,8 @@ class RateResponses(Callback):
 
     A line a response and order (see :class:`safervlm.rating.Rating`), written as they come and put in the responses'
     order at the end; a process that dies loses the batch at work and no more. What this judge has rated already is not
-    asked again; what another judge has rated, or this one in the other order, is kept before it, for when it is wanted
-    again. Ratings of responses that have changed are replaced. A rating that doesn't come
+    asked again; what others have rated, or this one in another way, is kept before it, for when it is wanted again. A
+    rating that doesn't come
     is listed as missing, with its reason, and asked for by the next run of the same command; it ends neither the run
     nor the other callbacks. What the requests took is in ``ratings-attempts.jsonl``. It stands behind the
     RecordWriter, which writes ``responses.jsonl``; a run without such responses has no use for the judge, and it isn't
@@ -110,13 +110,12 @@ class RateResponses(Callback):
             "attempts": self.attempts,
         }
         write_stage(run, "ratings", settings=settings, finished=False)
-        others = [rating for key, rating in ratings.items() if key not in {each.key for each in wanted}]
-        orders = {each.swapped for each in wanted}
-        kept = [r for r in others if not r.reason and (r.judge != self.judge.name or r.swapped not in orders)]
+        asked = {each.key for each in wanted}
+        kept = [rating for key, rating in ratings.items() if key not in asked and not rating.reason]
         if kept:
-            print(f"{len(kept)} ratings of another judge, or in another order, are kept in {run / RATINGS}")
-        if replaced := len(others) - len(kept):
-            print(f"{replaced} ratings of responses that have changed, or aren't there any more, are replaced")
+            print(
+                f"{len(kept)} ratings by other judges or settings, or of other responses, are kept in {run / RATINGS}"
+            )
         if self.judge.system != SYSTEM:
             print(f"judge.system: {self.judge.system!r} is not the published prompt, and the ratings compare with none")
         if left:

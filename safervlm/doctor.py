@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from safervlm.data.benchmarks import TABLES
+from safervlm.data.benchmarks import on_the_hub
 from safervlm.lightning_cli import SaferCLI, as_command_line, hush, local_or_shipped
 from safervlm.records import read_jsonl
 
@@ -304,11 +304,11 @@ def image_folder(argument: str, folder: str) -> Finding:
 
 def source(argument: str, name: str, online: bool) -> Iterator[Finding]:
     """A benchmark's table or folder: here, on the web, or on the Hub."""
-    if Path(name).exists():
+    if Path(name).expanduser().exists():
         yield Finding("ok", argument, name)
     elif name.startswith("http"):
         yield Finding("warning", argument, f"{name} is fetched when it is first asked")
-    elif name.startswith((".", "/")) or name.endswith(TABLES):
+    elif not on_the_hub(name):
         yield Finding("error", argument, f"no {name!r} here ({Path.cwd()}); see docs/data.md")
     else:
         yield from repository(argument, name, "dataset", online)

@@ -521,13 +521,15 @@ def _incomparable(
 
 def _images(evaluation: Evaluation, datasets: set[str], capability: str) -> dict[str, str]:
     """What the images of data sets are by the manifest: name in the suite -> hash of their names and sizes."""
+    if capability == "context_text_only":
+        return {}  # shown to nobody
     data = read_manifest(evaluation.folder)["stages"].get("measure", {}).get("settings", {}).get("data", {})
     return {
         name: described["images"]
         for name, described in data.get("sets", {"": data}).items()
         if "images" in described
         and datasets & {*described.get("names", [described.get("name")])}
-        and ("contexts" in described) == capability.startswith("context")
+        and ("contexts" in described) == (capability == "context")
     }
 
 

@@ -294,14 +294,24 @@ def remarks(
 
 def other_models(manifests: Sequence[tuple[str, Summary]]) -> list[str]:
     """A line on each run whose base model isn't the first one's."""
-    key = "settings.model.vlm."
-    (first, original), *others = [(name, summary.get("measure", {})) for name, summary in manifests]
+
+    def base(summary: Summary) -> tuple[str | None, ...]:
+        measured = summary.get("measure", {})
+        name, weights = measured.get("settings.model.vlm.model"), measured.get("settings.model.vlm.weights")
+        # A server tells nothing of its weights.
+        return (weights,) if weights not in (None, "", "None") else (name, measured.get("settings.model.vlm.revision"))
+
+    (first, original), *others = manifests
     return [
-        f"{name} and {first} have other base models ({there.get(f'{key}model')}; {original.get(f'{key}model')}): what "
-        "they differ in is not an adapter's work"
-        for name, there in others
-        if any(there.get(key + part) != original.get(key + part) for part in ("model", "revision", "weights"))
+        f"{name} and {first} have other base models ({_model(summary)}; {_model(original)}): what they differ in is "
+        "not an adapter's work"
+        for name, summary in others
+        if base(summary) != base(original)
     ]
+
+
+def _model(summary: Summary) -> str:
+    return summary.get("measure", {}).get("settings.model.vlm.model", "unknown")
 
 
 def held(table: pd.DataFrame) -> list[str]:
@@ -361,7 +371,7 @@ def latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Sequence[
             )
             for row in records(rows)
         }
-        table = pd.Series(texts).unstack(sort=False)[[name for name in names if name in set(rows["run"])]]
+        table = pd.Series(texts).unstack(sort=False)[[name for name in names if name in set(rows["run"])]].fillna("-")
         caption = (
             f"Differences from {names[0]} on the same items, in percentage points (MME in points), with 95 % "
             f"intervals; * p, by Holm over a run's columns, below {LEVEL:g}."

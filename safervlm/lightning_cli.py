@@ -311,7 +311,9 @@ class SaferCLI(LightningCLI):
         stages = read_manifest(failed.parent)["stages"]
         ratings = stages.get("ratings", {"finished": True})
         rated = sum(example.question.capability == "rated" for example in self.datamodule.parts.predict)
-        if rated and "ratings" not in stages:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        judged = any(type(each).__name__ == "RateResponses" for each in callbacks)
+        if rated and not judged and "ratings" not in stages:
             sys.stderr.write(
                 f"safervlm: {rated} answers wait for a model that rates them: give the same command a judge, --config "
                 "configs/rate.yaml\n"

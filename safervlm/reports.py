@@ -698,6 +698,7 @@ def latex(text: str) -> str:
         ("\\", r"\textbackslash "),
         *((c, "\\" + c) for c in "&%$#_{}"),
         ("~", r"\textasciitilde "),
+        ("^", r"\textasciicircum "),
     ):
         text = text.replace(character, escaped)
     return text

@@ -100,7 +100,10 @@ def lock(run: Path) -> TextIO | None:
     Raises:
         RecordError: another process has the folder.
     """
-    file = (run / LOCK).open("w")
+    try:
+        file = (run / LOCK).open("w")
+    except OSError:
+        return None  # what can't be written says so by itself
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -150,8 +153,14 @@ class RunManifest(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs before any weight is read."""
         run, name = Path(trainer.default_root_dir), stage_name(pl_module)
+        refusal = ""
         if trainer.is_global_zero and stage != "validate":
-            self._lock = lock(run)
+            try:
+                self._lock = lock(run)
+            except RecordError as error:
+                refusal = str(error)
+        if refusal := trainer.strategy.broadcast(refusal):  # on all processes: none may wait for another
+            raise RecordError(refusal)
         settings = {
             "model": pl_module.describe(),  # type: ignore[operator]
             "data": trainer.datamodule.describe(),  # type: ignore[attr-defined]

@@ -6,14 +6,12 @@
 # .csv, .xlsx and .tex beside it. What is complete is not asked again; a failure doesn't stop the others; a set that can't
 # be had is left out and said; the same command goes on where it stopped.
 set -uo pipefail
-case "${1:-}" in
-  -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;;
-  -?*) [ "$1" = -- ] || { echo "$0: unknown option $1: arguments of safervlm stand behind --; see --help" >&2; exit 2; } ;;
-esac
+case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;; esac
 command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
 original="${ORIGINAL:-runs/original}"
 runs=("$original")
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  case "$1" in -*) echo "$0: unknown option $1: arguments of safervlm stand behind --; see --help" >&2; exit 2 ;; esac
   known=
   for run in "${runs[@]}"; do [ "$(realpath -m "$run")" = "$(realpath -m "$1")" ] && known=1; done
   [ -n "$known" ] || runs+=("${1%/}")
@@ -42,7 +40,7 @@ for run in "${runs[@]}"; do
   [ "$run" = "$original" ] || evaluated+=("$run")
 done
 safervlm evaluation "${evaluated[@]}" --out "${OUT:-runs/evaluation.html}"
-case "$?" in 0 | 3) ;; 130) exit 130 ;; *) failed+=("the table") ;; esac  # 3: a run is left out, and stands below
+case "$?" in 0) ;; 3) partial+=("the table: a run is left out, see above") ;; 130) exit 130 ;; *) failed+=("the table") ;; esac
 for line in "${partial[@]}"; do echo "incomplete: $line" >&2; done
 for line in "${failed[@]}"; do echo "failed: $line" >&2; done
 [ "${#failed[@]}" = 0 ] || exit 1

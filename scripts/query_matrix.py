@@ -1,6 +1,7 @@
 """How far measurements are: a table of run folders and capabilities, complete, partial, or failed and why."""
 
 import argparse
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -70,7 +71,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.complete:
-        complete = all(finished(run, "measure") and command(run) == options.complete for run in options.runs)
+        typed = re.sub(r" --limit(?==| |$)", " --data.limit", options.complete)  # as the command line takes it
+        complete = all(finished(run, "measure") and command(run) == typed for run in options.runs)
         sys.exit(0 if complete else 1)
     table = Table(title="What is measured: answers")
     for heading in ("run", *CAPABILITIES):

@@ -5,14 +5,15 @@
 # completed is skipped, a failure doesn't stop the others, and the end is a table of VLMs and capabilities; exit code 1
 # after a failure, 3 where questions have no answer.
 set -uo pipefail
-case "${1:-}" in
-  -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;;
-  -?*) [ "$1" = -- ] || { echo "$0: unknown option $1: arguments of safervlm stand behind --; see --help" >&2; exit 2; } ;;
-esac
+case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;; esac
 command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
 runs="${RUNS:-runs/query}"
 vlms=()
-while [ $# -gt 0 ] && [ "$1" != -- ]; do vlms+=("$1"); shift; done
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  case "$1" in -*) echo "$0: unknown option $1: arguments of safervlm stand behind --; see --help" >&2; exit 2 ;; esac
+  vlms+=("$1")
+  shift
+done
 [ $# -gt 0 ] && shift
 if [ "${#vlms[@]}" = 0 ]; then for file in configs/vlm/*.yaml; do vlms+=("$(basename "$file" .yaml)"); done; fi
 scripts="$(dirname "$0")"

@@ -4,13 +4,14 @@
 # $RUNS/OBJECTIVE (RUNS: runs). In the arguments {} stands for the objective: -- --config configs/pictograms/{}.yaml
 # What is finished is left as it is, a failure doesn't stop the others, and the same command goes on where it stopped.
 set -uo pipefail
-case "${1:-}" in
-  -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;;
-  -?*) [ "$1" = -- ] || { echo "$0: unknown option $1: arguments of safervlm stand behind --; see --help" >&2; exit 2; } ;;
-esac
+case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;; esac
 command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
 objectives=()
-while [ $# -gt 0 ] && [ "$1" != -- ]; do objectives+=("$1"); shift; done
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  case "$1" in -*) echo "$0: unknown option $1: arguments of safervlm stand behind --; see --help" >&2; exit 2 ;; esac
+  objectives+=("$1")
+  shift
+done
 [ $# -gt 0 ] && shift
 [ "${#objectives[@]}" -gt 0 ] || { echo "no objective: bash scripts/train.sh sft dpo ppo" >&2; exit 2; }
 failed=()

@@ -131,9 +131,7 @@ class Benchmark(SaferData):
         """Where the source is fetched from; None for a file or a folder here."""
         if re.match(r"https?://", self.source):
             return "web"
-        path = Path(self.source).expanduser()
-        here = path.exists() or path.parent.is_dir() or path.suffix in TABLES
-        return "hub" if not here and re.fullmatch(r"[\w-]+/[\w.-]+(@[\w./-]+)?", self.source) else None
+        return "hub" if on_the_hub(self.source) else None
 
     @property
     def file(self) -> Path:
@@ -204,7 +202,10 @@ class Benchmark(SaferData):
         """The rows of the table, every value a text; of a folder without metadata its images by label."""
         file = self.file
         if not file.exists():
-            raise RecordError(f"data.source: there is no {file}: name a file, a folder, or owner/name")
+            raise RecordError(
+                f"data.source: there is no {file}: name a file, a folder, or owner/name of the Hub (where no folder "
+                "here is called as the owner)"
+            )
         if self.table is None:
             folders = sorted(path for path in file.iterdir() if path.is_dir())
             images = [path for folder in folders for path in sorted(folder.iterdir())]
@@ -333,6 +334,13 @@ class Benchmark(SaferData):
                 "\n".join(f"{name} {Path(str(path)).stat().st_size}" for name, path in questions.items())
             )
         return super().describe() | {"name": self.dataset, "source": self.source, "images": images, "limit": self.limit}
+
+
+def on_the_hub(source: str) -> bool:
+    """Whether a source is the name of a data set there: neither it nor its folder is here, and it is no table."""
+    path = Path(source).expanduser()
+    here = path.exists() or path.parent.is_dir() or path.suffix in TABLES
+    return not here and re.fullmatch(r"[\w-]+/[\w.-]+(@[\w./-]+)?", source) is not None
 
 
 def read_table(file: Path) -> list[dict[str, str]]:

@@ -90,8 +90,8 @@ def match_first_implementation(
     """Finds the question that each record answers, by content: what was asked, and about which image.
 
     A question about a concept's name is found by its words alone, for the concept is one of them (those records carry
-    the blank image's name). Of two sets with equal images that is meant in whose folder the file lies. The position in
-    the file is never used.
+    the blank image's name). Of two sets with equal images that is meant whose name the folder above the capability's
+    has. The position in the file is never used.
 
     Args:
         records: see :func:`read_first_implementation`.
@@ -130,12 +130,12 @@ def match_first_implementation(
                 reason = f"the data set has neither the question {record['prompt']!r} nor the image {image!r}"
             raise RecordError(f"{where}: {reason}; is it the set (and are these the capabilities) in data.questions?")
         if len(found) > 1:
-            found = [question for question in found if question.dataset in file.parts] or found
+            found = [question for question in found if question.dataset == file.parent.parent.name] or found
         if len(found) > 1:
             candidates = " or ".join(question.id for question in found)
             raise RecordError(
                 f"{where}: it may answer {candidates}: name a data set in data.questions that asks one, or put the "
-                "file into a folder that is called as its data set"
+                "file into DATA_SET/CAPABILITY/"
             )
         question = found[0]
         if question.id in answered:

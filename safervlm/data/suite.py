@@ -71,7 +71,7 @@ class Suite(SaferData):
                     print(f"{name} is left out: {error}")
                 self.left_out.setdefault(name, str(error))  # it may have been said already
                 continue
-            for part in {(example.question.dataset, example.question.capability) for example in mine}:
+            for part in sorted({(example.question.dataset, example.question.capability) for example in mine}):
                 if (other := sets.setdefault(part, name)) != name:
                     raise RecordError(
                         f"data.sets: {other} and {name} both hold {part[1]} questions of {part[0]!r}, which would be "

@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 
 Encoding = Mapping[str, Tensor]
 
-# Of the spread of numbers, how far two ways to compute them may lie apart. bfloat16 rounds by some hundredths of it.
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# Of the spread of numbers, how far two ways to compute them may lie apart; bfloat16 rounds by some hundredths of it. Of
+# other kinds they have to be equal.
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def extend(encoding: Encoding, completion: Sequence[int], written: Encoding) -> dict[str, Tensor]:
@@ -81,8 +82,8 @@ def equals(rows: Sequence[Sequence[Tensor]]) -> tuple[list[int], list[int]]:
 
 def agree(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     """Whether two ways to compute something, in the precision of ``dtype``, differ by rounding alone."""
-    if one.shape != other.shape:
-        return False
+    if one.shape != other.shape or dtype not in ROUNDING:
+        return torch.equal(one, other)
     apart = (one.float() - other.float()).square().mean().sqrt()
     return bool(apart <= ROUNDING[dtype] * one.float().std(correction=0))
 
@@ -106,7 +107,7 @@ class EachOnce:
         tensors = [value for value in given if isinstance(value, Tensor)]
         # A list, of the images' sizes for example, may have a row an image, too.
         listed = any(isinstance(value, Sequence | Mapping) and not isinstance(value, str) for value in given)
-        if self.works is False or listed or len({len(tensor) for tensor in tensors}) != 1:
+        if self.works is False or listed or len({tensor.shape[:1] for tensor in tensors}) != 1 or not tensors[0].dim():
             return self.encode(*args, **kwargs)
         firsts, number = equals(list(zip(*tensors, strict=True)))
         if len(firsts) == len(number):
@@ -118,9 +119,10 @@ class EachOnce:
         encoded = self.encode(*rows(args, firsts), **rows(kwargs, firsts))
         if self.works is None:
             every = self.encode(*args, **kwargs)
-            pairs = list(zip(_tensors(every), _tensors(encoded), strict=True))
-            self.works = bool(pairs) and all(
-                len(part) == len(firsts) and agree(whole, part[number], whole.dtype) for whole, part in pairs
+            whole, part = _tensors(every), _tensors(encoded)
+            self.works = 0 < len(whole) == len(part) and all(
+                mine.shape[:1] == (len(firsts),) and agree(other, mine[number], other.dtype)
+                for other, mine in zip(whole, part, strict=True)
             )
             return every
         return rows(encoded, number)

@@ -305,7 +305,8 @@ class Transformers(LocalVLM):
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
         """A model as it was read, made to see an image once and to have no habits of its own."""
         encoder = self.image_encoder(model)
-        encoder.forward = EachOnce(encoder.forward)
+        if encoder not in (model, model.base_model):  # which the library gives where it knows of no encoder
+            encoder.forward = EachOnce(encoder.forward)
         # The model's own habits, such as a repetition penalty, would join the settings of ``sampling``.
         model.generation_config = GenerationConfig()
         return model

@@ -199,15 +199,15 @@ def test_a_second_run_asks_nothing(judge_of, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_ratings_of_changed_responses_are_replaced(judge_of, tmp_path, capsys):
+def test_responses_that_have_changed_are_rated_again(judge_of, tmp_path, capsys):
     judge = judge_of()
     write(tmp_path, *map(rated, range(4)))
     play(tmp_path, server(judge))
     write(tmp_path, rated(0), rated(1, worth=9), rated(5), rated(3))
     play(tmp_path, server(judge))
     assert asked(judge)[4:] == ["question 1", "question 5"]
-    assert [each.response for each in ratings(tmp_path)] == [1, 9, 1, 4]
-    assert "2 ratings of responses that have changed, or aren't there any more, are replaced" in capsys.readouterr().out
+    assert [each.response for each in ratings(tmp_path)][-4:] == [1, 9, 1, 4]
+    assert "2 ratings by other judges or settings, or of other responses, are kept" in capsys.readouterr().out
 
 
 def test_what_was_paid_for_is_kept(judge_of, tmp_path, capsys):
@@ -216,7 +216,7 @@ def test_what_was_paid_for_is_kept(judge_of, tmp_path, capsys):
     write(tmp_path, *map(rated, range(4)))
     play(tmp_path, server(judge), both_orders=True)
     play(tmp_path, server(another, name="another"))
-    assert "8 ratings of another judge, or in another order, are kept" in capsys.readouterr().out
+    assert "8 ratings by other judges or settings, or of other responses, are kept" in capsys.readouterr().out
     assert len(another.asked) == 4
     assert {(r.judge, r.reference) for r in ratings(tmp_path)[-4:]} == {("another", 10)}
     manifest = json.loads((tmp_path / "manifest.json").read_text())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import families
 import pytest
@@ -55,6 +56,35 @@ def test_each_image_is_encoded_once(images: Tensor) -> None:
     # The same image at another scale is another row.
     once(images[SHOWN], torch.arange(6.0)[:, None], bias=0.0)
     assert seen[-1] == 6
+
+
+def test_what_an_encoder_gives_beside_floats(images: Tensor) -> None:
+    """Whole numbers, half floats, a number for all, a list with an entry an image: compared, and never fatal."""
+
+    def kinds(pixels: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return (pixels.flatten(1) * scale).half(), (pixels.flatten(1) > 0).long()
+
+    def for_all(pixels: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return pixels.flatten(1), pixels.new_tensor(1.0)
+
+    def listed(pixels: Tensor, scale: Tensor) -> list[Tensor]:
+        return [image.sum() for image in pixels]
+
+    row, one = torch.ones(len(SHOWN), 1), torch.tensor(2.0)
+    for encode, scale, works in ((kinds, row, True), (for_all, row, False), (listed, row, False), (kinds, one, None)):
+        once = EachOnce(encode)
+        for _ in range(2):
+            torch.testing.assert_close(once(images[SHOWN], scale), encode(images[SHOWN], scale))
+        assert once.works is works
+
+
+def test_a_model_without_an_encoder_is_left_alone(tmp_path: Path) -> None:
+    """The library gives the model itself in its place; a wrapped one would look up equal rows in one cache."""
+    families.llava(tmp_path)
+    vlm = Transformers(str(tmp_path), dtype="float32")
+    with patch.object(Transformers, "image_encoder", lambda self, model: model.base_model):
+        vlm.load()
+    assert not any(isinstance(vars(part).get("forward"), EachOnce) for part in vlm.base.modules())
 
 
 def test_sizes_in_a_list_are_left_alone(images: Tensor) -> None:
