@@ -219,8 +219,9 @@ def size(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
     elif online:
         try:
             files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
-        except Exception:
-            return  # what stands in the way was said of the repository
+        except Exception as error:
+            yield Finding("warning", "VLM's weights", f"the Hub doesn't tell their size ({type(error).__name__})")
+            return
         weights = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
     if weights:
         yield Finding("ok", "VLM's weights", f"{weights / GIB:.1f} GiB")

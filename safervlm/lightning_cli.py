@@ -312,6 +312,7 @@ class SaferCLI(LightningCLI):
         ratings = stages.get("ratings", {"finished": True})
         rated = sum(example.question.capability == "rated" for example in self.datamodule.parts.predict)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        # By its name: the callbacks stand above this layer.
         judged = any(type(each).__name__ == "RateResponses" for each in callbacks)
         if rated and not judged and "ratings" not in stages:
             sys.stderr.write(
