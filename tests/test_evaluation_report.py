@@ -10,8 +10,9 @@ import pytest
 from evaluations import question, safety, write
 from PIL import Image
 
-from safervlm.evaluation_report import evaluation, shown
+from safervlm.evaluation_report import evaluation, other_models, shown
 from safervlm.records import RecordError
+from safervlm.reports import latex
 from safervlm.run import write_stage
 
 
@@ -203,3 +204,18 @@ def test_a_set_that_mmes_rule_cant_score_takes_no_other_run_with_it(runs, tmp_pa
         evaluation([*runs, tmp_path / "runs" / "odd"], tmp_path / "all.html")
     assert "odd is left out: MME's rule needs two questions an image, '0.png' (color) has 1" in capsys.readouterr().out
     assert (tmp_path / "all.html").exists()
+
+
+def test_a_model_is_its_weights_whatever_its_folder_is_called():
+    def run(name, model, weights):
+        keys = {"settings.model.vlm.model": model, "settings.model.vlm.weights": weights}
+        return name, {"measure": keys}
+
+    original = run("original", "models/llava", "a")
+    assert other_models([original, run("sft", "./models/llava", "a")]) == []
+    (line,) = other_models([original, run("sft", "models/llava", "b")])
+    assert line.startswith("sft and original have other base models (models/llava; models/llava)")
+
+
+def test_latex_has_no_character_of_its_own_left():
+    assert latex("a^b_c 5 % {x} ~") == r"a\textasciicircum b\_c 5 \% \{x\} \textasciitilde "
