@@ -343,7 +343,7 @@ def hush() -> None:
     """Passes over what the libraries say to their developers, and what is no news to a user."""
     for message in (
         r".*LeafSpec",  # torch to Lightning
-        r".*gradient_checkpointing",  # transformers to its callers: the new name is not in 5.17
+        r".*is_gradient_checkpointing",  # transformers to PEFT
         r".*JsonargparseDeprecation|.*was deprecated in v4",  # jsonargparse to Lightning
         r".*does not have many workers",  # images are small next to a VLM
         r".*You passed in a `val_dataloader` but",  # GenerationCheck asks the held-out images

@@ -399,7 +399,7 @@ def trl_side(made: Sequence[Example], vlm: Llava, gradient_checkpointing: bool) 
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer()
     if gradient_checkpointing:  # TRL prepares it when it is built, and the Trainer turns it on in train()
-        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        trainer.model.activation_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     perturb(trained)
     batch = dict(trainer.data_collator([dict(row) for row in rows]))

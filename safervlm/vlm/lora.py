@@ -77,7 +77,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
     gives wrong gradients.
 
     Args:
-        model: the Hugging Face model; its own ``gradient_checkpointing_enable`` is called.
+        model: the Hugging Face model; its own ``activation_checkpointing_enable`` is called.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
@@ -95,6 +95,6 @@ def checkpoint_gradients(model: nn.Module) -> None:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), again([layer._active_adapter for layer in layers])
 
-    model.gradient_checkpointing_enable(  # type: ignore[operator]
-        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+    model.activation_checkpointing_enable(  # type: ignore[operator]
+        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
     )

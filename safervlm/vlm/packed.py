@@ -199,7 +199,7 @@ class PackedVLM(LocalVLM):
             inputs_embeds=self.embed(packed.input_ids, image_rows, batch),
             attention_mask=mask,
             position_ids=packed.position_ids if mask is not None else None,
-            past_key_values=cache,
+            cache=cache,
             use_cache=cache is not None,
         ).last_hidden_state
 
@@ -273,7 +273,7 @@ class PackedVLM(LocalVLM):
                 inputs_embeds=self.base.get_input_embeddings()(ids),
                 attention_mask=torch.cat([seen, itself.expand(len(seen), -1, -1)], dim=-1)[:, None],
                 position_ids=positions,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             ).last_hidden_state[row, slot]
             segments = torch.cat([segments, slots], dim=1)

@@ -90,6 +90,12 @@ class Tuples:
     def _prepare_position_ids_for_generation(self, *args: Any) -> None:
         """The library would count in its own way; the model counts itself."""
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """What a step of ``generate`` computes with; the code knows the cache by its former name."""
+        former = {"past_key_values": kwargs.pop("cache", None)}
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs, **former)  # type: ignore[misc]
+        return inputs
+
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         # A remote one calls what is no longer there.
         return GenerationMixin._update_model_kwargs_for_generation(self, *args, **kwargs)

@@ -209,13 +209,13 @@ class Sharing:
         cache = self.model(
             **images | {name: tensor[firsts] for name, tensor in before.items()},
             position_ids=positions[..., firsts, : before["input_ids"].shape[1]],
-            past_key_values=self.cache(),
+            cache=self.cache(),
             use_cache=True,
             logits_to_keep=1,
-        ).past_key_values
+        ).cache
         cache.batch_select_indices(torch.tensor(image_of, device=positions.device))
         whole.pop("mm_token_type_ids", None)  # it was for the positions
-        return whole | {"position_ids": positions, "past_key_values": cache}
+        return whole | {"position_ids": positions, "cache": cache}
 
     def _join(self, encodings: Sequence[Encoding]) -> dict[str, Tensor]:
         left = ("input_ids", "attention_mask", "mm_token_type_ids")

@@ -284,7 +284,7 @@ class XComposer2(Remote):
                 self, input_ids: Tensor, images: Tensor | None = None, **kwargs: Any
             ) -> dict[str, Any]:
                 inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-                return inputs | {"images": images if kwargs.get("past_key_values") is None else None}
+                return inputs | {"images": images if kwargs.get("cache") is None else None}
 
             def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
                 grown = super()._update_model_kwargs_for_generation(*args, **kwargs)
