@@ -205,8 +205,8 @@ def measure(sides: dict[str, Side], repeats: int) -> None:
 # --- the model and the examples ---------------------------------------------------------------------------------------
 
 
-def write_model(shape: Shape, folder: Path) -> None:
-    """A random LLaVA with a tokenizer of whole words, as ``save_pretrained`` writes it."""
+def write_model(shape: Shape, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    """A random LLaVA with a tokenizer of whole words, as ``save_pretrained`` writes it; made on ``device``."""
     special = [PAD, BOS, EOS, UNK, "USER:", "ASSISTANT:"]
     words = special + [f"w{number}" for number in range(shape.vocabulary - len(special) - 1)]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNK))
@@ -222,30 +222,30 @@ def write_model(shape: Shape, folder: Path) -> None:
         padding_side="left",
     )
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=shape.vision_hidden,
-                intermediate_size=4 * shape.vision_hidden,
-                num_hidden_layers=shape.vision_layers,
-                num_attention_heads=shape.vision_heads,
-                image_size=shape.image_size,
-                patch_size=shape.patch_size,
-            ),
-            text_config=LlamaConfig(
-                vocab_size=shape.vocabulary,
-                hidden_size=shape.hidden,
-                intermediate_size=shape.intermediate,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                max_position_embeddings=4096,
-            ),
-            image_token_id=fast.convert_tokens_to_ids("<image>"),
-            image_seq_length=(shape.image_size // shape.patch_size) ** 2,
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-        )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=shape.vision_hidden,
+            intermediate_size=4 * shape.vision_hidden,
+            num_hidden_layers=shape.vision_layers,
+            num_attention_heads=shape.vision_heads,
+            image_size=shape.image_size,
+            patch_size=shape.patch_size,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            max_position_embeddings=4096,
+        ),
+        image_token_id=fast.convert_tokens_to_ids("<image>"),
+        image_seq_length=(shape.image_size // shape.patch_size) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
     )
+    with torch.device(device):
+        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
     with torch.no_grad():  # a fresh model says the same of everything
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and ("language_model" in name or "lm_head" in name):

@@ -34,6 +34,11 @@ from safervlm.records import Question, record_id, write_jsonl
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and this machine has none")
+
+
 def byte_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with LLaVA's special tokens."""
     tokenizer = Tokenizer(models.BPE())

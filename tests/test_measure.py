@@ -12,7 +12,7 @@ import torch
 from safervlm.cli import main
 from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.measure import AskCollator, Measure
-from safervlm.records import Example, Failure, Question, Response
+from safervlm.records import Example, Failure, Question, Response, read_jsonl
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.sampling import Sampling
 
@@ -88,6 +88,43 @@ def test_questions_that_cannot_be_asked_are_set_aside(
     assert answered == measure.predict_step(collator([Example(good[0]), Example(good[3])]), 0)
     assert collator([Example(torn)]).batch is None
     assert [type(record) for record in measure.predict_step(collator([Example(torn)]), 0)] == [Failure]
+
+
+@pytest.mark.gpu
+def test_a_full_gpu_halves_the_batch(
+    measure: Measure, make_questions: Callable[[int], list[Question]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = torch.device("cuda")
+    measure.vlm.to(device)
+    asked = measure.collator([Example(question) for question in make_questions(512)]).to(device)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    expected = measure.predict_step(asked, 0)
+    needed = torch.cuda.max_memory_reserved() - before
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(
+        (torch.cuda.memory_reserved() + needed / 2) / torch.cuda.mem_get_info()[1]
+    )
+    try:
+        asked = measure.collator([Example(question) for question in make_questions(512)]).to(device)
+        assert measure.predict_step(asked, 0) == expected
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory with 512 questions at once: going on with 256" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_a_gpu_writes_the_answers_of_the_cpu_whatever_the_batch(
+    tiny_sets: Path, measuring_line: Callable[[Path, Path], list[str]], tmp_path: Path
+) -> None:
+    main([*measuring_line(tmp_path / "cpu", tiny_sets / "unsafe"), "--model.sampling.max_new_tokens=12"])
+    for size in (1, 3, 16):
+        line = measuring_line(tmp_path / str(size), tiny_sets / "unsafe")
+        main([*line, "--model.sampling.max_new_tokens=12", f"--data.batch_size={size}", "--trainer.accelerator=cuda"])
+        here, there = tmp_path / "cpu", tmp_path / str(size)
+        assert (there / "responses.jsonl").read_bytes() == (here / "responses.jsonl").read_bytes()
+        labels, expected = ([row["label"] for row in read_jsonl(run / "verdicts.jsonl")] for run in (there, here))
+        assert labels == expected
 
 
 def test_a_run_with_a_damaged_image_ends_with_3_and_asks_again_once_it_is_mended(

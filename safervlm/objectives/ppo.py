@@ -207,9 +207,9 @@ class PPO(Objective):
                 column.append(F.pad(tensor, (0, length - tensor.shape[1])))
         mask, logprobs, reference, values = (torch.cat(column) for column in columns)
 
-        verdicts = self.judge.judge([answer.text for answer in answers]).cpu()
-        labels = torch.tensor([self.judge.labels.index(question.answer) for question in batch.questions])
-        judged = verdicts.gather(1, labels[:, None])[:, 0].to(self.device)
+        verdicts = self.judge.judge([answer.text for answer in answers]).to(self.device)
+        labels = torch.tensor([self.judge.labels.index(q.answer) for q in batch.questions], device=self.device)
+        judged = verdicts.gather(1, labels[:, None])[:, 0]
         # The last batch of an epoch may hold one answer more in one process than in another.
         low = self.all_gather(judged.min()).min()  # type: ignore[union-attr]
         high = self.all_gather(judged.max()).max()  # type: ignore[union-attr]

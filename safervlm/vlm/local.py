@@ -137,7 +137,8 @@ class LocalVLM(VLM):
                 f"vlm.adapter: {self.adapter!r} is given, but training starts from the base model, which is also the "
                 "reference; leave it out (to go on with a run, or to validate it, name its folder as --run)"
             )
-        with torch.random.fork_rng():
+        # Drawn on the CPU, wherever the base is: a seed gives one adapter on every device.
+        with torch.random.fork_rng(), torch.device("cpu"):
             torch.manual_seed(seed_for(seed, "lora"))
             policy, *others = train
             if policy != "policy":

@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from safervlm.records import Question, seed_for
 from safervlm.vlm.base import Batch, Generation
+from safervlm.vlm.cache import roomy
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, active
 from safervlm.vlm.sampling import KeyedNoise, Sampling, processors
@@ -231,7 +232,7 @@ class PackedVLM(LocalVLM):
         starts = [common_beginning([batch.prompt_ids[question] for question in row]) for row in rows]
         rests = [[batch.prompt_ids[q][len(start) :] for q in row] for row, start in zip(rows, starts, strict=True)]
         packed = pack(starts, rests).to(batch.image_rows.device)
-        cache = DynamicCache()
+        cache = roomy(self.language_model().config)
         states = self.forward_packed(packed, batch.image_rows[[row[0] for row in rows]], batch, cache)
 
         # What the next token of each question that is still being answered comes from.

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
+from safervlm.vlm.cache import RoomyLayer, roomy
 from safervlm.vlm.packed import common_beginning
 
 log = logging.getLogger(__name__)
@@ -156,13 +156,13 @@ class Sharing:
             type(model).generate is GenerationMixin.generate
             and model._supports_default_dynamic_cache()
             and model._supports_logits_to_keep()
-            and all(type(layer) is DynamicLayer for layer in self.cache().layers)
+            and all(type(layer) is RoomyLayer for layer in self.cache().layers)
         ):
             self.works = False
 
     def cache(self) -> DynamicCache:
         """An empty one."""
-        return DynamicCache(config=self.model.config.get_text_config())
+        return roomy(self.model.config.get_text_config())
 
     def inputs(self, encodings: Sequence[Encoding], tokenwise: Collection[str]) -> dict[str, Any] | None:
         """The inputs of ``generate``: whole prompts, and the cache of what they begin with.

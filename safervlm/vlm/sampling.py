@@ -59,8 +59,8 @@ class KeyedNoise:
         uniform = torch.stack(
             [torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64) for generator in self.generators]
         )
-        gumbel = -torch.log(-torch.log(uniform))
-        return scores + gumbel.to(scores.device, torch.float32)
+        gumbel = -torch.log(-torch.log(uniform.to(scores.device)))
+        return scores + gumbel.float()
 
 
 class Suppress:

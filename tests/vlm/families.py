@@ -604,6 +604,40 @@ def check_half_precision(vlm: Any, examples: list[Example]) -> None:
     assert vlm.score(vlm.collator(examples)).logprobs.isfinite().all()
 
 
+def check_gpu(new: Callable[..., Any], examples: list[Example]) -> None:
+    """On a GPU answers and log-probabilities are the CPU's, and gradients in bfloat16 are numbers.
+
+    Args:
+        new: gives the model with some settings, not loaded.
+        examples: with completions.
+    """
+
+    def outcome(device: str) -> tuple[list[Any], list[torch.Tensor]]:
+        vlm = with_effect(new()).to(device).eval()
+        batch = vlm.collator(examples).to(torch.device(device))
+        answers = [
+            vlm.generate(batch, Sampling(temperature=temperature, top_p=0.9, max_new_tokens=8), seed=5)
+            for temperature in (0.0, 1.0)
+        ]
+        adapters: tuple[Adapter, ...] = ("policy", "reference")
+        return answers, [vlm.score(batch, adapter=adapter).logprobs.detach().cpu() for adapter in adapters]
+
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        (answers, logprobs), (expected, expected_logprobs) = outcome("cuda"), outcome("cpu")
+    assert answers == expected
+    for one, other in zip(logprobs, expected_logprobs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+
+    policy = with_effect(new(dtype="bfloat16", gradient_checkpointing=True)).to("cuda")
+    batch = policy.collator(examples).to(torch.device("cuda"))
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = -policy.score(batch).logprobs.mean()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in policy.named_parameters() if ".lora_B." in name}
+    assert gradients
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+
+
 def shipped(file: str, *line: str) -> Any:
     """A VLM of configs/vlm, with some of its settings."""
     parser = ArgumentParser()

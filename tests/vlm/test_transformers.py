@@ -248,6 +248,11 @@ def test_a_saved_adapter_scores_the_same(
     families.check_reload(policy, base, lambda folder: loaded(family, adapter=folder), examples, tmp_path)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same(family: tuple[Path, str | None], examples: list[Example]) -> None:
+    families.check_gpu(lambda **settings: new(family, **settings), examples)
+
+
 def test_the_collator_is_small_and_pickles(base: Transformers, examples: list[Example]) -> None:
     content = pickle.dumps(base.collator)
     assert len(content) < 300_000

@@ -93,6 +93,14 @@ def test_shared_prompt_gradients_equal_separate_ones(
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same(tiny_llava: Path, make_questions: Callable[[int], list[Question]]) -> None:
+    def new(dtype: str = "float32", gradient_checkpointing: bool = False) -> Llava:
+        return Llava(str(tiny_llava), dtype=dtype, lora=LORA, gradient_checkpointing=gradient_checkpointing)
+
+    families.check_gpu(new, [Example(question, answers(question)) for question in make_questions(5)])
+
+
 def test_single_completions_need_no_mask_and_give_the_same(
     vlm: Llava, make_questions: Callable[[int], list[Question]]
 ) -> None:

@@ -828,6 +828,11 @@ def test_a_saved_adapter_scores_the_same(
     families.check_reload(policy, base, lambda saved: loaded(folder, adapter=saved), examples, tmp_path)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same(folder: Path, examples: list[Example]) -> None:
+    families.check_gpu(lambda **settings: new(folder, **settings), examples)
+
+
 def test_half_precision_answers(folder: Path, examples: list[Example]) -> None:
     families.check_half_precision(loaded(folder, dtype="bfloat16"), examples)
 

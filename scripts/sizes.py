@@ -1,0 +1,170 @@
+"""What LLaVA-1.5-7B takes on this GPU: seconds, and memory at its fullest.
+
+    python scripts/sizes.py                      # everything; 15 GB of disk for random weights of its size
+    python scripts/sizes.py measure sft --hidden 512 --layers 6
+
+The recipes are played as a user types them (configs/measure.yaml, sft.yaml, dpo.yaml, ppo.yaml), a few batches of each.
+The weights are random, so an answer never ends by itself: each is as long as it may be, and that is said in the table.
+What is measured is wall-clock time from the end of one batch to the end of the next, from the second batch on.
+"""
+
+import argparse
+import contextlib
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from benchmark import Shape, write_model
+from lightning import Callback
+from PIL import Image
+from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+from safervlm.cli import main as safervlm
+from safervlm.records import write_jsonl
+
+GIB = 2**30
+SEVEN = Shape(
+    hidden=4096,
+    layers=32,
+    heads=32,
+    intermediate=11008,
+    vocabulary=32064,
+    vision_hidden=1024,
+    vision_layers=24,
+    vision_heads=16,
+)
+ENDS: list[float] = []  # of the batches of the command that is played
+
+
+class Stopwatch(Callback):
+    """Notes when each batch ends."""
+
+    def note(self, *_: Any) -> None:
+        """What is still at work on the GPU belongs to the batch."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ENDS.append(time.perf_counter())
+
+    on_train_start = on_predict_start = note
+    on_train_batch_end = on_predict_batch_end = note
+
+
+def write_data(folder: Path, unsafe: int, safe: int) -> None:
+    """Noise in the data's format."""
+    rng = np.random.default_rng(0)
+    for name, count in (("unsafe", unsafe), ("safe", safe)):
+        (folder / name).mkdir()
+        rows: list[dict[str, str]] = []
+        for number in range(count):
+            pixels = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((448, 336)).save(folder / name / f"{number}.jpg")
+            shown = f"concept {number % 40}"
+            what = {"category": "Violence", "unsafe_concept": shown} if name == "unsafe" else {"concept": shown}
+            rows.append({"image_filename": f"{number}.jpg", **what})
+        write_jsonl(folder / name / "metadata.jsonl", rows)
+
+
+def write_judge(folder: Path, model: Path) -> None:
+    """A random judge of roberta-base's size, in the published form, that reads the words of ``model``."""
+    config = RobertaConfig(vocab_size=SEVEN.vocabulary, max_position_embeddings=514)
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    roberta, head = RobertaModel(config, add_pooling_layer=False), torch.nn.Linear(config.hidden_size, 3)
+    state = {f"roberta.{name}": value for name, value in roberta.state_dict().items()}
+    state |= {f"classifier.{name}": value for name, value in head.state_dict().items()}
+    torch.save(state, folder / "epoch_10.pt")
+
+
+def play(what: str, count: int, line: Sequence[str]) -> str:
+    """Plays a command and gives a row of the table; ``count`` is what a batch has."""
+    print(what, file=sys.stderr, flush=True)
+    del ENDS[:]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(SystemExit):
+        safervlm(line)
+    took = [end - start for start, end in pairwise(ENDS)]
+    if len(took) < 2:
+        return f"| {what} | failed | | |"
+    seconds = statistics.median(took[1:])
+    peak = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0
+    return f"| {what} | {peak:.1f} | {seconds:.2f} | {count / seconds:.2f} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Plays what is asked for and prints a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("sft", "dpo", "ppo", "measure")
+    parser.add_argument("which", nargs="*", help=f"what to play, of {', '.join(names)}; everything if left out")
+    parser.add_argument("--hidden", type=int, default=SEVEN.hidden, help="width of the language model (default: 4096)")
+    parser.add_argument("--layers", type=int, default=SEVEN.layers, help="of the language model (default: 32)")
+    parser.add_argument("--tokens", type=int, default=128, help="of an answer (default: 128)")
+    parser.add_argument("--batches", type=int, default=4, help="of each, the first isn't measured (default: 4)")
+    options = parser.parse_args(arguments)
+    wrong = set(options.which) - set(names)
+    if wrong:
+        parser.error(f"which: {min(wrong)!r} is none of {', '.join(names)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = replace(SEVEN, hidden=options.hidden, layers=options.layers)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(shape, folder / "model", torch.bfloat16, device)
+        write_judge(folder / "judge", folder / "model")
+        write_data(folder, unsafe=400, safe=400)
+        same = [
+            *("--model.vlm.model", str(folder / "model")),
+            *("--data.folder", str(folder / "unsafe"), "--data.safe_folder", str(folder / "safe")),
+            *("--trainer.enable_progress_bar", "false", "--trainer.callbacks", '[{"class_path": "sizes.Stopwatch"}]'),
+        ]
+        judge = ["--model.judge.checkpoint", str(folder / "judge" / "epoch_10.pt"), "--model.judge.base"]
+        judge.append(str(folder / "judge"))
+        rows = []
+        for number, (what, size, more) in enumerate(
+            (
+                ("sft", 32, []),
+                ("dpo", 32, []),
+                ("ppo", 32, ["--model.response_length", str(options.tokens), *judge]),
+                ("measure", 1, ["--model.sampling.temperature", "0"]),
+                ("measure", 16, ["--model.sampling.temperature", "0"]),
+                ("measure", 256, ["--model.sampling.temperature", "0"]),
+                ("measure", 256, []),
+            )
+        ):
+            if options.which and what not in options.which:
+                continue
+            line = ["predict" if what == "measure" else "fit", "--config", f"configs/{what}.yaml", *same, *more]
+            line += ["--data.batch_size", str(size), "--run", str(folder / f"run-{number}")]
+            if what == "measure":
+                line += ["--data.capabilities", "[alignment]", "--model.sampling.max_new_tokens", str(options.tokens)]
+                line += ["--data.limit", str(size * options.batches)]
+                title = f"measure, {'drawn' if not more else 'greedy'}, {size} questions at once"
+            else:
+                line += ["--trainer.max_steps", str(options.batches)]
+                title = f"{what.upper()}, {size} examples a step"
+            rows.append(play(title, size, line))
+            print(rows[-1], file=sys.stderr, flush=True)
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
+    print(f"\n{date.today()}, {gpu}; torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"answers of {options.tokens} tokens (measure, PPO); {shape}\n")
+    print("| | GPU memory, GiB | a batch, s | a second |\n|---|---|---|---|")
+    print(*rows, sep="\n")
+
+
+if __name__ == "__main__":
+    # The command line finds the stopwatch by its name: this module has to be that one.
+    from sizes import main as same
+
+    same()

@@ -1,0 +1,60 @@
+"""The cache with room: whatever is done to it, it holds what the library's own does."""
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig
+from transformers.cache_utils import DynamicLayer
+
+from safervlm.vlm.cache import RoomyLayer, roomy
+
+
+def states(rows: int, new: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, 2, new, 4) keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, rows, 2, new, 4, generator=generator)
+    return keys, values
+
+
+def test_it_holds_what_the_library_holds() -> None:
+    """Through growth, rows that leave, come twice or change places, and positions that are cut off."""
+    ours, theirs = RoomyLayer(), DynamicLayer()
+    changes = {
+        4: lambda layer: layer.batch_select_indices(torch.tensor([0, 2, 3])),
+        9: lambda layer: layer.crop(-3),
+        12: lambda layer: layer.reorder_cache(torch.tensor([2, 0, 1])),
+        15: lambda layer: layer.batch_repeat_interleave(2),
+    }
+    rows = 4
+    for step in range(120):
+        for layer in (ours, theirs):
+            if step in changes:
+                changes[step](layer)
+        rows = rows if theirs.keys is None else len(theirs.keys)
+        new = states(rows, 40 if step == 0 else 1 + step % 3, step)
+        for one, other in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(one, other)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+    ours.reset()
+    assert ours.get_seq_length() == 0
+    keys, values = states(2, 3, 0)
+    assert torch.equal(ours.update(keys, values)[0], keys)
+
+
+def test_a_step_copies_nothing_and_rows_that_left_are_forgotten() -> None:
+    layer = RoomyLayer()
+    layer.update(*states(4, 100, 0))
+    place = layer.keys.data_ptr()
+    for step in range(60):
+        layer.update(*states(4, 1, step))
+    assert layer.keys.data_ptr() == place
+    layer.batch_select_indices(torch.tensor([1]))
+    assert all(len(buffer) == 1 for buffer in layer.buffers)
+
+
+@pytest.mark.parametrize(("window", "kind"), [(None, RoomyLayer), (8, None)])
+def test_layers_that_forget_are_the_librarys(window: int | None, kind: type | None) -> None:
+    config = LlamaConfig(num_hidden_layers=2)
+    if window:
+        config.sliding_window, config.layer_types = window, ["sliding_attention"] * 2
+    expected = [kind] * 2 if kind else [type(layer) for layer in DynamicCache(config=config).layers]
+    assert [type(layer) for layer in roomy(config).layers] == expected
