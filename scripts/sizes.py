@@ -122,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(shape, folder / "model", torch.bfloat16, device)
-        write_judge(folder / "judge", folder / "model")
+        if not options.which or "ppo" in options.which:
+            write_judge(folder / "judge", folder / "model")
         write_data(folder, unsafe=400, safe=400)
         same = [
             *("--model.vlm.model", str(folder / "model")),

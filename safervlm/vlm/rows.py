@@ -151,14 +151,13 @@ class Sharing:
         self.model, self.pad_token_id, self.image_token_ids, self.dtype = model, pad_token_id, image_token_ids, dtype
         # Not where a layer forgets (a sliding window, a recurrent state), the code is older than the library's caches,
         # or the model has a ``generate`` of its own (a Q-Former).
-        self.works: bool | None = None
-        if not (
+        self.plain = (
             type(model).generate is GenerationMixin.generate
             and model._supports_default_dynamic_cache()
             and model._supports_logits_to_keep()
             and all(type(layer) is RoomyLayer for layer in self.cache().layers)
-        ):
-            self.works = False
+        )
+        self.works: bool | None = None if self.plain else False
 
     def cache(self) -> DynamicCache:
         """An empty one."""
@@ -216,6 +215,11 @@ class Sharing:
         cache.batch_select_indices(torch.tensor(image_of, device=positions.device))
         whole.pop("mm_token_type_ids", None)  # it was for the positions
         return whole | {"position_ids": positions, "cache": cache}
+
+    def alone(self, encodings: Sequence[Encoding], tokenwise: Collection[str]) -> dict[str, Any]:
+        """The inputs of ``generate`` where each question is computed by itself."""
+        inputs = join(encodings, self.pad_token_id, self.dtype, tokenwise)
+        return {**inputs, "cache": self.cache()} if self.plain else inputs
 
     def _join(self, encodings: Sequence[Encoding]) -> dict[str, Tensor]:
         left = ("input_ids", "attention_mask", "mm_token_type_ids")

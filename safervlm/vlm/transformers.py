@@ -434,9 +434,8 @@ class Transformers(LocalVLM):
         training = self.training
         self.eval()  # no dropout, and a cache also where gradients are checkpointed
         with active(self.base, adapter):
-            inputs: dict[str, Any] = self.sharing.inputs(batch.encodings, tokenwise) or join(
-                batch.encodings, self.pad_token_id, self.dtype, tokenwise
-            )
+            sharing, asked = self.sharing, batch.encodings
+            inputs = sharing.inputs(asked, tokenwise) or sharing.alone(asked, tokenwise)
             generated = self.base.generate(
                 **inputs,
                 logits_processor=chain,
