@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 from safervlm.records import FAILED, RecordError, write_atomically
@@ -177,13 +178,14 @@ class RunManifest(Callback):
         check_settings(run, name, settings)
         trainer.strategy.barrier()
         if trainer.is_global_zero and stage != "validate":
+            device = trainer.strategy.root_device
             provenance = {
                 "command": " ".join(["safervlm", *sys.argv[1:]]),
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": {name: version(name) for name in PACKAGES},
                 "python": sys.version.split()[0],
                 "git_commit": git_commit(),
-                "device": str(trainer.strategy.root_device),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
                 "strategy": type(trainer.strategy).__name__,
                 "world_size": trainer.world_size,
             }

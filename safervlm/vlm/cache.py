@@ -1,6 +1,6 @@
 """A cache of keys and values with room at its end: a step writes what is new; the library's copies all that is old.
 
-Of a large batch those copies are most of a step's work, and on a GPU each is a little larger than every piece of memory
+Of a large batch those copies are much of a step's work, and on a GPU each is a little larger than every piece of memory
 that was freed before.
 
 Shapes: R rows, A attention heads that have keys, K cached positions, D the width of a head.
