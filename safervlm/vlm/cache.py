@@ -48,8 +48,15 @@ def longer(cached: Tensor, length: int) -> Tensor:
     return buffer
 
 
-def roomy(config: PreTrainedConfig) -> DynamicCache:
-    """An empty cache of a language model; layers that keep something else are the library's."""
+def roomy(config: PreTrainedConfig | None = None) -> DynamicCache:
+    """An empty cache.
+
+    Args:
+        config: of a language model some of whose layers may keep something else: they are the library's. Without it every
+            layer keeps everything.
+    """
     cache = DynamicCache(config=config)
+    if config is None:
+        cache.layer_class_to_replicate = RoomyLayer
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -232,7 +232,7 @@ class PackedVLM(LocalVLM):
         starts = [common_beginning([batch.prompt_ids[question] for question in row]) for row in rows]
         rests = [[batch.prompt_ids[q][len(start) :] for q in row] for row, start in zip(rows, starts, strict=True)]
         packed = pack(starts, rests).to(batch.image_rows.device)
-        cache = roomy(self.language_model().config)
+        cache = roomy()
         states = self.forward_packed(packed, batch.image_rows[[row[0] for row in rows]], batch, cache)
 
         # What the next token of each question that is still being answered comes from.

@@ -58,3 +58,11 @@ def test_layers_that_forget_are_the_librarys(window: int | None, kind: type | No
         config.sliding_window, config.layer_types = window, ["sliding_attention"] * 2
     expected = [kind] * 2 if kind else [type(layer) for layer in DynamicCache(config=config).layers]
     assert [type(layer) for layer in roomy(config).layers] == expected
+
+
+def test_without_a_configuration_every_layer_keeps_everything() -> None:
+    cache = roomy()
+    for layer in range(3):
+        cache.update(*states(2, 5, layer), layer)
+    assert [type(layer) for layer in cache.layers] == [RoomyLayer] * 3
+    assert cache.get_seq_length() == 5
