@@ -52,8 +52,8 @@ def roomy(config: PreTrainedConfig | None = None) -> DynamicCache:
     """An empty cache.
 
     Args:
-        config: of a language model some of whose layers may keep something else: they are the library's. Without it every
-            layer keeps everything.
+        config: of a language model, some of whose layers may keep something else: they are the library's. Without it
+            every layer keeps everything.
     """
     cache = DynamicCache(config=config)
     if config is None:
