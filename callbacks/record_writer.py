@@ -38,7 +38,9 @@ class RecordWriter(Callback):
         trainer.strategy.barrier("record-writer-read")  # nobody writes while somebody still reads
         trainer.datamodule.skip(done.keys())  # type: ignore[attr-defined]
         if done and trainer.is_global_zero:
-            print(f"{self.file}: {len(done)} records are there already, going on with the rest")
+            left = len(trainer.datamodule.remaining())  # type: ignore[attr-defined]
+            rest = f"going on with the other {left}" if left else "nothing is left to do"
+            print(f"{self.file}: {len(done)} records are there already, {rest}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the process's shard, once the manifest has been agreed to."""

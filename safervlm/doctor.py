@@ -335,7 +335,7 @@ def repository(
         yield Finding("ok", what, f"{repo} is in the Hub's cache")
         return
     if not online:
-        yield Finding("warning", what, f"{repo} comes from the Hub; --online asks whether it is within reach")
+        yield Finding("warning", what, f"{repo} comes from the Hub; --online true asks whether it is within reach")
         return
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
     try:

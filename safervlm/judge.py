@@ -478,7 +478,8 @@ def _checkpoint_file(checkpoint: str) -> Path:
         return Path(hf_hub_download(on_hub[1], on_hub[2]))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"checkpoint: {checkpoint!r} is no file here and can't be had from the Hub ({_first_line(error)})"
+            f"checkpoint: {checkpoint!r} is no file here and can't be had from the Hub ({_first_line(error)}); "
+            "try again, give a file or an exported folder, or train one: safervlm fit --config configs/judge.yaml"
         ) from error
 
 

@@ -85,7 +85,8 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         return f"missing: {required}; {way_out}"
     if unknown := find(r"[Uu]nrecognized arguments: *(\S+)"):
         name = unknown.lstrip("-").split("=")[0]
-        nested = [f"{part}.{name}" for part in ("data", "model", "trainer") if name in parameters(part)]
+        parts = [part for part in ("data", "model", "trainer") if part in known]  # plain commands have none
+        nested = [f"{part}.{name}" for part in parts if name in parameters(part)]
         meant = did_you_mean(nested[0] if nested else name, [*nested, *known])
         return f"unknown argument --{name}{meant}; --help lists all"
     if unknown := find(r"Option '([^']+)' is not accepted"):
@@ -99,7 +100,8 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
                 "in --config configs/sft.yaml --config configs/pictograms/sft.yaml"
             )
         stem = whole.removesuffix(unknown)
-        meant = did_you_mean(unknown, parameters(stem.split(".")[0]), stem)
+        others = [name for name in parameters(stem.split(".")[0]) if name != unknown]  # another class takes it
+        meant = did_you_mean(unknown, others, stem)
         return f"unknown argument --{whole}{meant}; --help lists all"
     if unknown := find(r"does not accept option '([^']+)'"):
         return (
@@ -108,9 +110,12 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         )
     key = find(r"""[Pp]arser key ["']([^"']+)["']""") or ""
     if missing := find(r"File does not exist: '?([^'\n]+)"):
-        shipped = sorted(str(path.relative_to(CONFIGS.parent)) for path in CONFIGS.rglob("*.yaml"))
-        hint = difflib.get_close_matches("configs/" + Path(missing).name, shipped, 1)
-        return f"--{key}: no file {missing!r}" + (f"; did you mean {hint[0]}?" if hint else "; see configs/")
+        # Of several of one name the nearest to the top.
+        files = sorted(CONFIGS.rglob("*.yaml"), key=lambda path: -len(path.parts))
+        shipped = {path.stem: path.relative_to(CONFIGS.parent) for path in files}
+        close = difflib.get_close_matches(Path(missing).stem, shipped, 1)
+        hint = f"did you mean {shipped[close[0]]}?" if close else "see configs/"
+        return f"--{key}: no file {missing!r}; {hint}"
     name = f"--{argument(key, typed)}: " if key else ""
     if reason := find(r"does not correspond to a subclass of (\w+)"):
         return f"{name}{find(r'Given value: (.*)') or 'the class'} is not a {reason}; name the class_path of one"

@@ -22,6 +22,11 @@ mkdir -p "$runs"
 for vlm in "${vlms[@]}"; do
   file="$vlm"
   [ -f "$file" ] || file="configs/vlm/$vlm.yaml"
+  if [ ! -f "$file" ]; then
+    ended=1
+    echo "$vlm: no such file, nor $file; there are $(basename -s .yaml -a configs/vlm/*.yaml | paste -sd ' ')" >&2
+    continue
+  fi
   run="$runs/$(basename "$vlm" .yaml)"
   folders+=("$run")
   line=(predict --config configs/measure.yaml "$@" --model.vlm "$file" --run "$run")

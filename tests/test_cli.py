@@ -230,7 +230,12 @@ ERRORS = {
         ["--config", "configs/pictograms/measure.yaml"],
         "a config sets 'sampling.max_new_tokens', which its class doesn't take: an overlay goes behind its own recipe",
     ),
+    "argument of another class": (
+        ["--config", "configs/evaluate.yaml", "--data.source", "x.tsv"],
+        "unknown argument --data.source; --help lists all",
+    ),
     "missing config": (["--config", "configs/mesure.yaml"], "did you mean configs/measure.yaml?"),
+    "missing config, unlike all": (["--config", "configs/nosuch.yaml"], "nosuch.yaml'; see configs/"),
     "no config": ([], "give a recipe"),
     "recipe of another command": (
         ["--config", "configs/sft.yaml"],
@@ -346,6 +351,7 @@ def test_what_lightning_refuses_is_one_line(
     [
         (["mesure"], "no command 'mesure'"),
         (["pictograms", "--sed", "3"], "unknown argument --sed; did you mean --seed?"),
+        (["export", "--out", "x", "--name", "y"], "unknown argument --name; --help"),
         (["report"], "missing: runs; see --help"),
         (["report", "nowhere"], "nowhere"),
     ],

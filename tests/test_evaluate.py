@@ -144,7 +144,7 @@ def test_the_script_goes_on_after_a_failure_and_ends_in_a_table(overlay, tmp_pat
     ended = script("eval.sh", "runs/sft", "runs/dpo", "--", "--config", tmp_path / "overlay.yaml", only)
     assert ended.returncode == 1, ended.stderr
     assert "failed: runs/dpo: no adapter in it; train one" in ended.stderr
-    assert ended.stderr.count("nsfw was left out: data.source: there is no nowhere.tsv") == 2
+    assert ended.stderr.count("nsfw was left out: data.sets.nsfw.source: there is no nowhere.tsv") == 2
     assert "incomplete: runs/sft: some of it has no answer" in ended.stderr
     assert "MME total" in ended.stdout
     assert "sft minus original" in ended.stdout

@@ -54,7 +54,7 @@ def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: P
     assert "failed: vlm.model: no folder" in rows["bad"]
     assert (tmp_path / "runs" / "bad.log").exists()
     responses = (tmp_path / "runs" / "good" / "responses.jsonl").read_bytes()
-    again = query("good")
+    again = query("nosuch", "good", code=1)  # a name that isn't a file's
     assert "complete, skipped" in again
     assert (tmp_path / "runs" / "good" / "responses.jsonl").read_bytes() == responses
     # Complete by other arguments isn't complete by these.

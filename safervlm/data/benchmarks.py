@@ -426,7 +426,7 @@ def save_table(repo: str, file: Path, image_column: str) -> None:
         file: the TSV.
         image_column: base64 texts, or images.
     """
-    rows = hub_rows(repo)
+    rows = hub_rows(repo, "by data.source")
     if isinstance(rows.features.get(image_column), datasets.Image):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     table = rows.to_pandas()

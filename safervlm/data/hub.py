@@ -7,11 +7,12 @@ from huggingface_hub.errors import GatedRepoError
 from safervlm.records import RecordError
 
 
-def hub_rows(repo: str) -> datasets.Dataset:
+def hub_rows(repo: str, local: str) -> datasets.Dataset:
     """The rows of a data set's split "train".
 
     Args:
         repo: ``owner/name`` or ``owner/name@revision``.
+        local: what takes a local one instead, for the error.
 
     Raises:
         RecordError: no access, or no connection.
@@ -22,11 +23,11 @@ def hub_rows(repo: str) -> datasets.Dataset:
     except (DatasetNotFoundError, GatedRepoError) as error:
         raise RecordError(
             f"{repo}: the Hub gives no access ({_first_line(error)}): accept the terms at "
-            f"https://huggingface.co/datasets/{name}, then run `hf auth login`; or name a local folder"
+            f"https://huggingface.co/datasets/{name}, then run `hf auth login`; or give a local one, {local}"
         ) from None
     except ConnectionError as error:
         raise RecordError(
-            f"{repo}: the Hub can't be reached ({_first_line(error)}): try again, or name a local folder"
+            f"{repo}: the Hub can't be reached ({_first_line(error)}): try again, or give a local one, {local}"
         ) from None
 
 

@@ -1,5 +1,7 @@
 """Several sets as one: the evaluation of a model, which is read once for all of them."""
 
+import re
+from inspect import signature
 from typing import Any, Literal
 
 from safervlm.data.base import Collator, Parts, SaferData
@@ -37,7 +39,8 @@ class Suite(SaferData):
         super().__init__(collator, batch_size, num_workers)
         if twice := sets.keys() & (own or {}).keys():
             raise ValueError(f"data.own: {min(twice)!r} is one of data.sets already; give it another name")
-        sets = sets | (own or {})
+        self.own = own or {}
+        sets = sets | self.own
         if limit is not None and limit < 1:
             raise ValueError(f"data.limit: at least 1, or none, got {limit}")
         if unknown := [name for name in only or [] if name not in sets]:
@@ -56,8 +59,8 @@ class Suite(SaferData):
             try:
                 data.prepare_data()
             except RecordError as error:
-                self.left_out[name] = str(error)
-                print(f"{name} is left out: {error}")
+                self.left_out[name] = self.reason(name, error)
+                print(f"{name} is left out: {self.left_out[name]}")
 
     def load(self) -> Parts:
         """The questions of one set after the other."""
@@ -68,8 +71,8 @@ class Suite(SaferData):
                 mine = data.parts.predict
             except RecordError as error:
                 if name not in self.left_out and (self.trainer is None or self.trainer.is_global_zero):
-                    print(f"{name} is left out: {error}")
-                self.left_out.setdefault(name, str(error))  # it may have been said already
+                    print(f"{name} is left out: {self.reason(name, error)}")
+                self.left_out.setdefault(name, self.reason(name, error))  # it may have been said already
                 continue
             for part in sorted({(example.question.dataset, example.question.capability) for example in mine}):
                 if (other := sets.setdefault(part, name)) != name:
@@ -88,3 +91,9 @@ class Suite(SaferData):
         there = {name: data for name, data in self.sets.items() if name not in self.left_out}
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
         return {"class": kind, "sets": {name: data.describe() for name, data in there.items()}}
+
+    def reason(self, name: str, error: RecordError) -> str:
+        """Why a set can't be had; an argument that the error names is one of the set's."""
+        arguments = "|".join(signature(type(self.sets[name])).parameters)
+        where = f"data.{'own' if name in self.own else 'sets'}.{name}."
+        return re.sub(rf"(?<![/.\w])data\.(?=({arguments})\b)", where, str(error))

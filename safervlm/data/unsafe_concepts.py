@@ -314,7 +314,7 @@ def download(repo: str, folder: Path) -> None:
     Raises:
         RecordError: no access, no connection, or columns that aren't a set's.
     """
-    rows = hub_rows(repo)
+    rows = hub_rows(repo, "by data.folder (the unsafe set) or data.safe_folder")
     columns = [
         column
         for column in ("category", "unsafe_concept", "concept", "option_str", "correct_option")

@@ -74,9 +74,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--port", type=int, default=8008, help="of this machine alone (default 8008)")
     port = parser.parse_args().port
-    print(f"rating on http://127.0.0.1:{port}/v1, end it with Ctrl-C", flush=True)
+    try:
+        server = Server(("127.0.0.1", port), Handler)
+    except OSError as error:
+        parser.error(
+            f"--port: {port} can't be had ({error.strerror}); end the other program, or name another port here and "
+            "in a copy of configs/pictograms/rate.yaml"
+        )
+    print(f"rating on http://127.0.0.1:{port}/v1, end it with Ctrl-C, or kill %1 in the background", flush=True)
     with suppress(KeyboardInterrupt):
-        Server(("127.0.0.1", port), Handler).serve_forever()
+        server.serve_forever()
 
 
 if __name__ == "__main__":

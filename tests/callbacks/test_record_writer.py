@@ -29,10 +29,15 @@ class Scene:
         self.strategy = SimpleNamespace(barrier=self.barriers.append)
         predict = [SimpleNamespace(question=SimpleNamespace(id=name)) for name in ids]
         parts = SimpleNamespace(predict=predict)
-        self.datamodule = SimpleNamespace(parts=parts, skip=self.skip, keeps_others=keeps_others)
+        self.datamodule = SimpleNamespace(
+            parts=parts, skip=self.skip, remaining=self.remaining, keeps_others=keeps_others
+        )
 
     def skip(self, ids):
         self.skipped = set(ids)
+
+    def remaining(self):
+        return [e for e in self.datamodule.parts.predict if e.question.id not in self.skipped]
 
     def start(self, file="responses.jsonl"):
         writer = RecordWriter(file)

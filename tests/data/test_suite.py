@@ -53,6 +53,21 @@ def test_a_set_that_cant_be_had_is_left_out_and_said_once(missing, capsys):
         ids(alone)
 
 
+def test_an_argument_that_an_error_names_is_the_sets(capsys):
+    class Elsewhere(Set):
+        def load(self):
+            raise RecordError("data.name: there is no ./data.name in data.tsv; give another data.name")
+
+    suite = Suite({"a": Elsewhere("A"), "b": Set("B")}, own={"mine": Elsewhere("Mine")})
+    ids(suite)
+    said = "there is no ./data.name in data.tsv; give another"
+    assert suite.left_out == {
+        "a": f"data.sets.a.name: {said} data.sets.a.name",
+        "mine": f"data.own.mine.name: {said} data.own.mine.name",
+    }
+    assert "a is left out: data.sets.a.name" in capsys.readouterr().out
+
+
 def test_two_sets_with_one_name_are_refused():
     with pytest.raises(RecordError, match=r"data\.sets: a and b both hold alignment questions of 'A'"):
         ids(Suite({"a": Set("A"), "b": Set("A")}))

@@ -454,7 +454,10 @@ def test_a_hub_row_without_an_image_is_named_and_nothing_half_written_stays(
             "no access .*is a gated dataset.*accept the terms at "
             "https://huggingface.co/datasets/yiting/UnsafeConcepts, then run `hf auth login`",
         ),
-        (ConnectionError("Couldn't reach the Hub\nMore."), "can't be reached .Couldn't reach the Hub.*local folder"),
+        (
+            ConnectionError("Couldn't reach the Hub\nMore."),
+            "can't be reached .Couldn't reach the Hub.*a local one, by data.folder",
+        ),
     ],
 )
 def test_no_access_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str):
