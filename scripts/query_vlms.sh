@@ -16,17 +16,18 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -gt 0 ] && shift
 if [ "${#vlms[@]}" = 0 ]; then for file in configs/vlm/*.yaml; do vlms+=("$(basename "$file" .yaml)"); done; fi
+for vlm in "${vlms[@]}"; do
+  [ -f "$vlm" ] || [ -f "configs/vlm/$vlm.yaml" ] || {
+    echo "$0: no VLM $vlm: it is neither a file nor one of $(basename -s .yaml -a configs/vlm/*.yaml | paste -sd ' ')" >&2
+    exit 2
+  }
+done
 scripts="$(dirname "$0")"
 folders=() ended=0
 mkdir -p "$runs"
 for vlm in "${vlms[@]}"; do
   file="$vlm"
   [ -f "$file" ] || file="configs/vlm/$vlm.yaml"
-  if [ ! -f "$file" ]; then
-    ended=1
-    echo "$vlm: no such file, nor $file; there are $(basename -s .yaml -a configs/vlm/*.yaml | paste -sd ' ')" >&2
-    continue
-  fi
   run="$runs/$(basename "$vlm" .yaml)"
   folders+=("$run")
   line=(predict --config configs/measure.yaml "$@" --model.vlm "$file" --run "$run")

@@ -162,10 +162,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"answers of {options.tokens} tokens (measure, PPO); {shape}\n")
     print("| | GPU memory, GiB | a batch, s | a second |\n|---|---|---|---|")
     print(*rows, sep="\n")
+    if any("failed" in row for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
     # The command line finds the stopwatch by its name: this module has to be that one.
-    from sizes import main as same
+    from sizes import main as found
 
-    same()
+    found()

@@ -46,6 +46,11 @@ def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_
     return query
 
 
+def test_a_name_that_is_no_vlms_is_refused_before_anything_is_measured(query, tmp_path: Path) -> None:
+    assert query("good", "nosuch", code=2) == ""
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: Path) -> None:
     printed = query("bad", "good", code=1)
@@ -54,7 +59,7 @@ def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: P
     assert "failed: vlm.model: no folder" in rows["bad"]
     assert (tmp_path / "runs" / "bad.log").exists()
     responses = (tmp_path / "runs" / "good" / "responses.jsonl").read_bytes()
-    again = query("nosuch", "good", code=1)  # a name that isn't a file's
+    again = query("good")
     assert "complete, skipped" in again
     assert (tmp_path / "runs" / "good" / "responses.jsonl").read_bytes() == responses
     # Complete by other arguments isn't complete by these.

@@ -1,6 +1,5 @@
 """The script that measures a 7B plays the recipes as they are."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,5 +21,3 @@ def test_a_recipe_is_played_and_measured(monkeypatch: pytest.MonkeyPatch, capsys
     what, _, seconds, rate = row.strip("| ").split(" | ")
     assert what == "SFT, 32 examples a step"
     assert float(rate) == pytest.approx(32 / float(seconds), rel=0.05)
-    for name in ("sizes", "benchmark"):
-        sys.modules.pop(name)

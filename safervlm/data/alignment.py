@@ -343,4 +343,4 @@ def export_training_files(
         "test_data.json",
         [{"image_fname": name(image.path), "concept": image.concept, "label": image.label} for image in test],
     )
-    print(f"{out}: {', '.join(sorted(path.name for path in Path(out).glob('*.json')))}")
+    print(f"{out} holds {', '.join(f'{objective}_train.json' for objective in files)}, test_data.json")
