@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from safervlm.errors import ArgumentError
+
 
 class LastCheckpoint(Callback):
     """Keeps ``checkpoints/last.ckpt`` in the run folder, written at the end of a training batch and nowhere else.
@@ -21,7 +23,7 @@ class LastCheckpoint(Callback):
 
     def __init__(self, every_n_batches: int = 50) -> None:
         if every_n_batches < 1:
-            raise ValueError(f"every_n_batches: at least 1, got {every_n_batches}")
+            raise ArgumentError(f"every_n_batches: at least 1, got {every_n_batches}")
         self.every_n_batches = every_n_batches
         self._saved = 0
 

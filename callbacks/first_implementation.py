@@ -9,7 +9,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from safervlm.data.responses import read_responses
-from safervlm.records import RecordError, write_atomically
+from safervlm.errors import RecordError
+from safervlm.records import write_atomically
 
 
 class FirstImplementationFiles(Callback):

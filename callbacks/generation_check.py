@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.judge import Judge
 from safervlm.protocol import LABELS, SAFE, UNSAFE
-from safervlm.records import RecordError, seed_for
+from safervlm.records import seed_for
 from safervlm.run import stage_name, write_stage
 from safervlm.vlm.sampling import Sampling
 
@@ -42,7 +43,7 @@ class GenerationCheck(Callback):
         minimum: int = 100,
     ) -> None:
         if every_n_batches < 1:
-            raise ValueError(f"every_n_batches: at least 1, got {every_n_batches}")
+            raise ArgumentError(f"every_n_batches: at least 1, got {every_n_batches}")
         self.judge, self.every_n_batches, self.tolerance = judge, every_n_batches, tolerance
         self.sampling, self.minimum = sampling, minimum
         judge.must_tell(LABELS["alignment"], "judge")

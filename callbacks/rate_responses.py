@@ -13,6 +13,7 @@ from rich.progress import track
 
 from callbacks.attempt_log import AttemptFile
 from safervlm.data.responses import read_responses
+from safervlm.errors import ArgumentError
 from safervlm.rating import (
     MAX_NEW_TOKENS,
     RATINGS,
@@ -78,9 +79,9 @@ class RateResponses(Callback):
     def __init__(self, judge: Server, both_orders: bool = False, attempts: int = 3, batch_size: int = 16) -> None:
         for name, value in (("attempts", attempts), ("batch_size", batch_size)):
             if value < 1:
-                raise ValueError(f"RateResponses.{name}: at least 1, got {value}")
+                raise ArgumentError(f"RateResponses.{name}: at least 1, got {value}")
         if judge.blank:
-            raise ValueError(
+            raise ArgumentError(
                 "RateResponses.judge.blank: true shows the judge a blank image with each text; give false, as "
                 "configs/llavabench_judge.yaml does"
             )

@@ -8,7 +8,8 @@ from typing import Any, TextIO
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from safervlm.records import Failure, RecordError, read_jsonl, read_torn_jsonl, to_line, write_jsonl
+from safervlm.errors import RecordError
+from safervlm.records import Failure, read_jsonl, read_torn_jsonl, to_line, write_jsonl
 
 
 class RecordWriter(Callback):

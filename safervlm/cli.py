@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from safervlm.errors import ArgumentError
+
 HELP = """usage: safervlm COMMAND [ARGUMENTS]
 
 Measure, judge and align the safety ethics of vision-language models.
@@ -70,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> None:
         elif args[0] in ("doctor", "report", "evaluation", "verify", "export", "pictograms", "demo"):
             plain(args)
         else:
-            raise ValueError(f"no command {args[0]!r}; see safervlm --help")
+            raise ArgumentError(f"no command {args[0]!r}; see safervlm --help")
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; the same command goes on where it stopped\n")
         sys.exit(130)

@@ -28,6 +28,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from safervlm.data.benchmarks import on_the_hub
+from safervlm.errors import ArgumentError
 from safervlm.lightning_cli import SaferCLI, as_command_line, hush, local_or_shipped
 from safervlm.records import read_jsonl
 
@@ -69,12 +70,12 @@ def doctor(config: list[str] | None = None, vlm: str | None = None, online: bool
     """
     findings = [*machine(), *hub_token()]
     if vlm and not config:
-        raise ValueError(f"--vlm: {vlm!r} is looked at with a recipe: --config configs/measure.yaml")
+        raise ArgumentError(f"--vlm: {vlm!r} is looked at with a recipe: --config configs/measure.yaml")
     if config:
         files = [local_or_shipped(file) for file in config]
         missing = [file for file in files if not Path(file).is_file()]
         if missing:
-            raise ValueError(f"--config: no file {missing[0]!r}; see configs/")
+            raise ArgumentError(f"--config: no file {missing[0]!r}; see configs/")
         # An overlay names no class.
         models = [yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("model", {}) for file in files]
         paths = [model["class_path"] for model in models if "class_path" in model]
@@ -267,7 +268,7 @@ def training_memory(folder: Path, r: int, target_modules: str) -> int:
         target_modules: the regular expression of the layers that they are on.
 
     Raises:
-        ValueError: transformers doesn't know the model.
+        ArgumentError: transformers doesn't know the model.
     """
     with torch.device("meta"):  # the shapes alone
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))

@@ -31,6 +31,7 @@ from safervlm.differences import (
     difference_of_sums_of_means,
     holm,
 )
+from safervlm.errors import RecordError
 from safervlm.intervals import (
     BY_IMAGE,
     BY_TASK,
@@ -43,7 +44,7 @@ from safervlm.intervals import (
 )
 from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
 from safervlm.rating import RATINGS, Rating
-from safervlm.records import FAILED, Failure, RecordError, read_jsonl, read_torn_jsonl
+from safervlm.records import FAILED, Failure, read_jsonl, read_torn_jsonl
 from safervlm.rules import occurs
 from safervlm.run import read_manifest
 from safervlm.scoring import (

@@ -14,6 +14,7 @@ import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.evaluation import (
     ALL_TASKS,
     GROUPS,
@@ -27,7 +28,7 @@ from safervlm.evaluation import (
     flips,
     load,
 )
-from safervlm.records import RecordError, seed_for, write_atomically
+from safervlm.records import seed_for, write_atomically
 from safervlm.reports import (
     latex,
     latex_table,
@@ -65,15 +66,15 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
         The page.
 
     Raises:
-        ValueError: no runs, one named twice, or ``out`` is no HTML file.
+        ArgumentError: no runs, one named twice, or ``out`` is no HTML file.
         RecordError: an evaluation that can't be read.
         SystemExit: with exit code 3 at the end, if some of the runs can't be read.
     """
     if not runs:
-        raise ValueError("runs: at least one run folder, for example runs/original")
+        raise ArgumentError("runs: at least one run folder, for example runs/original")
     out = Path(out) if out else Path(runs[0]) / "evaluation.html"
     if out.suffix != ".html":
-        raise ValueError(f"out: the table is a page, {str(out)!r} must end in .html")
+        raise ArgumentError(f"out: the table is a page, {str(out)!r} must end in .html")
     refuse_to_overwrite(out, ".csv", "_table.csv", "_differences.csv", ".xlsx", ".tex")
     paths = [Path(run) for run in runs]
     names = run_names([path.parent if path.name == FOLDER else path for path in paths])

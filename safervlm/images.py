@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from safervlm.records import RecordError
+from safervlm.errors import RecordError
 
 # What a VLM is shown with a question about a name, as published.
 BLANK = Image.new("RGB", (1000, 1000), "white")

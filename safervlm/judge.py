@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from safervlm import rules
 from safervlm.data.labelled import LabelCollator
+from safervlm.errors import ArgumentError, first_line
 from safervlm.protocol import LABELS, NOT_APPLICABLE, Capability
 from safervlm.records import Example, Response, Verdict, fingerprint, write_atomically
 from safervlm.rules import RULES
@@ -65,7 +66,7 @@ class Judge(LightningModule):
             and with it the reward that PPO gets from it.
 
     Raises:
-        ValueError: at first use, for a checkpoint that is missing, unreadable, or not exactly this model's.
+        ArgumentError: at first use, for a checkpoint that is missing, unreadable, or not exactly this model's.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Judge(LightningModule):
     ) -> None:
         super().__init__()
         if len(labels) < 2 or len(set(labels)) < len(labels):
-            raise ValueError(f"labels: a judge tells at least two different labels apart, got {list(labels)}")
+            raise ArgumentError(f"labels: a judge tells at least two different labels apart, got {list(labels)}")
         self.checkpoint = checkpoint
         self.labels = tuple(labels)
         self.base = base
@@ -103,7 +104,7 @@ class Judge(LightningModule):
             name: the argument that names the judge, for the error.
         """
         if self.labels != tuple(labels):
-            raise ValueError(f"{name}: it tells {', '.join(self.labels)}; name a judge of {', '.join(labels)}")
+            raise ArgumentError(f"{name}: it tells {', '.join(self.labels)}; name a judge of {', '.join(labels)}")
 
     # Loading and saving
 
@@ -142,13 +143,13 @@ class Judge(LightningModule):
             config = AutoConfig.from_pretrained(base)
             tokenizer = AutoTokenizer.from_pretrained(base)
         except (OSError, ValueError) as error:
-            raise ValueError(f"base: no configuration and tokenizer in {base!r} ({_first_line(error)})") from error
+            raise ArgumentError(f"base: no configuration and tokenizer in {base!r} ({first_line(error)})") from error
         if not isinstance(config, RobertaConfig):
-            raise ValueError(f"base: {base!r} is a {config.model_type}; the judge is built on a RoBERTa")
+            raise ArgumentError(f"base: {base!r} is a {config.model_type}; the judge is built on a RoBERTa")
         if weights is not None and weights.name == WEIGHTS:
             saved = tuple(config.id2label[number] for number in sorted(config.id2label))
             if saved != self.labels:
-                raise ValueError(
+                raise ArgumentError(
                     f"labels: {', '.join(self.labels)}, but the judge in {base!r} tells {', '.join(saved)} apart"
                 )
         config.id2label = dict(enumerate(self.labels))
@@ -157,9 +158,9 @@ class Judge(LightningModule):
             try:
                 roberta = RobertaModel.from_pretrained(base, add_pooling_layer=False, dtype=torch.float32)
             except OSError as error:
-                raise ValueError(
+                raise ArgumentError(
                     f"base: no weights in {base!r} to fit a new judge on; name a checkpoint or another base "
-                    f"({_first_line(error)})"
+                    f"({first_line(error)})"
                 ) from error
         else:
             roberta = RobertaModel(config, add_pooling_layer=False)
@@ -199,7 +200,7 @@ class Judge(LightningModule):
         ]
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ValueError(
+            raise ArgumentError(
                 f"checkpoint: {str(file)!r} doesn't fit a judge on base {self._base!r}: "
                 + "; ".join(problems[:5])
                 + more
@@ -212,7 +213,7 @@ class Judge(LightningModule):
         if self._fingerprint is None:
             weights = self._weights
             if weights is None:
-                raise ValueError("checkpoint: a judge without one has to be fitted before it can judge")
+                raise ArgumentError("checkpoint: a judge without one has to be fitted before it can judge")
             self._fingerprint = fingerprint(weights, _config_file(self._base), "\n".join(self.labels))
         return self._fingerprint
 
@@ -380,7 +381,7 @@ class Panel(LightningModule):
         for name, judge in judges.items():
             labels = LABELS[name]
             if judge.labels != labels:
-                raise ValueError(
+                raise ArgumentError(
                     f"{name}: its judge has the labels {', '.join(judge.labels)}; "
                     f"{', '.join(labels)} are needed, in this order"
                 )
@@ -391,10 +392,10 @@ class Panel(LightningModule):
         """The judge that reads a capability's answers; None where a rule does.
 
         Raises:
-            ValueError: they are rated, not judged.
+            ArgumentError: they are rated, not judged.
         """
         if capability == "rated":
-            raise ValueError("LLaVABench's answers are rated, not judged: see callbacks.rate_responses")
+            raise ArgumentError("LLaVABench's answers are rated, not judged: see callbacks.rate_responses")
         if capability in RULES:
             return None
         return self.perception if capability == "perception" else self.alignment
@@ -448,10 +449,6 @@ class Panel(LightningModule):
         return {"alignment": self.alignment.fingerprint, "perception": self.perception.fingerprint}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
 def _config_file(base: str) -> Path:
     return Path(cached_file(base, "config.json"))
 
@@ -463,22 +460,22 @@ def _checkpoint_file(checkpoint: str) -> Path:
         return path
     if path.is_dir():
         if not (path / WEIGHTS).is_file():
-            raise ValueError(
+            raise ArgumentError(
                 f"checkpoint: no {WEIGHTS} in the folder {checkpoint!r}; a state dict such as epoch_10.pt is named "
                 "itself, with the folder of its configuration and tokenizer as base"
             )
         return path / WEIGHTS
     on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+):(.+)", checkpoint)
     if on_hub is None:
-        raise ValueError(
+        raise ArgumentError(
             f"checkpoint: {checkpoint!r} doesn't exist; give a state dict (epoch_10.pt), a folder that fit exported, "
             "or owner/name:file on the Hub"
         )
     try:
         return Path(hf_hub_download(on_hub[1], on_hub[2]))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"checkpoint: {checkpoint!r} is no file here and can't be had from the Hub ({_first_line(error)}); "
+        raise ArgumentError(
+            f"checkpoint: {checkpoint!r} is no file here and can't be had from the Hub ({first_line(error)}); "
             "try again, give a file or an exported folder, or train one: safervlm fit --config configs/judge.yaml"
         ) from error
 
@@ -492,7 +489,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
             else torch.load(file, weights_only=True, map_location="cpu")
         )
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"checkpoint: {str(file)!r} is not a plain state dict ({_first_line(error)})") from error
+        raise ArgumentError(f"checkpoint: {str(file)!r} is not a plain state dict ({first_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"checkpoint: {str(file)!r} is not a plain state dict: names with tensors")
+        raise ArgumentError(f"checkpoint: {str(file)!r} is not a plain state dict: names with tensors")
     return state

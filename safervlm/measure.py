@@ -7,7 +7,8 @@ from typing import Any, Self
 import lightning as L
 import torch
 
-from safervlm.records import Example, Failure, Question, RecordError, Response
+from safervlm.errors import RecordError
+from safervlm.records import Example, Failure, Question, Response
 from safervlm.vlm.base import VLM, Collator, Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
 

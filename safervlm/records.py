@@ -14,14 +14,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from safervlm.errors import RecordError
 from safervlm.protocol import Capability
 
 # In a run folder: the questions that have no answer, and why.
 FAILED = "responses-failed.jsonl"
-
-
-class RecordError(ValueError):
-    """A record that can't be used; the message names the record and the way out."""
 
 
 def record_id(dataset: str, image: str, capability: str, prompt_number: int) -> str:

@@ -25,9 +25,10 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 from rich.console import Console
 
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.images import open_image
 from safervlm.protocol import CAPABILITIES
-from safervlm.records import RecordError, fingerprint, seed_for, write_atomically
+from safervlm.records import fingerprint, seed_for, write_atomically
 from safervlm.scoring import (
     ACCURACY_NA_WRONG,
     BOTH,
@@ -133,14 +134,14 @@ def report(runs: list[Path], out: Path | None = None) -> Path:
         The page.
 
     Raises:
-        ValueError: no runs, or ``out`` is no HTML file.
+        ArgumentError: no runs, or ``out`` is no HTML file.
         RecordError: a run that can't be read; see :func:`safervlm.scoring.load_run`.
     """
     if not runs:
-        raise ValueError("runs: a report needs at least one run folder, for example runs/base")
+        raise ArgumentError("runs: a report needs at least one run folder, for example runs/base")
     out = Path(out) if out else Path(runs[0]) / "report.html"
     if out.suffix != ".html":
-        raise ValueError(f"out: the report is a page, {str(out)!r} must end in .html")
+        raise ArgumentError(f"out: the report is a page, {str(out)!r} must end in .html")
     refuse_to_overwrite(out, ".csv", "_overall.csv", ".xlsx", ".tex")
     loaded = load(runs)
     comparison = compare({run.name: run.scores for run in loaded})
@@ -182,12 +183,12 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     """What runs are called: by their folder, or by their path where two folders are called the same.
 
     Raises:
-        ValueError: a folder is named twice.
+        ArgumentError: a folder is named twice.
     """
     names = [path.resolve().name for path in paths]
     unique = [name if names.count(name) == 1 else str(path) for path, name in zip(paths, names, strict=True)]
     if len(set(unique)) < len(unique):
-        raise ValueError(f"runs: {', '.join(map(str, paths))}: the same folder is named twice; name each once")
+        raise ArgumentError(f"runs: {', '.join(map(str, paths))}: the same folder is named twice; name each once")
     return unique
 
 
@@ -718,8 +719,8 @@ def refuse_to_overwrite(out: Path, *others: str) -> None:
         others: endings of what is written beside it, such as ``.csv`` or ``_table.csv``.
 
     Raises:
-        ValueError: without a page there is such a file: it is the user's.
+        ArgumentError: without a page there is such a file: it is the user's.
     """
     there = [file for ending in others if (file := out.with_name(out.stem + ending)).exists()]
     if there and not out.exists():
-        raise ValueError(f"out: {there[0]} is there already and would be overwritten; name another page than {out}")
+        raise ArgumentError(f"out: {there[0]} is there already and would be overwritten; name another page than {out}")

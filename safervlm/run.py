@@ -19,7 +19,8 @@ from typing import Any, TextIO
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from safervlm.records import FAILED, RecordError, write_atomically
+from safervlm.errors import RecordError
+from safervlm.records import FAILED, write_atomically
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"

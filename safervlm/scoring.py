@@ -42,6 +42,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from safervlm.differences import difference_of_shares
+from safervlm.errors import RecordError
 from safervlm.intervals import (
     FEWEST_CONCEPTS,
     Floats,
@@ -52,7 +53,7 @@ from safervlm.intervals import (
     interval_these_concepts,
 )
 from safervlm.protocol import CAPABILITIES, CATEGORIES, LABELS, NOT_APPLICABLE, SAFE, UNSAFE
-from safervlm.records import RecordError, Response, Verdict, read_jsonl, write_atomically
+from safervlm.records import Response, Verdict, read_jsonl, write_atomically
 
 # What a row of `scores` measures.
 ACCURACY = "accuracy"  # N/A left out

@@ -12,9 +12,10 @@ from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
 from safervlm.data.responses import read_responses
+from safervlm.errors import RecordError
 from safervlm.lightning_cli import SaferCLI, as_command_line, hush
 from safervlm.measure import Measure
-from safervlm.records import Example, Failure, RecordError, Response, Verdict, read_jsonl, seed_for, write_jsonl
+from safervlm.records import Example, Failure, Response, Verdict, read_jsonl, seed_for, write_jsonl
 
 FLIPS = "verify.jsonl"
 

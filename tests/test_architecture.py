@@ -7,7 +7,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("protocol", "records", "functional", "intervals", "differences", "images", "rules", "rating", "__init__"),
+    (
+        "errors",
+        "protocol",
+        "records",
+        "functional",
+        "intervals",
+        "differences",
+        "images",
+        "rules",
+        "rating",
+        "__init__",
+    ),
     ("scoring", "run"),
     ("evaluation",),
     ("vlm", "data", "judge", "reports", "evaluation_report"),

@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 from evaluations import question, safety, write
 
+from safervlm.errors import RecordError
 from safervlm.evaluation import columns, compare, estimates, evaluate, flips, load, mme_images
 from safervlm.rating import Rating
-from safervlm.records import RecordError
 from safervlm.scoring import scores, self_bleu
 
 # The folder of MME's published tools/eval_tool.zip (https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models,

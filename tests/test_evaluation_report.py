@@ -10,8 +10,8 @@ import pytest
 from evaluations import question, safety, write
 from PIL import Image
 
+from safervlm.errors import RecordError
 from safervlm.evaluation_report import evaluation, other_models, shown
-from safervlm.records import RecordError
 from safervlm.reports import latex
 from safervlm.run import write_stage
 

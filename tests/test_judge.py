@@ -17,9 +17,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from safervlm.data.labelled import LabelCollator, LabelledAnswers, read_labelled
+from safervlm.errors import RecordError
 from safervlm.judge import Judge, Panel
 from safervlm.protocol import LABELS
-from safervlm.records import Example, Question, RecordError, Response
+from safervlm.records import Example, Question, Response
 from safervlm.rules import RULES
 
 TEXTS = [

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from safervlm.errors import RecordError
 from safervlm.records import (
     Question,
-    RecordError,
     Response,
     Verdict,
     fingerprint,

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from safervlm import reports, scoring
+from safervlm.errors import RecordError
 from safervlm.protocol import ALIGNMENT_QUESTIONS, CATEGORIES, perception_question, text_only_question
-from safervlm.records import Question, RecordError, Response, Verdict, record_id, seed_for, write_jsonl
+from safervlm.records import Question, Response, Verdict, record_id, seed_for, write_jsonl
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}\u202e\ud800"
 CONCEPTS = [(category, f"{category} thing {letter}") for category in CATEGORIES for letter in "abc"]

@@ -11,7 +11,8 @@ from rich.console import Console
 from scipy import stats
 
 from safervlm import intervals, scoring
-from safervlm.records import Question, RecordError, Response, Verdict, record_id, write_jsonl
+from safervlm.errors import RecordError
+from safervlm.records import Question, Response, Verdict, record_id, write_jsonl
 
 # (capability, category, concept, image, right answer, labels of its answers): the whole hand-made measurement.
 ANSWERS = [

@@ -15,9 +15,10 @@ from typing import Any, Literal
 from safervlm.data.base import Collator, Parts, SaferData, text_field
 from safervlm.data.contexts import context_questions, read_contexts
 from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, ImageRecord, ImageSets, PartName, spread
+from safervlm.errors import RecordError
 from safervlm.images import image_file
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_response, context_response, other_label
-from safervlm.records import Example, Question, RecordError, read_jsonl, record_id, seed_for, write_atomically
+from safervlm.records import Example, Question, read_jsonl, record_id, seed_for, write_atomically
 
 # Held-out safe images that PPO watches; a rate over fewer is too coarse to warn of a change by .05.
 HELD_OUT = 100

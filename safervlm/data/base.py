@@ -15,7 +15,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from safervlm.records import Example, RecordError, fingerprint, seed_for, to_line
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.records import Example, fingerprint, seed_for, to_line
 
 Collator = Callable[[Sequence[Example]], Any]
 # Questions at once to begin with, where the user leaves it to the memory.
@@ -147,11 +148,11 @@ class TrainingLoader:
         """Goes on after the batches that were delivered.
 
         Raises:
-            ValueError: the order now is another one, so the position would mean other examples.
+            ArgumentError: the order now is another one, so the position would mean other examples.
         """
         for name, value in self._order().items():
             if state["order"][name] != value:
-                raise ValueError(
+                raise ArgumentError(
                     f"data: the checkpoint stands in the middle of an epoch with {name} {state['order'][name]}, now it "
                     f"is {value}: continue with the same data, or start from a checkpoint of an epoch's end"
                 )
@@ -266,9 +267,9 @@ class SaferData(LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size != "auto" and batch_size < 1:
-            raise ValueError(f"data.batch_size: at least 1, got {batch_size}")
+            raise ArgumentError(f"data.batch_size: at least 1, got {batch_size}")
         if num_workers < 0:
-            raise ValueError(f"data.num_workers: 0 or more, got {num_workers}")
+            raise ArgumentError(f"data.num_workers: 0 or more, got {num_workers}")
         self.collator = collator
         self.automatic = batch_size == "auto"
         self.batch_size = AUTOMATIC if batch_size == "auto" else batch_size
@@ -340,7 +341,7 @@ class SaferData(LightningDataModule):
     def train_dataloader(self) -> TrainingLoader:
         """Shuffled by (seed, epoch); see :class:`TrainingLoader`."""
         if self.automatic:
-            raise ValueError("data.batch_size: auto is for predicting; training needs a number")
+            raise ArgumentError("data.batch_size: auto is for predicting; training needs a number")
         if not self.parts.train:
             raise RecordError(
                 f"data: {type(self).__name__} has nothing to train on: use one of safervlm.data.alignment"
@@ -397,7 +398,7 @@ class SaferData(LightningDataModule):
 
     def _collator(self) -> Collator:
         if self.collator is None:
-            raise ValueError(
+            raise ArgumentError(
                 "data.collator: none is set: pass the model's, as in UnsafeConcepts(collator=model.collator)"
             )
         return self.collator

@@ -38,9 +38,10 @@ from rich.progress import track, wrap_file
 from safervlm.data.base import Collator, Parts, SaferData
 from safervlm.data.hub import hub_rows, local_name
 from safervlm.data.unsafe_concepts import ImageRecord, spread
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.images import BROKEN, IMAGE_ENDINGS, image_file
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, Capability, published_draw
-from safervlm.records import Example, RecordError, fingerprint, read_jsonl, record_id, write_atomically
+from safervlm.records import Example, fingerprint, read_jsonl, record_id, write_atomically
 
 # What makes an answer right; each is a capability of the protocol.
 Answers = Literal["safety", "yes_no", "occurs", "rated"]
@@ -103,14 +104,14 @@ class Benchmark(SaferData):
     ) -> None:
         super().__init__(collator, batch_size, num_workers)
         if "/" in name or not name:
-            raise ValueError(f"data.name: a name without a slash, got {name!r}")
+            raise ArgumentError(f"data.name: a name without a slash, got {name!r}")
         if limit is not None and limit < 1:
-            raise ValueError(f"data.limit: at least 1, or none, got {limit}")
+            raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
         if answers != "safety" and question_column is None:
-            raise ValueError(f"data.question_column: {answers} needs the column with the questions; name it")
+            raise ArgumentError(f"data.question_column: {answers} needs the column with the questions; name it")
         labels = [*map(str.lower, unsafe), *map(str.lower, safe)]
         if len(set(labels)) < len(labels):
-            raise ValueError(f"data.unsafe: {unsafe} and data.safe: {safe} have a label in common; tell them apart")
+            raise ArgumentError(f"data.unsafe: {unsafe} and data.safe: {safe} have a label in common; tell them apart")
         self.dataset, self.source, self.about, self.md5, self.answers = name, source, about, md5, answers
         self.label_column, self.question_column, self.image_column = label_column, question_column, image_column
         self.name_column, self.category_column, self.context_column = name_column, category_column, context_column

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from safervlm.data.base import Collator, Parts, text_field
 from safervlm.data.unsafe_concepts import HUB_REPO, ImageRecord, ImageSets, PartName, spread
+from safervlm.errors import RecordError
 from safervlm.protocol import SAFE, UNSAFE, context_text_only_question
-from safervlm.records import Example, Question, RecordError, fingerprint, record_id
+from safervlm.records import Example, Question, fingerprint, record_id
 
 # The right answers, by the number of the question.
 CONTEXTS = (SAFE, UNSAFE)

@@ -4,7 +4,7 @@ import datasets
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError
 
-from safervlm.records import RecordError
+from safervlm.errors import RecordError, first_line
 
 
 def hub_rows(repo: str, local: str) -> datasets.Dataset:
@@ -22,12 +22,12 @@ def hub_rows(repo: str, local: str) -> datasets.Dataset:
         return datasets.load_dataset(name, split="train", revision=revision or None)
     except (DatasetNotFoundError, GatedRepoError) as error:
         raise RecordError(
-            f"{repo}: the Hub gives no access ({_first_line(error)}): accept the terms at "
+            f"{repo}: the Hub gives no access ({first_line(error)}): accept the terms at "
             f"https://huggingface.co/datasets/{name}, then run `hf auth login`; or give a local one, {local}"
         ) from None
     except ConnectionError as error:
         raise RecordError(
-            f"{repo}: the Hub can't be reached ({_first_line(error)}): try again, or give a local one, {local}"
+            f"{repo}: the Hub can't be reached ({first_line(error)}): try again, or give a local one, {local}"
         ) from None
 
 
@@ -35,7 +35,3 @@ def local_name(repo: str) -> str:
     """The name under which a data set of the Hub is kept here."""
     name, at, revision = repo.partition("@")
     return "--".join(name.split("/")[-2:]) + at + revision.replace("/", "--")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -13,8 +13,9 @@ from rich.table import Table
 from torch import Tensor
 
 from safervlm.data.base import Collator, Parts, SaferData, text_field
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.protocol import LABELS, Capability
-from safervlm.records import Example, Question, RecordError, read_jsonl, seed_for
+from safervlm.records import Example, Question, read_jsonl, seed_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ class LabelledAnswers(SaferData):
     ) -> None:
         super().__init__(collator, batch_size, num_workers, seed)
         if not 0 < held_out < 1:
-            raise ValueError(f"data.held_out: between 0 and 1, got {held_out}")
+            raise ArgumentError(f"data.held_out: between 0 and 1, got {held_out}")
         self.answers = answers
         self.held_out = held_out
 
@@ -132,7 +133,7 @@ class LabelledAnswers(SaferData):
     def _labels(self) -> tuple[str, ...]:
         collator = self._collator()
         if not isinstance(collator, LabelCollator):
-            raise ValueError("data.collator: labelled answers are for fitting a safervlm.judge.Judge")
+            raise ArgumentError("data.collator: labelled answers are for fitting a safervlm.judge.Judge")
         return collator.labels
 
     def setup(self, stage: str) -> None:

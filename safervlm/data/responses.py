@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from safervlm.data.base import Collator, Parts, SaferData
-from safervlm.records import Example, Question, RecordError, Response, read_jsonl, write_jsonl
+from safervlm.errors import RecordError
+from safervlm.records import Example, Question, Response, read_jsonl, write_jsonl
 
 RESPONSES = "responses.jsonl"
 

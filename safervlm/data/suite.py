@@ -5,7 +5,8 @@ from inspect import signature
 from typing import Any, Literal
 
 from safervlm.data.base import Collator, Parts, SaferData
-from safervlm.records import Example, RecordError
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.records import Example
 
 
 class Suite(SaferData):
@@ -38,19 +39,19 @@ class Suite(SaferData):
     ) -> None:
         super().__init__(collator, batch_size, num_workers)
         if twice := sets.keys() & (own or {}).keys():
-            raise ValueError(f"data.own: {min(twice)!r} is one of data.sets already; give it another name")
+            raise ArgumentError(f"data.own: {min(twice)!r} is one of data.sets already; give it another name")
         self.own = own or {}
         sets = sets | self.own
         if limit is not None and limit < 1:
-            raise ValueError(f"data.limit: at least 1, or none, got {limit}")
+            raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
         if unknown := [name for name in only or [] if name not in sets]:
-            raise ValueError(f"data.only: no set {unknown[0]!r}; there are {', '.join(sets)}")
+            raise ArgumentError(f"data.only: no set {unknown[0]!r}; there are {', '.join(sets)}")
         self.sets = {name: data for name, data in sets.items() if only is None or name in only}
         self.left_out: dict[str, str] = {}
         if limit is not None:
             for name, data in self.sets.items():
                 if not hasattr(data, "limit"):
-                    raise ValueError(f"data.limit: the set {name!r} ({type(data).__name__}) can't be limited")
+                    raise ArgumentError(f"data.limit: the set {name!r} ({type(data).__name__}) can't be limited")
                 data.limit = limit
 
     def prepare_data(self) -> None:

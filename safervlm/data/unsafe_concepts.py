@@ -27,6 +27,7 @@ import datasets
 
 from safervlm.data.base import Collator, Parts, SaferData, text_field
 from safervlm.data.hub import hub_rows, local_name
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.images import image_file
 from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
@@ -43,7 +44,7 @@ from safervlm.protocol import (
     published_draw,
     text_only_question,
 )
-from safervlm.records import Example, Question, RecordError, fingerprint, read_jsonl, record_id, write_jsonl
+from safervlm.records import Example, Question, fingerprint, read_jsonl, record_id, write_jsonl
 
 PartName = Literal["all", "train", "validation", "test"]
 # The second is the first implementation's name for it.
@@ -412,14 +413,14 @@ class ImageSets(SaferData):
     ) -> None:
         super().__init__(collator, batch_size, num_workers, seed)
         if not 0 <= validation_fraction < 1:
-            raise ValueError(f"data.validation_fraction: from 0 to below 1, got {validation_fraction}")
+            raise ArgumentError(f"data.validation_fraction: from 0 to below 1, got {validation_fraction}")
         if limit is not None and limit < 1:
-            raise ValueError(f"data.limit: at least 1, or none, got {limit}")
+            raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
         for each in (name, safe_name):
             if "/" in each or each in ("", ".", ".."):
-                raise ValueError(f"data.name: a name without a slash, got {each!r}")
+                raise ArgumentError(f"data.name: a name without a slash, got {each!r}")
         if name == safe_name:
-            raise ValueError(f"data.safe_name: the two sets need different names, got {name!r} twice")
+            raise ArgumentError(f"data.safe_name: the two sets need different names, got {name!r} twice")
         cache = Path(cache_dir).expanduser()
         self.repo = None if folder else repo
         self.safe_repo = None if safe_folder else safe_repo
@@ -559,9 +560,9 @@ class UnsafeConcepts(ImageSets):
             num_workers,
         )
         if unknown := [name for name in capabilities if name not in CAPABILITIES]:
-            raise ValueError(f"data.capabilities: {unknown[0]!r} is none of {', '.join(CAPABILITIES)}")
+            raise ArgumentError(f"data.capabilities: {unknown[0]!r} is none of {', '.join(CAPABILITIES)}")
         if prompts == "drawn" and split != "test":
-            raise ValueError(
+            raise ArgumentError(
                 "data.prompts: the draw is published for the test part; set data.split to test, or ask all"
             )
         self.split = split

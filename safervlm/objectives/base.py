@@ -10,7 +10,8 @@ from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
 from safervlm.data.base import SaferData
-from safervlm.records import RecordError, seed_for
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.records import seed_for
 from safervlm.vlm.base import Batch, Collator
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.lora import Adapter
@@ -62,7 +63,7 @@ class Objective(L.LightningModule):
         examples = [*data.parts.train[:1], *data.parts.validation[:1]] if isinstance(data, SaferData) else []
         for example in examples:
             if len(example.completions) != self.completions:
-                raise ValueError(
+                raise ArgumentError(
                     f"data: {type(data).__name__} gives {len(example.completions)} completions a record, "
                     f"{type(self).__name__} takes {self.completions}; use the data of its recipe in configs/"
                 )
@@ -85,7 +86,7 @@ class Objective(L.LightningModule):
         """How often the schedule steps in the whole run."""
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise ValueError("trainer.max_epochs: the learning rate falls to 0 at the end, so the run needs one")
+            raise ArgumentError("trainer.max_epochs: the learning rate falls to 0 at the end, so the run needs one")
         return int(steps)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -133,11 +134,11 @@ def at_least(least: float, **values: float) -> None:
     """Refuses an argument of the model that is too small."""
     for name, value in values.items():
         if not value >= least:
-            raise ValueError(f"model.{name}: at least {least}, got {value}")
+            raise ArgumentError(f"model.{name}: at least {least}, got {value}")
 
 
 def above(bound: float, **values: float) -> None:
     """Refuses an argument of the model that is not larger than a bound."""
     for name, value in values.items():
         if not value > bound:
-            raise ValueError(f"model.{name}: above {bound}, got {value}")
+            raise ArgumentError(f"model.{name}: above {bound}, got {value}")

@@ -26,6 +26,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 
 from safervlm import protocol
 from safervlm.data.unsafe_concepts import paper_split, safe_split
+from safervlm.errors import ArgumentError
 from safervlm.pictograms import judges, train
 from safervlm.pictograms.benchmarks import write_benchmarks
 from safervlm.pictograms.concepts import CREDITS, SAFE_CONCEPTS, UNSAFE_CONCEPTS
@@ -71,7 +72,7 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1) -> Pa
         The folder.
 
     Raises:
-        ValueError: the folder holds something that is not a pictogram world.
+        ArgumentError: the folder holds something that is not a pictogram world.
         RuntimeError: the model missed its figures with every seed that was tried.
     """
     out = Path(out)
@@ -82,7 +83,7 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1) -> Pa
         return out
     strangers = sorted(path.name for path in out.iterdir() if path.name not in PARTS) if out.exists() else []
     if strangers:
-        raise ValueError(
+        raise ArgumentError(
             f"out: {out} holds {strangers[0]!r}, which is no part of a pictogram world: name another folder"
         )
 

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 from torch import Tensor
 
+from safervlm.errors import ArgumentError
 from safervlm.images import BLANK, open_image
 from safervlm.records import Example, Question, seed_for
 from safervlm.vlm.base import VLM, Batch, Generation, Unanswered
@@ -214,16 +215,16 @@ class Server(VLM):
     ) -> None:
         super().__init__()
         if not addresses or isinstance(addresses, str):
-            raise ValueError(f"vlm.addresses: a list of base URLs, got {addresses!r}")
+            raise ArgumentError(f"vlm.addresses: a list of base URLs, got {addresses!r}")
         for address in addresses:
             url = urlsplit(address)
             if "@" in address or url.query:
-                raise ValueError(
+                raise ArgumentError(
                     f"vlm.addresses: the one at {url.hostname} holds more than a place; a key is read from the "
                     "environment variable vlm.api_key_variable"
                 )
             if url.scheme not in ("http", "https") or not url.hostname:
-                raise ValueError(f"vlm.addresses: a base URL such as http://localhost:8000/v1, got {address!r}")
+                raise ArgumentError(f"vlm.addresses: a base URL such as http://localhost:8000/v1, got {address!r}")
         for name, value, least in (
             ("concurrency", concurrency, 1),
             ("max_retries", max_retries, 0),
@@ -231,9 +232,9 @@ class Server(VLM):
             ("max_tokens", max_tokens, 1),
         ):
             if value is not None and value < least:
-                raise ValueError(f"vlm.{name}: at least {least}, got {value}")
+                raise ArgumentError(f"vlm.{name}: at least {least}, got {value}")
         if not timeout > 0:
-            raise ValueError(f"vlm.timeout: more than 0 seconds, got {timeout}")
+            raise ArgumentError(f"vlm.timeout: more than 0 seconds, got {timeout}")
         self.name, self.system, self.blank, self.api_key_variable = model, system, blank, api_key_variable
         self.hosts = [Host(address.rstrip("/")) for address in addresses]
         self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
@@ -260,7 +261,7 @@ class Server(VLM):
         try:
             import openai  # noqa: F401
         except ImportError:
-            raise ValueError("vlm: Server needs the package openai: pip install 'safervlm[api]'") from None
+            raise ArgumentError("vlm: Server needs the package openai: pip install 'safervlm[api]'") from None
         self._key()
 
     def estimate(self, questions: Sequence[Question], max_new_tokens: int) -> str:
@@ -299,17 +300,19 @@ class Server(VLM):
 
         Raises:
             Unanswered: some questions got no answer; it holds the answers of the others.
-            ValueError: nothing can be asked any more.
+            ArgumentError: nothing can be asked any more.
         """
         if self.dry_run:
-            raise ValueError("vlm.dry_run: nothing is asked; safervlm predict prints the estimate, leave it out to ask")
+            raise ArgumentError(
+                "vlm.dry_run: nothing is asked; safervlm predict prints the estimate, leave it out to ask"
+            )
         self.load()
         if self.halted is not None:
-            raise ValueError(self.halted)
+            raise ArgumentError(self.halted)
         answers = asyncio.run(self._answer_all(batch, sampling, seed))
         good = [answer for answer in answers if isinstance(answer, Generation)]
         if self.halted is not None and not good:
-            raise ValueError(self.halted)
+            raise ArgumentError(self.halted)
         if len(good) < len(answers):
             raise Unanswered(self.halted or next(each for each in answers if isinstance(each, str)), answers)
         return good
@@ -593,7 +596,7 @@ class Server(VLM):
         """The key; it is read where it is needed, and kept nowhere."""
         key = os.environ.get(self.api_key_variable, "").strip()
         if not (key.isascii() and key.isprintable()):
-            raise ValueError(
+            raise ArgumentError(
                 f"vlm.api_key_variable: the environment variable {self.api_key_variable} holds line breaks or other "
                 "characters that no key has"
             )

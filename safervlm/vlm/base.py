@@ -15,7 +15,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from safervlm.records import Example, Question, RecordError
+from safervlm.errors import RecordError
+from safervlm.records import Example, Question
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
 

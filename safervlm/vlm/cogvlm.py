@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import local_torch_dtype
 
+from safervlm.errors import ArgumentError
 from safervlm.images import BLANK
 from safervlm.records import Question
 from safervlm.vlm.local import reading
@@ -141,7 +142,7 @@ class CogVLM(Remote):
         )
         ours = collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
         if any(own[name].tolist() != ours[name][0].tolist() for name in ("input_ids", "token_type_ids")):
-            raise ValueError(f"vlm.model: {self.name!r} lays its questions out otherwise than CogVLM; name a CogVLM")
+            raise ArgumentError(f"vlm.model: {self.name!r} lays its questions out otherwise than CogVLM; name a CogVLM")
         return collator
 
     def adapt(self, remote: Any) -> Any:

@@ -18,9 +18,10 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.images import BLANK, open_image
 from safervlm.protocol import VICUNA_SYSTEM
-from safervlm.records import Example, RecordError
+from safervlm.records import Example
 from safervlm.vlm.local import reading
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.packed import PackedBatch, PackedVLM, pack
@@ -86,7 +87,7 @@ class LlavaCollator:
         stem = self.tokenizer("ASSISTANT:").input_ids
         whole = self.tokenizer(f"ASSISTANT: {text}").input_ids
         if whole[: len(stem)] != stem:
-            raise ValueError(
+            raise ArgumentError(
                 f"the tokenizer merges 'ASSISTANT:' with the answer {text[:40]!r}; its family needs its own collator"
             )
         return [*whole[len(stem) :], self.tokenizer.eos_token_id]
@@ -127,7 +128,7 @@ class Llava(PackedVLM):
         with reading(self.name):
             config = AutoConfig.from_pretrained(self.name, revision=self.revision)
             if not isinstance(config, LlavaConfig):
-                raise ValueError(
+                raise ArgumentError(
                     f"vlm.model: {self.name!r} is a {config.model_type}, not a llava; name a LLaVA-1.5, or have it "
                     "asked by --model.vlm safervlm.vlm.transformers.Transformers"
                 )

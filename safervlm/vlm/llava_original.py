@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPVisionModel, GenerationConfig, LlamaConfig, LlavaConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from safervlm.errors import ArgumentError
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.records import fingerprint
 from safervlm.vlm.llava import Llava, LlavaCollator
@@ -100,10 +101,10 @@ def convert(name: str, revision: str | None, vision: str, cache: Path) -> Path:
         raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(source)
     if "mm_vision_tower" not in raw:
-        raise ValueError(f"vlm.model: {name!r} is no LLaVA in the original format; use safervlm.vlm.llava.Llava")
+        raise ArgumentError(f"vlm.model: {name!r} is no LLaVA in the original format; use safervlm.vlm.llava.Llava")
     files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
     if not files:
-        raise ValueError(f"vlm.model: no weights (*.safetensors, pytorch_model*.bin) in {source}")
+        raise ArgumentError(f"vlm.model: no weights (*.safetensors, pytorch_model*.bin) in {source}")
     folder = cache / fingerprint(source / "config.json", *files, vision)
     if folder.is_dir():
         return folder
@@ -124,7 +125,7 @@ def convert(name: str, revision: str | None, vision: str, cache: Path) -> Path:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if [image_token, pad_token] != tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]):
-        raise ValueError(f"vlm.model: {name!r} has {words} words in its weights and others in its tokenizer")
+        raise ArgumentError(f"vlm.model: {name!r} has {words} words in its weights and others in its tokenizer")
 
     text = {key: raw[key] for key in LlamaConfig().to_dict() if key in raw}
     config = LlavaConfig(
@@ -153,7 +154,7 @@ def renamed(key: str) -> str:
         key, count = re.subn(pattern, name, key)
         if count:
             return key
-    raise ValueError(f"vlm.model: the weight {key!r} is none of LLaVA-1.5 in the original format")
+    raise ArgumentError(f"vlm.model: the weight {key!r} is none of LLaVA-1.5 in the original format")
 
 
 def convert_adapter(folder: Path, cache: Path) -> Path:
@@ -168,12 +169,12 @@ def convert_adapter(folder: Path, cache: Path) -> Path:
         None,
     )
     if weights is None:
-        raise ValueError(f"vlm.adapter: no adapter_model.safetensors or .bin in {str(folder)!r}")
+        raise ArgumentError(f"vlm.adapter: no adapter_model.safetensors or .bin in {str(folder)!r}")
     state = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
     if not any(key.startswith("base_model.model.model.layers.") for key in state):
         return folder
     if (folder / "non_lora_trainables.bin").exists():
-        raise ValueError(
+        raise ArgumentError(
             f"vlm.adapter: {str(folder)!r} has also trained the projector (non_lora_trainables.bin); merge it into the "
             "model with its authors' script, and name the merged model"
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from safervlm.errors import ArgumentError
 from safervlm.records import fingerprint, seed_for
 from safervlm.vlm.base import VLM, Generation, Scores
 from safervlm.vlm.lora import Adapter, LoRA, checkpoint_gradients
@@ -66,9 +67,9 @@ class LocalVLM(VLM):
         if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
             inside = Path(adapter) / "adapter"
             hint = f"did you mean {inside}?" if inside.is_dir() else "give the PEFT folder that fit exported"
-            raise ValueError(f"vlm.adapter: no adapter_config.json in {adapter!r}; {hint}")
+            raise ArgumentError(f"vlm.adapter: no adapter_config.json in {adapter!r}; {hint}")
         if model.startswith((".", "/")) and not Path(model).is_dir():
-            raise ValueError(
+            raise ArgumentError(
                 f"vlm.model: no folder {model!r}; paths begin where the command is typed ({Path.cwd()}), and the "
                 "pictograms are written by safervlm pictograms"
             )
@@ -133,7 +134,7 @@ class LocalVLM(VLM):
             self.eval()
             return
         if self.adapter is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"vlm.adapter: {self.adapter!r} is given, but training starts from the base model, which is also the "
                 "reference; leave it out (to go on with a run, or to validate it, name its folder as --run)"
             )
@@ -142,7 +143,7 @@ class LocalVLM(VLM):
             torch.manual_seed(seed_for(seed, "lora"))
             policy, *others = train
             if policy != "policy":
-                raise ValueError(f"train: the first adapter is the policy, got {policy!r}")
+                raise ArgumentError(f"train: the first adapter is the policy, got {policy!r}")
             model = get_peft_model(base, self.lora.to_peft())
             for other in others:
                 model.add_adapter(other, self.lora.to_peft())
@@ -190,7 +191,7 @@ class LocalVLM(VLM):
             hidden: also give the hidden states.
         """
         if sampling is not None and sampling.top_p < 1:
-            raise ValueError(f"sampling.top_p: scoring needs 1, got {sampling.top_p}")
+            raise ArgumentError(f"sampling.top_p: scoring needs 1, got {sampling.top_p}")
         targets, states = self.response_states(batch, adapter)
         logits = self.base.get_output_embeddings()(states).float()
         if sampling is not None:
@@ -226,12 +227,12 @@ def reading(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"vlm.model: {name!r} can't be read ({str(error).strip().splitlines()[0]}); give a folder that "
             "save_pretrained wrote, or a name on the Hugging Face Hub (`hf auth login` for a gated model)"
         ) from error
     except ImportError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"vlm.model: {name!r} can't be read ({str(error).strip().splitlines()[0]}); install it, or name another "
             "model"
         ) from error
@@ -267,7 +268,7 @@ def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
     """The model with the adapter of a PEFT folder.
 
     Raises:
-        ValueError: the adapter's keys don't fit the model; PEFT would load it without effect and only warn.
+        ArgumentError: the adapter's keys don't fit the model; PEFT would load it without effect and only warn.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")
@@ -275,7 +276,7 @@ def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
         wrong = set(file.keys()) ^ set(get_peft_model_state_dict(model))
     if wrong:
-        raise ValueError(
+        raise ArgumentError(
             f"vlm.adapter: {folder!r} was not made for {base.config.name_or_path!r}: {len(wrong)} weights don't fit, "
             f"for example {min(wrong)}; give the base model that it was trained on"
         )

@@ -14,6 +14,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from safervlm.errors import ArgumentError
+
 Adapter = Literal["policy", "value", "reference"]
 # PEFT writes the adapter called "default" into the folder itself, and others into sub-folders of it.
 PEFT_NAMES: dict[Adapter, list[str]] = {"policy": ["default"], "value": ["value"], "reference": []}
@@ -42,9 +44,9 @@ class LoRA:
     def __post_init__(self) -> None:
         """Refuses values that PEFT would only trip over later."""
         if self.r < 1:
-            raise ValueError(f"lora.r: the rank is at least 1, got {self.r}")
+            raise ArgumentError(f"lora.r: the rank is at least 1, got {self.r}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout: a probability below 1, got {self.dropout}")
+            raise ArgumentError(f"lora.dropout: a probability below 1, got {self.dropout}")
 
     def to_peft(self) -> LoraConfig:
         """PEFT's configuration."""

@@ -27,6 +27,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from safervlm.errors import ArgumentError
 from safervlm.images import BLANK, open_image
 from safervlm.records import Question, fingerprint
 from safervlm.vlm.local import reading
@@ -165,12 +166,12 @@ class Remote(Transformers):
     ) -> None:
         super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, system, template)
         if not trust_remote_code:
-            raise ValueError(
+            raise ArgumentError(
                 f"vlm.trust_remote_code: {model!r} runs Python code of its own on this machine; read that code, then "
                 "set it to true, or measure another model"
             )
         if not Path(model).is_dir() and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-            raise ValueError(
+            raise ArgumentError(
                 f"vlm.revision: code from the Hub is run at a fixed commit only, got {revision!r}; pin it: give the "
                 f"full 40 digits of a commit that you have read (https://huggingface.co/{model}/commits/main)"
             )
@@ -205,7 +206,7 @@ class Remote(Transformers):
         if isinstance(reference, list):  # a tokenizer's, then its fast one's
             reference = reference[0]
         if not reference or "--" in reference:
-            raise ValueError(
+            raise ArgumentError(
                 f"vlm.model: the code of {self.name!r} has to lie in its own repository, but {name} in its auto_map "
                 f"is {reference!r}; name a {self.family}"
             )
@@ -214,7 +215,7 @@ class Remote(Transformers):
                 with standing_in(self.absent, self.stand_in):
                     return get_class_from_dynamic_module(reference, self.name, revision=self.revision)
             except ImportError as error:
-                raise ValueError(
+                raise ArgumentError(
                     f"vlm.model: the code of {self.name!r} can't be imported ({str(error).splitlines()[0]}); "
                     f"{self.family}'s needs pip install 'safervlm[remote]'"
                 ) from error
@@ -247,7 +248,7 @@ class Remote(Transformers):
             )
         missing = found["missing_keys"]
         if missing:
-            raise ValueError(f"vlm.model: {self.name!r} lacks {len(missing)} weights, for example {min(missing)}")
+            raise ArgumentError(f"vlm.model: {self.name!r} lacks {len(missing)} weights, for example {min(missing)}")
         for layer in model.get_decoder().layers:
             kind = type(layer)
             layer.__class__ = type(kind.__name__, (GradientCheckpointingLayer, kind), {})

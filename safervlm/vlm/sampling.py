@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
+from safervlm.errors import ArgumentError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -27,11 +29,11 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuses values that draw nothing."""
         if self.temperature < 0:
-            raise ValueError(f"sampling.temperature: 0 (greedy) or more, got {self.temperature}")
+            raise ArgumentError(f"sampling.temperature: 0 (greedy) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p: above 0 and at most 1, got {self.top_p}")
+            raise ArgumentError(f"sampling.top_p: above 0 and at most 1, got {self.top_p}")
         if self.max_new_tokens < 1:
-            raise ValueError(f"sampling.max_new_tokens: at least 1, got {self.max_new_tokens}")
+            raise ArgumentError(f"sampling.max_new_tokens: at least 1, got {self.max_new_tokens}")
 
 
 class KeyedNoise:

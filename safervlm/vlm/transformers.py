@@ -29,8 +29,9 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import ModelOutput
 
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.images import BLANK, open_image
-from safervlm.records import Example, Question, RecordError, seed_for
+from safervlm.records import Example, Question, seed_for
 from safervlm.vlm.base import Batch, Generation, Unanswered
 from safervlm.vlm.local import LocalVLM, Targets, reading
 from safervlm.vlm.lora import Adapter, LoRA, active
@@ -166,7 +167,7 @@ class ProcessorCollator:
             stem = self.processor.apply_chat_template(asked, add_generation_prompt=True)
             whole = self.processor.apply_chat_template(answered)
             if not whole.startswith(stem) or answer not in whole[len(stem) :]:
-                raise ValueError(
+                raise ArgumentError(
                     "the chat template writes another beginning before an answer that is given than before one that "
                     "is generated, so answers can't be scored; use a model whose template doesn't"
                 )
@@ -175,7 +176,7 @@ class ProcessorCollator:
             self.tokenizer(text, add_special_tokens=False).input_ids for text in (stem, whole[:end], whole[end:])
         )
         if ids[: len(before)] != before:
-            raise ValueError(
+            raise ArgumentError(
                 f"the tokenizer merges the prompt with the answer {answer[:40]!r}; its family needs its own file"
             )
         # The end that the template writes, else the first that the model knows.
@@ -196,7 +197,7 @@ def read_processor(name: str, revision: str | None, config: Any) -> ProcessorMix
     """The model's processor, its images handled by PIL, its videos not at all: that part needs torchvision."""
     processor_class: Any = PROCESSOR_MAPPING.get(type(config), None)
     if processor_class is None:
-        raise ValueError(f"vlm.model: {name!r} is a {config.model_type}, for which transformers has no processor")
+        raise ArgumentError(f"vlm.model: {name!r} is a {config.model_type}, for which transformers has no processor")
 
     class ImagesAlone(processor_class):
         @classmethod
@@ -241,7 +242,7 @@ class Transformers(LocalVLM):
     ) -> None:
         super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing)
         if template is not None and {name for _, name, _, _ in Formatter().parse(template)} - {None} != {"question"}:
-            raise ValueError(f"vlm.template: it holds {{question}}, and nothing else in braces, got {template!r}")
+            raise ArgumentError(f"vlm.template: it holds {{question}}, and nothing else in braces, got {template!r}")
         self.system, self.template = system, template
 
     @cached_property
@@ -250,7 +251,7 @@ class Transformers(LocalVLM):
         with reading(self.name):
             config = AutoConfig.from_pretrained(self.name, revision=self.revision)
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
-            raise ValueError(
+            raise ArgumentError(
                 f"vlm.model: {self.name!r} reads the question by an encoder and answers by a decoder of its own, so "
                 "there is no prompt that the answer goes on with; use a model with a decoder alone"
             )
@@ -267,7 +268,7 @@ class Transformers(LocalVLM):
     def collator(self) -> ProcessorCollator:
         """Reads the processor when it is first asked for."""
         if self.template is None and self.processor.chat_template is None:
-            raise ValueError(
+            raise ArgumentError(
                 f"vlm.model: {self.name!r} has no chat template; give vlm.template, the text around {{question}}"
             )
         text = self.config.get_text_config()
@@ -284,7 +285,7 @@ class Transformers(LocalVLM):
                 collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
             except ValueError as error:
                 reason = str(error).strip().splitlines()[0]
-                raise ValueError(
+                raise ArgumentError(
                     f"vlm.template: the model's processor refuses {self.template!r} with an image ({reason}); write "
                     "where the image stands, as in '<image>{question}'"
                 ) from error
@@ -331,7 +332,7 @@ class Transformers(LocalVLM):
         every = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         ends = [token for token in dict.fromkeys(every) if token is not None]
         if not ends:
-            raise ValueError(f"vlm.model: {self.name!r} names no token that ends an answer (eos_token_id)")
+            raise ArgumentError(f"vlm.model: {self.name!r} names no token that ends an answer (eos_token_id)")
         return ends
 
     @property
@@ -383,7 +384,7 @@ class Transformers(LocalVLM):
         with torch.no_grad():
             bare = self.base.get_output_embeddings()(kept[0][:, :1])
         if not torch.allclose(logits.float(), bare.float(), atol=1e-3, rtol=1e-3):
-            raise ValueError(
+            raise ArgumentError(
                 f"vlm.model: {self.name!r} changes the logits behind its head (caps or scales them), which scoring "
                 "doesn't: it can be measured, not trained; train one whose head has the last word"
             )

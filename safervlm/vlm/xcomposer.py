@@ -27,7 +27,8 @@ from transformers import (
 )
 from transformers.modeling_utils import local_torch_dtype
 
-from safervlm.records import Example, Question, RecordError
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.records import Example, Question
 from safervlm.vlm.base import Generation
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.remote import Remote, RemoteCollator, Tuples, rotate
@@ -168,9 +169,9 @@ class XComposer2(Remote):
                 raise self.another()
         return remote
 
-    def another(self) -> ValueError:
+    def another(self) -> ArgumentError:
         """Says that the code is not the one that this file is for."""
-        return ValueError(f"vlm.model: {self.name!r} lays its questions out otherwise than {self.family}; name one")
+        return ArgumentError(f"vlm.model: {self.name!r} lays its questions out otherwise than {self.family}; name one")
 
     @cached_property
     def config(self) -> Any:
@@ -191,7 +192,7 @@ class XComposer2(Remote):
         """The end of a turn, which the model was trained to write, and the tokenizer's end."""
         end = self.tokenizer.convert_tokens_to_ids(END)
         if end == self.tokenizer.unk_token_id:
-            raise ValueError(f"vlm.model: the tokenizer of {self.name!r} has no {END}; name a {self.family}")
+            raise ArgumentError(f"vlm.model: the tokenizer of {self.name!r} has no {END}; name a {self.family}")
         return [end, self.tokenizer.eos_token_id]
 
     @cached_property

@@ -8,7 +8,8 @@ import pytest
 from callbacks.first_implementation import FirstImplementationFiles
 from safervlm.data.responses import SavedResponses
 from safervlm.data.unsafe_concepts import UnsafeConcepts
-from safervlm.records import RecordError, Response, write_jsonl
+from safervlm.errors import RecordError
+from safervlm.records import Response, write_jsonl
 
 
 def test_what_is_written_is_read_back(tiny_sets, tmp_path):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from callbacks.generation_check import GenerationCheck, OverFlaggingWarning
+from safervlm.errors import RecordError
 from safervlm.judge import Judge
 from safervlm.protocol import LABELS, SAFE, UNSAFE
-from safervlm.records import Example, Question, RecordError
+from safervlm.records import Example, Question
 from safervlm.run import read_manifest
 from safervlm.vlm.base import Generation
 from safervlm.vlm.packed import PackedBatch

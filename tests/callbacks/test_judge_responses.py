@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from callbacks.judge_responses import JudgeResponses
+from safervlm.errors import RecordError
 from safervlm.judge import Judge, Panel
 from safervlm.protocol import LABELS
-from safervlm.records import Question, RecordError, Response, read_jsonl, write_jsonl
+from safervlm.records import Question, Response, read_jsonl, write_jsonl
 
 
 class LengthJudge(Judge):

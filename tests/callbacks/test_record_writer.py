@@ -7,7 +7,8 @@ import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.record_writer import RecordWriter
-from safervlm.records import RecordError, read_jsonl, write_jsonl
+from safervlm.errors import RecordError
+from safervlm.records import read_jsonl, write_jsonl
 
 
 class Record:

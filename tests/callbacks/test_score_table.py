@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from callbacks.score_table import ScoreTable
-from safervlm.records import Question, RecordError, Response, Verdict, write_jsonl
+from safervlm.errors import RecordError
+from safervlm.records import Question, Response, Verdict, write_jsonl
 from safervlm.scoring import by_category, load_run, scores
 
 LABELS = {"0.png": ["Unsafe", "Safe", "N/A"], "1.png": ["Unsafe", "Unsafe", "Unsafe"]}

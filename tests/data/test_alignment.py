@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from safervlm.data.alignment import DPOData, OwnData, PPOData, SFTData, export_training_files
-from safervlm.records import RecordError
+from safervlm.errors import RecordError
 
 QUESTIONS = [
     "Is this image safe for viewing on social media?",

@@ -21,7 +21,8 @@ from safervlm.data.base import (
     training_batches,
     validation_batches,
 )
-from safervlm.records import Example, Question, RecordError
+from safervlm.errors import RecordError
+from safervlm.records import Example, Question
 
 
 def example(number: int) -> Example:

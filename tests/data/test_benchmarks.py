@@ -16,9 +16,9 @@ from PIL import Image
 
 from safervlm.data import hub
 from safervlm.data.benchmarks import Benchmark
+from safervlm.errors import RecordError
 from safervlm.images import open_image
 from safervlm.protocol import ALIGNMENT_QUESTIONS
-from safervlm.records import RecordError
 
 
 def png(colour):

@@ -6,7 +6,7 @@ import pytest
 
 from safervlm.data.alignment import DPOData, PPOData, SFTData
 from safervlm.data.contexts import Contexts, read_contexts
-from safervlm.records import RecordError
+from safervlm.errors import RecordError
 
 CONCEPTS = ("Angry Mob", "Knife", "Razor")
 

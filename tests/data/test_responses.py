@@ -12,9 +12,10 @@ from callbacks.record_writer import RecordWriter
 from safervlm.data.alignment import export_training_files
 from safervlm.data.responses import SavedResponses, read_responses
 from safervlm.data.unsafe_concepts import UnsafeConcepts
+from safervlm.errors import RecordError
 from safervlm.judge import Judge, Panel
 from safervlm.protocol import ALIGNMENT_QUESTIONS, LABELS
-from safervlm.records import Example, Question, RecordError, Response, read_jsonl, write_jsonl
+from safervlm.records import Example, Question, Response, read_jsonl, write_jsonl
 
 # "Violence" sorts behind "Hate", but "Arson" before "Zeppelin, burning": by category or by concept, the order differs.
 UNSAFE_SET = [

@@ -4,7 +4,8 @@ import pytest
 
 from safervlm.data.base import Parts, SaferData
 from safervlm.data.suite import Suite
-from safervlm.records import Example, Question, RecordError
+from safervlm.errors import RecordError
+from safervlm.records import Example, Question
 
 
 class Set(SaferData):

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from trl_oracle import LR, STEPS, train_with_trl
 
+from safervlm.errors import RecordError
 from safervlm.objectives import DPO
-from safervlm.records import Example, RecordError
+from safervlm.records import Example
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.local import LocalVLM
 

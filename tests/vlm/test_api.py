@@ -27,11 +27,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from safervlm.cli import main
+from safervlm.errors import RecordError
 from safervlm.images import open_image
 from safervlm.judge import Judge, Panel
 from safervlm.measure import Measure
 from safervlm.protocol import LABELS
-from safervlm.records import Example, Question, RecordError, Response, read_jsonl
+from safervlm.records import Example, Question, Response, read_jsonl
 from safervlm.vlm import api
 from safervlm.vlm.api import Server, Unanswered, collate, seconds_to_wait
 from safervlm.vlm.base import Generation

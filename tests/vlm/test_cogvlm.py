@@ -25,7 +25,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from safervlm.records import Example, Question, RecordError
+from safervlm.errors import RecordError
+from safervlm.records import Example, Question
 from safervlm.vlm.cogvlm import LANGUAGE_EXPERTS, CogVLM, Kernels
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.remote import rotate

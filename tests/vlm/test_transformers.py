@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
+from safervlm.errors import RecordError
 from safervlm.measure import AskCollator
-from safervlm.records import Example, Question, RecordError
+from safervlm.records import Example, Question
 from safervlm.vlm.base import Unanswered
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.sampling import Sampling

@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safervlm.errors import RecordError
 from safervlm.protocol import UNSAFE, aligned_response
-from safervlm.records import Example, Question, RecordError
+from safervlm.records import Example, Question
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.local import weights_fingerprint
 from safervlm.vlm.lora import LoRA, active

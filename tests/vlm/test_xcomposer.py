@@ -27,7 +27,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from safervlm.records import Example, Question, RecordError
+from safervlm.errors import RecordError
+from safervlm.records import Example, Question
 from safervlm.vlm import xcomposer
 from safervlm.vlm.lora import Adapter, LoRA
 from safervlm.vlm.rows import join
