@@ -7,23 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    (
-        "errors",
-        "protocol",
-        "records",
-        "functional",
-        "intervals",
-        "differences",
-        "images",
-        "rules",
-        "rating",
-        "__init__",
-    ),
+    ("errors", "boundary", "recipes", "protocol", "records", "functional", "intervals", "differences"),
+    ("images", "rules", "rating", "__init__"),
     ("scoring", "run"),
     ("evaluation",),
     ("vlm", "data", "judge", "reports", "evaluation_report"),
     ("objectives", "measure"),
-    ("pictograms", "lightning_cli"),
+    ("pictograms", "arguments", "messages", "lightning_cli"),
     ("cli", "demo", "doctor", "verify"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
