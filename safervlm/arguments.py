@@ -4,6 +4,7 @@ The parser would overwrite, drop or misread these without a word: they are found
 it names.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ OVERWRITTEN = {
     "model.collator": "--model",
     "data.collator": "--model",
 }
+MAX_SEED = 2**32 - 1  # NumPy's generators take no larger one
 # An empty text is a value there: no system prompt, no description.
 MAY_BE_EMPTY = {"system", "about", "template"}
 
@@ -36,17 +38,22 @@ def prepared(args: Sequence[str]) -> list[str]:
     Raises:
         ArgumentError: a setting that would be overwritten, an empty value, or an unreadable configuration.
     """
-    words = []
+    words: list[str] = []
     for word in args:
         name, equals, rest = word.partition("=")
         short = name.startswith("--") and name[2:] in SHORT
-        words.append(local_or_shipped(f"--{SHORT[name[2:]]}{equals}{rest}" if short else word))
+        word = local_or_shipped(f"--{SHORT[name[2:]]}{equals}{rest}" if short else word)
+        if re.fullmatch(r"-\d*\.?\d+(e[+-]?\d+)?", word, re.IGNORECASE) and words and words[-1].startswith("--"):
+            words[-1] += f"={word}"  # apart, the parser takes a negative number for an option
+        else:
+            words.append(word)
     for name, value in options(words):
         plain = name.replace(".init_args", "")
         if value is not None:
-            if not value.strip():
-                refuse_empty(plain, value, f"--{name}")
-            if plain in ("config", "model", "data", "trainer") and Path(value).suffix in (".yaml", ".yml"):
+            refuse_empty(plain, value, f"--{name}")
+            if plain == "seed_everything":
+                check_seed(value)
+            if plain == "config" or (plain in ("model", "data", "trainer") and Path(value).suffix in (".yaml", ".yml")):
                 settings = read_config(Path(value), f"--{name}")
                 inside = settings if plain == "config" else {plain: settings}
                 for key, setting in flat(inside):
@@ -76,6 +83,19 @@ def options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         else:
             following = words[number + 1] if number + 1 < len(words) else None
             yield name, None if following is None or following.startswith("--") else following
+
+
+def check_seed(value: str) -> None:
+    """Rejects a seed that the generators don't take.
+
+    Args:
+        value: as typed; what is no number is left to the parser.
+
+    Raises:
+        ArgumentError: the number is out of range.
+    """
+    if re.fullmatch(r"-?\d+", value) and not 0 <= int(value) <= MAX_SEED:
+        raise ArgumentError(f"--seed_everything: from 0 to {MAX_SEED}, got {value}")
 
 
 def refuse_overwritten(name: str, where: str) -> None:
@@ -141,6 +161,8 @@ def read_config(file: Path, option: str) -> dict[str, Any]:
     """
     if not file.exists():
         return {}
+    if not file.is_file():
+        raise ArgumentError(f"{option}: {str(file)!r} is no file; name a recipe, as configs/measure.yaml")
     try:
         # The loader is YAML's safe one.
         settings = yaml.load(file.read_text(encoding="utf-8-sig"), OneKeyLoader)  # noqa: S506

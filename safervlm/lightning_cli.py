@@ -6,11 +6,13 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from jsonargparse._util import import_object
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -18,9 +20,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from safervlm.arguments import prepared
-from safervlm.boundary import fail, run_folder
+from safervlm.boundary import causes, fail, run_folder
 from safervlm.data.suite import Suite
-from safervlm.errors import ArgumentError, explained
+from safervlm.errors import ArgumentError, UserError, explained
 from safervlm.messages import one_line
 from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, read_jsonl, write_atomically
@@ -55,6 +57,33 @@ class ConfigInRunFolder(SaveConfigCallback):
         text = self.parser.dump(self.config)
         path = Path(trainer.default_root_dir) / self.config_filename
         write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def check_trainer(command: str, settings: Namespace) -> None:
+    """Rejects what would train on nothing, before anything is read.
+
+    Args:
+        command: ``fit``, ``validate`` or ``predict``.
+        settings: of the command, parsed.
+
+    Raises:
+        ArgumentError: zero steps, or a checkpoint that isn't there.
+    """
+    zero = {
+        "fit": ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"),
+        "validate": ("limit_val_batches",),
+        "predict": ("limit_predict_batches",),
+    }[command]
+    for name in zero:
+        value = settings["trainer"].get(name)
+        if value is not None and value is not False and value == 0:
+            raise ArgumentError(
+                f"--trainer.{name}: {value} leaves nothing to do for {command}; give more, or leave it out"
+            )
+    given = settings.get("ckpt_path")
+    if given is not None and not Path(given).exists():
+        last = Path(settings["run"]) / "checkpoints" / "last.ckpt"
+        raise ArgumentError(f"--ckpt_path: no file {given!r}; leave it out to take {last}")
 
 
 class SaferCLI(LightningCLI):
@@ -117,6 +146,7 @@ class SaferCLI(LightningCLI):
         can = [command for command, name in step.items() if is_overridden(name, import_object(path), LightningModule)]
         if self.subcommand not in can:
             fail(f"--config: {path} is not for {self.subcommand}; use safervlm {' or '.join(can)}, or another recipe")
+        check_trainer(self.subcommand, self.config[self.subcommand])
         self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"
 
     def instantiate_classes(self) -> None:
@@ -128,7 +158,14 @@ class SaferCLI(LightningCLI):
         ):
             run.mkdir(parents=True, exist_ok=True)
         run_folder.set(run)
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse's page about a class that can't be made; one of ours within it is said by itself.
+            page = "Problem with given class_path" in str(error) and traceback.extract_tb(error.__traceback__)[-1]
+            if page and "/jsonargparse/" in page.filename and not any(isinstance(e, UserError) for e in causes(error)):
+                raise ArgumentError(one_line(str(error), sys.argv[1:])) from error
+            raise
         started, wanted = int(os.environ.get("WORLD_SIZE", 1)), self.trainer.num_devices * self.trainer.num_nodes
         if "TORCHELASTIC_RUN_ID" in os.environ and started != wanted:
             fail(
@@ -154,22 +191,16 @@ class SaferCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Goes on from the run's last checkpoint unless another one is named."""
-        if self.trainer.limit_train_batches == 0:
-            fail("--trainer.limit_train_batches: 0 leaves nothing to train on; give 1.0")
         self.take_last_checkpoint("fit")
 
     def before_validate(self) -> None:
         """Looks at the run's last checkpoint unless another one is named."""
-        if self.trainer.limit_val_batches == 0:
-            fail("--trainer.limit_val_batches: 0 leaves nothing to validate; give 1.0")
         self.take_last_checkpoint("validate")
 
     def take_last_checkpoint(self, command: str) -> None:
         """Makes the run's last checkpoint the one to load, if there is one and none is named."""
         config = self.config_init[command]
         given, last = config["ckpt_path"], Path(config["run"]) / "checkpoints" / "last.ckpt"
-        if given is not None and not Path(given).exists():
-            fail(f"--ckpt_path: no file {given!r}; leave it out to take {last}")
         if given is None and last.exists():
             print(f"{'going on from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)
@@ -237,6 +268,7 @@ def hush() -> None:
         r".*is_gradient_checkpointing",  # transformers to PEFT
         r".*JsonargparseDeprecation|.*was deprecated in v4",  # jsonargparse to Lightning
         r".*does not have many workers",  # images are small next to a VLM
+        r".*across ranks is zero",  # nothing is held out
         r".*You passed in a `val_dataloader` but",  # GenerationCheck asks the held-out images
         r".*`predict_dataloader` returned 0 batches|.*eval mode at the start of training",
     ):

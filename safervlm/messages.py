@@ -31,8 +31,12 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     if required := find(r"arguments are required: (.*)"):
         way_out = "give a recipe, for example --config configs/measure.yaml" if "model" in required else "see --help"
         return f"missing: {required}; {way_out}"
-    if unknown := find(r"[Uu]nrecognized arguments: *(\S+)"):
-        name = unknown.lstrip("-").split("=")[0]
+    if unknown := find(r"[Uu]nrecognized arguments: *(?:-- )?(\S+)"):
+        if not unknown.startswith("-"):
+            return f"{unknown!r} is no argument: arguments begin with two dashes, as in --config configs/measure.yaml"
+        if not unknown.startswith("--"):
+            return f"unknown argument {unknown}: arguments begin with two dashes; --help lists all"
+        name = argument(unknown.lstrip("-").split("=")[0], typed)
         parts = [part for part in ("data", "model", "trainer") if part in known]  # plain commands have none
         nested = [f"{part}.{name}" for part in parts if name in parameters(part)]
         meant = did_you_mean(nested[0] if nested else name, [*nested, *known])
@@ -68,7 +72,12 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     if reason := find(r"does not correspond to a subclass of (\w+)"):
         return f"{name}{find(r'Given value: (.*)') or 'the class'} is not a {reason}; name the class_path of one"
     if path := find(r"Problem with given class_path '([^']+)'"):
-        reason = find(r"class_path '[^']+':\s+(.*)")
+        reason = find(r"class_path '[^']+':\s+(.*)") or ""
+        if not name:
+            pairs = zip(typed, typed[1:], strict=False)
+            name = next((f"{option}: " for option, value in pairs if value == path and option.startswith("--")), "")
+        if re.search(r"[Rr]equirement|not met|not installed|No module named '(?!safervlm|callbacks)", reason):
+            return f"{name}{path!r} needs a package that is missing ({reason}); install it"
         return f"{name}no class {path!r} ({reason}); check the spelling"
     expected = [
         re.sub(r"^a |<class '|'>|typing\.", "", each) for each in re.findall(r"Expected (.+?)(?:\. Got|\n|$)", message)
