@@ -5,6 +5,7 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     if path := find(r"Problem with given class_path '([^']+)'"):
         reason = find(r"class_path '[^']+':\s+(.*)") or ""
         if not name:
-            pairs = zip(typed, typed[1:], strict=False)
+            pairs = pairwise(typed)
             name = next((f"{option}: " for option, value in pairs if value == path and option.startswith("--")), "")
         if re.search(r"[Rr]equirement|not met|not installed|No module named '(?!safervlm|callbacks)", reason):
             return f"{name}{path!r} needs a package that is missing ({reason}); install it"
