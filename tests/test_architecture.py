@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     (
         "errors",
+        "escape",
         "protocol",
         "records",
         "functional",
