@@ -6,10 +6,12 @@ passes through one of these functions; HTML pages do it for every value (``safer
 
 import re
 import unicodedata
+from pathlib import Path
 
 from rich.text import Text
 
 CELL = 32_767  # the longest text of an Excel cell, in UTF-16 code units
+SHOWN = 4_000  # the longest text on a page, in characters
 TITLE = 31  # the longest title of an Excel sheet
 _JOINERS = "\u200c\u200d"  # Persian and joined emoji need them
 _INVISIBLE = {
@@ -22,6 +24,15 @@ _INVISIBLE = {
 _PLAIN = re.compile(r"[ -~]*")
 # What spreadsheets compute (OWASP, CSV injection), the full-width forms included.
 _FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20].", re.DOTALL)
+_ABSOLUTE = re.compile(r"(?:file://)?/[^/\s]|[A-Za-z]:[/\\]")
+_QUOTED_PATH = re.compile(
+    r"""(?P<quote>["'])(?:(?:file://)?/|[A-Za-z]:[/\\])[^"'\n]*?(?P<last>[^/\\"'\n]+)[/\\]*(?P=quote)"""
+)
+_PATH = re.compile(
+    r"""(?<![\w./~:…])(?:file://)?/(?:[^/\s"']+/)*(?=[^/\s"'])"""  # /a/b/ of /a/b/c
+    r"""|(?<=:)/(?!/)(?:[^/\s"']+/)+(?=[^/\s"'])"""  # name:/a/b/c, but no address
+    r"""|(?<!\w)[A-Za-z]:[/\\](?!/)(?:[^/\\\s"']+[/\\])*(?=[^/\\\s"'])"""
+)
 _LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {
@@ -131,8 +142,23 @@ def for_latex(text: str) -> str:
 
 
 def for_html(text: str) -> str:
-    """A text for a page, before Jinja escapes the markup in it; line breaks and tabs stay."""
-    return visible(text, keep="\n\t")
+    """A text for a page, before Jinja escapes the markup in it: at most 4,000 characters; line breaks and tabs stay."""
+    mark = f" [cut: {len(text):,} characters]"
+    return visible(text, keep="\n\t") if len(text) <= SHOWN else visible(text[:SHOWN], keep="\n\t") + mark
+
+
+def without_folders(text: str) -> str:
+    """A text whose absolute paths are reduced to their last part, as they may contain a user's name.
+
+    ``/home/me/runs/base`` becomes ``…/base``. Addresses and relative paths stay.
+    """
+    home = str(Path.home())
+    if len(home) > 1:
+        text = re.sub(rf"(?<![\w./]){re.escape(home)}(?![\w.-])", "~", text)
+    if _ABSOLUTE.match(text) and "\n" not in text and " /" not in text:  # a path alone, maybe with spaces
+        return "…/" + re.split(r"[/\\]", text.rstrip("/\\"))[-1]
+    text = _QUOTED_PATH.sub(r"\g<quote>…/\g<last>\g<quote>", text)
+    return _PATH.sub("…/", text)
 
 
 def for_figure(text: str, longest: int = 40) -> str:

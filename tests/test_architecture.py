@@ -15,6 +15,8 @@ LAYERS = (
         "functional",
         "intervals",
         "differences",
+        "diversity",
+        "tables",
         "images",
         "rules",
         "rating",
