@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import lightning as L
 from rich.console import Console
-from rich.table import Table
 from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
@@ -16,6 +15,7 @@ from safervlm.errors import RecordError
 from safervlm.lightning_cli import SaferCLI, as_command_line, hush
 from safervlm.measure import Measure
 from safervlm.records import Example, Failure, Response, Verdict, read_jsonl, seed_for, write_jsonl
+from safervlm.tables import JUDGE_NOTE, TextTable, say
 
 FLIPS = "verify.jsonl"
 
@@ -124,7 +124,7 @@ def verify(
     )
     if len(after) < len(asked):
         print(f"{len(asked) - len(after)} questions have no answer this time")
-    print(f"what flipped: {run / FLIPS}")
+    say(f"what flipped: {run / FLIPS}")
 
 
 def show(
@@ -139,7 +139,8 @@ def show(
         verdicts: of each judged answer, whether its verdict differs.
         right: of each judged answer, whether it was right before, and the second time.
     """
-    table = Table(title=title, caption="95 % intervals: Clopper-Pearson; the sample is random, so they are for the run")
+    caption = f"95 % intervals: Clopper-Pearson; the sample is random, so they are for the run\n{JUDGE_NOTE}"
+    table = TextTable(title=title, caption=caption)
     for heading in ("", "of", "flipped", "% [95 %]"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, flips in (("answers", answers), ("verdicts", verdicts)):

@@ -47,12 +47,12 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from safervlm.diversity import self_bleu
 from safervlm.judge import Judge
 from safervlm.objectives import DPO, PPO, SFT
 from safervlm.objectives.base import Objective
 from safervlm.objectives.ppo import Rollout
 from safervlm.records import Example, Question
-from safervlm.scoring import self_bleu
 from safervlm.vlm.base import Generation
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA, active

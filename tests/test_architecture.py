@@ -7,7 +7,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("errors", "boundary", "recipes", "protocol", "records", "functional", "intervals", "differences"),
+    (
+        "errors",
+        "escape",
+        "boundary",
+        "recipes",
+        "protocol",
+        "records",
+        "functional",
+        "intervals",
+        "differences",
+        "diversity",
+        "tables",
+    ),
     ("images", "rules", "rating", "__init__"),
     ("scoring", "run"),
     ("evaluation",),
