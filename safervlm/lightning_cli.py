@@ -54,7 +54,8 @@ class ConfigInRunFolder(SaveConfigCallback):
             pl_module: not looked at.
             stage: not looked at.
         """
-        text = self.parser.dump(self.config)
+        # With what is none: left out, it would be the default when the file is run again.
+        text = self.parser.dump(self.config, skip_unset=False)
         path = Path(trainer.default_root_dir) / self.config_filename
         write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 

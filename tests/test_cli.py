@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from jsonargparse import ArgumentParser
 from lightning import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import SaveConfigCallback
@@ -369,6 +370,36 @@ def test_an_error_of_a_plain_command_is_one_line(
     (message,) = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2
     assert expected in message
+
+
+def test_with_a_logger_the_configuration_stays_in_the_run_folder(
+    tiny_llava: Path, tiny_sets: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    main(
+        [
+            "fit",
+            "--config=configs/sft.yaml",
+            f"--model.vlm.model={tiny_llava}",
+            "--model.vlm.dtype=float32",
+            f"--data.folder={tiny_sets / 'unsafe'}",
+            f"--data.safe_folder={tiny_sets / 'safe'}",
+            "--data.num_workers=0",
+            "--trainer.accelerator=cpu",
+            "--trainer.precision=32-true",
+            "--trainer.max_steps=1",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+            f"--trainer.logger.save_dir={tmp_path / 'logs'}",
+            f"--run={run}",
+        ]
+    )
+    settings = yaml.safe_load((run / "fit.yaml").read_text())
+    assert settings["run"] == str(run)
+    assert settings["model"]["init_args"]["vlm"]["init_args"]["model"] == str(tiny_llava)
+    assert settings["model"]["init_args"]["vlm"]["init_args"]["adapter"] is None  # what is none is saved, too
+    assert list((tmp_path / "logs").rglob("metrics.csv"))
+    assert not list((tmp_path / "logs").rglob("fit.yaml"))
 
 
 def test_a_defect_is_one_line_and_keeps_its_traceback(
