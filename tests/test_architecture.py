@@ -13,6 +13,7 @@ LAYERS = (
         "boundary",
         "recipes",
         "protocol",
+        "caches",
         "records",
         "functional",
         "intervals",
