@@ -16,6 +16,7 @@ LAYERS = (
         "differences",
         "images",
         "rules",
+        "signals",
         "rating",
         "__init__",
     ),
