@@ -10,6 +10,7 @@ LAYERS = (
     (
         "errors",
         "protocol",
+        "caches",
         "records",
         "functional",
         "intervals",
