@@ -27,6 +27,7 @@ from safervlm.messages import one_line
 from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, read_jsonl, write_atomically
 from safervlm.run import RunManifest, read_manifest
+from safervlm.signals import exit_code
 from safervlm.vlm.api import Server
 
 
@@ -292,4 +293,4 @@ def run(args: Sequence[str]) -> None:
             SaferCLI(args)
         except SIGTERMException:
             # Lightning ends with 0, and a driver would take the run for finished.
-            raise SystemExit(128 + signal.SIGTERM) from None
+            raise SystemExit(exit_code()) from None

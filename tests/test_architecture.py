@@ -10,6 +10,8 @@ LAYERS = (
     (
         "errors",
         "escape",
+        "signals",
+        "caches",
         "boundary",
         "recipes",
         "protocol",
@@ -19,7 +21,6 @@ LAYERS = (
         "differences",
         "diversity",
         "tables",
-        "caches",
     ),
     ("images", "rules", "rating", "__init__"),
     ("scoring", "run"),
