@@ -23,7 +23,7 @@ TRACEBACK = "traceback.txt"
 # What libraries say of a disk that takes nothing more, in errors of their own that carry no errno.
 DISK = re.compile(
     r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error|File too large"
-    r"|PytorchStreamWriter failed|iostream error|os error (5|27|28|30|122)\b"
+    r"|PytorchStreamWriter failed|unexpected pos|iostream error|os error (5|27|28|30|122)\b"
 )
 REMEDIES = {
     errno.ENOSPC: "free some space, then give the same command again: it resumes",
