@@ -120,6 +120,23 @@ def test_a_verdict_does_not_depend_on_its_neighbours(judge, batch_size):
     torch.testing.assert_close(shuffled, one_by_one[order], atol=1e-5, rtol=0)
 
 
+def test_neighbours_never_change_a_label_however_close_it_is(base, saved):
+    """Two labels that differ by less than rounding: the text by itself decides."""
+    texts = [" ".join(["a", "b", "yes", "no"][: 1 + n % 4] * (1 + n // 4 % 5)) + f" {n}" for n in range(150)]
+    state = published_state(3)
+    weights, bias = state["classifier.weight"], state["classifier.bias"]
+    weights[1] = weights[0] * (1 + 2e-7 * torch.tensor([1.0, -1.0]).repeat(8))
+    bias[:2], bias[2] = 0.0, -20.0
+    judge = Judge(saved(state, "close.pt"), base=str(base))
+    alone = torch.cat([judge.judge([text]) for text in texts])
+    assert {*alone.argmax(-1).tolist()} == {0, 1}, "both must occur"
+    for batch_size, step in ((4, 7), (37, 11), (150, 1)):
+        order = [number * step % len(texts) for number in range(len(texts))]
+        found = judge.judge([texts[number] for number in order], batch_size)
+        assert found.argmax(-1).tolist() == alone[order].argmax(-1).tolist()
+        torch.testing.assert_close(found.exp(), alone[order].exp(), atol=1e-5, rtol=0)
+
+
 def test_no_texts_have_no_verdicts(judge):
     assert judge.judge([]).shape == (0, 3)
 
