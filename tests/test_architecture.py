@@ -11,6 +11,8 @@ LAYERS = (
         "errors",
         "protocol",
         "caches",
+        "reading",
+        "names",
         "records",
         "functional",
         "intervals",
