@@ -12,6 +12,8 @@ LAYERS = (
         "escape",
         "signals",
         "caches",
+        "reading",
+        "names",
         "boundary",
         "recipes",
         "protocol",
