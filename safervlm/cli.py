@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from safervlm.boundary import one_line_errors
 from safervlm.errors import ArgumentError
 
 HELP = """usage: safervlm COMMAND [ARGUMENTS]
@@ -64,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         print(__version__)
         return
-    try:
+    with one_line_errors():
         if args[0] in ("fit", "validate", "predict"):
             from safervlm.lightning_cli import run
 
@@ -73,19 +74,11 @@ def main(args: Sequence[str] | None = None) -> None:
             plain(args)
         else:
             raise ArgumentError(f"no command {args[0]!r}; see safervlm --help")
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; the same command goes on where it stopped\n")
-        sys.exit(130)
-    except ValueError as error:
-        from safervlm.lightning_cli import fail, our_error
-
-        if (known := our_error(error)) is None:
-            raise
-        fail(str(known))
 
 
 def plain(args: Sequence[str]) -> None:
     """Plays one of the plain commands."""
+    from safervlm.arguments import options, refuse_empty
     from safervlm.lightning_cli import OneLineParser
 
     name, *rest = args
@@ -101,6 +94,9 @@ def plain(args: Sequence[str]) -> None:
     if name in ("report", "evaluation"):
         own = {"runs"}
         parser.add_argument("runs", nargs="+", help="The run folders; the first is the one to compare with.")
+    for option, value in options(rest):
+        if value is not None:
+            refuse_empty(option, value, f"--{option}")
     parser.add_function_arguments(function, skip=own, fail_untyped=True)
     given = parser.instantiate(parser.parse_args(rest))
     function(**given.as_dict())

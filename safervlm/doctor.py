@@ -29,7 +29,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from safervlm.data.benchmarks import on_the_hub
 from safervlm.errors import ArgumentError
-from safervlm.lightning_cli import SaferCLI, as_command_line, hush, local_or_shipped
+from safervlm.lightning_cli import SaferCLI, as_command_line, hush
+from safervlm.recipes import local_or_shipped
 from safervlm.records import read_jsonl
 
 GIB = 2**30

@@ -10,6 +10,8 @@ LAYERS = (
     (
         "errors",
         "escape",
+        "boundary",
+        "recipes",
         "protocol",
         "records",
         "functional",
@@ -17,16 +19,14 @@ LAYERS = (
         "differences",
         "diversity",
         "tables",
-        "images",
-        "rules",
-        "rating",
-        "__init__",
+        "caches",
     ),
+    ("images", "rules", "rating", "__init__"),
     ("scoring", "run"),
     ("evaluation",),
     ("vlm", "data", "judge", "reports", "evaluation_report"),
     ("objectives", "measure"),
-    ("pictograms", "lightning_cli"),
+    ("pictograms", "arguments", "messages", "lightning_cli"),
     ("cli", "demo", "doctor", "verify"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
