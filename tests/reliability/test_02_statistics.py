@@ -1,7 +1,7 @@
 """No number is silently wrong: tables of very small and one-sided runs, and damaged run folders.
 
-Small runs are where a share has no denominator and a variance no freedom. Every table of such a run comes out, without a
-warning, and shows a dash where there is no number.
+Small runs are where a share has no denominator and a variance no freedom. Every table of such a run comes out,
+without a warning, and shows a dash where there is no number.
 """
 
 import csv
@@ -98,8 +98,7 @@ def tables_of(answers, folder):
     run = write(folder / "run", answers)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        page = reports.report([run], folder / "page.html")
-    return page
+        return reports.report([run], folder / "page.html")
 
 
 def no_nan(page, printed):
@@ -107,7 +106,7 @@ def no_nan(page, printed):
     texts |= {name: page.with_name(name).read_text() for name in ("page.csv", "page_overall.csv")}
     texts["page"] = re.sub(r"<[^>]*>", " ", page.read_text())
     for name, text in texts.items():
-        assert not re.search(r"\b(nan|inf|none|null)\b(?!:)", text.lower().replace("none.", "")), (name, text)
+        assert not re.search(r"\b(nan|inf)\b", text.lower()), (name, text)
     for sheet in openpyxl.load_workbook(page.with_suffix(".xlsx")):
         for row in sheet.iter_rows(values_only=True):
             assert not any(isinstance(value, str) and value.lower() in ("nan", "inf") for value in row)
@@ -312,10 +311,12 @@ def test_a_damaged_byte_is_a_line_or_a_table(seed, tmp_path):
         whole = path.read_bytes()
         place = int(rng.integers(len(whole)))
         path.write_bytes(whole[:place] + bytes([int(rng.integers(256))]) + whole[place + 1 :])
+        said = ""
         try:
             scoring.scores(scoring.load_run(run))
         except UserError as error:
-            assert "\n" not in str(error)
+            said = str(error)
+        assert "\n" not in said
         path.write_bytes(whole)
 
 
