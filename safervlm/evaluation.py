@@ -13,7 +13,7 @@ of the model's ratings divided by the sum of the reference's.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ from safervlm.differences import (
     holm,
 )
 from safervlm.diversity import diversity, published_diversity
-from safervlm.errors import RecordError
+from safervlm.errors import RecordError, explained
 from safervlm.intervals import (
     BY_IMAGE,
     BY_TASK,
@@ -47,7 +47,7 @@ from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
 from safervlm.rating import RATINGS, Rating
 from safervlm.records import FAILED, Failure, read_jsonl, read_torn_jsonl
 from safervlm.rules import occurs
-from safervlm.run import read_manifest
+from safervlm.run import MANIFEST, read_manifest
 from safervlm.scoring import (
     NEW_CONCEPTS,
     THESE_CONCEPTS,
@@ -61,6 +61,8 @@ from safervlm.tables import EXCLUDED
 NEW_IMAGES = "new images"
 SHARE_BY_IMAGE = "Korn-Graubard, images"
 NOT_MEASURED = "none: not measured"
+# What a damaged or foreign JSON file raises when it is read as records.
+_BROKEN = (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionError)
 
 PERCEPTION_TASKS = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
@@ -170,13 +172,17 @@ def load(folder: str | Path, name: str) -> Evaluation:
     own = (answers["capability"] == "alignment") & answers["dataset"].isin(nameless)
     answers["capability"] = answers["capability"].mask(own, "generalisation")
     judged = answers["capability"] != "rated"
-    failures = (
-        [Failure.from_dict(record) for record in read_jsonl(folder / FAILED)] if (folder / FAILED).exists() else []
-    )
+    failures: list[Failure] = []
+    if (folder / FAILED).exists():
+        with explained(
+            f"{folder / FAILED}: it can't be read", "ask the questions again with the same command", *_BROKEN
+        ):
+            failures = [Failure.from_dict(record) for record in read_jsonl(folder / FAILED)]
     unanswered = pd.DataFrame(
         [each.question.to_dict() | {"drawn": each.question.drawn, "reason": each.reason} for each in failures],
         columns=["id", "dataset", "capability", "category", "image", "answer", "drawn", "reason"],
-    )
+        dtype=object,
+    ).astype({"drawn": bool})
     unanswered["side"] = unanswered["answer"].map({UNSAFE: "unsafe", SAFE: "safe"}).fillna("-")
     return Evaluation(name, folder, answers[judged], unanswered, load_ratings(folder, answers[~judged]))
 
@@ -187,12 +193,15 @@ def load_ratings(folder: Path, rated: pd.DataFrame) -> pd.DataFrame:
     Those of the judge that the manifest names, in the orders that were asked for. A process that was killed may have
     left older ones beside them, and a line that isn't whole.
     """
-    settings = read_manifest(folder)["stages"].get("ratings", {}).get("settings", {})
+    settings = _settings(folder, "ratings")
     judge = settings.get("judge", {}).get("model")
     orders = (False, True) if settings.get("both_orders") else (False,)
-    there = read_torn_jsonl(folder / RATINGS) if (folder / RATINGS).exists() else []
+    ratings: list[Rating] = []
+    if (folder / RATINGS).exists():
+        with explained(f"{folder / RATINGS}: it can't be read", "rate again with the same command", *_BROKEN):
+            ratings = [Rating.from_dict(record) for record in read_torn_jsonl(folder / RATINGS)]
     # The last line counts: what couldn't be read was asked again.
-    found = {(rating.id, rating.swapped): rating for rating in map(Rating.from_dict, there) if rating.judge == judge}
+    found = {(rating.id, rating.swapped): rating for rating in ratings if rating.judge == judge}
     rows = []
     for name in rated["id"]:
         pair = [found[name, swapped] for swapped in orders if (name, swapped) in found]
@@ -200,9 +209,17 @@ def load_ratings(folder: Path, rated: pd.DataFrame) -> pd.DataFrame:
         values = np.array([(rating.reference, rating.response) for rating in pair if not rating.reason], float)
         reference, response = values.mean(axis=0) if len(values) == len(orders) else (np.nan, np.nan)
         rows.append((reference, response, f"{judge}, {'both orders' if settings.get('both_orders') else 'one order'}"))
-    ratings = pd.DataFrame(rows, rated.index, columns=["reference", "response", "judge"])
+    found_values = pd.DataFrame(rows, rated.index, columns=["reference", "response", "judge"])
     questions = rated[["id", "dataset", "capability", "category", "image", "prompt", "answer", "side", "drawn"]]
-    return questions.join(ratings)
+    return questions.join(found_values)
+
+
+def _settings(folder: Path, stage: str) -> dict[str, Any]:
+    """The settings of a stage by the manifest; empty without one."""
+    what = f"{folder / MANIFEST}: no manifest of a run"
+    with explained(what, "move it away to do without", *_BROKEN):
+        return dict(read_manifest(folder)["stages"].get(stage, {}).get("settings", {}))
+    return {}  # for the type checker
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
@@ -543,7 +560,7 @@ def _images(evaluation: Evaluation, datasets: set[str], capability: str) -> dict
     """What the images of data sets are by the manifest: name in the suite -> hash of their names and sizes."""
     if capability == "context_text_only":
         return {}  # shown to nobody
-    data = read_manifest(evaluation.folder)["stages"].get("measure", {}).get("settings", {}).get("data", {})
+    data = _settings(evaluation.folder, "measure").get("data", {})
     return {
         name: described["images"]
         for name, described in data.get("sets", {"": data}).items()

@@ -44,7 +44,7 @@ from rich.box import SIMPLE_HEAD
 
 from safervlm.differences import difference_of_shares
 from safervlm.diversity import SUBSAMPLES, TEXTS, diversity, published_diversity
-from safervlm.errors import RecordError
+from safervlm.errors import RecordError, explained
 from safervlm.intervals import (
     FEWEST_CONCEPTS,
     Floats,
@@ -146,14 +146,14 @@ def load_run(run: str | Path) -> pd.DataFrame:
     ]
     if unjudged:
         raise RecordError(
-            f"{run}: {len(unjudged)} of {len(responses)} responses have no verdict, the first is {unjudged[0]!r}; "
-            + _how_to_judge(run)
+            f"{run / 'verdicts.jsonl'}: {len(unjudged)} of {len(responses)} responses have no verdict, the first is "
+            f"{unjudged[0]!r}; " + _how_to_judge(run)
         )
     foreign = next((name for name in verdicts if name not in responses), None)
     if foreign is not None:
         raise RecordError(
-            f"{run}: verdicts.jsonl judges {foreign!r}, which responses.jsonl doesn't hold; the two files come from "
-            f"different runs: remove verdicts.jsonl, then {_how_to_judge(run)}"
+            f"{run / 'verdicts.jsonl'}: a verdict about {foreign!r}, which responses.jsonl doesn't contain; the two "
+            f"files come from different runs: remove verdicts.jsonl, then {_how_to_judge(run)}"
         )
 
     rows = []
@@ -175,7 +175,8 @@ def load_run(run: str | Path) -> pd.DataFrame:
                 "capability": question.capability,
                 "prompt_number": question.prompt_number,
                 "prompt": question.prompt,
-                "category": _arrow(question.category),
+                # Its rows must not be taken for those of all categories.
+                "category": _arrow(question.category) if question.category != OVERALL else f"{OVERALL} (a category)",
                 "concept": _arrow(question.concept),
                 "answer": question.answer,
                 "response": response.response,
@@ -188,6 +189,27 @@ def load_run(run: str | Path) -> pd.DataFrame:
         )
     # Objects: None stays None, and a text may hold what Arrow's strings refuse (half a surrogate pair).
     return pd.DataFrame(rows, dtype=object).astype({"prompt_number": int, "drawn": bool})
+
+
+def _not_of_its_kind(record: Response | Verdict) -> str:
+    """Which field of a record has a value of another kind than it should; empty if none has."""
+    if isinstance(record, Verdict):
+        texts = {"id": record.id, "label": record.label, "judge": record.judge}
+        if not isinstance(record.probabilities, dict):
+            return f"probabilities is {record.probabilities!r}, no object"
+        for label, value in record.probabilities.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                return f"the probability of {label!r} is {value!r}, not between 0 and 1"
+    else:
+        question = record.question
+        names = ("id", "dataset", "image", "capability", "prompt", "category", "concept", "answer")
+        texts = {name: getattr(question, name) for name in names} | {"response": record.response}
+        texts |= {} if question.image_path is None else {"image_path": question.image_path}
+        if isinstance(question.prompt_number, bool) or not isinstance(question.prompt_number, int):
+            return f"prompt_number is {question.prompt_number!r}, no whole number"
+    return next(
+        (f"{name} is {value!r:.80}, no text" for name, value in texts.items() if not isinstance(value, str)), ""
+    )
 
 
 def _arrow(name: str) -> str:
@@ -205,11 +227,14 @@ def _by_id(path: Path, kind: type[Record], way_out: str) -> dict[str, Record]:
     if not path.is_file():
         raise RecordError(f"{path}: no such file; {way_out}")
     records: dict[str, Record] = {}
-    for line in read_jsonl(path):
-        try:
+    with explained(f"{path}: it can't be read", way_out, OSError, ValueError, RecursionError):
+        there = list(read_jsonl(path))
+    for number, line in enumerate(there, 1):
+        what, remedy = f"{path}, record {number}: no {kind.__name__.lower()}", "remove the line, or make it anew"
+        with explained(what, remedy, KeyError, TypeError, ValueError, AttributeError):
             record = kind.from_dict(line)
-        except (KeyError, TypeError) as error:
-            raise RecordError(f"{path}: {line.get('id')!r} is no {kind.__name__.lower()}: {error!r}") from None
+        if wrong := _not_of_its_kind(record):
+            raise RecordError(f"{what}: {wrong}; {remedy}")
         if record.id in records:
             raise RecordError(f"{path}: {record.id!r} is there twice; remove one of the two lines")
         records[record.id] = record

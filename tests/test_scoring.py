@@ -104,7 +104,7 @@ def edit(path, change):
         ("verdicts.jsonl", lambda lines: lines[:-1], ["1 of 24", "Made/0.png/perception/0", "safervlm predict"]),
         ("verdicts.jsonl", lambda lines: [*lines, lines[3]], ["twice", "Made/knife/"]),
         ("responses.jsonl", lambda lines: [*lines, lines[0]], ["twice", "Made/0.png/perception/0"]),
-        ("responses.jsonl", lambda lines: lines[1:], ["Made/0.png/perception/0", "doesn't hold"]),
+        ("responses.jsonl", lambda lines: lines[1:], ["Made/0.png/perception/0", "doesn't contain"]),
         ("verdicts.jsonl", lambda lines: [lines[0].replace("Safe", "Maybe"), *lines[1:]], ["Maybe", "Made/hook/"]),
         ("responses.jsonl", lambda lines: [lines[0].replace("tokens", "token"), *lines[1:]], ["tokens", "Made/0.png"]),
         ("verdicts.jsonl", lambda lines: [], ["no records", "safervlm predict"]),
