@@ -7,6 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from safervlm.errors import ArgumentError
+from safervlm.run import agree_to_end
 
 
 class LastCheckpoint(Callback):
@@ -43,11 +44,9 @@ class LastCheckpoint(Callback):
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
         last |= 0 < trainer.max_steps <= trainer.global_step
-        # All processes have to agree, though they hear of the signal at different times.
-        asked_to_end = trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False)
-        due = batches - self._saved >= self.every_n_batches or last or asked_to_end
-        accumulating = pl_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate()
-        if due and not accumulating:
+        if pl_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        if agree_to_end(trainer) or batches - self._saved >= self.every_n_batches or last:
             save_last(trainer, Path(trainer.default_root_dir) / "checkpoints")
             self._saved = batches
 

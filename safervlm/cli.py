@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from safervlm.errors import ArgumentError
+from safervlm.signals import listening, why_ended
 
 HELP = """usage: safervlm COMMAND [ARGUMENTS]
 
@@ -65,18 +66,25 @@ def main(args: Sequence[str] | None = None) -> None:
         print(__version__)
         return
     try:
-        if args[0] in ("fit", "validate", "predict"):
-            from safervlm.lightning_cli import run
+        with listening():
+            if args[0] in ("fit", "validate", "predict"):
+                from safervlm.lightning_cli import run
 
-            run(args)
-        elif args[0] in ("doctor", "report", "evaluation", "verify", "export", "pictograms", "demo"):
-            plain(args)
-        else:
-            raise ArgumentError(f"no command {args[0]!r}; see safervlm --help")
+                run(args)
+            elif args[0] in ("doctor", "report", "evaluation", "verify", "export", "pictograms", "demo"):
+                plain(args)
+            else:
+                raise ArgumentError(f"no command {args[0]!r}; see safervlm --help")
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; the same command goes on where it stopped\n")
         sys.exit(130)
-    except ValueError as error:
+    except Exception as error:
+        if ended := why_ended(error):
+            code, line = ended
+            sys.stderr.write(f"safervlm: {line}\n" if line else "")
+            sys.exit(code)
+        if not isinstance(error, ValueError):
+            raise
         from safervlm.lightning_cli import fail, our_error
 
         if (known := our_error(error)) is None:

@@ -25,6 +25,7 @@ from safervlm.data.suite import Suite
 from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, read_jsonl
 from safervlm.run import RunManifest, read_manifest
+from safervlm.signals import exit_code
 from safervlm.vlm.api import Server
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.sampling import Sampling
@@ -376,7 +377,7 @@ def run(args: Sequence[str]) -> None:
             fail(f"--trainer: {error}")
         except SIGTERMException:
             # Lightning ends with 0, and a driver would take the run for finished.
-            raise SystemExit(128 + signal.SIGTERM) from None
+            raise SystemExit(exit_code()) from None
 
 
 def local_or_shipped(argument: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from safervlm.caches import temporary
 from safervlm.errors import RecordError
 from safervlm.protocol import Capability
 
@@ -217,19 +218,19 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 
     Args:
         path: the file to write; its folder is made if it is missing.
-        write: is given the path of a temporary file beside it, which then takes ``path``'s place.
+        write: is given the path of a temporary file beside it (see :func:`safervlm.caches.temporary`), which then takes
+            ``path``'s place.
+
+    Raises:
+        OSError: the file can't be written, for example because the disk is full; it names the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The ending stays: pandas and others choose the format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
+    with temporary(path) as aside:
+        write(aside)
+        with aside.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        aside.replace(path)
 
 
 def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -8,9 +8,12 @@ command, and what of the provenance was another.
 
 import fcntl
 import json
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +21,13 @@ from typing import Any, TextIO
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from safervlm.errors import RecordError
 from safervlm.records import FAILED, write_atomically
+from safervlm.signals import apart, asked_to_end, observe, pass_safe_point, together, wait_for_safe_point
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -146,15 +153,60 @@ def stage_name(module: LightningModule) -> str:
     return type(module).__name__.lower()
 
 
+class Signals(_SignalConnector):
+    """What Lightning knows of requests to end: those of :mod:`safervlm.signals`.
+
+    Lightning's own handler speaks to the other processes from within the handler, and may wait for them forever.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.agreed: bool | None = None
+        super().__init__(trainer)
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether to end now. While training it changes only where all processes agree on it, and can save."""
+        return asked_to_end() if self.agreed is None else self.agreed
+
+    @received_sigterm.setter
+    def received_sigterm(self, value: bool) -> None:
+        """Lightning begins with False."""
+
+    def register_signal_handlers(self) -> None:
+        """Leaves SIGTERM to our handler; Slurm's other signals are Lightning's."""
+        ours = signal.getsignal(signal.SIGTERM)
+        super().register_signal_handlers()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
+
+
+def agree_to_end(trainer: Trainer) -> bool:
+    """Whether one of the processes is asked to end; each of them asks this after the same training step.
+
+    Args:
+        trainer: of the fit; it ends after this step where the answer is yes.
+    """
+    connector = trainer._signal_connector
+    agreed = trainer.strategy.reduce_boolean_decision(trainer.received_sigterm or asked_to_end(), all=False)
+    if isinstance(connector, Signals):
+        connector.agreed = agreed
+    return agreed
+
+
 class RunManifest(Callback):
     """Writes the run's manifest, and refuses a folder made with other settings, or in which another command works."""
 
     def __init__(self) -> None:
         self._lock: TextIO | None = None
+        self._waits = False
+        # Before Lightning launches other processes of the run.
+        subprocess_script._launch_process_observer = observe
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs before any weight is read."""
         run, name = Path(trainer.default_root_dir), stage_name(pl_module)
+        trainer._signal_connector = Signals(trainer)
+        together(trainer.global_rank)
         refusal = ""
         if trainer.is_global_zero and stage != "validate":
             try:
@@ -201,9 +253,37 @@ class RunManifest(Callback):
                 provenance, continued = first, [*there.get("continued", []), kept]
             write_stage(run, name, settings=settings, provenance=provenance, continued=continued, finished=False)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on a request to end waits for the end of the step."""
+        self._wait()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What follows can be done again."""
+        self._pass()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on a request to end waits until the batch is written."""
+        self._wait()
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the callbacks that merge and judge, which can be done again."""
+        self._pass()
+
+    def _wait(self) -> None:
+        if not self._waits:
+            wait_for_safe_point()
+        self._waits = True
+
+    def _pass(self) -> None:
+        waits, self._waits = self._waits, False
+        if waits:
+            pass_safe_point()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Says how to go on after Ctrl-C."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+        """Says how to resume after a request to end."""
+        with suppress(SystemExit):  # the exception says it already
+            self._pass()
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
             print(f"\nstopped; the same command goes on from what is in {trainer.default_root_dir}")
         self._unlock()
 
@@ -222,3 +302,5 @@ class RunManifest(Callback):
             names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in there)
             print(f"{run} holds {', '.join(names)}")
         self._unlock()
+        trainer.strategy.barrier("run-manifest-end")
+        apart()
