@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeVar, get_args
+from typing import Any, Protocol, Self, TypeVar, get_args
 
 from safervlm.caches import temporary
 from safervlm.errors import RecordError, first_line
@@ -127,12 +127,13 @@ class Response:
         response: the generated text, without special tokens.
         finish_reason: ``stop`` when the VLM ended its answer, ``length`` when the limit of new tokens did; ``refusal``
             when a server marks the answer as one, ``content_filter`` when its filter cut the answer, mostly to nothing.
-        tokens: the number of generated tokens, the end token included.
+            Any other is a server's own word (``eos``, ``end_turn``) for an answer that ended by itself.
+        tokens: the number of generated tokens, the end token included; 0 where it is not known.
     """
 
     question: Question
     response: str
-    finish_reason: Literal["stop", "length", "refusal", "content_filter"]
+    finish_reason: str
     tokens: int
 
     @property
