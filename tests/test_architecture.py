@@ -18,6 +18,7 @@ LAYERS = (
         "images",
         "rules",
         "signals",
+        "trust",
         "rating",
         "__init__",
     ),
