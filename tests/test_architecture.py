@@ -14,6 +14,7 @@ LAYERS = (
         "caches",
         "reading",
         "names",
+        "trust",
         "boundary",
         "recipes",
         "protocol",
