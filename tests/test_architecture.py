@@ -15,6 +15,8 @@ LAYERS = (
         "intervals",
         "differences",
         "images",
+        "pixels",
+        "image_hashes",
         "rules",
         "rating",
         "__init__",

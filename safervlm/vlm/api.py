@@ -7,8 +7,6 @@ to say, a refusal or a content filter, is an answer to be measured, not an error
 """
 
 import asyncio
-import base64
-import io
 import json
 import math
 import os
@@ -19,29 +17,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image
-from torch import Tensor
-
 from safervlm.errors import ArgumentError
-from safervlm.images import BLANK, open_image
-from safervlm.records import Example, Question, seed_for
-from safervlm.vlm.base import VLM, Batch, Generation, Unanswered
+from safervlm.images import ImageSettings
+from safervlm.records import Question, seed_for
+from safervlm.vlm.base import VLM, Generation, Unanswered
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.server_batch import ServerBatch, ServerCollator, blank_url
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the first try after a failure, and before any later one
 CONNECT = 10.0  # seconds that a server may take to be reached
 IN_A_ROW = 20  # questions without an answer, none in between: the fault isn't theirs
 UNNAMED = -1  # a token of an answer: a server says how many there are, not which
-
-# Kinds of images that every server reads.
-SENT_AS_THEY_ARE = ("PNG", "JPEG", "WEBP", "GIF")
-ORIENTATION = 0x0112  # the EXIF tag
 
 FILTERS = {"content_filter", "content_policy_violation", "image_content_policy_violation", "invalid_prompt"}
 PAUSE = {429, 502, 503}
@@ -70,84 +61,6 @@ class Passing(Exception):  # noqa: N818
     def __init__(self, reason: str, by_server: bool = False, pause: float | None = None, mended: bool = False) -> None:
         super().__init__(reason)
         self.reason, self.by_server, self.pause, self.mended = reason, by_server, pause, mended
-
-
-class ServerBatch(Batch):
-    """Questions, and each image once as the data URL that is sent.
-
-    Args:
-        questions: the B questions.
-        images: data URLs.
-        image_rows: which of them each question is about.
-    """
-
-    def __init__(self, questions: list[Question], images: list[str], image_rows: list[int]) -> None:
-        super().__init__(questions)
-        self.images, self.image_rows = images, image_rows
-
-    def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
-        """Some of the questions; a server scores no answers, so there are none to take along."""
-        chosen = rows.tolist()
-        return type(self)(
-            [self.questions[row] for row in chosen], self.images, [self.image_rows[row] for row in chosen]
-        )
-
-
-def collate(examples: Sequence[Example]) -> ServerBatch:
-    """Reads the images, once each; a blank one stands for none."""
-    rows: dict[str | None, int] = {}
-    images: list[str] = []
-    for question in (example.question for example in examples):
-        path = question.image_path
-        if path not in rows:
-            rows[path] = len(images)
-            images.append(blank_url() if path is None else data_url(path, question.id))
-    questions = [example.question for example in examples]
-    return ServerBatch(questions, images, [rows[question.image_path] for question in questions])
-
-
-def data_url(path: str, record: str) -> str:
-    """An image as a data URL: the file as it is where all servers see in it what :func:`open_image` sees, else as PNG.
-
-    Transparency, further frames, a rotation that the file asks for, more than 8 bits or four inks are read differently
-    by different servers.
-
-    Args:
-        path: the image's file.
-        record: the id of the record that it belongs to, for the error.
-
-    Raises:
-        RecordError: the file is missing, truncated or not an image.
-    """
-    image = open_image(path, record)
-    with Image.open(path) as file:
-        plain = (
-            file.format in SENT_AS_THEY_ARE
-            and file.mode in ("RGB", "L", "P")
-            and "transparency" not in file.info
-            and getattr(file, "n_frames", 1) == 1
-            and file.getexif().get(ORIENTATION, 1) == 1
-        )
-        kind = str(file.format)
-    return as_url(Path(path).read_bytes(), kind) if plain else png_url(image)
-
-
-def png_url(image: Image.Image) -> str:
-    """An image as the data URL of a PNG."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return as_url(file.getvalue(), "PNG")
-
-
-def as_url(content: bytes, kind: str) -> str:
-    """The data URL of an image file of a kind that Pillow names."""
-    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(content).decode()}"
-
-
-@cache
-def blank_url() -> str:
-    """The blank image, encoded once."""
-    return png_url(BLANK)
 
 
 @dataclass
@@ -197,6 +110,7 @@ class Server(VLM):
         max_tokens: a cap on the tokens of prompts and answers that one command pays for, of each process, as the server
             counts them; what is on its way when it is reached still comes. None for no cap.
         dry_run: says what there is to ask, and ends before the first request.
+        images: how images are decoded, and which are too large.
     """
 
     def __init__(
@@ -212,6 +126,7 @@ class Server(VLM):
         max_requests: int | None = None,
         max_tokens: int | None = None,
         dry_run: bool = False,
+        images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         if not addresses or isinstance(addresses, str):
@@ -239,6 +154,7 @@ class Server(VLM):
         self.hosts = [Host(address.rstrip("/")) for address in addresses]
         self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
         self.max_requests, self.max_tokens, self.dry_run = max_requests, max_tokens, dry_run
+        self.images = images
         self.on_attempt: Callable[[dict[str, Any]], None] = lambda attempt: None
         self.requests = self.tokens = self.unanswered_in_a_row = 0
         self.halted: str | None = None  # why nothing more is sent
@@ -246,15 +162,15 @@ class Server(VLM):
         self._jitter = random.Random()
 
     @property
-    def collator(self) -> Callable[[Sequence[Example]], ServerBatch]:
-        """:func:`collate`."""
-        return collate
+    def collator(self) -> ServerCollator:
+        """Makes a data URL of each image."""
+        return ServerCollator(self.images)
 
     def describe(self) -> dict[str, Any]:
         """What decides an answer; where the model is served doesn't."""
         kind = type(self)
         described = {"class": f"{kind.__module__}.{kind.__qualname__}", "model": self.name, "system": self.system}
-        return described if self.blank else described | {"blank": False}
+        return (described if self.blank else described | {"blank": False}) | self.images.describe()
 
     def load(self) -> None:
         """Looks at what is needed here; no server is asked."""
