@@ -25,7 +25,7 @@ LAYERS = (
         "diversity",
         "tables",
     ),
-    ("images", "rules", "rating", "__init__"),
+    ("images", "pixels", "rules", "rating", "__init__"),
     ("scoring", "run"),
     ("evaluation",),
     ("vlm", "data", "judge", "reports", "evaluation_report"),

@@ -7,27 +7,21 @@ filter is an answer to be measured, not an error. Whatever happens to one questi
 """
 
 import asyncio
-import base64
-import io
 import math
 import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
-from typing import Any, Self
-
-from PIL import Image
-from torch import Tensor
+from typing import Any
 
 from safervlm.errors import ArgumentError, first_line
 from safervlm.escape import for_terminal
-from safervlm.images import BLANK, open_image
-from safervlm.records import Example, Question, seed_for
+from safervlm.images import ImageSettings
+from safervlm.records import Question, seed_for
 from safervlm.signals import asked_to_end
-from safervlm.vlm.base import VLM, Batch, Generation, Unanswered
+from safervlm.vlm.base import VLM, Generation, Unanswered
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.cleaning import Cleaner
@@ -44,8 +38,9 @@ from safervlm.vlm.server.outcomes import (
     seconds_to_wait,
 )
 from safervlm.vlm.server.reading import Completion, Unnamed, parsed, read_completion
+from safervlm.vlm.server_batch import ServerBatch, ServerCollator, blank_url
 
-__all__ = ["Server", "ServerBatch", "Unanswered", "collate", "seconds_to_wait"]
+__all__ = ["Server", "ServerBatch", "Unanswered", "seconds_to_wait"]
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the first try after a failure, and before any later one
 CONNECT = 10.0  # seconds that a server may take to be reached
@@ -53,88 +48,6 @@ IN_A_ROW = 20  # questions without an answer, none in between: the questions are
 PAUSES = 4  # times as often as broken answers a question may meet a server's request for a pause
 POLL = 0.25  # seconds between two looks at whether the command is asked to end
 ENDING = "the command is asked to end; what is answered is kept, the same command resumes"
-
-# Kinds of images that every server reads.
-SENT_AS_THEY_ARE = ("PNG", "JPEG", "WEBP", "GIF")
-ORIENTATION = 0x0112  # the EXIF tag
-
-
-class ServerBatch(Batch):
-    """Questions, and each image once as the data URL that is sent.
-
-    Args:
-        questions: the B questions.
-        images: data URLs.
-        image_rows: which of them each question is about.
-    """
-
-    def __init__(self, questions: list[Question], images: list[str], image_rows: list[int]) -> None:
-        super().__init__(questions)
-        self.images, self.image_rows = images, image_rows
-
-    def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
-        """Some of the questions; a server scores no answers, so there are none to take along."""
-        chosen = rows.tolist()
-        return type(self)(
-            [self.questions[row] for row in chosen], self.images, [self.image_rows[row] for row in chosen]
-        )
-
-
-def collate(examples: Sequence[Example]) -> ServerBatch:
-    """Reads the images, once each; a blank one stands for none."""
-    rows: dict[str | None, int] = {}
-    images: list[str] = []
-    for question in (example.question for example in examples):
-        path = question.image_path
-        if path not in rows:
-            rows[path] = len(images)
-            images.append(blank_url() if path is None else data_url(path, question.id))
-    questions = [example.question for example in examples]
-    return ServerBatch(questions, images, [rows[question.image_path] for question in questions])
-
-
-def data_url(path: str, record: str) -> str:
-    """An image as a data URL: the file as it is where all servers see in it what :func:`open_image` sees, else as PNG.
-
-    Transparency, further frames, a rotation that the file asks for, more than 8 bits or four inks are read differently
-    by different servers.
-
-    Args:
-        path: the image's file.
-        record: the id of the record that it belongs to, for the error.
-
-    Raises:
-        RecordError: the file is missing, truncated or not an image.
-    """
-    image = open_image(path, record)
-    with Image.open(path) as file:
-        plain = (
-            file.format in SENT_AS_THEY_ARE
-            and file.mode in ("RGB", "L", "P")
-            and "transparency" not in file.info
-            and getattr(file, "n_frames", 1) == 1
-            and file.getexif().get(ORIENTATION, 1) == 1
-        )
-        kind = str(file.format)
-    return as_url(Path(path).read_bytes(), kind) if plain else png_url(image)
-
-
-def png_url(image: Image.Image) -> str:
-    """An image as the data URL of a PNG."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return as_url(file.getvalue(), "PNG")
-
-
-def as_url(content: bytes, kind: str) -> str:
-    """The data URL of an image file of a kind that Pillow names."""
-    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(content).decode()}"
-
-
-@cache
-def blank_url() -> str:
-    """The blank image, encoded once."""
-    return png_url(BLANK)
 
 
 class Server(VLM):
@@ -167,6 +80,7 @@ class Server(VLM):
             and its question counts as unanswered.
         max_count: the largest number of tokens of a prompt or answer that is believed; a larger or impossible one is
             recorded as 0 tokens, and as it is in the log of attempts.
+        images: how images are decoded, and which are too large.
     """
 
     def __init__(
@@ -186,8 +100,10 @@ class Server(VLM):
         question_timeout: float = 3600.0,
         max_body: int = 16 * 2**20,
         max_count: int = 10_000_000,
+        images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
+        self.images = images
         self.hosts = hosts_at(addresses)
         for name, text in (("model", model), ("system", system)):
             if not text.isprintable() and not text.encode("utf-8", "ignore").decode() == text:
@@ -225,15 +141,15 @@ class Server(VLM):
         self._jitter = random.Random()
 
     @property
-    def collator(self) -> Callable[[Sequence[Example]], ServerBatch]:
-        """:func:`collate`."""
-        return collate
+    def collator(self) -> ServerCollator:
+        """Makes a data URL of each image."""
+        return ServerCollator(self.images)
 
     def describe(self) -> dict[str, Any]:
         """What decides an answer; where the model is served doesn't."""
         kind = type(self)
         described = {"class": f"{kind.__module__}.{kind.__qualname__}", "model": self.name, "system": self.system}
-        return described if self.blank else described | {"blank": False}
+        return (described if self.blank else described | {"blank": False}) | self.images.describe()
 
     def load(self) -> None:
         """Looks at what is needed here; no server is asked."""

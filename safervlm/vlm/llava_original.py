@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, CLIPVisionModel, GenerationConfig, Llama
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from safervlm.errors import ArgumentError
+from safervlm.images import ImageSettings
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.records import fingerprint
 from safervlm.vlm.llava import Llava, LlavaCollator
@@ -50,6 +51,7 @@ class LlavaOriginal(Llava):
         system: the conversation's system prompt; empty for none.
         vision: name on the Hub, or folder, of the vision tower, and of its image processor.
         cache_dir: where what is converted is kept; as large as the model.
+        images: how images are decoded, and which are too large.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class LlavaOriginal(Llava):
         system: str = VICUNA_SYSTEM,
         vision: str = "openai/clip-vit-large-patch14-336",
         cache_dir: str = "~/.cache/safervlm",
+        images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, image_fit, system)
+        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, image_fit, system, images)
         self.original, self.vision, self.cache = model, vision, Path(cache_dir).expanduser() / "converted"
         if adapter is not None:
             self.adapter = str(convert_adapter(Path(adapter), self.cache))

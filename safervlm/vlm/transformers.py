@@ -7,7 +7,7 @@ Shapes: B questions of a batch, C completions, T tokens of the longest, N respon
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
 from string import Formatter
@@ -30,7 +30,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import ModelOutput
 
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.images import BLANK, open_image
+from safervlm.images import BLANK, ImageSettings, open_image
 from safervlm.records import Example, Question, seed_for
 from safervlm.vlm.base import Batch, Generation, Unanswered
 from safervlm.vlm.local import LocalVLM, Targets, reading
@@ -88,6 +88,7 @@ class ProcessorCollator:
         eos_token_ids: the tokens that end an answer.
         max_length: a longer prompt with its completion is refused, never cut.
         question_length: the same of a question that is read a second time, by a Q-Former; 0 where none does.
+        images: how images are decoded.
     """
 
     processor: ProcessorMixin
@@ -96,6 +97,7 @@ class ProcessorCollator:
     eos_token_ids: list[int]
     max_length: int
     question_length: int
+    images: ImageSettings = field(default=ImageSettings(), kw_only=True)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -139,7 +141,8 @@ class ProcessorCollator:
 
     def encode(self, question: Question) -> Encoding:
         """One question with its image, as the model's processor encodes it; a blank image stands for none."""
-        image = BLANK if question.image_path is None else open_image(question.image_path, question.id)
+        path = question.image_path
+        image = BLANK if path is None else open_image(path, question.id, self.images)
         if self.template is not None:
             text = self.template.format(question=question.prompt)
             encoding = dict(self.processor(images=image, text=text, return_tensors="pt"))
@@ -227,6 +230,7 @@ class Transformers(LocalVLM):
         system: the conversation's system prompt; empty for none.
         template: for a model without a chat template, the text around ``{question}``, for example ``Question:
             {question} Answer:``; none for the chat template.
+        images: how images are decoded, and which are too large.
     """
 
     def __init__(
@@ -239,11 +243,12 @@ class Transformers(LocalVLM):
         gradient_checkpointing: bool = False,
         system: str = "",
         template: str | None = None,
+        images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing)
         if template is not None and {name for _, name, _, _ in Formatter().parse(template)} - {None} != {"question"}:
             raise ArgumentError(f"vlm.template: it holds {{question}}, and nothing else in braces, got {template!r}")
-        self.system, self.template = system, template
+        self.system, self.template, self.images = system, template, images
 
     @cached_property
     def config(self) -> Any:
@@ -279,6 +284,7 @@ class Transformers(LocalVLM):
             self.eos_token_ids,
             getattr(text, "max_position_embeddings", 2**31),
             self.config.qformer_config.max_position_embeddings if hasattr(self.processor, "qformer_tokenizer") else 0,
+            images=self.images,
         )
         if self.template is not None:
             try:
@@ -293,7 +299,7 @@ class Transformers(LocalVLM):
 
     def describe(self) -> dict[str, Any]:
         """What of the VLM decides an answer."""
-        return super().describe() | {"system": self.system, "template": self.template}
+        return super().describe() | {"system": self.system, "template": self.template} | self.images.describe()
 
     def load_base(self) -> PreTrainedModel:
         """Reads the base weights, from safetensors only."""
