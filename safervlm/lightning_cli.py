@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from safervlm.checkpoints import origin_of, verify
 from safervlm.data.suite import Suite
 from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, read_jsonl
@@ -284,6 +285,11 @@ class SaferCLI(LightningCLI):
         given, last = config["ckpt_path"], Path(config["run"]) / "checkpoints" / "last.ckpt"
         if given is not None and not Path(given).exists():
             fail(f"--ckpt_path: no file {given!r}; leave it out to take {last}")
+        if given is not None or last.exists():
+            origin = origin_of(self.model)
+            # What a checkpoint is validated on need not be what it was trained by.
+            ignore = set() if command == "fit" else origin.keys() - {"class", "vlm", "lora"}
+            verify(last if given is None else Path(given), origin, ignore=ignore)
         if given is None and last.exists():
             print(f"{'going on from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)
