@@ -283,7 +283,9 @@ def training_memory(folder: Path, r: int, target_modules: str) -> int:
         ArgumentError: transformers doesn't know the model.
     """
     with torch.device("meta"):  # the shapes alone
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
+        )
     sizes = [
         module.in_features + module.out_features
         for name, module in model.named_modules()

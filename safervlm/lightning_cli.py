@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from safervlm.arguments import prepared
 from safervlm.boundary import causes, fail, run_folder
+from safervlm.checkpoints import origin_of, verify
 from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, UserError, explained
 from safervlm.messages import one_line
@@ -203,6 +204,11 @@ class SaferCLI(LightningCLI):
         """Makes the run's last checkpoint the one to load, if there is one and none is named."""
         config = self.config_init[command]
         given, last = config["ckpt_path"], Path(config["run"]) / "checkpoints" / "last.ckpt"
+        if given is not None or last.exists():
+            origin = origin_of(self.model)
+            # What a checkpoint is validated on need not be what it was trained by.
+            ignore = set() if command == "fit" else origin.keys() - {"class", "vlm", "lora"}
+            verify(last if given is None else Path(given), origin, ignore=ignore)
         if given is None and last.exists():
             print(f"{'going on from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)

@@ -11,6 +11,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from safervlm.data.base import SaferData
 from safervlm.errors import ArgumentError, RecordError
+from safervlm.finite import TrainingGuard
 from safervlm.records import seed_for
 from safervlm.vlm.base import Batch, Collator
 from safervlm.vlm.local import LocalVLM
@@ -35,7 +36,8 @@ class Objective(L.LightningModule):
         self, vlm: LocalVLM, lr: float = 3e-5, warmup_steps: int = 5, weight_decay: float = 0.0, seed: int = 0
     ) -> None:
         super().__init__()
-        at_least(0, lr=lr, warmup_steps=warmup_steps, weight_decay=weight_decay)
+        above(0, lr=lr)
+        at_least(0, warmup_steps=warmup_steps, weight_decay=weight_decay)
         self.vlm, self.lr, self.warmup_steps, self.weight_decay, self.seed = vlm, lr, warmup_steps, weight_decay, seed
         # Everything frozen stays out of checkpoints; on_load_checkpoint is strict about the rest.
         self.strict_loading = False
@@ -56,6 +58,10 @@ class Objective(L.LightningModule):
             "weight_decay": self.weight_decay,
             "seed": self.seed,
         }
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Stops the run where a number is not finite, whatever the objective."""
+        return [TrainingGuard()]
 
     def setup(self, stage: str) -> None:
         """Refuses another objective's data, before any weight is read."""
@@ -121,8 +127,14 @@ class Objective(L.LightningModule):
         checkpoint["trained"] = list(self.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose weights are not exactly the trained ones; loading itself would say nothing."""
-        wrong = set(checkpoint["trained"]) ^ set(self.state_dict())
+        """Rejects a checkpoint whose weights are not exactly the trained ones; loading itself would say nothing."""
+        if "trained" not in checkpoint:
+            raise RecordError(
+                "--ckpt_path: no objective wrote this checkpoint; name the last.ckpt of a fit's run folder"
+            )
+        now, there = self.state_dict(), checkpoint.get("state_dict", {})
+        wrong = set(checkpoint["trained"]) ^ set(now)
+        wrong |= {name for name, value in there.items() if name in now and value.shape != now[name].shape}
         if wrong:
             raise RecordError(
                 f"--ckpt_path: the checkpoint is of another adapter or objective: {len(wrong)} weights don't fit, for "

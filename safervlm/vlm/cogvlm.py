@@ -19,10 +19,10 @@ from transformers.modeling_utils import local_torch_dtype
 from safervlm.errors import ArgumentError
 from safervlm.images import BLANK, ImageSettings
 from safervlm.records import Question
-from safervlm.vlm.local import reading
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.remote import Absent, Remote, RemoteCollator, Tuples, rotate
 from safervlm.vlm.transformers import Encoding, switch_off_dropout
+from safervlm.vlm.weights import reading
 
 TEMPLATES = {"chat": "Question: {question} Answer:", "vqa": "Question: {question} Short answer:"}
 # Every linear layer that words go through; the experts beside them, for the image's places, stay as they are.

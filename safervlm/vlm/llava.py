@@ -22,9 +22,9 @@ from safervlm.errors import ArgumentError, RecordError
 from safervlm.images import BLANK, ImageSettings, open_image
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.records import Example
-from safervlm.vlm.local import reading
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.packed import PackedBatch, PackedVLM, pack
+from safervlm.vlm.weights import load_model, reading
 
 ROWS_AT_ONCE = 64  # of an image that is padded and resized
 
@@ -170,13 +170,13 @@ class Llava(PackedVLM):
     def collator(self) -> LlavaCollator:
         """Reads the tokenizer and the image processor when it is first asked for."""
         with reading(self.name):
-            config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+            config = AutoConfig.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
             if not isinstance(config, LlavaConfig):
                 raise ArgumentError(
                     f"vlm.model: {self.name!r} is a {config.model_type}, not a llava; name a LLaVA-1.5, or have it "
                     "asked by --model.vlm safervlm.vlm.transformers.Transformers"
                 )
-            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
+            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
             image_processor = LlavaImageProcessorPil.from_pretrained(
                 self.name, revision=self.revision, do_pad=self.image_fit == "pad"
             )
@@ -196,15 +196,16 @@ class Llava(PackedVLM):
 
     def load_base(self) -> PreTrainedModel:
         """Reads the base weights, from safetensors only."""
-        with reading(self.name):
-            return LlavaForConditionalGeneration.from_pretrained(
-                self.name,
-                revision=self.revision,
-                dtype=self.dtype,
-                use_safetensors=True,
-                # The mask of shared prompts is boolean; eager attention would add it to the scores.
-                attn_implementation="sdpa",
-            )
+        return load_model(
+            LlavaForConditionalGeneration,
+            self.name,
+            revision=self.revision,
+            dtype=self.dtype,
+            use_safetensors=True,
+            # The mask of shared prompts is boolean; eager attention would add it to the scores.
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+        )
 
     def language_model(self) -> PreTrainedModel:
         """The Llama inside."""

@@ -30,9 +30,9 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from safervlm.errors import ArgumentError
 from safervlm.images import BLANK, ImageSettings, open_image
 from safervlm.records import Question, fingerprint
-from safervlm.vlm.local import reading
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.transformers import ProcessorCollator, Transformers
+from safervlm.vlm.weights import load_model, reading
 
 
 class Absent(ModuleType):
@@ -240,18 +240,9 @@ class Remote(Transformers):
     def load_base(self) -> PreTrainedModel:
         """Reads the base weights: from safetensors, else with ``weights_only``."""
         adapted = self.adapt(self.remote_class("AutoModelForCausalLM"))
-        with reading(self.name):
-            model, found = adapted.from_pretrained(
-                self.name,
-                revision=self.revision,
-                config=self.config,
-                dtype=self.dtype,
-                weights_only=True,
-                output_loading_info=True,
-            )
-        missing = found["missing_keys"]
-        if missing:
-            raise ArgumentError(f"vlm.model: {self.name!r} lacks {len(missing)} weights, for example {min(missing)}")
+        model: Any = load_model(
+            adapted, self.name, revision=self.revision, config=self.config, dtype=self.dtype, weights_only=True
+        )
         for layer in model.get_decoder().layers:
             kind = type(layer)
             layer.__class__ = type(kind.__name__, (GradientCheckpointingLayer, kind), {})
