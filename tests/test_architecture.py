@@ -26,7 +26,7 @@ LAYERS = (
         "diversity",
         "tables",
     ),
-    ("images", "pixels", "rules", "rating", "__init__"),
+    ("images", "image_hashes", "pixels", "rules", "rating", "__init__"),
     ("scoring", "run"),
     ("checkpoints",),
     ("evaluation",),
