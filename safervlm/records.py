@@ -158,21 +158,60 @@ class Verdict:
         label: the most probable label.
         probabilities: of every label, summing to 1.
         judge: the fingerprint of the judge's weights (see :func:`fingerprint`).
+        answer: the fingerprint of the answer's text (:meth:`fingerprint_of`); empty in a file of version 0.1, which
+            doesn't have it.
     """
 
     id: str
     label: str
     probabilities: dict[str, float]
     judge: str
+    answer: str = ""
+
+    @staticmethod
+    def fingerprint_of(text: str) -> str:
+        """What tells an answer's text from another; also where it can't be encoded (half a surrogate)."""
+        return fingerprint(text.encode("utf-8", "surrogatepass"))
+
+    def is_of(self, text: str) -> bool:
+        """Whether the verdict is about this text; of a file of version 0.1 nobody knows."""
+        return self.answer == self.fingerprint_of(text)
 
     def to_dict(self) -> dict[str, Any]:
         """The record of ``verdicts.jsonl``."""
-        return asdict(self)
+        record = asdict(self)
+        return record if self.answer else {name: record[name] for name in record if name != "answer"}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote."""
-        return cls(**record)
+        """Reads what :meth:`to_dict` wrote.
+
+        Raises:
+            KeyError: a field is missing.
+            RecordError: the verdict contradicts itself: its probabilities are no numbers from 0 to 1 that sum to 1, or
+                its label is not the most probable one.
+        """
+        there = {field.name: record[field.name] for field in fields(cls) if field.name != "answer"}
+        verdict = cls(**there, answer=record.get("answer", ""))
+        probabilities, remedy = verdict.probabilities, "remove the line, then judge again"
+        if not isinstance(probabilities, dict) or not probabilities:
+            raise RecordError(f"the verdict on {verdict.id!r} has the probabilities {probabilities!r}; {remedy}")
+        for label, value in probabilities.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not -1e-3 <= value <= 1 + 1e-3:  # NaN is neither
+                raise RecordError(
+                    f"the verdict on {verdict.id!r} has the probability {value!r} of {label!r}, not a number from 0 to "
+                    f"1; {remedy}"
+                )
+        if abs((total := sum(probabilities.values())) - 1) > 1e-3:
+            raise RecordError(f"the probabilities of the verdict on {verdict.id!r} sum to {total:.4g}, not 1; {remedy}")
+        if probabilities.get(verdict.label, -1) < max(probabilities.values()):
+            likely = max(probabilities, key=probabilities.__getitem__)
+            raise RecordError(
+                f"the verdict on {verdict.id!r} is {verdict.label!r}, but its most probable label is {likely!r}; "
+                f"{remedy}"
+            )
+        return verdict
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:

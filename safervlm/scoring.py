@@ -148,6 +148,11 @@ def load_run(run: str | Path) -> pd.DataFrame:
     rows = []
     for name, response in responses.items():
         question, verdict = response.question, verdicts.get(name, Verdict(name, "", {}, ""))
+        if verdict.answer and not verdict.is_of(response.response):
+            raise RecordError(
+                f"{run}: the verdict on {name!r} is about another text than the answer in responses.jsonl; remove "
+                f"verdicts.jsonl, then {_how_to_judge(run)}"
+            )
         labels = LABELS.get(question.capability)
         for what, label in (("verdict's label", verdict.label), ("right answer", question.answer)):
             if labels is not None and label not in labels:
@@ -192,6 +197,8 @@ def _by_id(path: Path, kind: type[Record], way_out: str) -> dict[str, Record]:
     for line in read_jsonl(path):
         try:
             record = kind.from_dict(line)
+        except RecordError as error:
+            raise RecordError(f"{path}: {error}") from None
         except (KeyError, TypeError) as error:
             raise RecordError(f"{path}: {line.get('id')!r} is no {kind.__name__.lower()}: {error!r}") from None
         if record.id in records:

@@ -18,6 +18,7 @@ LAYERS = (
         "rules",
         "rating",
         "finite",
+        "texts",
         "__init__",
     ),
     ("scoring", "run"),
