@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from safervlm.errors import RecordError, first_line
 from safervlm.run import PACKAGES, flatten
@@ -209,3 +210,25 @@ def origin_of(module: Any) -> dict[str, Any]:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     describe = getattr(module, "describe", None)
     return {"class": kind} | (describe() if describe is not None else {})
+
+
+def must_fit(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Rejects a checkpoint whose trained weights are not exactly a module's; loading itself would say nothing.
+
+    Args:
+        checkpoint: as it was read, with the names of what was trained.
+        state: the module's trained weights.
+
+    Raises:
+        RecordError: a weight is missing, is of another module, or has another shape.
+    """
+    if "trained" not in checkpoint:
+        raise RecordError("--ckpt_path: no objective wrote this checkpoint; name the last.ckpt of a fit's run folder")
+    there = checkpoint.get("state_dict", {})
+    wrong = set(checkpoint["trained"]) ^ set(state)
+    wrong |= {name for name, value in there.items() if name in state and value.shape != state[name].shape}
+    if wrong:
+        raise RecordError(
+            f"--ckpt_path: the checkpoint is of another adapter or objective: {len(wrong)} weights don't fit, for "
+            f"example {min(wrong)}; resume with the settings that it was made with"
+        )

@@ -200,16 +200,29 @@ class Verdict:
         label: the most probable label.
         probabilities: of every label, summing to 1.
         judge: the fingerprint of the judge's weights (see :func:`fingerprint`).
+        answer: the fingerprint of the answer's text (:meth:`fingerprint_of`); empty in a file of version 0.1, which
+            doesn't have it.
     """
 
     id: str
     label: str
     probabilities: dict[str, float]
     judge: str
+    answer: str = ""
+
+    @staticmethod
+    def fingerprint_of(text: str) -> str:
+        """What tells an answer's text from another; also where it can't be encoded (half a surrogate)."""
+        return fingerprint(text.encode("utf-8", "surrogatepass"))
+
+    def is_of(self, text: str) -> bool:
+        """Whether the verdict is about this text; of a file of version 0.1 nobody knows."""
+        return self.answer == self.fingerprint_of(text)
 
     def to_dict(self) -> dict[str, Any]:
         """The record of ``verdicts.jsonl``."""
-        return asdict(self)
+        record = asdict(self)
+        return record if self.answer else {name: record[name] for name in record if name != "answer"}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
@@ -217,15 +230,32 @@ class Verdict:
 
         Raises:
             KeyError: a field is missing.
-            RecordError: a field has a value of another type, or is unknown.
+            RecordError: a field has a value of another type, or is unknown; or the verdict contradicts itself: its
+                probabilities are no numbers from 0 to 1 that sum to 1, or its label is not the most probable one.
         """
         names = [field.name for field in fields(cls)]
         if unknown := set(record) - set(names):
             raise RecordError(f"the field {min(unknown)!r} is unknown; a verdict has {', '.join(names)}")
-        _check(record, id=str, label=str, probabilities=dict, judge=str)
-        for label, probability in record["probabilities"].items():
-            _check({label: probability}, **{label: (int, float)})
-        return cls(**record)
+        _check({"answer": "", **record}, id=str, label=str, probabilities=dict, judge=str, answer=str)
+        verdict = cls(**record)
+        if problem := verdict.contradiction():
+            raise RecordError(problem)
+        return verdict
+
+    def contradiction(self) -> str | None:
+        """How the verdict contradicts itself, in one line; None where it doesn't."""
+        if not self.probabilities:
+            return "it has no probabilities; judge again"
+        for label, value in self.probabilities.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not -1e-3 <= value <= 1 + 1e-3:  # NaN is neither
+                return f"the probability {value!r} of {label!r} is not a number from 0 to 1; judge again"
+        if abs((total := sum(self.probabilities.values())) - 1) > 1e-3:
+            return f"its probabilities sum to {total:.4g}, not 1; judge again"
+        if self.probabilities.get(self.label, -1) < max(self.probabilities.values()):
+            likely = max(self.probabilities, key=self.probabilities.__getitem__)
+            return f"its label is {self.label!r}, but the most probable one is {likely!r}; judge again"
+        return None
 
 
 class Stored(Protocol):

@@ -14,6 +14,7 @@ LAYERS = (
         "caches",
         "reading",
         "names",
+        "texts",
         "finite",
         "trust",
         "boundary",

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
+from safervlm.checkpoints import must_fit
 from safervlm.data.base import SaferData
-from safervlm.errors import ArgumentError, RecordError
+from safervlm.errors import ArgumentError
 from safervlm.finite import TrainingGuard
 from safervlm.records import seed_for
 from safervlm.vlm.base import Batch, Collator
@@ -36,8 +37,7 @@ class Objective(L.LightningModule):
         self, vlm: LocalVLM, lr: float = 3e-5, warmup_steps: int = 5, weight_decay: float = 0.0, seed: int = 0
     ) -> None:
         super().__init__()
-        above(0, lr=lr)
-        at_least(0, warmup_steps=warmup_steps, weight_decay=weight_decay)
+        at_least(0, lr=lr, warmup_steps=warmup_steps, weight_decay=weight_decay)
         self.vlm, self.lr, self.warmup_steps, self.weight_decay, self.seed = vlm, lr, warmup_steps, weight_decay, seed
         # Everything frozen stays out of checkpoints; on_load_checkpoint is strict about the rest.
         self.strict_loading = False
@@ -128,29 +128,18 @@ class Objective(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rejects a checkpoint whose weights are not exactly the trained ones; loading itself would say nothing."""
-        if "trained" not in checkpoint:
-            raise RecordError(
-                "--ckpt_path: no objective wrote this checkpoint; name the last.ckpt of a fit's run folder"
-            )
-        now, there = self.state_dict(), checkpoint.get("state_dict", {})
-        wrong = set(checkpoint["trained"]) ^ set(now)
-        wrong |= {name for name, value in there.items() if name in now and value.shape != now[name].shape}
-        if wrong:
-            raise RecordError(
-                f"--ckpt_path: the checkpoint is of another adapter or objective: {len(wrong)} weights don't fit, for "
-                f"example {min(wrong)}; resume with the settings that it was made with"
-            )
+        must_fit(checkpoint, self.state_dict())
 
 
 def at_least(least: float, **values: float) -> None:
-    """Refuses an argument of the model that is too small."""
+    """Rejects an argument of the model that is too small."""
     for name, value in values.items():
         if not value >= least:
             raise ArgumentError(f"model.{name}: at least {least}, got {value}")
 
 
 def above(bound: float, **values: float) -> None:
-    """Refuses an argument of the model that is not larger than a bound."""
+    """Rejects an argument of the model that is not larger than a bound."""
     for name, value in values.items():
         if not value > bound:
             raise ArgumentError(f"model.{name}: above {bound}, got {value}")
