@@ -55,7 +55,7 @@ from safervlm.intervals import (
     interval_these_concepts,
 )
 from safervlm.protocol import CAPABILITIES, CATEGORIES, LABELS, NOT_APPLICABLE, SAFE, UNSAFE
-from safervlm.records import Response, Verdict
+from safervlm.records import Response, Verdict, read_records
 from safervlm.tables import EXCLUDED, JUDGE_NOTE, TextTable
 
 # What a row of `scores` measures.
