@@ -325,6 +325,7 @@ def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSet
     )
     if orientation in TRANSPOSITIONS:
         shown = shown.transpose(TRANSPOSITIONS[orientation])
+    shown.info.clear()  # a profile or a transparent colour would be written into a PNG, and applied again
     return Decoded(shown, content, kind, plain)
 
 
@@ -364,7 +365,7 @@ def encoding_of(image: ImageFile.ImageFile, content: bytes) -> Encoding:
 
 
 def orientation_of(image: Image.Image) -> int | None:
-    """The orientation that is still to be applied, 1 for none; None where the EXIF data is damaged.
+    """The orientation that is still to be applied, 1 for none; None where the EXIF data doesn't say.
 
     Args:
         image: loaded; Pillow has applied that of a TIFF.
@@ -372,7 +373,7 @@ def orientation_of(image: Image.Image) -> int | None:
     if image.format == "TIFF":
         return 1
     try:
-        orientation = image.getexif().get(ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION, None if "exif" in image.info else 1)
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, OverflowError, struct.error):
         return None  # viewers show the image as it is
     return orientation if isinstance(orientation, int) else None
