@@ -6,11 +6,14 @@ written, not with Pillow.
 
 import ast
 import base64
+import contextlib
 import io
+import multiprocessing
 import os
+import re
+import resource
+import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,9 +28,10 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.image_hashes import images_fingerprint, report_frames
-from safervlm.images import FORMATS, IMAGE_ENDINGS, ImageSettings, decode, image_file, image_kind, open_image
+from safervlm.images import FORMATS, IMAGE_ENDINGS, ImageSettings, image_file, image_kind, open_image
 from safervlm.measure import AskCollator
 from safervlm.records import Example, Question
+from safervlm.vlm.api import Server
 from safervlm.vlm.llava import Llava, shrunk_square
 from safervlm.vlm.server_batch import ServerCollator, data_url
 from safervlm.vlm.transformers import Transformers
@@ -345,12 +349,12 @@ DECODED: dict[str, tuple[bytes, np.ndarray, int]] = {
     ),
     "grey16_transparent.png": (
         png(bits16(DEEP), 16, 0, W, chunk(b"tRNS", struct.pack(">H", DEEP[1, 1]))),
-        over(stretched(DEEP, 65535), np.where(DEEP == DEEP[1, 1], 0, 255)),
+        over(stretched(DEEP, 65535), np.where(DEEP[1, 1] == DEEP, 0, 255)),
         1,
     ),
     "rgb8_transparent.png": (
         png(FLAT_RGB, 8, 2, W, chunk(b"tRNS", struct.pack(">HHH", *RGB[3, 3]))),
-        over(RGB, np.where((RGB == RGB[3, 3]).all(-1), 0, 255)),
+        over(RGB, np.where((RGB[3, 3] == RGB).all(-1), 0, 255)),
         0,
     ),
     "palette_one_transparent.png": (
@@ -545,3 +549,421 @@ def test_transparency_shows_the_background_that_is_asked_for(tmp_path: Path) -> 
         assert np.abs(seen - over(RGB, ALPHA, colour)).max() <= 1
         assert open_image(tmp_path / "small_frame.gif", "1", settings).getpixel((0, 0)) == colour
         assert open_image(tmp_path / "grey8_transparent.png", "1", settings).getpixel((3, 2)) == colour
+
+
+def test_a_profile_of_inks_decides_their_colours(tmp_path: Path) -> None:
+    # A table in which the fourth ink alone darkens, whatever the other three do; without it they would be black.
+    lightness = b"".join(bytes([0 if corner & 1 else 255, 128, 128]) for corner in range(16))
+    ramp = bytes(range(256))
+    identity = b"".join(map(s15, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + ramp * 4 + lightness + ramp * 3
+    made = bytearray(profile(b"CMYK", COMMON | {b"A2B0": table}))
+    made[12:16], made[20:24] = b"prtr", b"Lab "
+    inks = np.zeros((8, 8, 4), np.uint8)
+    inks[..., :3], inks[:4, :, 3] = 255, 255
+    Image.frombytes("CMYK", (8, 8), inks.tobytes()).save(tmp_path / "x.tif", icc_profile=bytes(made))
+    seen = np.asarray(open_image(tmp_path / "x.tif", "1"), int)
+    assert seen[:4].max() <= 3
+    assert seen[4:].min() >= 252
+
+
+# --- what is rejected -------------------------------------------------------------------------------------------------
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG whose header asks for a large image; its few bytes unpack to nothing of the kind."""
+    return png(np.zeros((1, 1), np.uint8), 8, 2, width).replace(
+        chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, 8, 2, 0, 0, 0)),
+        chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+    )
+
+
+def spoiled(content: bytes, at: int, by: int = 255) -> bytes:
+    """The same with one byte changed; from the end if negative."""
+    changed = bytearray(content)
+    changed[at] ^= by
+    return bytes(changed)
+
+
+RGB_PNG, JPEG, GIF = DECODED["rgb8.png"][0], DECODED["colours.jpg"][0], DECODED["one.gif"][0]
+WEBP, TIFF, BMP = DECODED["colours.webp"][0], DECODED["rgb16.tif"][0], DECODED["colours.bmp"][0]
+SIGNED = tiff(DEEP.astype("<i2").tobytes(), W, H, {258: [16], 262: [1], 277: [1], 339: [2]})
+ONE_FLOAT = {258: [32], 262: [1], 277: [1], 339: [3]}
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40
+ICO = b"\0\0\1\0\1\0\x10\x10\0\0\1\0\x20\0" + struct.pack("<II", len(RGB_PNG), 22) + RGB_PNG
+# name -> (the file, what the line says)
+REJECTED: dict[str, tuple[bytes, str]] = {
+    "empty.png": (b"", "is empty"),
+    "text.png": (b"no image", "is not an image"),
+    "heic.jpg": (HEIC, r"is not an image .* but HEIC"),
+    "drawing.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", r"is not an image .* but SVG"),
+    "page.jpg": (b"<!DOCTYPE html><title>404</title>", r"is not an image .* but a web page"),
+    "page2.jpg": (b"\xef\xbb\xbf\n<html>", r"is not an image .* but a web page"),
+    "paper.jpg": (b"%PDF-1.7\n", r"is not an image .* but a PDF"),
+    "script.png": (EPS, r"is not an image .* but PostScript"),
+    "pointer.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    "layers.png": (b"8BPS\0\1" + b"\0" * 40, "a Photoshop file"),
+    "icon.png": (ICO, "is not an image"),
+    "portable.png": (b"P6 1 1 255\n\1\2\3", "is not an image"),
+    "meta.png": (b"\xd7\xcd\xc6\x9a" + b"\0" * 80, "is not an image"),
+    "zeros.jpg": (b"\0" * 1000, "is not an image"),
+    "signature.png": (RGB_PNG[:8], "not an image|damaged"),
+    "header.png": (RGB_PNG[:30], "not an image|damaged"),
+    "cut.png": (RGB_PNG[:-30], "damaged"),
+    "cut_end.png": (RGB_PNG[:-12], "damaged"),
+    "flipped_pixels.png": (spoiled(RGB_PNG, 60), "damaged"),
+    "flipped_checksum.png": (spoiled(RGB_PNG, RGB_PNG.index(b"IEND") - 5), "damaged"),
+    "unknown_filter.png": (
+        RGB_PNG[:33] + chunk(b"IDAT", zlib.compress((b"\x09" + b"\0" * 3 * W) * H)) + chunk(b"IEND", b""),
+        "damaged",
+    ),
+    "few_rows.png": (RGB_PNG[:33] + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b""), "damaged"),
+    "no_palette.png": (png(INDEX, 8, 3, W), "damaged"),
+    "no_width.png": (png(np.zeros((1, 0), np.uint8), 8, 0, 0), "damaged|not an image"),
+    "text_bomb.png": (
+        png(FLAT_RGB, 8, 2, W, chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(9_000_000)))),
+        "damaged",
+    ),
+    "cut.jpg": (JPEG[: len(JPEG) // 2], "damaged"),
+    "head.jpg": (JPEG[:12], "not an image|damaged"),
+    "no_tables.jpg": (JPEG.replace(b"\xff\xdb", b"\xff\xfe"), "damaged"),
+    "cut.gif": (GIF[:40], "not an image|damaged"),
+    "head.gif": (GIF[:13], "not an image|damaged"),
+    "cut.webp": (WEBP[:-20], "not an image|damaged"),
+    "flipped.webp": (spoiled(WEBP, 16, 0x7F), "not an image|damaged"),
+    "cut.tif": (TIFF[:60], "not an image|damaged"),
+    "short_strip.tif": (tiff(GREY[:2].tobytes(), W, H, {258: [8], 262: [1], 277: [1]}), "damaged"),
+    "one_strip_missing.tif": (tiff(GREY.tobytes(), W, H, {258: [8], 262: [1], 277: [1], 278: [2]}), "damaged"),
+    "no_size.tif": (b"II*\0\x08\0\0\0\0\0\0\0\0\0", "not an image|damaged"),
+    "loop.tif": (b"II*\0\x08\0\0\0\0\0\x08\0\0\0", "not an image|damaged"),
+    "signed.tif": (SIGNED, "signed integers"),
+    "signed32.tif": (saved(Image.fromarray(LONGS.view(np.int32)), "TIFF"), "signed integers"),
+    "not_finite.tif": (tiff(np.full((1, 2), np.nan, "<f4").tobytes(), 2, 1, ONE_FLOAT), "nan"),
+    "beyond_one.tif": (tiff(np.array([[0, 255]], "<f4").tobytes(), 2, 1, ONE_FLOAT), "from 0 to 255"),
+    "transparent16.png": (png(bits16(DEEP_RGB), 16, 2, W, chunk(b"tRNS", bytes(6))), "16 bits a channel"),
+    "cut.bmp": (BMP[:70], "damaged"),
+    "long.png": (bomb(60_000, 2), r"60000 x 2: .* more than .*vlm\.images\.max_side"),
+    "thin.png": (bomb(3, 900), r"3 x 900: 300 times .* more than 100.*vlm\.images\.max_aspect_ratio"),
+    "many.png": (bomb(10_000, 9_000), r"90000000 pixels.*vlm\.images\.max_pixels|too large .*max_pixels"),
+    "bomb.png": (bomb(60_000, 60_000), r"too large .*vlm\.images\.max_pixels"),
+    "most.png": (bomb(2**31 - 1, 2**31 - 1), r"too large .*vlm\.images\.max_pixels"),
+    "bomb.gif": (GIF[:6] + struct.pack("<HH", 65535, 65535) + GIF[10:], "too large"),
+    "frame_bomb.gif": (
+        gif(gif_frame(0, 0, 1, 1, 0).replace(struct.pack("<HH", 1, 1), b"\xff\xff\xff\xff")),
+        "too large",
+    ),
+    "bomb.bmp": (BMP[:18] + struct.pack("<ii", 60_000, 60_000) + BMP[26:], "too large"),
+    "bomb.tif": (tiff(b"\0\0", 65_000, 65_000, {258: [8], 262: [1], 277: [1]}), "too large"),
+}
+
+
+def rejection(path: Path | str, settings: ImageSettings = ImageSettings()) -> str:  # noqa: B008 (frozen)
+    """The line of the rejection; both ways to send an image say the same."""
+    with pytest.raises(RecordError) as one:
+        open_image(path, "Set/1", settings)
+    with pytest.raises(RecordError) as other:
+        data_url(str(path), "Set/1", settings)
+    assert str(one.value) == str(other.value)
+    line = str(one.value)
+    assert line.startswith("Set/1: ")
+    assert line.isprintable()
+    assert len(line) < 500
+    return line
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_what_can_not_be_shown_is_rejected_in_one_line(
+    tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content, reason = REJECTED[name]
+    (tmp_path / name).write_bytes(content)
+    line = rejection(tmp_path / name)
+    assert str(tmp_path / name) in line
+    assert re.search(reason, line), line
+    assert "replace" in line or "raise vlm.images." in line
+    assert capfd.readouterr() == ("", "")
+
+
+def test_every_byte_that_is_missing_or_changed_is_a_rejection_or_the_same_size(tmp_path: Path) -> None:
+    """No damage raises anything but a RecordError; a damaged image is never taken for a larger or smaller one."""
+    draw = np.random.default_rng(3)
+    for content in (RGB_PNG, JPEG, GIF, WEBP, TIFF, BMP, DECODED["profile_swapped.png"][0], DECODED["phone.jpg"][0]):
+        for _ in range(60):
+            damaged = bytearray(content)
+            for at in draw.integers(0, len(content), draw.integers(1, 4)):
+                damaged[at] = draw.integers(0, 256)
+            (tmp_path / "x.png").write_bytes(bytes(damaged[: draw.integers(1, len(content) + 1)]))
+            with contextlib.suppress(RecordError):
+                image = open_image(tmp_path / "x.png", "Set/1")
+                assert image.mode == "RGB"
+                assert image.width * image.height <= ImageSettings.max_pixels
+
+
+def made_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def made_pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def made_link(path: Path, to: str) -> Path:
+    path.symlink_to(to)
+    return path
+
+
+def made_unreadable(path: Path) -> Path:
+    path.write_bytes(RGB_PNG)
+    path.chmod(0)
+    return path
+
+
+# name -> (makes it, what the line says)
+PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "folder": (made_folder, "no regular file"),
+    "pipe": (made_pipe, "no regular file"),
+    "loop": (lambda path: made_link(path, path.name), "can't be read"),
+    "link to nothing": (lambda path: made_link(path, "gone"), "missing"),
+    "link to a device": (lambda path: made_link(path, "/dev/zero"), "no regular file"),
+    "device": (lambda path: Path("/dev/zero"), "no regular file"),
+    "missing": (lambda path: path, "missing"),
+    "below a file": (lambda path: made_unreadable(path) / "x.png", "can't be read"),
+    "long name": (lambda path: path.with_name("x" * 300), "can't be read"),
+    "null character": (lambda path: path.with_name("x\0.png"), "can't be read"),
+    "line break": (lambda path: path.with_name("x\ny\x1b[2J.png"), "missing"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_only_regular_files_are_opened(tmp_path: Path, name: str) -> None:
+    make, reason = PLACES[name]
+    assert reason in rejection(make(tmp_path / "x.png"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
+    assert "Permission denied" in rejection(made_unreadable(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("name", ["loop.png", "x\0.png", "y" * 300 + ".png", "../x.png", "/etc/passwd", "none.png"])
+def test_a_name_in_a_data_set_is_rejected_in_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "x.png").write_bytes(RGB_PNG)
+    made_link(tmp_path / "set" / "loop.png", "loop.png")
+    with pytest.raises(RecordError, match=r"^metadata\.jsonl, line 1: the image ") as error:
+        image_file(tmp_path / "set", name, "metadata.jsonl, line 1")
+    assert str(error.value).isprintable()
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "width", "height", "argument"),
+    [
+        ({"max_pixels": 600}, 30, 21, "max_pixels"),
+        ({"max_side": 30}, 31, 2, "max_side"),
+        ({"max_aspect_ratio": 10}, 2, 21, "max_aspect_ratio"),
+        ({"max_bytes": 50}, 20, 20, "max_bytes"),
+    ],
+)
+def test_a_bound_is_an_argument_and_holds_exactly(
+    tmp_path: Path, settings: dict[str, int], width: int, height: int, argument: str
+) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(saved(Image.new("RGB", (width, height)), "PNG"))
+    assert f"raise vlm.images.{argument}" in rejection(path, ImageSettings(**settings))
+    value = {
+        "max_pixels": width * height,
+        "max_side": width,
+        "max_aspect_ratio": 10.5,
+        "max_bytes": path.stat().st_size,
+    }
+    raised = ImageSettings(**{argument: value[argument]})
+    assert open_image(path, "1", raised).size == (width, height)
+
+
+def test_a_bound_above_pillows_own_holds(tmp_path: Path) -> None:
+    before = Image.MAX_IMAGE_PIXELS
+    (tmp_path / "x.png").write_bytes(bomb(20_000, 9_000))
+    line = rejection(tmp_path / "x.png", ImageSettings(max_pixels=200_000_000))
+    assert "damaged" in line  # it was decoded, and has no pixels
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_the_bounds_are_checked() -> None:
+    for name in ("max_pixels", "max_side", "max_aspect_ratio", "max_bytes"):
+        for value in (0, -3, float("nan")):
+            with pytest.raises(ArgumentError, match=rf"^vlm\.images\.{name}: at least 1, got {value}"):
+                ImageSettings(**{name: value})
+    for colour in ("whiteish", "", "#12345", "#ff00ff80", "rgba(1,2,3,4)"):
+        with pytest.raises(ArgumentError, match=r"^vlm\.images\.background: .* got "):
+            ImageSettings(background=colour)
+
+
+def test_memory_that_runs_out_is_a_rejection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.png").write_bytes(RGB_PNG)
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("safervlm.images.to_srgb", full)
+    assert "doesn't fit into memory" in rejection(tmp_path / "x.png")
+
+
+def test_another_library_can_not_make_it_take_truncated_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    (tmp_path / "x.jpg").write_bytes(JPEG[: len(JPEG) // 2])
+    assert "damaged" in rejection(tmp_path / "x.jpg")
+
+
+# --- collators --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (7, 7), (13, 40), (41, 12), (336, 300), (30, 336), (500, 131), (3, 290), (900, 9)]
+)
+def test_an_image_is_padded_and_shrunk_to_the_same_bits_in_less_memory(
+    size: tuple[int, int], resample: Image.Resampling
+) -> None:
+    noise = np.random.default_rng(sum(size)).integers(0, 256, (*size[::-1], 3), np.uint8)
+    for side in (28, 336):
+        square = {"shortest_edge": side}
+        processor = LlavaImageProcessorPil(
+            size=square, crop_size={"height": side, "width": side}, do_pad=True, resample=resample
+        )
+        image = Image.fromarray(noise)
+        small = shrunk_square(image, side, tuple(int(mean * 255) for mean in processor.image_mean), resample)
+        expected = processor([image], return_tensors="pt")["pixel_values"]
+        assert small.size == (side, side)
+        assert torch.equal(processor([small], return_tensors="pt")["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_the_collator_gives_the_processors_bits(
+    tiny_llava: Path, make_questions: Callable[[int], list[Question]], fit: str
+) -> None:
+    collator = Llava(str(tiny_llava), image_fit=fit).collator
+    questions = make_questions(8)
+    images = [Image.open(path) for path in dict.fromkeys(str(question.image_path) for question in questions)]
+    expected = collator.image_processor(images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(collator(list(map(Example, questions))).pixel_values, expected)
+
+
+def test_a_tall_screenshot_is_shown_in_little_memory(tiny_llava: Path, tmp_path: Path) -> None:
+    """A square of the longer side alone would take 432 MB; a forked process measures its own peak."""
+    Image.new("RGB", (700, 12_000), "red").save(tmp_path / "tall.png")
+    collator = Llava(str(tiny_llava)).collator
+    collator.pixels(Image.new("RGB", (100, 90)))
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def show() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        shape = tuple(collator.pixels(open_image(tmp_path / "tall.png", "1")).shape)
+        sender.send((shape, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+    process = fork.Process(target=show)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    shape, kilobytes = receiver.recv()
+    assert shape == (1, 3, 28, 28)
+    assert kilobytes < 200_000
+
+
+def collators(tiny_llava: Path) -> list[AskCollator]:
+    """Of each kind of VLM."""
+    vlms = (Llava(str(tiny_llava)), Transformers(str(tiny_llava), template="<image>{question}"))
+    return [AskCollator(collator) for collator in (*(vlm.collator for vlm in vlms), ServerCollator())]
+
+
+def test_one_bad_image_costs_its_own_questions_alone(
+    tiny_llava: Path, tmp_path: Path, make_questions: Callable[[int], list[Question]]
+) -> None:
+    bad = []
+    for number, (name, (content, _)) in enumerate(REJECTED.items()):
+        (tmp_path / name).write_bytes(content)
+        bad.append(replace(make_questions(1)[0], id=f"bad/{number}", image_path=str(tmp_path / name)))
+    good = make_questions(4)
+    for collator in collators(tiny_llava):
+        asked = collator([Example(question) for question in (*good[:2], *bad, *good[2:])])
+        assert [question.id for question in asked.batch.questions] == [question.id for question in good]
+        assert [failure.id for failure in asked.failed] == [question.id for question in bad]
+        assert all(failure.reason.startswith(f"{failure.id}: ") for failure in asked.failed)
+
+
+def test_the_settings_reach_every_collator_and_stand_in_the_manifest(tiny_llava: Path) -> None:
+    black = ImageSettings(max_pixels=7, background="black")
+    for make in (
+        lambda **settings: Llava(str(tiny_llava), **settings),
+        lambda **settings: Transformers(str(tiny_llava), template="<image>{question}", **settings),
+        lambda **settings: Server("m", ["http://localhost:1/v1"], **settings),
+    ):
+        assert "images" not in make().describe()
+        assert "images" not in make(images=ImageSettings(max_pixels=7, background="#fff")).describe()
+        assert make(images=black).describe() == make().describe() | {"images": {"background": "black"}}
+        collator = make(images=black).collator
+        assert black in vars(collator).values()
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_of_a_data_set_depends_on_every_images_content(
+    tiny_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_sets, tmp_path / "sets")
+    folder = next(path.parent for path in (tmp_path / "sets").rglob("metadata.jsonl") if "unsafe" in str(path))
+    first = UnsafeConcepts(str(folder)).describe()["images"]
+    assert UnsafeConcepts(str(folder)).describe()["images"] == first
+    file = sorted(path for path in folder.rglob("*") if path.suffix in IMAGE_ENDINGS)[0]
+    content = file.read_bytes()
+    file.write_bytes(spoiled(content, -1))  # of the same size
+    assert UnsafeConcepts(str(folder)).describe()["images"] != first
+    file.write_bytes(content)
+    assert UnsafeConcepts(str(folder)).describe()["images"] == first
+
+
+def test_animations_are_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["two.gif", "one.gif", "pages.tiff", "animation.png", "animation.webp", "phone.jpg", "rgb8.png"]
+    files: dict[str, Path] = {name: tmp_path / name for name in names}
+    for name, path in files.items():
+        path.write_bytes(DECODED[name][0])
+    files["missing.gif"] = tmp_path / "missing.gif"
+    files["pipe.gif"] = made_pipe(tmp_path / "pipe.gif")
+    for _ in range(2):
+        report_frames("Moving", files)
+    assert capsys.readouterr().out == (
+        "Moving: 4 of 9 images are animations or have several pages, for example two.gif: the model is shown the first "
+        "frame\n"
+    )
+    report_frames("Still", {"one.gif": files["one.gif"]})
+    assert capsys.readouterr().out == ""
+    assert len(images_fingerprint(files)) == 16
+
+
+def test_the_kind_of_an_image_is_its_contents() -> None:
+    kinds = {name: image_kind(content) for name, (content, _, _) in DECODED.items()}
+    assert kinds["misnamed.png"] == kinds["phone.jpg"] == "jpeg"
+    assert all(f".{kind}" in IMAGE_ENDINGS for kind in kinds.values())
+    assert [image_kind(REJECTED[name][0]) for name in ("script.png", "icon.png", "portable.png", "text.png")] == [
+        None
+    ] * 4
+
+
+def test_images_are_opened_in_one_place_with_an_explicit_list_of_formats() -> None:
+    assert {"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"} <= set(FORMATS) <= {*FORMATS, "AVIF"}
+    root = Path(__file__).parents[2]
+    opened = []
+    for folder in ("safervlm", "callbacks", "scripts"):
+        for path in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open"):
+                    assert "formats" in {keyword.arg for keyword in node.keywords}, f"{path}, line {node.lineno}"
+                    opened.append(path.name)
+    assert set(opened) == {"images.py"}
