@@ -54,8 +54,9 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
-WHITE_IS_ZERO, SIGNED = 0, 2  # values of the last two
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT, STRIP_BYTES, TILE_BYTES = 258, 262, 339, 279, 325  # TIFF tags
+WHITE_IS_ZERO, SIGNED = 0, 2  # values of the second and the third one
+NO_DATA = "image file is truncated: it has no data for some of its rows"
 
 # Formats that every server decodes to the same pixels, if nothing in the file needs interpretation.
 COMMON_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
@@ -303,6 +304,11 @@ def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSet
             again.verify()
     covered = covered_box(image)
     encoding = encoding_of(image, content)
+    if kind == "TIFF" and image.info.get("compression") == "raw":  # Pillow reads on, whatever length the file gives
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        given = sum(tags.get(STRIP_BYTES, ())) + sum(tags.get(TILE_BYTES, ()))
+        if 0 < given < image.width * image.height * sum(tags.get(BITS_PER_SAMPLE, (1,))) // 8:
+            raise OSError(NO_DATA)
     image.load()
     orientation = orientation_of(image)
     shown = to_srgb(image, encoding, settings.background_rgb)
@@ -311,7 +317,7 @@ def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSet
         uncovered.paste(shown.crop(covered), covered)
         shown = uncovered
     elif (covered[2] - covered[0]) * (covered[3] - covered[1]) < image.width * image.height:
-        raise OSError("image file is truncated: it has no data for some of its rows")
+        raise OSError(NO_DATA)
     plain = (
         kind in COMMON_FORMATS
         and image.mode in ("RGB", "L", "P")
@@ -325,6 +331,7 @@ def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSet
     )
     if orientation in TRANSPOSITIONS:
         shown = shown.transpose(TRANSPOSITIONS[orientation])
+    shown.info.clear()  # a profile or a transparent colour would be written into a PNG, and applied again
     return Decoded(shown, content, kind, plain)
 
 
@@ -364,7 +371,7 @@ def encoding_of(image: ImageFile.ImageFile, content: bytes) -> Encoding:
 
 
 def orientation_of(image: Image.Image) -> int | None:
-    """The orientation that is still to be applied, 1 for none; None where the EXIF data is damaged.
+    """The orientation that is still to be applied, 1 for none; None where the EXIF data doesn't say.
 
     Args:
         image: loaded; Pillow has applied that of a TIFF.
@@ -372,7 +379,7 @@ def orientation_of(image: Image.Image) -> int | None:
     if image.format == "TIFF":
         return 1
     try:
-        orientation = image.getexif().get(ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION, None if "exif" in image.info else 1)
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, OverflowError, struct.error):
         return None  # viewers show the image as it is
     return orientation if isinstance(orientation, int) else None

@@ -118,7 +118,8 @@ def eight_bits(values: np.ndarray, encoding: Encoding) -> np.ndarray:
 def lab_to_srgb(image: Image.Image) -> Image.Image:
     """CIE L*a*b* (D50) -> sRGB; Pillow's own ``convert`` can't."""
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
+    # Without a precomputed table, whose interpolation is off by up to 15 levels at the edge of the gamut.
+    return ImageCms.buildTransform(lab, srgb, "LAB", "RGB", flags=ImageCms.Flags.NOOPTIMIZE).apply(image)
 
 
 @lru_cache(maxsize=16)
