@@ -61,7 +61,8 @@ class Cleaner:
         """The text without any run of 8 characters or more of the key."""
         if self.pieces is None:
             return text
-        shown, end = [], 0
+        shown: list[str] = []
+        end = 0
         for found in self.pieces.finditer(text):
             if found.start() > end or not shown:
                 shown.append(f"{text[end : found.start()]}(key)")

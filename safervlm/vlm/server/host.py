@@ -83,7 +83,7 @@ def _checked(address: str) -> str:
     if not address.isascii() or not address.isprintable() or " " in address or "\\" in address:
         raise ArgumentError(
             f"vlm.addresses: a base URL has no spaces, backslashes, control characters or letters beyond ASCII, got "
-            f"{ascii(address)}"
+            f"{address!a}"
         )
     try:
         _ = url.port
