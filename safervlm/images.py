@@ -8,8 +8,8 @@ from safervlm.errors import RecordError
 
 # What a VLM is shown with a question about a name, as published.
 BLANK = Image.new("RGB", (1000, 1000), "white")
-# The endings by which a table's value is taken for a file.
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+# The endings of image files, in lower case. What a file is, its content decides.
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 # The ending of a file that holds what a table has in an image's place, and what is none.
 BROKEN = ".broken"
 

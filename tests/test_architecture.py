@@ -12,6 +12,8 @@ LAYERS = (
         "escape",
         "protocol",
         "caches",
+        "reading",
+        "names",
         "records",
         "functional",
         "intervals",
