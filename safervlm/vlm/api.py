@@ -12,9 +12,8 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safervlm.errors import ArgumentError, first_line
 from safervlm.escape import for_terminal
@@ -24,26 +23,17 @@ from safervlm.signals import asked_to_end
 from safervlm.vlm.base import VLM, Generation, Unanswered
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
-from safervlm.vlm.server.cleaning import Cleaner
 from safervlm.vlm.server.host import Host, hosts_at
-from safervlm.vlm.server.outcomes import (
-    Hopeless,
-    Outcome,
-    Passing,
-    Refused,
-    Untaken,
-    Useless,
-    meaning,
-    refused,
-    seconds_to_wait,
-)
-from safervlm.vlm.server.reading import Completion, Unnamed, parsed, read_completion
+from safervlm.vlm.server.outcomes import Hopeless, Untaken, Useless, seconds_to_wait
+from safervlm.vlm.server.pool import Pool
 from safervlm.vlm.server_batch import ServerBatch, ServerCollator, blank_url
+
+if TYPE_CHECKING:
+    from safervlm.vlm.server.request import Requests
 
 __all__ = ["Server", "ServerBatch", "Unanswered", "seconds_to_wait"]
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the first try after a failure, and before any later one
-CONNECT = 10.0  # seconds that a server may take to be reached
 IN_A_ROW = 20  # questions without an answer, none in between: the questions are not at fault
 PAUSES = 4  # times as often as broken answers a question may meet a server's request for a pause
 POLL = 0.25  # seconds between two looks at whether the command is asked to end
@@ -106,7 +96,7 @@ class Server(VLM):
         self.images = images
         self.hosts = hosts_at(addresses)
         for name, text in (("model", model), ("system", system)):
-            if not text.isprintable() and not text.encode("utf-8", "ignore").decode() == text:
+            if text.encode("utf-8", "ignore").decode() != text:
                 raise ArgumentError(f"vlm.{name}: half of a surrogate pair can't be sent, got {ascii(text)[:80]}")
         if not model.strip():
             raise ArgumentError(f"vlm.model: the name that the servers know the model by, got {model!r}")
@@ -126,19 +116,18 @@ class Server(VLM):
         self.name, self.system, self.blank, self.api_key_variable = model, system, blank, api_key_variable
         self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
         self.max_requests, self.max_tokens, self.dry_run = max_requests, max_tokens, dry_run
-        self.max_wait, self.question_timeout, self.max_body, self.max_count = (
-            max_wait,
-            question_timeout,
-            max_body,
-            max_count,
-        )
+        self.max_wait, self.question_timeout = max_wait, question_timeout
+        self.max_body, self.max_count = max_body, max_count
         self.on_attempt: Callable[[dict[str, Any]], None] = lambda attempt: None
         self.requests = self.tokens = self.unanswered_in_a_row = 0
-        self.halted: str | None = None  # why nothing more is sent
+        self.pool = Pool(self.hosts, max_retries, max_wait, self._back_off)
         self._untold = False  # whether on_attempt failed
-        self._halt: asyncio.Event | None = None  # of the batch at work: wakes those that wait
-        self._cleaner = Cleaner(None)  # of the batch at work: knows the key
         self._jitter = random.Random()
+
+    @property
+    def halted(self) -> str | None:
+        """Why nothing more is sent; None while something is."""
+        return self.pool.halted
 
     @property
     def collator(self) -> ServerCollator:
@@ -217,47 +206,42 @@ class Server(VLM):
 
     async def _answer_all(self, batch: ServerBatch, sampling: Sampling, seed: int) -> list[Generation | str]:
         """To each question its answer, or why there is none."""
-        import openai
+        from safervlm.vlm.server.request import Requests
 
-        from safervlm.vlm.server.transport import client_for
-
-        self._halt = asyncio.Event()
         slots = asyncio.Semaphore(self.concurrency)
+        self.pool.begin()
+        requests = Requests(
+            self.hosts,
+            self._key(),
+            self.api_key_variable,
+            self.timeout,
+            self.max_body,
+            self.max_count,
+            self.concurrency,
+            self._tell,
+        )
 
         async def answer(question: Question, image: str) -> Generation | str:
             async with slots:
-                return await self._answer(question, image, sampling, seed)
+                return await self._answer(requests, question, image, sampling, seed)
 
-        key, timeout = self._key(), openai.Timeout(self.timeout, connect=min(CONNECT, self.timeout))
-        self._cleaner = Cleaner(key)
-        watch = None
         try:
-            for host in self.hosts:
-                host.client = openai.AsyncOpenAI(
-                    base_url=host.address,
-                    api_key=key or "none",
-                    timeout=timeout,
-                    max_retries=0,
-                    http_client=client_for(host.address, self.max_body, self.concurrency),
-                )
             pairs = list(zip(batch.questions, batch.image_rows, strict=True))
             tasks = [asyncio.create_task(answer(question, batch.images[row])) for question, row in pairs]
             watch = asyncio.create_task(_cancel_when_asked_to_end(tasks))
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            watch.cancel()
         finally:
-            if watch is not None:
-                watch.cancel()
-            self._cleaner = Cleaner(None)
-            for host in self.hosts:
-                client, host.client, host.busy = host.client, None, 0  # the client holds the key
-                if client is not None:
-                    await client.close()
+            self.pool.end()
+            await requests.close()
         return [
             outcome if isinstance(outcome, Generation | str) else f"{question.id}: not answered; {ENDING}"
             for (question, _), outcome in zip(pairs, outcomes, strict=True)
         ]
 
-    async def _answer(self, question: Question, image: str, sampling: Sampling, seed: int) -> Generation | str:
+    async def _answer(
+        self, requests: "Requests", question: Question, image: str, sampling: Sampling, seed: int
+    ) -> Generation | str:
         """The answer to a question, or why there is none, whatever went wrong with it."""
         try:
             request = {
@@ -269,20 +253,20 @@ class Server(VLM):
                 "seed": seed_for(seed, question.id) % 2**31,
             }
             async with asyncio.timeout(self.question_timeout):
-                generation = await self._ask(question, request)
+                generation = await self._ask(requests, question.id, request)
         except Unanswered as error:
             reason = str(error)
         except TimeoutError:
             reason = f"{question.id}: no answer within vlm.question_timeout ({self.question_timeout:g} s)"
         except Exception as error:
-            reason = f"{question.id}: {type(error).__name__}: {self._cleaner.line(first_line(error))}"
+            reason = f"{question.id}: {type(error).__name__}: {requests.cleaner.line(first_line(error))}"
         else:
             self.unanswered_in_a_row = 0
             return generation
         if self.halted is None:
             self.unanswered_in_a_row += 1
             if self.unanswered_in_a_row >= IN_A_ROW:
-                self._stop(f"vlm: {IN_A_ROW} questions in a row got no answer, the last: {reason}")
+                self.pool.stop(f"vlm: {IN_A_ROW} questions in a row got no answer, the last: {reason}")
         return reason
 
     def _messages(self, question: Question, image: str) -> list[dict[str, Any]]:
@@ -304,200 +288,82 @@ class Server(VLM):
         shown = {"type": "image_url", "image_url": {"url": image}}
         return [*system, {"role": "user", "content": [shown, {"type": "text", "text": question.prompt}]}]
 
-    async def _ask(self, question: Question, request: Mapping[str, Any]) -> Generation:
+    async def _ask(self, requests: "Requests", question: str, request: Mapping[str, Any]) -> Generation:
         """One question, as often as it takes.
 
         Raises:
             Unanswered: it was asked often enough, or nothing can be asked any more.
         """
-        tries, pauses, answered, last = 0, 0, 0, None
+        tries, pauses, answered, last = 0, 0, self.pool.answered, None
         while True:
             host = await self._free_host(last, question)
             begun = time.monotonic()
-            outcome = await self._attempt(host, question, request)
-            if isinstance(outcome, Generation):
-                host.succeed()
-                return outcome
-            if isinstance(outcome, Unanswered):
-                raise outcome
-            if isinstance(outcome, Hopeless):
-                raise self._stop(outcome.reason)
-            if isinstance(outcome, Untaken):
-                self._leave_out_parameter(host, outcome)
-                continue
+            outcome, tokens = await requests.send(host, question, request)
+            if tokens is not None:
+                self.tokens += tokens
+                if self.max_tokens is not None and not tokens:
+                    self.pool.stop(
+                        f"vlm.max_tokens: {host.address} doesn't count tokens; leave it out, or use vlm.max_requests"
+                    )
+            match outcome:
+                case Generation():
+                    host.succeed()
+                    return outcome
+                case Unanswered():
+                    raise outcome
+                case Hopeless():
+                    raise self.pool.stop(outcome.reason)
+                case Untaken():
+                    self.pool.leave_out_parameter(host, outcome)
+                    continue
+                case Useless():
+                    self.pool.leave_out(host, outcome.reason)
+                    continue
             last = host
-            if isinstance(outcome, Useless):
-                self._leave_out(host, outcome.reason)
-                continue
             if outcome.pause is not None and outcome.pause > self.max_wait:
-                self._leave_out(
-                    host, f"it asks for a pause of {outcome.pause:.0f} s, more than vlm.max_wait ({self.max_wait:g} s)"
-                )
+                said = f"it asks for a pause of {outcome.pause:.0f} s, more than vlm.max_wait, {self.max_wait:g} s"
+                self.pool.leave_out(host, f"{said}: {outcome.reason}")
                 continue
             unanswered = Unanswered(
-                f"{question.id}: no answer after {tries + pauses + 1} requests, the last to {host.address}: "
+                f"{question}: no answer after {tries + pauses + 1} requests, the last to {host.address}: "
                 f"{outcome.reason}"
             )
             if outcome.by_server:
-                others = sum(each.answered for each in self.hosts)
-                pauses, answered = pauses + (others > answered), others
-                if not self._rest(host, question, outcome, begun) or pauses > PAUSES * (self.max_retries + 1):
+                pauses += self.pool.answered > answered  # the server answers others meanwhile
+                answered = self.pool.answered
+                if not self.pool.rest(host, question, outcome, begun) or pauses > PAUSES * (self.max_retries + 1):
                     raise unanswered
                 continue
             tries += 1
             if tries > self.max_retries:
                 raise unanswered
-            await self._wait(max(self._back_off(tries), outcome.pause or 0.0))
+            await self.pool.wait(max(self._back_off(tries), outcome.pause or 0.0))
 
-    async def _free_host(self, last: Host | None, question: Question) -> Host:
-        """The least busy server that isn't resting; rather another one than the last.
+    async def _free_host(self, last: Host | None, question: str) -> Host:
+        """A server that isn't resting; the request to it is counted.
 
-        Nothing is awaited between this look at the caps and the count of the request, so that they hold.
+        Nothing is awaited between the look at the caps and the count, so that they hold.
+
+        Raises:
+            Unanswered: nothing can be asked any more.
         """
         while True:
-            if self.halted is None and self.max_requests is not None and self.requests >= self.max_requests:
-                self._stop(
-                    f"vlm.max_requests: {self.requests} requests are sent, the cap of one command; what is answered "
-                    "is kept, the same command goes on (with a new count)"
-                )
-            if self.halted is None and self.max_tokens is not None and self.tokens >= self.max_tokens:
-                self._stop(
-                    f"vlm.max_tokens: {self.tokens} tokens are used, the cap of one command is {self.max_tokens}; "
-                    "what is answered is kept, the same command goes on (with a new count)"
-                )
+            for name, used, cap, what in (
+                ("max_requests", self.requests, self.max_requests, "requests are sent"),
+                ("max_tokens", self.tokens, self.max_tokens, "tokens are used"),
+            ):
+                if cap is not None and used >= cap:
+                    self.pool.stop(
+                        f"vlm.{name}: {used} {what}, the cap of one command is {cap}; what is answered is kept, the "
+                        "same command goes on (with a new count)"
+                    )
             if self.halted is not None:
-                raise Unanswered(f"{question.id}: not asked; {self.halted}")
-            now = time.monotonic()
-            there = [host for host in self.hosts if not host.out]
-            ready = [host for host in there if host.ready <= now]
-            if ready:
-                return min(ready, key=lambda host: (host is last, host.busy, host.sent))
-            # A little apart, so that a server isn't met by all at once.
-            await self._wait(min(host.ready for host in there) - now + self._jitter.uniform(0, 0.1))
-
-    async def _attempt(self, host: Host, question: Question, request: Mapping[str, Any]) -> Outcome:
-        """One request, whose history is told to :attr:`on_attempt`."""
-        import openai
-
-        sent = dict(request)
-        for name in host.left_out:
-            value = sent.pop(name)
-            if name == "max_completion_tokens":
-                sent["max_tokens"] = value
-        self.requests += 1
-        host.busy, host.sent = host.busy + 1, host.sent + 1
-        begun = time.monotonic()
-        told: dict[str, Any] = {
-            "id": question.id,
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "address": host.address,
-            "status": None,
-            "result": "cancelled",
-        }
-        try:
-            async with asyncio.timeout(self.timeout):
-                raw = await host.client.chat.completions.with_raw_response.create(**sent)
-            told["status"] = raw.http_response.status_code
-            return self._read(host, question, sent, raw.http_response, told)
-        except openai.APIStatusError as error:
-            told["status"] = error.status_code
-            refusal = refused(error.status_code, error.body, error.response.headers, error.message, self._cleaner.line)
-            return self._refused(host, question, sent, refusal, type(error).__name__, told)
-        except (TimeoutError, openai.APIConnectionError) as error:
-            return self._broken(error, told)
-        except Exception as error:
-            told |= {"result": type(error).__name__, "detail": self._cleaner.line(first_line(error))}
-            raise
-        finally:
-            host.busy -= 1
-            self._tell(told | {"seconds": round(time.monotonic() - begun, 3)})
-
-    def _read(
-        self, host: Host, question: Question, sent: Mapping[str, Any], response: Any, told: dict[str, Any]
-    ) -> Outcome:
-        """What a body that came with 200 says: mostly the answer."""
-        clean = self._cleaner.line
-        try:
-            body = parsed(response.content, response.charset_encoding)
-            if isinstance(body, Mapping) and body.get("error") and not body.get("choices"):
-                return self._error_inside(host, question, sent, body["error"], told)
-            completion = read_completion(body, self.max_count)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            said = f"{type(error).__name__}: {clean(first_line(error))}"
-            told |= {"result": "malformed", "detail": f"{said}; the body: {clean(response.text)}"}
-            return Passing(f"what came is no chat completion ({said})")
-        return self._count(host, sent, completion, told)
-
-    def _count(self, host: Host, sent: Mapping[str, Any], completion: Completion, told: dict[str, Any]) -> Outcome:
-        """The answer, unless it is longer than was asked for; its tokens are counted."""
-        clean = self._cleaner.line
-        reason = clean(completion.finish_reason)
-        told |= {"model": clean(completion.model), **completion.counts, "result": reason}
-        if completion.named != completion.finish_reason:
-            told["finish_reason"] = clean(completion.named)
-        if completion.impossible:
-            told["impossible"] = {name: clean(said) for name, said in completion.impossible.items()}
-        counts = {name: count or 0 for name, count in completion.counts.items()}
-        self.tokens += sum(counts.values())
-        if self.max_tokens is not None and not sum(counts.values()):
-            self._stop(f"vlm.max_tokens: {host.address} doesn't count tokens; leave it out, or use vlm.max_requests")
-        limit = sent.get("max_completion_tokens")
-        if limit is not None and counts["completion_tokens"] > limit:
-            told["result"] = "too long"
-            return Untaken("max_completion_tokens", "it is passed over")
-        return Generation(Unnamed(counts["completion_tokens"]), self._cleaner.answer(completion.text), reason)
-
-    def _error_inside(
-        self, host: Host, question: Question, sent: Mapping[str, Any], error: object, told: dict[str, Any]
-    ) -> Outcome:
-        """What an error means that came with the status 200: the same as with the status that it names as its code."""
-        code = error.get("code") if isinstance(error, Mapping) else None
-        status = code if isinstance(code, int) and 400 <= code <= 599 else 500
-        refusal = refused(status, error, {}, "an error that came with the status 200", self._cleaner.line)
-        return self._refused(host, question, sent, refusal, "error", told)
-
-    def _refused(
-        self,
-        host: Host,
-        question: Question,
-        sent: Mapping[str, Any],
-        refusal: Refused,
-        kind: str,
-        told: dict[str, Any],
-    ) -> Outcome:
-        """What a failure that the server names means."""
-        told |= {"result": self._cleaner.line(refusal.code or kind), "detail": refusal.message}
-        if refusal.pause is not None:
-            told["retry_after"] = refusal.pause
-        if refusal.location:
-            told["redirect"] = refusal.location
-        outcome = meaning(
-            refusal, question.id, host.address, sent, self.name, self.api_key_variable, self._key() is not None
-        )
-        if isinstance(outcome, Generation):
-            told["result"] = outcome.finish_reason
-        return outcome
-
-    def _broken(self, error: Exception, told: dict[str, Any]) -> Outcome:
-        """What it means that no whole response came."""
-        import openai
-
-        from safervlm.vlm.server.transport import BodyError, BodyTooLargeError
-
-        cause = error.__cause__ or error
-        kind = type(cause).__name__
-        told["detail"] = self._cleaner.line(first_line(cause) if error.__cause__ else "")
-        if isinstance(cause, BodyTooLargeError):
-            told["result"] = "too large"
-            return Unanswered(f"{told['id']}: the response has {cause}, the limit of vlm.max_body; it is discarded")
-        if isinstance(cause, BodyError):
-            told["result"] = "malformed"
-            return Passing(self._cleaner.line(cause))
-        connecting = kind in ("ConnectError", "ConnectTimeout")
-        late = isinstance(error, TimeoutError | openai.APITimeoutError) and not connecting
-        told["result"] = "timeout" if late else kind
-        reason = f"no answer within vlm.timeout ({self.timeout:g} s)" if late else f"{kind}: connection failed"
-        return Passing(reason, by_server=connecting)
+                raise Unanswered(f"{question}: not asked; {self.halted}")
+            found = self.pool.ready(last)
+            if isinstance(found, Host):
+                self.requests += 1
+                return found
+            await self.pool.wait(found)
 
     def _tell(self, attempt: dict[str, Any]) -> None:
         """Tells :attr:`on_attempt`; an answer that came is not lost because its log can't be written."""
@@ -507,68 +373,6 @@ class Server(VLM):
             if not self._untold:
                 print(f"the log of attempts is incomplete: {type(error).__name__}: {for_terminal(first_line(error))}")
             self._untold = True
-
-    def _leave_out_parameter(self, host: Host, untaken: Untaken) -> None:
-        """Sends a parameter no more, or under its old name."""
-        instead = {"max_completion_tokens": "max_tokens is sent instead", "seed": "its answers can't be repeated"}
-        if untaken.name not in host.left_out:
-            host.left_out.add(untaken.name)
-            said = instead.get(untaken.name, "it is 1 anyway")
-            print(f"{host.address} doesn't take {untaken.name} ({untaken.reason}): {said}")
-
-    def _rest(self, host: Host, question: Question, failure: Passing, begun: float) -> bool:
-        """Leaves a server alone for a while, or for good if it failed too often in a row.
-
-        Returns:
-            Whether the question may be asked again; not where it alone met a failing server that had answered others.
-        """
-        now = time.monotonic()
-        if begun < host.rested or host.out:
-            return True  # sent before the rest began: it is no news
-        host.failures += 1
-        host.failing.add(question.id)
-        host.rested = now
-        pause = max(self._back_off(host.failures), failure.pause or 0.0)
-        host.ready = max(host.ready, now + pause)
-        if host.failures <= self.max_retries:
-            if pause > LONGEST_WAIT:
-                print(f"{host.address} asks for a pause of {pause:.0f} s ({failure.reason})")
-            return True
-        if failure.said and host.answered and len(host.failing) == 1:
-            host.recover()
-            return False
-        self._leave_out(host, failure.reason)
-        return True
-
-    def _leave_out(self, host: Host, reason: str) -> None:
-        """Asks a server no more; without any other, nothing more is sent."""
-        if host.out:
-            return
-        host.out = True
-        others = [other.address for other in self.hosts if not other.out]
-        if others:
-            print(f"{host.address} is left out ({reason}); its questions go to {', '.join(others)}")
-        else:
-            self._stop(
-                f"vlm.addresses: no server answers any more, the last was {host.address} ({reason}); what is "
-                "answered is kept, the same command goes on when one is up"
-            )
-
-    def _stop(self, reason: str) -> Unanswered:
-        """Nothing more is sent; what is on its way may come."""
-        self.halted = self.halted or reason
-        if self._halt is not None:
-            self._halt.set()
-        return Unanswered(self.halted)
-
-    async def _wait(self, seconds: float) -> None:
-        """Sleeps, unless there is nothing to wait for any more."""
-        assert self._halt is not None  # noqa: S101 (set before any question is asked; for the type checker)
-        try:
-            async with asyncio.timeout(seconds):
-                await self._halt.wait()
-        except TimeoutError:
-            pass
 
     def _back_off(self, failures: int) -> float:
         """Seconds to wait after so many failures: twice as long each time, scattered."""

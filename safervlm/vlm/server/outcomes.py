@@ -142,7 +142,7 @@ def _text(body: object) -> str:
 
 
 def meaning(
-    refusal: Refused, question: str, address: str, sent: Mapping[str, Any], model: str, variable: str, has_key: bool
+    refusal: Refused, question: str, address: str, sent: Mapping[str, Any], variable: str, has_key: bool
 ) -> Outcome:
     """What a failure means for the question and for the server.
 
@@ -151,11 +151,10 @@ def meaning(
         question: the id.
         address: the server's.
         sent: the request's parameters.
-        model: the name that was asked.
         variable: the environment variable of the key, and
         has_key: whether it holds one.
     """
-    status, message = refusal.status, refusal.message
+    status, message, model = refusal.status, refusal.message, sent["model"]
     if status == 400 and FILTERS & {refusal.code, refusal.kind}:
         return Generation([], "", "content_filter")
     if status < 400:
@@ -185,10 +184,10 @@ def meaning(
         )
     if status not in OF_THE_QUESTION:
         return Hopeless(f"vlm.addresses: {address} refuses ({status}: {message}); is it a base URL?")
-    return _of_the_question(refusal, question, address, sent, model)
+    return _of_the_question(refusal, question, address, sent)
 
 
-def _of_the_question(refusal: Refused, question: str, address: str, sent: Mapping[str, Any], model: str) -> Outcome:
+def _of_the_question(refusal: Refused, question: str, address: str, sent: Mapping[str, Any]) -> Outcome:
     """What it means that a server can't take a request: a parameter, or the question, is at fault."""
     message = refusal.message
     named = refusal.param if refusal.param in SETTINGS and refusal.param in sent else None
@@ -200,7 +199,7 @@ def _of_the_question(refusal: Refused, question: str, address: str, sent: Mappin
             return Untaken(named, message)
     if named is not None:
         return Hopeless(
-            f"{SETTINGS[named]}: {address} doesn't take {sent[named]!r} as {named} for {model} "
+            f"{SETTINGS[named]}: {address} doesn't take {sent[named]!r} as {named} for {sent['model']} "
             f"({message}); give another value (a model that reasons takes 1 for temperature and top_p)"
         )
     return Unanswered(f"{question}: {address} can't take it ({refusal.status}: {message})")
