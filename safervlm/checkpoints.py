@@ -154,12 +154,14 @@ def verify_folder(folder: Path, argument: str) -> dict[str, Any] | None:
     return found
 
 
-def verify(path: Path, origin: Mapping[str, Any], argument: str = "--ckpt_path", ignore: Iterable[str] = ()) -> None:
+def verify(
+    path: Path, origin: Mapping[str, Any] | None, argument: str = "--ckpt_path", ignore: Iterable[str] = ()
+) -> None:
     """Rejects a checkpoint that is damaged, or that other settings made.
 
     Args:
         path: a file, or the folder of a sharded checkpoint.
-        origin: the settings now, as plain JSON values.
+        origin: the settings now, as plain JSON values; None to look at the checksums alone.
         argument: that names the checkpoint.
         ignore: dotted names of settings that may differ; those below them may, too.
 
@@ -172,7 +174,7 @@ def verify(path: Path, origin: Mapping[str, Any], argument: str = "--ckpt_path",
         found = verify_folder(path, argument)
     else:
         found = verify_file(path, argument)
-    if found is None:
+    if found is None or origin is None:
         return
     differing = differences(found["origin"], origin, ignore)
     if differing:
@@ -198,8 +200,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Itera
     for key in there:
         if key.endswith(".weights") and there[key] is not None and here.get(key) is not None:
             passed |= {f"{key.removesuffix('weights')}{part}" for part in ("model", "revision")}
+    if there.get("class") != here.get("class"):
+        passed |= {key for key in {**there, **here} if key != "class"}  # of which all the others follow
     return [
-        f"{key}: {there.get(key)!r} there, {here.get(key)!r} now"
+        f"model.{key}: {there.get(key)!r} there, {here.get(key)!r} now"
         for key in {**there, **here}
         if there.get(key) != here.get(key) and not any(key == name or key.startswith(f"{name}.") for name in passed)
     ]

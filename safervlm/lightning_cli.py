@@ -21,13 +21,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from safervlm.arguments import prepared
 from safervlm.boundary import causes, fail, run_folder
-from safervlm.checkpoints import origin_of, verify
+from safervlm.checkpoints import differences, origin_of, verify
 from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, UserError, explained
 from safervlm.messages import one_line
 from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, read_jsonl, write_atomically
-from safervlm.run import RunManifest, read_manifest
+from safervlm.run import RunManifest, read_manifest, stage_name
 from safervlm.signals import exit_code
 from safervlm.vlm.api import Server
 
@@ -208,7 +208,11 @@ class SaferCLI(LightningCLI):
             origin = origin_of(self.model)
             # What a checkpoint is validated on need not be what it was trained by.
             ignore = set() if command == "fit" else origin.keys() - {"class", "vlm", "lora"}
-            verify(last if given is None else Path(given), origin, ignore=ignore)
+            # Where the settings are not those of the run, its manifest says so, those of the data included.
+            stage = read_manifest(Path(config["run"]))["stages"].get(stage_name(self.model), {})
+            of_run = stage.get("settings", {}).get("model")
+            other = given is None and of_run is not None and differences(of_run, origin, {"class", *ignore})
+            verify(last if given is None else Path(given), None if other else origin, ignore=ignore)
         if given is None and last.exists():
             print(f"{'going on from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)

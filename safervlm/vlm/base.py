@@ -98,6 +98,31 @@ class Unanswered(RecordError):  # noqa: N818 (what happened, not what is wrong)
         self.answers = list(answers)
 
 
+NOT_FINITE = (
+    "the model's logits are not finite (NaN or infinite); try vlm.dtype float32, or look at the image and the question"
+)
+
+
+def answered(questions: Sequence[Question], generations: Sequence[Generation], bad: Sequence[bool]) -> list[Generation]:
+    """The answers of a batch, if the logits of all of them were finite.
+
+    Args:
+        questions: the B questions.
+        generations: the B answers.
+        bad: of each question, whether a logit was NaN or infinite.
+
+    Raises:
+        Unanswered: some weren't; it holds the other answers.
+    """
+    if not any(bad):
+        return list(generations)
+    answers: list[Generation | str] = [
+        f"{question.id}: {NOT_FINITE}" if wrong else generation
+        for question, generation, wrong in zip(questions, generations, bad, strict=True)
+    ]
+    raise Unanswered(next(answer for answer in answers if isinstance(answer, str)), answers)
+
+
 Collator = Callable[[Sequence[Example]], Any]
 
 

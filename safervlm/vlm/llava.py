@@ -22,6 +22,7 @@ from safervlm.errors import ArgumentError, RecordError
 from safervlm.images import BLANK, ImageSettings, open_image
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.records import Example
+from safervlm.texts import tokenizable_example
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.packed import PackedBatch, PackedVLM, pack
 from safervlm.vlm.weights import load_model, reading
@@ -67,6 +68,7 @@ class LlavaCollator:
         system: the conversation's system prompt; empty for none.
         max_length: a longer prompt with its completion is refused, never cut.
         images: how images are decoded.
+        words: tokens that the model has embeddings for; a tokenizer may have more.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -76,6 +78,7 @@ class LlavaCollator:
     system: str
     max_length: int
     images: ImageSettings = field(default=ImageSettings())
+    words: int = 2**31
 
     def __call__(self, examples: Sequence[Example]) -> PackedBatch:
         """Reads the images, once each, and tokenises prompts and completions."""
@@ -86,11 +89,16 @@ class LlavaCollator:
             if path not in rows:
                 rows[path] = len(pixels)
                 pixels.append(self.pixels(BLANK if path is None else open_image(path, question.id, self.images)))
-        prompts = [self.prompt_ids(example.question.prompt) for example in examples]
-        completions = [[self.completion_ids(text) for text in example.completions] for example in examples]
+        written = [tokenizable_example(example) for example in examples]
+        prompts = [self.prompt_ids(example.question.prompt) for example in written]
+        completions = [[self.completion_ids(text) for text in example.completions] for example in written]
         for example, prompt, answers in zip(examples, prompts, completions, strict=True):
             if prompt.count(self.image_token_id) != self.image_tokens or any(self.image_token_id in a for a in answers):
                 raise RecordError(f"{example.question.id}: its text contains the image placeholder; leave it out")
+            if (highest := max(max(tokens) for tokens in (prompt, *answers))) >= self.words:
+                raise RecordError(
+                    f"{example.question.id}: its text has the token {highest}, the model has {self.words}; reword it"
+                )
             length = len(prompt) + max(map(len, answers), default=0)
             if length > self.max_length:
                 raise RecordError(
@@ -188,6 +196,7 @@ class Llava(PackedVLM):
             system=self.system,
             max_length=config.text_config.max_position_embeddings,
             images=self.images,
+            words=config.text_config.vocab_size,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -229,4 +238,8 @@ class Llava(PackedVLM):
     @property
     def eos_token_ids(self) -> list[int]:
         """``</s>``."""
+        if self.tokenizer.eos_token_id is None:
+            raise ArgumentError(
+                f"vlm.model: the tokenizer of {self.name!r} names no token that ends an answer (eos_token)"
+            )
         return [self.tokenizer.eos_token_id]

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safervlm.errors import ArgumentError, explained
+from safervlm.finite import NotFiniteError
 from safervlm.records import seed_for
 from safervlm.vlm.adapters import adapter_fingerprint, adapter_weights, export_adapter, load_adapter
-from safervlm.vlm.base import VLM, Generation, Scores
+from safervlm.vlm.base import NOT_FINITE, VLM, Generation, Scores
 from safervlm.vlm.lora import Adapter, LoRA, checkpoint_gradients
 from safervlm.vlm.sampling import Sampling, Suppress
 from safervlm.vlm.weights import weights_fingerprint
@@ -218,6 +219,9 @@ class LocalVLM(VLM):
             logits = Suppress(self.suppressed)(None, logits) / sampling.temperature
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(-1, targets.target[targets.mask][:, None])[:, 0]
+        # With a gradient it is the loss that is looked at, by all processes together.
+        if not torch.is_grad_enabled() and not bool(torch.isfinite(chosen).all()):
+            raise NotFiniteError(f"vlm: {NOT_FINITE}, the first of them {batch.questions[0].id}")
         scores = Scores(_unflatten(chosen, targets.mask), targets.mask)
         if entropy:
             # 0 log 0 is 0, also for suppressed tokens.

@@ -6,7 +6,7 @@ forward pass, a row a completion. What the questions about an image have in comm
 Shapes: B questions of a batch, C completions, T tokens of the longest, N response tokens, H hidden units.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,11 +34,12 @@ from transformers.utils import ModelOutput
 from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.images import BLANK, ImageSettings, open_image
 from safervlm.records import Example, Question, seed_for
-from safervlm.vlm.base import Batch, Generation, Unanswered
+from safervlm.texts import tokenizable_example
+from safervlm.vlm.base import Batch, Generation, Unanswered, answered
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.rows import EachOnce, Encoding, Sharing, extend, join
-from safervlm.vlm.sampling import KeyedNoise, Sampling, processors
+from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
 from safervlm.vlm.weights import load_model, reading
 
 
@@ -91,6 +93,7 @@ class ProcessorCollator:
         max_length: a longer prompt with its completion is refused, never cut.
         question_length: the same of a question that is read a second time, by a Q-Former; 0 where none does.
         images: how images are decoded.
+        words: tokens that the model has embeddings for; a tokenizer may have more.
     """
 
     processor: ProcessorMixin
@@ -100,6 +103,7 @@ class ProcessorCollator:
     max_length: int
     question_length: int
     images: ImageSettings = field(default=ImageSettings(), kw_only=True)
+    words: int = field(default=2**31, kw_only=True)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -109,6 +113,8 @@ class ProcessorCollator:
     def __call__(self, examples: Sequence[Example]) -> EncodedBatch:
         """Reads the images and encodes prompts and completions."""
         encodings, completions = [], []
+        questions = [example.question for example in examples]
+        examples = [tokenizable_example(example) for example in examples]
         special = special_tokens(self.tokenizer).values()
         for example in examples:
             name = example.question.id
@@ -131,9 +137,12 @@ class ProcessorCollator:
                 raise RecordError(
                     f"{name}: {length} tokens, the Q-Former takes {self.question_length}; shorten the question"
                 )
+            highest = max([int(encoding["input_ids"].max()), *(token for answer in answers for token in answer)])
+            if highest >= self.words:
+                raise RecordError(f"{name}: its text has the token {highest}, the model has {self.words}; reword it")
             encodings.append(encoding)
             completions.append(answers)
-        return EncodedBatch([example.question for example in examples], encodings, completions)
+        return EncodedBatch(questions, encodings, completions)
 
     def messages(self, question: str, image: Any = None) -> list[dict[str, Any]]:
         """The conversation up to the answer."""
@@ -296,6 +305,8 @@ class Transformers(LocalVLM):
             getattr(text, "max_position_embeddings", 2**31),
             self.config.qformer_config.max_position_embeddings if hasattr(self.processor, "qformer_tokenizer") else 0,
             images=self.images,
+            # A placeholder may be beyond the embeddings: the image's features stand in its place.
+            words=max(getattr(text, "vocab_size", 2**31), *(token + 1 for token in self.image_token_ids), 0),
         )
         if self.template is not None:
             try:
@@ -449,12 +460,17 @@ class Transformers(LocalVLM):
         """Answers the questions of a batch; those about one image share what they begin with, where they can."""
         if reasons := self.without_room(batch, sampling):
             some = torch.tensor([row for row in range(len(batch)) if row not in reasons])
-            answers = iter(self.generate(batch.select(some), sampling, seed, adapter) if len(some) else [])
+            answers: Iterator[Generation | str]
+            try:
+                answers = iter([*self.generate(batch.select(some), sampling, seed, adapter)] if len(some) else [])
+            except Unanswered as error:
+                answers = iter(error.answers)
             raise Unanswered(
                 next(iter(reasons.values())), [reasons.get(row) or next(answers) for row in range(len(batch))]
             )
         tokenwise = {"input_ids", *self.written(batch.encodings[0])}
-        chain = processors(sampling, self.suppressed)
+        finite = Finite()
+        chain = LogitsProcessorList([finite, *processors(sampling, self.suppressed)])
         if sampling.temperature > 0:
             chain.append(KeyedNoise([seed_for(seed, question.id) for question in batch.questions]))
         training = self.training
@@ -473,4 +489,5 @@ class Transformers(LocalVLM):
                 ),
             )
         self.train(training)
-        return [self.generation(tokens) for tokens in generated[:, inputs["input_ids"].shape[1] :].tolist()]
+        found = [self.generation(tokens) for tokens in generated[:, inputs["input_ids"].shape[1] :].tolist()]
+        return answered(batch.questions, found, [False] * len(found) if finite.bad is None else finite.bad.tolist())
