@@ -28,6 +28,7 @@ from safervlm.rating import (
 )
 from safervlm.records import Example, Question, Response, read_torn_jsonl, to_line, write_jsonl
 from safervlm.run import write_stage
+from safervlm.signals import safe_points
 from safervlm.vlm.api import Server
 from safervlm.vlm.base import Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
@@ -121,7 +122,8 @@ class RateResponses(Callback):
             print(f"judge.system: {self.judge.system!r} is not the published prompt, and the ratings compare with none")
         if left:
             write_jsonl(run / RATINGS, there)  # whole lines, to go on behind
-            self.rate(trainer, left, ratings)
+            with safe_points():
+                self.rate(trainer, left, ratings)
         # The last line of a response, judge and order counts (safervlm.evaluation).
         write_jsonl(run / RATINGS, (rating.to_dict() for rating in [*kept, *(ratings[each.key] for each in wanted)]))
         missing = [ratings[each.key] for each in wanted if ratings[each.key].reason]

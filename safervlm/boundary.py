@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from safervlm.errors import UserError, first_line
+from safervlm.escape import for_terminal
+from safervlm.signals import why_ended
 
 # The run folder of the command at work, where there is one: the traceback of an unexpected error is kept in it.
 run_folder: ContextVar[Path | None] = ContextVar("run_folder", default=None)
@@ -21,7 +23,7 @@ TRACEBACK = "traceback.txt"
 # What libraries say of a disk that takes nothing more, in errors of their own that carry no errno.
 DISK = re.compile(
     r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error|File too large"
-    r"|PytorchStreamWriter failed|iostream error|os error (5|27|28|30|122)\b"
+    r"|PytorchStreamWriter failed|unexpected pos|iostream error|os error (5|27|28|30|122)\b"
 )
 REMEDIES = {
     errno.ENOSPC: "free some space, then give the same command again: it resumes",
@@ -42,7 +44,8 @@ REMEDIES = {
 def one_line_errors() -> Iterator[None]:
     """Ends the process with one line instead of a traceback, whatever is raised within.
 
-    Exit code 2: the user can correct it. 1: a defect of ours, whose traceback is kept in a file. 130: Ctrl-C.
+    Exit code 2: the user can correct it. 1: a defect of ours, whose traceback is kept in a file, or another process of
+    the run died. 130: Ctrl-C.
     """
     try:
         yield
@@ -53,12 +56,16 @@ def one_line_errors() -> Iterator[None]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (Python flushes it once more at the end)
         sys.exit(141)
     except Exception as error:  # the one place where everything ends
+        if ended := why_ended(error):
+            code, said = ended
+            sys.stderr.write(f"safervlm: {said}\n" if said else "")
+            raise SystemExit(code) from error
         line = explain(error)
         if line is None:
             line = f"unexpected {type(error).__name__}: {first_line(error)}; {keep_traceback(error)}"
-            sys.stderr.write(f"safervlm: error: {line}\n")
+            sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
             raise SystemExit(1) from error
-        sys.stderr.write(f"safervlm: error: {line}\n")
+        sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
         raise SystemExit(2) from error
 
 
@@ -129,5 +136,5 @@ def keep_traceback(error: BaseException) -> str:
 
 def fail(line: str) -> NoReturn:
     """Ends the process with one line and exit code 2."""
-    sys.stderr.write(f"safervlm: error: {line}\n")
+    sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
     sys.exit(2)

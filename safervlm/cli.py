@@ -6,6 +6,7 @@ from typing import Any
 
 from safervlm.boundary import one_line_errors
 from safervlm.errors import ArgumentError
+from safervlm.signals import listening
 
 HELP = """usage: safervlm COMMAND [ARGUMENTS]
 
@@ -65,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         print(__version__)
         return
-    with one_line_errors():
+    with one_line_errors(), listening():
         if args[0] in ("fit", "validate", "predict"):
             from safervlm.lightning_cli import run
 

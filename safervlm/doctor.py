@@ -14,7 +14,6 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
-import yaml
 from huggingface_hub import HfApi, auth_check, get_token, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -32,6 +31,8 @@ from safervlm.errors import ArgumentError
 from safervlm.lightning_cli import SaferCLI, as_command_line, hush
 from safervlm.recipes import local_or_shipped
 from safervlm.records import read_jsonl
+from safervlm.run import MANIFEST
+from safervlm.trust import Named, check, find_beside_the_shell, named_in, read_config
 
 GIB = 2**30
 
@@ -61,13 +62,17 @@ class ParsedCLI(SaferCLI):
         """Runs nothing."""
 
 
-def doctor(config: list[str] | None = None, vlm: str | None = None, online: bool = False) -> None:
+def doctor(
+    config: list[str] | None = None, vlm: str | None = None, online: bool = False, trust_config: bool = False
+) -> None:
     """Looks at Python, packages, GPU, disk, the Hub's token, and at what a recipe names; exit code 1 on an error.
 
     Args:
         config: The recipe, then its overlays, as safervlm predict or fit takes them.
         vlm: A file of configs/vlm, or another, to look at in place of the recipe's VLM.
         online: Also ask the Hub whether it gives what the recipe names; without it nothing leaves this machine.
+        trust_config: Allow classes that are not SaferVLM's in a configuration that lies in a run folder, which may be
+            somebody else's; they are imported.
     """
     findings = [*machine(), *hub_token()]
     if vlm and not config:
@@ -77,9 +82,15 @@ def doctor(config: list[str] | None = None, vlm: str | None = None, online: bool
         missing = [file for file in files if not Path(file).is_file()]
         if missing:
             raise ArgumentError(f"--config: no file {missing[0]!r}; see configs/")
+        configs = [read_config(Path(file)) for file in files]
+        for file, content in zip(files, configs, strict=True):
+            if (Path(file).parent / MANIFEST).is_file():
+                named = named_in(content, Path(file).parent)
+                check(Path(file), Named(code=named.code), "--config", trust_config)
+        find_beside_the_shell()
         # An overlay names no class.
-        models = [yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("model", {}) for file in files]
-        paths = [model["class_path"] for model in models if "class_path" in model]
+        models = [content.get("model", {}) for content in configs]
+        paths = [model["class_path"] for model in models if isinstance(model, dict) and "class_path" in model]
         trains = bool(paths) and is_overridden("training_step", import_object(paths[-1]), LightningModule)
         command = "fit" if trains else "predict"
         line = [command, *(part for file in files for part in ("--config", file))]
@@ -272,7 +283,9 @@ def training_memory(folder: Path, r: int, target_modules: str) -> int:
         ArgumentError: transformers doesn't know the model.
     """
     with torch.device("meta"):  # the shapes alone
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
+        )
     sizes = [
         module.in_features + module.out_features
         for name, module in model.named_modules()

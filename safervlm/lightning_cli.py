@@ -21,12 +21,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from safervlm.arguments import prepared
 from safervlm.boundary import causes, fail, run_folder
+from safervlm.checkpoints import origin_of, verify
 from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, UserError, explained
 from safervlm.messages import one_line
 from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, read_jsonl, write_atomically
 from safervlm.run import RunManifest, read_manifest
+from safervlm.signals import exit_code
 from safervlm.vlm.api import Server
 
 
@@ -202,6 +204,11 @@ class SaferCLI(LightningCLI):
         """Makes the run's last checkpoint the one to load, if there is one and none is named."""
         config = self.config_init[command]
         given, last = config["ckpt_path"], Path(config["run"]) / "checkpoints" / "last.ckpt"
+        if given is not None or last.exists():
+            origin = origin_of(self.model)
+            # What a checkpoint is validated on need not be what it was trained by.
+            ignore = set() if command == "fit" else origin.keys() - {"class", "vlm", "lora"}
+            verify(last if given is None else Path(given), origin, ignore=ignore)
         if given is None and last.exists():
             print(f"{'going on from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)
@@ -292,4 +299,4 @@ def run(args: Sequence[str]) -> None:
             SaferCLI(args)
         except SIGTERMException:
             # Lightning ends with 0, and a driver would take the run for finished.
-            raise SystemExit(128 + signal.SIGTERM) from None
+            raise SystemExit(exit_code()) from None

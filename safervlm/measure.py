@@ -6,11 +6,33 @@ from typing import Any, Self
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from safervlm.errors import RecordError
+from safervlm.errors import ArgumentError, RecordError, UserError, first_line
 from safervlm.records import Example, Failure, Question, Response
 from safervlm.vlm.base import VLM, Collator, Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
+
+# These end a run, whatever question they come with.
+ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit, SIGTERMException)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a question has no answer, in one line.
+
+    Args:
+        error: what asking it raised. Not every one is an ``Exception``: a panic of the tokenizers library is not.
+
+    Raises:
+        BaseException: the error itself, where it concerns the run and not the question: a request to end, or an
+            argument that can't be used.
+    """
+    if isinstance(error, ENDS) or (isinstance(error, UserError) and not isinstance(error, RecordError)):
+        raise error
+    line = first_line(error)
+    if not isinstance(error, RecordError) and line != type(error).__name__:
+        line = f"{type(error).__name__}: {line}"
+    return line if len(line) <= 500 else f"{line[:500]} ..."
 
 
 @dataclass
@@ -18,21 +40,22 @@ class Asked:
     """A batch of questions, without those that can't be asked.
 
     Attributes:
-        batch: what the VLM's collator made of the others; None if there are none.
-        failed: those that can't be asked, and why.
+        batches: what the VLM's collator made of the others; mostly one, several where they can't be collated together,
+            none where no question is left.
+        failed: the questions that can't be asked, and why.
     """
 
-    batch: Any
+    batches: list[Any]
     failed: list[Failure]
 
     def to(self, device: torch.device) -> Self:
         """The same on another device; Lightning calls it."""
-        return type(self)(None if self.batch is None else self.batch.to(device), self.failed)
+        return type(self)([batch.to(device) for batch in self.batches], self.failed)
 
 
 @dataclass
 class AskCollator:
-    """Sets the questions aside that a VLM's collator refuses: one of them must not end a run.
+    """Sets aside the questions for which a VLM's collator raises an exception: one of them must not end a run.
 
     Attributes:
         collator: the VLM's.
@@ -43,16 +66,32 @@ class AskCollator:
     def __call__(self, examples: Sequence[Example]) -> Asked:
         """Collates them together, and one by one where that fails, to find the one to blame."""
         try:
-            return Asked(self.collator(examples), [])
-        except RecordError:
-            good, failed = [], []
-            for example in examples:
-                try:
-                    self.collator([example])
-                    good.append(example)
-                except RecordError as error:
-                    failed.append(Failure(example.question, str(error)))
-            return Asked(self.collator(good) if good else None, failed)
+            return Asked([self.collator(examples)], [])
+        except BaseException as error:
+            reason_of(error)
+        good, failed = [], []
+        for example in examples:
+            try:
+                self.collator([example])
+                good.append(example)
+            except BaseException as error:
+                failed.append(Failure(example.question, reason_of(error)))
+        batches, more = self._in_halves(good)
+        return Asked(batches, failed + more)
+
+    def _in_halves(self, examples: Sequence[Example]) -> tuple[list[Any], list[Failure]]:
+        """Batches of questions that can be collated one by one, but perhaps not together (memory)."""
+        if not examples:
+            return [], []
+        try:
+            return [self.collator(examples)], []
+        except BaseException as error:
+            reason = reason_of(error)
+        if len(examples) == 1:
+            return [], [Failure(examples[0].question, reason)]
+        middle = len(examples) // 2
+        first, second = self._in_halves(examples[:middle]), self._in_halves(examples[middle:])
+        return first[0] + second[0], first[1] + second[1]
 
 
 class Measure(L.LightningModule):
@@ -63,11 +102,25 @@ class Measure(L.LightningModule):
         sampling: how answers are drawn; the default is the published measurement's.
         seed: an answer's randomness is drawn from (seed, record id, step): neither the batch, the order nor the number
             of processes changes an answer in float32.
+        failures_in_a_row: A question that raises an unexpected exception is recorded as failed. After so many of them
+            without an answer in between the run stops, as its questions are not to blame.
+
+    Raises:
+        ArgumentError: ``failures_in_a_row`` is less than 1.
     """
 
-    def __init__(self, vlm: VLM, sampling: Sampling = Sampling(), seed: int = 0) -> None:  # noqa: B008 (frozen)
+    def __init__(
+        self,
+        vlm: VLM,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        failures_in_a_row: int = 20,
+    ) -> None:
         super().__init__()
-        self.vlm, self.sampling, self.seed = vlm, sampling, seed
+        if failures_in_a_row < 1:
+            raise ArgumentError(f"model.failures_in_a_row: at least 1, got {failures_in_a_row}")
+        self.vlm, self.sampling, self.seed, self.failures_in_a_row = vlm, sampling, seed, failures_in_a_row
+        self._in_a_row = 0
         self.largest: int | None = None  # batch that fits into memory, once a larger one didn't
 
     @property
@@ -87,27 +140,52 @@ class Measure(L.LightningModule):
 
     def predict_step(self, asked: Asked, batch_idx: int) -> list[Response | Failure]:
         """One answer a question, or the reason why there is none."""
-        if asked.batch is None:
-            return [*asked.failed]
-        answers = self.answer(asked.batch)
-        return [*asked.failed, *map(self.record, asked.batch.questions, answers)]
+        records: list[Response | Failure] = [*asked.failed]
+        for batch in asked.batches:
+            records += map(self.record, batch.questions, self.answer(batch))
+        return records
 
     def answer(self, batch: Any) -> list[Generation | str]:
-        """Generates, in halves where the whole doesn't fit into memory; a text says why there is no answer."""
-        if self.largest is None or len(batch) <= self.largest:
-            try:
-                return [*self.vlm.generate(batch, self.sampling, self.seed)]
-            except Unanswered as error:
-                return error.answers
-            except torch.OutOfMemoryError as error:
-                reason = str(error).split(". ")[0]
-            # Only here is what the failed attempt held free again.
+        """Generates; in halves where the whole doesn't fit into memory or raises an exception.
+
+        Returns:
+            One a question: the answer, or a line that says why there is none.
+
+        Raises:
+            UserError: ``failures_in_a_row`` questions raised exceptions, with no answer in between.
+        """
+        if self.largest is not None and len(batch) > self.largest:
+            return self._in_parts(batch, self.largest)
+        try:
+            answers: list[Generation | str] = [*self.vlm.generate(batch, self.sampling, self.seed)]
+        except Unanswered as error:
+            return error.answers
+        except torch.OutOfMemoryError as error:
+            reason, full = f"{str(error).split('. ')[0]}: this question alone doesn't fit into memory", True
+        except BaseException as error:
+            reason, full = reason_of(error), False
+        else:
+            self._in_a_row = 0
+            return answers
+        # Only here is what the failed attempt held free again.
+        if full and torch.cuda.is_available():
             torch.cuda.empty_cache()
-            if len(batch) == 1:
-                return [f"{reason}: this question alone doesn't fit into memory"]
-            self.largest = len(batch) // 2
-            print(f"out of memory with {len(batch)} questions at once: going on with {self.largest}")
-        rows = torch.arange(len(batch)).split(self.largest)
+        if len(batch) == 1:
+            self._in_a_row += not full
+            if self._in_a_row >= self.failures_in_a_row:
+                raise UserError(
+                    f"model.failures_in_a_row: {self._in_a_row} questions in a row raised an exception, the last one "
+                    f"{reason}; correct the cause, then the same command asks them again"
+                )
+            return [reason]
+        half = len(batch) // 2
+        if full:
+            self.largest = half
+            print(f"out of memory with {len(batch)} questions at once: going on with {half}")
+        return self._in_parts(batch, half)
+
+    def _in_parts(self, batch: Any, size: int) -> list[Generation | str]:
+        rows = torch.arange(len(batch)).split(size)
         return [answer for part in rows for answer in self.answer(batch.select(part))]
 
     @staticmethod

@@ -8,22 +8,34 @@ command, and what of the provenance was another.
 
 import fcntl
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from safervlm.errors import RecordError
+from safervlm.caches import TEMPORARY, remove_leftovers
+from safervlm.errors import RecordError, explained
 from safervlm.records import FAILED, write_atomically
+from safervlm.signals import apart, asked_to_end, observe, pass_safe_point, together, wait_for_safe_point
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+OLD_NAMES = ("manifest", "responses", "responses-failed", "verdicts", "ratings", "scores", "labels", "verify", "report")
 PACKAGES = ("safervlm", "torch", "lightning", "transformers", "peft", "tokenizers", "datasets", "numpy", "pillow")
 
 
@@ -32,10 +44,20 @@ class SettingsDifferError(RecordError):
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
-    """The manifest of a run folder; without one, an empty manifest."""
+    """The manifest of a run folder; without one, an empty manifest.
+
+    Raises:
+        RecordError: the file is damaged or something else.
+    """
     path = run / MANIFEST
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"stages": {}}
-    return manifest
+    if not path.exists():
+        return {"stages": {}}
+    with explained(f"{path}: damaged", "restore it, or name another run folder", OSError, ValueError, RecursionError):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    stages = manifest.get("stages") if isinstance(manifest, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise RecordError(f"{path}: damaged (no object with stages); restore it, or name another run folder")
+    return cast(dict[str, Any], manifest)
 
 
 def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
@@ -52,6 +74,10 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
     if there is None or not has_results(run):
         return
     # Through JSON: a tuple there is a list here.
+    if not isinstance(there.get("settings"), dict):
+        raise RecordError(
+            f"{run / MANIFEST}: damaged ({stage} has no settings); restore it, or name another run folder"
+        )
     before, now = flatten(there["settings"]), flatten(json.loads(json.dumps(settings)))
     if "trainer" not in settings:  # validating what was fitted: how it was trained is none of its settings
         before = {key: value for key, value in before.items() if not key.startswith("trainer.")}
@@ -82,7 +108,9 @@ def has_results(run: Path) -> bool:
 
 def is_result(path: Path) -> bool:
     """Whether a file of a run folder is more than the settings that it was started with."""
-    return path.is_file() and path.suffix != ".yaml" and path.name != MANIFEST and path.stat().st_size > 0
+    if path.suffix == ".yaml" or path.name in (MANIFEST, LOCK) or path.name.startswith(TEMPORARY):
+        return False
+    return path.is_file() and path.stat().st_size > 0
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -103,20 +131,66 @@ def lock(run: Path) -> TextIO | None:
         RecordError: another process has the folder.
     """
     try:
-        file = (run / LOCK).open("w")
+        file = (run / LOCK).open("a+", encoding="ascii", errors="replace")
     except OSError:
         return None  # what can't be written says so by itself
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
+        file.seek(0)
+        process = file.read(20).strip()
         file.close()
+        which = f" (process {process})" if process.isdecimal() else ""
         raise RecordError(
-            f"--run: another command is at work in {run}; wait for its end, or name another folder"
+            f"--run: another command{which} is at work in {run}; wait for its end, or name another folder"
         ) from None
     except OSError:
         file.close()
         return None
+    with suppress(OSError):  # a full disk says so by itself
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+    remove_unfinished(run)
     return file
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Within it other commands are kept out of a run folder.
+
+    Raises:
+        RecordError: another process has the folder.
+    """
+    file = lock(run)
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def remove_unfinished(run: Path) -> None:
+    """Removes what commands that died left unfinished in a run folder, which is locked; nothing else."""
+    for folder in (run, run / "checkpoints", run / "adapter"):
+        remove_leftovers(folder)
+    # As older versions named their temporary files.
+    pattern = re.compile(rf"\.({'|'.join(OLD_NAMES)})\.\d+\.(jsonl?|csv|xlsx|tex|html)")
+    for file in run.glob(".*.*"):
+        if pattern.fullmatch(file.name) and file.is_file():
+            with suppress(OSError):
+                file.unlink()
+    checkpoints = run / "checkpoints"
+    last = checkpoints / "last.ckpt"
+    for name in ("next.ckpt", "other.ckpt", "link"):  # see callbacks.checkpoint
+        path = checkpoints / name
+        with suppress(OSError):
+            if last.is_symlink() and last.readlink() == Path(name):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def write_stage(run: Path, stage: str, **entry: Any) -> None:
@@ -146,15 +220,60 @@ def stage_name(module: LightningModule) -> str:
     return type(module).__name__.lower()
 
 
+class Signals(_SignalConnector):
+    """What Lightning knows of requests to end: those of :mod:`safervlm.signals`.
+
+    Lightning's own handler speaks to the other processes from within the handler, and may wait for them forever.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.agreed: bool | None = None
+        super().__init__(trainer)
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether to end now. While training it changes only where all processes agree on it, and can save."""
+        return asked_to_end() if self.agreed is None else self.agreed
+
+    @received_sigterm.setter
+    def received_sigterm(self, value: bool) -> None:
+        """Lightning begins with False."""
+
+    def register_signal_handlers(self) -> None:
+        """Leaves SIGTERM to our handler; Slurm's other signals are Lightning's."""
+        ours = signal.getsignal(signal.SIGTERM)
+        super().register_signal_handlers()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
+
+
+def agree_to_end(trainer: Trainer) -> bool:
+    """Whether one of the processes is asked to end; each of them asks this after the same training step.
+
+    Args:
+        trainer: of the fit; it ends after this step where the answer is yes.
+    """
+    connector = trainer._signal_connector
+    agreed = trainer.strategy.reduce_boolean_decision(trainer.received_sigterm or asked_to_end(), all=False)
+    if isinstance(connector, Signals):
+        connector.agreed = agreed
+    return agreed
+
+
 class RunManifest(Callback):
     """Writes the run's manifest, and refuses a folder made with other settings, or in which another command works."""
 
     def __init__(self) -> None:
         self._lock: TextIO | None = None
+        self._waits = False
+        # Before Lightning launches other processes of the run.
+        subprocess_script._launch_process_observer = observe
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs before any weight is read."""
         run, name = Path(trainer.default_root_dir), stage_name(pl_module)
+        trainer._signal_connector = Signals(trainer)
+        together(trainer.global_rank)
         refusal = ""
         if trainer.is_global_zero and stage != "validate":
             try:
@@ -201,9 +320,37 @@ class RunManifest(Callback):
                 provenance, continued = first, [*there.get("continued", []), kept]
             write_stage(run, name, settings=settings, provenance=provenance, continued=continued, finished=False)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on a request to end waits for the end of the step."""
+        self._wait()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What follows can be done again."""
+        self._pass()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on a request to end waits until the batch is written."""
+        self._wait()
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the callbacks that merge and judge, which can be done again."""
+        self._pass()
+
+    def _wait(self) -> None:
+        if not self._waits:
+            wait_for_safe_point()
+        self._waits = True
+
+    def _pass(self) -> None:
+        waits, self._waits = self._waits, False
+        if waits:
+            pass_safe_point()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Says how to go on after Ctrl-C."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+        """Says how to resume after a request to end."""
+        with suppress(SystemExit):  # the exception says it already
+            self._pass()
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
             print(f"\nstopped; the same command goes on from what is in {trainer.default_root_dir}")
         self._unlock()
 
@@ -216,9 +363,12 @@ class RunManifest(Callback):
         """Notes that the stage came to its end; Lightning doesn't call this where it was interrupted."""
         if trainer.is_global_zero and stage != "validate":
             run = Path(trainer.default_root_dir)
-            complete = stage != "predict" or not (run / FAILED).exists()
+            # What has no answer, no verdict or no rating is listed in such a file.
+            complete = stage != "predict" or not any(run.glob("*-failed.jsonl"))
             write_stage(run, stage_name(pl_module), finished=complete)
             there = [path for path in run.iterdir() if path.name != LOCK]
             names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in there)
             print(f"{run} holds {', '.join(names)}")
         self._unlock()
+        trainer.strategy.barrier("run-manifest-end")
+        apart()

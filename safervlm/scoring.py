@@ -55,7 +55,7 @@ from safervlm.intervals import (
     interval_these_concepts,
 )
 from safervlm.protocol import CAPABILITIES, CATEGORIES, LABELS, NOT_APPLICABLE, SAFE, UNSAFE
-from safervlm.records import Response, Verdict, read_jsonl
+from safervlm.records import Response, Verdict
 from safervlm.tables import EXCLUDED, JUDGE_NOTE, TextTable
 
 # What a row of `scores` measures.
@@ -159,6 +159,11 @@ def load_run(run: str | Path) -> pd.DataFrame:
     rows = []
     for name, response in responses.items():
         question, verdict = response.question, verdicts.get(name, Verdict(name, "", {}, ""))
+        if verdict.answer and not verdict.is_of(response.response):
+            raise RecordError(
+                f"{run}: the verdict on {name!r} is about another text than the answer in responses.jsonl; remove "
+                f"verdicts.jsonl, then {_how_to_judge(run)}"
+            )
         labels = LABELS.get(question.capability)
         for what, label in (("verdict's label", verdict.label), ("right answer", question.answer)):
             if labels is not None and label not in labels:
@@ -191,27 +196,6 @@ def load_run(run: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, dtype=object).astype({"prompt_number": int, "drawn": bool})
 
 
-def _not_of_its_kind(record: Response | Verdict) -> str:
-    """Which field of a record has a value of another kind than it should; empty if none has."""
-    if isinstance(record, Verdict):
-        texts = {"id": record.id, "label": record.label, "judge": record.judge}
-        if not isinstance(record.probabilities, dict):
-            return f"probabilities is {record.probabilities!r}, no object"
-        for label, value in record.probabilities.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                return f"the probability of {label!r} is {value!r}, not between 0 and 1"
-    else:
-        question = record.question
-        names = ("id", "dataset", "image", "capability", "prompt", "category", "concept", "answer")
-        texts = {name: getattr(question, name) for name in names} | {"response": record.response}
-        texts |= {} if question.image_path is None else {"image_path": question.image_path}
-        if isinstance(question.prompt_number, bool) or not isinstance(question.prompt_number, int):
-            return f"prompt_number is {question.prompt_number!r}, no whole number"
-    return next(
-        (f"{name} is {value!r:.80}, no text" for name, value in texts.items() if not isinstance(value, str)), ""
-    )
-
-
 def _arrow(name: str) -> str:
     """A name that pandas can group by: Arrow's strings reject half a surrogate pair, which is written as its escape."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -227,14 +211,9 @@ def _by_id(path: Path, kind: type[Record], way_out: str) -> dict[str, Record]:
     if not path.is_file():
         raise RecordError(f"{path}: no such file; {way_out}")
     records: dict[str, Record] = {}
-    with explained(f"{path}: it can't be read", way_out, OSError, ValueError, RecursionError):
-        there = list(read_jsonl(path))
-    for number, line in enumerate(there, 1):
-        what, remedy = f"{path}, record {number}: no {kind.__name__.lower()}", "remove the line, or make it anew"
-        with explained(what, remedy, KeyError, TypeError, ValueError, AttributeError):
-            record = kind.from_dict(line)
-        if wrong := _not_of_its_kind(record):
-            raise RecordError(f"{what}: {wrong}; {remedy}")
+    with explained(f"{path}: it can't be read", way_out, OSError, RecursionError):
+        there = read_records(path, kind)
+    for record in there:
         if record.id in records:
             raise RecordError(f"{path}: {record.id!r} is there twice; remove one of the two lines")
         records[record.id] = record

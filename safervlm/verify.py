@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import yaml
 from rich.console import Console
 from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
-from safervlm.data.responses import read_responses
-from safervlm.errors import RecordError
+from safervlm.data.responses import RESPONSES, read_responses
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.lightning_cli import SaferCLI, as_command_line, hush
 from safervlm.measure import Measure
 from safervlm.records import Example, Failure, Response, Verdict, read_jsonl, seed_for, write_jsonl
+from safervlm.run import locked
 from safervlm.tables import JUDGE_NOTE, TextTable, say
+from safervlm.trust import check, find_beside_the_shell, named_in, read_config
 
 FLIPS = "verify.jsonl"
 
@@ -44,11 +47,16 @@ def verify(
     batch_size: int = 1,
     dtype: Literal["float32", "bfloat16"] | None = None,
     seed: int = 0,
+    addresses: list[str] | None = None,
+    api_key_variable: str | None = None,
+    trust_config: bool = False,
 ) -> None:
     """Asks a sample of a run's questions again and counts the answers and the verdicts that flip.
 
     The answers' noise is drawn from the record's id, so what differs is arithmetic: another batch, another precision.
-    The flips are written to verify.jsonl in the run folder.
+    The flips are written to verify.jsonl in the run folder. The questions and their images are those of the data that
+    the run's predict.yaml names. The folder may be somebody else's: addresses, an environment variable and classes that
+    are not SaferVLM's are used only where you repeat or allow them.
 
     Args:
         run: The folder of a finished measurement.
@@ -56,17 +64,48 @@ def verify(
         batch_size: Of the second time; 1 asks them one by one.
         dtype: Precision of the weights the second time; by default that of the run.
         seed: Of the sample.
+        addresses: All addresses that the run's configuration names, repeated, to allow asking them.
+        api_key_variable: The environment variable that the run's configuration names for a server's key, repeated, to
+            allow sending its value there.
+        trust_config: Allow classes and model code that the run's configuration names and that are not SaferVLM's.
 
     Raises:
-        RecordError: the run has no answers or no configuration.
+        RecordError: the run has no answers or no configuration, or its answers are not about its data.
+        ArgumentError: something in the configuration is not allowed, or an argument is out of its range.
     """
+    if not str(run).strip("."):
+        raise ArgumentError(f"run: the folder of a measurement, got {str(run)!r}")
+    for name, value in (("sample", sample), ("batch_size", batch_size)):
+        if value < 1:
+            raise ArgumentError(f"{name}: at least 1, got {value}")
     run = Path(run)
     config = run / "predict.yaml"
     if not config.is_file():
         inside = run / "evaluation"
         example = f", for example {inside}" if (inside / "predict.yaml").is_file() else " (predict --run)"
         raise RecordError(f"run: {run} holds no predict.yaml; name the folder of a measurement{example}")
-    line = ["predict", "--config", str(config), "--run", str(run), "--data.num_workers", "0"]
+    settings = read_config(config)
+    # Of the trainer only what an answer or a verdict depends on: loggers and plugins of a stranger's are left out.
+    trainer_settings = settings.get("trainer")
+    kept_settings = trainer_settings if isinstance(trainer_settings, dict) else {}
+    callbacks = kept_settings.get("callbacks")
+    settings["trainer"] = {key: kept_settings[key] for key in ("accelerator", "precision") if key in kept_settings} | {
+        "callbacks": [
+            each
+            for each in (callbacks if isinstance(callbacks, list) else [])
+            if isinstance(each, dict) and each.get("class_path") == "callbacks.judge_responses.JudgeResponses"
+        ]
+    }
+    check(config, named_in(settings, run), "run", trust_config, addresses, api_key_variable)
+    find_beside_the_shell()
+    with locked(run):
+        _ask_again(run, settings, sample, batch_size, dtype, seed)
+
+
+def _ask_again(run: Path, settings: dict[str, Any], sample: int, batch_size: int, dtype: str | None, seed: int) -> None:
+    """Asks, judges, writes and prints, in a folder that is locked."""
+    # As text, not as the file: what was checked is what is used.
+    line = ["predict", "--config", yaml.safe_dump(settings), "--run", str(run), "--data.num_workers", "0"]
     line += ["--model.vlm.dtype", dtype] if dtype else []
     hush()
     with as_command_line(line):
@@ -75,9 +114,21 @@ def verify(
         raise RecordError(f"run: {run} holds no measurement but a {type(cli.model).__name__}; name a measurement")
 
     before = {response.id: response for response in read_responses(run)}
-    chosen = sorted(before)
+    cli.datamodule.prepare_data()
+    questions = {example.question.id: example.question for example in cli.datamodule.parts.predict}
+    for name, response in before.items():
+        if name in questions and response.question.prompt != questions[name].prompt:
+            raise RecordError(
+                f"{run / RESPONSES}: {name} answers another question than the run's data asks; restore the file"
+            )
+    chosen = sorted(before.keys() & questions.keys())
+    if not chosen:
+        raise RecordError(f"{run / RESPONSES}: none of its answers is about the data that {run / 'predict.yaml'} names")
+    if others := len(before) - len(chosen):
+        print(f"{others} answers are about other data than {run / 'predict.yaml'} names, and are left out")
     random.Random(seed_for(seed, "verify")).shuffle(chosen)
-    asked = [Example(before[name].question) for name in chosen[:sample]]
+    # Questions and images of the data: what responses.jsonl names as an image may be any file.
+    asked = [Example(questions[name]) for name in chosen[:sample]]
     loader: DataLoader[Example] = DataLoader(asked, batch_size, collate_fn=cli.model.collator)  # type: ignore[arg-type]
     kept = Kept()
     trainer = L.Trainer(

@@ -388,6 +388,7 @@ def test_with_a_logger_the_configuration_stays_in_the_run_folder(
             "--trainer.accelerator=cpu",
             "--trainer.precision=32-true",
             "--trainer.max_steps=1",
+            "--model.warmup_steps=0",
             "--trainer.enable_progress_bar=false",
             "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
             f"--trainer.logger.save_dir={tmp_path / 'logs'}",

@@ -86,7 +86,7 @@ def test_questions_that_cannot_be_asked_are_set_aside(
     assert "the model takes 512" in failed[long.id]
     answered = [record for record in records if isinstance(record, Response)]
     assert answered == measure.predict_step(collator([Example(good[0]), Example(good[3])]), 0)
-    assert collator([Example(torn)]).batch is None
+    assert collator([Example(torn)]).batches == []
     assert [type(record) for record in measure.predict_step(collator([Example(torn)]), 0)] == [Failure]
 
 

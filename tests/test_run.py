@@ -1,6 +1,7 @@
 """The manifest: what made a run, and what is refused."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,7 +94,8 @@ def test_a_folder_takes_one_command_at_a_time(tmp_path: Path) -> None:
     other = "import sys; from pathlib import Path; from safervlm.run import lock; lock(Path(sys.argv[1]))"
     command = [sys.executable, "-c", other, str(tmp_path)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert f"--run: another command is at work in {tmp_path}; wait for its end" in refused.stderr
+    at_work = f"--run: another command (process {os.getpid()}) is at work in {tmp_path}; wait for its end"
+    assert at_work in refused.stderr
     held.close()
     subprocess.run(command, capture_output=True, check=True)
     assert not has_results(tmp_path)  # it isn't one of them

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.records import Example, fingerprint, seed_for, to_line
+from safervlm.signals import keep_until_asked
 
 Collator = Callable[[Sequence[Example]], Any]
 # Questions at once to begin with, where the user leaves it to the memory.
@@ -64,6 +65,7 @@ def _deliver(
         # DataLoader draws a seed for its workers. From the global generator it would shift everything drawn after it
         # (LoRA's dropout), and a continued run, which starts its loader at another moment, would differ.
         generator=torch.Generator(),
+        worker_init_fn=keep_until_asked,
     )
     try:
         yield from loader

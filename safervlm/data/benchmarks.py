@@ -15,7 +15,6 @@ label (``safe/``, ``unsafe/``).
 import base64
 import binascii
 import hashlib
-import io
 import json
 import os
 import re
@@ -31,7 +30,6 @@ from urllib.parse import urlsplit
 
 import datasets
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track, wrap_file
 
@@ -39,7 +37,8 @@ from safervlm.data.base import Collator, Parts, SaferData
 from safervlm.data.hub import hub_rows, local_name
 from safervlm.data.unsafe_concepts import ImageRecord, spread
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.images import BROKEN, IMAGE_ENDINGS, image_file
+from safervlm.image_hashes import images_fingerprint, report_frames
+from safervlm.images import BROKEN, IMAGE_ENDINGS, image_file, image_kind
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, Capability, published_draw
 from safervlm.records import Example, fingerprint, read_jsonl, record_id, write_atomically
 
@@ -327,13 +326,10 @@ class Benchmark(SaferData):
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`SaferData.describe`; with what the images are."""
-        if self.file.is_file() and (self.images_folder / "files.json").is_file():
-            images = fingerprint(self.file)
-        else:
-            questions = {example.question.image: example.question.image_path for example in self.parts.predict}
-            images = fingerprint(
-                "\n".join(f"{name} {Path(str(path)).stat().st_size}" for name, path in questions.items())
-            )
+        files = {example.question.image: example.question.image_path for example in self.parts.predict}
+        if self.trainer is None or self.trainer.is_global_zero:
+            report_frames(self.dataset, files)
+        images = images_fingerprint(files)
         return super().describe() | {"name": self.dataset, "source": self.source, "images": images, "limit": self.limit}
 
 
@@ -366,10 +362,10 @@ def decoded(value: str) -> tuple[bytes, str]:
     """The bytes of an image in base64, and its kind's ending; what is none is kept, to fail when it is asked about."""
     try:
         content = base64.b64decode(value, validate=True)
-        with Image.open(io.BytesIO(content)) as image:
-            return content, f".{str(image.format).lower()}"
-    except (binascii.Error, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
+    except (binascii.Error, ValueError):
         return value.encode(), BROKEN
+    kind = image_kind(content)
+    return (value.encode(), BROKEN) if kind is None else (content, f".{kind}")
 
 
 def fetch(address: str, file: Path) -> None:

@@ -28,6 +28,7 @@ import datasets
 from safervlm.data.base import Collator, Parts, SaferData, text_field
 from safervlm.data.hub import hub_rows, local_name
 from safervlm.errors import ArgumentError, RecordError
+from safervlm.image_hashes import images_fingerprint, report_frames
 from safervlm.images import image_file
 from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
@@ -44,7 +45,7 @@ from safervlm.protocol import (
     published_draw,
     text_only_question,
 )
-from safervlm.records import Example, Question, fingerprint, read_jsonl, record_id, write_jsonl
+from safervlm.records import Example, Question, read_jsonl, record_id, write_jsonl
 
 PartName = Literal["all", "train", "validation", "test"]
 # The second is the first implementation's name for it.
@@ -488,12 +489,14 @@ class ImageSets(SaferData):
         return {(image.dataset, image.image): n for image, n in zip(test, published_draw(len(test)), strict=True)}
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`SaferData.describe`; with the sets' names, and a hash of their images' names and sizes."""
-        images = [image for images in self.sets for image in images]
+        """See :meth:`SaferData.describe`; with the sets' names, and a hash of their images' names and contents."""
+        files = {f"{image.dataset}/{image.image}": image.path for images in self.sets for image in images}
+        if self.trainer is None or self.trainer.is_global_zero:
+            report_frames(self.dataset, files)
         return super().describe() | {
             "names": [self.dataset, self.safe_dataset] if self.safe_folder else [self.dataset],
             "sources": [repo for repo in (self.repo, self.safe_repo) if repo],
-            "images": fingerprint("\n".join(f"{image.image} {Path(image.path).stat().st_size}" for image in images)),
+            "images": images_fingerprint(files),
             "validation_fraction": self.validation_fraction,
             "limit": self.limit,
         }

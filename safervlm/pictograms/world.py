@@ -6,7 +6,9 @@ two minutes on a CPU. Everything else in the package only reads such folders.
 Pictograms: OpenMoji (https://openmoji.org), CC BY-SA 4.0.
 """
 
+import fcntl
 import json
+import os
 import random
 import shutil
 import sys
@@ -15,18 +17,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from safervlm import protocol
+from safervlm.caches import remove_leftovers, temporary
 from safervlm.data.unsafe_concepts import paper_split, safe_split
-from safervlm.errors import ArgumentError
+from safervlm.errors import ArgumentError, RecordError, explained
+from safervlm.images import open_image
 from safervlm.pictograms import judges, train
 from safervlm.pictograms.benchmarks import write_benchmarks
 from safervlm.pictograms.concepts import CREDITS, SAFE_CONCEPTS, UNSAFE_CONCEPTS
@@ -75,40 +78,107 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1) -> Pa
         ArgumentError: the folder holds something that is not a pictogram world.
         RuntimeError: the model missed its figures with every seed that was tried.
     """
-    out = Path(out)
+    if not str(out).strip():
+        raise ArgumentError(f"out: the folder to write, got {str(out)!r}")
+    shown, out = Path(out), Path(out).resolve()  # a link stays, and what it points to is replaced
     made_of = world_fingerprint(seed)
-    manifest = out / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("fingerprint") == made_of:
-        say(f"{out} is there already and up to date (seed {seed}, {made_of})")
-        return out
-    strangers = sorted(path.name for path in out.iterdir() if path.name not in PARTS) if out.exists() else []
+    if out.exists() and not out.is_dir():
+        raise ArgumentError(f"out: {shown} is no folder: name another one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(out.parent):
+        if world_manifest(out).get("fingerprint") == made_of:
+            say(f"{shown} is there already and up to date (seed {seed}, {made_of})")
+            return shown
+        refuse_strangers(out)
+        remove_leftovers(out.parent)
+        shutil.rmtree(out.with_name(f".{out.name}.unfinished"), ignore_errors=True)  # an older version's
+        with temporary(out, directory=True) as unfinished, temporary(out, directory=True) as before:
+            write_data_sets(unfinished, seed)
+            write_benchmarks(unfinished, seed)
+            with own_random_numbers(threads):
+                attempts = train_until_good(unfinished, seed)
+            files = [*files_in(unfinished), "manifest.json"]
+            record = {
+                "fingerprint": made_of,
+                "seed": seed,
+                "threads": threads,
+                "versions": versions(),
+                "gates": attempts[-1]["figures"],
+                "attempts": attempts,
+                "credits": CREDITS,
+                "files": files,
+            }
+            text = json.dumps(record, indent=2) + "\n"
+            write_atomically(unfinished / "manifest.json", lambda file: file.write_text(text, encoding="utf-8"))
+            refuse_strangers(out, files)
+            if out.exists():
+                out.rename(before / out.name)
+            unfinished.rename(out)
+    say(f"wrote {shown}")
+    return shown
+
+
+def world_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of a world; empty where there is none.
+
+    Raises:
+        RecordError: it is damaged.
+    """
+    file = out / "manifest.json"
+    if not file.exists():
+        return {}
+    with explained(
+        f"{file}: damaged", "delete this world, or name another folder", OSError, ValueError, RecursionError
+    ):
+        record = json.loads(file.read_text(encoding="utf-8"))
+    files = record.get("files", []) if isinstance(record, dict) else None
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise RecordError(f"{file}: damaged (not a world's manifest); delete this world, or name another folder")
+    return cast(dict[str, Any], record)
+
+
+def files_in(folder: Path) -> list[str]:
+    """The paths of all files in a folder, relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def refuse_strangers(out: Path, files: Sequence[str] = ()) -> None:
+    """Keeps a folder that holds anything but a pictogram world, whose files its manifest lists.
+
+    Args:
+        out: the folder, which may be missing or empty.
+        files: of a world as it is now; the manifest of an older version lists none.
+
+    Raises:
+        ArgumentError: names what is no part of a world.
+    """
+    if not out.exists():
+        return
+    manifest = world_manifest(out)
+    strangers = sorted(path.name for path in out.iterdir() if path.name not in PARTS or "fingerprint" not in manifest)
+    if known := manifest.get("files", files):
+        strangers += sorted(set(files_in(out)) - set(known))
     if strangers:
         raise ArgumentError(
             f"out: {out} holds {strangers[0]!r}, which is no part of a pictogram world: name another folder"
         )
 
-    unfinished = out.absolute().with_name(f".{out.absolute().name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write_data_sets(unfinished, seed)
-    write_benchmarks(unfinished, seed)
-    with own_random_numbers(threads):
-        attempts = train_until_good(unfinished, seed)
-    record = {
-        "fingerprint": made_of,
-        "seed": seed,
-        "threads": threads,
-        "versions": versions(),
-        "gates": attempts[-1]["figures"],
-        "attempts": attempts,
-        "credits": CREDITS,
-    }
-    text = json.dumps(record, indent=2) + "\n"
-    write_atomically(unfinished / "manifest.json", lambda file: file.write_text(text, encoding="utf-8"))
-    shutil.rmtree(out, ignore_errors=True)
-    unfinished.rename(out)
-    say(f"wrote {out}")
-    return out
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits until no other process builds a world in a folder; the lock ends with its process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another command builds a world here; waiting for its result")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: each builds aside, and the last one's world stays
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def world_fingerprint(seed: int) -> str:
@@ -278,7 +348,7 @@ def validation_parts(folder: Path) -> dict[str, list[str]]:
 
 def pixels(base: Base, images: Sequence[Path]) -> Tensor:
     """What the model sees of image files, padded to squares: (n, 3, height, width)."""
-    opened = [Image.open(image) for image in images]
+    opened = [open_image(image, str(image)) for image in images]
     return base.processor.image_processor(opened, do_pad=True, return_tensors="pt")["pixel_values"]
 
 

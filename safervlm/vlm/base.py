@@ -10,7 +10,7 @@ hidden units.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -73,15 +73,17 @@ class Generation:
     """An answer as it was generated.
 
     Attributes:
-        token_ids: the generated tokens, the end token included.
+        token_ids: the generated tokens, the end token included; a server tells only how many there are, and 0 stands
+            for a number that is not known.
         text: without special tokens.
         finish_reason: ``stop`` when the VLM ended the answer, ``length`` when the limit did; ``refusal`` when a server
-            marks the text as one, ``content_filter`` when its filter cut the answer, mostly to nothing.
+            marks the text as one, ``content_filter`` when its filter cut the answer, mostly to nothing. Any other is a
+            server's own word for an answer that ended by itself.
     """
 
-    token_ids: list[int]
+    token_ids: Sequence[int]
     text: str
-    finish_reason: Literal["stop", "length", "refusal", "content_filter"]
+    finish_reason: str
 
 
 class Unanswered(RecordError):  # noqa: N818 (what happened, not what is wrong)

@@ -7,9 +7,10 @@ Shapes: B questions of a batch, C completions, T tokens of the longest, N respon
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
+from pathlib import Path
 from string import Formatter
 from types import SimpleNamespace
 from typing import Any, Literal, Self
@@ -29,14 +30,15 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import ModelOutput
 
-from safervlm.errors import ArgumentError, RecordError
-from safervlm.images import BLANK, open_image
+from safervlm.errors import ArgumentError, RecordError, first_line
+from safervlm.images import BLANK, ImageSettings, open_image
 from safervlm.records import Example, Question, seed_for
 from safervlm.vlm.base import Batch, Generation, Unanswered
-from safervlm.vlm.local import LocalVLM, Targets, reading
+from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.rows import EachOnce, Encoding, Sharing, extend, join
 from safervlm.vlm.sampling import KeyedNoise, Sampling, processors
+from safervlm.vlm.weights import load_model, reading
 
 
 class EncodedBatch(Batch):
@@ -88,6 +90,7 @@ class ProcessorCollator:
         eos_token_ids: the tokens that end an answer.
         max_length: a longer prompt with its completion is refused, never cut.
         question_length: the same of a question that is read a second time, by a Q-Former; 0 where none does.
+        images: how images are decoded.
     """
 
     processor: ProcessorMixin
@@ -96,6 +99,7 @@ class ProcessorCollator:
     eos_token_ids: list[int]
     max_length: int
     question_length: int
+    images: ImageSettings = field(default=ImageSettings(), kw_only=True)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -139,7 +143,8 @@ class ProcessorCollator:
 
     def encode(self, question: Question) -> Encoding:
         """One question with its image, as the model's processor encodes it; a blank image stands for none."""
-        image = BLANK if question.image_path is None else open_image(question.image_path, question.id)
+        path = question.image_path
+        image = BLANK if path is None else open_image(path, question.id, self.images)
         if self.template is not None:
             text = self.template.format(question=question.prompt)
             encoding = dict(self.processor(images=image, text=text, return_tensors="pt"))
@@ -207,7 +212,9 @@ def read_processor(name: str, revision: str | None, config: Any) -> ProcessorMix
     ImagesAlone.__name__ = processor_class.__name__  # it is compared with the name that the folder gives
     parameter = signature(processor_class.__init__).parameters.get("video_processor")
     no_videos = {"video_processor": None} if parameter and parameter.default is parameter.empty else {}
-    processor = ImagesAlone.from_pretrained(name, revision=revision, backend="pil", **no_videos)
+    processor = ImagesAlone.from_pretrained(
+        name, revision=revision, backend="pil", trust_remote_code=False, **no_videos
+    )
     processor.__class__ = processor_class  # a local class can't be pickled
     if no_videos:  # where it has to be there, it is also asked for its settings, videos or not
         processor.video_processor = SimpleNamespace(num_frames=None, fps=None)
@@ -227,6 +234,7 @@ class Transformers(LocalVLM):
         system: the conversation's system prompt; empty for none.
         template: for a model without a chat template, the text around ``{question}``, for example ``Question:
             {question} Answer:``; none for the chat template.
+        images: how images are decoded, and which are too large.
     """
 
     def __init__(
@@ -239,22 +247,30 @@ class Transformers(LocalVLM):
         gradient_checkpointing: bool = False,
         system: str = "",
         template: str | None = None,
+        images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing)
         if template is not None and {name for _, name, _, _ in Formatter().parse(template)} - {None} != {"question"}:
             raise ArgumentError(f"vlm.template: it holds {{question}}, and nothing else in braces, got {template!r}")
-        self.system, self.template = system, template
+        self.system, self.template, self.images = system, template, images
 
     @cached_property
     def config(self) -> Any:
         """The model's configuration, without dropout: LoRA has its own, and the reference has to be one model."""
         with reading(self.name):
-            config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+            config = AutoConfig.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
             raise ArgumentError(
                 f"vlm.model: {self.name!r} reads the question by an encoder and answers by a decoder of its own, so "
                 "there is no prompt that the answer goes on with; use a model with a decoder alone"
             )
+        for part in (config, config.get_text_config(), getattr(config, "vision_config", None)):
+            attention = str(getattr(part, "_attn_implementation", None))
+            if "/" in attention:
+                raise ArgumentError(
+                    f"vlm.model: the config.json of {self.name!r} asks for the code of {attention!r} from the Hub "
+                    "(attn_implementation), which is not run; remove the entry"
+                )
         switch_off_dropout(config)
         return config
 
@@ -279,6 +295,7 @@ class Transformers(LocalVLM):
             self.eos_token_ids,
             getattr(text, "max_position_embeddings", 2**31),
             self.config.qformer_config.max_position_embeddings if hasattr(self.processor, "qformer_tokenizer") else 0,
+            images=self.images,
         )
         if self.template is not None:
             try:
@@ -293,14 +310,19 @@ class Transformers(LocalVLM):
 
     def describe(self) -> dict[str, Any]:
         """What of the VLM decides an answer."""
-        return super().describe() | {"system": self.system, "template": self.template}
+        return super().describe() | {"system": self.system, "template": self.template} | self.images.describe()
 
     def load_base(self) -> PreTrainedModel:
         """Reads the base weights, from safetensors only."""
-        with reading(self.name):
-            model = AutoModelForImageTextToText.from_pretrained(
-                self.name, revision=self.revision, config=self.config, dtype=self.dtype, use_safetensors=True
-            )
+        model = load_model(
+            AutoModelForImageTextToText,
+            self.name,
+            revision=self.revision,
+            config=self.config,
+            dtype=self.dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
         return self.prepare(model)
 
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -324,10 +346,13 @@ class Transformers(LocalVLM):
     @cached_property
     def eos_token_ids(self) -> list[int]:
         """The tokenizer's end token, then what the generation settings name, else the configuration."""
-        try:
-            settings = GenerationConfig.from_pretrained(self.name, revision=self.revision)
-        except OSError:
-            settings = GenerationConfig.from_model_config(self.config)
+        with reading(self.name):
+            try:
+                settings = GenerationConfig.from_pretrained(self.name, revision=self.revision)
+            except OSError as error:
+                if (Path(self.name) / "generation_config.json").is_file():
+                    raise ValueError(f"its generation_config.json: {first_line(error)}") from error
+                settings = GenerationConfig.from_model_config(self.config)
         named = settings.eos_token_id
         every = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         ends = [token for token in dict.fromkeys(every) if token is not None]

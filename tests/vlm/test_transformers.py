@@ -358,7 +358,7 @@ def test_an_image_that_the_processor_cannot_take_fails_alone(tmp_path: Path, exa
         examples[0], question=replace(examples[0].question, image_path=str(tmp_path / "thin.png"), id="thin")
     )
     asked = AskCollator(vlm.collator)([thin, *examples[1:]])
-    assert len(asked.batch) == 4
+    assert [len(batch) for batch in asked.batches] == [4]
     assert [failure.question.id for failure in asked.failed] == ["thin"]
     assert "thin: the model's processor can't take it (absolute aspect ratio" in asked.failed[0].reason
 
