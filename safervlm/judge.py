@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from lightning import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -23,10 +21,12 @@ from transformers.utils import cached_file
 from safervlm import rules
 from safervlm.data.labelled import LabelCollator
 from safervlm.errors import ArgumentError, RecordError, first_line
+from safervlm.escape import for_csv
 from safervlm.finite import TrainingGuard, must_be_trained
 from safervlm.protocol import LABELS, NOT_APPLICABLE, Capability
 from safervlm.records import Example, Response, Verdict, fingerprint, write_atomically
 from safervlm.rules import RULES
+from safervlm.tables import TextTable, terminal
 from safervlm.texts import tokenizable
 from safervlm.vlm.weights import load_model, must_be_finite, read_tensors, reading, weights_fingerprint
 
@@ -367,18 +367,18 @@ class Judge(LightningModule):
     def _write_confusion(self, file: Path, counts: list[list[int]]) -> None:
         with file.open("w", newline="", encoding="utf-8") as lines:
             writer = csv.writer(lines)
-            writer.writerow(["label", *self.labels])
-            writer.writerows([label, *row] for label, row in zip(self.labels, counts, strict=True))
+            writer.writerow(["label", *map(for_csv, self.labels)])
+            writer.writerows([for_csv(label), *row] for label, row in zip(self.labels, counts, strict=True))
 
     def _print_confusion(self, counts: list[list[int]]) -> None:
         right, total = sum(row[index] for index, row in enumerate(counts)), sum(map(sum, counts))
-        table = Table(title=f"Held-out answers: {right} of {total} right ({right / total:.3f})")
+        table = TextTable(title=f"Held-out answers: {right} of {total} right ({right / total:.3f})")
         table.add_column("label")
         for label in self.labels:
             table.add_column(f"read as {label}", justify="right")
         for label, row in zip(self.labels, counts, strict=True):
             table.add_row(label, *map(str, row))
-        Console().print(table)
+        terminal().print(table)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; the learning rate rises over the first ``warmup`` of the steps and falls to 0, linearly."""

@@ -161,14 +161,17 @@ def load_run(run: str | Path) -> pd.DataFrame:
         question, verdict = response.question, verdicts.get(name, Verdict(name, "", {}, ""))
         if verdict.answer and not verdict.is_of(response.response):
             raise RecordError(
-                f"{run}: the verdict on {name!r} is about another text than the answer in responses.jsonl; remove "
-                f"verdicts.jsonl, then {_how_to_judge(run)}"
+                f"{run / 'verdicts.jsonl'}: the verdict on {name!r} is about another text than the answer in "
+                f"responses.jsonl; remove verdicts.jsonl, then {_how_to_judge(run)}"
             )
         labels = LABELS.get(question.capability)
-        for what, label in (("verdict's label", verdict.label), ("right answer", question.answer)):
+        for file, what, label in (
+            ("verdicts.jsonl", "verdict's label", verdict.label),
+            ("responses.jsonl", "right answer", question.answer),
+        ):
             if labels is not None and label not in labels:
                 raise RecordError(
-                    f"{run}: the {what} of {name!r} is {label!r}, but {question.capability} has "
+                    f"{run / file}: the {what} of {name!r} is {label!r}, but {question.capability} has "
                     f"{', '.join(labels)}; was it judged by the other capability's judge?"
                 )
         rows.append(

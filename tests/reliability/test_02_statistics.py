@@ -19,7 +19,7 @@ from evaluations import write
 from safervlm import reports, scoring
 from safervlm.errors import UserError
 from safervlm.evaluation_report import evaluation
-from safervlm.records import write_jsonl
+from safervlm.records import Verdict, write_jsonl
 from safervlm.tables import JUDGE_NOTE
 
 CAPABILITIES = {"perception": "A", "alignment": "Unsafe", "alignment_text_only": "Unsafe"}
@@ -271,9 +271,16 @@ DAMAGED = {
         lambda run: change(run / "responses.jsonl", prompt_number="one"),
         "responses.jsonl",
     ),
-    "a label of another judge": (lambda run: change(run / "verdicts.jsonl", label="A"), "has Safe, Unsafe"),
+    "a label of another judge": (
+        lambda run: change(run / "verdicts.jsonl", label="A", probabilities={"A": 1}),
+        "has Safe, Unsafe",
+    ),
     "a label of no kind": (lambda run: change(run / "verdicts.jsonl", label=None), "verdicts.jsonl"),
     "probabilities of no kind": (lambda run: change(run / "verdicts.jsonl", probabilities=[1]), "verdicts.jsonl"),
+    "a verdict about another answer": (
+        lambda run: change(run / "verdicts.jsonl", answer=Verdict.fingerprint_of("another")),
+        "is about another text",
+    ),
     "another run's verdicts": (lambda run: change(run / "verdicts.jsonl", id="x"), "verdicts.jsonl"),
     "the manifest is cut": (lambda run: (run / "manifest.json").write_text('{"stages": {'), "manifest.json"),
     "the manifest is a list": (lambda run: (run / "manifest.json").write_text("[]"), "manifest.json"),
@@ -325,11 +332,9 @@ def test_folders_are_named_in_any_way(tmp_path, monkeypatch):
     write(run / "evaluation", many(3))
     monkeypatch.chdir(run)
     for given in (".", f"{run}/", "../mine", "../mine/."):
-        page = reports.report([Path(given)], tmp_path / "page.html")
-        assert "<h1>mine</h1>" in page.read_text()
-        for inner in (given, Path(given) / "evaluation"):
-            page = evaluation([Path(inner)], tmp_path / "evaluation.html")
-            assert "<h1>mine</h1>" in page.read_text()
+        assert reports.run_names([Path(given)]) == ["mine"]
+    assert "<h1>mine</h1>" in reports.report([Path()], tmp_path / "page.html").read_text()
+    assert "<h1>mine</h1>" in evaluation([Path("../mine")], tmp_path / "evaluation.html").read_text()
     monkeypatch.chdir(run / "evaluation")
     assert "<h1>mine</h1>" in evaluation([Path()], tmp_path / "evaluation.html").read_text()
 
