@@ -3,13 +3,13 @@
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from safervlm.errors import RecordError
-from safervlm.records import Failure, read_jsonl, read_torn_jsonl, to_line, write_jsonl
+from safervlm.errors import RecordError, first_line
+from safervlm.records import Failure, Response, read_jsonl, read_torn_jsonl, to_line, write_jsonl
 
 
 class RecordWriter(Callback):
@@ -28,7 +28,7 @@ class RecordWriter(Callback):
 
     def __init__(self, file: str = "responses.jsonl") -> None:
         self.file = file
-        self._shard: TextIO | None = None
+        self._shard: BinaryIO | None = None
         self._failed: list[Failure] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -49,7 +49,7 @@ class RecordWriter(Callback):
         shards.mkdir(parents=True, exist_ok=True)
         self._failed = []
         # A new file: another run's last line may be torn, and in a container process ids come again.
-        self._shard = (shards / f"{trainer.global_rank}-{time.time_ns()}.jsonl").open("x", encoding="utf-8")
+        self._shard = (shards / f"{trainer.global_rank}-{time.time_ns()}.jsonl").open("xb")
 
     def on_predict_batch_end(
         self,
@@ -62,8 +62,19 @@ class RecordWriter(Callback):
     ) -> None:
         """Appends a batch's records."""
         assert self._shard is not None  # noqa: S101 (on_predict_start opened it; for the type checker)
-        self._failed += [record for record in outputs if isinstance(record, Failure)]
-        self._shard.write("".join(to_line(record.to_dict()) for record in outputs if not isinstance(record, Failure)))
+        lines = []
+        for record in outputs:
+            if isinstance(record, Failure):
+                self._failed.append(record)
+                continue
+            try:
+                lines.append(to_line(record.to_dict()).encode())
+            except (TypeError, ValueError, RecursionError) as error:
+                if not isinstance(record, Response):
+                    raise
+                reason = f"{record.id}: its answer can't be written as JSON ({first_line(error)})"
+                self._failed.append(Failure(record.question, reason))
+        self._shard.write(b"".join(lines))
         self._shard.flush()
         if trainer.received_sigterm:  # Lightning asks for it while it trains, not here
             raise SIGTERMException
@@ -106,8 +117,12 @@ class RecordWriter(Callback):
     def _read(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
         """The records that are there, by id."""
         merged = Path(trainer.default_root_dir) / self.file
-        records = {record["id"]: record for record in read_jsonl(merged)} if merged.is_file() else {}
-        for shard in sorted(self._shards(trainer).glob("*.jsonl")):
-            for record in read_torn_jsonl(shard):
+        shards = sorted(self._shards(trainer).glob("*.jsonl"))
+        records: dict[str, dict[str, Any]] = {}
+        for file in [merged, *shards]:
+            there = read_torn_jsonl(file) if file != merged else read_jsonl(file) if file.is_file() else ()
+            for number, record in enumerate(there, 1):
+                if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+                    raise RecordError(f"{file}, record {number}: no id; remove the record, and it is asked again")
                 records.setdefault(record["id"], record)
         return records

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from safervlm.data.benchmarks import on_the_hub
@@ -104,7 +105,7 @@ def doctor(
         table.add_column(heading, overflow="fold")
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     for finding in findings:
-        table.add_row(f"[{colours[finding.state]}]{finding.state}[/]", finding.what, finding.found)
+        table.add_row(f"[{colours[finding.state]}]{finding.state}[/]", Text(finding.what), Text(finding.found))
     Console().print(table)
     if any(finding.state == "error" for finding in findings):
         sys.exit(1)

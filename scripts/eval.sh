@@ -8,6 +8,7 @@
 set -uo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;; esac
 command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
+source "$(dirname "$0")/signals.sh"
 original="${ORIGINAL:-runs/original}"
 runs=("$original")
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -29,18 +30,17 @@ for run in "${runs[@]}"; do
     adapter=(--model.vlm.adapter "$run/adapter")
   fi
   echo "$run: evaluating into $run/evaluation"
-  safervlm predict --config configs/evaluate.yaml "${@//\{\}/$(basename "$run")}" "${adapter[@]}" --run "$run/evaluation"
+  play safervlm predict --config configs/evaluate.yaml "${@//\{\}/$(basename "$run")}" "${adapter[@]}" --run "$run/evaluation"
   code=$?
   case "$code" in
     0) ;;
     3) partial+=("$run: some of it has no answer, see above; the same command asks it again") ;;
-    130) exit 130 ;;
     *) failed+=("$run: exit code $code") ;;
   esac
   [ "$run" = "$original" ] || evaluated+=("$run")
 done
-safervlm evaluation "${evaluated[@]}" --out "${OUT:-runs/evaluation.html}"
-case "$?" in 0) ;; 3) partial+=("the table: a run is left out, see above") ;; 130) exit 130 ;; *) failed+=("the table") ;; esac
+play safervlm evaluation "${evaluated[@]}" --out "${OUT:-runs/evaluation.html}"
+case "$?" in 0) ;; 3) partial+=("the table: a run is left out, see above") ;; *) failed+=("the table") ;; esac
 for line in "${partial[@]}"; do echo "incomplete: $line" >&2; done
 for line in "${failed[@]}"; do echo "failed: $line" >&2; done
 [ "${#failed[@]}" = 0 ] || exit 1

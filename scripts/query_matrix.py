@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from callbacks.record_writer import read_torn_jsonl
 from safervlm.protocol import CAPABILITIES
-from safervlm.records import FAILED, read_jsonl
+from safervlm.records import FAILED, read_jsonl, read_torn_jsonl
 from safervlm.run import finished, read_manifest
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     for heading in ("run", *CAPABILITIES):
         table.add_column(heading, overflow="fold")
     for run in options.runs:
-        table.add_row(run.name, *state(run).values())
+        table.add_row(*map(Text, (run.name, *state(run).values())))  # as it is: no markup
     Console().print(table)
 
 

@@ -7,6 +7,7 @@
 set -uo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;; esac
 command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
+source "$(dirname "$0")/signals.sh"
 runs="${RUNS:-runs/query}"
 vlms=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -36,12 +37,15 @@ for vlm in "${vlms[@]}"; do
     continue
   fi
   echo "$vlm: measuring into $run"
-  safervlm "${line[@]}" 2>&1 | tee -i "$run.log"
-  code="${PIPESTATUS[0]}"
+  exec {log}> >(trap '' INT TERM; exec tee "$run.log")
+  tee=$!
+  play safervlm "${line[@]}" >&"$log" 2>&1
+  code=$?
+  exec {log}>&-
+  wait "$tee"  # it writes the last line, which the table shows
   case "$code" in
     0) ;;
     3) [ "$ended" = 1 ] || ended=3 ;;  # some questions have no answer; the table says how many
-    130) exit 130 ;;
     *)
       ended=1
       echo "$vlm: failed with exit code $code, going on with the next; see $run.log" >&2

@@ -6,6 +6,7 @@
 set -uo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;; esac
 command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
+source "$(dirname "$0")/signals.sh"
 objectives=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case "$1" in -*) echo "$0: unknown option $1: arguments of safervlm stand behind --; see --help" >&2; exit 2 ;; esac
@@ -20,9 +21,8 @@ for objective in "${objectives[@]}"; do
   [ -f "$file" ] || file="configs/$objective.yaml"
   name="$(basename "$objective" .yaml)"
   echo "$name: training into ${RUNS:-runs}/$name"
-  safervlm fit --config "$file" "${@//\{\}/$name}" --run "${RUNS:-runs}/$name"
+  play safervlm fit --config "$file" "${@//\{\}/$name}" --run "${RUNS:-runs}/$name"
   code=$?
-  [ "$code" = 130 ] && exit 130
   [ "$code" = 0 ] || failed+=("$name (exit code $code)")
 done
 [ "${#failed[@]}" = 0 ] || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }

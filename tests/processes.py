@@ -3,12 +3,14 @@
 A server that has imported what a command needs forks each of them: seconds less than an interpreter of its own.
 """
 
+import ctypes
 import io
 import multiprocessing
 import os
 import random
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -91,26 +93,20 @@ def play(args: Sequence[object], folder: Path, code: int = 0) -> str:
     return played.output
 
 
+def start_together(args: Sequence[object], folder: Path, processes: int = 2, **environment: object) -> list[Played]:
+    """Starts a command in processes that find each other as a cluster's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    return [Played(args, folder, f"rank-{rank}", LOCAL_RANK=rank, **place, **environment) for rank in range(processes)]
+
+
 def play_together(args: Sequence[object], folder: Path, code: int = 0, processes: int = 2) -> str:
     """Plays a command in processes that find each other as a cluster's do; gives what the first one printed.
 
     Of those that don't end well one has to end with ``code``: the others may find it gone.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        Played(
-            args,
-            folder,
-            f"rank-{rank}",
-            LOCAL_RANK=rank,
-            NODE_RANK=0,
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        for rank in range(processes)
-    ]
+    ranks = start_together(args, folder, processes)
     try:
         codes = [played.end() for played in ranks]
         output = "\n".join(played.output for played in ranks)
@@ -191,6 +187,59 @@ class KillInSave(Callback):
         torch.save(checkpoint, content)
         Path(path).write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StallAt(Callback):
+    """Waits at a known moment, for a signal; the file ``stalled-RANK`` in the working directory says that it waits.
+
+    Args:
+        where: ``setup``, ``save`` (half of a checkpoint is written), or ``CALLBACK.HOOK``: before another callback's.
+        call: which call of the hook, from 1.
+        seconds: how long it waits.
+        deaf: waits in C, where Python runs no signal handler.
+        rank: waits in this process alone; -1 in all of them.
+    """
+
+    def __init__(self, where: str, call: int = 1, seconds: float = 120, deaf: bool = False, rank: int = -1) -> None:
+        self.where, self.left, self.seconds, self.deaf, self.rank = where, call, seconds, deaf, rank
+
+    def setup(self, trainer, pl_module, stage):
+        if self.rank not in (-1, trainer.global_rank):
+            return
+        self.marker = Path(f"stalled-{trainer.global_rank}")
+        if self.where == "setup":
+            self.stall()
+        elif self.where == "save":
+            torch_io._atomic_save = self.save
+        else:
+            name, hook = self.where.split(".")
+            callback = next(each for each in trainer.callbacks if type(each).__name__ == name)
+            whole = getattr(callback, hook)
+
+            def stalled(*args, **kwargs):
+                self.left -= 1
+                if self.left == 0:
+                    self.stall()
+                return whole(*args, **kwargs)
+
+            setattr(callback, hook, stalled)
+
+    def save(self, checkpoint, path):
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
+        self.stall()
+
+    def stall(self):
+        self.marker.touch()
+        if self.deaf:
+            lock = ctypes.CDLL(None).pthread_mutex_lock
+            mutex = ctypes.create_string_buffer(64)
+            lock(mutex)
+            lock(mutex)  # for ever
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            time.sleep(0.02)
 
 
 class KillAtExport(Callback):

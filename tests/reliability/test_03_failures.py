@@ -1,0 +1,162 @@
+"""Promise 3, in the loop that asks: whatever one question raises is its own failure, and the others are answered."""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from callbacks.record_writer import RecordWriter
+from safervlm.errors import ArgumentError, RecordError, UserError
+from safervlm.measure import AskCollator, Measure
+from safervlm.records import Example, Failure, Question, Response
+from safervlm.vlm.base import Generation
+
+PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})  # as of a Rust library
+
+ERRORS = [
+    MemoryError(),
+    OverflowError("cannot fit 'int' into an index-sized integer"),
+    struct.error("unpack requires a buffer of 4 bytes"),
+    PanicException("index out of bounds: the len is 3\nnote: run with RUST_BACKTRACE=1"),
+    RecursionError("maximum recursion depth exceeded"),
+    UnicodeEncodeError("utf-8", "\udc80", 0, 1, "surrogates not allowed"),
+    ZeroDivisionError("division by zero"),
+    RuntimeError("The size of tensor a (3) must match\nthe size of tensor b (4)"),
+    AssertionError(),
+    OSError(28, "No space left on device"),
+    RecordError("x: the image can't be read"),
+    IndexError("x" * 5000),
+]
+ENDS = [KeyboardInterrupt(), SystemExit(1), SIGTERMException(), ArgumentError("vlm.addresses: a list, got 1")]
+
+
+@dataclass
+class Batch:
+    """What the collator below makes: the questions."""
+
+    questions: list[Question]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def select(self, rows) -> "Batch":
+        return Batch([self.questions[int(row)] for row in rows])
+
+
+class Faulty:
+    """A VLM's two steps, of which one raises an error where a question is among those to fail.
+
+    Args:
+        error: what is raised.
+        bad: the ids of the questions that raise it.
+        together: raises it for more questions than this, too.
+    """
+
+    def __init__(self, error: BaseException, bad: set[str], together: int = 1000) -> None:
+        self.error, self.bad, self.together = error, bad, together
+        self.asked: list[int] = []
+
+    def collate(self, examples) -> Batch:
+        self._raise([example.question.id for example in examples])
+        return Batch([example.question for example in examples])
+
+    def generate(self, batch, sampling, seed) -> list[Generation]:
+        self.asked.append(len(batch))
+        self._raise([question.id for question in batch.questions])
+        return [Generation([1], question.id, "stop") for question in batch.questions]
+
+    def _raise(self, ids: list[str]) -> None:
+        if self.bad & set(ids) or len(ids) > self.together:
+            raise self.error
+
+
+def measure_with(faulty: Faulty, in_collator: bool, **settings: int) -> Measure:
+    measure = Measure.__new__(Measure)
+    Measure.__init__(measure, vlm=None, **settings)  # type: ignore[arg-type]
+    measure.vlm = faulty  # type: ignore[assignment]
+    faulty.collator = faulty.collate if in_collator else lambda examples: Batch([each.question for each in examples])  # type: ignore[attr-defined]
+    return measure
+
+
+@pytest.mark.parametrize("in_collator", [True, False], ids=["collator", "generate"])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_one_question_fails_and_the_others_are_answered(
+    error: BaseException, in_collator: bool, make_questions: Callable[[int], list[Question]]
+) -> None:
+    questions = make_questions(7)
+    bad = {questions[2].id, questions[5].id}
+    measure = measure_with(Faulty(error, bad), in_collator)
+    records = measure.predict_step(measure.collator([Example(question) for question in questions]), 0)
+    failed = [record for record in records if isinstance(record, Failure)]
+    assert {record.id for record in failed} == bad
+    assert {record.id: record.response for record in records if isinstance(record, Response)} == {
+        question.id: question.id for question in questions if question.id not in bad
+    }
+    for record in failed:
+        assert record.reason
+        assert len(record.reason.splitlines()) == 1
+        assert len(record.reason) < 600
+        assert type(error).__name__ in record.reason or isinstance(error, RecordError)
+
+
+@pytest.mark.parametrize("in_collator", [True, False], ids=["collator", "generate"])
+@pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
+def test_what_concerns_the_run_ends_it(
+    error: BaseException, in_collator: bool, make_questions: Callable[[int], list[Question]]
+) -> None:
+    questions = make_questions(4)
+    measure = measure_with(Faulty(error, {questions[1].id}), in_collator)
+    with pytest.raises(type(error)):
+        measure.predict_step(measure.collator([Example(question) for question in questions]), 0)
+
+
+def test_questions_that_fail_only_together_are_asked_in_halves(make_questions) -> None:
+    examples = [Example(question) for question in make_questions(8)]
+    collator = AskCollator(Faulty(MemoryError(), set(), together=3).collate)
+    asked = collator(examples)
+    assert [len(batch) for batch in asked.batches] == [2, 2, 2, 2]
+    assert asked.failed == []
+    measure = measure_with(Faulty(MemoryError(), set(), together=3), in_collator=True)
+    records = measure.predict_step(asked, 0)
+    assert [record.id for record in records] == [example.question.id for example in examples]
+    assert all(isinstance(record, Response) for record in records)
+
+
+@pytest.mark.parametrize("most", [1, 3, 20])
+def test_a_fault_of_every_question_stops_the_run(most: int, make_questions) -> None:
+    questions = make_questions(30)
+    faulty = Faulty(ZeroDivisionError("division by zero"), {question.id for question in questions})
+    measure = measure_with(faulty, in_collator=False, failures_in_a_row=most)
+    with pytest.raises(UserError, match=rf"model\.failures_in_a_row: {most} questions in a row .*ZeroDivisionError"):
+        measure.predict_step(measure.collator([Example(question) for question in questions]), 0)
+    assert faulty.asked.count(1) == most
+
+
+def test_an_answer_in_between_begins_the_count_anew(make_questions) -> None:
+    questions = make_questions(12)
+    bad = {question.id for index, question in enumerate(questions) if index % 3}
+    measure = measure_with(Faulty(ValueError("no"), bad), in_collator=False, failures_in_a_row=3)
+    records = measure.predict_step(measure.collator([Example(question) for question in questions]), 0)
+    assert {record.id for record in records if isinstance(record, Failure)} == bad
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_a_count_that_stops_nothing_is_refused(most: int) -> None:
+    with pytest.raises(ArgumentError, match=rf"model\.failures_in_a_row: at least 1, got {most}"):
+        measure_with(Faulty(ValueError(), set()), in_collator=False, failures_in_a_row=most)
+
+
+def test_an_answer_that_cannot_be_written_fails_alone(make_questions, tmp_path: Path) -> None:
+    good, bad = make_questions(2)
+    trainer = type("Trainer", (), {"default_root_dir": tmp_path, "global_rank": 0, "received_sigterm": False})()
+    writer = RecordWriter()
+    writer.on_predict_start(trainer, None)  # type: ignore[arg-type]
+    outputs = [Response(bad, "fine", "stop", {1, 2}), Response(good, "fine", "stop", 2)]  # type: ignore[arg-type]
+    writer.on_predict_batch_end(trainer, None, outputs, None, 0)  # type: ignore[arg-type]
+    (shard,) = (tmp_path / "shards" / "responses").iterdir()
+    assert shard.read_text(encoding="utf-8").count("\n") == 1
+    assert [failure.id for failure in writer._failed] == [bad.id]
+    assert "can't be written as JSON" in writer._failed[0].reason

@@ -1,0 +1,255 @@
+"""Promise 7: within seconds of a signal the process has ended, and the same command ends as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import Played, play, start_together, write_config
+
+from safervlm.run import finished
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent.parent
+TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
+CODES = {TERM: 143, INT: 130, KILL: -9}
+BOUND = 15  # seconds; it is 5 on a machine that does nothing else
+GRACE = 1  # seconds, in place of 4: what a step may still take
+
+
+def wait_for(file: Path, played: Played) -> None:
+    end = time.monotonic() + 200
+    while not file.exists():
+        assert played.process.exitcode is None, played.output
+        assert time.monotonic() < end, played.output
+        time.sleep(0.02)
+
+
+def interrupt(
+    line: list[object], folder: Path, where: str, number: int, grace: float = GRACE, **settings: object
+) -> str:
+    """Plays a command that stalls at a known moment, sends it a signal there, and gives what it printed."""
+    stall = ["--trainer.callbacks+=processes.StallAt", f"--trainer.callbacks.where={where}"]
+    stall += [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]
+    marker = folder / "stalled-0"
+    marker.unlink(missing_ok=True)
+    played = Played([*line, *stall], folder, SAFERVLM_GRACE=grace)
+    wait_for(marker, played)
+    os.kill(int(played.process.pid or 0), number)
+    code = played.end(BOUND)
+    assert code == CODES[signal.Signals(number)], played.output
+    assert "Traceback" not in played.output
+    return played.output
+
+
+# Where a measurement waits, the signal, whether it waits in C, and how many answers are in the shards afterwards.
+PREDICT = [
+    ("setup", TERM, False, 0),  # before the model is loaded
+    ("setup", INT, False, 0),
+    ("setup", KILL, False, 0),
+    ("setup", TERM, True, 0),
+    ("RecordWriter.on_predict_batch_end", TERM, True, 0),  # in a step that doesn't end
+    ("RecordWriter.on_predict_batch_end", INT, False, 0),
+    ("RecordWriter.on_predict_batch_end", KILL, False, 0),
+    ("RecordWriter.on_predict_end", TERM, False, 30),  # everything is answered, nothing merged
+    ("RecordWriter.on_predict_end", KILL, False, 30),
+    ("JudgeResponses.on_predict_end", TERM, False, None),
+    ("JudgeResponses.on_predict_end", INT, True, None),
+    ("ScoreTable.on_predict_end", TERM, False, None),
+    ("ScoreTable.on_predict_end", INT, False, None),
+    ("RunManifest.teardown", KILL, False, None),
+    ("RunManifest.teardown", TERM, False, None),
+]
+
+
+def answers_in_shards(folder: Path) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in (folder / "run" / "shards").rglob("*.jsonl"))
+
+
+def files(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in ("responses.jsonl", "verdicts.jsonl", "scores.csv")}
+
+
+def test_a_measurement_is_interrupted_everywhere_and_ends_as_one_that_was_not(
+    measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path, tmp_path: Path
+) -> None:
+    line: list[object] = [*measuring_line(Path("run"), tiny_sets / "unsafe"), "--data.batch_size=5"]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    play(line, whole)
+    assert (whole / "run" / "responses.jsonl").read_bytes().count(b"\n") == 30
+
+    for where, number, deaf, answered in PREDICT:
+        interrupt(line, tmp_path, where, number, deaf=str(deaf).lower())
+        if answered is not None:
+            assert answers_in_shards(tmp_path) == answered, where
+        assert not finished(tmp_path / "run", "measure")
+        assert not list((tmp_path / "run").rglob(".tmp-safervlm-*")) or number == KILL or deaf, where
+    play(line, tmp_path)
+    assert files(tmp_path / "run") == files(whole / "run")
+    assert not list((tmp_path / "run").rglob(".tmp-safervlm-*"))
+
+
+@pytest.mark.parametrize("number", [TERM, INT])
+def test_a_step_that_ends_in_time_is_written(
+    number: int, measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path, tmp_path: Path
+) -> None:
+    line: list[object] = [*measuring_line(Path("run"), tiny_sets / "unsafe"), "--data.batch_size=5"]
+    said = interrupt(line, tmp_path, "RecordWriter.on_predict_batch_end", number, grace=60, call=2, seconds=1)
+    assert "the step at work is completed first" in said
+    assert "the same command" in said
+    assert answers_in_shards(tmp_path) == 10
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory, tiny_llava: Path, tiny_sets: Path) -> list[object]:
+    """A command line that trains for 6 batches, and writes a checkpoint at the last one alone."""
+    vlm = {"model": str(tiny_llava), "dtype": "float32", "lora": {"r": 4, "alpha": 8}, "system": ""}
+    config: dict[str, Any] = {
+        "model": {"init_args": {"vlm": {"class_path": "safervlm.vlm.llava.Llava", "init_args": vlm}, "lr": 0.01}},
+        "data": {
+            "init_args": {
+                "folder": str(tiny_sets / "unsafe"),
+                "safe_folder": str(tiny_sets / "safe"),
+                "validation_fraction": 0.0,
+                "batch_size": 8,
+                "num_workers": 2,
+            }
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "precision": "32-true",
+            "max_epochs": 1,
+            "enable_progress_bar": False,
+            "callbacks": [
+                {"class_path": "callbacks.checkpoint.LastCheckpoint", "init_args": {"every_n_batches": 50}},
+                {"class_path": "callbacks.metrics_csv.MetricsCSV"},
+                {"class_path": "callbacks.adapter_export.AdapterExport"},
+            ],
+        },
+    }
+    file = write_config(tmp_path_factory.mktemp("configs") / "fit.yaml", config)
+    return ["fit", "--config=configs/sft.yaml", f"--config={file}", "--run=run"]
+
+
+def saved(folder: Path) -> int:
+    """The batches behind the last checkpoint."""
+    last = folder / "run" / "checkpoints" / "last.ckpt"
+    return torch.load(last, weights_only=False)["lr_schedulers"][0]["last_epoch"] if last.exists() else 0
+
+
+# Where training waits, which call of it, the signal, seconds, whether in C, and the batches that are saved afterwards.
+FIT = [
+    ("setup", 1, TERM, 120, False, 0),
+    ("MetricsCSV.on_train_batch_end", 2, INT, 1, False, 2),  # the step ends in time: it is saved
+    ("MetricsCSV.on_train_batch_end", 2, TERM, 120, True, 2),  # a step that doesn't end
+    ("save", 1, KILL, 120, False, None),
+    ("MetricsCSV.on_train_batch_end", 1, TERM, 1, False, 3),
+    ("save", 1, TERM, 120, True, 3),  # half of a checkpoint
+    ("LastCheckpoint.on_train_batch_end", 1, KILL, 120, False, 3),
+    ("AdapterExport.on_fit_end", 1, TERM, 120, False, 6),
+    ("AdapterExport.on_fit_end", 1, KILL, 120, False, 6),
+]
+
+
+def test_training_is_interrupted_everywhere_and_ends_as_one_that_was_not(fit: list[object], tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    play(fit, whole)
+    assert saved(whole) == 6
+    for where, call, number, seconds, deaf, batches in FIT:
+        grace = 60 if seconds == 1 else GRACE
+        interrupt(fit, tmp_path, where, number, grace, call=call, seconds=seconds, deaf=str(deaf).lower())
+        if batches is not None:
+            assert saved(tmp_path) == batches, where
+    play(fit, tmp_path)
+    for name in ("metrics.csv", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
+    assert not (tmp_path / "run" / "checkpoints" / "next.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number", "seconds", "codes"),
+    [
+        ([0], TERM, 1, {143}),  # the others hear of it from this one
+        ([1], INT, 1, {130, 143}),
+        ([0, 1], TERM, 1, {143}),
+        ([0], TERM, 120, {143}),  # one hangs, the other waits for it
+        ([1], KILL, 120, {-9, 1}),
+        ([0], KILL, 120, {-9, 1}),
+    ],
+)
+def test_two_processes(
+    ranks: list[int], number: int, seconds: int, codes: set[int], fit: list[object], tmp_path: Path
+) -> None:
+    line = [*fit, "--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=0", "--data.batch_size=4"]
+    stall = ["--trainer.callbacks+=processes.StallAt", "--trainer.callbacks.where=MetricsCSV.on_train_batch_end"]
+    stall += ["--trainer.callbacks.call=2", f"--trainer.callbacks.seconds={seconds}"]
+    played = start_together([*line, *stall], tmp_path, SAFERVLM_GRACE=60 if seconds == 1 else GRACE)
+    try:
+        for rank in range(2):
+            wait_for(tmp_path / f"stalled-{rank}", played[rank])
+        for rank in ranks:
+            os.kill(int(played[rank].process.pid or 0), number)
+        ended = [each.end(BOUND) for each in played]
+        output = "\n".join(each.output for each in played)
+        assert set(ended) == codes, (ended, output)
+        if number == KILL:
+            survivor = played[1 - ranks[0]].output
+            assert sum("another process of this run has ended" in text for text in survivor.splitlines()) == 1
+        elif seconds == 1:
+            assert saved(tmp_path) == 2
+        assert "Traceback" not in output
+    finally:
+        for each in played:
+            each.process.kill()
+
+
+def stub(folder: Path) -> dict[str, str]:
+    """A command that writes down that it began and ended, and takes no signal for the end before its half second."""
+    script = folder / "bin" / "safervlm"
+    script.parent.mkdir()
+    script.write_text(
+        '#!/usr/bin/env bash\necho began >>"$LOG"\n'
+        "trap 'sleep 0.3; echo heard >>\"$LOG\"; exit 143' TERM\nfor i in $(seq 600); do sleep 0.1; done\n"
+    )
+    script.chmod(0o755)
+    log = str(folder / "log.txt")
+    return os.environ | {"PATH": f"{script.parent}:{os.environ['PATH']}", "LOG": log, "RUNS": str(folder / "runs")}
+
+
+@pytest.mark.parametrize("number", [TERM, INT])
+@pytest.mark.parametrize(
+    "script", [["train.sh", "sft", "dpo"], ["eval.sh"], ["query_vlms.sh", "llava-1.5-7b", "cogvlm"]], ids=lambda s: s[0]
+)
+def test_a_shell_script_passes_a_signal_on_and_ends(script: list[str], number: int, tmp_path: Path) -> None:
+    environment = stub(tmp_path) | {"ORIGINAL": str(tmp_path / "original")}
+    vlms = sorted(file.stem for file in (ROOT / "configs" / "vlm").glob("*.yaml"))[:2]
+    arguments = script[1:] if script[0] != "query_vlms.sh" else vlms
+    started = subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / script[0]), *arguments],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # As in a terminal; a test may be started where Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    log = tmp_path / "log.txt"
+    end = time.monotonic() + 60
+    while not log.exists():
+        assert time.monotonic() < end
+        assert started.poll() is None, started.stdout
+        time.sleep(0.02)
+    time.sleep(0.2)
+    started.send_signal(number)
+    started.communicate(timeout=BOUND)
+    assert started.returncode == CODES[signal.Signals(number)]
+    assert log.read_text().split() == ["began", "heard"]  # the command has ended before, and no other was begun

@@ -1,0 +1,206 @@
+"""Promise 8: what somebody else's run folder names is contacted, sent, imported or read only where the user says so."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from loopback import Loopback, hurry, loopbacks
+from PIL import Image
+
+from safervlm.cli import main
+from safervlm.records import read_jsonl, write_jsonl
+from safervlm.trust import Named, check, may_read, named_in
+
+SECRET = "hf_value_of_the_key"
+
+
+@pytest.fixture(scope="module")
+def measured(measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("trust") / "run"
+    main(measuring_line(run, tiny_sets / "unsafe"))
+    return run
+
+
+def copy(measured: Path, folder: Path, change: Callable[[dict[str, Any]], None] = lambda config: None) -> Path:
+    """A run folder of a stranger's, whose configuration was changed."""
+    run = folder / "stranger"
+    shutil.copytree(measured, run)
+    config = yaml.safe_load((run / "predict.yaml").read_text())
+    change(config)
+    (run / "predict.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+def refused(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(line)
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    errors = [text for text in said.splitlines() if text.startswith("safervlm: error:")]
+    assert len(errors) == 1, said
+    return errors[0]
+
+
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch):
+    """A server on this machine, and what arrived at it."""
+    arrived: list[dict[str, Any]] = []
+    hurry(monkeypatch)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    with loopbacks() as start:
+
+        def play(prompt: str, number: int, body: dict[str, Any]) -> None:
+            arrived.append(body)
+
+        yield start(play), arrived
+
+
+def asks(address: str, variable: str | None = "HF_TOKEN") -> Callable[[dict[str, Any]], None]:
+    def change(config: dict[str, Any]) -> None:
+        settings: dict[str, Any] = {"model": "m", "addresses": [address]}
+        settings |= {"api_key_variable": variable} if variable else {}
+        config["model"]["init_args"]["vlm"] = {"class_path": "safervlm.vlm.api.Server", "init_args": settings}
+
+    return change
+
+
+@pytest.mark.parametrize("variable", ["HF_TOKEN", None])
+def test_an_address_of_the_folder_is_not_contacted_unasked(
+    variable: str | None, measured: Path, tmp_path: Path, listener: tuple[Loopback, list[Any]], capsys
+) -> None:
+    server, arrived = listener
+    run = copy(measured, tmp_path, asks(server.address, variable))
+    named = variable or "OPENAI_API_KEY"
+    line = ["verify", str(run), "--sample", "2"]
+    for more in (
+        [],
+        ["--addresses", f"[{server.address}]"],
+        ["--api_key_variable", named],
+        ["--addresses", "[http://elsewhere.example/v1]", "--api_key_variable", named],
+        ["--addresses", f"[{server.address}]", "--api_key_variable", "ANOTHER"],
+    ):
+        said = refused([*line, *more], capsys)
+        assert server.address in said
+        assert named in said
+        assert SECRET not in said
+    assert arrived == []
+    main([*line, "--addresses", f"[{server.address}]", "--api_key_variable", named])
+    assert len(arrived) == 2
+
+
+def test_images_are_those_of_the_data_whatever_the_records_name(
+    measured: Path, tmp_path: Path, listener: tuple[Loopback, list[Any]]
+) -> None:
+    server, arrived = listener
+    run = copy(measured, tmp_path, asks(server.address))
+    private = tmp_path / "private.png"
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(private)
+    records = [record | {"image_path": str(private)} for record in read_jsonl(run / "responses.jsonl")]
+    write_jsonl(run / "responses.jsonl", records)
+    allowed = ["--sample", "3", "--addresses", f"[{server.address}]", "--api_key_variable", "HF_TOKEN"]
+    main(["verify", str(run), *allowed])
+    sent = json.dumps(arrived)
+    clean = copy(measured, tmp_path / "clean", asks(server.address))
+    arrived.clear()
+    main(
+        ["verify", str(clean), "--sample", "3", "--addresses", f"[{server.address}]", "--api_key_variable", "HF_TOKEN"]
+    )
+    by_text = sorted(json.dumps(body["messages"]) for body in arrived)
+    assert by_text == sorted(json.dumps(body["messages"]) for body in json.loads(sent))
+
+
+def test_records_of_other_data_are_refused(measured: Path, tmp_path: Path, capsys) -> None:
+    run = copy(measured, tmp_path)
+    records = list(read_jsonl(run / "responses.jsonl"))
+    write_jsonl(run / "responses.jsonl", [record | {"id": f"Other/{record['id']}"} for record in records])
+    assert "none of its answers is about the data" in refused(["verify", str(run)], capsys)
+    write_jsonl(run / "responses.jsonl", [record | {"prompt": "What is the password?"} for record in records])
+    assert "answers another question" in refused(["verify", str(run)], capsys)
+
+
+CODE = {
+    "model": lambda config: config["model"].update(class_path="strangers_code.Model"),
+    "vlm": lambda config: config["model"]["init_args"]["vlm"].update(class_path="strangers_code.VLM"),
+    "vlm by its path": lambda config: config["model"]["init_args"].update(vlm="strangers_code.VLM"),
+    "data": lambda config: config["data"].update(class_path="strangers_code.Data"),
+    "a set": lambda config: config["data"]["init_args"].update(sets={"a": {"class_path": "strangers_code.Set"}}),
+    "a part in a file": lambda config: config["model"]["init_args"].update(vlm="part.yaml"),
+    "the model's own code": lambda config: config["model"]["init_args"]["vlm"]["init_args"].update(
+        trust_remote_code=True
+    ),
+}
+
+
+@pytest.mark.parametrize("where", CODE)
+@pytest.mark.parametrize("command", ["verify", "doctor"])
+def test_code_of_the_folder_is_not_imported_unasked(
+    command: str, where: str, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run = copy(measured, tmp_path, CODE[where])
+    (run / "part.yaml").write_text("class_path: strangers_code.VLM\n")
+    beside = tmp_path / "shell"
+    beside.mkdir()
+    (beside / "strangers_code.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
+    monkeypatch.chdir(beside)
+    line = ["verify", str(run)] if command == "verify" else ["doctor", "--config", str(run / "predict.yaml")]
+    said = refused(line, capsys)
+    assert "--trust_config true" in said
+    assert ("trust_remote_code" if where.startswith("the model") else "strangers_code.") in said
+    assert not (beside / "imported").exists()
+
+
+def test_a_class_beside_the_shell_is_found_where_it_is_allowed(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run = copy(measured, tmp_path, lambda config: config["model"]["init_args"]["vlm"].update(class_path="my_vlm.Mine"))
+    beside = tmp_path / "shell"
+    beside.mkdir()
+    (beside / "my_vlm.py").write_text("from safervlm.vlm.llava import Llava\n\n\nclass Mine(Llava):\n    '''Mine.'''\n")
+    monkeypatch.chdir(beside)
+    main(["verify", str(run), "--sample", "2", "--trust_config", "true"])
+    assert list(read_jsonl(run / "verify.jsonl")) == []
+    main(["doctor", "--config", str(run / "predict.yaml"), "--trust_config", "true"])
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"a": {"addresses": ["http://x/v1/"]}}, Named({"http://x/v1"}, {"OPENAI_API_KEY"}, set())),
+        ({"a": [{"source": "https://x/y.tsv"}]}, Named({"https://x/y.tsv"}, set(), set())),
+        ({"about": "see https://x/y for more"}, Named()),
+        ({"logger": {"api_key_variable": "WANDB_API_KEY"}}, Named(set(), {"WANDB_API_KEY"}, set())),
+        ({"file": "responses.jsonl", "base": "FacebookAI/roberta-base", "n": 1, "x": None}, Named()),
+        ({"callbacks": ["subprocess.Popen"]}, Named(set(), set(), {"subprocess.Popen"})),
+        ({"class_path": "nowhere.at.All"}, Named(set(), set(), {"nowhere.at.All"})),
+        ({"class_path": "safervlm.measure.Measure"}, Named()),
+        ({"trust_remote_code": False}, Named()),
+    ],
+)
+def test_what_a_configuration_names(config: Any, expected: Named, tmp_path: Path) -> None:
+    assert named_in(config, tmp_path) == expected
+
+
+def test_nothing_named_needs_nothing_allowed(tmp_path: Path) -> None:
+    check(tmp_path / "predict.yaml", Named(), "run", trust_config=False)
+
+
+def test_images_of_a_run_are_those_where_its_data_lies(
+    measured: Path, tiny_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    private = home / "Pictures" / "x.png"
+    private.parent.mkdir(parents=True)
+    private.touch()
+    monkeypatch.setenv("HOME", str(home))
+    assert may_read(measured, next(iter((tiny_sets / "unsafe" / "images").iterdir())))
+    link = tmp_path / "link.png"
+    link.symlink_to(private)
+    for image in (private, "/etc/passwd", tiny_sets / "unsafe" / "images" / ".." / ".." / ".." / "x", link):
+        assert not may_read(measured, image)
+    run = copy(measured, tmp_path, lambda config: config["data"]["init_args"].update(cache_dir=str(home)))
+    assert not may_read(run, private)
