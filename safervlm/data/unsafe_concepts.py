@@ -319,6 +319,8 @@ class UnsafeConcepts(ImageSets):
             batch_size,
             num_workers,
         )
+        if not capabilities:
+            raise ArgumentError(f"data.capabilities: at least one of {', '.join(CAPABILITIES)}, got []")
         if unknown := [name for name in capabilities if name not in CAPABILITIES]:
             raise ArgumentError(f"data.capabilities: {unknown[0]!r} is none of {', '.join(CAPABILITIES)}")
         if prompts == "drawn" and split != "test":

@@ -80,6 +80,8 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1) -> Pa
     """
     if not str(out).strip():
         raise ArgumentError(f"out: the folder to write, got {str(out)!r}")
+    if threads < 1:
+        raise ArgumentError(f"threads: at least 1, got {threads}")
     shown, out = Path(out), Path(out).resolve()  # a link stays, and what it points to is replaced
     made_of = world_fingerprint(seed)
     if out.exists() and not out.is_dir():
