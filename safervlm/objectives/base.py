@@ -37,7 +37,8 @@ class Objective(L.LightningModule):
         self, vlm: LocalVLM, lr: float = 3e-5, warmup_steps: int = 5, weight_decay: float = 0.0, seed: int = 0
     ) -> None:
         super().__init__()
-        at_least(0, lr=lr, warmup_steps=warmup_steps, weight_decay=weight_decay)
+        above(0, lr=lr)
+        at_least(0, warmup_steps=warmup_steps, weight_decay=weight_decay)
         self.vlm, self.lr, self.warmup_steps, self.weight_decay, self.seed = vlm, lr, warmup_steps, weight_decay, seed
         # Everything frozen stays out of checkpoints; on_load_checkpoint is strict about the rest.
         self.strict_loading = False
