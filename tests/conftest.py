@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -37,6 +37,49 @@ torch.set_num_threads(1)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and this machine has none")
+
+
+CHECKOUT = Path(__file__).parent.parent
+CACHES = {"__pycache__", ".git", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int] | None]:
+    """Size and time of change of each file below a folder, None for a folder; no caches, no virtual environments."""
+    found: dict[str, tuple[int, int] | None] = {}
+    for here, folders, files in os.walk(folder):
+        folders[:] = [
+            name
+            for name in folders
+            if name not in CACHES and not name.endswith(".egg-info") and not Path(here, name, "pyvenv.cfg").exists()
+        ]
+        found |= {str(Path(here, name)): None for name in folders}
+        for path in (Path(here, name) for name in files):
+            state = path.lstat()
+            found[str(path)] = (state.st_size, state.st_mtime_ns)
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _checkout_unchanged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The suite reads and writes nothing where it is started, and leaves the checkout as it was.
+
+    Fixtures of a wider scope than a test's run in a folder of their own.
+    """
+    before, started_in = contents(CHECKOUT), Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("session"))
+    try:
+        yield
+    finally:
+        os.chdir(started_in)
+    after = contents(CHECKOUT)
+    changed = sorted(path for path in before.keys() | after.keys() if before.get(path, 0) != after.get(path, 0))
+    assert not changed, f"changed while the tests ran: {', '.join(changed[:10])}"
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test runs in a folder of its own, and so does what it starts."""
+    monkeypatch.chdir(tmp_path)
 
 
 def byte_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

@@ -196,7 +196,6 @@ def test_every_strategy_parses(file: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        cwd=CONFIGS.parent,
     )
     assert process.returncode == 0, process.stderr
     assert "strategy:" in process.stdout

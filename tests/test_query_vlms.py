@@ -26,6 +26,7 @@ def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_
             ],
         },
     }
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     for name, model in {"good": tiny_llava, "bad": tmp_path / "nowhere"}.items():
         vlm = {"class_path": "safervlm.vlm.llava.Llava", "init_args": {"model": str(model), "dtype": "float32"}}
@@ -37,9 +38,9 @@ def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "COLUMNS": "200",
         }
-        line = ["bash", "scripts/query_vlms.sh", *(str(tmp_path / f"{name}.yaml") for name in vlms), "--"]
+        line = ["bash", str(ROOT / "scripts/query_vlms.sh"), *(str(tmp_path / f"{name}.yaml") for name in vlms), "--"]
         line += ["--config", str(tmp_path / "overlay.yaml"), *more]
-        ended = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+        ended = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
         assert ended.returncode == code, ended.stderr
         return ended.stdout
 
@@ -75,10 +76,8 @@ def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: P
     (run / "responses.jsonl").unlink()
     manifest = run / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"finished": true', '"finished": false'))
-    table = [sys.executable, "scripts/query_matrix.py", str(run)]
-    shown = subprocess.run(
-        table, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"COLUMNS": "200"}, check=True
-    )
+    table = [sys.executable, str(ROOT / "scripts/query_matrix.py"), str(run)]
+    shown = subprocess.run(table, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, check=True)
     assert "partial, 2" in shown.stdout
     assert "partial, 1" in shown.stdout
     query("good")

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 
+from safervlm.lightning_cli import CONFIGS
 from safervlm.rating import SYSTEM, Rating, rating_key, rating_prompt, read_ratings
 from safervlm.records import Question, Response
 
@@ -44,7 +44,7 @@ def test_swapped_only_the_two_answers_change_places():
 
 
 def test_the_shipped_judge_is_told_what_is_published():
-    settings = yaml.safe_load(Path("configs/llavabench_judge.yaml").read_text())["init_args"]
+    settings = yaml.safe_load((CONFIGS / "llavabench_judge.yaml").read_text())["init_args"]
     assert settings["system"] == SYSTEM
     assert settings["model"] == "gpt-4o"
     assert settings["blank"] is False

@@ -22,6 +22,7 @@ from loopback import Loopback, Reply, completion, error, hurry, loopbacks, promp
 from callbacks.rate_responses import UNREADABLE, RateResponses
 from safervlm.cli import main
 from safervlm.data.base import Parts, SaferData
+from safervlm.lightning_cli import CONFIGS
 from safervlm.rating import SYSTEM, Rating, rating_prompt
 from safervlm.records import Example, Question, Response, read_jsonl, seed_for, write_jsonl
 from safervlm.vlm.api import Server
@@ -513,7 +514,7 @@ class Afterwards(Callback):
 def line(judge_of, tmp_path) -> Callable[[Loopback], list[str]]:
     """The command that measures a model behind a server, and has the shipped judge, at another address, rate it."""
     vlm = judge_of(lambda prompt, number, body: Reply(body=completion("That is worth 3.")))
-    shutil.copy("configs/llavabench_judge.yaml", tmp_path)
+    shutil.copy(CONFIGS / "llavabench_judge.yaml", tmp_path)
     callbacks = [
         {"class_path": "callbacks.record_writer.RecordWriter"},
         {
@@ -537,7 +538,7 @@ def line(judge_of, tmp_path) -> Callable[[Loopback], list[str]]:
     }
 
     def arguments(judge: Loopback) -> list[str]:
-        shipped = yaml.safe_load(Path("configs/llavabench_judge.yaml").read_text())
+        shipped = yaml.safe_load((CONFIGS / "llavabench_judge.yaml").read_text())
         shipped["init_args"] |= {"addresses": [judge.address], "api_key_variable": "JUDGE_KEY", "max_retries": 2}
         (tmp_path / "llavabench_judge.yaml").write_text(yaml.safe_dump(shipped))
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

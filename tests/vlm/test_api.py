@@ -30,6 +30,7 @@ from safervlm.cli import main
 from safervlm.errors import RecordError
 from safervlm.images import open_image
 from safervlm.judge import Judge, Panel
+from safervlm.lightning_cli import CONFIGS
 from safervlm.measure import Measure
 from safervlm.protocol import LABELS
 from safervlm.records import Example, Question, Response, read_jsonl
@@ -446,7 +447,7 @@ def test_a_key_with_a_line_break_is_refused_unseen(monkeypatch):
 @pytest.fixture
 def line(tiny_sets: Path, tiny_judges: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """The command that measures through servers; the files of the user are the shipped ones."""
-    recipe = Path("configs/measure.yaml").read_text()
+    recipe = (CONFIGS / "measure.yaml").read_text()
     for name in ("alignment", "perception"):
         checkpoint = str(tiny_judges / name / "epoch_10.pt")
         recipe = recipe.replace(
