@@ -518,10 +518,10 @@ def test_labelled_answers_are_read_from_csv_and_jsonl(tmp_path, form):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("text,label\nYes,Safe\nNo,unsafe\n", r"row 2: unknown label 'unsafe'; write one of Safe, Unsafe, N/A"),
-        ("text,label\nYes,Safe\nNo\n", r"row 2: the field 'label' must be a text that isn't empty, got None"),
-        ("text,verdict\nYes,Safe\n", r"row 1: the field 'label' is missing; it has \['text', 'verdict'\]"),
-        ("answer,label\nYes,Safe\n", r"row 1: the field 'text' or 'response' must hold the answer, got None"),
+        ("text,label\nYes,Safe\nNo,unsafe\n", r"line 3: unknown label 'unsafe'; write one of Safe, Unsafe, N/A"),
+        ("text,label\nYes,Safe\nNo\n", r"line 3: has 1 cells, the header has 2"),
+        ("text,verdict\nYes,Safe\n", r"line 2: the field 'label' is missing; it has \['text', 'verdict'\]"),
+        ("answer,label\nYes,Safe\n", r"line 2: the field 'text' or 'response' must hold the answer, got None"),
         ("text,label\nYes,Safe\n", r"data\.answers: nothing to (train on|hold out) in"),
     ],
 )
@@ -536,7 +536,7 @@ def test_an_unusable_row_is_named(tmp_path, content, message):
 
 def test_other_answers_that_cannot_be_used(tmp_path):
     (tmp_path / "answers.txt").write_text("text,label\nYes,Safe\n")
-    for name, message in {"answers.txt": "neither .csv nor .jsonl", "nowhere.csv": "no file"}.items():
+    for name, message in {"answers.txt": "is none of .tsv, .csv, .jsonl", "nowhere.csv": "no file"}.items():
         with pytest.raises(RecordError, match=message):
             read_labelled(tmp_path / name, LABELS["alignment"])
     with pytest.raises(ValueError, match=r"data\.collator: labelled answers are for fitting"):

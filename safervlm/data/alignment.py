@@ -4,21 +4,22 @@ As published, each training image is asked one of the five alignment questions, 
 wants scored follows from the question and the image's label.
 """
 
-import json
 import os
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from safervlm.data.base import Collator, Parts, SaferData, text_field
+from safervlm.data.base import Collator, Parts, SaferData, name_field, text_field
 from safervlm.data.contexts import context_questions, read_contexts
+from safervlm.data.image_folders import named_file
 from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, ImageRecord, ImageSets, PartName, spread
 from safervlm.errors import RecordError
-from safervlm.images import image_file
+from safervlm.names import normal_name, path_text, set_name
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_response, context_response, other_label
-from safervlm.records import Example, Question, read_jsonl, record_id, seed_for, write_atomically
+from safervlm.reading import json_text, numbered_jsonl
+from safervlm.records import Example, Question, record_id, seed_for, write_atomically
 
 # Held-out safe images that PPO watches; a rate over fewer is too coarse to warn of a change by .05.
 HELD_OUT = 100
@@ -82,7 +83,7 @@ class AlignmentData(ImageSets):
             num_workers,
             seed,
         )
-        self.contexts = contexts
+        self.contexts = None if contexts is None else path_text("data.contexts", contexts)
 
     def completions(self, question: Question) -> tuple[str, ...]:
         """What the objective wants scored.
@@ -209,14 +210,18 @@ class OwnData(SaferData):
         seed: int = 0,
     ) -> None:
         super().__init__(collator, batch_size, num_workers, seed)
-        self.file = file
-        self.validation_file = validation_file
-        self.dataset = name
+        self.file = path_text("data.file", file)
+        self.validation_file = None if validation_file is None else path_text("data.validation_file", validation_file)
+        self.dataset = set_name("data.name", name)
 
     def load(self) -> Parts:
         """The examples of the files; those to predict are the training file's questions."""
         train = read_examples(Path(self.file), self.dataset)
-        validation = read_examples(Path(self.validation_file), self.dataset) if self.validation_file else []
+        validation = (
+            read_examples(Path(self.validation_file), self.dataset, "data.validation_file")
+            if self.validation_file
+            else []
+        )
         return Parts(train, validation, predict=[Example(example.question) for example in train])
 
     def describe(self) -> dict[str, Any]:
@@ -224,22 +229,23 @@ class OwnData(SaferData):
         return super().describe() | {"name": self.dataset, "seed": self.seed}
 
 
-def read_examples(file: Path, name: str) -> list[Example]:
+def read_examples(file: Path, name: str, argument: str = "data.file") -> list[Example]:
     """The examples of a JSONL file of the form that :class:`OwnData` describes.
 
     Args:
         file: the JSONL file; images are relative to its folder.
         name: the set's name.
+        argument: the setting that names the file, for the error.
 
     Raises:
         RecordError: the file is missing or empty, or a record can't be used; the message names record and field.
     """
     if not file.is_file():
-        raise RecordError(f"data.file: {file} is missing")
+        raise RecordError(f"{argument}: {file} is missing: name a JSONL file")
     examples: list[Example] = []
     asked: Counter[str] = Counter()
-    for number, record in enumerate(read_jsonl(file), 1):
-        where = f"{file}, record {number}"
+    for number, record in numbered_jsonl(file):
+        where = f"{file}, line {number}"
         if unknown := set(record) - {"id", "image", "prompt", "completions", "label", "category", "concept"}:
             raise RecordError(f"{where}: unknown field {sorted(unknown)[0]!r}: see OwnData for the fields")
         image = text_field(record, ("image",), where)
@@ -252,29 +258,28 @@ def read_examples(file: Path, name: str) -> list[Example]:
                 "every record needs the same number"
             )
         label = record.get("label", "")
+        label = normal_name(label) if isinstance(label, str) else label
         if label not in (SAFE, UNSAFE) and (label or not completions):
             raise RecordError(f"{where}: the field 'label' must be {SAFE!r} or {UNSAFE!r}, got {label!r}")
         question = Question(
-            id=_optional(record, "id", record_id(name, image, "alignment", asked[image]), where),
+            id=text_field(record, ("id",), where)
+            if "id" in record
+            else record_id(name, image, "alignment", asked[image]),
             dataset=name,
             image=image,
-            image_path=str(image_file(file.parent, image, where)),
+            image_path=str(named_file(file.parent, image, where)),
             capability="alignment",
             prompt_number=asked[image],
             prompt=text_field(record, ("prompt",), where),
-            category=_optional(record, "category", name, where),
-            concept=_optional(record, "concept", "", where),
+            category=name_field(record, ("category",), where) if "category" in record else name,
+            concept=name_field(record, ("concept",), where) if "concept" in record else "",
             answer=label,
         )
         asked[image] += 1
         examples.append(Example(question, tuple(completions)))
     if not examples:
-        raise RecordError(f"data.file: {file} is empty: it needs a line an example")
+        raise RecordError(f"{argument}: {file} is empty: it needs a line an example")
     return examples
-
-
-def _optional(record: Mapping[str, Any], name: str, default: str, where: str) -> str:
-    return text_field(record, (name,), where) if name in record else default
 
 
 def export_training_files(
@@ -300,6 +305,7 @@ def export_training_files(
         cache_dir: where sets of the Hub are kept.
         seed: of the questions drawn.
     """
+    path_text("--out", out)
     sft, dpo = (
         data(folder, safe_folder, repo, safe_repo, cache_dir=cache_dir, seed=seed) for data in (SFTData, DPOData)
     )
@@ -312,7 +318,7 @@ def export_training_files(
         return Path(str(path)).resolve().relative_to(root).as_posix()
 
     def write(file: str, records: list[dict[str, Any]]) -> None:
-        text = json.dumps(records, indent=2, ensure_ascii=False)
+        text = json_text(records, indent=2, name=file)
         write_atomically(Path(out) / file, lambda path: path.write_text(text, encoding="utf-8"))
 
     files: dict[str, list[dict[str, Any]]] = {"sft": [], "dpo": [], "ppo": []}

@@ -6,15 +6,16 @@ The file is a JSON list, a record a concept, as published::
      "output": "Safe Context: Is it appropriate to ...?\n\nUnsafe Context: Is it appropriate to ...?"}
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
 
-from safervlm.data.base import Collator, Parts, text_field
+from safervlm.data.base import Collator, Parts, name_field, text_field
 from safervlm.data.unsafe_concepts import HUB_REPO, ImageRecord, ImageSets, PartName, spread
 from safervlm.errors import RecordError
+from safervlm.names import path_text
 from safervlm.protocol import SAFE, UNSAFE, context_text_only_question
+from safervlm.reading import read_json
 from safervlm.records import Example, Question, fingerprint, record_id
 
 # The right answers, by the number of the question.
@@ -34,16 +35,15 @@ def read_contexts(file: str | Path) -> dict[str, tuple[str, str]]:
             "put the published unsafe_concepts_contexts.json there (data/contexts/generated_questions.json in the "
             "first implementation's repository), or a file of your own (docs/data.md)"
         )
-    try:
-        records = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecordError(f"data.contexts: {file} is not JSON ({error})") from None
+    records = read_json(file)
+    if not records:
+        raise RecordError(f"data.contexts: {file} is empty: it needs a record a concept")
     contexts: dict[str, tuple[str, str]] = {}
     for number, record in enumerate(records if isinstance(records, list) else [records]):
         where = f"{file}, record {number}"
         if not isinstance(record, dict):
             raise RecordError(f"{where}: not a JSON object")
-        concept = text_field(record, ("unsafe concept", "unsafe_concept"), where)
+        concept = name_field(record, ("unsafe concept", "unsafe_concept"), where)
         text = text_field(record, ("output",), where)
         match = re.fullmatch(r"\s*Safe Context:\s*(.+?)\s*Unsafe Context:\s*(.+?)\s*", text, re.DOTALL)
         if match is None:
@@ -117,7 +117,7 @@ class Contexts(ImageSets):
             batch_size,
             num_workers,
         )
-        self.contexts = contexts
+        self.contexts = path_text("data.contexts", contexts)
         self.split = split
         self.forms = forms
 

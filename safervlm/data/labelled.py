@@ -1,8 +1,7 @@
 """Answers with the label that a judge should read in them: what a judge is fitted on."""
 
-import csv
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safervlm.data.base import Collator, Parts, SaferData, text_field
+from safervlm.data.base import Collator, Parts, SaferData, name_field
+from safervlm.data.tables import TABLES, read_delimited
 from safervlm.errors import ArgumentError, RecordError
+from safervlm.names import normal_name, path_text
 from safervlm.protocol import LABELS, Capability
-from safervlm.records import Example, Question, read_jsonl, seed_for
+from safervlm.reading import numbered_jsonl
+from safervlm.records import Example, Question, seed_for
 from safervlm.tables import TextTable, terminal
 
 
@@ -43,44 +45,46 @@ def read_labelled(path: str | Path, labels: Sequence[str]) -> list[Example]:
     """Reads labelled answers.
 
     Args:
-        path: a CSV or JSONL file with the columns ``label`` and ``text`` (or ``response``); others are left alone.
+        path: a CSV, TSV or JSONL file with the columns ``label`` and ``text`` (or ``response``); others are left alone.
         labels: the labels that may occur.
 
     Returns:
         An example a row: the label is its question's ``answer``, the text its completion; ids are
-        ``{file}/{row}``, rows counted from 1 without a CSV's header.
+        ``{file}/{row}``, rows counted from 1 without a table's header.
 
     Raises:
-        RecordError: a missing file or column, or an unknown label, naming file and row.
+        RecordError: a missing file or column, or an unknown label, naming file and line; no rows.
     """
     path = Path(path)
     if not path.is_file():
         raise RecordError(f"data.answers: no file {str(path)!r}; name a CSV or JSONL of labelled answers")
-    if path.suffix not in (".csv", ".jsonl"):
-        raise RecordError(f"data.answers: {str(path)!r} is neither .csv nor .jsonl; write the answers as one of them")
+    kind = path.suffix.lower()
+    if kind not in TABLES:
+        raise RecordError(
+            f"data.answers: {str(path)!r} is none of {', '.join(TABLES)}; write the answers as one of them"
+        )
     # A question has a capability; which one decides nothing here.
     capability: Capability = "perception" if tuple(labels) == LABELS["perception"] else "alignment"
+    known = {normal_name(label): label for label in labels}
     answers = []
-    for row, record in enumerate(_read_csv(path) if path.suffix == ".csv" else read_jsonl(path), 1):
-        where = f"{path}, row {row}"
-        label = text_field(record, ["label"], where)
-        if label not in labels:
+    rows: Iterable[tuple[int, Mapping[str, Any]]]
+    rows = numbered_jsonl(path) if kind == ".jsonl" else read_delimited(path, TABLES[kind])
+    for row, (number, record) in enumerate(rows, 1):
+        where = f"{path}, line {number}"
+        label = name_field(record, ["label"], where)
+        if label not in known:
             raise RecordError(
                 f"{where}: unknown label {label!r}; write one of {', '.join(labels)}, or set model.labels"
             )
+        label = known[label]
         text = record.get("text", record.get("response"))
         if not isinstance(text, str):  # an empty answer is an answer
             raise RecordError(f"{where}: the field 'text' or 'response' must hold the answer, got {text!r}")
         question = Question(f"{path.name}/{row}", path.name, str(row), None, capability, 0, "", "", "", label)
         answers.append(Example(question, (text,)))
+    if not answers:
+        raise RecordError(f"data.answers: {path} has no rows; it needs a labelled answer a row")
     return answers
-
-
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
-    with path.open(newline="", encoding="utf-8-sig") as lines:
-        for record in csv.DictReader(lines):
-            yield {name: value for name, value in record.items() if name is not None}
 
 
 class LabelledAnswers(SaferData):
@@ -90,7 +94,7 @@ class LabelledAnswers(SaferData):
     same side.
 
     Args:
-        answers: A CSV or JSONL file with the columns ``label`` and ``text`` (or ``response``).
+        answers: A CSV, TSV or JSONL file with the columns ``label`` and ``text`` (or ``response``).
         held_out: The part that is held out, about: each answer is drawn for itself.
         collator: Makes a batch of answers; the judge's, set by the command line. The judge's labels come with it.
         batch_size: Answers a step and process.
@@ -113,7 +117,7 @@ class LabelledAnswers(SaferData):
         super().__init__(collator, batch_size, num_workers, seed)
         if not 0 < held_out < 1:
             raise ArgumentError(f"data.held_out: between 0 and 1, got {held_out}")
-        self.answers = answers
+        self.answers = path_text("data.answers", answers)
         self.held_out = held_out
 
     def load(self) -> Parts:

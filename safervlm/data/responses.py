@@ -5,7 +5,6 @@ The first implementation's files are lists of ``{"prompt": ..., "image_fname": .
 of their records isn't to be relied on (see :func:`match_first_implementation`).
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -16,7 +15,9 @@ from rich.console import Console
 
 from safervlm.data.base import Collator, Parts, SaferData
 from safervlm.errors import RecordError
-from safervlm.records import Example, Question, Response, read_jsonl, write_jsonl
+from safervlm.names import path_text
+from safervlm.reading import read_json
+from safervlm.records import Example, Question, Response, read_records, write_jsonl
 
 RESPONSES = "responses.jsonl"
 
@@ -34,15 +35,9 @@ def read_responses(path: str | Path) -> list[Response]:
     file = path / RESPONSES if path.is_dir() else path
     if not file.is_file():
         raise RecordError(f"{file} is missing: a measurement writes it when it is complete; give its run folder")
-    responses = []
-    for number, record in enumerate(read_jsonl(file), 1):
-        try:
-            response = Response.from_dict(record)
-        except KeyError as error:
-            raise RecordError(f"{file}, record {number}: no response, the field {error} is missing") from None
-        if not isinstance(response.response, str):
-            raise RecordError(f"{file}, record {number} ({response.id}): 'response' must be a text")
-        responses.append(response)
+    responses = read_records(file, Response)
+    if not responses:
+        raise RecordError(f"{file}: is empty: it needs a response a line")
     return responses
 
 
@@ -67,10 +62,7 @@ def read_first_implementation(path: str | Path) -> list[tuple[Path, int, dict[st
         )
     records = []
     for file in files:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RecordError(f"{file}: not JSON ({error})") from None
+        content = read_json(file)
         if not isinstance(content, list):
             raise RecordError(f"{file}: not a list of records")
         for number, record in enumerate(content):
@@ -82,6 +74,8 @@ def read_first_implementation(path: str | Path) -> list[tuple[Path, int, dict[st
             if "output" not in fields or not isinstance(fields["output"], str | None):
                 raise RecordError(f"{where}: the field 'output' must be a text or null, got {fields.get('output')!r}")
             records.append((file, number, fields))
+    if not records:
+        raise RecordError(f"data.responses: {path} has no records: it needs a record an answer")
     return records
 
 
@@ -192,7 +186,7 @@ class SavedResponses(SaferData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(collator, batch_size, num_workers)
-        self.path = Path(responses)
+        self.path = Path(path_text("data.responses", responses))
         self.questions = questions
 
     @cached_property

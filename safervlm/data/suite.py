@@ -38,6 +38,14 @@ class Suite(SaferData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(collator, batch_size, num_workers)
+        if not sets and not own:
+            raise ArgumentError("data.sets: is empty: name a set, or several")
+        for argument, named in ("data.sets", sets), ("data.own", own or {}):
+            for name in named:
+                if not isinstance(name, str) or not name.strip():
+                    raise ArgumentError(f"{argument}: a set's name must be a text, got {name!r}: put it in quotes")
+        if only is not None and not only:
+            raise ArgumentError("data.only: is empty: name a set, or leave the argument out to ask all")
         if twice := sets.keys() & (own or {}).keys():
             raise ArgumentError(f"data.own: {min(twice)!r} is one of data.sets already; give it another name")
         self.own = own or {}

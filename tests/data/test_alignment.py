@@ -194,15 +194,15 @@ def test_your_own_examples(tmp_path: Path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "Is it?", "label": "Safe"}, "record 2: the field 'image' is missing"),
-        (GOOD | {"prompt": 3}, "record 2: the field 'prompt' must be a text"),
-        (GOOD | {"completions": "Yes"}, "record 2: the field 'completions' must be a list of texts, got 'Yes'"),
-        (GOOD | {"completions": ["Yes", ""]}, "record 2: the field 'completions' must be a list of texts"),
-        (GOOD | {"completions": ["Yes"]}, "record 2: 1 completions, the records before have 2"),
-        (GOOD | {"label": "safe"}, "record 2: the field 'label' must be 'Safe' or 'Unsafe', got 'safe'"),
-        (GOOD | {"chosen": "Yes"}, "record 2: unknown field 'chosen'"),
-        (GOOD | {"image": "../1.png"}, "record 2: the image '../1.png' lies outside"),
-        (GOOD | {"image": "2.png"}, "record 2: the image .*2.png is missing"),
+        ({"prompt": "Is it?", "label": "Safe"}, "line 2: the field 'image' is missing"),
+        (GOOD | {"prompt": 3}, "line 2: the field 'prompt' must be a text"),
+        (GOOD | {"completions": "Yes"}, "line 2: the field 'completions' must be a list of texts, got 'Yes'"),
+        (GOOD | {"completions": ["Yes", ""]}, "line 2: the field 'completions' must be a list of texts"),
+        (GOOD | {"completions": ["Yes"]}, "line 2: 1 completions, the records before have 2"),
+        (GOOD | {"label": "safe"}, "line 2: the field 'label' must be 'Safe' or 'Unsafe', got 'safe'"),
+        (GOOD | {"chosen": "Yes"}, "line 2: unknown field 'chosen'"),
+        (GOOD | {"image": "../1.png"}, "line 2: the image '../1.png' lies outside"),
+        (GOOD | {"image": "2.png"}, "line 2: the image .*2.png is missing"),
         (GOOD | {"id": "Own/1.png/alignment/0"}, "Own/1.png/alignment/0: two records have this id"),
         ("{", "line 2: not JSON"),
     ],
@@ -213,7 +213,7 @@ def test_your_own_mistakes_are_named(tmp_path: Path, record, message: str):
 
 
 def test_without_completions_a_label_is_needed(tmp_path: Path):
-    with pytest.raises(RecordError, match="record 1: the field 'label' must be"):
+    with pytest.raises(RecordError, match="line 1: the field 'label' must be"):
         own(tmp_path, {"image": "1.png", "prompt": "Is it?"}).setup("fit")
     assert own(tmp_path, {"image": "1.png", "prompt": "Is it?", "label": "Safe"}).parts.train[0].completions == ()
 

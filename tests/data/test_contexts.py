@@ -49,7 +49,7 @@ def test_two_questions_an_image_and_two_a_name(tiny_sets, contexts):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "line 1: not JSON"),
         ('["x"]', "record 0: not a JSON object"),
         ('[{"unsafe concept": "Knife", "output": "Safe Context: a?"}]', r"record 0 \(Knife\): needs an output"),
         (

@@ -164,7 +164,7 @@ def test_an_evaluation_file_holds_safe_images_too(questions, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", r"answers\.json: not JSON"),
+        ("[", r"answers\.json, line 1: not JSON"),
         ({"prompt": "x"}, r"answers\.json: not a list of records"),
         (["x"], r"answers\.json, record 0: the field 'prompt' must be a text, got None"),
         ([record("x", None, "No.")], "record 0: the field 'image_fname' must be a text, got None"),
@@ -260,10 +260,13 @@ def test_a_run_folder_with_other_answers_is_left_alone(tmp_path, panel):
 def test_a_line_that_is_no_response_is_named(tmp_path):
     lines = [response.to_dict() for response in ours(2)]
     write_jsonl(tmp_path / "a.jsonl", [lines[0], {k: v for k, v in lines[1].items() if k != "answer"}])
-    with pytest.raises(RecordError, match=r"a\.jsonl, record 2: no response, the field 'answer' is missing"):
+    with pytest.raises(RecordError, match=r"a\.jsonl, line 2 \(.*\): no response: the field 'answer' is missing"):
         SavedResponses(str(tmp_path / "a.jsonl")).setup("predict")
     write_jsonl(tmp_path / "b.jsonl", [lines[0] | {"response": None}])
-    with pytest.raises(RecordError, match=r"b\.jsonl, record 1 \(S/0\.png/alignment/0\): 'response' must be a text"):
+    with pytest.raises(
+        RecordError,
+        match=r"b\.jsonl, line 1 \(S/0\.png/alignment/0\): no response: the field 'response' must be a text",
+    ):
         SavedResponses(str(tmp_path / "b.jsonl")).setup("predict")
     with pytest.raises(RecordError, match=r"c\.jsonl is missing"):
         SavedResponses(str(tmp_path / "c.jsonl")).setup("predict")
