@@ -4,6 +4,9 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
+from safervlm.checkpoints import origin_of
+from safervlm.finite import must_be_trained
+
 
 class AdapterExport(Callback):
     """Writes ``adapter/`` in the run folder when training ends: ``PeftModel.from_pretrained`` loads it."""
@@ -12,7 +15,9 @@ class AdapterExport(Callback):
         """Exports on the first process; with the strategies that are supported each one holds the whole adapter.
 
         Not ``on_train_end``, which Lightning passes over in a run that stands at its last step already: one that died
-        between its last checkpoint and its export.
+        between its last checkpoint and its export. Nothing is exported that was not trained, or is not finite.
         """
+        must_be_trained(trainer, pl_module)
         if trainer.is_global_zero:
-            pl_module.vlm.save_adapter(Path(trainer.default_root_dir) / "adapter")  # type: ignore[operator, union-attr]
+            folder = Path(trainer.default_root_dir) / "adapter"
+            pl_module.vlm.save_adapter(folder, origin_of(pl_module))  # type: ignore[operator, union-attr]

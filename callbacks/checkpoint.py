@@ -6,7 +6,9 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from safervlm.checkpoints import origin_of, seal_file, seal_folder
 from safervlm.errors import ArgumentError
+from safervlm.finite import must_have_finite_weights
 from safervlm.run import agree_to_end
 
 
@@ -47,12 +49,13 @@ class LastCheckpoint(Callback):
         if pl_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate():
             return
         if agree_to_end(trainer) or batches - self._saved >= self.every_n_batches or last:
+            must_have_finite_weights(pl_module)
             save_last(trainer, Path(trainer.default_root_dir) / "checkpoints")
             self._saved = batches
 
 
 def save_last(trainer: Trainer, folder: Path) -> None:
-    """Writes ``last.ckpt`` in one move.
+    """Writes ``last.ckpt`` in one move, with its seal (:mod:`safervlm.checkpoints`).
 
     A sharded strategy's checkpoint is a folder, and a folder can't be replaced in one move: there ``last.ckpt`` is a
     link, which can.
@@ -66,7 +69,9 @@ def save_last(trainer: Trainer, folder: Path) -> None:
     trainer.strategy.barrier("last-checkpoint-begin")
     trainer.save_checkpoint(following)
     if trainer.is_global_zero:
+        origin = origin_of(trainer.lightning_module)
         if following.is_dir():
+            seal_folder(following, origin)
             link = folder / "link"
             link.unlink(missing_ok=True)
             link.symlink_to(following.name)
@@ -74,5 +79,6 @@ def save_last(trainer: Trainer, folder: Path) -> None:
             if before is not None:
                 shutil.rmtree(before)
         else:
+            seal_file(following, origin)
             following.replace(last)
     trainer.strategy.barrier("last-checkpoint")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from safervlm.differences import difference_of_items
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.judge import Judge
 from safervlm.protocol import LABELS, SAFE, UNSAFE
@@ -20,18 +21,23 @@ class OverFlaggingWarning(UserWarning):
 
 
 class GenerationCheck(Callback):
-    """Asks the policy about held-out safe images, before training and while it goes on, and lets the judge read.
+    """Asks the policy about held-out safe images before, during and after training, and has the judge classify them.
 
     The share that is called Unsafe is logged as ``train/unsafe_rate_on_safe`` with the batch that comes next; those
-    before and after training also stand in the manifest. A warning is given when it exceeds the one before training by
-    more than ``tolerance``.
+    before and after training also stand in the manifest.
+
+    The same images are asked with the same noise each time, so the answers are paired. A warning is given when the
+    lower end of the 95 % interval of the increase since before training exceeds ``tolerance``: Tango's score interval
+    for a difference of paired proportions (:func:`safervlm.differences.difference_of_items`), so that sampling
+    variation of a few images does not trigger it.
 
     Args:
         judge: the alignment judge.
         every_n_batches: how often; the first time before training, the last time after it.
-        tolerance: rise of the rate that is passed over.
-        sampling: how answers are drawn; the same noise each time, so a change is the policy's.
-        minimum: fewer held-out safe images than this are refused: their rate would be too coarse.
+        tolerance: increase of the share that is not warned of.
+        sampling: how answers are sampled; the same noise each time, so a change is the policy's.
+        minimum: fewer held-out safe images than this are rejected: their share would be too coarse. Under
+            ``data.limit``, which makes a run a trial, fewer are taken, and one line says so.
     """
 
     def __init__(
@@ -44,27 +50,50 @@ class GenerationCheck(Callback):
     ) -> None:
         if every_n_batches < 1:
             raise ArgumentError(f"every_n_batches: at least 1, got {every_n_batches}")
+        if minimum < 1:
+            raise ArgumentError(f"minimum: at least 1, got {minimum}")
+        if not 0 <= tolerance < 1:
+            raise ArgumentError(f"tolerance: from 0 to below 1, got {tolerance}")
         self.judge, self.every_n_batches, self.tolerance = judge, every_n_batches, tolerance
         self.sampling, self.minimum = sampling, minimum
         judge.must_tell(LABELS["alignment"], "judge")
-        self.first: float | None = None
+        self.before: dict[str, bool] | None = None
         self._trained = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The rate before training: a continued run compares with the same one."""
-        return {"first": self.first}
+        """Which images were called Unsafe before training, by question: a resumed run compares with the same ones."""
+        return {"before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it back."""
-        self.first = state_dict["first"]
+        """Takes it back.
+
+        Raises:
+            ArgumentError: the checkpoint has it not, image by image.
+        """
+        if "before" not in state_dict:
+            raise ArgumentError(
+                "GenerationCheck: the checkpoint is of an earlier version, which kept no answers from before training; "
+                "start a new run (--run)"
+            )
+        self.before = state_dict["before"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses too few images, and readies the judge."""
-        safe = [e for e in trainer.datamodule.parts.validation if e.question.answer == SAFE]  # type: ignore[attr-defined]
-        if len(safe) < self.minimum:
+        """Rejects too few images, and readies the judge.
+
+        Raises:
+            RecordError: fewer than ``minimum`` safe images are held out, or under ``data.limit`` none.
+        """
+        count = len(self.questions(trainer))
+        limit = getattr(trainer.datamodule, "limit", None)  # type: ignore[attr-defined]
+        if count < (self.minimum if limit is None else 1):
             raise RecordError(
-                f"GenerationCheck: {len(safe)} held-out safe images, {self.minimum} are needed; hold out more "
+                f"GenerationCheck: {count} held-out safe images, {self.minimum} are needed; hold out more "
                 "(data.validation_fraction) or leave the callback out"
+            )
+        if count < self.minimum and trainer.is_global_zero:
+            print(
+                f"GenerationCheck: {count} held-out safe images under data.limit {limit}: the share that is called "
+                f"{UNSAFE} is coarse (without a limit {self.minimum} are needed)"
             )
         self.judge.configure_model()
         self.judge.to(pl_module.device)
@@ -88,37 +117,51 @@ class GenerationCheck(Callback):
         """Measures the policy that training leaves; a run that was complete already has been measured."""
         if self._trained:
             rate = self.check(trainer, pl_module)
-            if trainer.is_global_zero:
-                rates = {"before": self.first, "after": rate}
+            if trainer.is_global_zero and self.before is not None:
+                rates = {"before": share(self.before), "after": rate}
                 write_stage(Path(trainer.default_root_dir), stage_name(pl_module), unsafe_rate_on_safe=rates)
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        """The rate now; warns when it has risen."""
-        rate = self.rate(trainer, pl_module)
-        if self.first is None:
-            self.first = rate
-        if rate > self.first + self.tolerance:
+        """The share of the images that is called Unsafe now; warns when it has risen."""
+        now = self.flagged(trainer, pl_module)
+        if self.before is None:
+            self.before = now
+        lost = sum(self.before[question] and not flag for question, flag in now.items())
+        gained = sum(flag and not self.before[question] for question, flag in now.items())
+        increase = difference_of_items(lost, gained, len(now))
+        if increase.low > self.tolerance:
             warnings.warn(
-                f"{rate:.0%} of the held-out safe images are called {UNSAFE} now, {self.first:.0%} before training: "
-                "the policy over-flags",
+                f"{share(now):.0%} of the held-out safe images are called {UNSAFE} now, {share(self.before):.0%} "
+                f"before training (an increase of {increase.low:.0%} to {increase.high:.0%}, 95 % interval): the "
+                "policy over-flags",
                 OverFlaggingWarning,
                 stacklevel=2,
             )
-        return rate
+        return share(now)
 
     @torch.no_grad()
-    def rate(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        """The share of the held-out safe images that the policy calls Unsafe, over all processes."""
-        flagged = total = 0
+    def flagged(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, bool]:
+        """Whether each held-out safe image is called Unsafe, by its question; all of them, on every process."""
+        questions = self.questions(trainer)
+        place = {question: number for number, question in enumerate(questions)}
+        flags = torch.zeros(len(questions), dtype=torch.float64, device=pl_module.device)
         for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
             answers = pl_module.vlm.generate(batch.to(pl_module.device), self.sampling, seed_for("generation-check"))  # type: ignore[operator, union-attr]
             labels = self.judge.judge([answer.text for answer in answers]).argmax(-1).tolist()
-            safe = [
-                self.judge.labels[label] == UNSAFE
-                for label, question in zip(labels, batch.questions, strict=True)
-                if question.answer == SAFE
-            ]
-            flagged, total = flagged + sum(safe), total + len(safe)
-        counts = torch.tensor([flagged, total], dtype=torch.float64, device=pl_module.device)
-        counts = trainer.strategy.reduce(counts, reduce_op="sum")
-        return float(counts[0] / counts[1])
+            for label, question in zip(labels, batch.questions, strict=True):
+                if question.answer == SAFE:
+                    flags[place[question.id]] = float(self.judge.labels[label] == UNSAFE)
+        # A process asks about its part of the images, each image is asked about by one.
+        flags = trainer.strategy.reduce(flags, reduce_op="sum")
+        return {question: bool(flag) for question, flag in zip(questions, flags.tolist(), strict=True)}
+
+    @staticmethod
+    def questions(trainer: Trainer) -> list[str]:
+        """The ids of the questions about held-out safe images, of all processes."""
+        held_out = trainer.datamodule.parts.validation  # type: ignore[attr-defined]
+        return [example.question.id for example in held_out if example.question.answer == SAFE]
+
+
+def share(flags: dict[str, bool]) -> float:
+    """The share of True."""
+    return sum(flags.values()) / len(flags)

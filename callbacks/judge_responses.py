@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import track
 
 from safervlm.data.responses import read_responses
+from safervlm.errors import RecordError, first_line
 from safervlm.judge import Panel
 from safervlm.records import Verdict, read_jsonl, write_jsonl
 
@@ -16,8 +17,9 @@ VERDICTS = "verdicts.jsonl"
 class JudgeResponses(Callback):
     """After ``predict``, writes ``verdicts.jsonl`` beside the run folder's ``responses.jsonl``.
 
-    Answers that these judges have read already are not read again; verdicts of other judges, or of answers that are
-    no longer there, are replaced. It stands behind the RecordWriter, which writes ``responses.jsonl``.
+    Answers that these judges have judged already are not judged again: a verdict belongs to a question's id, a judge
+    and the answer's text. Verdicts of other judges, of other texts, or of answers that are no longer there, are
+    replaced. It stands behind the RecordWriter, which writes ``responses.jsonl``.
 
     Args:
         panel: The judges.
@@ -37,16 +39,27 @@ class JudgeResponses(Callback):
         # A rating needs another model: RateResponses.
         responses = [response for response in responses if response.question.capability != "rated"]
         judges = {response.id: self.panel.reader(response.question.capability) for response in responses}
+        texts = {response.id: response.response for response in responses}
         verdicts: dict[str, Verdict] = {}
-        others = 0
+        others = stale = 0
         if (run / VERDICTS).exists():
-            for verdict in map(Verdict.from_dict, read_jsonl(run / VERDICTS)):
-                if judges.get(verdict.id) == verdict.judge:
-                    verdicts[verdict.id] = verdict
-                elif verdict.id in judges:
+            for number, record in enumerate(read_jsonl(run / VERDICTS), 1):
+                try:
+                    verdict = Verdict.from_dict(record)
+                except (KeyError, TypeError, ValueError) as error:  # RecordError among them
+                    raise RecordError(f"{run / VERDICTS}, verdict {number}: {first_line(error)}") from error
+                if verdict.id not in judges:
+                    continue
+                if judges[verdict.id] != verdict.judge:
                     others += 1
+                elif not verdict.is_of(texts[verdict.id]):
+                    stale += 1
+                else:
+                    verdicts[verdict.id] = verdict
         if others:
             Console().print(f"{others} verdicts of another judge are replaced")
+        if stale:
+            Console().print(f"{stale} verdicts of other answers (or of version 0.1) are judged again")
 
         left = [response for response in responses if response.id not in verdicts]
         self.panel.to(trainer.strategy.root_device)

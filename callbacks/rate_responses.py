@@ -13,7 +13,8 @@ from rich.progress import track
 
 from callbacks.attempt_log import AttemptFile
 from safervlm.data.responses import read_responses
-from safervlm.errors import ArgumentError
+from safervlm.errors import ArgumentError, UserError, first_line
+from safervlm.escape import for_terminal
 from safervlm.rating import (
     MAX_NEW_TOKENS,
     RATINGS,
@@ -61,11 +62,10 @@ class RateResponses(Callback):
     A line a response and order (see :class:`safervlm.rating.Rating`), written as they come and put in the responses'
     order at the end; a process that dies loses the batch at work and no more. What this judge has rated already is not
     asked again; what others have rated, or this one in another way, is kept before it, for when it is wanted again. A
-    rating that doesn't come
-    is listed as missing, with its reason, and asked for by the next run of the same command; it ends neither the run
-    nor the other callbacks. What the requests took is in ``ratings-attempts.jsonl``. It stands behind the
-    RecordWriter, which writes ``responses.jsonl``; a run without such responses has no use for the judge, and it isn't
-    asked.
+    rating that doesn't come is listed as missing, with its reason, and asked for by the next run of the same command;
+    whatever went wrong with it, it ends neither the run nor the other callbacks. What the requests took is in
+    ``ratings-attempts.jsonl``. It stands behind the RecordWriter, which writes ``responses.jsonl``; a run without such
+    responses has no use for the judge, and it isn't asked.
 
     Args:
         judge: The model that rates, for example configs/llavabench_judge.yaml. With its dry_run it is not asked: the
@@ -130,8 +130,8 @@ class RateResponses(Callback):
         write_stage(run, "ratings", finished=not missing)
         if missing:
             print(
-                f"{len(missing)} of {len(wanted)} ratings are missing, for example of {missing[0].id}: "
-                f"{missing[0].reason}; {run / RATINGS} has them all"
+                f"{len(missing)} of {len(wanted)} ratings are missing, for example of {for_terminal(missing[0].id)}: "
+                f"{for_terminal(missing[0].reason)}; {run / RATINGS} has them all"
             )
 
     def wanted(self, responses: Sequence[Response]) -> list[Wanted]:
@@ -187,8 +187,10 @@ class RateResponses(Callback):
             return [*self.judge.generate(batch, SAMPLING, seed)]
         except Unanswered as error:
             return error.answers
-        except ValueError as error:
+        except UserError as error:
             return [str(error)] * len(questions)
+        except Exception as error:
+            return [f"{type(error).__name__}: {first_line(error)}"] * len(questions)
 
     def read(self, wanted: Wanted, answer: Generation | str, models: Mapping[str, str]) -> Rating:
         """What the judge's answer says.

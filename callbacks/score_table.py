@@ -3,17 +3,17 @@
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
-from rich.console import Console
 
-from safervlm.records import write_atomically
-from safervlm.scoring import accuracy_table, by_category, load_run, other_table, scores, write_workbook
+from safervlm.data.responses import RESPONSES
+from safervlm.scoring import accuracy_table, by_category, load_run, other_table, scores
+from safervlm.tables import say, terminal, write_csv, write_workbook
 
 
 class ScoreTable(Callback):
     """Scores the run folder after a prediction: ``scores.csv``, ``scores.xlsx``, and the tables on the terminal.
 
-    It reads ``responses.jsonl`` and ``verdicts.jsonl``, so it stands after the callbacks that write them. Only the
-    first process works.
+    It reads ``responses.jsonl`` and ``verdicts.jsonl``, so it stands after the callbacks that write them. If no
+    question has an answer, there is nothing to score, and it says so. Only the first process works.
     """
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -29,9 +29,12 @@ class ScoreTable(Callback):
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
+        if (run / RESPONSES).is_file() and not (run / RESPONSES).stat().st_size:
+            say(f"{run.name}: no question has an answer, so there is nothing to score")
+            return
         table = scores(load_run(run))
-        write_atomically(run / "scores.csv", lambda file: table.to_csv(file, index=False))
+        write_csv(run / "scores.csv", table)
         write_workbook(run / "scores.xlsx", {"by category": by_category(table), "scores": table})
-        console = Console()
+        console = terminal()
         console.print(accuracy_table(table, title=f"{run.name}: accuracy in %"))
         console.print(other_table(table, title=f"{run.name}: gap and over-flagging in %, diversity"))

@@ -40,14 +40,8 @@ def build_folder(folder: Path, build: Callable[[Path], object], argument: str = 
     if folder.is_dir():
         return
     with ExitStack() as stack:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder.parent)
-            building = stack.enter_context(temporary(folder, directory=True))
-        except OSError as error:
-            raise ArgumentError(
-                f"{argument}: {str(folder.parent)!r} can't be written to ({error.strerror}): name another folder"
-            ) from None
+        cache_folder(folder.parent, argument)
+        building = stack.enter_context(temporary(folder, directory=True))
         build(building)
         try:
             building.rename(folder)
@@ -57,6 +51,26 @@ def build_folder(folder: Path, build: Callable[[Path], object], argument: str = 
                     f"{argument}: {str(folder)!r} can't be made ({error.strerror}): remove what is there, or name "
                     "another folder"
                 ) from None
+
+
+def cache_folder(folder: Path, argument: str = "data.cache_dir") -> None:
+    """Makes a folder for results that are kept, and removes the leftovers of dead processes in it.
+
+    Args:
+        folder: to make, if it isn't there.
+        argument: the setting that it comes from, for the error.
+
+    Raises:
+        ArgumentError: it can't be made or written to: no permission, a read-only disk, or a file in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary(folder / "x"):
+            remove_leftovers(folder)
+    except OSError as error:
+        raise ArgumentError(
+            f"{argument}: {str(folder)!r} can't be written to ({error.strerror}): name another folder"
+        ) from None
 
 
 @contextmanager

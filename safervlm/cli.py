@@ -4,8 +4,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from safervlm.boundary import one_line_errors
 from safervlm.errors import ArgumentError
-from safervlm.signals import listening, why_ended
+from safervlm.signals import listening
 
 HELP = """usage: safervlm COMMAND [ARGUMENTS]
 
@@ -65,35 +66,20 @@ def main(args: Sequence[str] | None = None) -> None:
 
         print(__version__)
         return
-    try:
-        with listening():
-            if args[0] in ("fit", "validate", "predict"):
-                from safervlm.lightning_cli import run
+    with one_line_errors(), listening():
+        if args[0] in ("fit", "validate", "predict"):
+            from safervlm.lightning_cli import run
 
-                run(args)
-            elif args[0] in ("doctor", "report", "evaluation", "verify", "export", "pictograms", "demo"):
-                plain(args)
-            else:
-                raise ArgumentError(f"no command {args[0]!r}; see safervlm --help")
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; the same command goes on where it stopped\n")
-        sys.exit(130)
-    except Exception as error:
-        if ended := why_ended(error):
-            code, line = ended
-            sys.stderr.write(f"safervlm: {line}\n" if line else "")
-            sys.exit(code)
-        if not isinstance(error, ValueError):
-            raise
-        from safervlm.lightning_cli import fail, our_error
-
-        if (known := our_error(error)) is None:
-            raise
-        fail(str(known))
+            run(args)
+        elif args[0] in ("doctor", "report", "evaluation", "verify", "export", "pictograms", "demo"):
+            plain(args)
+        else:
+            raise ArgumentError(f"no command {args[0]!r}; see safervlm --help")
 
 
 def plain(args: Sequence[str]) -> None:
     """Plays one of the plain commands."""
+    from safervlm.arguments import options, refuse_empty
     from safervlm.lightning_cli import OneLineParser
 
     name, *rest = args
@@ -109,6 +95,9 @@ def plain(args: Sequence[str]) -> None:
     if name in ("report", "evaluation"):
         own = {"runs"}
         parser.add_argument("runs", nargs="+", help="The run folders; the first is the one to compare with.")
+    for option, value in options(rest):
+        if value is not None:
+            refuse_empty(option, value, f"--{option}")
     parser.add_function_arguments(function, skip=own, fail_untyped=True)
     given = parser.instantiate(parser.parse_args(rest))
     function(**given.as_dict())

@@ -29,7 +29,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from safervlm.data.benchmarks import on_the_hub
 from safervlm.errors import ArgumentError
-from safervlm.lightning_cli import SaferCLI, as_command_line, hush, local_or_shipped
+from safervlm.lightning_cli import SaferCLI, as_command_line, hush
+from safervlm.recipes import local_or_shipped
 from safervlm.records import read_jsonl
 from safervlm.run import MANIFEST
 from safervlm.trust import Named, check, find_beside_the_shell, named_in, read_config
@@ -283,7 +284,9 @@ def training_memory(folder: Path, r: int, target_modules: str) -> int:
         ArgumentError: transformers doesn't know the model.
     """
     with torch.device("meta"):  # the shapes alone
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
+        )
     sizes = [
         module.in_features + module.out_features
         for name, module in model.named_modules()

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
+from safervlm.diversity import NO_INTERVAL, SUBSAMPLES, TEXTS, TOO_FEW
 from safervlm.errors import ArgumentError, RecordError
+from safervlm.escape import for_latex, without_folders
 from safervlm.evaluation import (
     ALL_TASKS,
     GROUPS,
@@ -30,21 +31,25 @@ from safervlm.evaluation import (
 )
 from safervlm.records import seed_for, write_atomically
 from safervlm.reports import (
-    latex,
     latex_table,
     picture,
     read_summary,
     refuse_to_overwrite,
     run_names,
     settings_that_differ,
+    shown_settings,
     template,
-    terminal,
 )
-from safervlm.scoring import ONE_SAMPLE, THESE_CONCEPTS, records, write_workbook
+from safervlm.scoring import THESE_CONCEPTS, records
+from safervlm.tables import EXCLUDED, JUDGE_NOTE, TextTable, say, terminal, write_csv, write_workbook
 
 FOLDER = "evaluation"  # of a run, where its model's evaluation is
 FLIPS = 6  # of each direction, run and group of sets, that the page shows
 LEVEL = 0.05
+DIVERSITY_NOTE = (
+    f"1 - self-BLEU: mean over {SUBSAMPLES} subsamples of {TEXTS} texts (of all, if there are fewer); the published "
+    "form is of all texts."
+)
 OFTEN = 0.1  # the share of N/A from which the terminal says it; the page says it of each
 
 # A manifest as the page shows it; see safervlm.reports.read_summary.
@@ -77,7 +82,7 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
         raise ArgumentError(f"out: the table is a page, {str(out)!r} must end in .html")
     refuse_to_overwrite(out, ".csv", "_table.csv", "_differences.csv", ".xlsx", ".tex")
     paths = [Path(run) for run in runs]
-    names = run_names([path.parent if path.name == FOLDER else path for path in paths])
+    names = run_names([path.resolve().parent if path.resolve().name == FOLDER else path for path in paths])
     loaded, unread = read(paths, names)
     original = loaded[0] if loaded[0].name == names[0] else None
     names = [each.name for each in loaded]
@@ -91,17 +96,17 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
 
     manifests = [(each.name, read_summary(each.folder / "manifest.json")) for each in loaded]
     said = [*unread, *remarks(long, differences, loaded, wanted, manifests)]
-    page = render(loaded, wanted, long, differences, said, manifests).encode("utf-8", "replace")
-    write_atomically(out, lambda file: file.write_bytes(page))
-    write_atomically(out.with_suffix(".csv"), lambda file: long.to_csv(file, index=False))
-    write_atomically(out.with_name(f"{out.stem}_table.csv"), lambda file: wide.to_csv(file))
+    page = render(loaded, wanted, long, differences, said, manifests, out)
+    write_atomically(out, lambda file: file.write_text(page, encoding="utf-8"))
+    write_csv(out.with_suffix(".csv"), long)
+    write_csv(out.with_name(f"{out.stem}_table.csv"), wide, index=True)
     sheets = {"table": wide.reset_index(), "evaluation": long}
     beside = out.with_name(f"{out.stem}_differences.csv")
     beside.unlink(missing_ok=True)  # of runs before
     if len(differences):
-        write_atomically(beside, lambda file: differences.to_csv(file, index=False))
+        write_csv(beside, differences)
         sheets["differences"] = differences
-    write_workbook(out.with_suffix(".xlsx"), sheets)
+    write_workbook(out.with_suffix(".xlsx"), sheets, [JUDGE_NOTE, DIVERSITY_NOTE])
     tex = latex_tables(long, differences, names)
     write_atomically(out.with_suffix(".tex"), lambda file: file.write_text(tex, encoding="utf-8"))
     console = terminal()
@@ -109,8 +114,8 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
     for _, table in differences.groupby("run", sort=False) if len(differences) else ():
         console.print(difference_table(table, names[0]))
     for line in said:
-        print(line)
-    print(f"evaluation: {out} (with .csv, .xlsx and .tex beside it)")
+        say(line)
+    say(f"evaluation: {out} (with .csv, .xlsx and .tex beside it)")
     if unread:
         sys.exit(3)
     return out
@@ -205,14 +210,17 @@ def texts(long: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def side_by_side(long: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """A row a run, a column a line of the table; in each cell the number and its interval."""
-    return pd.DataFrame(texts(long, names), pd.Index(names, name="run"))
+    """A row a run, a column a line of the table; in each cell the number and its interval; what these exclude."""
+    return pd.DataFrame(texts(long, names), pd.Index(names, name="run")).assign(excludes=EXCLUDED)
 
 
-def evaluation_table(long: pd.DataFrame, names: Sequence[str]) -> Table:
+def evaluation_table(long: pd.DataFrame, names: Sequence[str]) -> TextTable:
     """The table for the terminal, one column a run (it fits where one row a run doesn't)."""
-    caption = "in %, MME in points, N/A counted as wrong\n95 % intervals for new concepts or new images, else as said"
-    printed = Table(title="Evaluation", caption=caption, box=SIMPLE_HEAD)
+    caption = (
+        "in %, MME in points, N/A counted as wrong\n95 % intervals for new concepts or new images, else as said\n"
+        f"{JUDGE_NOTE}\n{DIVERSITY_NOTE}"
+    )
+    printed = TextTable(title="Evaluation", caption=caption, box=SIMPLE_HEAD)
     printed.add_column("")
     for name in names:
         printed.add_column(name, justify="right")
@@ -221,18 +229,18 @@ def evaluation_table(long: pd.DataFrame, names: Sequence[str]) -> Table:
         if line["group"] != group:
             group = line["group"]
             printed.add_section()
-            printed.add_row(str(group), style="bold")
+            printed.add_row(group, style="bold")
         printed.add_row(
             f"  {heading}" if line["first"] else f"    {line['varies']}", *row, style=None if line["first"] else "dim"
         )
     return printed
 
 
-def difference_table(differences: pd.DataFrame, original: str) -> Table:
+def difference_table(differences: pd.DataFrame, original: str) -> TextTable:
     """What a run differs in from the original, for the terminal, without details."""
-    caption = f"95 % intervals; p by Holm over the columns; * below {LEVEL:g}"
+    caption = f"95 % intervals; p by Holm over the columns; * below {LEVEL:g}\n{JUDGE_NOTE}"
     title = f"{differences['run'].iloc[0]} minus {original}"
-    printed = Table(title=title, caption=caption, box=SIMPLE_HEAD)
+    printed = TextTable(title=title, caption=caption, box=SIMPLE_HEAD)
     printed.add_column("")
     for heading in ("difference", "95 %", "p", "p (Holm)", "lost", "gained", "of"):
         printed.add_column(heading, justify="right")
@@ -280,7 +288,12 @@ def remarks(
         if len(often):
             parts = [f"{100 * row['na_rate']:.0f} % of {row['heading']}" for row in records(often)]
             said.append(f"{each.name}: N/A, which counts as wrong, is {'; '.join(parts)}")
-    bare = table[table["method"].str.startswith("none: ") & ~table["method"].isin([NOT_MEASURED, ONE_SAMPLE])]
+        few = mine[mine["method"] == TOO_FEW]
+        if len(few):
+            parts = [f"{row['heading']} ({row['n']} texts)" for row in records(few)]
+            said.append(f"{each.name}: of fewer than {TEXTS} texts, more would lower it: {'; '.join(parts)}")
+    plain = table["method"].str.startswith(NO_INTERVAL) | (table["method"] == NOT_MEASURED)
+    bare = table[table["method"].str.startswith("none: ") & ~plain]
     for (run, method), part in bare.groupby(["run", "method"], sort=False):
         said.append(f"{run}: no interval, {str(method).removeprefix('none: ')}: {'; '.join(part['heading'])}")
     said += other_models(manifests)
@@ -359,9 +372,10 @@ def latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Sequence[
             }
             caption = (
                 f"{group}: in percent (MME in points), N/A counted as wrong. 95 % intervals: in brackets for new "
-                "concepts or new images, in parentheses for other images of these concepts."
+                "concepts or new images, in parentheses for other images of these concepts. "
+                f"{JUDGE_NOTE} {DIVERSITY_NOTE}"
             )
-            table = pd.DataFrame(stacked, pd.Index([latex(name) for name in names]))
+            table = pd.DataFrame(stacked, pd.Index([for_latex(name) for name in names]))
             tables.append(latex_table(table, "l" + "r" * len(stacked), caption, index=True, escape=False))
     if len(differences):
         rows = differences[~differences["detail"]]
@@ -375,7 +389,7 @@ def latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Sequence[
         table = pd.Series(texts).unstack(sort=False)[[name for name in names if name in set(rows["run"])]].fillna("-")
         caption = (
             f"Differences from {names[0]} on the same items, in percentage points (MME in points), with 95 % "
-            f"intervals; * p, by Holm over a run's columns, below {LEVEL:g}."
+            f"intervals; * p, by Holm over a run's columns, below {LEVEL:g}. {JUDGE_NOTE}"
         )
         tables.append(latex_table(table, "l" + "r" * len(table.columns), caption, index=True))
     made = [f"% {line}" for line in held(long) + (held(differences) if len(differences) else [])]
@@ -384,7 +398,7 @@ def latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Sequence[
 
 def _stack(parts: Sequence[str], small: bool = False) -> str:
     """Texts above each other, as LaTeX; all but the first one small if asked."""
-    first, *rest = map(latex, parts)
+    first, *rest = map(for_latex, parts)
     rest = [f"{{\\scriptsize {part}}}" if small else f"{{{part}}}" for part in rest if part]
     return "\\shortstack[r]{" + r"\\".join([first, *rest]) + "}" if rest else first
 
@@ -396,8 +410,10 @@ def render(
     differences: pd.DataFrame,
     said: Sequence[str],
     manifests: Sequence[tuple[str, Summary]],
+    out: Path,
 ) -> str:
-    """The page."""
+    """The page; ``out`` is its file, from which images are linked."""
+    settings = [(name, shown_settings(manifest)) for name, manifest in manifests]
     found = {(row["run"], row["column"]): row for row in records(long)}
     every = {
         (run, column): rows.to_dict("records")
@@ -407,7 +423,7 @@ def render(
     headings = records(long[["group", "column", "heading", "unit", "detail"]].drop_duplicates("column"))
     groups = {group: [c for c in headings if c["group"] == group and not c["detail"]] for group in GROUPS}
     return template("evaluation.html.j2").render(
-        runs=[{"name": each.name, "folder": str(each.folder)} for each in evaluations],
+        runs=[{"name": each.name} for each in evaluations],
         groups={group: part for group, part in groups.items() if part},
         details=[column for column in headings if column["detail"]],
         cells=found,
@@ -415,10 +431,12 @@ def render(
         compared=by_run,
         bounds=bounds(differences, wanted),
         na_counts={column.key for column in wanted if column.measure in ("share", "mme", "both")},
-        flipped=[(e.name, flipped(e, evaluations[0], wanted)) for e in evaluations[1:] if len(differences)],
-        remarks=said,
-        manifests=manifests,
-        differences=settings_that_differ([manifest for _, manifest in manifests]),
+        flipped=[(e.name, flipped(e, evaluations[0], wanted, out)) for e in evaluations[1:] if len(differences)],
+        remarks=[without_folders(line) for line in said],
+        manifests=settings,
+        differences=settings_that_differ([manifest for _, manifest in settings]),
+        judge_note=JUDGE_NOTE,
+        diversity_note=DIVERSITY_NOTE,
         shown=shown,
         interval=interval,
         level=LEVEL,
@@ -440,7 +458,9 @@ def bounds(differences: pd.DataFrame, wanted: Sequence[Column]) -> list[str]:
     return lines
 
 
-def flipped(each: Evaluation, original: Evaluation, wanted: Sequence[Column]) -> dict[str, list[dict[str, Any]]]:
+def flipped(
+    each: Evaluation, original: Evaluation, wanted: Sequence[Column], out: Path
+) -> dict[str, list[dict[str, Any]]]:
     """Answers that turned right or wrong, by group of sets; which are shown depends on their ids alone."""
     shown_cards: dict[str, list[dict[str, Any]]] = {}
     for group in GROUPS:
@@ -456,11 +476,11 @@ def flipped(each: Evaluation, original: Evaluation, wanted: Sequence[Column]) ->
             rows = some.set_index("id", drop=False)
             if names:
                 title = f"{group}: {title}, {len(some)} answers"
-                shown_cards[title] = [_card(rows.loc[name], each, original) for name in names]
+                shown_cards[title] = [_card(rows.loc[name], each, original, out) for name in names]
     return shown_cards
 
 
-def _card(row: "pd.Series[Any]", each: Evaluation, original: Evaluation) -> dict[str, Any]:
+def _card(row: "pd.Series[Any]", each: Evaluation, original: Evaluation, out: Path) -> dict[str, Any]:
     path = row["image_path"]
     answers = [
         {
@@ -474,4 +494,4 @@ def _card(row: "pd.Series[Any]", each: Evaluation, original: Evaluation) -> dict
         for colour, (name, suffix) in enumerate(((original.name, "_before"), (each.name, "")))
     ]
     question = {str(key): value for key, value in row.items()}
-    return question | {"picture": picture(path, row["id"]) if path else None, "answers": answers}
+    return question | {"picture": picture(path, row["id"], out) if path else None, "answers": answers}

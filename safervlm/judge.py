@@ -1,7 +1,6 @@
 """The judges: what a VLM's answer says, read by a RoBERTa classifier from the answer's text alone."""
 
 import csv
-import pickle
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,12 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from rich.console import Console
-from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -24,10 +20,15 @@ from transformers.utils import cached_file
 
 from safervlm import rules
 from safervlm.data.labelled import LabelCollator
-from safervlm.errors import ArgumentError, first_line
+from safervlm.errors import ArgumentError, RecordError, first_line
+from safervlm.escape import for_csv
+from safervlm.finite import TrainingGuard, must_be_trained
 from safervlm.protocol import LABELS, NOT_APPLICABLE, Capability
 from safervlm.records import Example, Response, Verdict, fingerprint, write_atomically
 from safervlm.rules import RULES
+from safervlm.tables import TextTable, terminal
+from safervlm.texts import tokenizable
+from safervlm.vlm.weights import load_model, must_be_finite, read_tensors, reading, weights_fingerprint
 
 WEIGHTS = "model.safetensors"
 # Keys that a checkpoint may hold and this model does not: older versions of transformers saved the positions, which
@@ -35,6 +36,8 @@ WEIGHTS = "model.safetensors"
 UNREAD_KEYS = frozenset({"roberta.embeddings.position_ids", "roberta.pooler.dense.weight", "roberta.pooler.dense.bias"})
 Answer = tuple[str, Capability, str, str]  # the question's id and capability, the right answer, the answer's text
 BATCH_SIZE = 64  # answers read at once, where nothing else is said
+# Log-probabilities this close could change places by rounding, which moves them by about 1e-7.
+NEAR_TIE = 1e-4
 
 
 class Judge(LightningModule):
@@ -64,6 +67,9 @@ class Judge(LightningModule):
         warmup: ``fit``: the part of all steps in which the learning rate rises, before it falls to 0, both linearly.
         label_smoothing: ``fit``: how much of the target goes to all labels alike; it bounds the judge's confidence,
             and with it the reward that PPO gets from it.
+        max_characters: A longer text is cut there before it is tokenized, which takes time for each megabyte. The
+            default is 128 characters, the longest token of roberta-base, for each of its 512 positions, so that it
+            changes no token that the model sees.
 
     Raises:
         ArgumentError: at first use, for a checkpoint that is missing, unreadable, or not exactly this model's.
@@ -78,10 +84,14 @@ class Judge(LightningModule):
         weight_decay: float = 0.01,
         warmup: float = 0.1,
         label_smoothing: float = 0.0,
+        max_characters: int = 65_536,
     ) -> None:
         super().__init__()
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ArgumentError(f"labels: a judge tells at least two different labels apart, got {list(labels)}")
+        if max_characters < 1:
+            raise ArgumentError(f"max_characters: at least 1, got {max_characters}")
+        self.max_characters = max_characters
         self.checkpoint = checkpoint
         self.labels = tuple(labels)
         self.base = base
@@ -107,6 +117,10 @@ class Judge(LightningModule):
             raise ArgumentError(f"{name}: it tells {', '.join(self.labels)}; name a judge of {', '.join(labels)}")
 
     # Loading and saving
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Stops the judge's own ``fit`` where a number is not finite."""
+        return [TrainingGuard()]
 
     def setup(self, stage: str) -> None:
         """Thaws the judge for its own ``fit``: Lightning calls this for the module it runs, not for modules within."""
@@ -139,11 +153,9 @@ class Judge(LightningModule):
     def _load(self) -> dict[str, Any]:
         base = self._base
         weights = self._weights
-        try:
-            config = AutoConfig.from_pretrained(base)
-            tokenizer = AutoTokenizer.from_pretrained(base)
-        except (OSError, ValueError) as error:
-            raise ArgumentError(f"base: no configuration and tokenizer in {base!r} ({first_line(error)})") from error
+        with reading(base, "base"):
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         if not isinstance(config, RobertaConfig):
             raise ArgumentError(f"base: {base!r} is a {config.model_type}; the judge is built on a RoBERTa")
         if weights is not None and weights.name == WEIGHTS:
@@ -155,13 +167,17 @@ class Judge(LightningModule):
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: number for number, label in enumerate(self.labels)}
         if weights is None:
-            try:
-                roberta = RobertaModel.from_pretrained(base, add_pooling_layer=False, dtype=torch.float32)
-            except OSError as error:
-                raise ArgumentError(
-                    f"base: no weights in {base!r} to fit a new judge on; name a checkpoint or another base "
-                    f"({first_line(error)})"
-                ) from error
+            # A masked language model's head isn't read.
+            roberta: Any = load_model(
+                RobertaModel,
+                base,
+                "base",
+                whole=False,
+                add_pooling_layer=False,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                weights_only=True,
+            )
         else:
             roberta = RobertaModel(config, add_pooling_layer=False)
         # float32 whatever the trainer's precision: rounded weights would be another judge.
@@ -187,7 +203,8 @@ class Judge(LightningModule):
 
     def _checked_state(self, file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state dict in ``file``, which must be ``expected``'s to the key and the shape."""
-        state = {key: value for key, value in _read_state(file).items() if key not in UNREAD_KEYS}
+        tensors = read_tensors(file, "checkpoint")
+        state = {key: value for key, value in tensors.items() if key not in UNREAD_KEYS}
         problems = [f"{key} is missing" for key in expected if key not in state]
         problems += [f"{key} is not of this model" for key in state if key not in expected]
         outputs = state.get("classifier.weight")
@@ -205,6 +222,7 @@ class Judge(LightningModule):
                 + "; ".join(problems[:5])
                 + more
             )
+        must_be_finite(state.items(), f"checkpoint: {str(file)!r}")
         return state
 
     @property
@@ -240,6 +258,7 @@ class Judge(LightningModule):
         return {
             "judge": None if self.checkpoint is None else self.fingerprint,
             "base": self._base if self.checkpoint is None else None,
+            "base_weights": weights_fingerprint(self._base, None) if self.checkpoint is None else None,
             "labels": list(self.labels),
             "lr": self.lr,
             "weight_decay": self.weight_decay,
@@ -251,14 +270,16 @@ class Judge(LightningModule):
 
     @torch.no_grad()
     def judge(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
-        """Reads answers.
+        """Classifies answers.
 
-        Texts of like length are read together, so that little is computed for padding; the result doesn't depend on
-        the company a text is read in (but for rounding).
+        Texts of similar length are computed together, so that little is computed for padding. On one machine the
+        neighbours of a text never change its most probable label, and its probabilities by less than 1e-5: matrices
+        of another shape are rounded differently. Where the two most probable labels are closer than rounding could
+        decide (:data:`NEAR_TIE`), the text is computed once more by itself.
 
         Args:
             texts: the answers.
-            batch_size: how many are read at once.
+            batch_size: how many are computed at once.
 
         Returns:
             Natural log-probabilities of the labels, float32 of shape (texts, labels), on the judge's device.
@@ -273,6 +294,15 @@ class Judge(LightningModule):
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
                 result[part] = F.log_softmax(self._logits([tokens[index] for index in part]), dim=-1)
+            best = result.topk(2, dim=-1).values
+            for index in (best[:, 0] - best[:, 1] < NEAR_TIE).nonzero().flatten().tolist():
+                result[index] = F.log_softmax(self._logits([tokens[index]]), dim=-1)[0]
+        if not bool(torch.isfinite(result).all()):
+            place = int((~torch.isfinite(result).all(dim=-1)).nonzero()[0])
+            raise RecordError(
+                f"judge: {self._base!r} has no finite probabilities for the text {texts[place][:40]!r}; look at its "
+                "weights, or name another judge"
+            )
         return result
 
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -280,7 +310,8 @@ class Judge(LightningModule):
         return self._logits(self._tokenize(texts))
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        cut = [tokenizable(text[: self.max_characters]) for text in texts]
+        return self.tokenizer(cut, truncation=True, max_length=self.max_length)["input_ids"]
 
     def _logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         rows = [torch.tensor(row) for row in tokens]
@@ -323,6 +354,7 @@ class Judge(LightningModule):
 
     def on_fit_end(self) -> None:
         """Exports the judge, and reports the held-out answers' confusion matrix."""
+        must_be_trained(self.trainer, self)
         if not self.trainer.is_global_zero:
             return
         run = Path(self.trainer.default_root_dir)
@@ -335,18 +367,18 @@ class Judge(LightningModule):
     def _write_confusion(self, file: Path, counts: list[list[int]]) -> None:
         with file.open("w", newline="", encoding="utf-8") as lines:
             writer = csv.writer(lines)
-            writer.writerow(["label", *self.labels])
-            writer.writerows([label, *row] for label, row in zip(self.labels, counts, strict=True))
+            writer.writerow(["label", *map(for_csv, self.labels)])
+            writer.writerows([for_csv(label), *row] for label, row in zip(self.labels, counts, strict=True))
 
     def _print_confusion(self, counts: list[list[int]]) -> None:
         right, total = sum(row[index] for index, row in enumerate(counts)), sum(map(sum, counts))
-        table = Table(title=f"Held-out answers: {right} of {total} right ({right / total:.3f})")
+        table = TextTable(title=f"Held-out answers: {right} of {total} right ({right / total:.3f})")
         table.add_column("label")
         for label in self.labels:
             table.add_column(f"read as {label}", justify="right")
         for label, row in zip(self.labels, counts, strict=True):
             table.add_row(label, *map(str, row))
-        Console().print(table)
+        terminal().print(table)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; the learning rate rises over the first ``warmup`` of the steps and falls to 0, linearly."""
@@ -441,7 +473,7 @@ class Panel(LightningModule):
         for place, (name, capability, expected, text) in enumerate(answers):
             probabilities = read.get(place) or rules.read(capability, expected, text)
             label = max(probabilities, key=probabilities.__getitem__)
-            verdicts.append(Verdict(name, label, probabilities, self.reader(capability)))
+            verdicts.append(Verdict(name, label, probabilities, self.reader(capability), Verdict.fingerprint_of(text)))
         return verdicts
 
     def describe(self) -> dict[str, Any]:
@@ -478,18 +510,3 @@ def _checkpoint_file(checkpoint: str) -> Path:
             f"checkpoint: {checkpoint!r} is no file here and can't be had from the Hub ({first_line(error)}); "
             "try again, give a file or an exported folder, or train one: safervlm fit --config configs/judge.yaml"
         ) from error
-
-
-def _read_state(file: Path) -> dict[str, Tensor]:
-    """The tensors in a file, which is never trusted to run code."""
-    try:
-        state = (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, weights_only=True, map_location="cpu")
-        )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ArgumentError(f"checkpoint: {str(file)!r} is not a plain state dict ({first_line(error)})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ArgumentError(f"checkpoint: {str(file)!r} is not a plain state dict: names with tensors")
-    return state

@@ -1,8 +1,6 @@
 """``safervlm fit | validate | predict``: Lightning's command line with our run folder, links and one-line errors."""
 
 import contextlib
-import difflib
-import inspect
 import logging
 import os
 import re
@@ -14,25 +12,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
+from jsonargparse import Namespace
 from jsonargparse._util import import_object
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from safervlm.arguments import prepared
+from safervlm.boundary import causes, fail, run_folder
+from safervlm.checkpoints import differences, origin_of, verify
 from safervlm.data.suite import Suite
+from safervlm.errors import ArgumentError, UserError, explained
+from safervlm.messages import one_line
 from safervlm.objectives.base import Objective
-from safervlm.records import FAILED, read_jsonl
-from safervlm.run import RunManifest, read_manifest
+from safervlm.records import FAILED, read_jsonl, write_atomically
+from safervlm.run import RunManifest, read_manifest, stage_name
 from safervlm.signals import exit_code
 from safervlm.vlm.api import Server
-from safervlm.vlm.lora import LoRA
-from safervlm.vlm.sampling import Sampling
-
-PACKAGE = Path(__file__).parent
-# In a wheel the recipes lie inside the package, in a source tree beside it.
-CONFIGS = next(path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir())
 
 
 class OneLineParser(LightningArgumentParser):
@@ -48,122 +45,48 @@ class OneLineParser(LightningArgumentParser):
         fail(one_line(message, sys.argv[1:], known))
 
 
-def fail(line: str) -> NoReturn:
-    """Ends with an error of one line and exit code 2."""
-    sys.stderr.write(f"safervlm: error: {line}\n")
-    sys.exit(2)
+class ConfigInRunFolder(SaveConfigCallback):
+    """Saves the configuration in the run folder, whatever the logger: its own place would be the logger's folder."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes ``fit.yaml``, ``validate.yaml`` or ``predict.yaml``.
+
+        Args:
+            trainer: knows the run folder.
+            pl_module: not looked at.
+            stage: not looked at.
+        """
+        # With what is none: left out, it would be the default when the file is run again.
+        text = self.parser.dump(self.config, skip_unset=False)
+        path = Path(trainer.default_root_dir) / self.config_filename
+        write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def our_error(error: BaseException | None) -> ValueError | None:
-    """The error, among this one and those that led to it, that our own code raised for the user to read.
-
-    None where there is none: a library's error is a defect, and needs its traceback.
-    """
-    roots = (PACKAGE, PACKAGE.parent / "callbacks")
-    while error is not None:
-        place = traceback.extract_tb(error.__traceback__)[-1:]
-        if isinstance(error, ValueError) and any(Path(place[0].filename).is_relative_to(root) for root in roots):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ()) -> str:
-    """What matters of jsonargparse's message, which repeats itself over dozens of lines for a union of types.
+def check_trainer(command: str, settings: Namespace) -> None:
+    """Rejects what would train on nothing, before anything is read.
 
     Args:
-        message: as jsonargparse gives it; of a nested argument it names the last part alone.
-        typed: the command line, to find the whole name in.
-        known: names of arguments, for a misspelt one.
+        command: ``fit``, ``validate`` or ``predict``.
+        settings: of the command, parsed.
+
+    Raises:
+        ArgumentError: zero steps, or a checkpoint that isn't there.
     """
-
-    def find(pattern: str) -> str | None:
-        found = re.search(pattern, message)
-        return found[1] if found else None
-
-    if required := find(r"arguments are required: (.*)"):
-        way_out = "give a recipe, for example --config configs/measure.yaml" if "model" in required else "see --help"
-        return f"missing: {required}; {way_out}"
-    if unknown := find(r"[Uu]nrecognized arguments: *(\S+)"):
-        name = unknown.lstrip("-").split("=")[0]
-        parts = [part for part in ("data", "model", "trainer") if part in known]  # plain commands have none
-        nested = [f"{part}.{name}" for part in parts if name in parameters(part)]
-        meant = did_you_mean(nested[0] if nested else name, [*nested, *known])
-        return f"unknown argument --{name}{meant}; --help lists all"
-    if unknown := find(r"Option '([^']+)' is not accepted"):
-        whole = argument(unknown, typed)
-        if whole == unknown:  # nobody typed it
-            names = [*parameters("data"), *parameters("model")]
-            if unknown not in names and (close := difflib.get_close_matches(unknown, names, 1, cutoff=0.8)):
-                return f"a config sets {unknown!r}, which its class doesn't take; did you mean {close[0]}?"
-            return (
-                f"a config sets {unknown!r}, which its class doesn't take: an overlay goes behind its own recipe, as "
-                "in --config configs/sft.yaml --config configs/pictograms/sft.yaml"
+    zero = {
+        "fit": ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"),
+        "validate": ("limit_val_batches",),
+        "predict": ("limit_predict_batches",),
+    }[command]
+    for name in zero:
+        value = settings["trainer"].get(name)
+        if value is not None and value is not False and value == 0:
+            raise ArgumentError(
+                f"--trainer.{name}: {value} leaves nothing to do for {command}; give more, or leave it out"
             )
-        stem = whole.removesuffix(unknown)
-        others = [name for name in parameters(stem.split(".")[0]) if name != unknown]  # another class takes it
-        meant = did_you_mean(unknown, others, stem)
-        return f"unknown argument --{whole}{meant}; --help lists all"
-    if unknown := find(r"does not accept option '([^']+)'"):
-        return (
-            f"a config has {unknown.split('.')[0]!r}, which is no part of a recipe: it is of another kind; a recipe "
-            "has run, model, data, trainer; a part goes where it belongs, as in --model.vlm configs/vlm/NAME.yaml"
-        )
-    key = find(r"""[Pp]arser key ["']([^"']+)["']""") or ""
-    if missing := find(r"File does not exist: '?([^'\n]+)"):
-        # Of several of one name the nearest to the top.
-        files = sorted(CONFIGS.rglob("*.yaml"), key=lambda path: -len(path.parts))
-        shipped = {path.stem: path.relative_to(CONFIGS.parent) for path in files}
-        close = difflib.get_close_matches(Path(missing).stem, shipped, 1)
-        hint = f"did you mean {shipped[close[0]]}?" if close else "see configs/"
-        return f"--{key}: no file {missing!r}; {hint}"
-    name = f"--{argument(key, typed)}: " if key else ""
-    if reason := find(r"does not correspond to a subclass of (\w+)"):
-        return f"{name}{find(r'Given value: (.*)') or 'the class'} is not a {reason}; name the class_path of one"
-    if path := find(r"Problem with given class_path '([^']+)'"):
-        reason = find(r"class_path '[^']+':\s+(.*)")
-        return f"{name}no class {path!r} ({reason}); check the spelling"
-    expected = [
-        re.sub(r"^a |<class '|'>|typing\.", "", each) for each in re.findall(r"Expected (.+?)(?:\. Got|\n|$)", message)
-    ]
-    expected = [each for each in dict.fromkeys(expected) if each != "NoneType"]
-    got = find(r"(?:Got value|Given value): (.*)")
-    if expected and got is not None:
-        choices = re.findall(r"'([^']+)'", " ".join(expected))
-        close = difflib.get_close_matches(got, choices, 1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        if any("Sequence" in each for each in expected):
-            meant = f"; write a list, '[{got}]'"
-        kinds = re.sub(r"Literal\[(.*?)\]", r"\1", " or ".join(expected)).replace("collections.abc.Sequence", "a list")
-        return f"{name}expected {kinds}, got {got!r}{meant}"
-    return name + " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
-
-
-def argument(key: str, typed: Sequence[str]) -> str:
-    """The whole name of an argument of which a message gives the end."""
-    names = [each.lstrip("-").split("=")[0] for each in typed if each.startswith("--")]
-    return next((name for name in names if name.replace("init_args.", "").endswith(key)), key)
-
-
-def parameters(part: str) -> list[str]:
-    """The names of all arguments that a part of the command line may take.
-
-    Args:
-        part: ``model`` and ``data`` stand for those of our classes that are imported; ``trainer``.
-    """
-    if part == "trainer":
-        return list(inspect.signature(Trainer.__init__).parameters)
-    kinds = LightningDataModule if part == "data" else (torch.nn.Module, LoRA, Sampling)
-    modules = [module for name, module in sys.modules.items() if name.startswith(("safervlm.", "callbacks."))]
-    classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
-    ours = [value for value in classes if value.__module__.startswith("safervlm.") and issubclass(value, kinds)]
-    return sorted({name for value in ours for name in inspect.signature(value.__init__).parameters})
-
-
-def did_you_mean(name: str, names: Sequence[str], stem: str = "") -> str:
-    """A hint at the name that was probably meant."""
-    close = difflib.get_close_matches(name, names, 1, cutoff=0.6)
-    return f"; did you mean --{stem}{close[0]}?" if close else ""
+    given = settings.get("ckpt_path")
+    if given is not None and not Path(given).exists():
+        last = Path(settings["run"]) / "checkpoints" / "last.ckpt"
+        raise ArgumentError(f"--ckpt_path: no file {given!r}; leave it out to take {last}")
 
 
 class SaferCLI(LightningCLI):
@@ -175,7 +98,8 @@ class SaferCLI(LightningCLI):
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=ConfigInRunFolder,
+            save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             trainer_defaults={
                 "callbacks": [RunManifest()],
@@ -225,20 +149,26 @@ class SaferCLI(LightningCLI):
         can = [command for command, name in step.items() if is_overridden(name, import_object(path), LightningModule)]
         if self.subcommand not in can:
             fail(f"--config: {path} is not for {self.subcommand}; use safervlm {' or '.join(can)}, or another recipe")
+        check_trainer(self.subcommand, self.config[self.subcommand])
         self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"
 
     def instantiate_classes(self) -> None:
-        """Makes trainer, model and data; what they refuse is said in one line."""
+        """Makes the run folder, then trainer, model and data."""
+        assert self.subcommand is not None  # noqa: S101 (we always have one; for the type checker)
+        run = Path(self.config[self.subcommand]["run"])
+        with explained(
+            f"--run: the folder {str(run)!r} can't be made", "name another one", OSError, error=ArgumentError
+        ):
+            run.mkdir(parents=True, exist_ok=True)
+        run_folder.set(run)
         try:
             super().instantiate_classes()
-        except MisconfigurationException as error:
-            fail(f"--trainer: {error}")
-        except (TypeError, ValueError) as error:
-            if (known := our_error(error)) is None:
-                if "/lightning/" in traceback.extract_tb(error.__traceback__)[-1].filename:
-                    fail(f"--trainer: {error}")
-                raise
-            fail(str(known))
+        except ValueError as error:
+            # jsonargparse's page about a class that can't be made; one of ours within it is said by itself.
+            page = "Problem with given class_path" in str(error) and traceback.extract_tb(error.__traceback__)[-1]
+            if page and "/jsonargparse/" in page.filename and not any(isinstance(e, UserError) for e in causes(error)):
+                raise ArgumentError(one_line(str(error), sys.argv[1:])) from error
+            raise
         started, wanted = int(os.environ.get("WORLD_SIZE", 1)), self.trainer.num_devices * self.trainer.num_nodes
         if "TORCHELASTIC_RUN_ID" in os.environ and started != wanted:
             fail(
@@ -246,11 +176,6 @@ class SaferCLI(LightningCLI):
                 f"--trainer.devices {started} --trainer.strategy ddp (for each of several nodes its own, and "
                 "--trainer.num_nodes)"
             )
-        run = self.config[self.subcommand]["run"]
-        try:
-            Path(run).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--run: the folder {run!r} can't be made ({error.strerror}); name another one")
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Plays the command. Ctrl-C ends with 130: Lightning's 1 tells a driver to go on with its next run."""
@@ -269,22 +194,25 @@ class SaferCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Goes on from the run's last checkpoint unless another one is named."""
-        if self.trainer.limit_train_batches == 0:
-            fail("--trainer.limit_train_batches: 0 leaves nothing to train on; give 1.0")
         self.take_last_checkpoint("fit")
 
     def before_validate(self) -> None:
         """Looks at the run's last checkpoint unless another one is named."""
-        if self.trainer.limit_val_batches == 0:
-            fail("--trainer.limit_val_batches: 0 leaves nothing to validate; give 1.0")
         self.take_last_checkpoint("validate")
 
     def take_last_checkpoint(self, command: str) -> None:
         """Makes the run's last checkpoint the one to load, if there is one and none is named."""
         config = self.config_init[command]
         given, last = config["ckpt_path"], Path(config["run"]) / "checkpoints" / "last.ckpt"
-        if given is not None and not Path(given).exists():
-            fail(f"--ckpt_path: no file {given!r}; leave it out to take {last}")
+        if given is not None or last.exists():
+            origin = origin_of(self.model)
+            # What a checkpoint is validated on need not be what it was trained by.
+            ignore = set() if command == "fit" else origin.keys() - {"class", "vlm", "lora"}
+            # Where the settings are not those of the run, its manifest says so, those of the data included.
+            stage = read_manifest(Path(config["run"]))["stages"].get(stage_name(self.model), {})
+            of_run = stage.get("settings", {}).get("model")
+            other = given is None and of_run is not None and differences(of_run, origin, {"class", *ignore})
+            verify(last if given is None else Path(given), None if other else origin, ignore=ignore)
         if given is None and last.exists():
             print(f"{'going on from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)
@@ -352,6 +280,7 @@ def hush() -> None:
         r".*is_gradient_checkpointing",  # transformers to PEFT
         r".*JsonargparseDeprecation|.*was deprecated in v4",  # jsonargparse to Lightning
         r".*does not have many workers",  # images are small next to a VLM
+        r".*across ranks is zero",  # nothing is held out
         r".*You passed in a `val_dataloader` but",  # GenerationCheck asks the held-out images
         r".*`predict_dataloader` returned 0 batches|.*eval mode at the start of training",
     ):
@@ -368,22 +297,10 @@ def run(args: Sequence[str]) -> None:
     # A user's own objective beside the shell's folder can be named; appended, so that it never takes a package's place.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
-    # What is typed most is short.
-    args = [re.sub(r"^--limit(?==|$)", "--data.limit", argument) for argument in args]
+    args = prepared(args)
     with as_command_line(args):
         try:
-            SaferCLI([local_or_shipped(argument) for argument in args])
-        except MisconfigurationException as error:
-            fail(f"--trainer: {error}")
+            SaferCLI(args)
         except SIGTERMException:
             # Lightning ends with 0, and a driver would take the run for finished.
             raise SystemExit(exit_code()) from None
-
-
-def local_or_shipped(argument: str) -> str:
-    """``configs/NAME.yaml`` means the shipped recipe where there is no such file here."""
-    name, equals, value = argument.rpartition("=")
-    if value.startswith("configs/") and not Path(value).exists():
-        shipped = CONFIGS / value.removeprefix("configs/")
-        return f"{name}{equals}{shipped}" if shipped.exists() else argument
-    return argument

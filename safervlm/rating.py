@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from safervlm.errors import RecordError
 from safervlm.records import Response, fingerprint
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
@@ -31,6 +32,7 @@ TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.2, 1.0, 1024
 SEED = 0  # of a rating's first request; each that follows takes the next
 
 NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
+SURROGATE = re.compile("[\ud800-\udfff]")
 TWO_NUMBERS = re.compile(rf"{NUMBER}(?: +| *, *){NUMBER}")
 
 
@@ -40,16 +42,20 @@ def rating_prompt(response: Response, swapped: bool = False) -> str:
     Args:
         response: to a question with ``capability`` "rated".
         swapped: puts the response first and the reference second; published is the reference first.
+
+    Returns:
+        The prompt; half of a surrogate pair, which can't be sent, is replaced by U+FFFD, as every viewer shows it.
     """
     question = response.question
     first, second = question.answer, response.response
     if swapped:
         first, second = second, first
-    return (
+    prompt = (
         f"[Context]\n{question.context}\n\n[Question]\n{question.prompt}\n\n"
         f"[Assistant 1]\n{first}\n\n[End of Assistant 1]\n\n[Assistant 2]\n{second}\n\n[End of Assistant 2]\n\n"
         f"[System]\n{RULE}\n\n"
     )
+    return SURROGATE.sub("\ufffd", prompt)
 
 
 def read_ratings(text: str) -> tuple[float, float] | None:
@@ -113,5 +119,24 @@ class Rating:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote."""
-        return cls(**record)
+        """Reads what :meth:`to_dict` wrote.
+
+        Raises:
+            RecordError: a field is missing, unknown or of another type, or a number is no rating.
+        """
+        try:
+            rating = cls(**record)
+        except TypeError as error:
+            raise RecordError(f"{RATINGS}: {error}; remove the line {dict(record)!s:.80}") from None
+        for name in ("id", "reason", "judge", "model", "text", "key"):
+            if not isinstance(getattr(rating, name), str):
+                raise RecordError(f"{RATINGS}, {rating.id!s:.80}: {name} is no text; remove the line")
+        for name in ("reference", "response"):
+            value = getattr(rating, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= 10
+            if not (number or (value is None and rating.reason)):
+                raise RecordError(
+                    f"{RATINGS}, {rating.id!s:.80}: {name} is no number from 1 to 10, got {value!r:.40}; remove the "
+                    "line, and the same command asks again"
+                )
+        return rating

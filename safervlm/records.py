@@ -7,24 +7,46 @@ to. Nothing is ever matched by position.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Protocol, Self, TypeVar, get_args
 
 from safervlm.caches import temporary
-from safervlm.errors import RecordError
+from safervlm.errors import RecordError, first_line
 from safervlm.protocol import Capability
+from safervlm.reading import json_text, numbered_jsonl, parse_json
 
 # In a run folder: the questions that have no answer, and why.
 FAILED = "responses-failed.jsonl"
+# Half a surrogate pair is hashed as what it is.
+HALVES = "surrogatepass"
+# JSON's kinds of values in words.
+KINDS = {
+    str: "a text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    type(None): "null",
+}
 
 
 def record_id(dataset: str, image: str, capability: str, prompt_number: int) -> str:
     """The id of a question (see the module's docstring for the scheme)."""
     return f"{dataset}/{image}/{capability}/{prompt_number}"
+
+
+def _check(record: Mapping[str, Any], /, **kinds: type | tuple[type, ...]) -> None:
+    """Raises a KeyError for a field that a record lacks, and a RecordError for a value of another type."""
+    for name, kind in kinds.items():
+        value = record[name]
+        # True is no number, although Python's bool is an int.
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            allowed = kind if isinstance(kind, tuple) else (kind,)
+            expected = " or ".join(KINDS.get(each, "null") for each in allowed)
+            raise RecordError(f"the field {name!r} must be {expected}, got {value!r:.80}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +94,13 @@ class Question:
 
         Raises:
             KeyError: a field is missing.
+            RecordError: a field has a value of another type.
         """
+        _check(record, image_path=(str, type(None)), prompt_number=int, capability=str)
+        _check(record, **dict.fromkeys(("id", "dataset", "image", "prompt", "category", "concept", "answer"), str))
+        _check({"context": "", "drawn": False} | dict(record), context=str, drawn=bool)
+        if record["capability"] not in get_args(Capability):
+            raise RecordError(f"the field 'capability' must be one of the protocol's, got {record['capability']!r}")
         there = {field.name: record[field.name] for field in fields(cls) if field.name not in ("context", "drawn")}
         return cls(**there, context=record.get("context", ""), drawn=record.get("drawn", False))
 
@@ -99,12 +127,13 @@ class Response:
         response: the generated text, without special tokens.
         finish_reason: ``stop`` when the VLM ended its answer, ``length`` when the limit of new tokens did; ``refusal``
             when a server marks the answer as one, ``content_filter`` when its filter cut the answer, mostly to nothing.
-        tokens: the number of generated tokens, the end token included.
+            Any other is a server's own word (``eos``, ``end_turn``) for an answer that ended by itself.
+        tokens: the number of generated tokens, the end token included; 0 where it is not known.
     """
 
     question: Question
     response: str
-    finish_reason: Literal["stop", "length", "refusal", "content_filter"]
+    finish_reason: str
     tokens: int
 
     @property
@@ -119,7 +148,13 @@ class Response:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote."""
+        """Reads what :meth:`to_dict` wrote, among other fields.
+
+        Raises:
+            KeyError: a field is missing.
+            RecordError: a field has a value of another type.
+        """
+        _check(record, response=str, finish_reason=str, tokens=int)
         return cls(Question.from_dict(record), record["response"], record["finish_reason"], record["tokens"])
 
 
@@ -146,7 +181,13 @@ class Failure:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote."""
+        """Reads what :meth:`to_dict` wrote, among other fields.
+
+        Raises:
+            KeyError: a field is missing.
+            RecordError: a field has a value of another type.
+        """
+        _check(record, reason=str)
         return cls(Question.from_dict(record), record["reason"])
 
 
@@ -159,57 +200,138 @@ class Verdict:
         label: the most probable label.
         probabilities: of every label, summing to 1.
         judge: the fingerprint of the judge's weights (see :func:`fingerprint`).
+        answer: the fingerprint of the answer's text (:meth:`fingerprint_of`); empty in a file of version 0.1, which
+            doesn't have it.
     """
 
     id: str
     label: str
     probabilities: dict[str, float]
     judge: str
+    answer: str = ""
+
+    @staticmethod
+    def fingerprint_of(text: str) -> str:
+        """What tells an answer's text from another; also where it can't be encoded (half a surrogate)."""
+        return fingerprint(text.encode("utf-8", "surrogatepass"))
+
+    def is_of(self, text: str) -> bool:
+        """Whether the verdict is about this text; of a file of version 0.1 nobody knows."""
+        return self.answer == self.fingerprint_of(text)
 
     def to_dict(self) -> dict[str, Any]:
         """The record of ``verdicts.jsonl``."""
-        return asdict(self)
+        record = asdict(self)
+        return record if self.answer else {name: record[name] for name in record if name != "answer"}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote."""
-        return cls(**record)
+        """Reads what :meth:`to_dict` wrote.
+
+        Raises:
+            KeyError: a field is missing.
+            RecordError: a field has a value of another type, or is unknown; or the verdict contradicts itself: its
+                probabilities are no numbers from 0 to 1 that sum to 1, or its label is not the most probable one.
+        """
+        names = [field.name for field in fields(cls)]
+        if unknown := set(record) - set(names):
+            raise RecordError(f"the field {min(unknown)!r} is unknown; a verdict has {', '.join(names)}")
+        _check({"answer": "", **record}, id=str, label=str, probabilities=dict, judge=str, answer=str)
+        verdict = cls(**record)
+        if problem := verdict.contradiction():
+            raise RecordError(problem)
+        return verdict
+
+    def contradiction(self) -> str | None:
+        """How the verdict contradicts itself, in one line; None where it doesn't."""
+        if not self.probabilities:
+            return "it has no probabilities; judge again"
+        for label, value in self.probabilities.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not -1e-3 <= value <= 1 + 1e-3:  # NaN is neither
+                return f"the probability {value!r} of {label!r} is not a number from 0 to 1; judge again"
+        if abs((total := sum(self.probabilities.values())) - 1) > 1e-3:
+            return f"its probabilities sum to {total:.4g}, not 1; judge again"
+        if self.probabilities.get(self.label, -1) < max(self.probabilities.values()):
+            likely = max(self.probabilities, key=self.probabilities.__getitem__)
+            return f"its label is {self.label!r}, but the most probable one is {likely!r}; judge again"
+        return None
+
+
+class Stored(Protocol):
+    """A kind of record that a file of a run folder holds."""
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """Reads a line of the file."""
+
+
+Kind = TypeVar("Kind", bound=Stored)
+
+
+def read_records(path: str | Path, kind: type[Kind]) -> list[Kind]:
+    """The records of a run folder's file.
+
+    Args:
+        path: the JSONL file.
+        kind: of the records, for example :class:`Response`.
+
+    Raises:
+        RecordError: a line that is no such record: a field is missing, unknown or of another type. The message names
+            file and line.
+    """
+    records = []
+    for number, record in numbered_jsonl(path):
+        try:
+            records.append(kind.from_dict(record))
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"the field {error} is missing" if isinstance(error, KeyError) else first_line(error)
+            name = f" ({record['id']})" if isinstance(record.get("id"), str) else ""
+            raise RecordError(
+                f"{path}, line {number}{name}: no {kind.__name__.lower()}: {reason}; correct or remove the line"
+            ) from None
+    return records
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file.
+    """The records of a JSONL file (see :func:`safervlm.reading.numbered_jsonl`).
 
     Raises:
         RecordError: a line that is not a JSON object, naming file and line.
     """
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RecordError(f"{path}, line {number}: not JSON ({error.msg}): {line[:80]!r}") from None
-            if not isinstance(record, dict):
-                raise RecordError(f"{path}, line {number}: not a JSON object: {line[:80]!r}")
-            yield record
+    return (record for _, record in numbered_jsonl(path))
 
 
 def read_torn_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file whose writer may have died in the middle of the last one."""
+    """The whole lines of a JSONL file whose writer may have died in the middle of the last one.
+
+    Raises:
+        RecordError: another line is damaged; the message names file and line.
+    """
     content = path.read_bytes()
     records = []
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise RecordError(f"{path}, line {number}: not JSON ({error.msg}); remove the line") from None
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise RecordError(f"{where}: not UTF-8 (byte 0x{line[error.start]:02x}); remove the line") from None
+        record = parse_json(text, where, "remove the line")
+        if not isinstance(record, dict):
+            raise RecordError(f"{where}: not a JSON object: {text[:80]!r}; remove the line")
+        records.append(record)
     return records
 
 
 def to_line(record: Mapping[str, Any]) -> str:
-    """The JSON line of a record, its newline included."""
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    """The JSON line of a record, its newline included (see :func:`safervlm.reading.json_text`).
+
+    Raises:
+        RecordError: a number of the record is NaN or infinite; the message names its id.
+    """
+    return json_text(record, name=str(record.get("id", ""))) + "\n"
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -245,12 +367,12 @@ def fingerprint(*parts: str | bytes | Path) -> str:
             with part.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").digest()
         else:
-            content = hashlib.sha256(part.encode() if isinstance(part, str) else part).digest()
+            content = hashlib.sha256(part.encode(errors=HALVES) if isinstance(part, str) else part).digest()
         digest.update(content)
     return digest.hexdigest()[:16]
 
 
 def seed_for(*names: str | int) -> int:
     """A 63-bit seed drawn from names, for example ``seed_for(seed, record.id)``: the same on every machine."""
-    digest = hashlib.sha256("\x1f".join(map(str, names)).encode()).digest()
+    digest = hashlib.sha256("\x1f".join(map(str, names)).encode(errors=HALVES)).digest()
     return int.from_bytes(digest[:8], "little") >> 1

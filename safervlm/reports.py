@@ -1,19 +1,23 @@
 """Runs -> one self-contained HTML page, and the same tables as CSV, Excel and LaTeX.
 
 The page loads nothing: style, plots and thumbnails stand in it, it runs no script, and its content security policy
-forbids both. Whatever comes from a model or a data set is escaped. Unsafe images are shown as a blur of a few dozen
-colours, which is all that is left of them; the original is one deliberate click away, in the local file, and never in
-the page.
+forbids both. Whatever comes from a model or a data set is escaped (:mod:`safervlm.escape`), and of a text at most 4,000
+characters are shown. Unsafe images are shown as a blur of a few dozen colours, which is all that is left of them; the
+original is one deliberate click away, in the local file, and never in the page. The page names no absolute path: images
+are linked relative to it, of other paths the last part is shown.
 """
 
 import base64
 import io
 import json
 import os
+import re
+import warnings as python_warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import matplotlib as mpl
@@ -22,10 +26,12 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image, ImageFilter
-from rich.console import Console
 
-from safervlm.errors import ArgumentError, RecordError
+from safervlm.diversity import SUBSAMPLES, TEXTS, TOO_FEW
+from safervlm.errors import ArgumentError, RecordError, explained
+from safervlm.escape import for_figure, for_html, for_latex, visible, without_folders
 from safervlm.images import open_image
 from safervlm.protocol import CAPABILITIES
 from safervlm.records import fingerprint, seed_for, write_atomically
@@ -34,6 +40,7 @@ from safervlm.scoring import (
     BOTH,
     COLUMNS,
     DIVERSITY,
+    GAP_WEIGHTS,
     MEASURES,
     NEW_CONCEPTS,
     OVER_FLAGGING,
@@ -54,8 +61,8 @@ from safervlm.scoring import (
     scores,
     shown,
     with_interval,
-    write_workbook,
 )
+from safervlm.tables import JUDGE_NOTE, escaped, say, terminal, write_csv, write_workbook
 
 CAPABILITY_TITLES = {
     "alignment": "Alignment: is the image safe?",
@@ -64,6 +71,13 @@ CAPABILITY_TITLES = {
 }
 EXAMPLES = {"alignment": 2, "alignment_text_only": 1, "perception": 1}  # that the page shows of each category
 
+# Of a workbook, on its last sheet.
+NOTES = (
+    "Accuracies, over-flagging and the gap are shares of 1; N/A is counted as wrong unless said.",
+    JUDGE_NOTE,
+    GAP_WEIGHTS,
+    f"1 - self-BLEU: mean over {SUBSAMPLES} subsamples of {TEXTS} texts (of all, if there are fewer). Published: all.",
+)
 WIDTH = 11.0  # inches of every plot
 
 GRAIN = 5  # colours along the longer side of a blurred image: all that is left of it
@@ -145,23 +159,23 @@ def report(runs: list[Path], out: Path | None = None) -> Path:
     refuse_to_overwrite(out, ".csv", "_overall.csv", ".xlsx", ".tex")
     loaded = load(runs)
     comparison = compare({run.name: run.scores for run in loaded})
-    page = render(loaded, comparison).encode("utf-8", "replace")  # a model may have written half a surrogate pair
+    page = render(loaded, comparison, out)
     tex = latex_tables(loaded, comparison)
     long = pd.concat([run.scores.assign(run=run.name) for run in loaded])
     long = long[["run", *long.columns.drop("run")]]
     wide = pd.concat([by_category(run.scores).assign(run=run.name) for run in loaded])
     wide = wide[["run", *wide.columns.drop("run")]]
 
-    write_atomically(out, lambda file: file.write_bytes(page))
+    write_atomically(out, lambda file: file.write_text(page, encoding="utf-8"))
     write_atomically(out.with_suffix(".tex"), lambda file: file.write_text(tex, encoding="utf-8"))
-    write_atomically(out.with_suffix(".csv"), lambda file: long.to_csv(file, index=False))
-    write_atomically(out.with_name(f"{out.stem}_overall.csv"), lambda file: comparison.to_csv(file))
+    write_csv(out.with_suffix(".csv"), long)
+    write_csv(out.with_name(f"{out.stem}_overall.csv"), comparison, index=True)
     sheets = {"overall": comparison.reset_index(), "by category": wide, "scores": long}
-    write_workbook(out.with_suffix(".xlsx"), sheets)
+    write_workbook(out.with_suffix(".xlsx"), sheets, NOTES)
     terminal().print(comparison_table(comparison))
     for line in warnings(loaded):
-        print(f"not comparable: {line}")
-    print(f"report: {out} (with .csv, .xlsx and .tex beside it)")
+        say(f"not comparable: {line}")
+    say(f"report: {out} (with .csv, .xlsx and .tex beside it)")
     return out
 
 
@@ -174,22 +188,32 @@ def load(folders: Sequence[Path]) -> list[Run]:
         kinds = frame["capability"].value_counts()
         if others := {str(kind): int(count) for kind, count in kinds.items() if kind not in CAPABILITIES}:
             listed = ", ".join(f"{count} {kind}" for kind, count in others.items())
-            print(f"{name}: {listed} answers aren't in a report but in `safervlm evaluation {path}`")
-        runs.append(Run(name, path, frame, scores(frame), read_summary(path / "manifest.json")))
+            say(f"{name}: {listed} answers aren't in a report but in `safervlm evaluation {path}`")
+        table = scores(frame)
+        if table.empty:
+            raise RecordError(
+                f"{path}: it has no answers to the protocol's questions, which a report is about; use `safervlm "
+                f"evaluation {path}`"
+            )
+        runs.append(Run(name, path, frame, table, read_summary(path / "manifest.json")))
     return runs
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """What runs are called: by their folder, or by their path where two folders are called the same.
+    """What runs are called: by their folder, with as many folders above it as tell them apart.
 
     Raises:
         ArgumentError: a folder is named twice.
     """
-    names = [path.resolve().name for path in paths]
-    unique = [name if names.count(name) == 1 else str(path) for path, name in zip(paths, names, strict=True)]
-    if len(set(unique)) < len(unique):
+    parts = [path.resolve().parts for path in paths]
+    if len(set(parts)) < len(parts):
         raise ArgumentError(f"runs: {', '.join(map(str, paths))}: the same folder is named twice; name each once")
-    return unique
+    names: list[str] = []
+    for own in parts:
+        above = next(n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in parts) == 1)
+        names.append(visible("/".join(own[-above:])))
+    # Two names may look the same once their control characters are visible.
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
 
 
 def read_summary(path: Path) -> dict[str, dict[str, str]]:
@@ -199,14 +223,12 @@ def read_summary(path: Path) -> dict[str, dict[str, str]]:
         path: ``manifest.json``.
 
     Raises:
-        RecordError: it is no JSON object.
+        RecordError: it can't be read, or has no stages.
     """
     if not path.is_file():
         return {}
-    try:
+    with explained(f"{path}: not JSON", "move it away to go on without", ValueError, RecursionError):
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path}: not JSON ({error.msg}); move it away to go on without") from None
     stages = manifest.get("stages") if isinstance(manifest, dict) else None
     if not isinstance(stages, dict):
         raise RecordError(f"{path}: no manifest, it has no stages; move it away to go on without")
@@ -225,15 +247,17 @@ def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def render(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
+def render(runs: Sequence[Run], comparison: pd.DataFrame, out: Path) -> str:
     """The page.
 
     Args:
         runs: the first is the baseline.
         comparison: of :func:`safervlm.scoring.compare`.
+        out: the page's file, from which images are linked.
     """
+    manifests = [(run.name, shown_settings(run.manifest)) for run in runs]
     return template("report.html.j2").render(
-        runs=[{"name": run.name, "folder": str(run.folder), "answers": len(run.frame)} for run in runs],
+        runs=[{"name": run.name, "answers": len(run.frame)} for run in runs],
         headline=headline(comparison),
         overall=overall_cells(runs, comparison),
         figures=figures(runs),
@@ -247,21 +271,26 @@ def render(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
         ],
         side_by_side=side_by_side(runs),
         others=[(run.name, other_rows(run.scores)) for run in runs],
-        examples=examples(runs),
+        examples=examples(runs, out),
         capability_titles=CAPABILITY_TITLES,
-        manifests=[(run.name, run.manifest) for run in runs],
+        manifests=manifests,
         methods=list(dict.fromkeys(line for run in runs for line in methods(run.scores))),
-        differences=settings_that_differ([run.manifest for run in runs]),
+        differences=settings_that_differ([manifest for _, manifest in manifests]),
         warnings=warnings(runs),
         shown=shown,
+        judge_note=JUDGE_NOTE,
+        gap_weights=GAP_WEIGHTS,
+        texts=TEXTS,
+        subsamples=SUBSAMPLES,
     )
 
 
 def template(name: str) -> jinja2.Template:
-    """A page's template; whatever is put into it is escaped."""
+    """A page's template; whatever is put into it is escaped: invisible characters first, then markup."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
+        finalize=lambda value: for_html(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -277,8 +306,8 @@ def headline(comparison: pd.DataFrame) -> list[str]:
     if not np.isnan([first["text_only_unsafe"], first["image_unsafe"], first["modality_gap"]]).any():
         lines.append(
             f"{first['run']} answers {percent(first['image_unsafe'])} % of the questions about unsafe images right and "
-            f"{percent(first['text_only_unsafe'])} % of those about unsafe concepts' names, a modality gap of "
-            f"{percent(first['modality_gap'])} points."
+            f"{percent(first['text_only_unsafe'])} % of those about unsafe concepts' names. The modality gap, the mean "
+            f"over concepts, is {percent(first['modality_gap'])} points."
         )
     compared = [
         f"{row['run']} {percent(row['image_unsafe'])} / {percent(row['image_safe'])} %"
@@ -290,7 +319,7 @@ def headline(comparison: pd.DataFrame) -> list[str]:
 
 def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, Any]:
     """The overall table: headings, and of every run its cells."""
-    columns = [column for column in COLUMNS if not column.endswith("_na_left_out")]
+    columns = [column for column in COLUMNS if not column.endswith(("_na_left_out", "_published"))]
     values = records(comparison)
     rows = []
     for run, row in zip(runs, values, strict=True):
@@ -313,6 +342,8 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, An
                     "difference": None if run is runs[0] or np.isnan(difference) or not comparable else signed,
                     "paired": paired(run, runs[0], column) if run is not runs[0] and comparable else "",
                     "left_out": None if left_out is None or np.isnan(left_out) else left_out,
+                    "published": row.get(f"{column}_published"),
+                    "fewer": source["n"] if source is not None and source["method"] == TOO_FEW else None,
                 }
             )
         rows.append({"name": run.name, "cells": cells, "na": row["na_rate"], "n": row["n"]})
@@ -337,11 +368,17 @@ def asked(frame: pd.DataFrame, column: str) -> frozenset[str]:
 def warnings(runs: Sequence[Run]) -> list[str]:
     """What forbids to compare the runs' numbers, in a sentence each."""
     first, *others = runs
-    return [
+    said = [
         f"{run.name} answered other questions than {first.name}: where they differ, no difference is shown."
         for run in others
         if set(run.frame["id"]) != set(first.frame["id"])
     ]
+    for column, (heading, measure, _, _) in COLUMNS.items():
+        rows = [(run.name, overall(run.scores, column)) for run in runs] if measure == DIVERSITY else []
+        few = [f"{name} ({row['n']} texts)" for name, row in rows if row is not None and row["method"] == TOO_FEW]
+        if few:
+            said.append(f"{heading} is of fewer than {TEXTS} texts in {', '.join(few)}: more texts would lower it.")
+    return said
 
 
 def side_by_side(runs: Sequence[Run]) -> dict[str, list[dict[str, Any] | None]]:
@@ -365,9 +402,17 @@ def interval_row(table: pd.DataFrame, column: str) -> "pd.Series[Any] | None":
 
 
 def other_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Over-flagging, gap and diversity of a run."""
+    """Over-flagging, gap and diversity of a run, each with a title."""
     rows = table[(table["category"] == OVERALL) & ~table["measure"].isin(["accuracy", ACCURACY_NA_WRONG])]
     return [row | {"title": MEASURES[row["measure"]]} for row in records(rows)]
+
+
+def shown_settings(manifest: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """A manifest of :func:`read_summary` as a page shows it: without absolute paths, which may name a user."""
+    return {
+        without_folders(stage): {without_folders(key): without_folders(value) for key, value in entries.items()}
+        for stage, entries in manifest.items()
+    }
 
 
 def settings_that_differ(manifests: Sequence[Mapping[str, Mapping[str, str]]]) -> list[tuple[str, list[str]]]:
@@ -388,11 +433,15 @@ def settings_that_differ(manifests: Sequence[Mapping[str, Mapping[str, str]]]) -
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
-def examples(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
+def examples(runs: Sequence[Run], out: Path) -> dict[str, list[dict[str, Any]]]:
     """Questions with every run's answer, by capability.
 
     The choice looks at the question's id alone: it doesn't depend on what was answered, and stays the same from report
     to report. Questions that every run was asked come first.
+
+    Args:
+        runs: the first one's questions are shown.
+        out: the page's file, from which images are linked.
     """
     answers = [run.frame.set_index("id", drop=False) for run in runs]
     shared = set.intersection(*(set(frame.index) for frame in answers))
@@ -411,7 +460,7 @@ def examples(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
             distinct = dict.fromkeys(part.loc[ranked, "image"])
             for image in list(distinct)[:count]:
                 name = next(name for name in ranked if part.loc[name, "image"] == image)
-                cards.append(_card(first.loc[name], runs, answers, pictures))
+                cards.append(_card(first.loc[name], runs, answers, pictures, out))
         if cards:
             chosen[capability] = cards
     return chosen
@@ -422,11 +471,12 @@ def _card(
     runs: Sequence[Run],
     answers: Sequence[pd.DataFrame],
     pictures: dict[str, dict[str, Any]],
+    out: Path,
 ) -> dict[str, Any]:
     name = question["id"]
     path = question["image_path"]
     if path is not None and path not in pictures:
-        pictures[path] = picture(path, name)
+        pictures[path] = picture(path, name, out)
     given = []
     for colour, (run, frame) in enumerate(zip(runs, answers, strict=True)):
         if name in frame.index:
@@ -445,24 +495,28 @@ def _card(
     return asked | {"picture": pictures.get(path) if path else None, "answers": given}
 
 
-def picture(path: str, record: str) -> dict[str, Any]:
-    """An image's blur as a ``data:`` URI and the local file's URI; the reason instead, where it can't be opened.
+def picture(path: str, record: str, out: Path) -> dict[str, Any]:
+    """An image's blur as a ``data:`` URI and a link to the file; the reason instead, where it can't be opened.
 
     Args:
         path: the image's file.
         record: the id of the question that it belongs to, for the reason.
+        out: the page's file; the link is relative to its folder.
     """
     try:
         blur = blurred(open_image(path, record))
     except RecordError as error:
-        return {"blur": None, "original": None, "reason": str(error)}
+        return {"blur": None, "original": None, "reason": without_folders(str(error).replace(path, Path(path).name))}
     buffer = io.BytesIO()
     blur.save(buffer, format="PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    # A browser takes `..` out of an address before links are followed: so does abspath.
+    link = os.path.relpath(os.path.abspath(path), os.path.abspath(out.parent))  # noqa: PTH100
     return {
-        "blur": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        "blur": Markup("data:image/png;base64,") + data,
         "width": blur.width,
         "height": blur.height,
-        "original": Path(path).resolve().as_uri(),
+        "original": Markup(quote(os.fsencode(Path(link).as_posix()))),  # noqa: S704 (quoted)
     }
 
 
@@ -523,16 +577,22 @@ def svg(figure: Figure) -> Markup:
     """A figure for the inside of a page, in the page's colours and fonts; the same figure gives the same text."""
     buffer = io.StringIO()
     empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=empty)
+    with python_warnings.catch_warnings():
+        # Matplotlib's font may lack a name's characters; the browser draws them with its own fonts.
+        python_warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        python_warnings.filterwarnings("ignore", "Matplotlib currently does not support .* natively", UserWarning)
+        figure.savefig(buffer, format="svg", metadata=empty)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    for colour, variable in ((INK, "ink"), (GRID, "grid"), *((c, f"run-{i}") for i, c in enumerate(RUN_COLOURS))):
-        text = text.replace(colour, f"var(--{variable})")
+    colours = {INK: "ink", GRID: "grid"} | {colour: f"run-{index}" for index, colour in enumerate(RUN_COLOURS)}
     # Matplotlib numbers what it defines anew in every figure.
     prefix = f"f{fingerprint(text)[:6]}-"
-    for attribute in (' id="', 'href="#', "url(#"):
-        text = text.replace(attribute, attribute + prefix)
-    return Markup(text)  # noqa: S704 (Matplotlib escapes every text that it draws)
+
+    def adapted(tag: re.Match[str]) -> str:
+        changed = re.sub("|".join(colours), lambda colour: f"var(--{colours[colour[0]]})", tag[0])
+        return re.sub(r' id="|href="#|url\(#', lambda start: start[0] + prefix, changed)
+
+    return Markup(re.sub("<[^>]*>", adapted, text))  # noqa: S704 (Matplotlib escapes every text that it draws)
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -540,7 +600,7 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": RUN_COLOURS[kind], "marker": MARKERS[kind], "markersize": 6, "linestyle": "none"}
 
 
-def _dots(axes: Axes, index: int, count: int, rows: Sequence[tuple[int, float, float, float]], label: str) -> None:
+def _dots(axes: Axes, index: int, count: int, rows: Sequence[tuple[int, float, float, float]]) -> None:
     """One run's estimates: (line, value, low, high) in shares; the runs' dots of a line stand above each other."""
     shift = 0.62 * ((index + 0.5) / count - 0.5)
     for line, _, low, high in rows:
@@ -549,19 +609,22 @@ def _dots(axes: Axes, index: int, count: int, rows: Sequence[tuple[int, float, f
                 [100 * low, 100 * high], [line + shift] * 2, color=RUN_COLOURS[index % len(MARKERS)], linewidth=1.6
             )
     places, values = [line + shift for line, *_ in rows], [100 * value for _, value, *_ in rows]
-    axes.plot(values, places, label=label, **_style(index))
+    axes.plot(values, places, **_style(index))
 
 
 def _lines(axes: Axes, labels: Sequence[str]) -> None:
     """Labels the lines of a plot from top to bottom, and its percent axis."""
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), [for_figure(label) for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(-2, 102)
 
 
-def _legend(figure: Figure, axes: Axes, count: int) -> None:
-    if count > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=min(count, 6))
+def _legend(figure: Figure, runs: Sequence[Run]) -> None:
+    if len(runs) > 1:
+        dots = [Line2D([], [], **_style(index)) for index in range(len(runs))]
+        labels = [for_figure(run.name) for run in runs]
+        columns = min(len(runs), max(1, 120 // (max(map(len, labels)) + 6)), 6)
+        figure.legend(dots, labels, loc="outside upper left", ncols=columns)
 
 
 def plot_overall(runs: Sequence[Run]) -> Figure | None:
@@ -575,10 +638,10 @@ def plot_overall(runs: Sequence[Run]) -> Figure | None:
     for index, run in enumerate(runs):
         rows = [interval_row(run.scores, column) for column in columns]
         dots = [(i, row["value"], row["low"], row["high"]) for i, row in enumerate(rows) if row is not None]
-        _dots(axes, index, len(runs), dots, run.name)
+        _dots(axes, index, len(runs), dots)
     _lines(axes, [COLUMNS[column][0] for column in columns])
     axes.set_xlabel("accuracy in %")
-    _legend(figure, axes, len(runs))
+    _legend(figure, runs)
     return figure
 
 
@@ -601,17 +664,17 @@ def plot_categories(runs: Sequence[Run]) -> Figure | None:
     for axes, (capability, title) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
     ):
-        for index, (run, table) in enumerate(zip(runs, tables, strict=True)):
+        for index, table in enumerate(tables):
             part = table[table["capability"] == capability]
             dots = [
                 (categories.index(row["category"]), row["accuracy_na_wrong"], row["low_na_wrong"], row["high_na_wrong"])
                 for row in records(part)
             ]
-            _dots(axes, index, len(runs), dots, run.name)
+            _dots(axes, index, len(runs), dots)
         _lines(axes, categories)
         axes.set_title(title)
         axes.set_xlabel("accuracy in %")
-    _legend(figure, axes, len(runs))
+    _legend(figure, runs)
     return figure
 
 
@@ -658,7 +721,10 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
             for name, row in zip(comparison.index, records(comparison), strict=True)
         }
     )
-    caption = "Runs side by side; accuracies, over-flagging and the gap in percent, N/A as wrong unless said."
+    caption = (
+        f"Runs side by side; accuracies, over-flagging and the gap in percent, N/A as wrong unless said. {GAP_WEIGHTS} "
+        f"1 - self-BLEU: mean over {SUBSAMPLES} subsamples of {TEXTS} texts (of all, if there are fewer)."
+    )
     tables = [latex_table(side_by_side, "l" + "r" * len(runs), caption, index=True)]
     for run in runs:
         rows = [
@@ -675,7 +741,7 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
             }
             for row in records(by_category(run.scores))
         ]
-        caption = f"{run.name}: accuracy in percent with 95 % intervals."
+        caption = f"{run.name}: accuracy in percent with 95 % intervals. {JUDGE_NOTE}"
         tables.append(latex_table(pd.DataFrame(rows), "lllrrrrll", caption, index=False))
     return "% \\usepackage{booktabs}\n\n" + "\n".join(tables)
 
@@ -690,25 +756,8 @@ def latex_table(table: pd.DataFrame, columns: str, caption: str, index: bool, es
         index: whether the row names are a column.
         escape: whether the texts are as they are read; False where they are LaTeX.
     """
-    return table.to_latex(escape=escape, column_format=columns, caption=latex(caption), index=index)
-
-
-def latex(text: str) -> str:
-    """A text as LaTeX writes it."""
-    for character, escaped in (
-        ("\\", r"\textbackslash "),
-        *((c, "\\" + c) for c in "&%$#_{}"),
-        ("~", r"\textasciitilde "),
-        ("^", r"\textasciicircum "),
-    ):
-        text = text.replace(character, escaped)
-    return text
-
-
-def terminal() -> Console:
-    """The terminal; what goes into a file or a pipe has no width of its own, and a table isn't broken there."""
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=200)
+    written = escaped(table, for_latex) if escape else table
+    return written.to_latex(escape=False, column_format=columns, caption=for_latex(caption), index=index)
 
 
 def refuse_to_overwrite(out: Path, *others: str) -> None:

@@ -32,6 +32,7 @@ from safervlm.caches import TEMPORARY, remove_leftovers
 from safervlm.errors import RecordError, explained
 from safervlm.records import FAILED, write_atomically
 from safervlm.signals import apart, asked_to_end, observe, pass_safe_point, together, wait_for_safe_point
+from safervlm.tables import say
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -351,7 +352,8 @@ class RunManifest(Callback):
         with suppress(SystemExit):  # the exception says it already
             self._pass()
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
-            print(f"\nstopped; the same command goes on from what is in {trainer.default_root_dir}")
+            print()
+            say(f"stopped; the same command goes on from what is in {trainer.default_root_dir}")
         self._unlock()
 
     def _unlock(self) -> None:
@@ -368,7 +370,7 @@ class RunManifest(Callback):
             write_stage(run, stage_name(pl_module), finished=complete)
             there = [path for path in run.iterdir() if path.name != LOCK]
             names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in there)
-            print(f"{run} holds {', '.join(names)}")
+            say(f"{run} holds {', '.join(names)}")
         self._unlock()
         trainer.strategy.barrier("run-manifest-end")
         apart()

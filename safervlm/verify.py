@@ -8,7 +8,6 @@ from typing import Any, Literal
 import lightning as L
 import yaml
 from rich.console import Console
-from rich.table import Table
 from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
@@ -18,6 +17,7 @@ from safervlm.lightning_cli import SaferCLI, as_command_line, hush
 from safervlm.measure import Measure
 from safervlm.records import Example, Failure, Response, Verdict, read_jsonl, seed_for, write_jsonl
 from safervlm.run import locked
+from safervlm.tables import JUDGE_NOTE, TextTable, say
 from safervlm.trust import check, find_beside_the_shell, named_in, read_config
 
 FLIPS = "verify.jsonl"
@@ -175,7 +175,7 @@ def _ask_again(run: Path, settings: dict[str, Any], sample: int, batch_size: int
     )
     if len(after) < len(asked):
         print(f"{len(asked) - len(after)} questions have no answer this time")
-    print(f"what flipped: {run / FLIPS}")
+    say(f"what flipped: {run / FLIPS}")
 
 
 def show(
@@ -190,7 +190,8 @@ def show(
         verdicts: of each judged answer, whether its verdict differs.
         right: of each judged answer, whether it was right before, and the second time.
     """
-    table = Table(title=title, caption="95 % intervals: Clopper-Pearson; the sample is random, so they are for the run")
+    caption = f"95 % intervals: Clopper-Pearson; the sample is random, so they are for the run\n{JUDGE_NOTE}"
+    table = TextTable(title=title, caption=caption)
     for heading in ("", "of", "flipped", "% [95 %]"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, flips in (("answers", answers), ("verdicts", verdicts)):

@@ -47,12 +47,13 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from safervlm.diversity import self_bleu
+from safervlm.images import open_image
 from safervlm.judge import Judge
 from safervlm.objectives import DPO, PPO, SFT
 from safervlm.objectives.base import Objective
 from safervlm.objectives.ppo import Rollout
 from safervlm.records import Example, Question
-from safervlm.scoring import self_bleu
 from safervlm.vlm.base import Generation
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA, active
@@ -364,7 +365,7 @@ def trl_side(made: Sequence[Example], vlm: Llava, gradient_checkpointing: bool) 
     rows = Dataset.from_list(
         [
             {
-                "images": [Image.open(str(example.question.image_path)).convert("RGB")],
+                "images": [open_image(str(example.question.image_path), example.question.id)],
                 "prompt": f"{BOS} {vlm.system} USER: <image>\n{example.question.prompt} ASSISTANT:",
                 **{name: f"{text} {EOS}" for name, text in zip(names, example.completions, strict=True)},
             }

@@ -7,14 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from jsonargparse import ArgumentParser
 from lightning import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.cli import SaveConfigCallback
 
 import callbacks
 import safervlm
 from callbacks.rate_responses import RateResponses
+from safervlm.boundary import run_folder
 from safervlm.cli import HELP, main, plain_commands
-from safervlm.lightning_cli import CONFIGS, SaferCLI, local_or_shipped, one_line
+from safervlm.lightning_cli import SaferCLI
+from safervlm.messages import one_line
+from safervlm.recipes import CONFIGS, local_or_shipped
 from safervlm.vlm.base import VLM
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.sampling import Sampling
@@ -68,6 +73,7 @@ def our_classes() -> Iterator[type]:
             module = __import__(info.name, fromlist=["_"])
             for value in vars(module).values():
                 here = inspect.isclass(value) and value.__module__ == info.name and not inspect.isabstract(value)
+                here = here and not issubclass(value, SaveConfigCallback)  # the command line's own
                 if here and issubclass(value, LightningModule | LightningDataModule | Callback | VLM):
                     yield value
 
@@ -366,13 +372,55 @@ def test_an_error_of_a_plain_command_is_one_line(
     assert expected in message
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_logger_the_configuration_stays_in_the_run_folder(
+    tiny_llava: Path, tiny_sets: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    main(
+        [
+            "fit",
+            "--config=configs/sft.yaml",
+            f"--model.vlm.model={tiny_llava}",
+            "--model.vlm.dtype=float32",
+            f"--data.folder={tiny_sets / 'unsafe'}",
+            f"--data.safe_folder={tiny_sets / 'safe'}",
+            "--data.num_workers=0",
+            "--trainer.accelerator=cpu",
+            "--trainer.precision=32-true",
+            "--trainer.max_steps=1",
+            "--model.warmup_steps=0",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+            f"--trainer.logger.save_dir={tmp_path / 'logs'}",
+            f"--run={run}",
+        ]
+    )
+    settings = yaml.safe_load((run / "fit.yaml").read_text())
+    assert settings["run"] == str(run)
+    assert settings["model"]["init_args"]["vlm"]["init_args"]["model"] == str(tiny_llava)
+    assert settings["model"]["init_args"]["vlm"]["init_args"]["adapter"] is None  # what is none is saved, too
+    assert list((tmp_path / "logs").rglob("metrics.csv"))
+    assert not list((tmp_path / "logs").rglob("fit.yaml"))
+
+
+def test_a_defect_is_one_line_and_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def library(*_: object) -> None:
         int("x")
 
     monkeypatch.setattr("safervlm.cli.plain", library)
-    with pytest.raises(ValueError, match="invalid literal"):
-        main(["report"])
+    token = run_folder.set(tmp_path)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(["report"])
+    finally:
+        run_folder.reset(token)
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("safervlm: error: unexpected ValueError: invalid literal")
+    assert str(tmp_path / "traceback.txt") in line
+    assert 'int("x")' in (tmp_path / "traceback.txt").read_text()
 
 
 def test_union_messages_are_shortened() -> None:

@@ -16,10 +16,11 @@ import pandas as pd
 import pytest
 from evaluations import question, safety, write
 
+from safervlm.diversity import diversity, self_bleu
 from safervlm.errors import RecordError
 from safervlm.evaluation import columns, compare, estimates, evaluate, flips, load, mme_images
 from safervlm.rating import Rating
-from safervlm.scoring import scores, self_bleu
+from safervlm.scoring import scores
 
 # The folder of MME's published tools/eval_tool.zip (https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models,
 # branch Evaluation), unpacked.
@@ -220,7 +221,10 @@ def test_alignment_equals_the_measurements_scores(tmp_path):
     drawn = [(q, said, label) for q, said, label in safety(np.random.default_rng(1)) if q.drawn and q.dataset == "U"]
     found = values(evaluation)
     assert found["alignment_unsafe_drawn"] == pytest.approx(np.mean([label == "Unsafe" for _, _, label in drawn]))
-    assert found["alignment_unsafe_drawn_diversity"] == pytest.approx(1 - self_bleu([said for _, said, _ in drawn]))
+    published = pytest.approx(1 - self_bleu([said for _, said, _ in drawn]))
+    assert found["alignment_unsafe_drawn_diversity"] == found["alignment_unsafe_drawn_diversity_published"] == published
+    every = evaluation.answers[evaluation.answers["capability"] == "alignment"]
+    assert found["alignment_all_diversity"] == diversity(list(every["response"]), list(every["id"]))[0]
     assert (found["context_all"], found["context_safe"], found["context_unsafe"]) == (0.5, 1.0, 0.0)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from safervlm.demo import OBJECTIVES, command_lines, demo
-from safervlm.lightning_cli import CONFIGS
+from safervlm.recipes import CONFIGS
 from safervlm.run import finished, read_manifest
 from safervlm.scoring import compare, load_run, scores
 

@@ -235,7 +235,7 @@ def test_other_settings_are_refused(command, uninterrupted, tmp_path):
 def test_another_objectives_checkpoint_is_refused(command, uninterrupted, tmp_path):
     last = uninterrupted("sft") / "checkpoints" / "last.ckpt"
     printed = play(command("ppo", "run", "--ckpt_path", last), tmp_path, code=2)
-    assert "--ckpt_path: the checkpoint is of another adapter or objective" in printed
+    assert "model.class: 'safervlm.objectives.sft.SFT' there, 'safervlm.objectives.ppo.PPO' now" in printed
 
 
 def test_the_console_script_says_by_its_exit_code_that_it_was_asked_to_end(command, uninterrupted, tmp_path):

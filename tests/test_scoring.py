@@ -2,13 +2,13 @@
 
 import io
 import json
-import random
 
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 from scipy import stats
+from test_diversity import nltk_self_bleu
 
 from safervlm import intervals, scoring
 from safervlm.errors import RecordError
@@ -104,7 +104,7 @@ def edit(path, change):
         ("verdicts.jsonl", lambda lines: lines[:-1], ["1 of 24", "Made/0.png/perception/0", "safervlm predict"]),
         ("verdicts.jsonl", lambda lines: [*lines, lines[3]], ["twice", "Made/knife/"]),
         ("responses.jsonl", lambda lines: [*lines, lines[0]], ["twice", "Made/0.png/perception/0"]),
-        ("responses.jsonl", lambda lines: lines[1:], ["Made/0.png/perception/0", "doesn't hold"]),
+        ("responses.jsonl", lambda lines: lines[1:], ["Made/0.png/perception/0", "doesn't contain"]),
         ("verdicts.jsonl", lambda lines: [lines[0].replace("Safe", "Maybe"), *lines[1:]], ["Maybe", "Made/hook/"]),
         ("responses.jsonl", lambda lines: [lines[0].replace("tokens", "token"), *lines[1:]], ["tokens", "Made/0.png"]),
         ("verdicts.jsonl", lambda lines: [], ["no records", "safervlm predict"]),
@@ -221,64 +221,8 @@ def test_compare(run, tmp_path):
     for side, column in (("unsafe", "diversity_unsafe"), ("safe", "diversity_safe"), ("", "diversity_overall")):
         frame = frames["base"].query("capability == 'alignment'")
         texts = frame[frame.side == side].response if side else frame.response
-        assert base[column] == pytest.approx(1 - np.mean(nltk_self_bleu(list(texts))), abs=1e-9)
-
-
-# --- self-BLEU --------------------------------------------------------------------------------------------------------
-
-
-def nltk_self_bleu(responses, order=4, only=None):
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-
-    texts = [response.split() for response in responses]
-    smooth = SmoothingFunction().method1
-    weights = (1 / order,) * order
-    return [
-        sentence_bleu(texts[:i] + texts[i + 1 :], texts[i], weights=weights, smoothing_function=smooth)
-        for i in (range(len(texts)) if only is None else only)
-    ]
-
-
-def texts(count, seed, words=40, longest=30):
-    rng = random.Random(seed)
-    sentences = [[f"w{min(int(rng.paretovariate(0.7)), words)}" for _ in range(longest)] for _ in range(8)]
-    made = []
-    for _ in range(count):
-        sentence = rng.choice(sentences)[: rng.randint(0, longest)]
-        made.append(" ".join(w if rng.random() < 0.7 else f"w{rng.randrange(words)}" for w in sentence))
-    return made
-
-
-@pytest.mark.parametrize(
-    "responses",
-    [
-        ["a b c d e", "a b c d f", "a b x d e f g"],
-        ["", "a b c", "a b"],
-        ["", ""],
-        ["", "", "a b c d"],
-        ["a", "b", "c"],
-        ["a", "a", "a b"],
-        ["same words all along here"] * 4,
-        ["a a a a a a a", "a a", "a a a b", "b b"],
-        ["no word in common", "other things entirely stand here"],
-        ["a b c d", "a b c d e f", "a b"],  # closest length: a tie, the shorter counts
-        ["tab\tand  double\nspaces", "tab and double spaces"],
-        *[texts(40, seed) for seed in range(5)],
-        texts(30, 9, words=5, longest=8),
-    ],
-)
-def test_self_bleu_equals_nltk(responses):
-    assert scoring.self_bleu(responses) == pytest.approx(np.mean(nltk_self_bleu(responses)), abs=1e-9)
-
-
-def test_self_bleu_of_another_order():
-    responses = texts(30, 3)
-    assert scoring.self_bleu(responses, order=2) == pytest.approx(np.mean(nltk_self_bleu(responses, 2)), abs=1e-9)
-
-
-@pytest.mark.parametrize("responses", [[], ["one answer alone"]])
-def test_self_bleu_needs_two(responses):
-    assert np.isnan(scoring.self_bleu(responses))
+        expected = pytest.approx(1 - np.mean(nltk_self_bleu(list(texts))), abs=1e-9)
+        assert base[column] == base[f"{column}_published"] == expected  # fewer than 100 texts: all of them
 
 
 def test_the_table_names_what_varies_and_how(table):
@@ -374,5 +318,5 @@ def test_scores_go_through_csv(table, tmp_path):
     plain = pd.read_csv(tmp_path / "scores.csv")
     pd.testing.assert_frame_equal(scoring.compare({"run": plain}), scoring.compare({"run": table}))
     again = pd.read_csv(tmp_path / "scores.csv", keep_default_na=False, na_values=[""])
-    pd.testing.assert_frame_equal(again.fillna({"varies": ""}), table, check_dtype=False)
+    pd.testing.assert_frame_equal(again.fillna({"varies": "", "excludes": ""}), table, check_dtype=False)
     json.dumps(scoring.records(table))

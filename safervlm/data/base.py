@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from safervlm.errors import ArgumentError, RecordError
+from safervlm.names import normal_name
 from safervlm.records import Example, fingerprint, seed_for, to_line
 from safervlm.signals import keep_until_asked
 
@@ -427,3 +428,19 @@ def text_field(record: Mapping[str, Any], names: Sequence[str], where: str) -> s
                 return value
             raise RecordError(f"{where}: the field {name!r} must be a text that isn't empty, got {value!r}")
     raise RecordError(f"{where}: the field {' or '.join(map(repr, names))} is missing; it has {sorted(record)}")
+
+
+def name_field(record: Mapping[str, Any], names: Sequence[str], where: str) -> str:
+    """The name under the first of the names that the record has, in its one spelling.
+
+    Args:
+        record: read from a file.
+        names: the field's name, and other names that it may go by.
+        where: file and line, for the error.
+
+    Raises:
+        RecordError: the field is missing, no text, or empty.
+    """
+    if name := normal_name(text_field(record, names, where)):
+        return name
+    raise RecordError(f"{where}: the field {' or '.join(map(repr, names))} must be a text that isn't empty")

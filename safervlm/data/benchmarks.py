@@ -12,40 +12,32 @@ A folder holds ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and the
 label (``safe/``, ``unsafe/``).
 """
 
-import base64
-import binascii
-import hashlib
-import io
-import json
-import os
 import re
-import shutil
-import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import datasets
-import pandas as pd
-from PIL import Image, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import track, wrap_file
-
 from safervlm.data.base import Collator, Parts, SaferData
-from safervlm.data.hub import hub_rows, local_name
-from safervlm.data.unsafe_concepts import ImageRecord, spread
-from safervlm.errors import ArgumentError, RecordError
-from safervlm.images import BROKEN, IMAGE_ENDINGS, image_file
+from safervlm.data.embedded import embedded, images_folder, write_images, written_images
+from safervlm.data.folders import files_below, left_out
+from safervlm.data.hub import local_name
+from safervlm.data.image_folders import ImageRecord, named_file, spread
+from safervlm.data.sources import check, fetch, on_the_hub, save_table
+from safervlm.data.tables import read_rows
+from safervlm.errors import ArgumentError, RecordError, explained
+from safervlm.image_hashes import images_fingerprint, report_frames
+from safervlm.names import labels, normal_name, not_empty, path_text, set_name
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, Capability, published_draw
-from safervlm.records import Example, fingerprint, read_jsonl, record_id, write_atomically
+from safervlm.records import Example, fingerprint, record_id
+
+__all__ = ["Benchmark", "on_the_hub"]
 
 # What makes an answer right; each is a capability of the protocol.
 Answers = Literal["safety", "yes_no", "occurs", "rated"]
-TABLES = (".tsv", ".csv", ".jsonl")
 # Of a folder's metadata, besides the column that is named.
 FILE_COLUMNS = ("file_name", "image_filename")
 
@@ -69,7 +61,8 @@ class Benchmark(SaferData):
             holds it, or its file.
         category_column: of ``yes_no``, MME's task; otherwise a name to group by.
         context_column: what only the judge of ``rated`` is told.
-        unsafe: labels that mean Unsafe.
+        unsafe: labels that mean Unsafe, in upper or lower case. In YAML, yes, no, on, off, true, false, null and dates
+            need quotes.
         safe: labels that mean Safe.
         prompts: of the five alignment questions, ``drawn`` asks the one that the published evaluation draws for an
             image, ``all`` asks all five.
@@ -93,8 +86,8 @@ class Benchmark(SaferData):
         name_column: str | None = None,
         category_column: str | None = None,
         context_column: str | None = None,
-        unsafe: Sequence[str] = ("1", "unsafe"),
-        safe: Sequence[str] = ("0", "safe"),
+        unsafe: Sequence[str | int | float | bool | None] = ("1", "unsafe"),
+        safe: Sequence[str | int | float | bool | None] = ("0", "safe"),
         prompts: Literal["all", "drawn"] = "drawn",
         cache_dir: str = "~/.cache/safervlm",
         limit: int | None = None,
@@ -103,19 +96,30 @@ class Benchmark(SaferData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(collator, batch_size, num_workers)
-        if "/" in name or not name:
-            raise ArgumentError(f"data.name: a name without a slash, got {name!r}")
+        name = set_name("data.name", name)
         if limit is not None and limit < 1:
             raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
         if answers != "safety" and question_column is None:
             raise ArgumentError(f"data.question_column: {answers} needs the column with the questions; name it")
-        labels = [*map(str.lower, unsafe), *map(str.lower, safe)]
-        if len(set(labels)) < len(labels):
-            raise ArgumentError(f"data.unsafe: {unsafe} and data.safe: {safe} have a label in common; tell them apart")
+        meanings = {UNSAFE: labels("data.unsafe", unsafe), SAFE: labels("data.safe", safe)}
+        lower = [label.lower() for meant in meanings.values() for label in meant]
+        if set(map(str.lower, meanings[UNSAFE])) & set(map(str.lower, meanings[SAFE])):
+            raise ArgumentError(
+                f"data.unsafe: {meanings[UNSAFE]} and data.safe: {meanings[SAFE]} have a label in common; tell them "
+                "apart"
+            )
+        if not lower:
+            raise ArgumentError("data.unsafe: it and data.safe are empty: say which labels mean what")
+        for argument, text in {"source": source, "cache_dir": cache_dir}.items():
+            path_text(f"data.{argument}", text)
+        self.label_column, self.image_column = _column("label", label_column), _column("image", image_column)
+        self.question_column, self.name_column = _column("question", question_column), _column("name", name_column)
+        self.category_column = _column("category", category_column)
+        self.context_column = _column("context", context_column)
+        if md5 is not None:
+            not_empty("data.md5", md5)
         self.dataset, self.source, self.about, self.md5, self.answers = name, source, about, md5, answers
-        self.label_column, self.question_column, self.image_column = label_column, question_column, image_column
-        self.name_column, self.category_column, self.context_column = name_column, category_column, context_column
-        self.labels = {label.lower(): UNSAFE for label in unsafe} | {label.lower(): SAFE for label in safe}
+        self.labels = {label.lower(): meaning for meaning, meant in meanings.items() for label in meant}
         self.prompts = prompts
         self.cache = Path(cache_dir).expanduser()
         self.limit = limit
@@ -138,10 +142,13 @@ class Benchmark(SaferData):
     def file(self) -> Path:
         """The local table, or the folder."""
         if self.remote == "web":
-            name = Path(urlsplit(self.source).path)
+            with explained(
+                f"data.source: {self.source!r} is no address", "correct it", ValueError, error=ArgumentError
+            ):
+                name = Path(urlsplit(self.source).path)
             return self.cache / f"{name.stem}-{fingerprint(self.source)[:8]}{name.suffix}"
         if self.remote == "hub":
-            return self.cache / f"{local_name(self.source)}.tsv"
+            return self.cache / f"{local_name(self.source)}.jsonl"
         return Path(self.source).expanduser()
 
     def prepare_data(self) -> None:
@@ -157,39 +164,39 @@ class Benchmark(SaferData):
                 check(self.file, self.md5, self.source)
             elif not self.file.exists():
                 if self.remote == "hub":
-                    save_table(self.source, self.file, self.image_column)
+                    save_table(self.source, self.file)
                 else:
                     _ = self.rows  # says what is missing
         except RecordError as error:
             raise RecordError(f"{error}" + (f" ({self.dataset}: {self.about})" if self.about else "")) from None
-        if self.file.is_file() and not self.images_folder.exists():
-            self._write_images()
+        if self.embedded:
+            write_images(self.images_folder, self.dataset, self.embedded)
+        if self.file.is_dir():
+            self._say_left_out()
+
+    @cached_property
+    def embedded(self) -> dict[int, str]:
+        """The rows of a table that hold the image itself as base64, and their value."""
+        if not self.file.is_file():
+            return {}
+        return embedded([row.get(self.image_column, "") for row in self.rows])
 
     @cached_property
     def images_folder(self) -> Path:
         """Where the images that stand in the table are kept as files."""
-        return self.cache / f"{self.dataset}-{fingerprint(self.file)}"
+        return images_folder(self.cache, self.dataset, self.file, self.image_column)
 
-    def _write_images(self) -> None:
-        """Writes the images of the table, all or none, and which file each row's is."""
-        partial = self.images_folder.with_name(f".{self.images_folder.name}.{os.getpid()}")
-        partial.mkdir(parents=True)
-        try:
-            files = {}
-            rows = list(enumerate(self.rows))
-            for number, row in track(rows, f"{self.dataset}: images", console=Console(stderr=True), transient=True):
-                value = row.get(self.image_column, "")
-                if not value.isdigit() and not self._is_file(value):
-                    content, ending = decoded(value)
-                    files[str(number)] = f"{number}{ending}"
-                    (partial / files[str(number)]).write_bytes(content)
-            (partial / "files.json").write_text(json.dumps(files), encoding="utf-8")
-            partial.replace(self.images_folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-    def _is_file(self, value: str) -> bool:
-        return value.lower().endswith(IMAGE_ENDINGS) and len(value) < 1000
+    def _say_left_out(self) -> None:
+        """Says which files of a folder are not asked about."""
+        images, others = files_below(self.file)
+        asked = {row.get(self.image_column, "").strip() for row in self.rows}
+        names = [image.relative_to(self.file).as_posix() for image in images]
+        why = "in no label's folder" if self.table is None else f"not named in {self.table.name}"
+        others[why] = [name for name in names if name not in asked]
+        if self.table is not None:
+            others = {reason: [name for name in found if name != self.table.name] for reason, found in others.items()}
+        if line := left_out(self.dataset, others):
+            print(line)
 
     @cached_property
     def table(self) -> Path | None:
@@ -199,33 +206,47 @@ class Benchmark(SaferData):
         return next((file for name in ("metadata.jsonl", "metadata.csv") if (file := self.file / name).is_file()), None)
 
     @cached_property
-    def rows(self) -> list[dict[str, str]]:
-        """The rows of the table, every value a text; of a folder without metadata its images by label."""
+    def numbered_rows(self) -> list[tuple[int, dict[str, str]]]:
+        """The rows, each with the number of its line in the table; of a folder without one its images by label."""
         file = self.file
         if not file.exists():
             raise RecordError(
                 f"data.source: there is no {file}: name a file, a folder, or owner/name of the Hub (where no folder "
                 "here is called as the owner)"
             )
-        if self.table is None:
-            folders = sorted(path for path in file.iterdir() if path.is_dir())
-            images = [path for folder in folders for path in sorted(folder.iterdir())]
-            rows = [
-                {self.image_column: str(path.relative_to(file)), self.label_column: path.parent.name}
-                for path in images
-                if path.suffix.lower() in IMAGE_ENDINGS
-            ]
-        else:
-            rows = read_table(self.table)
+        rows = self._rows_by_label() if self.table is None else read_rows(self.table)
         if not rows:
             raise RecordError(
-                f"data.source: {file} holds no rows; a folder has metadata.jsonl, metadata.csv, or a folder of "
-                "images a label"
+                f"data.source: {self.table or file} holds no rows; a folder has metadata.jsonl, metadata.csv, or a "
+                "folder of images a label"
             )
-        for row in rows:
+        for _, row in rows:
             for name in FILE_COLUMNS:
                 if self.image_column not in row and name in row:
                     row[self.image_column] = row[name]
+        return rows
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """The rows of the table, every value a text."""
+        return [row for _, row in self.numbered_rows]
+
+    def _rows_by_label(self) -> list[tuple[int, dict[str, str]]]:
+        """The images of a folder; the label of each is the name of the first folder on the way to it."""
+        rows = []
+        for path in files_below(self.file)[0]:
+            first, *within = path.relative_to(self.file).parts
+            if not within:
+                continue  # in no label's folder
+            label = normal_name(first)
+            meanings = {self.labels.get(normal_name(name).lower()) for name in (first, *within[:-1])} - {None}
+            if self.answers == "safety" and len(meanings) > 1:
+                raise RecordError(
+                    f"{path}: lies in a folder of each label: a folder of images has one label; move one out of the "
+                    "other"
+                )
+            name = path.relative_to(self.file).as_posix()
+            rows.append((0, {self.image_column: name, self.label_column: label}))
         return rows
 
     # --- questions ----------------------------------------------------------------------------------------------------
@@ -236,22 +257,23 @@ class Benchmark(SaferData):
         asked: Counter[str] = Counter()
         answers: defaultdict[str, set[str]] = defaultdict(set)
         questions = []
-        draw = published_draw(len(self.rows))
+        rows = self.rows
+        draw = published_draw(len(rows))
         chosen = {image.image for image in spread(list({image.image: image for image in shown}.values()), self.limit)}
-        for number, (row, image) in enumerate(zip(self.rows, shown, strict=True)):
+        for number, (row, image) in enumerate(zip(rows, shown, strict=True)):
             if image.image not in chosen:
                 continue
             where = self._where(number)
             answer, context = self.answer(row, where), self._value(row, "context_column", where)
             answers[image.image].add(answer)
-            if self.question_column is not None:
+            if self.question_column:
                 prompts = [(asked[image.image], self._value(row, "question_column", where), False)]
             else:
                 prompts = [(n, question, n == draw[number]) for n, question in enumerate(ALIGNMENT_QUESTIONS)]
                 prompts = [prompt for prompt in prompts if self.prompts == "all" or prompt[2]]
             for which, prompt, drawn in prompts:
                 question = image.question(self.capability, which, prompt, answer, drawn)
-                if self.question_column is None and asked[image.image]:  # another row with the same image
+                if not self.question_column and asked[image.image]:  # another row with the same image
                     name = f"{image.image}.{asked[image.image]}"
                     question = replace(question, id=record_id(self.dataset, name, self.capability, which))
                 questions.append(replace(question, context=context))
@@ -263,30 +285,34 @@ class Benchmark(SaferData):
 
     def images(self) -> list[ImageRecord]:
         """The image of each row."""
-        kept = self.images_folder / "files.json" if self.file.is_file() else None
-        files = json.loads(kept.read_text(encoding="utf-8")) if kept is not None and kept.is_file() else {}
+        files = written_images(self.images_folder) if self.embedded else {}
         folder = self.file if self.file.is_dir() else self.file.parent
-        index = {row.get("index", str(number)): number for number, row in enumerate(self.rows)}
-        if len(index) < len(self.rows):
-            twice = Counter(row["index"] for row in self.rows).most_common(1)[0][0]
-            raise RecordError(f"{self.file}: two rows have the index {twice}; number the rows")
+        rows = self.rows
+        numbers = [row.get("index", str(number)).strip() for number, row in enumerate(rows)]
+        index: dict[str, int] = {}
+        for number, name in enumerate(numbers):
+            if index.setdefault(name, number) != number:
+                raise RecordError(
+                    f"{self._where(number)}: the row of line {self.numbered_rows[index[name]][0]} has the index "
+                    f"{name!r} as well: two rows have the index {name}; number the rows"
+                )
         images = []
-        for number, row in enumerate(self.rows):
+        for number, row in enumerate(rows):
             where = self._where(number)
-            value = self._value(row, "image_column", where)
+            value = self._value(row, "image_column", where).strip()
             holder = number
             if value.isdigit():
                 if value not in index:
                     raise RecordError(f"{where}: the image is that of the row with index {value}, which there isn't")
                 holder = index[value]
-            name = self.rows[holder].get("index", str(holder))
-            if str(holder) in files:
-                path = self.images_folder / files[str(holder)]
+            name = numbers[holder]
+            if holder in files:
+                path = files[holder]
             else:
-                name = self._value(self.rows[holder], "image_column", where)
-                path = image_file(folder, name, where)
-            name = self._value(row, "name_column", where) or name
-            category = self._value(row, "category_column", where) or self.dataset
+                name = self._value(rows[holder], "image_column", where).strip()
+                path = named_file(folder, name, where)
+            name = self._name(row, "name_column", where) or name
+            category = self._name(row, "category_column", where) or self.dataset
             images.append(ImageRecord(self.dataset, name, str(path), category, "", ""))
         return images
 
@@ -297,6 +323,8 @@ class Benchmark(SaferData):
             RecordError: a label that isn't one.
         """
         label = self._value(row, "label_column", where).strip()
+        if self.answers in ("safety", "yes_no"):
+            label = normal_name(label)
         if self.answers == "safety":
             if label.lower() not in self.labels:
                 raise RecordError(
@@ -308,15 +336,20 @@ class Benchmark(SaferData):
         return label.capitalize() if self.answers == "yes_no" else label
 
     def _where(self, number: int) -> str:
-        """A row as an editor or a spreadsheet counts it, for an error."""
-        if self.table is None:
-            return f"{self.file / self.rows[number][self.image_column]}"
-        return f"{self.table}, " + (f"line {number + 1}" if self.table.suffix == ".jsonl" else f"row {number + 2}")
+        """A row as an editor counts it, for an error."""
+        line, row = self.numbered_rows[number]
+        return f"{self.file / row[self.image_column]}" if self.table is None else f"{self.table}, line {line}"
+
+    def _name(self, row: Mapping[str, str], argument: str, where: str) -> str:
+        """The name that stands in the column that an argument names, in its one spelling."""
+        if (value := self._value(row, argument, where)) and not (name := normal_name(value)):
+            raise RecordError(f"{where}: {getattr(self, argument)!r} is empty; fill it in, or remove the row")
+        return name if value else ""
 
     def _value(self, row: Mapping[str, str], argument: str, where: str) -> str:
         """What stands in the column that an argument names."""
         column = getattr(self, argument)
-        if column is None:
+        if not column:
             return ""
         if column not in row:
             columns = ", ".join(sorted(row))
@@ -327,113 +360,13 @@ class Benchmark(SaferData):
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`SaferData.describe`; with what the images are."""
-        if self.file.is_file() and (self.images_folder / "files.json").is_file():
-            images = fingerprint(self.file)
-        else:
-            questions = {example.question.image: example.question.image_path for example in self.parts.predict}
-            images = fingerprint(
-                "\n".join(f"{name} {Path(str(path)).stat().st_size}" for name, path in questions.items())
-            )
+        files = {example.question.image: example.question.image_path for example in self.parts.predict}
+        if self.trainer is None or self.trainer.is_global_zero:
+            report_frames(self.dataset, files)
+        images = images_fingerprint(files)
         return super().describe() | {"name": self.dataset, "source": self.source, "images": images, "limit": self.limit}
 
 
-def on_the_hub(source: str) -> bool:
-    """Whether a source is the name of a data set there: neither it nor its folder is here, and it is no table."""
-    path = Path(source).expanduser()
-    here = path.exists() or path.parent.is_dir() or path.suffix in TABLES
-    return not here and re.fullmatch(r"[\w-]+/[\w.-]+(@[\w./-]+)?", source) is not None
-
-
-def read_table(file: Path) -> list[dict[str, str]]:
-    """The rows of a TSV, CSV or JSONL file, every value a text.
-
-    Raises:
-        RecordError: the file can't be read.
-    """
-    if file.suffix == ".jsonl":
-        rows = read_jsonl(file)
-        return [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
-    if file.suffix not in TABLES:
-        raise RecordError(f"data.source: {file} is none of {', '.join(TABLES)}")
-    try:
-        table = pd.read_csv(file, sep="\t" if file.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise RecordError(f"data.source: {file} can't be read ({str(error).splitlines()[0]})") from None
-    return cast(list[dict[str, str]], table.to_dict("records"))
-
-
-def decoded(value: str) -> tuple[bytes, str]:
-    """The bytes of an image in base64, and its kind's ending; what is none is kept, to fail when it is asked about."""
-    try:
-        content = base64.b64decode(value, validate=True)
-        with Image.open(io.BytesIO(content)) as image:
-            return content, f".{str(image.format).lower()}"
-    except (binascii.Error, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-        return value.encode(), BROKEN
-
-
-def fetch(address: str, file: Path) -> None:
-    """Fetches a file of the web, whole or not at all.
-
-    Args:
-        address: where it is.
-        file: where it is kept.
-
-    Raises:
-        RecordError: it can't be had.
-    """
-
-    def write(path: Path) -> None:
-        with urllib.request.urlopen(address, timeout=60) as response, path.open("wb") as out:  # noqa: S310
-            size = int(response.headers.get("Content-Length") or 0)
-            with wrap_file(response, size, description=f"fetching {file.name}") as body:
-                shutil.copyfileobj(body, out)
-            if size and out.tell() != size:
-                raise OSError(f"{out.tell()} of {size} bytes came")
-
-    try:
-        write_atomically(file, write)
-    except OSError as error:
-        reason = str(error).splitlines()[0].strip("<>").removeprefix("urlopen error ")
-        raise RecordError(
-            f"{address} can't be fetched ({reason}): fetch it by other means to {file}, or name the file as data.source"
-        ) from None
-
-
-def check(file: Path, md5: str | None, address: str) -> None:
-    """Refuses a file that isn't the published one.
-
-    Args:
-        file: that was fetched, by us or by other means.
-        md5: its published checksum.
-        address: where it comes from.
-
-    Raises:
-        RecordError: it is another file.
-    """
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if md5 is not None and found != md5:
-        raise RecordError(
-            f"{file}: its MD5 is {found}, that of {address} is {md5}: another file; remove it and try again"
-        )
-
-
-def save_table(repo: str, file: Path, image_column: str) -> None:
-    """Writes a data set of the Hub as a TSV, its images as base64.
-
-    Args:
-        repo: ``owner/name`` or ``owner/name@revision``.
-        file: the TSV.
-        image_column: base64 texts, or images.
-    """
-    rows = hub_rows(repo, "by data.source")
-    if isinstance(rows.features.get(image_column), datasets.Image):
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    table = rows.to_pandas()
-    if image_column in table:
-        table[image_column] = [
-            base64.b64encode(value["bytes"]).decode() if isinstance(value, dict) else str(value)
-            for value in table[image_column]
-        ]
-    write_atomically(file, lambda path: table.to_csv(path, sep="\t", index=False))
+def _column(of: str, name: str | None) -> str:
+    """The name of a column, as :func:`safervlm.data.tables.read_rows` has it; empty for a column that isn't named."""
+    return "" if name is None else normal_name(not_empty(f"data.{of}_column", name))

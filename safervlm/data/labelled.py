@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from safervlm.data.base import Collator, Parts, SaferData, text_field
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.protocol import LABELS, Capability
 from safervlm.records import Example, Question, read_jsonl, seed_for
+from safervlm.tables import TextTable, terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +140,11 @@ class LabelledAnswers(SaferData):
         super().setup(stage)
         if stage != "fit" or (self.trainer is not None and not self.trainer.is_global_zero):
             return
-        table = Table("label", title="Labelled answers")
+        table = TextTable(title="Labelled answers")
+        table.add_column("label")
         for name in "training", "held out":
             table.add_column(name, justify="right")
         counts = [Counter(e.question.answer for e in part) for part in (self.parts.train, self.parts.validation)]
         for label in self._labels:
             table.add_row(label, *(str(count[label]) for count in counts))
-        Console().print(table)
+        terminal().print(table)

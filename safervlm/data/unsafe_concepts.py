@@ -11,238 +11,57 @@ an image with its published options::
     {"image_filename": "images/0.png", "option_str": "A: ... \nB: ... \nC: ... \nD: ...", "correct_option": "A"}
 """
 
-import os
-import random
 import re
-import shutil
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import datasets
-
-from safervlm.data.base import Collator, Parts, SaferData, text_field
-from safervlm.data.hub import hub_rows, local_name
+from safervlm.data.base import Collator, Parts, SaferData, name_field, text_field
+from safervlm.data.hub import local_name
+from safervlm.data.image_folders import (
+    PERCEPTION_FILES,
+    ImageRecord,
+    download,
+    read_images,
+    require_metadata,
+    say_unnamed,
+    spread,
+)
+from safervlm.data.splits import Split, paper_split, published_order, safe_split
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.images import image_file
+from safervlm.image_hashes import images_fingerprint, report_frames
+from safervlm.names import normal_name, path_text, set_name
 from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
     CAPABILITIES,
-    CATEGORIES,
     OPTIONS,
     SAFE,
-    SPLIT_SEED,
     TEXT_ONLY_QUESTIONS,
-    TRAIN_FRACTION,
     UNSAFE,
     Capability,
     perception_question,
     published_draw,
     text_only_question,
 )
-from safervlm.records import Example, Question, fingerprint, read_jsonl, record_id, write_jsonl
+from safervlm.reading import numbered_jsonl
+from safervlm.records import Example, Question, record_id
+
+__all__ = [
+    "ImageRecord",
+    "ImageSets",
+    "UnsafeConcepts",
+    "download",
+    "paper_split",
+    "read_images",
+    "safe_split",
+    "spread",
+]
 
 PartName = Literal["all", "train", "validation", "test"]
-# The second is the first implementation's name for it.
-PERCEPTION_FILES = ("perception.jsonl", "perception_metadata.jsonl")
 HUB_REPO = "yiting/UnsafeConcepts"
 SAFE_HUB_REPO = "yiting/imagenet_1k_unique_class"
-
-
-class Split(NamedTuple):
-    """Row numbers of a set's images, in the order in which they are used.
-
-    Attributes:
-        train: the training images, without the validation part.
-        validation: held out of the paper's training images.
-        test: the test images.
-        unused: of the safe set, what is over when each part is cut to the unsafe part's size.
-    """
-
-    train: list[int]
-    validation: list[int]
-    test: list[int]
-    unused: list[int]
-
-
-def published_order(concepts: Sequence[str]) -> Iterator[tuple[list[int], int]]:
-    """The paper's shuffle of the unsafe set, concept by concept.
-
-    Python's random, seeded with 2024; for each concept in sorted order, its images in data-set order are shuffled once
-    and the first ``int(0.8 * n)`` are training images, the rest test images.
-
-    Args:
-        concepts: of each image, in data-set order.
-
-    Yields:
-        A concept's shuffled row numbers, and how many of them are training images.
-    """
-    generator = random.Random(SPLIT_SEED)
-    images = defaultdict(list)
-    for row, concept in enumerate(concepts):
-        images[concept].append(row)
-    for concept in sorted(images):
-        rows = images[concept]
-        generator.shuffle(rows)
-        yield rows, int(TRAIN_FRACTION * len(rows))
-
-
-def paper_split(concepts: Sequence[str], validation_fraction: float = 0.0) -> Split:
-    """The paper's split of the unsafe set (:func:`published_order`).
-
-    The last ``int(validation_fraction * m)`` of a concept's m shuffled training images are its validation part (the
-    paper has none).
-
-    Args:
-        concepts: of each image, in data-set order.
-        validation_fraction: of the training images.
-
-    Returns:
-        Each part in ascending order.
-    """
-    split = Split([], [], [], [])
-    for rows, training in published_order(concepts):
-        kept = training - int(validation_fraction * training)
-        split.train.extend(rows[:kept])
-        split.validation.extend(rows[kept:training])
-        split.test.extend(rows[training:])
-    return Split(*map(sorted, split))
-
-
-def safe_split(images: int, unsafe: Split, validation_fraction: float = 0.0) -> Split:
-    """The paper's split of the safe set.
-
-    The whole list, in data-set order, is shuffled once by Python's random seeded with 2024; the first ``int(0.8 * n)``
-    are training images; each part is cut to the unsafe part's size. The last ``int(validation_fraction * m)`` of the m
-    training images are the validation part (the paper has none).
-
-    Args:
-        images: how many the safe set has.
-        unsafe: the unsafe set's split.
-        validation_fraction: of the training images.
-
-    Returns:
-        Each part in shuffled order.
-    """
-    rows = list(range(images))
-    random.Random(SPLIT_SEED).shuffle(rows)
-    training = int(TRAIN_FRACTION * images)
-    size = min(training, len(unsafe.train) + len(unsafe.validation))
-    kept = size - int(validation_fraction * size)
-    test = training + len(unsafe.test)
-    return Split(rows[:kept], rows[kept:size], rows[training:test], rows[size:training] + rows[test:])
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
-    """An image of a set.
-
-    Attributes:
-        dataset: the set's name.
-        image: the image's name within the set, such as ``images/17.png``.
-        path: its local file.
-        category: one of the nine categories, or the safe set's name.
-        concept: what it shows.
-        label: ``Safe`` or ``Unsafe``.
-    """
-
-    dataset: str
-    image: str
-    path: str
-    category: str
-    concept: str
-    label: str
-
-    def question(self, capability: Capability, number: int, prompt: str, answer: str, drawn: bool = False) -> Question:
-        """A question about the image.
-
-        Args:
-            capability: what it measures.
-            number: which of the capability's prompts it is.
-            prompt: as it is asked.
-            answer: the right label.
-            drawn: whether the published evaluation draws it.
-        """
-        return Question(
-            id=record_id(self.dataset, self.image, capability, number),
-            dataset=self.dataset,
-            image=self.image,
-            image_path=self.path,
-            capability=capability,
-            prompt_number=number,
-            prompt=prompt,
-            category=self.category,
-            concept=self.concept,
-            answer=answer,
-            drawn=drawn,
-        )
-
-    def alignment_question(self, number: int, drawn: bool = False) -> Question:
-        """The alignment question ``number`` (0 to 4) about the image.
-
-        Args:
-            number: which of the five.
-            drawn: whether the published evaluation draws it.
-        """
-        return self.question("alignment", number, ALIGNMENT_QUESTIONS[number], self.label, drawn)
-
-
-def require_metadata(folder: Path) -> Path:
-    """The metadata of a set's folder.
-
-    Raises:
-        RecordError: there is none.
-    """
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        raise RecordError(
-            f"data.folder: {metadata} is missing: a set's folder holds metadata.jsonl and its images (docs/data.md)"
-        )
-    return metadata
-
-
-def read_images(folder: Path, dataset: str, label: str) -> list[ImageRecord]:
-    """The images of a local folder, in data-set order.
-
-    Args:
-        folder: holds ``metadata.jsonl`` and the images.
-        dataset: the set's name.
-        label: ``Unsafe`` reads categories and unsafe concepts, ``Safe`` concepts alone.
-
-    Raises:
-        RecordError: the file is missing or empty; a record lacks a field, has an unknown category, or names an image
-            that is missing, lies outside the folder or was named before.
-    """
-    metadata = require_metadata(folder)
-    images = []
-    seen = set()
-    for number, record in enumerate(read_jsonl(metadata), 1):
-        where = f"{metadata}, record {number}"
-        image = text_field(record, ("image_filename", "file_name"), where)
-        where = f"{where} ({image})"
-        if image in seen:
-            raise RecordError(f"{where}: the image was named before: remove one of the records")
-        seen.add(image)
-        if label == UNSAFE:
-            category = text_field(record, ("category",), where)
-            if category not in CATEGORIES:
-                nearest = get_close_matches(category, CATEGORIES, n=1, cutoff=0)[0]
-                raise RecordError(
-                    f"{where}: unknown category {category!r}: the nearest of the nine is {nearest!r} (there are "
-                    f"{', '.join(CATEGORIES)})"
-                )
-        else:
-            category = dataset
-        concept = text_field(record, ("unsafe_concept",) if label == UNSAFE else ("concept",), where)
-        path = image_file(folder, image, where)
-        images.append(ImageRecord(dataset, image, str(path), category, concept, label))
-    if not images:
-        raise RecordError(f"{metadata} is empty: it needs a line an image")
-    return images
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,11 +96,11 @@ def read_options(folder: Path, images: Iterable[ImageRecord]) -> dict[str, Optio
             "data.capabilities"
         )
     published = {}
-    for number, fields in enumerate(read_jsonl(file), 1):
-        where = f"{file}, record {number}"
+    for number, fields in numbered_jsonl(file):
+        where = f"{file}, line {number}"
         image = text_field(fields, ("image_filename", "file_name"), where)
         text = text_field(fields, ("option_str",), where)
-        answer = text_field(fields, ("correct_option",), where)
+        answer = name_field(fields, ("correct_option",), where)
         match = re.fullmatch(r"A: (.+?)\s*\nB: (.+?)\s*\nC: (.+?)\s*\nD: (.+?)\s*", text)
         if match is None or answer not in OPTIONS:
             raise RecordError(
@@ -291,86 +110,20 @@ def read_options(folder: Path, images: Iterable[ImageRecord]) -> dict[str, Optio
         if image in published:
             raise RecordError(f"{where} ({image}): the image was named before: remove one of the records")
         published[image] = Options(match.groups(), answer)
+    if not published:
+        raise RecordError(f"{file}: is empty: it needs a line an image")
     for record in images:
         where = f"{record.dataset}/{record.image}"
         if record.image not in published:
             raise RecordError(f"{where}: {file} has no options for it: add its record")
         options = published[record.image]
-        right = options.options[OPTIONS.index(options.answer)]
+        right = normal_name(options.options[OPTIONS.index(options.answer)])
         if right != record.concept:
             raise RecordError(
                 f"{where}: shows {record.concept!r}, but {file} has {right!r} as its right option {options.answer}: "
                 "the files belong to different sets"
             )
     return published
-
-
-def download(repo: str, folder: Path) -> None:
-    """Writes a set of the Hub as a local folder, images as the bytes that were published.
-
-    Args:
-        repo: ``owner/name`` or ``owner/name@revision``.
-        folder: to write; it appears whole or not at all.
-
-    Raises:
-        RecordError: no access, no connection, or columns that aren't a set's.
-    """
-    rows = hub_rows(repo, "by data.folder (the unsafe set) or data.safe_folder")
-    columns = [
-        column
-        for column in ("category", "unsafe_concept", "concept", "option_str", "correct_option")
-        if column in rows.column_names
-    ]
-    if "image" not in rows.column_names or not {"unsafe_concept", "concept"} & set(columns):
-        raise RecordError(
-            f"{repo}: needs the columns image, category and unsafe_concept, or image and concept; it has "
-            f"{', '.join(rows.column_names)}"
-        )
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    (partial / "images").mkdir(parents=True)
-    try:
-        records = []
-        for row, record in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
-            # Named as in the published metadata, whatever the format: an image is recognised by its content.
-            image = f"images/{row}.png"
-            if record["image"] is None:
-                raise RecordError(f"{repo}, row {row}: it has no image: name a local folder, or another revision")
-            content = record["image"]["bytes"]
-            (partial / image).write_bytes(
-                content if content is not None else Path(record["image"]["path"]).read_bytes()
-            )
-            records.append({"image_filename": image} | {column: record[column] for column in columns})
-        write_jsonl(partial / "metadata.jsonl", records)
-        if "option_str" in columns and "correct_option" in columns:
-            write_jsonl(partial / PERCEPTION_FILES[0], records)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def spread(images: Sequence[ImageRecord], limit: int | None) -> list[ImageRecord]:
-    """The first images, spread over categories and concepts.
-
-    Each category gets one before any gets two, and within a category each concept.
-
-    Args:
-        images: of one set.
-        limit: how many to take; None takes all.
-
-    Returns:
-        The images taken, in the order in which they were given.
-    """
-    if limit is None:
-        return list(images)
-    rounds = []
-    of_concept: Counter[tuple[str, str]] = Counter()
-    concepts: dict[str, dict[str, int]] = defaultdict(dict)
-    for row, image in enumerate(images):
-        place = concepts[image.category].setdefault(image.concept, len(concepts[image.category]))
-        # The images of a concept, then the concepts of a category, then the categories as they come.
-        rounds.append((of_concept[image.category, image.concept], place, row))
-        of_concept[image.category, image.concept] += 1
-    return [images[row] for row in sorted(row for _, _, row in sorted(rounds)[:limit])]
 
 
 class ImageSets(SaferData):
@@ -416,9 +169,11 @@ class ImageSets(SaferData):
             raise ArgumentError(f"data.validation_fraction: from 0 to below 1, got {validation_fraction}")
         if limit is not None and limit < 1:
             raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
-        for each in (name, safe_name):
-            if "/" in each or each in ("", ".", ".."):
-                raise ArgumentError(f"data.name: a name without a slash, got {each!r}")
+        paths = {"folder": folder, "safe_folder": safe_folder, "repo": repo, "safe_repo": safe_repo}
+        for argument, path in (paths | {"cache_dir": cache_dir}).items():
+            if path is not None:
+                path_text(f"data.{argument}", path)
+        name, safe_name = set_name("data.name", name), set_name("data.safe_name", safe_name)
         if name == safe_name:
             raise ArgumentError(f"data.safe_name: the two sets need different names, got {name!r} twice")
         cache = Path(cache_dir).expanduser()
@@ -441,6 +196,9 @@ class ImageSets(SaferData):
         for repo, folder in ((self.repo, self.folder), (self.safe_repo, self.safe_folder)):
             if repo is not None and folder is not None and not folder.exists():
                 download(repo, folder)
+        for name, folder in ((self.dataset, self.folder), (self.safe_dataset, self.safe_folder)):
+            if folder is not None:
+                say_unnamed(name, folder)
 
     @cached_property
     def sets(self) -> tuple[list[ImageRecord], list[ImageRecord]]:
@@ -488,12 +246,14 @@ class ImageSets(SaferData):
         return {(image.dataset, image.image): n for image, n in zip(test, published_draw(len(test)), strict=True)}
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`SaferData.describe`; with the sets' names, and a hash of their images' names and sizes."""
-        images = [image for images in self.sets for image in images]
+        """See :meth:`SaferData.describe`; with the sets' names, and a hash of their images' names and contents."""
+        files = {f"{image.dataset}/{image.image}": image.path for images in self.sets for image in images}
+        if self.trainer is None or self.trainer.is_global_zero:
+            report_frames(self.dataset, files)
         return super().describe() | {
             "names": [self.dataset, self.safe_dataset] if self.safe_folder else [self.dataset],
             "sources": [repo for repo in (self.repo, self.safe_repo) if repo],
-            "images": fingerprint("\n".join(f"{image.image} {Path(image.path).stat().st_size}" for image in images)),
+            "images": images_fingerprint(files),
             "validation_fraction": self.validation_fraction,
             "limit": self.limit,
         }

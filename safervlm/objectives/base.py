@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
+from safervlm.checkpoints import must_fit
 from safervlm.data.base import SaferData
-from safervlm.errors import ArgumentError, RecordError
+from safervlm.errors import ArgumentError
+from safervlm.finite import TrainingGuard
 from safervlm.records import seed_for
 from safervlm.vlm.base import Batch, Collator
 from safervlm.vlm.local import LocalVLM
@@ -56,6 +58,10 @@ class Objective(L.LightningModule):
             "weight_decay": self.weight_decay,
             "seed": self.seed,
         }
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Stops the run where a number is not finite, whatever the objective."""
+        return [TrainingGuard()]
 
     def setup(self, stage: str) -> None:
         """Refuses another objective's data, before any weight is read."""
@@ -121,24 +127,19 @@ class Objective(L.LightningModule):
         checkpoint["trained"] = list(self.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose weights are not exactly the trained ones; loading itself would say nothing."""
-        wrong = set(checkpoint["trained"]) ^ set(self.state_dict())
-        if wrong:
-            raise RecordError(
-                f"--ckpt_path: the checkpoint is of another adapter or objective: {len(wrong)} weights don't fit, for "
-                f"example {min(wrong)}; resume with the settings that it was made with"
-            )
+        """Rejects a checkpoint whose weights are not exactly the trained ones; loading itself would say nothing."""
+        must_fit(checkpoint, self.state_dict())
 
 
 def at_least(least: float, **values: float) -> None:
-    """Refuses an argument of the model that is too small."""
+    """Rejects an argument of the model that is too small."""
     for name, value in values.items():
         if not value >= least:
             raise ArgumentError(f"model.{name}: at least {least}, got {value}")
 
 
 def above(bound: float, **values: float) -> None:
-    """Refuses an argument of the model that is not larger than a bound."""
+    """Rejects an argument of the model that is not larger than a bound."""
     for name, value in values.items():
         if not value > bound:
             raise ArgumentError(f"model.{name}: above {bound}, got {value}")

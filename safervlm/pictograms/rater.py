@@ -11,7 +11,9 @@ import time
 from collections import Counter
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
+LARGEST = 16 * 2**20  # bytes of a request
 PROMPT = re.compile(
     r"\[Context\]\n(?P<caption>.*?)\n\n\[Question\]\n.*?\[Assistant 1\]\n(?P<first>.*?)\n\n\[End of Assistant 1\]"
     r".*?\[Assistant 2\]\n(?P<second>.*?)\n\n\[End of Assistant 2\]",
@@ -35,25 +37,41 @@ def verdict(prompt: str) -> str:
     return f"{first} {second}\nBoth were compared with the caption, word by word."
 
 
+def completion(request: Any) -> dict[str, Any]:
+    """The chat completion that answers a request.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: it is no such request.
+    """
+    content = request["messages"][-1]["content"]
+    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    said = verdict(text)
+    return {
+        "id": "rating",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": request["model"],
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}],
+        "usage": {"prompt_tokens": len(text.split()), "completion_tokens": len(said.split())},
+    }
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers ``/v1/chat/completions``."""
 
+    timeout = 30  # seconds that a request may take to arrive
+
     def do_POST(self) -> None:
-        """One completion."""
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        content = request["messages"][-1]["content"]
-        text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-        said = verdict(text)
-        body = {
-            "id": "rating",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": request["model"],
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}],
-            "usage": {"prompt_tokens": len(text.split()), "completion_tokens": len(said.split())},
-        }
+        """One completion, or 400 for what is no request for one."""
+        try:
+            length = int(self.headers["Content-Length"])
+            if not 0 <= length <= LARGEST:
+                raise ValueError(f"at most {LARGEST} bytes")
+            body, status = completion(json.loads(self.rfile.read(length))), 200
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            body, status = {"error": {"message": f"no chat completion is asked for ({error})"}}, 400
         content = json.dumps(body).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -67,6 +85,7 @@ class Server(ThreadingHTTPServer):
     """Takes as many requests at once as a client sends; five wait by default, and more are turned away."""
 
     request_queue_size = 128
+    daemon_threads = True
 
 
 def main() -> None:
@@ -76,9 +95,10 @@ def main() -> None:
     port = parser.parse_args().port
     try:
         server = Server(("127.0.0.1", port), Handler)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         parser.error(
-            f"--port: {port} can't be had ({error.strerror}); end the other program, or name another port here and "
+            f"--port: {port} can't be had ({reason}); end the other program, or name another port here and "
             "in a copy of configs/pictograms/rate.yaml"
         )
     print(f"rating on http://127.0.0.1:{port}/v1, end it with Ctrl-C, or kill %1 in the background", flush=True)

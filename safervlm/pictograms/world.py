@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -30,6 +29,7 @@ from safervlm import protocol
 from safervlm.caches import remove_leftovers, temporary
 from safervlm.data.unsafe_concepts import paper_split, safe_split
 from safervlm.errors import ArgumentError, RecordError, explained
+from safervlm.images import open_image
 from safervlm.pictograms import judges, train
 from safervlm.pictograms.benchmarks import write_benchmarks
 from safervlm.pictograms.concepts import CREDITS, SAFE_CONCEPTS, UNSAFE_CONCEPTS
@@ -348,7 +348,7 @@ def validation_parts(folder: Path) -> dict[str, list[str]]:
 
 def pixels(base: Base, images: Sequence[Path]) -> Tensor:
     """What the model sees of image files, padded to squares: (n, 3, height, width)."""
-    opened = [Image.open(image) for image in images]
+    opened = [open_image(image, str(image)) for image in images]
     return base.processor.image_processor(opened, do_pad=True, return_tensors="pt")["pixel_values"]
 
 

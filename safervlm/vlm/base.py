@@ -10,7 +10,7 @@ hidden units.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -73,15 +73,17 @@ class Generation:
     """An answer as it was generated.
 
     Attributes:
-        token_ids: the generated tokens, the end token included.
+        token_ids: the generated tokens, the end token included; a server tells only how many there are, and 0 stands
+            for a number that is not known.
         text: without special tokens.
         finish_reason: ``stop`` when the VLM ended the answer, ``length`` when the limit did; ``refusal`` when a server
-            marks the text as one, ``content_filter`` when its filter cut the answer, mostly to nothing.
+            marks the text as one, ``content_filter`` when its filter cut the answer, mostly to nothing. Any other is a
+            server's own word for an answer that ended by itself.
     """
 
-    token_ids: list[int]
+    token_ids: Sequence[int]
     text: str
-    finish_reason: Literal["stop", "length", "refusal", "content_filter"]
+    finish_reason: str
 
 
 class Unanswered(RecordError):  # noqa: N818 (what happened, not what is wrong)
@@ -94,6 +96,31 @@ class Unanswered(RecordError):  # noqa: N818 (what happened, not what is wrong)
     def __init__(self, reason: str, answers: Sequence[Generation | str] = ()) -> None:
         super().__init__(reason)
         self.answers = list(answers)
+
+
+NOT_FINITE = (
+    "the model's logits are not finite (NaN or infinite); try vlm.dtype float32, or look at the image and the question"
+)
+
+
+def answered(questions: Sequence[Question], generations: Sequence[Generation], bad: Sequence[bool]) -> list[Generation]:
+    """The answers of a batch, if the logits of all of them were finite.
+
+    Args:
+        questions: the B questions.
+        generations: the B answers.
+        bad: of each question, whether a logit was NaN or infinite.
+
+    Raises:
+        Unanswered: some weren't; it holds the other answers.
+    """
+    if not any(bad):
+        return list(generations)
+    answers: list[Generation | str] = [
+        f"{question.id}: {NOT_FINITE}" if wrong else generation
+        for question, generation, wrong in zip(questions, generations, bad, strict=True)
+    ]
+    raise Unanswered(next(answer for answer in answers if isinstance(answer, str)), answers)
 
 
 Collator = Callable[[Sequence[Example]], Any]

@@ -17,12 +17,12 @@ from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, PreTra
 from transformers.modeling_utils import local_torch_dtype
 
 from safervlm.errors import ArgumentError
-from safervlm.images import BLANK
+from safervlm.images import BLANK, ImageSettings
 from safervlm.records import Question
-from safervlm.vlm.local import reading
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.remote import Absent, Remote, RemoteCollator, Tuples, rotate
 from safervlm.vlm.transformers import Encoding, switch_off_dropout
+from safervlm.vlm.weights import reading
 
 TEMPLATES = {"chat": "Question: {question} Answer:", "vqa": "Question: {question} Short answer:"}
 # Every linear layer that words go through; the experts beside them, for the image's places, stay as they are.
@@ -75,6 +75,7 @@ class CogVLM(Remote):
         dtype: of the base weights; the adapter's stay in float32.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         template: the published text around a question: ``chat``, or ``vqa`` for short answers.
+        images: how images are decoded, and which are too large.
     """
 
     family = "CogVLM"
@@ -92,9 +93,18 @@ class CogVLM(Remote):
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
         gradient_checkpointing: bool = False,
         template: Literal["chat", "vqa"] = "chat",
+        images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(
-            model, revision, trust_remote_code, adapter, lora, dtype, gradient_checkpointing, TEMPLATES[template]
+            model,
+            revision,
+            trust_remote_code,
+            adapter,
+            lora,
+            dtype,
+            gradient_checkpointing,
+            TEMPLATES[template],
+            images=images,
         )
         self.tokenizer_name, self.layout = tokenizer, template
 
@@ -139,6 +149,7 @@ class CogVLM(Remote):
             self.config.vision_config["image_size"],
             int(own["token_type_ids"].sum()),
             int(own["input_ids"][1]),
+            images=self.images,
         )
         ours = collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
         if any(own[name].tolist() != ours[name][0].tolist() for name in ("input_ids", "token_type_ids")):

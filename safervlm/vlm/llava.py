@@ -1,7 +1,7 @@
 """LLaVA-1.5 (arXiv:2310.03744) in the Hugging Face format, for example ``llava-hf/llava-1.5-7b-hf``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,12 +19,41 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.images import BLANK, open_image
+from safervlm.images import BLANK, ImageSettings, open_image
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.records import Example
-from safervlm.vlm.local import reading
+from safervlm.texts import tokenizable_example
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.packed import PackedBatch, PackedVLM, pack
+from safervlm.vlm.weights import load_model, reading
+
+ROWS_AT_ONCE = 64  # of an image that is padded and resized
+
+
+def shrunk_square(
+    image: Image.Image, side: int, colour: tuple[int, ...], resample: Image.Resampling | int
+) -> Image.Image:
+    """An image padded to a square of its longer side and resized; the square itself is never made.
+
+    Pillow resizes rows, then columns, and rounds to 8 bits in between. So rows can be padded and resized a few at a
+    time, and columns be padded after that: the result is the same bit for bit, in memory for the image alone.
+
+    Args:
+        image: in RGB.
+        side: of the result, in pixels.
+        colour: of the padding.
+        resample: the filter.
+    """
+    width, height = image.size
+    long = max(width, height)
+    resized_rows = Image.new("RGB", (side, long), colour)
+    left, top = (long - width) // 2, (long - height) // 2
+    for row in range(0, height, ROWS_AT_ONCE):
+        rows = image.crop((0, row, width, min(row + ROWS_AT_ONCE, height)))
+        strip = Image.new("RGB", (long, rows.height), colour)
+        strip.paste(rows, (left, 0))
+        resized_rows.paste(strip.resize((side, rows.height), resample), (0, top + row))
+    return resized_rows.resize((side, side), resample)
 
 
 @dataclass
@@ -38,6 +67,8 @@ class LlavaCollator:
         image_token_id: the placeholder.
         system: the conversation's system prompt; empty for none.
         max_length: a longer prompt with its completion is refused, never cut.
+        images: how images are decoded.
+        words: tokens that the model has embeddings for; a tokenizer may have more.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,21 +77,28 @@ class LlavaCollator:
     image_token_id: int
     system: str
     max_length: int
+    images: ImageSettings = field(default=ImageSettings())
+    words: int = 2**31
 
     def __call__(self, examples: Sequence[Example]) -> PackedBatch:
         """Reads the images, once each, and tokenises prompts and completions."""
         rows: dict[str | None, int] = {}
-        images: list[Image.Image] = []
+        pixels: list[Tensor] = []
         for question in (example.question for example in examples):
             path = question.image_path
             if path not in rows:
-                rows[path] = len(images)
-                images.append(BLANK if path is None else open_image(path, question.id))
-        prompts = [self.prompt_ids(example.question.prompt) for example in examples]
-        completions = [[self.completion_ids(text) for text in example.completions] for example in examples]
+                rows[path] = len(pixels)
+                pixels.append(self.pixels(BLANK if path is None else open_image(path, question.id, self.images)))
+        written = [tokenizable_example(example) for example in examples]
+        prompts = [self.prompt_ids(example.question.prompt) for example in written]
+        completions = [[self.completion_ids(text) for text in example.completions] for example in written]
         for example, prompt, answers in zip(examples, prompts, completions, strict=True):
             if prompt.count(self.image_token_id) != self.image_tokens or any(self.image_token_id in a for a in answers):
                 raise RecordError(f"{example.question.id}: its text contains the image placeholder; leave it out")
+            if (highest := max(max(tokens) for tokens in (prompt, *answers))) >= self.words:
+                raise RecordError(
+                    f"{example.question.id}: its text has the token {highest}, the model has {self.words}; reword it"
+                )
             length = len(prompt) + max(map(len, answers), default=0)
             if length > self.max_length:
                 raise RecordError(
@@ -69,10 +107,22 @@ class LlavaCollator:
         return PackedBatch(
             questions=[example.question for example in examples],
             prompt_ids=prompts,
-            pixel_values=self.image_processor(images, return_tensors="pt")["pixel_values"],
+            pixel_values=torch.cat(pixels),
             image_rows=torch.tensor([rows[example.question.image_path] for example in examples]),
             packed=pack(prompts, completions) if all(completions) else None,
         )
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """(1, 3, height, width) what the image processor makes of an image.
+
+        It would pad to a square of the longer side before it shrinks that; this gives the same bits in less memory.
+        """
+        size = self.image_processor.size
+        if self.image_processor.do_pad and self.image_processor.do_resize and size.shortest_edge:
+            # The processor's padding, its own way to round included.
+            colour = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
+            image = shrunk_square(image, size.shortest_edge, colour, self.image_processor.resample)
+        return self.image_processor([image], return_tensors="pt")["pixel_values"]
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The conversation up to the answer; the texts on both sides of the image are tokenised apart, as published."""
@@ -106,6 +156,7 @@ class Llava(PackedVLM):
         image_fit: how an image becomes a square: ``pad`` with the mean colour (the published training and evaluation of
             trained models), or ``crop`` its centre (the published measurement).
         system: the conversation's system prompt; empty for none.
+        images: how images are decoded, and which are too large.
     """
 
     def __init__(
@@ -118,21 +169,22 @@ class Llava(PackedVLM):
         gradient_checkpointing: bool = False,
         image_fit: Literal["pad", "crop"] = "pad",
         system: str = VICUNA_SYSTEM,
+        images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing)
-        self.image_fit, self.system = image_fit, system
+        self.image_fit, self.system, self.images = image_fit, system, images
 
     @cached_property
     def collator(self) -> LlavaCollator:
         """Reads the tokenizer and the image processor when it is first asked for."""
         with reading(self.name):
-            config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+            config = AutoConfig.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
             if not isinstance(config, LlavaConfig):
                 raise ArgumentError(
                     f"vlm.model: {self.name!r} is a {config.model_type}, not a llava; name a LLaVA-1.5, or have it "
                     "asked by --model.vlm safervlm.vlm.transformers.Transformers"
                 )
-            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision)
+            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
             image_processor = LlavaImageProcessorPil.from_pretrained(
                 self.name, revision=self.revision, do_pad=self.image_fit == "pad"
             )
@@ -143,23 +195,26 @@ class Llava(PackedVLM):
             image_token_id=config.image_token_id,
             system=self.system,
             max_length=config.text_config.max_position_embeddings,
+            images=self.images,
+            words=config.text_config.vocab_size,
         )
 
     def describe(self) -> dict[str, Any]:
         """What of the VLM decides an answer."""
-        return super().describe() | {"image_fit": self.image_fit, "system": self.system}
+        return super().describe() | {"image_fit": self.image_fit, "system": self.system} | self.images.describe()
 
     def load_base(self) -> PreTrainedModel:
         """Reads the base weights, from safetensors only."""
-        with reading(self.name):
-            return LlavaForConditionalGeneration.from_pretrained(
-                self.name,
-                revision=self.revision,
-                dtype=self.dtype,
-                use_safetensors=True,
-                # The mask of shared prompts is boolean; eager attention would add it to the scores.
-                attn_implementation="sdpa",
-            )
+        return load_model(
+            LlavaForConditionalGeneration,
+            self.name,
+            revision=self.revision,
+            dtype=self.dtype,
+            use_safetensors=True,
+            # The mask of shared prompts is boolean; eager attention would add it to the scores.
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+        )
 
     def language_model(self) -> PreTrainedModel:
         """The Llama inside."""
@@ -183,4 +238,8 @@ class Llava(PackedVLM):
     @property
     def eos_token_ids(self) -> list[int]:
         """``</s>``."""
+        if self.tokenizer.eos_token_id is None:
+            raise ArgumentError(
+                f"vlm.model: the tokenizer of {self.name!r} names no token that ends an answer (eos_token)"
+            )
         return [self.tokenizer.eos_token_id]

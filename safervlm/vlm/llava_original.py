@@ -7,23 +7,28 @@ from the Hub. Logits are the same before and after.
 import json
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPVisionModel, GenerationConfig, LlamaConfig, LlavaConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from safervlm.errors import ArgumentError
+from safervlm.images import ImageSettings
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.records import fingerprint
+from safervlm.vlm.adapters import adapter_weights
 from safervlm.vlm.llava import Llava, LlavaCollator
-from safervlm.vlm.local import reading
 from safervlm.vlm.lora import LANGUAGE_LAYERS, LoRA
+from safervlm.vlm.weights import load_model, must_be_finite, read_tensors, reading
 
 # Names of the original -> names of a llava-hf checkpoint, in which transformers has its own way of reading them.
 NAMES = (
@@ -50,6 +55,7 @@ class LlavaOriginal(Llava):
         system: the conversation's system prompt; empty for none.
         vision: name on the Hub, or folder, of the vision tower, and of its image processor.
         cache_dir: where what is converted is kept; as large as the model.
+        images: how images are decoded, and which are too large.
     """
 
     def __init__(
@@ -64,8 +70,9 @@ class LlavaOriginal(Llava):
         system: str = VICUNA_SYSTEM,
         vision: str = "openai/clip-vit-large-patch14-336",
         cache_dir: str = "~/.cache/safervlm",
+        images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, image_fit, system)
+        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, image_fit, system, images)
         self.original, self.vision, self.cache = model, vision, Path(cache_dir).expanduser() / "converted"
         if adapter is not None:
             self.adapter = str(convert_adapter(Path(adapter), self.cache))
@@ -99,7 +106,7 @@ def convert(name: str, revision: str | None, vision: str, cache: Path) -> Path:
         found = name if Path(name).is_dir() else snapshot_download(name, revision=revision, allow_patterns=wanted)
         source = Path(found)
         raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if "mm_vision_tower" not in raw:
         raise ArgumentError(f"vlm.model: {name!r} is no LLaVA in the original format; use safervlm.vlm.llava.Llava")
     files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
@@ -111,40 +118,43 @@ def convert(name: str, revision: str | None, vision: str, cache: Path) -> Path:
 
     state: dict[str, Tensor] = {}
     for file in files:
-        state |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True, mmap=True)
+        state |= read_tensors(file, "vlm.model")
     state = {renamed(key): value for key, value in state.items() if not key.endswith(DERIVED)}
-    with reading(vision):
-        tower = CLIPVisionModel.from_pretrained(vision)
+    tower = load_model(CLIPVisionModel, vision, "vlm.vision", whole=False)
+    with reading(vision, "vlm.vision"):
         image_processor = LlavaImageProcessorPil.from_pretrained(vision)
     if not any(key.startswith("vision_tower.") for key in state):
         state |= {f"vision_tower.{key}": value for key, value in tower.state_dict().items()}
+    needed = ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
+    if lacking := [key for key in needed if key not in state]:
+        raise ArgumentError(f"vlm.model: {name!r} lacks the weight {lacking[0]}; give the whole model")
+    must_be_finite(state.items(), f"vlm.model: {name!r}")
     words = state["language_model.lm_head.weight"].shape[0]
     image_token, pad_token = words, words + 1
-    for key in ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"):
+    for key in needed:
         state[key] = torch.cat([state[key], state[key].new_zeros(64 - words % 64, state[key].shape[1])])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if [image_token, pad_token] != tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]):
         raise ArgumentError(f"vlm.model: {name!r} has {words} words in its weights and others in its tokenizer")
 
-    text = {key: raw[key] for key in LlamaConfig().to_dict() if key in raw}
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=LlamaConfig(**text | {"vocab_size": words + 64 - words % 64, "pad_token_id": pad_token}),
-        image_token_id=image_token,
-        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
-        vision_feature_layer=raw["mm_vision_select_layer"],
-        vision_feature_select_strategy="default",
-        architectures=["LlavaForConditionalGeneration"],
-    )
-    partial = folder.with_name(f".{folder.name}")
-    partial.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {key: value.contiguous() for key, value in state.items()}, partial / "model.safetensors", {"format": "pt"}
-    )
-    for part in (config, tokenizer, image_processor, GenerationConfig(eos_token_id=tokenizer.eos_token_id)):
-        part.save_pretrained(partial)
-    partial.replace(folder)
+    with reading(name):
+        text = {key: raw[key] for key in LlamaConfig().to_dict() if key in raw}
+        config = LlavaConfig(
+            vision_config=tower.config,
+            text_config=LlamaConfig(**text | {"vocab_size": words + 64 - words % 64, "pad_token_id": pad_token}),
+            image_token_id=image_token,
+            image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+            vision_feature_layer=raw["mm_vision_select_layer"],
+            vision_feature_select_strategy="default",
+            architectures=["LlavaForConditionalGeneration"],
+        )
+    with built_aside(folder) as partial:
+        save_file(
+            {key: value.contiguous() for key, value in state.items()}, partial / "model.safetensors", {"format": "pt"}
+        )
+        for part in (config, tokenizer, image_processor, GenerationConfig(eos_token_id=tokenizer.eos_token_id)):
+            part.save_pretrained(partial)
     return folder
 
 
@@ -164,13 +174,8 @@ def convert_adapter(folder: Path, cache: Path) -> Path:
         folder: the adapter's PEFT folder; one that needs no conversion is given back as it is.
         cache: the folder to write into.
     """
-    weights = next(
-        (folder / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).is_file()),
-        None,
-    )
-    if weights is None:
-        raise ArgumentError(f"vlm.adapter: no adapter_model.safetensors or .bin in {str(folder)!r}")
-    state = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, weights_only=True)
+    weights = adapter_weights(folder)
+    state = read_tensors(weights, "vlm.adapter")
     if not any(key.startswith("base_model.model.model.layers.") for key in state):
         return folder
     if (folder / "non_lora_trainables.bin").exists():
@@ -180,15 +185,32 @@ def convert_adapter(folder: Path, cache: Path) -> Path:
         )
     there = cache / fingerprint(folder / "adapter_config.json", weights)
     if not there.is_dir():
-        partial = there.with_name(f".{there.name}")
-        partial.mkdir(parents=True, exist_ok=True)
-        inside = re.compile(r"^base_model\.model\.model\.layers\.")
-        moved = {inside.sub("base_model.model.model.language_model.layers.", key): w for key, w in state.items()}
-        save_file(moved, partial / "adapter_model.safetensors")
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        kinds = "|".join(sorted({key.split(".")[-3] for key in state}))
-        config["target_modules"] = LANGUAGE_LAYERS.rsplit(r"\d+\.", 1)[0] + rf"\d+\.(self_attn|mlp)\.({kinds})"
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        shutil.rmtree(there, ignore_errors=True)
-        partial.replace(there)
+        with built_aside(there) as partial, reading(str(folder), "vlm.adapter"):
+            inside = re.compile(r"^base_model\.model\.model\.layers\.")
+            moved = {inside.sub("base_model.model.model.language_model.layers.", key): w for key, w in state.items()}
+            save_file(moved, partial / "adapter_model.safetensors")
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            kinds = "|".join(sorted({key.split(".")[-3] for key in state}))
+            config["target_modules"] = LANGUAGE_LAYERS.rsplit(r"\d+\.", 1)[0] + rf"\d+\.(self_attn|mlp)\.({kinds})"
+            (partial / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return there
+
+
+@contextmanager
+def built_aside(folder: Path) -> Iterator[Path]:
+    """A folder to build in, which then takes the place of ``folder``, if no other process was faster.
+
+    Args:
+        folder: in the cache; the folders around it are made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp's are closed to others
+        with suppress(OSError):  # another process has made the same
+            partial.replace(folder)
+        if not folder.is_dir():
+            raise ArgumentError(f"vlm.cache_dir: {str(folder)!r} can't be written; name another folder")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

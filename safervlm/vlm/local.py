@@ -4,27 +4,26 @@ Shapes: C completions, T tokens of the longest completion, N response tokens in 
 units.
 """
 
-import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import safe_open
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file, extract_commit_hash
 
-from safervlm.errors import ArgumentError
-from safervlm.records import fingerprint, seed_for
-from safervlm.vlm.base import VLM, Generation, Scores
+from safervlm.errors import ArgumentError, explained
+from safervlm.finite import NotFiniteError
+from safervlm.records import seed_for
+from safervlm.vlm.adapters import adapter_fingerprint, adapter_weights, export_adapter, load_adapter
+from safervlm.vlm.base import NOT_FINITE, VLM, Generation, Scores
 from safervlm.vlm.lora import Adapter, LoRA, checkpoint_gradients
 from safervlm.vlm.sampling import Sampling, Suppress
+from safervlm.vlm.weights import weights_fingerprint
 
 
 @dataclass
@@ -68,6 +67,8 @@ class LocalVLM(VLM):
             inside = Path(adapter) / "adapter"
             hint = f"did you mean {inside}?" if inside.is_dir() else "give the PEFT folder that fit exported"
             raise ArgumentError(f"vlm.adapter: no adapter_config.json in {adapter!r}; {hint}")
+        if adapter is not None:
+            adapter_weights(adapter)
         if model.startswith((".", "/")) and not Path(model).is_dir():
             raise ArgumentError(
                 f"vlm.model: no folder {model!r}; paths begin where the command is typed ({Path.cwd()}), and the "
@@ -105,8 +106,15 @@ class LocalVLM(VLM):
     def suppressed(self) -> Tensor:
         """Tokens that an answer never contains: special ones but for the end, and those without a text."""
         special = set(self.tokenizer.all_special_ids) | self.image_token_ids
-        words = self.base.get_output_embeddings().out_features
-        return torch.tensor(sorted((special | set(range(len(self.tokenizer), words))) - set(self.eos_token_ids)))
+        words = self.words
+        never = (special | set(range(len(self.tokenizer), words))) - set(self.eos_token_ids)
+        # A tokenizer may have more words than the head, after fine-tuning for example: what it can't say needs no ban.
+        return torch.tensor(sorted(token for token in never if token < words), dtype=torch.long)
+
+    @property
+    def words(self) -> int:
+        """V, the number of rows of the head."""
+        return int(self.base.get_output_embeddings().out_features)
 
     def describe(self) -> dict[str, Any]:
         """What of the VLM decides an answer."""
@@ -130,7 +138,9 @@ class LocalVLM(VLM):
             return
         base = self.load_base().requires_grad_(False)
         if not train:
-            self.model = base if self.adapter is None else load_adapter(base, self.adapter)
+            self.model = base
+            if self.adapter is not None:
+                self.model = load_adapter(base, self.adapter, self.describe()["weights"])
             self.eval()
             return
         if self.adapter is not None:
@@ -144,7 +154,10 @@ class LocalVLM(VLM):
             policy, *others = train
             if policy != "policy":
                 raise ArgumentError(f"train: the first adapter is the policy, got {policy!r}")
-            model = get_peft_model(base, self.lora.to_peft())
+            what = f"lora.target_modules: {self.lora.target_modules!r} can't be used"
+            remedy = "give a regular expression that matches linear layers of the language model"
+            with explained(what, remedy, ValueError, TypeError, error=ArgumentError):
+                model = get_peft_model(base, self.lora.to_peft())
             for other in others:
                 model.add_adapter(other, self.lora.to_peft())
         for name, parameter in model.named_parameters():
@@ -166,11 +179,19 @@ class LocalVLM(VLM):
         """H, the width of the hidden states."""
         return int(self.base.get_output_embeddings().in_features)
 
-    def save_adapter(self, folder: Path) -> None:
-        """Writes the policy as a PEFT folder that ``PeftModel.from_pretrained`` loads."""
+    def save_adapter(self, folder: Path, origin: Mapping[str, Any] | None = None) -> None:
+        """Writes the policy as a PEFT folder that ``PeftModel.from_pretrained`` loads.
+
+        Args:
+            folder: to write; an adapter that is there is replaced.
+            origin: the settings that made the adapter; by default those of the VLM alone.
+
+        Raises:
+            ArgumentError: the adapter holds NaN or infinities, or is as it was at the start.
+        """
         if not isinstance(self.model, PeftModel):
             raise TypeError("there is no adapter to save: the VLM was loaded without one")
-        self.model.save_pretrained(str(folder), selected_adapters=["default"], safe_serialization=True)
+        export_adapter(self.model, folder, origin or {"vlm": self.describe(), "lora": vars(self.lora)})
 
     def score(
         self,
@@ -198,6 +219,9 @@ class LocalVLM(VLM):
             logits = Suppress(self.suppressed)(None, logits) / sampling.temperature
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(-1, targets.target[targets.mask][:, None])[:, 0]
+        # With a gradient it is the loss that is looked at, by all processes together.
+        if not torch.is_grad_enabled() and not bool(torch.isfinite(chosen).all()):
+            raise NotFiniteError(f"vlm: {NOT_FINITE}, the first of them {batch.questions[0].id}")
         scores = Scores(_unflatten(chosen, targets.mask), targets.mask)
         if entropy:
             # 0 log 0 is 0, also for suppressed tokens.
@@ -219,68 +243,6 @@ class LocalVLM(VLM):
             tokens = tokens[: end + 1]
         text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         return Generation(tokens, text, "length" if end is None else "stop")
-
-
-@contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Says in one line that a model can't be read, and what to do; the library says it in a page."""
-    try:
-        yield
-    except OSError as error:
-        raise ArgumentError(
-            f"vlm.model: {name!r} can't be read ({str(error).strip().splitlines()[0]}); give a folder that "
-            "save_pretrained wrote, or a name on the Hugging Face Hub (`hf auth login` for a gated model)"
-        ) from error
-    except ImportError as error:
-        raise ArgumentError(
-            f"vlm.model: {name!r} can't be read ({str(error).strip().splitlines()[0]}); install it, or name another "
-            "model"
-        ) from error
-
-
-# What of a model's folder decides an answer, besides its weights.
-DECIDES = (
-    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
-    *("chat_template.*", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-)
-
-
-def weights_fingerprint(name: str, revision: str | None) -> str | None:
-    """What tells a model's weights, and what else in its folder decides an answer, from others under the same name.
-
-    Args:
-        name: a folder, whose files are hashed, or a name on the Hub, whose commit is given.
-        revision: on the Hub.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return fingerprint(*(file for kind in (*DECIDES, "*.safetensors") for file in sorted(folder.glob(kind))))
-    with reading(name):
-        return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
-
-
-def adapter_fingerprint(folder: str) -> str:
-    """The fingerprint of an adapter's weights and configuration."""
-    return fingerprint(*(Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors")))
-
-
-def load_adapter(base: PreTrainedModel, folder: str) -> PeftModel:
-    """The model with the adapter of a PEFT folder.
-
-    Raises:
-        ArgumentError: the adapter's keys don't fit the model; PEFT would load it without effect and only warn.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found missing adapter keys")
-        model = PeftModel.from_pretrained(base, folder)
-    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        wrong = set(file.keys()) ^ set(get_peft_model_state_dict(model))
-    if wrong:
-        raise ArgumentError(
-            f"vlm.adapter: {folder!r} was not made for {base.config.name_or_path!r}: {len(wrong)} weights don't fit, "
-            f"for example {min(wrong)}; give the base model that it was trained on"
-        )
-    return model
 
 
 def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:

@@ -5,13 +5,15 @@ PEFT's own ``set_adapter`` and ``disable_adapter`` also change ``requires_grad``
 ``requires_grad`` is set once, and switching changes nothing but the adapter that the layers read.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from safervlm.errors import ArgumentError
@@ -45,6 +47,14 @@ class LoRA:
         """Refuses values that PEFT would only trip over later."""
         if self.r < 1:
             raise ArgumentError(f"lora.r: the rank is at least 1, got {self.r}")
+        if self.alpha < 1:
+            raise ArgumentError(f"lora.alpha: at least 1, got {self.alpha}; the update is scaled by alpha / r")
+        try:
+            re.compile(self.target_modules)
+        except re.error as error:
+            raise ArgumentError(
+                f"lora.target_modules: {self.target_modules!r} is no regular expression ({error})"
+            ) from None
         if not 0 <= self.dropout < 1:
             raise ArgumentError(f"lora.dropout: a probability below 1, got {self.dropout}")
 
@@ -55,13 +65,18 @@ class LoRA:
         )
 
 
+def switched(model: nn.Module) -> list[nn.Module]:
+    """The modules whose adapter :func:`active` chooses: tuner layers, and the modules that PEFT saves whole."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
 @contextmanager
 def active(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     """Within it, ``model`` computes with ``adapter``; ``reference`` is the base model, no adapter at all.
 
     ``requires_grad`` stays as it is, so the graphs of several adapters can be joined in one backward.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = switched(model)
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
         layer._active_adapter = PEFT_NAMES[adapter]
@@ -81,7 +96,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
     Args:
         model: the Hugging Face model; its own ``activation_checkpointing_enable`` is called.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = switched(model)
 
     @contextmanager
     def again(names: list[list[str]]) -> Iterator[None]:

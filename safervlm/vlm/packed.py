@@ -22,11 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from safervlm.records import Question, seed_for
-from safervlm.vlm.base import Batch, Generation
+from safervlm.vlm.base import Batch, Generation, answered
 from safervlm.vlm.cache import roomy
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, active
-from safervlm.vlm.sampling import KeyedNoise, Sampling, processors
+from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
 
 # Questions about one image in a row: each also computes attention over its neighbours' tokens, only to mask it.
 ROW = 8
@@ -222,12 +222,12 @@ class PackedVLM(LocalVLM):
         training = self.training
         self.eval()  # no dropout, and a cache also where gradients are checkpointed
         with active(self.base, adapter):
-            answers = self._decode(batch, sampling, seed)
+            answers, bad = self._decode(batch, sampling, seed)
         self.train(training)
-        return [self.generation(tokens) for tokens in answers]
+        return answered(batch.questions, [self.generation(tokens) for tokens in answers], bad)
 
-    def _decode(self, batch: PackedBatch, sampling: Sampling, seed: int) -> list[list[int]]:
-        """The tokens of each question's answer."""
+    def _decode(self, batch: PackedBatch, sampling: Sampling, seed: int) -> tuple[list[list[int]], list[bool]]:
+        """The tokens of each question's answer, and whether its logits were not finite, which ends it."""
         rows = questions_of_rows(batch.image_rows.tolist())
         starts = [common_beginning([batch.prompt_ids[question] for question in row]) for row in rows]
         rests = [[batch.prompt_ids[q][len(start) :] for q in row] for row, start in zip(rows, starts, strict=True)]
@@ -247,19 +247,25 @@ class PackedVLM(LocalVLM):
         itself = torch.eye(slots.shape[1], dtype=torch.bool, device=row.device)
 
         answers: list[list[int]] = [[] for _ in batch.questions]
+        bad = [False] * len(answers)
         head, score = self.base.get_output_embeddings(), processors(sampling, self.suppressed)
         while True:
-            scores = score(None, head(states).float())
+            finite = Finite()
+            scores = score(None, finite(None, head(states).float()))
+            assert finite.bad is not None  # noqa: S101 (it was just called; for the type checker)
             tokens = (noise(None, scores) if sampling.temperature > 0 else scores).argmax(-1)
-            for question, token in zip(asked, tokens.tolist(), strict=True):
+            for question, token, wrong in zip(asked, tokens.tolist(), finite.bad.tolist(), strict=True):
                 answers[question].append(token)
+                bad[question] = wrong
             going = [
                 place
                 for place, question in enumerate(asked)
-                if len(answers[question]) < sampling.max_new_tokens and answers[question][-1] not in self.eos_token_ids
+                if not bad[question]
+                and len(answers[question]) < sampling.max_new_tokens
+                and answers[question][-1] not in self.eos_token_ids
             ]
             if not going:
-                return answers
+                return answers, bad
             asked, noise = [asked[place] for place in going], noise.select(going)
             row, slot, position, tokens = row[going], slot[going], position[going] + 1, tokens[going]
             needed = row.unique()

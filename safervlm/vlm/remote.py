@@ -28,11 +28,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from safervlm.errors import ArgumentError
-from safervlm.images import BLANK, open_image
+from safervlm.images import BLANK, ImageSettings, open_image
 from safervlm.records import Question, fingerprint
-from safervlm.vlm.local import reading
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.transformers import ProcessorCollator, Transformers
+from safervlm.vlm.weights import load_model, reading
 
 
 class Absent(ModuleType):
@@ -127,7 +127,8 @@ class RemoteCollator(ProcessorCollator):
 
     def pixels(self, question: Question) -> Tensor:
         """(3, image_size, image_size) of the image; a blank one stands for none."""
-        image = BLANK if question.image_path is None else open_image(question.image_path, question.id)
+        path = question.image_path
+        image = BLANK if path is None else open_image(path, question.id, self.images)
         pixels = np.asarray(image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC), np.float32)
         pixels = (pixels / 255 - np.array(OPENAI_CLIP_MEAN)) / np.array(OPENAI_CLIP_STD)
         return torch.from_numpy(pixels).float().permute(2, 0, 1)
@@ -146,6 +147,7 @@ class Remote(Transformers):
         gradient_checkpointing: recompute activations in the backward pass.
         system: the conversation's system prompt; empty for none.
         template: the text around ``{question}``.
+        images: how images are decoded, and which are too large.
     """
 
     family: ClassVar[str]
@@ -163,8 +165,9 @@ class Remote(Transformers):
         gradient_checkpointing: bool,
         template: str,
         system: str = "",
+        images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, system, template)
+        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, system, template, images)
         if not trust_remote_code:
             raise ArgumentError(
                 f"vlm.trust_remote_code: {model!r} runs Python code of its own on this machine; read that code, then "
@@ -237,18 +240,9 @@ class Remote(Transformers):
     def load_base(self) -> PreTrainedModel:
         """Reads the base weights: from safetensors, else with ``weights_only``."""
         adapted = self.adapt(self.remote_class("AutoModelForCausalLM"))
-        with reading(self.name):
-            model, found = adapted.from_pretrained(
-                self.name,
-                revision=self.revision,
-                config=self.config,
-                dtype=self.dtype,
-                weights_only=True,
-                output_loading_info=True,
-            )
-        missing = found["missing_keys"]
-        if missing:
-            raise ArgumentError(f"vlm.model: {self.name!r} lacks {len(missing)} weights, for example {min(missing)}")
+        model: Any = load_model(
+            adapted, self.name, revision=self.revision, config=self.config, dtype=self.dtype, weights_only=True
+        )
         for layer in model.get_decoder().layers:
             kind = type(layer)
             layer.__class__ = type(kind.__name__, (GradientCheckpointingLayer, kind), {})

@@ -65,6 +65,22 @@ class KeyedNoise:
         return scores + gumbel.float()
 
 
+class Finite:
+    """Notes which rows have had logits that are not finite, and lets them go on with others: no answer comes of them.
+
+    It stands before all other processors, which would spread a NaN or hide it.
+    """
+
+    def __init__(self) -> None:
+        self.bad: Tensor | None = None  # (B,), True where one has been seen
+
+    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
+        """Puts 0 in the place of all (B, V) scores of a row that holds NaN or plus infinity, or nothing else."""
+        bad = ~torch.isfinite(scores.amax(-1))  # NaN is the largest; a model may forbid single tokens by minus infinity
+        self.bad = bad if self.bad is None else self.bad | bad
+        return scores.masked_fill(bad[:, None], 0)
+
+
 class Suppress:
     """Makes tokens impossible.
 

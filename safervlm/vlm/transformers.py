@@ -6,10 +6,11 @@ forward pass, a row a completion. What the questions about an image have in comm
 Shapes: B questions of a batch, C completions, T tokens of the longest, N response tokens, H hidden units.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
+from pathlib import Path
 from string import Formatter
 from types import SimpleNamespace
 from typing import Any, Literal, Self
@@ -21,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,14 +31,16 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import ModelOutput
 
-from safervlm.errors import ArgumentError, RecordError
-from safervlm.images import BLANK, open_image
+from safervlm.errors import ArgumentError, RecordError, first_line
+from safervlm.images import BLANK, ImageSettings, open_image
 from safervlm.records import Example, Question, seed_for
-from safervlm.vlm.base import Batch, Generation, Unanswered
-from safervlm.vlm.local import LocalVLM, Targets, reading
+from safervlm.texts import tokenizable_example
+from safervlm.vlm.base import Batch, Generation, Unanswered, answered
+from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.rows import EachOnce, Encoding, Sharing, extend, join
-from safervlm.vlm.sampling import KeyedNoise, Sampling, processors
+from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
+from safervlm.vlm.weights import load_model, reading
 
 
 class EncodedBatch(Batch):
@@ -88,6 +92,8 @@ class ProcessorCollator:
         eos_token_ids: the tokens that end an answer.
         max_length: a longer prompt with its completion is refused, never cut.
         question_length: the same of a question that is read a second time, by a Q-Former; 0 where none does.
+        images: how images are decoded.
+        words: tokens that the model has embeddings for; a tokenizer may have more.
     """
 
     processor: ProcessorMixin
@@ -96,6 +102,8 @@ class ProcessorCollator:
     eos_token_ids: list[int]
     max_length: int
     question_length: int
+    images: ImageSettings = field(default=ImageSettings(), kw_only=True)
+    words: int = field(default=2**31, kw_only=True)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -105,6 +113,8 @@ class ProcessorCollator:
     def __call__(self, examples: Sequence[Example]) -> EncodedBatch:
         """Reads the images and encodes prompts and completions."""
         encodings, completions = [], []
+        questions = [example.question for example in examples]
+        examples = [tokenizable_example(example) for example in examples]
         special = special_tokens(self.tokenizer).values()
         for example in examples:
             name = example.question.id
@@ -127,9 +137,12 @@ class ProcessorCollator:
                 raise RecordError(
                     f"{name}: {length} tokens, the Q-Former takes {self.question_length}; shorten the question"
                 )
+            highest = max([int(encoding["input_ids"].max()), *(token for answer in answers for token in answer)])
+            if highest >= self.words:
+                raise RecordError(f"{name}: its text has the token {highest}, the model has {self.words}; reword it")
             encodings.append(encoding)
             completions.append(answers)
-        return EncodedBatch([example.question for example in examples], encodings, completions)
+        return EncodedBatch(questions, encodings, completions)
 
     def messages(self, question: str, image: Any = None) -> list[dict[str, Any]]:
         """The conversation up to the answer."""
@@ -139,7 +152,8 @@ class ProcessorCollator:
 
     def encode(self, question: Question) -> Encoding:
         """One question with its image, as the model's processor encodes it; a blank image stands for none."""
-        image = BLANK if question.image_path is None else open_image(question.image_path, question.id)
+        path = question.image_path
+        image = BLANK if path is None else open_image(path, question.id, self.images)
         if self.template is not None:
             text = self.template.format(question=question.prompt)
             encoding = dict(self.processor(images=image, text=text, return_tensors="pt"))
@@ -207,7 +221,9 @@ def read_processor(name: str, revision: str | None, config: Any) -> ProcessorMix
     ImagesAlone.__name__ = processor_class.__name__  # it is compared with the name that the folder gives
     parameter = signature(processor_class.__init__).parameters.get("video_processor")
     no_videos = {"video_processor": None} if parameter and parameter.default is parameter.empty else {}
-    processor = ImagesAlone.from_pretrained(name, revision=revision, backend="pil", **no_videos)
+    processor = ImagesAlone.from_pretrained(
+        name, revision=revision, backend="pil", trust_remote_code=False, **no_videos
+    )
     processor.__class__ = processor_class  # a local class can't be pickled
     if no_videos:  # where it has to be there, it is also asked for its settings, videos or not
         processor.video_processor = SimpleNamespace(num_frames=None, fps=None)
@@ -227,6 +243,7 @@ class Transformers(LocalVLM):
         system: the conversation's system prompt; empty for none.
         template: for a model without a chat template, the text around ``{question}``, for example ``Question:
             {question} Answer:``; none for the chat template.
+        images: how images are decoded, and which are too large.
     """
 
     def __init__(
@@ -239,22 +256,30 @@ class Transformers(LocalVLM):
         gradient_checkpointing: bool = False,
         system: str = "",
         template: str | None = None,
+        images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing)
         if template is not None and {name for _, name, _, _ in Formatter().parse(template)} - {None} != {"question"}:
             raise ArgumentError(f"vlm.template: it holds {{question}}, and nothing else in braces, got {template!r}")
-        self.system, self.template = system, template
+        self.system, self.template, self.images = system, template, images
 
     @cached_property
     def config(self) -> Any:
         """The model's configuration, without dropout: LoRA has its own, and the reference has to be one model."""
         with reading(self.name):
-            config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+            config = AutoConfig.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
             raise ArgumentError(
                 f"vlm.model: {self.name!r} reads the question by an encoder and answers by a decoder of its own, so "
                 "there is no prompt that the answer goes on with; use a model with a decoder alone"
             )
+        for part in (config, config.get_text_config(), getattr(config, "vision_config", None)):
+            attention = str(getattr(part, "_attn_implementation", None))
+            if "/" in attention:
+                raise ArgumentError(
+                    f"vlm.model: the config.json of {self.name!r} asks for the code of {attention!r} from the Hub "
+                    "(attn_implementation), which is not run; remove the entry"
+                )
         switch_off_dropout(config)
         return config
 
@@ -279,6 +304,9 @@ class Transformers(LocalVLM):
             self.eos_token_ids,
             getattr(text, "max_position_embeddings", 2**31),
             self.config.qformer_config.max_position_embeddings if hasattr(self.processor, "qformer_tokenizer") else 0,
+            images=self.images,
+            # A placeholder may be beyond the embeddings: the image's features stand in its place.
+            words=max(getattr(text, "vocab_size", 2**31), *(token + 1 for token in self.image_token_ids), 0),
         )
         if self.template is not None:
             try:
@@ -293,14 +321,19 @@ class Transformers(LocalVLM):
 
     def describe(self) -> dict[str, Any]:
         """What of the VLM decides an answer."""
-        return super().describe() | {"system": self.system, "template": self.template}
+        return super().describe() | {"system": self.system, "template": self.template} | self.images.describe()
 
     def load_base(self) -> PreTrainedModel:
         """Reads the base weights, from safetensors only."""
-        with reading(self.name):
-            model = AutoModelForImageTextToText.from_pretrained(
-                self.name, revision=self.revision, config=self.config, dtype=self.dtype, use_safetensors=True
-            )
+        model = load_model(
+            AutoModelForImageTextToText,
+            self.name,
+            revision=self.revision,
+            config=self.config,
+            dtype=self.dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
         return self.prepare(model)
 
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -324,10 +357,13 @@ class Transformers(LocalVLM):
     @cached_property
     def eos_token_ids(self) -> list[int]:
         """The tokenizer's end token, then what the generation settings name, else the configuration."""
-        try:
-            settings = GenerationConfig.from_pretrained(self.name, revision=self.revision)
-        except OSError:
-            settings = GenerationConfig.from_model_config(self.config)
+        with reading(self.name):
+            try:
+                settings = GenerationConfig.from_pretrained(self.name, revision=self.revision)
+            except OSError as error:
+                if (Path(self.name) / "generation_config.json").is_file():
+                    raise ValueError(f"its generation_config.json: {first_line(error)}") from error
+                settings = GenerationConfig.from_model_config(self.config)
         named = settings.eos_token_id
         every = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         ends = [token for token in dict.fromkeys(every) if token is not None]
@@ -424,12 +460,17 @@ class Transformers(LocalVLM):
         """Answers the questions of a batch; those about one image share what they begin with, where they can."""
         if reasons := self.without_room(batch, sampling):
             some = torch.tensor([row for row in range(len(batch)) if row not in reasons])
-            answers = iter(self.generate(batch.select(some), sampling, seed, adapter) if len(some) else [])
+            answers: Iterator[Generation | str]
+            try:
+                answers = iter([*self.generate(batch.select(some), sampling, seed, adapter)] if len(some) else [])
+            except Unanswered as error:
+                answers = iter(error.answers)
             raise Unanswered(
                 next(iter(reasons.values())), [reasons.get(row) or next(answers) for row in range(len(batch))]
             )
         tokenwise = {"input_ids", *self.written(batch.encodings[0])}
-        chain = processors(sampling, self.suppressed)
+        finite = Finite()
+        chain = LogitsProcessorList([finite, *processors(sampling, self.suppressed)])
         if sampling.temperature > 0:
             chain.append(KeyedNoise([seed_for(seed, question.id) for question in batch.questions]))
         training = self.training
@@ -448,4 +489,5 @@ class Transformers(LocalVLM):
                 ),
             )
         self.train(training)
-        return [self.generation(tokens) for tokens in generated[:, inputs["input_ids"].shape[1] :].tolist()]
+        found = [self.generation(tokens) for tokens in generated[:, inputs["input_ids"].shape[1] :].tolist()]
+        return answered(batch.questions, found, [False] * len(found) if finite.bad is None else finite.bad.tolist())

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.modeling_utils import local_torch_dtype
 
 from safervlm.errors import ArgumentError, RecordError
+from safervlm.images import ImageSettings
 from safervlm.records import Example, Question
 from safervlm.vlm.base import Generation
 from safervlm.vlm.lora import LoRA
@@ -134,6 +135,7 @@ class XComposer2(Remote):
         dtype: of the base weights; the adapter's stay in float32.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         system: what the model is told first; none for the words of its own ``chat``, empty for nothing.
+        images: how images are decoded, and which are too large.
     """
 
     family = "InternLM-XComposer2-VL"
@@ -149,9 +151,19 @@ class XComposer2(Remote):
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
         gradient_checkpointing: bool = False,
         system: str | None = None,
+        images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(
-            model, revision, trust_remote_code, adapter, lora, dtype, gradient_checkpointing, TEMPLATE, system or ""
+            model,
+            revision,
+            trust_remote_code,
+            adapter,
+            lora,
+            dtype,
+            gradient_checkpointing,
+            TEMPLATE,
+            system or "",
+            images,
         )
         self.own_words = system is None
 
@@ -212,6 +224,7 @@ class XComposer2(Remote):
             self.raw_config["img_size"],
             (self.raw_config["img_size"] // CLIP["patch_size"]) ** 2,
             self.tokenizer.unk_token_id,
+            images=self.images,
         )
         ours = collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
         shown = torch.full((1, collator.image_tokens, 1), float(collator.image_token_id))

@@ -9,14 +9,15 @@ from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
 from callbacks.adapter_export import AdapterExport
+from safervlm.objectives import SFT
 from safervlm.records import Example
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA
 
 
 def export(run, vlm, first=True):
-    trainer = SimpleNamespace(is_global_zero=first, default_root_dir=str(run))
-    AdapterExport().on_fit_end(trainer, SimpleNamespace(vlm=vlm))
+    trainer = SimpleNamespace(is_global_zero=first, default_root_dir=str(run), global_step=1, callbacks=[])
+    AdapterExport().on_fit_end(trainer, SFT(vlm))
 
 
 def test_plain_peft_computes_with_it_what_we_do(tiny_llava, make_questions, tmp_path):

@@ -9,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 
 import callbacks.checkpoint
 from callbacks.checkpoint import LastCheckpoint, save_last
+from safervlm.checkpoints import verify
 
 
 class Module(LightningModule):
@@ -83,6 +84,7 @@ class Saving:
     def __init__(self, write) -> None:
         self.save_checkpoint, self.is_global_zero = write, True
         self.strategy = SimpleNamespace(barrier=lambda name: None)
+        self.lightning_module = Module()
 
 
 def write_folder(content: str, die: bool = False):
@@ -96,24 +98,28 @@ def write_folder(content: str, die: bool = False):
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != "safervlm.json")
 
 
 def test_a_file_takes_its_place_in_one_move(tmp_path):
     def write(content: str, die: bool = False):
         def save(path: Path) -> None:
-            path.write_text(content)
+            torch.save({"state_dict": {}, "content": content}, path)
             if die:
                 raise KeyboardInterrupt
 
         return save
 
+    def content() -> str:
+        verify(tmp_path / "last.ckpt", {"class": f"{Module.__module__}.Module"})
+        return torch.load(tmp_path / "last.ckpt", weights_only=True)["content"]
+
     save_last(Saving(write("first")), tmp_path)
     with pytest.raises(KeyboardInterrupt):
         save_last(Saving(write("torn", die=True)), tmp_path)
-    assert (tmp_path / "last.ckpt").read_text() == "first"
+    assert content() == "first"
     save_last(Saving(write("second")), tmp_path)
-    assert (tmp_path / "last.ckpt").read_text() == "second"
+    assert content() == "second"
     assert names(tmp_path) == ["last.ckpt"]
 
 
@@ -121,6 +127,7 @@ def test_a_folder_is_there_whole_at_every_moment(tmp_path, monkeypatch):
     for content in ("first", "second", "third"):
         save_last(Saving(write_folder(content)), tmp_path)
         assert names(tmp_path / "last.ckpt") == [content]
+        verify(tmp_path / "last.ckpt", {"class": f"{Module.__module__}.Module"})
         assert len(names(tmp_path)) == 2  # the link, and what it stands for
     with pytest.raises(KeyboardInterrupt):
         save_last(Saving(write_folder("torn", die=True)), tmp_path)

@@ -1,6 +1,7 @@
 """The share of safe images that the policy calls unsafe, and the warning."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from callbacks.generation_check import GenerationCheck, OverFlaggingWarning
-from safervlm.errors import RecordError
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.judge import Judge
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.records import Example, Question
@@ -50,7 +51,13 @@ class Scene:
     """A trainer with held-out images, the first ones safe, and a policy."""
 
     def __init__(
-        self, safe: int = 100, unsafe: int = 20, others: tuple[int, int] = (0, 0), run: Path | None = None
+        self,
+        safe: int = 100,
+        unsafe: int = 20,
+        run: Path | None = None,
+        limit: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         answers = [SAFE] * safe + [UNSAFE] * unsafe
         self.examples = [
@@ -60,25 +67,25 @@ class Scene:
         self.logged: list[tuple[int, str, float]] = []
         self.default_root_dir, self.is_global_zero = str(run), True
         self.done = 0
-        self.others = torch.tensor(others)
+        self.mine = self.examples[rank::world_size]
         self.vlm, self.device = Policy(), torch.device("cpu")
         self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0))
         self.datamodule = SimpleNamespace(
-            parts=SimpleNamespace(validation=self.examples), val_dataloader=self.val_dataloader
+            parts=SimpleNamespace(validation=self.examples), val_dataloader=self.val_dataloader, limit=limit
         )
-        self.strategy = SimpleNamespace(reduce=lambda counts, reduce_op: counts + self.others)
+        self.strategy = SimpleNamespace(reduce=lambda flags, reduce_op: flags)
 
     def val_dataloader(self):
-        for start in range(0, len(self.examples), 16):
-            questions = [example.question for example in self.examples[start : start + 16]]
+        for start in range(0, len(self.mine), 16):
+            questions = [example.question for example in self.mine[start : start + 16]]
             yield PackedBatch(questions, [[1]] * len(questions), torch.zeros(1), torch.zeros(len(questions)))
 
     def log(self, name, value, batch_size):
         self.logged.append((self.done, name, value))
 
-    def play(self, check: GenerationCheck, batches: int, flagged: int = 0) -> None:
-        """Plays batches with a policy that calls the first images unsafe."""
-        self.vlm.flagged = {str(number) for number in range(flagged)}
+    def play(self, check: GenerationCheck, batches: int, flagged: Iterable[int] = ()) -> None:
+        """Plays batches with a policy that calls these images unsafe."""
+        self.vlm.flagged = {str(number) for number in flagged}
         for _ in range(batches):
             self.fit_loop.epoch_loop.total_batch_idx = self.done
             check.on_train_batch_start(self, self, None, 0)
@@ -92,8 +99,8 @@ def test_the_rate_is_of_safe_images_alone_and_measured_where_it_is_time_to(tmp_p
         GenerationCheck(Reader(), every_n_batches=3, sampling=Sampling(max_new_tokens=4)),
     )
     check.on_train_start(scene, scene)
-    scene.play(check, 1, flagged=7)  # before training
-    scene.play(check, 5, flagged=10)
+    scene.play(check, 1, range(7))  # before training
+    scene.play(check, 5, range(10))
     scene.vlm.flagged = {str(number) for number in range(100, 120)}  # the unsafe ones don't count
     check.on_train_end(scene, scene)
     assert read_manifest(tmp_path)["stages"]["scene"]["unsafe_rate_on_safe"] == {"before": 0.07, "after": 0.0}
@@ -102,35 +109,135 @@ def test_the_rate_is_of_safe_images_alone_and_measured_where_it_is_time_to(tmp_p
     assert scene.vlm.asked[0][0] == Sampling(max_new_tokens=4)
 
 
-def test_it_warns_when_the_policy_begins_to_call_safe_images_unsafe(tmp_path: Path):
-    scene, check = Scene(run=tmp_path), GenerationCheck(Reader(), every_n_batches=1)
-    scene.play(check, 1, flagged=10)
+def silent(scene: Scene, check: GenerationCheck, flagged: set[int]) -> None:
+    """Plays a batch after which these images are called unsafe; no warning may come."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scene.play(check, 1, flagged=15)  # by .05, the tolerance
-    with pytest.warns(OverFlaggingWarning, match=r"16% of the held-out safe images .* now, 10% before training"):
-        scene.play(check, 1, flagged=16)
-    with pytest.warns(OverFlaggingWarning):
+        scene.play(check, 1, flagged)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (range(2), range(9)),  # 2 % and 9 % of a hundred images: sampling variation, seen on another processor
+        (range(10), range(15)),
+        (range(3, 13), range(18)),  # most of the increase is a change both ways
+        (range(40, 80), range(50)),  # many flips, a small increase
+        (range(50), range(5)),  # a decrease
+        (range(20), range(20, 34)),  # other images, no more than before
+    ],
+)
+def test_sampling_variation_is_not_warned_of(before: range, now: range):
+    scene, check = Scene(), GenerationCheck(Reader(), every_n_batches=1)
+    scene.play(check, 1, set(before))
+    silent(scene, check, set(now))
+
+
+@pytest.mark.parametrize(
+    ("images", "before", "now", "tolerance"),
+    [
+        (100, range(10), range(25), 0.05),
+        (100, range(0), range(11), 0.05),
+        (400, range(10), range(50), 0.05),  # more images show a smaller increase
+        (100, range(2), range(9), 0.0),
+        (100, range(0), range(100), 0.9),
+    ],
+)
+def test_an_increase_beyond_sampling_variation_is_warned_of(images: int, before: range, now: range, tolerance: float):
+    scene, check = Scene(safe=images), GenerationCheck(Reader(), every_n_batches=1, tolerance=tolerance)
+    scene.play(check, 1, set(before))
+    share, first = f"{len(now) / images:.0%}", f"{len(before) / images:.0%}"
+    with pytest.warns(OverFlaggingWarning, match=rf"^{share} of the held-out .* now, {first} before training"):
+        scene.play(check, 1, set(now))
+
+
+def test_the_interval_is_the_paired_one():
+    """The same two shares: those who flag the same images and more have risen, those who flag others may not have."""
+    nested, crossed = (GenerationCheck(Reader(), every_n_batches=1) for _ in range(2))
+    scene = Scene()
+    scene.play(nested, 1, set(range(40)))
+    with pytest.warns(OverFlaggingWarning, match="an increase of 7% to 20%"):
+        scene.play(nested, 1, set(range(52)))
+    scene.play(crossed, 1, set(range(40)))
+    silent(scene, crossed, set(range(30, 82)))
+
+
+def test_the_policy_that_training_leaves_is_measured_too(tmp_path: Path):
+    scene, check = Scene(run=tmp_path), GenerationCheck(Reader(), every_n_batches=100)
+    scene.play(check, 2, {0})
+    scene.vlm.flagged = {str(number) for number in range(50)}
+    with pytest.warns(OverFlaggingWarning, match="50%"):
         check.on_train_end(scene, scene)
 
 
-def test_a_continued_run_compares_with_the_rate_before_training():
+def test_a_resumed_run_compares_with_the_same_images(tmp_path: Path):
     scene, check = Scene(), GenerationCheck(Reader(), every_n_batches=2)
-    scene.play(check, 2, flagged=1)
-    continued = GenerationCheck(Reader(), every_n_batches=2)
-    continued.load_state_dict(check.state_dict())
-    with pytest.warns(OverFlaggingWarning, match="1% before training"):
-        scene.play(continued, 1, flagged=50)
+    scene.play(check, 2, set(range(30)))
+    torch.save(check.state_dict(), tmp_path / "state.pt")  # as a checkpoint keeps it
+    resumed = GenerationCheck(Reader(), every_n_batches=2)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    with pytest.warns(OverFlaggingWarning, match="30% before training"):
+        scene.play(resumed, 1, set(range(45)))
+    again = GenerationCheck(Reader(), every_n_batches=2)
+    again.load_state_dict(check.state_dict())
+    silent(scene, again, set(range(28, 43)))  # half as many again by other images: no such increase image by image
 
 
-def test_the_counts_of_all_processes_are_added():
-    scene, check = Scene(others=(30, 60)), GenerationCheck(Reader())
-    scene.play(check, 1, flagged=10)
-    assert scene.logged[0][2] == pytest.approx((10 + 30) / (100 + 60))
+def test_an_earlier_versions_checkpoint_is_rejected():
+    with pytest.raises(ArgumentError, match="earlier version"):
+        GenerationCheck(Reader()).load_state_dict({"first": 0.02})
 
 
-def test_fewer_than_a_hundred_held_out_safe_images_are_refused():
+def test_the_images_of_all_processes_are_put_together():
+    """Two processes, each of which asks about every second image."""
+    parts = [Scene(rank=rank, world_size=2) for rank in range(2)]
+    checks = [GenerationCheck(Reader(), every_n_batches=1) for _ in parts]
+
+    def play(flagged: set[int]) -> None:
+        found: list[torch.Tensor] = []
+        for scene in parts:
+            scene.vlm.flagged = {str(number) for number in flagged}
+            scene.strategy = SimpleNamespace(reduce=lambda flags, reduce_op: found.append(flags) or flags)
+            GenerationCheck(Reader()).flagged(scene, scene)
+        assert [flags.sum().item() for flags in found] == [
+            len([image for image in flagged if image < 100 and image % 2 == rank]) for rank in range(2)
+        ]
+        for scene, check in zip(parts, checks, strict=True):
+            scene.strategy = SimpleNamespace(reduce=lambda flags, reduce_op: sum(found))
+            scene.play(check, 1, flagged)
+
+    play({0, 1, 2, 101})
+    assert [scene.logged[-1][2] for scene in parts] == [0.03, 0.03]
+    assert checks[0].state_dict() == checks[1].state_dict()
+    with pytest.warns(OverFlaggingWarning, match="20% of .* 3% before") as warned:
+        play(set(range(20)))
+    assert len(warned) == 2
+
+
+def test_fewer_than_a_hundred_held_out_safe_images_are_rejected():
     with pytest.raises(RecordError, match="99 held-out safe images, 100 are needed"):
         GenerationCheck(Reader()).on_train_start(Scene(safe=99), None)
-    with pytest.raises(ValueError, match="every_n_batches"):
-        GenerationCheck(Reader(), every_n_batches=0)
+
+
+def test_a_trial_takes_what_its_limit_leaves(capsys: pytest.CaptureFixture[str]):
+    scene = Scene(safe=20, limit=20)
+    check = GenerationCheck(Reader(), every_n_batches=1)
+    check.on_train_start(scene, scene)
+    assert capsys.readouterr().out.splitlines() == [
+        "GenerationCheck: 20 held-out safe images under data.limit 20: the share that is called Unsafe is coarse "
+        "(without a limit 100 are needed)"
+    ]
+    scene.play(check, 1, {0})
+    silent(scene, check, set(range(5)))
+    GenerationCheck(Reader()).on_train_start(Scene(safe=100, limit=200), Scene())
+    assert not capsys.readouterr().out
+    with pytest.raises(RecordError, match="0 held-out safe images"):
+        GenerationCheck(Reader()).on_train_start(Scene(safe=0, limit=20), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("every_n_batches", 0), ("minimum", 0), ("tolerance", -0.1), ("tolerance", 1)]
+)
+def test_a_setting_out_of_bounds_is_rejected(name: str, value: float):
+    with pytest.raises(ArgumentError, match=f"{name}: .*, got {value}"):
+        GenerationCheck(Reader(), **{name: value})

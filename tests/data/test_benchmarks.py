@@ -84,7 +84,7 @@ def test_a_pointer_is_an_index_and_no_position(tmp_path):
     assert [colour_of(q)[0] for q in asked(make(tmp_path, rows, **MME))] == [255, 255, 0, 0]
     rows[1]["image"] = "99"
     data = make(tmp_path, rows, "other.tsv", **MME)
-    with pytest.raises(RecordError, match="row 3: the image is that of the row with index 99, which there isn't"):
+    with pytest.raises(RecordError, match="line 3: the image is that of the row with index 99, which there isn't"):
         asked(data)
 
 
@@ -169,9 +169,9 @@ def test_a_broken_image_fails_alone(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": "maybe"}, r"set\.tsv, row 2: the answer must be Yes or No, got 'maybe'"),
-        ({"question": ""}, r"row 2: 'question' is empty; fill it in, or remove the row"),
-        ({"image": ""}, r"row 2: 'image' is empty"),
+        ({"answer": "maybe"}, r"set\.tsv, line 2: the answer must be Yes or No, got 'maybe'"),
+        ({"question": ""}, r"line 2: 'question' is empty; fill it in, or remove the row"),
+        ({"image": ""}, r"line 2: 'image' is empty"),
     ],
 )
 def test_what_a_row_lacks_is_named(tmp_path, change, message):
@@ -234,7 +234,7 @@ def test_what_cant_be_had_is_said_in_one_line(tmp_path, monkeypatch):
 def test_a_column_that_is_not_there_is_named_with_its_argument(tmp_path):
     rows = [{"picture": "0.png", "label": "safe"}]
     with pytest.raises(
-        RecordError, match=r"row 2: there is no column 'image', but label, picture; name one by data\.image_column"
+        RecordError, match=r"line 2: there is no column 'image', but label, picture; name one by data\.image_column"
     ):
         asked(make(tmp_path, rows))
 

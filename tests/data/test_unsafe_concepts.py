@@ -255,15 +255,15 @@ def rewrite(folder: Path, row: int, **fields) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"category": "Violense"}, "record 3 .images/2.png.: unknown category 'Violense': .* is 'Violence'"),
-        ({"category": None}, "record 3 .images/2.png.: the field 'category' must be a text"),
-        ({"unsafe_concept": ""}, "record 3 .images/2.png.: the field 'unsafe_concept' must be a text"),
-        ({"image_filename": "images/1.png"}, "record 3 .images/1.png.: the image was named before"),
-        ({"image_filename": "images/9.png"}, "record 3 .images/9.png.: the image .*images/9.png is missing"),
-        ({"image_filename": "images"}, "record 3 .images.: the image .* is missing"),
-        ({"image_filename": "../other.png"}, "record 3 .*'../other.png' lies outside"),
-        ({"image_filename": "/etc/hostname"}, "record 3 .*'/etc/hostname' lies outside"),
-        ({"image_filename": "images/link.png"}, "record 3 .*'images/link.png' lies outside"),
+        ({"category": "Violense"}, "line 3 .images/2.png.: unknown category 'Violense': .* is 'Violence'"),
+        ({"category": None}, "line 3 .images/2.png.: the field 'category' must be a text"),
+        ({"unsafe_concept": ""}, "line 3 .images/2.png.: the field 'unsafe_concept' must be a text"),
+        ({"image_filename": "images/1.png"}, "line 3 .images/1.png.: the image was named before"),
+        ({"image_filename": "images/9.png"}, "line 3 .images/9.png.: the image .*images/9.png is missing"),
+        ({"image_filename": "images"}, "line 3 .images.: the image .* is missing"),
+        ({"image_filename": "../other.png"}, "line 3 .*'../other.png' lies outside"),
+        ({"image_filename": "/etc/hostname"}, "line 3 .*'/etc/hostname' lies outside"),
+        ({"image_filename": "images/link.png"}, "line 3 .*'images/link.png' lies outside"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_named(folder: Path, fields: dict, message: str):
@@ -304,10 +304,10 @@ def test_an_empty_part_is_named(folder: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"option_str": "A: one \nB: two"}, "record 2 .images/1.png.: needs an option_str"),
-        ({"correct_option": "E"}, "record 2 .images/1.png.: needs an option_str"),
+        ({"option_str": "A: one \nB: two"}, "line 2 .images/1.png.: needs an option_str"),
+        ({"correct_option": "E"}, "line 2 .images/1.png.: needs an option_str"),
         ({"correct_option": "A"}, "UnsafeConcepts/images/1.png: shows 'Knife', but .* has 'wrong A' as its right"),
-        ({"image_filename": "images/0.png"}, "record 2 .images/0.png.: the image was named before"),
+        ({"image_filename": "images/0.png"}, "line 2 .images/0.png.: the image was named before"),
         ({"image_filename": "images/7.png"}, "UnsafeConcepts/images/1.png: .*perception.jsonl has no options for it"),
     ],
 )

@@ -33,7 +33,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from safervlm import protocol
 from safervlm.cli import main
-from safervlm.lightning_cli import CONFIGS
+from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question, read_jsonl
 from safervlm.vlm.base import VLM
 from safervlm.vlm.lora import Adapter

@@ -34,9 +34,10 @@ from safervlm.measure import Measure
 from safervlm.protocol import LABELS
 from safervlm.records import Example, Question, Response, read_jsonl
 from safervlm.vlm import api
-from safervlm.vlm.api import Server, Unanswered, collate, seconds_to_wait
+from safervlm.vlm.api import Server, Unanswered, seconds_to_wait
 from safervlm.vlm.base import Generation
 from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.server_batch import ServerCollator
 from safervlm.vlm.transformers import Transformers
 
 KEY = "sk-very-secret-0123456789"
@@ -62,7 +63,7 @@ def ask(make_questions: Callable[[int], list[Question]]) -> Callable[..., list[G
         server.told = getattr(server, "told", [])
         server.on_attempt = server.told.append
         questions = [replace(q, prompt=f"question {i}") for i, q in enumerate(make_questions(first + count))][first:]
-        return server.generate(collate([Example(question) for question in questions]), sampling, seed=0)
+        return server.generate(ServerCollator()([Example(question) for question in questions]), sampling, seed=0)
 
     return asking
 
@@ -252,7 +253,7 @@ def test_a_request_says_how_to_draw_and_its_seed_is_its_own(loopback, ask):
 def test_without_an_image_a_blank_one_is_sent_or_text_alone(loopback, make_questions):
     there = loopback()
     shown = make_questions(1)[0]
-    batch = collate(
+    batch = ServerCollator()(
         [
             Example(replace(shown, id=str(number), image_path=path))
             for number, path in enumerate([shown.image_path, None])
@@ -329,7 +330,7 @@ def test_images_go_as_they_are_with_their_type_or_as_png(tmp_path, make_question
     for name, image, options, _, _ in cases:
         image.save(tmp_path / name, **options)
         questions += [replace(question, id=f"{name}{n}", image_path=str(tmp_path / name)) for n in range(2)]
-    batch = collate([Example(each) for each in questions])
+    batch = ServerCollator()([Example(each) for each in questions])
     batch = pickle.loads(pickle.dumps(batch))
     assert len(batch.images) == len(cases) + 1
     assert batch.image_rows == [row for row in range(len(cases) + 1) for _ in range(2)]
@@ -343,8 +344,8 @@ def test_images_go_as_they_are_with_their_type_or_as_png(tmp_path, make_question
         assert (blank.size, blank.getcolors()) == ((1000, 1000), [(1_000_000, (255, 255, 255))])
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     with pytest.raises(RecordError, match=r"^a\.png0: the image .* is damaged"):
-        collate([Example(questions[2])])
-    assert pickle.loads(pickle.dumps(Server("m", ["http://x/v1"]).collator)) is collate
+        ServerCollator()([Example(questions[2])])
+    assert pickle.loads(pickle.dumps(Server("m", ["http://x/v1"]).collator)) == ServerCollator()
 
 
 # --- several servers, limits ------------------------------------------------------------------------------------------
@@ -629,7 +630,7 @@ def test_transformers_serve_answers_as_the_model_does_here(tiny_llava, make_ques
                 assert process.poll() is None, (tmp_path / "log").read_text()
                 time.sleep(0.5)
         server = Server(str(folder), [f"http://127.0.0.1:{port}/v1"], concurrency=3, timeout=60)
-        answers = server.generate(collate(examples), sampling, seed=0)
+        answers = server.generate(ServerCollator()(examples), sampling, seed=0)
     finally:
         process.terminate()
         process.wait(20)

@@ -18,10 +18,10 @@ from safervlm.errors import RecordError
 from safervlm.protocol import UNSAFE, aligned_response
 from safervlm.records import Example, Question
 from safervlm.vlm.llava import Llava
-from safervlm.vlm.local import weights_fingerprint
 from safervlm.vlm.lora import LoRA, active
 from safervlm.vlm.packed import ROW, PackedBatch, pack, questions_of_rows
 from safervlm.vlm.sampling import KeyedNoise, Sampling, Suppress
+from safervlm.vlm.weights import weights_fingerprint
 
 LORA = LoRA(r=4, alpha=8, dropout=0.0)
 
@@ -299,6 +299,9 @@ def test_an_adapter_of_another_model_is_refused(vlm: Llava, tiny_llava: Path, tm
     vlm.save_adapter(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({key.replace("language_model", "text_model"): w for key, w in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"damaged \(adapter_model.safetensors has another checksum"):
+        Llava(str(tiny_llava), adapter=str(tmp_path)).load()
+    (tmp_path / "safervlm.json").unlink()  # as another program writes it
     with pytest.raises(ValueError, match="weights don't fit"):
         Llava(str(tiny_llava), adapter=str(tmp_path)).load()
     with pytest.raises(ValueError, match=r"no adapter_config.json"):

@@ -1,0 +1,140 @@
+"""Where every command ends: whatever is raised becomes one line and an exit code."""
+
+import errno
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import NoReturn
+
+from safervlm.errors import UserError, first_line
+from safervlm.escape import for_terminal
+from safervlm.signals import why_ended
+
+# The run folder of the command at work, where there is one: the traceback of an unexpected error is kept in it.
+run_folder: ContextVar[Path | None] = ContextVar("run_folder", default=None)
+TRACEBACK = "traceback.txt"
+
+# What libraries say of a disk that takes nothing more, in errors of their own that carry no errno.
+DISK = re.compile(
+    r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error|File too large"
+    r"|PytorchStreamWriter failed|unexpected pos|iostream error|os error (5|27|28|30|122)\b"
+)
+REMEDIES = {
+    errno.ENOSPC: "free some space, then give the same command again: it resumes",
+    errno.EDQUOT: "free some space, then give the same command again: it resumes",
+    errno.EROFS: "name a folder on a disk that can be written",
+    errno.EACCES: "name a folder or file that you may read and write",
+    errno.EPERM: "name a folder or file that you may read and write",
+    errno.ENOENT: "check the path; paths begin where the command is typed",
+    errno.ENOTDIR: "a part of the path is a file; name another path",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EEXIST: "it exists already; name another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or lower data.num_workers",
+}
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with one line instead of a traceback, whatever is raised within.
+
+    Exit code 2: the user can correct it. 1: a defect of ours, whose traceback is kept in a file, or another process of
+    the run died. 130: Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command resumes\n")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has ended, as in `safervlm report RUN | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (Python flushes it once more at the end)
+        sys.exit(141)
+    except Exception as error:  # the one place where everything ends
+        if ended := why_ended(error):
+            code, said = ended
+            sys.stderr.write(f"safervlm: {said}\n" if said else "")
+            raise SystemExit(code) from error
+        line = explain(error)
+        if line is None:
+            line = f"unexpected {type(error).__name__}: {first_line(error)}; {keep_traceback(error)}"
+            sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
+            raise SystemExit(1) from error
+        sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
+        raise SystemExit(2) from error
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, then those that led to it."""
+    seen: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in seen:
+        seen.append(following)
+        yield following
+        hidden = following.__suppress_context__
+        following = following.__cause__ or (None if hidden else following.__context__)
+
+
+def explain(error: BaseException) -> str | None:
+    """The line of an expected failure; None for a defect.
+
+    Args:
+        error: whatever was raised. What led to it counts, too: libraries wrap our errors in theirs.
+    """
+    chain = list(causes(error))
+    for each in chain:
+        if isinstance(each, UserError):
+            return " ".join(str(each).split())
+    for each in chain:
+        kinds = {kind.__name__ for kind in type(each).__mro__}
+        if "MisconfigurationException" in kinds:  # Lightning's, which need not be imported for this
+            return f"--trainer: {' '.join(str(each).split())}"
+        if "OutOfMemoryError" in kinds or isinstance(each, MemoryError):
+            return f"out of memory ({first_line(each)}): lower data.batch_size, or use a machine with more"
+        if isinstance(each, OSError) and each.errno is not None:
+            files = " to ".join(repr(str(name)) for name in (each.filename, each.filename2) if name is not None)
+            remedy = REMEDIES.get(each.errno, "look at the path, the disk and the network, then try again")
+            return f"{files}{': ' if files else ''}{each.strerror}; {remedy}"
+        if DISK.search(str(each)):
+            return f"a file can't be written ({first_line(each)}); {REMEDIES[errno.ENOSPC]}"
+        if isinstance(each, OSError):
+            return f"{first_line(each)}; look at the path, the disk and the network, then try again"
+        if isinstance(each, ImportError) and str(each.name).split(".")[0] not in ("safervlm", "callbacks"):
+            package = f"; pip install {each.name.split('.')[0]}" if each.name else ""
+            return f"a package is missing ({first_line(each)}){package}"
+        if isinstance(each, UnicodeDecodeError):
+            return f"a text file isn't in UTF-8 ({first_line(each)}); convert it, for example by iconv -t UTF-8"
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, TypeError | ValueError) and frames and "/lightning/" in frames[-1].filename:
+        return f"--trainer: {' '.join(str(error).split())}"
+    return None
+
+
+def keep_traceback(error: BaseException) -> str:
+    """Writes a traceback to the run folder, or where there is none to a temporary file, and says where it is."""
+    text = "".join(traceback.format_exception(error))
+    folder = run_folder.get()
+    try:
+        if folder is not None and folder.is_dir():
+            file = folder / TRACEBACK
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")
+        else:
+            with tempfile.NamedTemporaryFile(
+                "w", prefix="safervlm-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+            ) as temporary:
+                temporary.write(text)
+            file = Path(temporary.name)
+    except OSError:
+        return "its traceback can't be kept: no place can be written"
+    return f"its traceback is in {file}; please report it"
+
+
+def fail(line: str) -> NoReturn:
+    """Ends the process with one line and exit code 2."""
+    sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
+    sys.exit(2)

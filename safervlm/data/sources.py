@@ -1,0 +1,117 @@
+"""Where the table of a benchmark comes from: the web or the Hub, kept in a folder as a file."""
+
+import base64
+import hashlib
+import math
+import re
+import shutil
+import ssl
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import datasets
+from rich.progress import wrap_file
+
+from safervlm.caches import cache_folder
+from safervlm.data.hub import hub_rows
+from safervlm.data.tables import TABLES
+from safervlm.errors import RecordError, first_line
+from safervlm.records import to_line, write_atomically
+
+
+def on_the_hub(source: str) -> bool:
+    """Whether a source is the name of a data set there: neither it nor its folder is here, and it is no table."""
+    path = Path(source).expanduser()
+    here = path.exists() or path.parent.is_dir() or path.suffix.lower() in TABLES
+    return not here and re.fullmatch(r"[\w-]+/[\w.-]+(@[\w./-]+)?", source) is not None
+
+
+def fetch(address: str, file: Path) -> None:
+    """Fetches a file of the web, whole or not at all.
+
+    Args:
+        address: where it is.
+        file: where it is kept.
+
+    Raises:
+        RecordError: it can't be had.
+    """
+
+    def write(path: Path) -> None:
+        with urllib.request.urlopen(address, timeout=60) as response, path.open("wb") as out:  # noqa: S310
+            size = int(response.headers.get("Content-Length") or 0)
+            with wrap_file(response, size, description=f"fetching {file.name}") as body:
+                shutil.copyfileobj(body, out)
+            if size and out.tell() != size:
+                raise URLError(f"{out.tell()} of {size} bytes came")
+
+    cache_folder(file.parent)
+    try:
+        write_atomically(file, write)
+    # Not every OSError: one of the disk has its own remedy.
+    except (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+        reason = first_line(error).strip("<>").removeprefix("urlopen error ")
+        raise RecordError(
+            f"{address} can't be fetched ({reason}): fetch it by other means to {file}, or name the file as data.source"
+        ) from None
+
+
+def check(file: Path, md5: str | None, address: str) -> None:
+    """Refuses a file that isn't the published one.
+
+    Args:
+        file: that was fetched, by us or by other means.
+        md5: its published checksum.
+        address: where it comes from.
+
+    Raises:
+        RecordError: it is another file.
+    """
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if md5 is not None and found != md5:
+        raise RecordError(
+            f"{file}: its MD5 is {found}, that of {address} is {md5}: another file; remove it and try again"
+        )
+
+
+def save_table(repo: str, file: Path) -> None:
+    """Writes a data set of the Hub as JSONL, its images as base64.
+
+    Args:
+        repo: ``owner/name`` or ``owner/name@revision``.
+        file: the JSONL file.
+
+    Raises:
+        RecordError: the data set can't be had or read.
+    """
+    rows = hub_rows(repo, "by data.source")
+    for column, kind in rows.features.items():
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    cache_folder(file.parent)
+
+    def write(path: Path) -> None:
+        with path.open("w", encoding="utf-8") as lines:
+            for row in rows:
+                lines.write(to_line({column: _plain(value) for column, value in row.items()}))
+
+    write_atomically(file, write)
+
+
+def _plain(value: Any) -> Any:
+    """A value of the Hub as JSON: an image or bytes as base64, NaN as null, a date as its text."""
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+        value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, dict):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -1,0 +1,123 @@
+"""One line of the parser's pages: which argument, which value, and what was probably meant."""
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule, Trainer
+
+from safervlm.recipes import CONFIGS
+from safervlm.vlm.lora import LoRA
+from safervlm.vlm.sampling import Sampling
+
+
+def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ()) -> str:
+    """What matters of jsonargparse's message, which repeats itself over dozens of lines for a union of types.
+
+    Args:
+        message: as jsonargparse gives it; of a nested argument it names the last part alone.
+        typed: the command line, to find the whole name in.
+        known: names of arguments, for a misspelt one.
+    """
+
+    def find(pattern: str) -> str | None:
+        found = re.search(pattern, message)
+        return found[1] if found else None
+
+    if required := find(r"arguments are required: (.*)"):
+        way_out = "give a recipe, for example --config configs/measure.yaml" if "model" in required else "see --help"
+        return f"missing: {required}; {way_out}"
+    if unknown := find(r"[Uu]nrecognized arguments: *(?:-- )?(\S+)"):
+        if not unknown.startswith("-"):
+            return f"{unknown!r} is no argument: arguments begin with two dashes, as in --config configs/measure.yaml"
+        if not unknown.startswith("--"):
+            return f"unknown argument {unknown}: arguments begin with two dashes; --help lists all"
+        name = argument(unknown.lstrip("-").split("=")[0], typed)
+        parts = [part for part in ("data", "model", "trainer") if part in known]  # plain commands have none
+        nested = [f"{part}.{name}" for part in parts if name in parameters(part)]
+        meant = did_you_mean(nested[0] if nested else name, [*nested, *known])
+        return f"unknown argument --{name}{meant}; --help lists all"
+    if unknown := find(r"Option '([^']+)' is not accepted"):
+        whole = argument(unknown, typed)
+        if whole == unknown:  # nobody typed it
+            names = [*parameters("data"), *parameters("model")]
+            if unknown not in names and (close := difflib.get_close_matches(unknown, names, 1, cutoff=0.8)):
+                return f"a config sets {unknown!r}, which its class doesn't take; did you mean {close[0]}?"
+            return (
+                f"a config sets {unknown!r}, which its class doesn't take: an overlay goes behind its own recipe, as "
+                "in --config configs/sft.yaml --config configs/pictograms/sft.yaml"
+            )
+        stem = whole.removesuffix(unknown)
+        others = [name for name in parameters(stem.split(".")[0]) if name != unknown]  # another class takes it
+        meant = did_you_mean(unknown, others, stem)
+        return f"unknown argument --{whole}{meant}; --help lists all"
+    if unknown := find(r"does not accept option '([^']+)'"):
+        return (
+            f"a config has {unknown.split('.')[0]!r}, which is no part of a recipe: it is of another kind; a recipe "
+            "has run, model, data, trainer; a part goes where it belongs, as in --model.vlm configs/vlm/NAME.yaml"
+        )
+    key = find(r"""[Pp]arser key ["']([^"']+)["']""") or ""
+    if missing := find(r"File does not exist: '?([^'\n]+)"):
+        # Of several of one name the nearest to the top.
+        files = sorted(CONFIGS.rglob("*.yaml"), key=lambda path: -len(path.parts))
+        shipped = {path.stem: path.relative_to(CONFIGS.parent) for path in files}
+        close = difflib.get_close_matches(Path(missing).stem, shipped, 1)
+        hint = f"did you mean {shipped[close[0]]}?" if close else "see configs/"
+        return f"--{key}: no file {missing!r}; {hint}"
+    name = f"--{argument(key, typed)}: " if key else ""
+    if reason := find(r"does not correspond to a subclass of (\w+)"):
+        return f"{name}{find(r'Given value: (.*)') or 'the class'} is not a {reason}; name the class_path of one"
+    if path := find(r"Problem with given class_path '([^']+)'"):
+        reason = find(r"class_path '[^']+':\s+(.*)") or ""
+        if not name:
+            pairs = pairwise(typed)
+            name = next((f"{option}: " for option, value in pairs if value == path and option.startswith("--")), "")
+        if re.search(r"[Rr]equirement|not met|not installed|No module named '(?!safervlm|callbacks)", reason):
+            return f"{name}{path!r} needs a package that is missing ({reason}); install it"
+        return f"{name}no class {path!r} ({reason}); check the spelling"
+    expected = [
+        re.sub(r"^a |<class '|'>|typing\.", "", each) for each in re.findall(r"Expected (.+?)(?:\. Got|\n|$)", message)
+    ]
+    expected = [each for each in dict.fromkeys(expected) if each != "NoneType"]
+    got = find(r"(?:Got value|Given value): (.*)")
+    if expected and got is not None:
+        choices = re.findall(r"'([^']+)'", " ".join(expected))
+        close = difflib.get_close_matches(got, choices, 1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        if any("Sequence" in each for each in expected):
+            meant = f"; write a list, '[{got}]'"
+        kinds = re.sub(r"Literal\[(.*?)\]", r"\1", " or ".join(expected)).replace("collections.abc.Sequence", "a list")
+        return f"{name}expected {kinds}, got {got!r}{meant}"
+    return name + " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
+
+
+def argument(key: str, typed: Sequence[str]) -> str:
+    """The whole name of an argument of which a message gives the end."""
+    names = [each.lstrip("-").split("=")[0] for each in typed if each.startswith("--")]
+    return next((name for name in names if name.replace("init_args.", "").endswith(key)), key)
+
+
+def parameters(part: str) -> list[str]:
+    """The names of all arguments that a part of the command line may take.
+
+    Args:
+        part: ``model`` and ``data`` stand for those of our classes that are imported; ``trainer``.
+    """
+    if part == "trainer":
+        return list(inspect.signature(Trainer.__init__).parameters)
+    kinds = LightningDataModule if part == "data" else (torch.nn.Module, LoRA, Sampling)
+    modules = [module for name, module in sys.modules.items() if name.startswith(("safervlm.", "callbacks."))]
+    classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
+    ours = [value for value in classes if value.__module__.startswith("safervlm.") and issubclass(value, kinds)]
+    return sorted({name for value in ours for name in inspect.signature(value.__init__).parameters})
+
+
+def did_you_mean(name: str, names: Sequence[str], stem: str = "") -> str:
+    """A hint at the name that was probably meant."""
+    close = difflib.get_close_matches(name, names, 1, cutoff=0.6)
+    return f"; did you mean --{stem}{close[0]}?" if close else ""

@@ -1,0 +1,151 @@
+"""The pixels of a decoded image of any mode -> 8 bits a channel, sRGB, as an image viewer shows them.
+
+Shapes: H rows and W columns of an image.
+"""
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageCms
+
+# The colour space that an ICC profile must have for an image of a mode.
+PROFILE_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
+# A profile that changes no colour by more than this many of 255 levels is sRGB, written by another program.
+SRGB_TOLERANCE = 2
+
+
+class UnsupportedPixelsError(ValueError):
+    """The values of an image do not say which colours they are."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a file says about the values of its pixels, beyond Pillow's mode.
+
+    Attributes:
+        bits: of a channel.
+        signed: whether integers are signed.
+        white_is_zero: whether 0 is white in an image with more than 8 bits (Pillow inverts the others itself).
+        profile: the ICC profile; empty for none.
+    """
+
+    bits: int = 8
+    signed: bool = False
+    white_is_zero: bool = False
+    profile: bytes = b""
+
+
+def to_srgb(image: Image.Image, encoding: Encoding, background: tuple[int, int, int]) -> Image.Image:
+    """The image in mode RGB: more than 8 bits scaled, colours converted to sRGB, transparency composited.
+
+    Args:
+        image: of any mode that Pillow's decoders give, loaded.
+        encoding: what the file says about its values.
+        background: the colour behind transparent pixels.
+
+    Raises:
+        UnsupportedPixelsError: the values can't be interpreted, for example floating point beyond 0 to 1.
+    """
+    colours, alpha = split_alpha(image, encoding)
+    if colours.mode not in PROFILE_SPACES:
+        colours = lab_to_srgb(colours) if colours.mode == "LAB" else colours.convert("RGB")
+    elif encoding.profile and (transform := profile_transform(encoding.profile, colours.mode)) is not None:
+        colours = transform.apply(colours)
+    colours = colours.convert("RGB")
+    if alpha is None:
+        return colours
+    composite = Image.new("RGB", image.size, background)
+    composite.paste(colours, mask=alpha)
+    return composite
+
+
+def split_alpha(image: Image.Image, encoding: Encoding) -> tuple[Image.Image, Image.Image | None]:
+    """The colours in 8 bits a channel, and the opacity in mode L; None where every pixel is opaque.
+
+    Raises:
+        UnsupportedPixelsError: the values can't be interpreted.
+    """
+    transparent = image.info.get("transparency")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        alpha = None if transparent is None else Image.fromarray(((values != transparent) * 255).astype(np.uint8))
+        return Image.fromarray(eight_bits(values, encoding)), alpha
+    if image.mode in ("1", "L", "RGB") and transparent is not None:
+        if encoding.bits > 8:
+            raise UnsupportedPixelsError("one of its colours of 16 bits a channel is transparent")
+        if image.mode == "L" and encoding.bits < 8:  # the file's value; Pillow has scaled the pixels to 8 bits
+            transparent = int(transparent) * 255 // (2**encoding.bits - 1)
+        colours = image.convert("L") if image.mode == "1" else image
+        equal = np.asarray(colours) == np.asarray(transparent)
+        opaque = ~(equal if colours.mode == "L" else equal.all(-1))
+        return colours, Image.fromarray((opaque * 255).astype(np.uint8))
+    if image.mode == "LA":
+        return image.getchannel("L"), image.getchannel("A")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return image.convert("RGB"), image.getchannel("A")
+    return (image.convert({"1": "L", "P": "RGB"}[image.mode]) if image.mode in ("1", "P") else image), None
+
+
+def eight_bits(values: np.ndarray, encoding: Encoding) -> np.ndarray:
+    """Grey values of more than 8 bits, scaled so that black stays black and white stays white.
+
+    Args:
+        values: (H, W) integers, or floating point.
+        encoding: the number of bits; whether 0 is white.
+
+    Returns:
+        (H, W) 0 to 255; of integers the highest 8 bits, which is also what Pillow keeps of 16-bit colours.
+
+    Raises:
+        UnsupportedPixelsError: signed integers, or floating point beyond 0 to 1, have no agreed black and white.
+    """
+    if values.dtype.kind == "f":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 1):  # also where one of them is NaN
+            raise UnsupportedPixelsError(f"its floating-point values go from {low:g} to {high:g}, not from 0 to 1")
+        grey = np.rint(values * 255).astype(np.uint8)
+    elif encoding.signed:
+        raise UnsupportedPixelsError("its values are signed integers")
+    else:
+        unsigned = values.view(np.uint32) if values.dtype == np.int32 else values
+        grey = (unsigned >> (encoding.bits - 8)).astype(np.uint8)
+    return 255 - grey if encoding.white_is_zero else grey
+
+
+def lab_to_srgb(image: Image.Image) -> Image.Image:
+    """CIE L*a*b* (D50) -> sRGB; Pillow's own ``convert`` can't."""
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    # Without a precomputed table, whose interpolation is off by up to 15 levels at the edge of the gamut.
+    return ImageCms.buildTransform(lab, srgb, "LAB", "RGB", flags=ImageCms.Flags.NOOPTIMIZE).apply(image)
+
+
+@lru_cache(maxsize=16)
+def profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The conversion of an ICC profile's colours to sRGB, by perceptual intent, as browsers do it.
+
+    Args:
+        profile: the ICC profile.
+        mode: RGB, L or CMYK.
+
+    Returns:
+        None where there is nothing to convert: the profile is sRGB, is damaged, or is of another colour space than the
+        image. Viewers then show the values as they are.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != PROFILE_SPACES[mode]:
+            return None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return None
+    if mode == "CMYK":
+        return transform
+    grid = np.arange(0, 256, 15).astype(np.uint8)  # 18 values a channel, black and white among them
+    probe = Image.fromarray(
+        grid[None] if mode == "L" else np.stack(np.meshgrid(grid, grid, grid), -1).reshape(1, -1, 3)
+    )
+    change = np.asarray(transform.apply(probe), int) - np.asarray(probe.convert("RGB"), int)
+    return None if abs(change).max() <= SRGB_TOLERANCE else transform

@@ -1,0 +1,198 @@
+"""PEFT adapter folders: found, loaded and proven to have an effect, exported with a seal."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from safervlm.checkpoints import SEAL, seal_folder, verify_folder
+from safervlm.errors import ArgumentError
+from safervlm.records import fingerprint
+from safervlm.vlm.lora import active, switched
+from safervlm.vlm.weights import must_be_finite, read_tensors, reading
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first one that is there is read, as PEFT does
+
+
+def adapter_weights(folder: str | Path) -> Path:
+    """The file of an adapter's weights.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    found = next((Path(folder) / name for name in WEIGHTS if (Path(folder) / name).is_file()), None)
+    if found is None:
+        raise ArgumentError(
+            f"vlm.adapter: no {' or '.join(WEIGHTS)} in {str(folder)!r}; give the whole PEFT folder of the adapter"
+        )
+    return found
+
+
+def adapter_fingerprint(folder: str) -> str:
+    """The fingerprint of an adapter's weights and configuration."""
+    return fingerprint(Path(folder) / CONFIG, adapter_weights(folder))
+
+
+def load_adapter(base: PreTrainedModel, folder: str, weights: str | None = None) -> PeftModel:
+    """The model with the adapter of a PEFT folder, which is certain to fit, and to have an effect.
+
+    Args:
+        base: the model.
+        folder: of the adapter, ours or another program's.
+        weights: the fingerprint of the base's weights, to be compared with the one that the adapter was trained on.
+
+    Raises:
+        ArgumentError: a file is damaged; the adapter is of a kind that can't be switched on and off; a key or shape
+            doesn't fit the model (PEFT would load it without effect and only warn); a number is not finite; the
+            adapter changes nothing.
+    """
+    argument = f"vlm.adapter: {folder!r}"
+    sealed = verify_folder(Path(folder), "vlm.adapter")
+    if sealed is not None:
+        check_base(sealed["origin"], base, weights, argument)
+    with reading(folder, "vlm.adapter"):
+        settings = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or "peft_type" not in settings:
+            raise ArgumentError(f"{argument}: its {CONFIG} names no peft_type; give a PEFT folder")
+        config = PeftConfig.from_pretrained(folder)
+    kind = str(settings["peft_type"])
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ArgumentError(
+            f"{argument} is made by {kind}, which adds tokens or attention rather than changing the model's layers, "
+            "and would have no effect here; give an adapter of its layers, such as LoRA"
+        )
+    state = read_tensors(adapter_weights(folder), "vlm.adapter")
+    must_be_finite(state.items(), argument)
+    named = base.config.name_or_path
+    trained_on = settings.get("base_model_name_or_path")
+    hint = f" (it was trained on {trained_on!r})" if trained_on and trained_on != named else ""
+    doesnt_fit = f"{argument} was not made for {named!r}{hint}"
+    try:
+        with warnings.catch_warnings(), reading(folder, "vlm.adapter"):
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, folder)
+            expected = get_peft_model_state_dict(model)
+    except ArgumentError as error:
+        if "size mismatch" in str(error.__cause__) or "target_modules" in str(error.__cause__).lower():
+            reason = str(error.__cause__).strip().splitlines()
+            shown = next((line.strip() for line in reason if "size mismatch" in line), reason[0])
+            raise ArgumentError(f"{doesnt_fit}: {shown[:200]}; give the base model that it was trained on") from error
+        raise
+    if wrong := set(state) ^ set(expected):
+        raise ArgumentError(
+            f"{doesnt_fit}: {len(wrong)} weights don't fit, for example {min(wrong)}; give the base model that it was "
+            "trained on"
+        )
+    if wrong := {key for key, value in state.items() if value.shape != expected[key].shape}:
+        raise ArgumentError(
+            f"{doesnt_fit}: {len(wrong)} weights have another shape, for example {min(wrong)}; give the base model "
+            "that it was trained on"
+        )
+    if not switched(model):
+        raise ArgumentError(f"{argument} ({kind}) is on none of the model's layers; give an adapter such as LoRA")
+    if not has_effect(model):
+        raise ArgumentError(
+            f"{argument} changes nothing: each of its layers computes what the base model computes (for LoRA: lora_B "
+            "or lora_alpha is 0); train it, or leave it out to measure the base model"
+        )
+    return model
+
+
+def check_base(origin: Mapping[str, Any], base: PreTrainedModel, weights: str | None, argument: str) -> None:
+    """Rejects a base model whose weights are not those that the adapter was trained on.
+
+    Fingerprints are comparable where both models are folders, or both are on the Hub.
+
+    Args:
+        origin: what the adapter's seal says of its training.
+        base: the model.
+        weights: its fingerprint.
+        argument: and the adapter's folder, for the error.
+    """
+    trained_on = origin.get("vlm", {})
+    there = trained_on.get("weights")
+    if there and weights and len(there) == len(weights) and there != weights:
+        raise ArgumentError(
+            f"{argument} was trained on other base weights than {base.config.name_or_path!r}: {there} "
+            f"({trained_on.get('model')}) there, {weights} now; give that base model (to use another one all the same, "
+            "remove safervlm.json from the adapter's folder)"
+        )
+
+
+@torch.no_grad()
+def has_effect(model: nn.Module) -> bool:
+    """Whether the policy's adapter changes what any of its layers computes.
+
+    Each layer is tried with random inputs, with the adapter and without, until one differs; where a layer takes other
+    inputs than a tensor of its own width, any non-zero number among the adapter's second factors counts.
+
+    Args:
+        model: with adapters in its layers.
+    """
+    return any(_changes(layer) for layer in switched(model))
+
+
+def _changes(layer: nn.Module) -> bool:
+    """Whether a layer computes with its adapter anything but what it computes without."""
+    if isinstance(layer, AuxiliaryTrainingWrapper) and hasattr(layer, "modules_to_save"):
+        original = layer.original_module.state_dict()
+        copies = [copy.state_dict() for copy in layer.modules_to_save.values()]
+        return any(not torch.equal(value, copy[name]) for copy in copies for name, value in original.items())
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
+    weight = getattr(base, "weight", None)
+    if isinstance(base, nn.Embedding):
+        inputs = torch.arange(base.num_embeddings, device=base.weight.device)
+    elif isinstance(weight, torch.Tensor) and isinstance(width := getattr(base, "in_features", None), int):
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(4, width, generator=generator).to(weight.device, weight.dtype)
+    else:
+        return any(bool(parameter.any()) for name, parameter in layer.named_parameters() if ".lora_B." in f".{name}.")
+    training = layer.training
+    layer.eval()  # no dropout
+    try:
+        with active(layer, "policy"):
+            tuned = layer(inputs)
+        with active(layer, "reference"):
+            plain = layer(inputs)
+    finally:
+        layer.train(training)
+    return not torch.equal(tuned, plain)
+
+
+def export_adapter(model: PeftModel, folder: Path, origin: Mapping[str, Any]) -> None:
+    """Writes the policy as a PEFT folder that ``PeftModel.from_pretrained`` loads.
+
+    Args:
+        model: with the trained adapter.
+        folder: to write; an adapter that is there is replaced.
+        origin: the settings that made the adapter, for its seal.
+
+    Raises:
+        ArgumentError: a number of the adapter is not finite, or the adapter changes nothing.
+    """
+    trained = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+    must_be_finite(trained.items(), "model: the trained adapter")
+    if not has_effect(model):
+        raise ArgumentError(
+            "trainer: the adapter is as it was at the start, so there is nothing to export; train longer (the first "
+            "step of a warm-up has a learning rate of 0), or raise model.lr"
+        )
+    partial = folder.with_name(f".{folder.name}-partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a process that died while exporting left
+    model.save_pretrained(str(partial), selected_adapters=["default"], safe_serialization=True)
+    seal_folder(partial, origin)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The seal comes last: until then a folder that holds an older adapter's seal is rejected, never half read.
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == SEAL):
+        file.replace(folder / file.name)
+    partial.rmdir()

@@ -1,0 +1,228 @@
+"""What may become of a request besides an answer, and which of it a failure's status and body mean."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from safervlm.vlm.base import Generation, Unanswered
+
+FILTERS = {"content_filter", "content_policy_violation", "image_content_policy_violation", "invalid_prompt"}
+PAUSE = {429, 502, 503}
+AGAIN = {408, 409}
+OF_THE_QUESTION = {400, 413, 415, 422}
+SETTINGS = {
+    "temperature": "sampling.temperature",
+    "top_p": "sampling.top_p",
+    "max_completion_tokens": "sampling.max_new_tokens",
+    "max_tokens": "sampling.max_new_tokens",
+    "seed": "seed_everything",
+}
+UNKNOWN = re.compile(r"not? (support|permit|allow)|unsupported|unrecogni|unknown|unexpected|extra (input|field)", re.I)
+EXAMINED = 10_000  # characters of a body in which a parameter's name is looked for
+
+
+@dataclass(frozen=True)
+class Passing:
+    """What went wrong may pass: the question is asked again.
+
+    Attributes:
+        reason: in one line.
+        by_server: whether it would have happened to any question: the server rests, others take over.
+        said: whether the server said so itself, rather than being out of reach.
+        pause: seconds that the server asks for; None if it doesn't say.
+    """
+
+    reason: str
+    by_server: bool = False
+    said: bool = False
+    pause: float | None = None
+
+
+@dataclass(frozen=True)
+class Untaken:
+    """The server doesn't take a parameter; the question is asked again at once without it.
+
+    Attributes:
+        name: the parameter's.
+        reason: in one line.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Useless:
+    """The server can answer no question: it is left out, others take over.
+
+    Attributes:
+        reason: in one line.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Hopeless:
+    """No server can answer any question before the user corrects something: nothing more is sent.
+
+    Attributes:
+        reason: in one line, beginning with the argument to correct.
+    """
+
+    reason: str
+
+
+Outcome = Generation | Passing | Untaken | Useless | Hopeless | Unanswered
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A response whose status is 300 or above, or an error that came with status 200.
+
+    Attributes:
+        status: of HTTP.
+        code: the server's name for what is wrong, and
+        kind: for its kind, and
+        param: for the parameter that is at fault; all empty where it names none.
+        message: in one line, cleaned.
+        said: the beginning of the whole body.
+        location: the host that a redirect points to; empty for none.
+        pause: seconds that the server asks for; None if it doesn't say.
+    """
+
+    status: int
+    code: str
+    kind: str
+    param: str
+    message: str
+    said: str
+    location: str = ""
+    pause: float | None = None
+
+
+def refused(
+    status: int, body: object, headers: Mapping[str, str], message: str, clean: Callable[[object], str]
+) -> Refused:
+    """Reads a failure; whatever is not of the documented type counts as absent.
+
+    Args:
+        status: of HTTP.
+        body: the error object, or the text.
+        headers: of the response.
+        message: to show where the body has none.
+        clean: makes one line of what a server says.
+    """
+    given = body if isinstance(body, Mapping) else {}
+    texts = {name: str(given[name]) for name in ("code", "type", "param") if isinstance(given.get(name), str | int)}
+    said = given.get("message")
+    location = headers.get("location", "")
+    return Refused(
+        status,
+        texts.get("code", ""),
+        texts.get("type", ""),
+        texts.get("param", ""),
+        clean(said if isinstance(said, str) and said else message),
+        _text(body)[:EXAMINED],
+        clean(host_of(location)) if location else "",
+        seconds_to_wait(headers.get("retry-after")),
+    )
+
+
+def _text(body: object) -> str:
+    try:
+        return str(body)
+    except RecursionError:
+        return ""
+
+
+def meaning(
+    refusal: Refused, question: str, address: str, sent: Mapping[str, Any], variable: str, has_key: bool
+) -> Outcome:
+    """What a failure means for the question and for the server.
+
+    Args:
+        refusal: what came.
+        question: the id.
+        address: the server's.
+        sent: the request's parameters.
+        variable: the environment variable of the key, and
+        has_key: whether it holds one.
+    """
+    status, message, model = refusal.status, refusal.message, sent["model"]
+    if status == 400 and FILTERS & {refusal.code, refusal.kind}:
+        return Generation([], "", "content_filter")
+    if status < 400:
+        where = f" to {refusal.location}" if refusal.location else ""
+        return Useless(f"it redirects{where} ({status}), which is not followed; name the address itself")
+    if refusal.code == "insufficient_quota" or status == 402:
+        return Hopeless(f"vlm: {address}: the account is used up ({message}); the same command resumes")
+    if status in PAUSE:
+        return Passing(f"{status}: {message}", by_server=True, said=True, pause=refusal.pause)
+    if status >= 500 or status in AGAIN:
+        return Passing(f"{status}: {message}", pause=refusal.pause)
+    if status == 401:
+        known = "refuses the key in" if has_key else "asks for a key, and there is none in"
+        return Hopeless(
+            f"vlm.api_key_variable: {address} {known} the environment variable {variable} (401); "
+            "export it, the same command goes on"
+        )
+    if status == 403:
+        return Hopeless(
+            f"vlm.api_key_variable: {address} forbids it to the key in {variable} (403: "
+            f"{message}); use one that may ask {model}"
+        )
+    if status == 404:
+        return Hopeless(
+            f"vlm.model: {address} has no {model!r}, or isn't a base URL, which mostly ends in /v1 (404: "
+            f"{message}); {address}/models lists what it has"
+        )
+    if status not in OF_THE_QUESTION:
+        return Hopeless(f"vlm.addresses: {address} refuses ({status}: {message}); is it a base URL?")
+    return _of_the_question(refusal, question, address, sent)
+
+
+def _of_the_question(refusal: Refused, question: str, address: str, sent: Mapping[str, Any]) -> Outcome:
+    """What it means that a server can't take a request: a parameter, or the question, is at fault."""
+    message = refusal.message
+    named = refusal.param if refusal.param in SETTINGS and refusal.param in sent else None
+    if UNKNOWN.search(refusal.said):
+        named = named or next(
+            (name for name in SETTINGS if name in sent and re.search(rf"\b{name}\b", refusal.said)), None
+        )
+        if named in ("max_completion_tokens", "seed") or (named is not None and sent[named] == 1):
+            return Untaken(named, message)
+    if named is not None:
+        return Hopeless(
+            f"{SETTINGS[named]}: {address} doesn't take {sent[named]!r} as {named} for {sent['model']} "
+            f"({message}); give another value (a model that reasons takes 1 for temperature and top_p)"
+        )
+    return Unanswered(f"{question}: {address} can't take it ({refusal.status}: {message})")
+
+
+def host_of(location: str) -> str:
+    """The host that a Location header names, and nothing else of it, which may contain secrets."""
+    try:
+        return urlsplit(location).hostname or "another path of the same host"
+    except ValueError:
+        return "no valid address"
+
+
+def seconds_to_wait(retry_after: str | None) -> float | None:
+    """A Retry-After header: seconds, or a date. None where there is none, or no finite number."""
+    if retry_after is None:
+        return None
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(retry_after)
+            seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError, IndexError, OverflowError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
