@@ -53,6 +53,26 @@ def _command(args: Sequence[str], folder: Path, log: Path, environment: dict[str
     main(args)
 
 
+def build_world(out: Path, wait: float, fail: bool = False) -> None:
+    """Builds a pictogram world whose training is a wait; ``built-PID`` beside it says that it was at work."""
+    from safervlm.pictograms import world
+
+    def train(folder: Path, seed: int) -> list[dict[str, object]]:
+        (out.parent / f"built-{os.getpid()}").touch()
+        time.sleep(wait)
+        if fail:
+            raise RuntimeError("no model passed")
+        for name in ("vlm", "judges"):
+            (folder / name).mkdir()
+            (folder / name / "weights.txt").write_text(str(os.getpid()))
+        return [{"seed": seed, "figures": {}, "missed": []}]
+
+    world.train_until_good = train
+    world.write_benchmarks = lambda folder, seed: (folder / "benchmarks").mkdir()
+    world.IMAGES_PER_CONCEPT = 1
+    world.build(out)
+
+
 class Played:
     """A command that is running, or has ended.
 

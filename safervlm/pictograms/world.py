@@ -99,7 +99,7 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1) -> Pa
             write_benchmarks(unfinished, seed)
             with own_random_numbers(threads):
                 attempts = train_until_good(unfinished, seed)
-            files = [*files_in(unfinished), "manifest.json"]
+            files = sorted([*files_in(unfinished), "manifest.json"])
             record = {
                 "fingerprint": made_of,
                 "seed": seed,

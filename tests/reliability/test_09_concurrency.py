@@ -1,0 +1,198 @@
+"""Promise 9: commands side by side are safe, leave nothing behind, and never delete a user's file."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from processes import CONTEXT, build_world, play
+
+from safervlm.cli import main
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.pictograms import world
+from safervlm.run import has_results, lock, read_manifest
+
+
+def started(out: Path, wait: float, fail: bool = False):
+    process = CONTEXT.Process(target=build_world, args=(out, wait, fail))
+    process.start()
+    return process
+
+
+def wait_for(folder: Path, count: int) -> None:
+    end = time.monotonic() + 200
+    while len(list(folder.glob("built-*"))) < count:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not path.name.startswith("built-")}
+
+
+def test_the_second_of_two_builds_uses_the_first_ones_world(tmp_path: Path) -> None:
+    out = tmp_path / "pictograms"
+    first = started(out, 2)
+    wait_for(tmp_path, 1)
+    second = started(out, 0)
+    for process in (first, second):
+        process.join(200)
+    assert (first.exitcode, second.exitcode) == (0, 0)
+    assert (out / "vlm" / "weights.txt").read_text() == str(first.pid)
+    assert len(list(tmp_path.glob("built-*"))) == 1
+    assert names(tmp_path) == {"pictograms"}
+
+
+@pytest.mark.parametrize("end", ["killed", "failed"])
+def test_after_a_build_that_ended_early_the_next_one_builds(end: str, tmp_path: Path) -> None:
+    out = tmp_path / "pictograms"
+    first = started(out, 0 if end == "failed" else 60, fail=end == "failed")
+    wait_for(tmp_path, 1)
+    if end == "killed":
+        first.kill()
+    first.join(60)
+    assert first.exitcode in (1, -9)
+    assert not out.exists()
+    second = started(out, 0)
+    second.join(200)
+    assert second.exitcode == 0
+    assert names(tmp_path) == {"pictograms"}
+    assert json.loads((out / "manifest.json").read_text())["files"] == world.files_in(out)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build in this process that writes hardly anything."""
+    monkeypatch.setattr(world, "train_until_good", lambda folder, seed: [{"figures": {}}])
+    monkeypatch.setattr(world, "write_benchmarks", lambda folder, seed: None)
+    monkeypatch.setattr(world, "write_data_sets", lambda folder, seed: (folder / "unsafe").mkdir())
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["notes.txt", "vlm/config.json", "judges/mine/epoch_10.pt", "manifest.json", ".hidden", "unsafe/images/mine.png"],
+)
+@pytest.mark.parametrize("built", [False, True], ids=["no world", "in an older world"])
+def test_a_folder_that_holds_a_users_file_is_kept(built: bool, file: str, quick: None, tmp_path: Path) -> None:
+    out = tmp_path / "pictograms"
+    if built:
+        if file == "manifest.json":
+            pytest.skip("a world's own")
+        world.build(out, seed=1)
+    (out / file).parent.mkdir(parents=True, exist_ok=True)
+    (out / file).write_text('{"mine": 1}')
+    with pytest.raises(ArgumentError, match="which is no part of a pictogram world: name another folder"):
+        world.build(out, seed=2)
+    assert (out / file).read_text() == '{"mine": 1}'
+    assert names(tmp_path) == {"pictograms"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"files": 3}', "\x00\xff"])
+def test_a_damaged_world_is_named_and_kept(text: str, quick: None, tmp_path: Path) -> None:
+    out = tmp_path / "pictograms"
+    world.build(out, seed=1)
+    (out / "manifest.json").write_text(text, encoding="latin-1")
+    with pytest.raises(RecordError, match=r"manifest\.json: damaged.*delete this world"):
+        world.build(out, seed=1)
+    assert (out / "unsafe").is_dir()
+
+
+def test_a_world_of_another_seed_takes_its_place(quick: None, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pictograms").symlink_to("elsewhere")
+    for seed in (1, 2):
+        world.build(tmp_path / "pictograms", seed=seed)
+        assert json.loads((tmp_path / "elsewhere" / "manifest.json").read_text())["seed"] == seed
+    assert names(tmp_path) == {"pictograms", "elsewhere"}
+
+
+@pytest.mark.parametrize("command", ["pictograms", "demo"])
+@pytest.mark.parametrize("out", ["", "  "])
+def test_no_folder_is_not_the_current_one(out: str, command: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main([command, "--out", out])
+    assert end.value.code == 2
+    assert "out: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+LEFT = (".tmp-safervlm-1-ab.jsonl", "adapter/.tmp-safervlm-1-cd.json", ".scores.4711.xlsx", ".manifest.1.json")
+LEFT += ("checkpoints/next.ckpt", "checkpoints/other.ckpt", "checkpoints/link")
+KEPT = (".notes.4711.txt", ".scores.mine.xlsx", "scores.xlsx", ".env", "mine.tmp", "sub/.tmp-safervlm-1.csv")
+KEPT += ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "tmp-safervlm-1.csv")
+
+
+def test_what_a_dead_command_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (*LEFT, *KEPT):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    held = lock(tmp_path)
+    assert held is not None
+    assert [name for name in LEFT if (tmp_path / name).exists()] == []
+    assert [name for name in KEPT if not (tmp_path / name).exists()] == []
+    held.close()
+
+
+def test_a_checkpoint_that_is_a_folder_stays_where_the_last_one_points_to_it(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    for name in ("next.ckpt", "other.ckpt"):
+        (checkpoints / name).mkdir(parents=True)
+    (checkpoints / "last.ckpt").symlink_to("next.ckpt")
+    held = lock(tmp_path)
+    assert held is not None
+    held.close()
+    assert {path.name for path in checkpoints.iterdir()} == {"last.ckpt", "next.ckpt"}
+    assert not has_results(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"stages": []}', '{"stages": {"measure": 1}}', "\xff\xfe", "folder"])
+def test_a_damaged_manifest_is_named(text: str, tmp_path: Path) -> None:
+    if text == "folder":
+        (tmp_path / "manifest.json").mkdir()
+    else:
+        (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
+    with pytest.raises(RecordError) as caught:
+        read_manifest(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'manifest.json'}: damaged (")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of its own, which is almost full."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if os.getuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a disk takes root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_on_a_full_disk_nothing_is_lost(
+    measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    line = [*measuring_line(Path("run"), tiny_sets / "unsafe"), "--data.batch_size=5"]
+    play(line, whole)
+    for left in (6_000, 24_000, 40_000):  # before the first answers, in the shards, in what is made of them
+        (small_disk / "fill").unlink(missing_ok=True)
+        (small_disk / "fill").write_bytes(b"x" * (256 * 1024 - left - used(small_disk)))
+        said = play(line, small_disk, code=2)
+        assert "No space left on device" in said
+        assert not list((small_disk / "run").rglob(".tmp-safervlm-*"))
+    (small_disk / "fill").unlink()
+    play(line, small_disk)
+    for name in ("responses.jsonl", "verdicts.jsonl"):
+        assert (small_disk / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
+
+
+def used(disk: Path) -> int:
+    """What the files of a disk take, in whole pages."""
+    return sum(-(-file.stat().st_size // 4096) * 4096 for file in disk.rglob("*") if file.is_file())
