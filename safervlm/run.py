@@ -109,7 +109,7 @@ def has_results(run: Path) -> bool:
 
 def is_result(path: Path) -> bool:
     """Whether a file of a run folder is more than the settings that it was started with."""
-    if path.suffix == ".yaml" or path.name in (MANIFEST, LOCK) or path.name.startswith(TEMPORARY):
+    if path.suffix == ".yaml" or path.name in (MANIFEST, LOCK, "traceback.txt") or path.name.startswith(TEMPORARY):
         return False
     return path.is_file() and path.stat().st_size > 0
 

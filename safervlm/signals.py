@@ -113,6 +113,7 @@ def listening() -> Iterator[None]:
     watcher.start()
     try:
         yield
+        apart()  # after an exception they stay: why_ended() asks for them
     finally:
         if not asked_to_end():  # else the thread stays, until the process has ended
             for number, handler in before.items():
@@ -122,7 +123,6 @@ def listening() -> Iterator[None]:
             watcher.join()
             reader.close()
             _requests.listening = False
-            apart()
 
 
 @contextmanager
