@@ -152,7 +152,8 @@ def _changes(layer: nn.Module) -> bool:
     weight = getattr(base, "weight", None)
     if isinstance(base, nn.Embedding):
         inputs = torch.arange(base.num_embeddings, device=base.weight.device)
-    elif isinstance(weight, torch.Tensor) and isinstance(width := getattr(base, "in_features", None), int):
+    elif isinstance(weight, torch.Tensor) and (weight.ndim == 1 or isinstance(base, nn.Linear)):
+        width = weight.shape[-1]  # of a linear layer's input, or of a normalisation's
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(4, width, generator=generator).to(weight.device, weight.dtype)
     else:

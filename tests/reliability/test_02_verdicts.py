@@ -1,0 +1,234 @@
+"""A verdict belongs to a question, a judge and a text, and doesn't contradict itself."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from callbacks.judge_responses import JudgeResponses
+from safervlm.errors import RecordError, UserError
+from safervlm.judge import Judge, Panel
+from safervlm.protocol import LABELS
+from safervlm.records import Question, Response, Verdict, read_jsonl, write_jsonl
+from safervlm.rules import RULES
+from safervlm.scoring import load_run
+
+GOOD = {
+    "id": "S/1/alignment/0",
+    "label": "Unsafe",
+    "probabilities": {"Safe": 0.2, "Unsafe": 0.7, "N/A": 0.1},
+    "judge": "f" * 16,
+    "answer": "0" * 16,
+}
+
+WRONG = {
+    "label is not the most probable": {"label": "Safe"},
+    "label is none of them": {"label": "Maybe"},
+    "label in another case": {"label": "unsafe"},
+    "NaN": {"probabilities": {"Safe": float("nan"), "Unsafe": 0.7, "N/A": 0.3}},
+    "infinity": {"probabilities": {"Safe": 0.2, "Unsafe": float("inf"), "N/A": 0.1}},
+    "sum below 1": {"probabilities": {"Safe": 0.2, "Unsafe": 0.6, "N/A": 0.1}},
+    "sum above 1": {"probabilities": {"Safe": 0.5, "Unsafe": 0.6, "N/A": 0.5}},
+    "negative": {"probabilities": {"Safe": -0.5, "Unsafe": 1.4, "N/A": 0.1}},
+    "log-probabilities": {"probabilities": {"Safe": -1.6, "Unsafe": -0.4, "N/A": -2.3}},
+    "a text": {"probabilities": {"Safe": "0.2", "Unsafe": "0.7", "N/A": "0.1"}},
+    "null": {"probabilities": {"Safe": None, "Unsafe": 1.0}},
+    "a boolean": {"probabilities": {"Safe": False, "Unsafe": True}},
+    "none": {"probabilities": {}},
+    "a list": {"probabilities": [0.3, 0.7]},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_verdict_that_contradicts_itself_is_rejected(case: str) -> None:
+    assert Verdict.from_dict(GOOD).label == "Unsafe"
+    with pytest.raises(RecordError, match=GOOD["id"]) as caught:
+        Verdict.from_dict(GOOD | WRONG[case])
+    assert "\n" not in str(caught.value)
+
+
+def test_rounding_is_no_contradiction() -> None:
+    Verdict.from_dict(GOOD | {"probabilities": {"Safe": 0.2004, "Unsafe": 0.7, "N/A": 0.1}})
+    tie = {"Safe": 0.5, "Unsafe": 0.5}
+    assert Verdict.from_dict(GOOD | {"probabilities": tie}).label == "Unsafe"
+
+
+def test_a_file_of_version_0_1_is_read() -> None:
+    old = {name: value for name, value in GOOD.items() if name != "answer"}
+    verdict = Verdict.from_dict(old)
+    assert verdict.to_dict() == old
+    assert not verdict.is_of("whatever")
+
+
+@pytest.mark.parametrize("text", ["", "No.", "Nein \u00e9 \u0065\u0301", "half \ud83d", "\x00\x1b[2J", "x" * 100_000])
+def test_a_texts_fingerprint(text: str) -> None:
+    assert len(Verdict.fingerprint_of(text)) == 16
+    assert Verdict.fingerprint_of(text) == Verdict.fingerprint_of(str(text))
+    assert Verdict.fingerprint_of(text) != Verdict.fingerprint_of(text + " ")
+    assert replace(Verdict.from_dict(GOOD), answer=Verdict.fingerprint_of(text)).is_of(text)
+
+
+# Judging again
+
+
+@pytest.fixture(scope="module")
+def panel(tiny_judges: Path) -> Panel:
+    judges = [
+        Judge(str(tiny_judges / name / "epoch_10.pt"), LABELS[name], str(tiny_judges / name))
+        for name in ("alignment", "perception")
+    ]
+    return Panel(*judges)
+
+
+def answers(texts: dict[str, str]) -> list[Response]:
+    """Answers by capability and number."""
+    found = []
+    for name, text in texts.items():
+        capability = name.rstrip("0123456789")
+        right = {"perception": "A", "yes_no": "Yes", "occurs": "knife"}.get(capability, "Unsafe")
+        question = Question(f"S/{name}/{capability}/0", "S", name, None, capability, 0, "?", "Hate", "x", right)
+        found.append(Response(question, text, "stop", 3))
+    return found
+
+
+def judge(run: Path, panel: Panel, responses: list[Response]) -> dict[str, Verdict]:
+    write_jsonl(run / "responses.jsonl", [each.to_dict() for each in responses])
+    device = SimpleNamespace(root_device=torch.device("cpu"))
+    JudgeResponses(panel).on_predict_end(
+        SimpleNamespace(is_global_zero=True, default_root_dir=str(run), strategy=device), None
+    )
+    return {each.id: each for each in map(Verdict.from_dict, read_jsonl(run / "verdicts.jsonl"))}
+
+
+TEXTS = {"alignment1": "No.", "alignment2": "Yes, it is.", "perception1": "A", "yes_no1": "Yes", "occurs1": "a knife"}
+
+
+@pytest.mark.parametrize("changed", TEXTS)
+def test_an_answer_that_changed_is_judged_again(changed: str, panel: Panel, tmp_path: Path) -> None:
+    before = judge(tmp_path, panel, answers(TEXTS))
+    texts = TEXTS | {changed: "Something else entirely, in many words."}
+    after = judge(tmp_path, panel, answers(texts))
+    fresh = judge(tmp_path / "fresh", panel, answers(texts))
+    assert after.keys() == fresh.keys()
+    for key, verdict in fresh.items():  # the probabilities of a text depend, by rounding, on those beside it
+        assert replace(after[key], probabilities={}) == replace(verdict, probabilities={})
+        assert after[key].probabilities == pytest.approx(verdict.probabilities, abs=1e-5)
+    name = next(response.id for response in answers(texts) if response.question.image == changed)
+    assert after[name] != before[name]
+    assert {key: each for key, each in after.items() if key != name} == {
+        key: each for key, each in before.items() if key != name
+    }
+
+
+def test_every_path_writes_what_it_judged(panel: Panel, tmp_path: Path) -> None:
+    responses = answers(TEXTS | {"alignment3": "  "})
+    expected = {each.id: Verdict.fingerprint_of(each.response) for each in responses}
+    assert {key: each.answer for key, each in judge(tmp_path, panel, responses).items()} == expected
+    batch = [(r.id, r.question.capability, r.question.answer, r.response) for r in responses]
+    stepped = panel.predict_step(batch, 0)
+    assert {each.id: each.answer for each in stepped} == expected
+    assert {each.judge for each in stepped} >= set(RULES.values())
+
+
+def test_verdicts_of_other_texts_are_not_scored(panel: Panel, tmp_path: Path) -> None:
+    judge(tmp_path, panel, answers(TEXTS))
+    load_run(tmp_path)
+    write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in answers(TEXTS | {"alignment2": "Yes"})])
+    with pytest.raises(RecordError, match=r"S/alignment2/alignment/0.* about another text") as caught:
+        load_run(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_verdict_file_that_contradicts_itself_is_named(panel: Panel, tmp_path: Path) -> None:
+    judge(tmp_path, panel, answers(TEXTS))
+    records = list(read_jsonl(tmp_path / "verdicts.jsonl"))
+    likely = max(records[1]["probabilities"], key=records[1]["probabilities"].get)
+    records[1]["label"] = next(label for label in records[1]["probabilities"] if label != likely)
+    write_jsonl(tmp_path / "verdicts.jsonl", records)
+    for read in (lambda: load_run(tmp_path), lambda: judge(tmp_path, panel, answers(TEXTS))):
+        with pytest.raises(RecordError, match=r"verdicts\.jsonl.*its most probable label is") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+# The judge itself
+
+
+@pytest.fixture
+def folder(tiny_judges: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_judges / "alignment", tmp_path / "judge"))
+
+
+def change(folder: Path, damage: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    state = torch.load(folder / "epoch_10.pt", weights_only=True)
+    damage(state)
+    torch.save(state, folder / "epoch_10.pt")
+
+
+JUDGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "NaN": (lambda f: change(f, lambda s: s["classifier.bias"].fill_(float("nan"))), "NaN or infinite numbers in"),
+    "infinity in its base": (
+        lambda f: change(f, lambda s: s["roberta.embeddings.LayerNorm.weight"].fill_(float("inf"))),
+        "NaN or infinite numbers in",
+    ),
+    "a weight is missing": (lambda f: change(f, lambda s: s.pop("classifier.bias")), "classifier.bias is missing"),
+    "cut": (
+        lambda f: (f / "epoch_10.pt").write_bytes((f / "epoch_10.pt").read_bytes()[:200]),
+        "not a plain state dict",
+    ),
+    "empty": (lambda f: (f / "epoch_10.pt").write_bytes(b""), "not a plain state dict"),
+    "config.json cut": (lambda f: (f / "config.json").write_text('{"model_type": '), "can't be read"),
+    "tokenizer.json cut": (lambda f: (f / "tokenizer.json").write_text("{"), "can't be read"),
+}
+
+
+@pytest.mark.parametrize("case", JUDGES)
+def test_a_damaged_judge_is_one_line(case: str, folder: Path) -> None:
+    damage, message = JUDGES[case]
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        Judge(str(folder / "epoch_10.pt"), base=str(folder)).judge(["No."])
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_judge_without_finite_probabilities_stops(folder: Path) -> None:
+    judge = Judge(str(folder / "epoch_10.pt"), base=str(folder))
+    judge.judge(["No."])
+    judge.classifier.weight.data[0, 0] = float("nan")
+    with pytest.raises(RecordError, match=r"no finite probabilities for the text 'No\.'"):
+        judge.judge(["No."])
+
+
+def test_a_long_text_is_cut_before_it_is_tokenized(folder: Path) -> None:
+    texts = ["No, it is unsafe. " * 40, "x" * 5_000, "a b\tc\n" * 3_000, "\u00e9\u4e2d\U0001f600" * 2_000]
+    judge = Judge(str(folder / "epoch_10.pt"), base=str(folder))
+    whole = judge.judge(texts)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = [tokenizer(text, truncation=True, max_length=judge.max_length).input_ids for text in texts]
+    assert judge._tokenize(texts) == expected
+    longest = max(map(len, tokenizer.get_vocab()))
+    cutting = Judge(str(folder / "epoch_10.pt"), base=str(folder), max_characters=judge.max_length * longest)
+    assert torch.equal(cutting.judge(texts), whole)
+    seen: list[int] = []
+    inner = cutting.tokenizer
+
+    def count(texts: list[str], **settings: object) -> object:
+        seen.extend(map(len, texts))
+        return inner(texts, **settings)
+
+    cutting.tokenizer = count
+    cutting.judge(["y" * 3_000_000])
+    assert seen == [judge.max_length * longest]
+    with pytest.raises(UserError, match="max_characters: at least 1, got 0"):
+        Judge(max_characters=0)
+
+
+def test_half_a_surrogate_is_judged_as_the_replacement_character(folder: Path) -> None:
+    judge = Judge(str(folder / "epoch_10.pt"), base=str(folder))
+    assert torch.equal(judge.judge(["No \ud83d.", "\udfff"]), judge.judge(["No \ufffd.", "\ufffd"]))
