@@ -68,7 +68,9 @@ class RawServer:
             head, _, body = content.partition(b"\r\n\r\n")
             length = int(re.search(rb"content-length: (\d+)", head, re.I)[1])
             while len(body) < length:
-                body += connection.recv(65536)
+                body += (piece := connection.recv(65536))
+                if not piece:
+                    return
             request = json.loads(body)
             said = request["messages"][-1]["content"]
             prompt = said if isinstance(said, str) else said[-1]["text"]
