@@ -97,7 +97,7 @@ class Requests:
             given = error.body, error.response.headers, error.message
             refusal = refused(error.status_code, *given, self.cleaner.line)
             return self._refused(host, sent, refusal, type(error).__name__, told), None
-        except (TimeoutError, openai.APIConnectionError) as error:
+        except (TimeoutError, openai.APIConnectionError, BodyError) as error:
             return self._broken(error, told), None
         except Exception as error:
             told |= {"result": type(error).__name__, "detail": self.cleaner.line(first_line(error))}
@@ -162,7 +162,7 @@ class Requests:
         """What it means that no whole response came."""
         cause = error.__cause__ or error
         kind = type(cause).__name__
-        told["detail"] = self.cleaner.line(cause) if error.__cause__ else ""
+        told["detail"] = "" if isinstance(error, TimeoutError) else self.cleaner.line(cause)
         if isinstance(cause, BodyTooLargeError):
             told["result"] = "too large"
             return Unanswered(f"{told['id']}: the response has {cause}, the limit of vlm.max_body; it is discarded")
