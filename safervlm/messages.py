@@ -37,10 +37,14 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
             return f"{unknown!r} is no argument: arguments begin with two dashes, as in --config configs/measure.yaml"
         if not unknown.startswith("--"):
             return f"unknown argument {unknown}: arguments begin with two dashes; --help lists all"
-        name = argument(unknown.lstrip("-").split("=")[0], typed)
+        end = unknown.lstrip("-").split("=")[0]  # of a nested argument it is the last part alone
+        name = argument(end, typed)
         parts = [part for part in ("data", "model", "trainer") if part in known]  # plain commands have none
         nested = [f"{part}.{name}" for part in parts if name in parameters(part)]
-        meant = did_you_mean(nested[0] if nested else name, [*nested, *known])
+        if stem := name.removesuffix(end):
+            meant = did_you_mean(end, known, stem)
+        else:
+            meant = did_you_mean(nested[0] if nested else name, [*nested, *known])
         return f"unknown argument --{name}{meant}; --help lists all"
     if unknown := find(r"Option '([^']+)' is not accepted"):
         whole = argument(unknown, typed)

@@ -7,7 +7,26 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("errors", "escape", "signals", "caches", "reading", "names", "texts", "finite", "trust", "boundary", "recipes", "protocol", "records", "functional", "intervals", "differences", "diversity", "tables"),
+    (
+        "errors",
+        "escape",
+        "signals",
+        "caches",
+        "reading",
+        "names",
+        "texts",
+        "finite",
+        "trust",
+        "boundary",
+        "recipes",
+        "protocol",
+        "records",
+        "functional",
+        "intervals",
+        "differences",
+        "diversity",
+        "tables",
+    ),
     ("images", "image_hashes", "pixels", "rules", "rating", "__init__"),
     ("scoring", "run"),
     ("checkpoints",),
