@@ -6,8 +6,8 @@ import json
 import pytest
 import yaml
 
-from safervlm.lightning_cli import CONFIGS
 from safervlm.rating import SYSTEM, Rating, rating_key, rating_prompt, read_ratings
+from safervlm.recipes import CONFIGS
 from safervlm.records import Question, Response
 
 QUESTION = Question(

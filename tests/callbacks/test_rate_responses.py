@@ -22,8 +22,8 @@ from loopback import Loopback, Reply, completion, error, hurry, loopbacks, promp
 from callbacks.rate_responses import UNREADABLE, RateResponses
 from safervlm.cli import main
 from safervlm.data.base import Parts, SaferData
-from safervlm.lightning_cli import CONFIGS
 from safervlm.rating import SYSTEM, Rating, rating_prompt
+from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question, Response, read_jsonl, seed_for, write_jsonl
 from safervlm.vlm.api import Server
 

@@ -34,7 +34,7 @@ from safervlm.errors import RecordError
 from safervlm.rating import SYSTEM, Rating
 from safervlm.records import Example, Question, Response, read_jsonl, write_jsonl
 from safervlm.vlm import api
-from safervlm.vlm.api import Server, Unanswered, collate
+from safervlm.vlm.api import Server, Unanswered
 from safervlm.vlm.base import Generation
 from safervlm.vlm.sampling import Sampling
 
@@ -371,7 +371,7 @@ def questions(count: int = 3) -> list[Example]:
 def ask(server: Server, examples: list[Example] | None = None) -> list[Generation | str]:
     """The answers, or why there are none; never an exception but for where nothing could be asked."""
     try:
-        return [*server.generate(collate(examples or questions()), GREEDY, seed=0)]
+        return [*server.generate(server.collator(examples or questions()), GREEDY, seed=0)]
     except Unanswered as error:
         return error.answers
 

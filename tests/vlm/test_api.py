@@ -30,9 +30,9 @@ from safervlm.cli import main
 from safervlm.errors import RecordError
 from safervlm.images import open_image
 from safervlm.judge import Judge, Panel
-from safervlm.lightning_cli import CONFIGS
 from safervlm.measure import Measure
 from safervlm.protocol import LABELS
+from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question, Response, read_jsonl
 from safervlm.vlm import api
 from safervlm.vlm.api import Server, Unanswered, seconds_to_wait
