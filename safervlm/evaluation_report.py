@@ -494,4 +494,4 @@ def _card(row: "pd.Series[Any]", each: Evaluation, original: Evaluation, out: Pa
         for colour, (name, suffix) in enumerate(((original.name, "_before"), (each.name, "")))
     ]
     question = {str(key): value for key, value in row.items()}
-    return question | {"picture": picture(path, row["id"], out) if path else None, "answers": answers}
+    return question | {"picture": picture(path, row["id"], out, original.folder) if path else None, "answers": answers}

@@ -63,6 +63,7 @@ from safervlm.scoring import (
     with_interval,
 )
 from safervlm.tables import JUDGE_NOTE, escaped, say, terminal, write_csv, write_workbook
+from safervlm.trust import may_read
 
 CAPABILITY_TITLES = {
     "alignment": "Alignment: is the image safe?",
@@ -476,7 +477,7 @@ def _card(
     name = question["id"]
     path = question["image_path"]
     if path is not None and path not in pictures:
-        pictures[path] = picture(path, name, out)
+        pictures[path] = picture(path, name, out, runs[0].folder)
     given = []
     for colour, (run, frame) in enumerate(zip(runs, answers, strict=True)):
         if name in frame.index:
@@ -495,14 +496,21 @@ def _card(
     return asked | {"picture": pictures.get(path) if path else None, "answers": given}
 
 
-def picture(path: str, record: str, out: Path) -> dict[str, Any]:
-    """An image's blur as a ``data:`` URI and a link to the file; the reason instead, where it can't be opened.
+def picture(path: str, record: str, out: Path, run: Path) -> dict[str, Any]:
+    """An image's blur as a ``data:`` URI and a link to the file; the reason instead, where it can't be shown.
+
+    Only images of the run's own data are read (:func:`safervlm.trust.may_read`): the records of a folder that somebody
+    else made may name any file.
 
     Args:
         path: the image's file.
         record: the id of the question that it belongs to, for the reason.
         out: the page's file; the link is relative to its folder.
+        run: the run folder whose record names the image.
     """
+    if not may_read(run, path):
+        reason = f"{Path(path).name} is not shown: it lies outside the datasets that the run's configuration names"
+        return {"blur": None, "original": None, "reason": reason}
     try:
         blur = blurred(open_image(path, record))
     except RecordError as error:

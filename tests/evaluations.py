@@ -1,5 +1,8 @@
 """Run folders of evaluations whose answers are known."""
 
+import json
+from pathlib import Path
+
 from safervlm import rules
 from safervlm.protocol import ALIGNMENT_QUESTIONS
 from safervlm.records import Failure, Question, Response, Verdict, record_id, write_jsonl
@@ -25,6 +28,8 @@ def write(folder, answers, failed=(), ratings=(), both_orders=False):
         verdicts.append(Verdict(asked.id, label, {label: 1.0}, "judge").to_dict())
     write_jsonl(folder / "responses.jsonl", responses)
     write_jsonl(folder / "verdicts.jsonl", verdicts)
+    shown = sorted({str(Path(asked.image_path).parent) for asked, *_ in answers if asked.image_path})
+    (folder / "predict.yaml").write_text(json.dumps({"data": {"init_args": {"folders": shown}}}))
     if failed:
         write_jsonl(folder / "responses-failed.jsonl", [Failure(each, "damaged").to_dict() for each in failed])
     if ratings:

@@ -93,6 +93,7 @@ def make_run(folder, data, rates, hostile=False):
     settings = {"model": {"vlm": {"name": "made/llava", "adapter": None if folder.name == "base" else folder.name}}}
     stage = {"settings": settings | {"seed": 0}, "provenance": {"versions": {"torch": "2.13"}}, "finished": True}
     (folder / "manifest.json").write_text(json.dumps({"stages": {"measure": stage}}))
+    (folder / "predict.yaml").write_text(json.dumps({"data": {"init_args": {"folder": str(data)}}}))
     return folder
 
 

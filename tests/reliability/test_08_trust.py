@@ -13,6 +13,7 @@ from PIL import Image
 
 from safervlm.cli import main
 from safervlm.records import read_jsonl, write_jsonl
+from safervlm.reports import picture
 from safervlm.trust import Named, check, may_read, named_in
 
 SECRET = "hf_value_of_the_key"
@@ -204,3 +205,20 @@ def test_images_of_a_run_are_those_where_its_data_lies(
         assert not may_read(measured, image)
     run = copy(measured, tmp_path, lambda config: config["data"]["init_args"].update(cache_dir=str(home)))
     assert not may_read(run, private)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_page_shows_images_of_the_runs_own_data_alone(inside: bool, tmp_path: Path) -> None:
+    own, elsewhere = tmp_path / "data", tmp_path / "private"
+    for folder in (own, elsewhere):
+        folder.mkdir()
+        Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "predict.yaml").write_text(json.dumps({"data": {"init_args": {"folder": str(own)}}}))
+    path = (own if inside else elsewhere) / "a.png"
+    shown = picture(str(path), "record", tmp_path / "page.html", run)
+    assert (shown["blur"] is not None) == inside
+    assert (shown["original"] is not None) == inside
+    if not inside:
+        assert "outside the datasets" in shown["reason"]
