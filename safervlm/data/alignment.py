@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from safervlm.data.base import Collator, Parts, SaferData, text_field
+from safervlm.data.base import Collator, Parts, SaferData, limited, text_field
 from safervlm.data.contexts import context_questions, read_contexts
 from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, ImageRecord, ImageSets, PartName, spread
 from safervlm.errors import RecordError
@@ -196,6 +196,7 @@ class OwnData(SaferData):
         batch_size: examples a step and process.
         num_workers: processes that load images ahead; 0 loads them in the main process.
         seed: of the training order.
+        limit: takes this many examples of each label from each file; None takes all.
     """
 
     def __init__(
@@ -207,8 +208,11 @@ class OwnData(SaferData):
         batch_size: int | Literal["auto"] = 8,
         num_workers: int = 0,
         seed: int = 0,
+        limit: int | None = None,
     ) -> None:
         super().__init__(collator, batch_size, num_workers, seed)
+        self.limit = limit
+        limited((), limit, hash)
         self.file = file
         self.validation_file = validation_file
         self.dataset = name
@@ -217,6 +221,7 @@ class OwnData(SaferData):
         """The examples of the files; those to predict are the training file's questions."""
         train = read_examples(Path(self.file), self.dataset)
         validation = read_examples(Path(self.validation_file), self.dataset) if self.validation_file else []
+        train, validation = (limited(part, self.limit, lambda e: e.question.answer) for part in (train, validation))
         return Parts(train, validation, predict=[Example(example.question) for example in train])
 
     def describe(self) -> dict[str, Any]:
