@@ -1,6 +1,7 @@
 """Runs the demo with seeds 0, 1 and 2, or with seed 0 rounded in several ways, and writes docs/seeds.md.
 
 python scripts/seeds.py [--roundings] [--out FOLDER] [--jobs 2]
+python scripts/seeds.py --check RUNS    # only looks at the bounds of a demo that has run, such as runs/demo
 
 Another processor rounds floating-point numbers differently, and so its world is trained to other weights. The roundings
 imitate that on one machine. Each run of the demo has a folder of its own; what is there is reused. The tables stand
@@ -53,7 +54,12 @@ def play(place: Path, variant: Variant) -> pd.DataFrame:
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     with (place / "demo.log").open("w") as log:
         subprocess.run(command, cwd=place, check=True, stdout=log, stderr=log, env=variables)  # noqa: S603
-    return compare({name: scores(load_run(place / "runs" / "demo" / name)) for name in RUNS})
+    return read(place / "runs" / "demo")
+
+
+def read(demo: Path) -> pd.DataFrame:
+    """The scores of a demo that has run."""
+    return compare({name: scores(load_run(demo / name)) for name in RUNS})
 
 
 def table_of(kind: str, tables: dict[str, pd.DataFrame]) -> str:
@@ -92,22 +98,30 @@ def main() -> int:
     parser.add_argument("--roundings", action="store_true", help="of seed 0, in place of the seeds")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder of the demos' folders")
     parser.add_argument("--jobs", type=int, default=1, help="demos at once, on one core each (two threads: two)")
+    parser.add_argument("--check", type=Path, help="the runs of a demo whose bounds are looked at; nothing is run")
     given = parser.parse_args()
+    if given.check:
+        return narrow({str(given.check): read(given.check)}, 0.0)
     kind, variants = ("rounding", ROUNDINGS) if given.roundings else ("seed", SEEDS)
     places = [given.out / re.sub(r"\W+", "-", f"{kind} {name}") for name in variants]
     with ThreadPoolExecutor(given.jobs) as pool:
         tables = dict(zip(variants, pool.map(play, places, variants.values()), strict=True))
     write(f"{kind}s", table_of(kind, tables))
     print(table_of(kind, tables))
-    narrow = [
-        f"{name}: {bound}: {margin:.1f} points"
+    return narrow(tables, MARGIN)
+
+
+def narrow(tables: dict[str, pd.DataFrame], margin: float) -> int:
+    """Says which bounds are met by less than this many points; 1 if there are any."""
+    found = [
+        f"{name}: {bound}: met by {points:.1f} points, {margin} are needed"
         for name, table in tables.items()
-        for bound, margin in margins(table).items()
-        if margin < MARGIN
+        for bound, points in margins(table).items()
+        if points < margin
     ]
-    for line in narrow:
-        print(f"narrow: {line}", file=sys.stderr)
-    return int(bool(narrow))
+    for line in found:
+        print(line, file=sys.stderr)
+    return int(bool(found))
 
 
 if __name__ == "__main__":
