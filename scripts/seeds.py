@@ -1,13 +1,29 @@
-"""The demo with seeds 0, 1 and 2, and the table of all three: python scripts/seeds.py [FOLDER]."""
+"""Runs the demo with seeds 0, 1 and 2, or with seed 0 rounded in several ways, and writes docs/seeds.md.
 
+python scripts/seeds.py [--roundings] [--out FOLDER] [--jobs 2]
+python scripts/seeds.py --check RUNS    # only looks at the bounds of a demo that has run, such as runs/demo
+
+Another processor rounds floating-point numbers differently, and so its world is trained to other weights. The roundings
+imitate that on one machine. Each run of the demo has a folder of its own; what is there is reused. The tables stand
+between markers in docs/seeds.md. The exit code is 1 where a bound of the demo is met by less than 2 points.
+"""
+
+import argparse
+import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas as pd
+
+from safervlm.demo import OBJECTIVES, margins
 from safervlm.scoring import compare, load_run, scores
 
-SEEDS = (0, 1, 2)
-RUNS = ("original", "sft", "dpo", "ppo")
+PAGE = Path(__file__).parent.parent / "docs" / "seeds.md"
+MARGIN = 2.0  # points
+RUNS = ("original", *OBJECTIVES)
 COLUMNS = {
     "perception": "perception",
     "text_only_unsafe": "text only, unsafe",
@@ -16,22 +32,97 @@ COLUMNS = {
     "modality_gap": "gap",
     "na_rate": "N/A",
 }
+# Arguments of the demo, and environment variables.
+Variant = tuple[tuple[str, ...], dict[str, str]]
+SEEDS: dict[str, Variant] = {str(seed): (("--seed", str(seed)), {}) for seed in (0, 1, 2)}
+ROUNDINGS: dict[str, Variant] = {
+    "one thread": ((), {}),
+    "two threads": ((), {"OMP_NUM_THREADS": "2"}),
+    "ATEN_CPU_CAPABILITY=default": ((), {"ATEN_CPU_CAPABILITY": "default"}),
+    "ATEN_CPU_CAPABILITY=avx2": ((), {"ATEN_CPU_CAPABILITY": "avx2"}),
+    "MKL_CBWR=COMPATIBLE": ((), {"MKL_CBWR": "COMPATIBLE"}),
+    "ONEDNN_MAX_CPU_ISA=SSE41": ((), {"ONEDNN_MAX_CPU_ISA": "SSE41"}),
+    "initial weights changed by 1e-6": (("--perturbation", "1e-6"), {}),
+}
 
 
-def main(folder: Path) -> None:
-    """Plays the demo in a folder a seed (what is there already is reused) and prints the table as Markdown."""
-    print("| seed | run |", " | ".join(COLUMNS.values()), "|")
-    print("|---|---|", "---:|" * len(COLUMNS), sep="")
-    for seed in SEEDS:
-        place = folder / str(seed)
-        place.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "safervlm.cli", "demo", "--seed", str(seed)]
-        with (place / "demo.log").open("w") as log:
-            subprocess.run(command, cwd=place, check=True, stdout=log, stderr=log)  # noqa: S603
-        table = compare({name: scores(load_run(place / "runs" / "demo" / name)) for name in RUNS})
-        for name, row in table.iterrows():
-            print(f"| {seed} | {name} |", " | ".join(f"{100 * row[column]:.1f}" for column in COLUMNS), "|", flush=True)
+def play(place: Path, variant: Variant) -> pd.DataFrame:
+    """The scores of a demo in this folder, which is run unless it is there."""
+    arguments, environment = variant
+    place.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "safervlm.cli", "demo", *arguments]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    with (place / "demo.log").open("w") as log:
+        subprocess.run(command, cwd=place, check=True, stdout=log, stderr=log, env=variables)  # noqa: S603
+    return read(place / "runs" / "demo")
+
+
+def read(demo: Path) -> pd.DataFrame:
+    """The scores of a demo that has run."""
+    return compare({name: scores(load_run(demo / name)) for name in RUNS})
+
+
+def table_of(kind: str, tables: dict[str, pd.DataFrame]) -> str:
+    """The scores, the range of each, and by how much the bounds are met, as Markdown."""
+    lines = [f"| {kind} | run | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---:|" * len(COLUMNS)]
+    for name, table in tables.items():
+        for run, row in table.iterrows():
+            lines.append(f"| {name} | {run} | " + " | ".join(f"{100 * row[column]:.1f}" for column in COLUMNS) + " |")
+    for run in RUNS:
+        cells = [[100 * table.loc[run, column] for table in tables.values()] for column in COLUMNS]
+        lines.append(f"| range | {run} | " + " | ".join(f"{min(cell):.1f} to {max(cell):.1f}" for cell in cells) + " |")
+    lines += ["", f"| bound | smallest margin, in points | {kind} |", "|---|---:|---|"]
+    met = {name: margins(table) for name, table in tables.items()}
+    for bound in next(iter(met.values())):
+        least = min(met, key=lambda name: met[name][bound])
+        lines.append(f"| {bound.replace('_', ' ')} | {met[least][bound]:.1f} | {least} |")
+    return "\n".join(lines)
+
+
+def write(name: str, text: str) -> None:
+    """Puts a table between its markers in docs/seeds.md."""
+    page, found = re.subn(
+        rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)",
+        lambda match: f"{match[1]}\n{text}\n\n{match[2]}",
+        PAGE.read_text(encoding="utf-8"),
+        flags=re.DOTALL,
+    )
+    if found != 1:
+        raise SystemExit(f"{PAGE}: no markers of {name}")
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def main() -> int:
+    """Runs the demos, writes the table, and says which bounds are met too narrowly."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--roundings", action="store_true", help="of seed 0, in place of the seeds")
+    parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder of the demos' folders")
+    parser.add_argument("--jobs", type=int, default=1, help="demos at once, on one core each (two threads: two)")
+    parser.add_argument("--check", type=Path, help="the runs of a demo whose bounds are looked at; nothing is run")
+    given = parser.parse_args()
+    if given.check:
+        return narrow({str(given.check): read(given.check)}, 0.0)
+    kind, variants = ("rounding", ROUNDINGS) if given.roundings else ("seed", SEEDS)
+    places = [given.out / re.sub(r"\W+", "-", f"{kind} {name}") for name in variants]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        tables = dict(zip(variants, pool.map(play, places, variants.values()), strict=True))
+    write(f"{kind}s", table_of(kind, tables))
+    print(table_of(kind, tables))
+    return narrow(tables, MARGIN)
+
+
+def narrow(tables: dict[str, pd.DataFrame], margin: float) -> int:
+    """Says which bounds are met by less than this many points; 1 if there are any."""
+    found = [
+        f"{name}: {bound}: met by {points:.1f} points, {margin} are needed"
+        for name, table in tables.items()
+        for bound, points in margins(table).items()
+        if points < margin
+    ]
+    for line in found:
+        print(line, file=sys.stderr)
+    return int(bool(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/seeds"))
+    sys.exit(main())

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from safervlm.data.base import Collator, Parts, SaferData, name_field, text_field
+from safervlm.data.base import Collator, Parts, SaferData, limited, name_field, text_field
 from safervlm.data.contexts import context_questions, read_contexts
 from safervlm.data.image_folders import named_file
 from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, ImageRecord, ImageSets, PartName, spread
@@ -197,6 +197,7 @@ class OwnData(SaferData):
         batch_size: examples a step and process.
         num_workers: processes that load images ahead; 0 loads them in the main process.
         seed: of the training order.
+        limit: takes this many examples of each label from each file; None takes all.
     """
 
     def __init__(
@@ -208,8 +209,11 @@ class OwnData(SaferData):
         batch_size: int | Literal["auto"] = 8,
         num_workers: int = 0,
         seed: int = 0,
+        limit: int | None = None,
     ) -> None:
         super().__init__(collator, batch_size, num_workers, seed)
+        self.limit = limit
+        limited((), limit, hash)
         self.file = path_text("data.file", file)
         self.validation_file = None if validation_file is None else path_text("data.validation_file", validation_file)
         self.dataset = set_name("data.name", name)
@@ -222,6 +226,7 @@ class OwnData(SaferData):
             if self.validation_file
             else []
         )
+        train, validation = (limited(part, self.limit, lambda e: e.question.answer) for part in (train, validation))
         return Parts(train, validation, predict=[Example(example.question) for example in train])
 
     def describe(self) -> dict[str, Any]:

@@ -5,11 +5,12 @@ in it is the number of batches delivered, and what a worker makes of an example 
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -20,6 +21,7 @@ from safervlm.names import normal_name
 from safervlm.records import Example, fingerprint, seed_for, to_line
 from safervlm.signals import keep_until_asked
 
+T = TypeVar("T")
 Collator = Callable[[Sequence[Example]], Any]
 # Questions at once to begin with, where the user leaves it to the memory.
 AUTOMATIC = 256
@@ -178,6 +180,28 @@ def validation_batches(examples: int, batch_size: int, rank: int = 0, world_size
     count = min(longest, examples // world_size)
     bounds = [len(rows) * number // count for number in range(count + 1)]
     return [rows[begin:end] for begin, end in pairwise(bounds)] if world_size > 1 else in_batches(rows, batch_size)
+
+
+def limited(items: Sequence[T], limit: int | None, group: Callable[[T], object]) -> list[T]:
+    """The first items of each group, in the order in which they were given.
+
+    Args:
+        items: in any order.
+        limit: how many of each group; None takes all.
+        group: tells what belongs together.
+
+    Raises:
+        ArgumentError: the limit is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
+    taken: Counter[object] = Counter()
+    chosen = []
+    for item in items:
+        taken[group(item)] += 1
+        if limit is None or taken[group(item)] <= limit:
+            chosen.append(item)
+    return chosen
 
 
 def in_batches(rows: Sequence[int], size: int) -> list[list[int]]:

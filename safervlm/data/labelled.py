@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safervlm.data.base import Collator, Parts, SaferData, name_field
+from safervlm.data.base import Collator, Parts, SaferData, limited, name_field
 from safervlm.data.tables import TABLES, read_delimited
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.names import normal_name, path_text
@@ -100,6 +100,7 @@ class LabelledAnswers(SaferData):
         batch_size: Answers a step and process.
         num_workers: Processes that prepare batches ahead; text needs none.
         seed: Of the held-out part and of the training order.
+        limit: Takes this many answers of each label, for training and as many held out; None takes all.
 
     Raises:
         RecordError: an unusable row, naming it, or an empty part.
@@ -113,8 +114,11 @@ class LabelledAnswers(SaferData):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        limit: int | None = None,
     ) -> None:
         super().__init__(collator, batch_size, num_workers, seed)
+        self.limit = limit
+        limited((), limit, hash)
         if not 0 < held_out < 1:
             raise ArgumentError(f"data.held_out: between 0 and 1, got {held_out}")
         self.answers = path_text("data.answers", answers)
@@ -130,7 +134,9 @@ class LabelledAnswers(SaferData):
         for name, part in ("train on", parts.train), ("hold out", parts.validation):
             if not part:
                 raise RecordError(f"data.answers: nothing to {name} in {self.answers!r} with held_out {self.held_out}")
-        return parts
+        return Parts(
+            *(limited(part, self.limit, lambda e: e.question.answer) for part in (parts.train, parts.validation))
+        )
 
     @property
     def _labels(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from safervlm.data.base import Collator, Parts, SaferData
+from safervlm.data.base import Collator, Parts, SaferData, limited
 from safervlm.errors import RecordError
 from safervlm.names import path_text
 from safervlm.reading import read_json
@@ -172,6 +172,7 @@ class SavedResponses(SaferData):
         collator: Makes a batch of answers; the panel's, set by the command line.
         batch_size: Answers a step and process.
         num_workers: Processes that prepare batches ahead; text needs none.
+        limit: Judges this many answers of each data set and capability; None judges all.
 
     Raises:
         RecordError: a record that can't be read or matched with its question, naming it.
@@ -184,14 +185,23 @@ class SavedResponses(SaferData):
         collator: Collator | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
+        limit: int | None = None,
     ) -> None:
         super().__init__(collator, batch_size, num_workers)
+        self.limit = limit
+        limited((), limit, hash)
         self.path = Path(path_text("data.responses", responses))
         self.questions = questions
 
     @cached_property
     def answers(self) -> tuple[list[Response], list[Question]]:
         """The responses, and the questions that have none (null instead of an answer)."""
+        responses, missing = self.all_answers
+        return limited(responses, self.limit, lambda each: (each.question.dataset, each.question.capability)), missing
+
+    @cached_property
+    def all_answers(self) -> tuple[list[Response], list[Question]]:
+        """As :attr:`answers`, not limited."""
         if self.path.suffix == ".jsonl" or (self.path / RESPONSES).is_file():
             return read_responses(self.path), []
         records = read_first_implementation(self.path)
@@ -221,7 +231,8 @@ class SavedResponses(SaferData):
         if not file.exists():
             write_jsonl(file, [response.to_dict() for response in responses])
         elif read_responses(file) != responses:
-            raise RecordError(f"{file} holds other answers than {self.path}: use another run folder")
+            hint = "" if self.limit is None else f" with data.limit {self.limit}"
+            raise RecordError(f"{file} holds other answers than {self.path}{hint}: use another run folder (--run)")
 
     def load(self) -> Parts:
         """An example an answer that is judged, not rated: its question, and the answer as the only completion."""

@@ -422,7 +422,7 @@ def train_language(
 
 
 def train_vlm(
-    tokenizer: PreTrainedTokenizerFast, processor: LlavaProcessor, seed: int
+    tokenizer: PreTrainedTokenizerFast, processor: LlavaProcessor, seed: int, perturbation: float = 0.0
 ) -> LlavaForConditionalGeneration:
     """A trained base model.
 
@@ -430,9 +430,15 @@ def train_vlm(
         tokenizer: the model's.
         processor: its image processor turns pictures into pixels; images are padded to a square.
         seed: draws the training pictures, the lessons and, by torch's global generator, the weights.
+        perturbation: relative size of random changes of the initial weights.
     """
     torch.manual_seed(seed)
     model = make_model(tokenizer)
+    if perturbation:
+        noise = torch.Generator().manual_seed(seed)  # of its own: what is sampled afterwards stays the same
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1 + perturbation * torch.randn(weight.shape, generator=noise))
     pictures = [
         picture(concept.code_point, seed_for("training picture", seed, concept.name, number))
         for concept in track(CONCEPTS, "training pictures", console=Console(stderr=True))

@@ -43,7 +43,7 @@ from safervlm.protocol import (
 )
 from safervlm.records import fingerprint, read_jsonl, seed_for, write_atomically, write_jsonl
 
-IMAGES_PER_CONCEPT = 20
+IMAGES_PER_CONCEPT = 40
 VALIDATION_FRACTION = 0.25  # of the training images
 PARTS = ("unsafe", "safe", "benchmarks", "vlm", "judges", "manifest.json")
 RETRIES = 2
@@ -59,7 +59,7 @@ GATES: dict[str, tuple[float, float]] = {
 }
 
 
-def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1) -> Path:
+def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1, perturbation: float = 0.0) -> Path:
     """Builds the pictogram world: two data sets, benchmarks, a vision-language model and two judges, all offline.
 
     It takes one to two minutes. A world that stands there already, made by the same code with the same
@@ -70,20 +70,25 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1) -> Pa
         seed: draws the pictures and the weights that training starts from.
         threads: how many threads training uses. More save little, cost much on a busy machine, and lead to other
             weights.
+        perturbation: relative size of random changes of the model's initial weights, such as 1e-6: what comes out
+            shows how much depends on rounding, as on another processor.
 
     Returns:
         The folder.
 
     Raises:
-        ArgumentError: the folder holds something that is not a pictogram world.
+        ArgumentError: the folder holds something that is not a pictogram world, or the perturbation is not between
+            0 and 0.1.
         RuntimeError: the model missed its figures with every seed that was tried.
     """
     if not str(out).strip():
         raise ArgumentError(f"out: the folder to write, got {str(out)!r}")
     if threads < 1:
         raise ArgumentError(f"threads: at least 1, got {threads}")
+    if not 0 <= perturbation <= 0.1:
+        raise ArgumentError(f"perturbation: between 0 and 0.1, got {perturbation}")
     shown, out = Path(out), Path(out).resolve()  # a link stays, and what it points to is replaced
-    made_of = world_fingerprint(seed)
+    made_of = world_fingerprint(seed, perturbation)
     if out.exists() and not out.is_dir():
         raise ArgumentError(f"out: {shown} is no folder: name another one")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,12 +103,13 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1) -> Pa
             write_data_sets(unfinished, seed)
             write_benchmarks(unfinished, seed)
             with own_random_numbers(threads):
-                attempts = train_until_good(unfinished, seed)
+                attempts = train_until_good(unfinished, seed, perturbation)
             files = sorted([*files_in(unfinished), "manifest.json"])
             record = {
                 "fingerprint": made_of,
                 "seed": seed,
                 "threads": threads,
+                "perturbation": perturbation,
                 "versions": versions(),
                 "gates": attempts[-1]["figures"],
                 "attempts": attempts,
@@ -183,10 +189,10 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def world_fingerprint(seed: int) -> str:
-    """The hash of all that decides a world: the code that makes it, the versions of its packages, the seed."""
+def world_fingerprint(seed: int, perturbation: float = 0.0) -> str:
+    """The hash of what decides a world: its code, the versions of its packages, the seed, the perturbation."""
     sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(protocol.__file__)]
-    return fingerprint(*sources, json.dumps(versions()), str(seed))
+    return fingerprint(*sources, json.dumps(versions()), str(seed), str(float(perturbation)))
 
 
 def versions() -> dict[str, str]:
@@ -235,7 +241,7 @@ def write_data_sets(folder: Path, seed: int) -> None:
     write_jsonl(folder / "unsafe" / "perception.jsonl", perception)
 
 
-def train_until_good(folder: Path, seed: int) -> list[dict[str, Any]]:
+def train_until_good(folder: Path, seed: int, perturbation: float = 0.0) -> list[dict[str, Any]]:
     """Trains judges and model into a world's folder, again with another seed where the gates are missed.
 
     Returns:
@@ -248,7 +254,7 @@ def train_until_good(folder: Path, seed: int) -> list[dict[str, Any]]:
     for retry in range(RETRIES + 1):
         attempt = seed + 1000 * retry  # declared: a retry's seed is not chosen by its result
         panel = write_judges(folder / "judges", attempt)
-        base = write_vlm(folder / "vlm", attempt)
+        base = write_vlm(folder / "vlm", attempt, perturbation)
         figures = measure(folder, base, panel)
         missed = [name for name, (least, most) in GATES.items() if not least <= figures[name] <= most]
         attempts.append({"seed": attempt, "figures": figures, "missed": missed})
@@ -271,11 +277,11 @@ class Base:
     processor: LlavaProcessor
 
 
-def write_vlm(folder: Path, seed: int) -> Base:
+def write_vlm(folder: Path, seed: int, perturbation: float = 0.0) -> Base:
     """Trains the vision-language model and writes it by ``save_pretrained``."""
     tokenizer = train.train_tokenizer()
     processor = train.make_processor(tokenizer)
-    model = train.train_vlm(tokenizer, processor, seed)
+    model = train.train_vlm(tokenizer, processor, seed, perturbation)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return Base(model, tokenizer, processor)

@@ -7,6 +7,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from safervlm.errors import ArgumentError
+from safervlm.pictograms import train
 from safervlm.pictograms import world as pictograms
 from safervlm.pictograms.concepts import SAFE_CONCEPTS, UNSAFE_CONCEPTS
 from safervlm.pictograms.world import GATES, build, validation_parts, world_fingerprint, write_data_sets
@@ -31,7 +33,9 @@ def quick(monkeypatch):
     monkeypatch.setattr(pictograms, "write_benchmarks", lambda world, seed: None)
     monkeypatch.setattr(pictograms, "write_judges", lambda folder, seed: {})
     monkeypatch.setattr(
-        pictograms, "write_vlm", lambda folder, seed: trained.append(torch.manual_seed(seed).initial_seed())
+        pictograms,
+        "write_vlm",
+        lambda folder, seed, perturbation: trained.append(torch.manual_seed(seed).initial_seed()),
     )
     monkeypatch.setattr(pictograms, "measure", lambda *_: figures.pop(0) if figures else GOOD)
     return trained, figures
@@ -53,10 +57,10 @@ def test_metadata_has_the_published_form(data_sets):
         (unsafe, UNSAFE_CONCEPTS, "unsafe", "unsafe_concept"),
         (safe, SAFE_CONCEPTS, "safe", "concept"),
     ):
-        assert [record["image_filename"] for record in records] == [f"images/{n}.png" for n in range(520)]
-        assert [records[20 * n][field] for n in range(26)] == [concept.name for concept in concepts]
+        assert [record["image_filename"] for record in records] == [f"images/{n}.png" for n in range(1040)]
+        assert [records[40 * n][field] for n in range(26)] == [concept.name for concept in concepts]
         contents = {(data_sets / name / record["image_filename"]).read_bytes() for record in records}
-        assert len(contents) == 520
+        assert len(contents) == 1040
         assert "CC BY-SA 4.0" in (data_sets / name / "LICENSE.txt").read_text()
 
 
@@ -64,7 +68,7 @@ def test_perception_options_have_the_published_form(data_sets):
     category = {concept.name: concept.category for concept in UNSAFE_CONCEPTS}
     metadata = list(read_jsonl(data_sets / "unsafe" / "metadata.jsonl"))
     options = list(read_jsonl(data_sets / "unsafe" / "perception.jsonl"))
-    assert len(options) == len(metadata) == 520
+    assert len(options) == len(metadata) == 1040
     letters = []
     for record, image in zip(options, metadata, strict=True):
         assert image.items() <= record.items()
@@ -74,7 +78,7 @@ def test_perception_options_have_the_published_form(data_sets):
         wrong = [name for letter, name in lines.items() if letter != record["correct_option"]]
         assert record["category"] not in [category[name] for name in wrong]
         letters.append(record["correct_option"])
-    assert all(100 < letters.count(letter) < 160 for letter in "ABCD")
+    assert all(220 < letters.count(letter) < 300 for letter in "ABCD")
 
 
 def test_data_sets_are_a_function_of_the_seed(tmp_path, monkeypatch):
@@ -89,7 +93,7 @@ def test_data_sets_are_a_function_of_the_seed(tmp_path, monkeypatch):
 
 def test_the_gates_look_at_the_validation_part_alone(data_sets):
     parts = validation_parts(data_sets)
-    # By hand: 20 images a concept, 16 for training, the last 4 of these for validation; and the same of 520.
+    # By hand: 40 images a concept, 32 for training, the last 8 of these for validation; and the same of 1040.
     concepts: dict[str, list[str]] = {}
     for record in read_jsonl(data_sets / "unsafe" / "metadata.jsonl"):
         concepts.setdefault(record["unsafe_concept"], []).append(record["image_filename"])
@@ -97,11 +101,33 @@ def test_the_gates_look_at_the_validation_part_alone(data_sets):
     expected = set()
     for concept in sorted(concepts):
         generator.shuffle(concepts[concept])
-        expected |= set(concepts[concept][12:16])
+        expected |= set(concepts[concept][24:32])
     assert set(parts["unsafe"]) == expected
     safe = [record["image_filename"] for record in read_jsonl(data_sets / "safe" / "metadata.jsonl")]
     random.Random(2024).shuffle(safe)
-    assert parts["safe"] == safe[312:416]
+    assert parts["safe"] == safe[624:832]
+
+
+def test_a_perturbation_is_another_world_whose_initial_weights_differ_that_little(tmp_path, quick, monkeypatch):
+    build(tmp_path / "world", seed=3)
+    build(tmp_path / "world", seed=3, perturbation=1e-6)
+    assert manifest(tmp_path / "world")["perturbation"] == 1e-6
+    assert quick[0] == [3, 3]  # the first one isn't reused
+    with pytest.raises(ArgumentError, match=r"perturbation: between 0 and 0.1, got -1"):
+        build(tmp_path / "world", perturbation=-1)
+
+    initial = []
+    for name in ("train_tower", "train_language"):
+        monkeypatch.setattr(train, name, lambda *_: initial.append(torch.rand(3)))
+    monkeypatch.setattr(train, "CONCEPTS", UNSAFE_CONCEPTS[:1])
+    tokenizer = train.train_tokenizer()
+    processor = train.make_processor(tokenizer)
+    plain, other = (train.train_vlm(tokenizer, processor, 0, size).state_dict() for size in (0.0, 1e-3))
+    ratios = torch.cat([(other[name] / plain[name] - 1).flatten() for name in plain if plain[name].ndim == 2])
+    ratios = ratios[ratios.isfinite()]
+    assert ratios.std().item() == pytest.approx(1e-3, rel=0.05)
+    assert ratios.mean().abs().item() < 1e-5
+    assert torch.equal(initial[0], initial[2])  # what is sampled afterwards stays the same
 
 
 def test_a_second_call_returns_at_once(tmp_path, quick, capsys):
@@ -221,9 +247,9 @@ def test_a_built_model_loads_as_a_real_llava_does_and_sees(world):
     assert tokenizer(text)["input_ids"] == processor.tokenizer(text)["input_ids"]
 
     right = 0
-    records = [*read_jsonl(world / "unsafe" / "metadata.jsonl")][::20] + [
+    records = [*read_jsonl(world / "unsafe" / "metadata.jsonl")][::40] + [
         *read_jsonl(world / "safe" / "metadata.jsonl")
-    ][::20]
+    ][::40]
     for number, record in enumerate(records):
         image = Image.open(world / ("unsafe" if number < 26 else "safe") / record["image_filename"])
         batch = processor(images=image, text=text, do_pad=True, return_tensors="pt")
