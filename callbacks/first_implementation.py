@@ -33,7 +33,7 @@ class FirstImplementationFiles(Callback):
             return
         run = Path(trainer.default_root_dir)
         files: dict[Path, list[dict[str, Any]]] = defaultdict(list)
-        for response in read_responses(run):
+        for response in read_responses(run, may_be_empty=True):
             question = response.question
             if question.dataset in ("", ".", "..") or "/" in question.dataset:
                 raise RecordError(f"{question.id}: the data set {question.dataset!r} can't name a folder; rename it")

@@ -35,7 +35,7 @@ class JudgeResponses(Callback):
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
-        responses = read_responses(run)
+        responses = read_responses(run, may_be_empty=True)
         # A rating needs another model: RateResponses.
         responses = [response for response in responses if response.question.capability != "rated"]
         judges = {response.id: self.panel.reader(response.question.capability) for response in responses}

@@ -27,7 +27,7 @@ from safervlm.rating import (
     rating_prompt,
     read_ratings,
 )
-from safervlm.records import Example, Question, Response, read_torn_jsonl, to_line, write_jsonl
+from safervlm.records import Example, Question, Response, read_records, read_torn_jsonl, to_line, write_jsonl
 from safervlm.run import write_stage
 from safervlm.signals import safe_points
 from safervlm.vlm.api import Server
@@ -93,12 +93,14 @@ class RateResponses(Callback):
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
-        responses = [response for response in read_responses(run) if response.question.capability == "rated"]
+        responses = [
+            response for response in read_responses(run, may_be_empty=True) if response.question.capability == "rated"
+        ]
         if not responses:
             return
         wanted = self.wanted(responses)
         there = read_torn_jsonl(run / RATINGS) if (run / RATINGS).is_file() else []
-        ratings = {rating.key: rating for rating in map(Rating.from_dict, there)}
+        ratings = {rating.key: rating for rating in (read_records(run / RATINGS, Rating, torn=True) if there else [])}
         left = [each for each in wanted if each.key not in ratings or ratings[each.key].reason]
         if self.judge.dry_run:
             estimate = self.judge.estimate([each.question for each in left], MAX_NEW_TOKENS)

@@ -45,7 +45,7 @@ from safervlm.intervals import (
 )
 from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
 from safervlm.rating import RATINGS, Rating
-from safervlm.records import FAILED, Failure, read_jsonl, read_torn_jsonl
+from safervlm.records import FAILED, Failure, read_records
 from safervlm.rules import occurs
 from safervlm.run import MANIFEST, read_manifest
 from safervlm.scoring import (
@@ -177,7 +177,7 @@ def load(folder: str | Path, name: str) -> Evaluation:
         with explained(
             f"{folder / FAILED}: it can't be read", "ask the questions again with the same command", *_BROKEN
         ):
-            failures = [Failure.from_dict(record) for record in read_jsonl(folder / FAILED)]
+            failures = read_records(folder / FAILED, Failure)
     unanswered = pd.DataFrame(
         [each.question.to_dict() | {"drawn": each.question.drawn, "reason": each.reason} for each in failures],
         columns=["id", "dataset", "capability", "category", "image", "answer", "drawn", "reason"],
@@ -199,7 +199,7 @@ def load_ratings(folder: Path, rated: pd.DataFrame) -> pd.DataFrame:
     ratings: list[Rating] = []
     if (folder / RATINGS).exists():
         with explained(f"{folder / RATINGS}: it can't be read", "rate again with the same command", *_BROKEN):
-            ratings = [Rating.from_dict(record) for record in read_torn_jsonl(folder / RATINGS)]
+            ratings = read_records(folder / RATINGS, Rating, torn=True)
     # The last line counts: what couldn't be read was asked again.
     found = {(rating.id, rating.swapped): rating for rating in ratings if rating.judge == judge}
     rows = []

@@ -269,19 +269,20 @@ class Stored(Protocol):
 Kind = TypeVar("Kind", bound=Stored)
 
 
-def read_records(path: str | Path, kind: type[Kind]) -> list[Kind]:
+def read_records(path: str | Path, kind: type[Kind], torn: bool = False) -> list[Kind]:
     """The records of a run folder's file.
 
     Args:
         path: the JSONL file.
         kind: of the records, for example :class:`Response`.
+        torn: whether the last line may be cut off, as its writer may have died (:func:`read_torn_jsonl`).
 
     Raises:
         RecordError: a line that is no such record: a field is missing, unknown or of another type. The message names
             file and line.
     """
     records = []
-    for number, record in numbered_jsonl(path):
+    for number, record in enumerate(read_torn_jsonl(Path(path)), 1) if torn else numbered_jsonl(path):
         try:
             records.append(kind.from_dict(record))
         except (KeyError, TypeError, ValueError) as error:

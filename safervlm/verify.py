@@ -15,7 +15,7 @@ from safervlm.data.responses import RESPONSES, read_responses
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.lightning_cli import SaferCLI, as_command_line, hush
 from safervlm.measure import Measure
-from safervlm.records import Example, Failure, Response, Verdict, read_jsonl, seed_for, write_jsonl
+from safervlm.records import Example, Failure, Response, Verdict, read_records, seed_for, write_jsonl
 from safervlm.run import locked
 from safervlm.tables import JUDGE_NOTE, TextTable, say
 from safervlm.trust import check, find_beside_the_shell, named_in, read_config
@@ -146,7 +146,7 @@ def _ask_again(run: Path, settings: dict[str, Any], sample: int, batch_size: int
     panel = next((callback.panel for callback in callbacks if hasattr(callback, "panel")), None)
     verdicts: dict[str, tuple[str, str]] = {}
     if panel is not None and (run / "verdicts.jsonl").is_file():
-        old = {record["id"]: Verdict.from_dict(record).label for record in read_jsonl(run / "verdicts.jsonl")}
+        old = {verdict.id: verdict.label for verdict in read_records(run / "verdicts.jsonl", Verdict)}
         judged = [response for response in after.values() if response.id in old]
         new = {verdict.id: verdict.label for verdict in panel.judge(judged)}
         verdicts = {name: (old[name], label) for name, label in new.items()}

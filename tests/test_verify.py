@@ -33,7 +33,10 @@ def test_what_flips_is_counted_and_written_down(run: Path, tmp_path: Path, capsy
     responses, verdicts = (list(read_jsonl(run / f"{name}.jsonl")) for name in ("responses", "verdicts"))
     responses[3]["response"], responses[7]["response"] = "another answer", "a third one"
     other = {"Safe": "Unsafe", "Unsafe": "N/A", "N/A": "Safe"}
-    verdicts[7]["label"] = other[verdicts[7]["label"]]
+    before = verdicts[7]["label"]
+    verdicts[7]["label"] = other[before]
+    chances = verdicts[7]["probabilities"]
+    chances[before], chances[other[before]] = chances[other[before]], chances[before]
     for name, records in (("responses", responses), ("verdicts", verdicts)):
         write_jsonl(tmp_path / f"{name}.jsonl", records)
     (tmp_path / "predict.yaml").write_text((run / "predict.yaml").read_text())

@@ -22,21 +22,22 @@ from safervlm.records import Example, Question, Response, read_records, write_js
 RESPONSES = "responses.jsonl"
 
 
-def read_responses(path: str | Path) -> list[Response]:
+def read_responses(path: str | Path, may_be_empty: bool = False) -> list[Response]:
     """Reads ``responses.jsonl``.
 
     Args:
         path: the file, or the run folder that holds it.
+        may_be_empty: whether a file without a response is fine: every question of the run may have failed.
 
     Raises:
-        RecordError: the file is missing, or a record isn't a response, naming it.
+        RecordError: the file is missing or empty, or a record isn't a response, naming it.
     """
     path = Path(path)
     file = path / RESPONSES if path.is_dir() else path
     if not file.is_file():
         raise RecordError(f"{file} is missing: a measurement writes it when it is complete; give its run folder")
     responses = read_records(file, Response)
-    if not responses:
+    if not responses and not may_be_empty:
         raise RecordError(f"{file}: is empty: it needs a response a line")
     return responses
 
