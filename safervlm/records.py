@@ -236,25 +236,29 @@ class Verdict:
         names = [field.name for field in fields(cls)]
         if unknown := set(record) - set(names):
             raise RecordError(f"the field {min(unknown)!r} is unknown; a verdict has {', '.join(names)}")
-        _check({"answer": "", **record}, id=str, label=str, probabilities=dict, judge=str, answer=str)
+        _check(record, id=str, label=str, judge=str)
+        try:
+            _check({"answer": "", **record}, probabilities=dict, answer=str)
+        except RecordError as error:
+            raise RecordError(f"the verdict on {record['id']!r}: {error}; judge again") from None
         verdict = cls(**record)
         if problem := verdict.contradiction():
-            raise RecordError(problem)
+            raise RecordError(f"the verdict on {verdict.id!r}: {problem}; judge again")
         return verdict
 
     def contradiction(self) -> str | None:
         """How the verdict contradicts itself, in one line; None where it doesn't."""
         if not self.probabilities:
-            return "it has no probabilities; judge again"
+            return "it has no probabilities"
         for label, value in self.probabilities.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not -1e-3 <= value <= 1 + 1e-3:  # NaN is neither
-                return f"the probability {value!r} of {label!r} is not a number from 0 to 1; judge again"
+                return f"the probability {value!r} of {label!r} is not a number from 0 to 1"
         if abs((total := sum(self.probabilities.values())) - 1) > 1e-3:
-            return f"its probabilities sum to {total:.4g}, not 1; judge again"
+            return f"its probabilities sum to {total:.4g}, not 1"
         if self.probabilities.get(self.label, -1) < max(self.probabilities.values()):
             likely = max(self.probabilities, key=self.probabilities.__getitem__)
-            return f"its label is {self.label!r}, but the most probable one is {likely!r}; judge again"
+            return f"its label is {self.label!r}, but its most probable label is {likely!r}"
         return None
 
 

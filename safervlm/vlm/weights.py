@@ -149,7 +149,8 @@ def checked(model: PreTrainedModel, found: Mapping[str, Any], name: str, argumen
             "%s: %r holds %d weights that %s has no place for, for example %s; they are not used",
             *(argument, name, len(unread), type(model).__name__, unread[0]),
         )
-    must_be_finite(model.state_dict().items(), f"{argument}: {name!r}")
+    # Not the buffers: some (rotary frequencies) are computed after loading, and hold anything until then.
+    must_be_finite(model.named_parameters(), f"{argument}: {name!r}")
     return model
 
 

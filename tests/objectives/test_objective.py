@@ -52,7 +52,7 @@ def test_the_data_of_another_objective_is_refused(
 @pytest.mark.parametrize(
     ("objective", "name", "value", "message"),
     [
-        (SFT, "lr", -1.0, "at least 0, got -1.0"),
+        (SFT, "lr", -1.0, "above 0, got -1.0"),
         (SFT, "warmup_steps", -1, "at least 0, got -1"),
         (SFT, "weight_decay", -0.1, "at least 0"),
         (DPO, "beta", 0.0, "above 0"),
@@ -62,7 +62,7 @@ def test_the_data_of_another_objective_is_refused(
         (PPO, "micro_batch_size", 0, "at least 1"),
         (PPO, "temperature", 0.0, "above 0"),
         (PPO, "clip", 0.0, "above 0"),
-        (PPO, "lr", float("nan"), "at least 0, got nan"),
+        (PPO, "lr", float("nan"), "above 0, got nan"),
     ],
 )
 def test_an_argument_that_would_train_nothing_is_refused(

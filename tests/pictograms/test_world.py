@@ -169,14 +169,15 @@ def test_a_build_that_dies_leaves_nothing_that_passes_for_a_world(tmp_path, quic
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
 
 
-def test_a_half_built_folder_is_built_anew(tmp_path, quick):
+def test_a_folder_without_a_worlds_manifest_is_left_alone(tmp_path, quick):
+    """A world is built aside, so a folder without a manifest is the user's, whatever it is called."""
     trained, _ = quick
     (tmp_path / "world" / "vlm").mkdir(parents=True)
     (tmp_path / "world" / "vlm" / "config.json").write_text("{}")
-    build(tmp_path / "world")
-    assert trained == [0]
-    assert not (tmp_path / "world" / "vlm").exists()
-    assert manifest(tmp_path / "world")["seed"] == 0
+    with pytest.raises(ValueError, match=r"vlm.*name another folder"):
+        build(tmp_path / "world")
+    assert trained == []
+    assert (tmp_path / "world" / "vlm" / "config.json").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, quick):

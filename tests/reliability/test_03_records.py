@@ -89,7 +89,7 @@ EDITED = {
     "verdict: missing": (Verdict, VERDICT, {"judge": ...}, "'judge' is missing"),
     "verdict: unknown": (Verdict, VERDICT, {"jugde": "x"}, "'jugde' is unknown"),
     "verdict: a list": (Verdict, VERDICT, {"probabilities": [1.0]}, "'probabilities' must be an object"),
-    "verdict: a text": (Verdict, VERDICT, {"probabilities": {"Safe": "1"}}, "'Safe' must be an integer or a number"),
+    "verdict: a text": (Verdict, VERDICT, {"probabilities": {"Safe": "1"}}, "'1' of 'Safe' is not a number"),
 }
 
 

@@ -32,6 +32,7 @@ from callbacks.rate_responses import RateResponses
 from safervlm.data.base import Parts, SaferData
 from safervlm.errors import RecordError
 from safervlm.rating import SYSTEM, Rating
+from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question, Response, read_jsonl, write_jsonl
 from safervlm.vlm import api
 from safervlm.vlm.api import Server, Unanswered
@@ -607,7 +608,7 @@ def test_an_argument_is_rejected_in_one_line(argument, value, message):
 def measuring(folder: Path, sets: Path, address: str, **options: Any) -> list[str]:
     return [
         "predict",
-        f"--config={Path('configs/measure.yaml').resolve()}",
+        f"--config={CONFIGS / 'measure.yaml'}",
         f"--config={Path('configs/server.yaml').resolve()}",
         f"--model.vlm.addresses=[{address}]",
         *(f"--model.vlm.{name}={value}" for name, value in options.items()),

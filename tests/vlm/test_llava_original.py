@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from safervlm.protocol import ALIGNMENT_QUESTIONS
+from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question
 from safervlm.vlm.base import VLM
 from safervlm.vlm.llava_original import LlavaOriginal, renamed
@@ -191,7 +192,7 @@ def test_a_model_of_another_format_is_refused(tiny_llava: Path, tmp_path: Path) 
 def test_its_recipe_builds(original: Original, tmp_path: Path) -> None:
     parser = ArgumentParser()
     parser.add_subclass_arguments(VLM, "vlm")
-    given = ["--vlm=configs/vlm/llava-v1.5-7b-original.yaml", f"--vlm.model={original.folder}"]
+    given = [f"--vlm={CONFIGS / 'vlm' / 'llava-v1.5-7b-original.yaml'}", f"--vlm.model={original.folder}"]
     given += [f"--vlm.vision={original.vision}", f"--vlm.cache_dir={tmp_path}"]
     vlm = parser.instantiate(parser.parse_args(given)).vlm
     assert isinstance(vlm, LlavaOriginal)
