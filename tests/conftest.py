@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import pytest
 import torch
+from checkout import CHECKOUT, contents
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -37,26 +38,6 @@ torch.set_num_threads(1)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and this machine has none")
-
-
-CHECKOUT = Path(__file__).parent.parent
-CACHES = {"__pycache__", ".git", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
-
-
-def contents(folder: Path) -> dict[str, tuple[int, int] | None]:
-    """Size and time of change of each file below a folder, None for a folder; no caches, no virtual environments."""
-    found: dict[str, tuple[int, int] | None] = {}
-    for here, folders, files in os.walk(folder):
-        folders[:] = [
-            name
-            for name in folders
-            if name not in CACHES and not name.endswith(".egg-info") and not Path(here, name, "pyvenv.cfg").exists()
-        ]
-        found |= {str(Path(here, name)): None for name in folders}
-        for path in (Path(here, name) for name in files):
-            state = path.lstat()
-            found[str(path)] = (state.st_size, state.st_mtime_ns)
-    return found
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CHECKOUT, contents
+from checkout import CHECKOUT, contents
 
 from safervlm.cli import main
 from safervlm.judge import Judge
