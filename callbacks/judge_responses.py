@@ -1,5 +1,6 @@
 """Judges the answers of a measurement as soon as they are complete."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
@@ -9,7 +10,8 @@ from rich.progress import track
 from safervlm.data.responses import read_responses
 from safervlm.errors import RecordError, first_line
 from safervlm.judge import Panel
-from safervlm.records import Verdict, read_jsonl, write_jsonl
+from safervlm.measure import reason_of
+from safervlm.records import UNJUDGED, Failure, Response, Verdict, read_jsonl, write_jsonl
 
 VERDICTS = "verdicts.jsonl"
 
@@ -19,7 +21,8 @@ class JudgeResponses(Callback):
 
     Answers that these judges have judged already are not judged again: a verdict belongs to a question's id, a judge
     and the answer's text. Verdicts of other judges, of other texts, or of answers that are no longer there, are
-    replaced. It stands behind the RecordWriter, which writes ``responses.jsonl``.
+    replaced. An answer that raises an exception is listed in ``verdicts-failed.jsonl`` with its reason, and judged
+    again by the same command. It stands behind the RecordWriter, which writes ``responses.jsonl``.
 
     Args:
         panel: The judges.
@@ -62,10 +65,35 @@ class JudgeResponses(Callback):
             Console().print(f"{stale} verdicts of other answers (or of version 0.1) are judged again")
 
         left = [response for response in responses if response.id not in verdicts]
+        failed: list[Failure] = []
         self.panel.to(trainer.strategy.root_device)
         # Each judge sorts what it is given by length, so it is given more than a batch.
         size = 16 * self.batch_size
         for start in track(range(0, len(left), size), "Judging", disable=not left):
-            for verdict in self.panel.judge(left[start : start + size], self.batch_size):
-                verdicts[verdict.id] = verdict
-        write_jsonl(run / VERDICTS, (verdicts[response.id].to_dict() for response in responses))
+            some, more = self.judged(left[start : start + size])
+            verdicts |= {verdict.id: verdict for verdict in some}
+            failed += more
+        there = (verdicts[response.id] for response in responses if response.id in verdicts)
+        write_jsonl(run / VERDICTS, (verdict.to_dict() for verdict in there))
+        if failed:
+            write_jsonl(run / UNJUDGED, (failure.to_dict() for failure in failed))
+        else:
+            (run / UNJUDGED).unlink(missing_ok=True)
+
+    def judged(self, responses: Sequence[Response]) -> tuple[list[Verdict], list[Failure]]:
+        """The verdicts on answers, and the answers that raise an exception, found by halves, with the reason.
+
+        Args:
+            responses: the answers.
+        """
+        if not responses:
+            return [], []
+        try:
+            return self.panel.judge(responses, self.batch_size), []
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            reason = reason_of(error)
+        if len(responses) == 1:
+            return [], [Failure(responses[0].question, f"the answer can't be judged ({reason})")]
+        middle = len(responses) // 2
+        first, second = self.judged(responses[:middle]), self.judged(responses[middle:])
+        return first[0] + second[0], first[1] + second[1]

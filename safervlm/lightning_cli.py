@@ -26,7 +26,7 @@ from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, UserError, explained
 from safervlm.messages import one_line
 from safervlm.objectives.base import Objective
-from safervlm.records import FAILED, read_jsonl, write_atomically
+from safervlm.records import FAILED, UNJUDGED, read_jsonl, write_atomically
 from safervlm.run import RunManifest, read_manifest, stage_name
 from safervlm.signals import exit_code
 from safervlm.vlm.api import Server
@@ -234,6 +234,8 @@ class SaferCLI(LightningCLI):
             return
         failed = Path(self.config_init["predict"]["run"]) / FAILED
         reasons = [record["reason"] for record in read_jsonl(failed)] if failed.exists() else []
+        unjudged = failed.with_name(UNJUDGED)
+        not_judged = [record["reason"] for record in read_jsonl(unjudged)] if unjudged.exists() else []
         left_out = self.datamodule.left_out if isinstance(self.datamodule, Suite) else {}
         for name, reason in left_out.items():
             sys.stderr.write(f"safervlm: {name} was left out: {reason}; the same command asks it when it is there\n")
@@ -241,6 +243,11 @@ class SaferCLI(LightningCLI):
             sys.stderr.write(
                 f"safervlm: {len(reasons)} questions have no answer, for example: {reasons[0]}; {failed} has them all, "
                 "the same command asks them again\n"
+            )
+        if not_judged:
+            sys.stderr.write(
+                f"safervlm: {len(not_judged)} answers have no verdict, for example: {not_judged[0]}; {unjudged} has "
+                "them all, the same command judges them again\n"
             )
         stages = read_manifest(failed.parent)["stages"]
         ratings = stages.get("ratings", {"finished": True})
@@ -255,7 +262,7 @@ class SaferCLI(LightningCLI):
             )
         if not ratings["finished"]:
             sys.stderr.write("safervlm: ratings are missing, see above; the same command asks for them again\n")
-        if reasons or left_out or not ratings["finished"]:
+        if reasons or not_judged or left_out or not ratings["finished"]:
             sys.exit(3)
 
 

@@ -55,8 +55,8 @@ from safervlm.intervals import (
     interval_these_concepts,
 )
 from safervlm.protocol import CAPABILITIES, CATEGORIES, LABELS, NOT_APPLICABLE, SAFE, UNSAFE
-from safervlm.records import Response, Verdict, read_records
-from safervlm.tables import EXCLUDED, JUDGE_NOTE, TextTable
+from safervlm.records import UNJUDGED, Failure, Response, Verdict, read_records
+from safervlm.tables import EXCLUDED, JUDGE_NOTE, TextTable, say
 
 # What a row of `scores` measures.
 ACCURACY = "accuracy"  # N/A left out
@@ -141,6 +141,10 @@ def load_run(run: str | Path) -> pd.DataFrame:
     responses = _by_id(run / "responses.jsonl", Response, f"measure with `safervlm predict ... --run {run}`")
     rated = all(response.question.capability == "rated" for response in responses.values())
     verdicts = {} if rated else _by_id(run / "verdicts.jsonl", Verdict, _how_to_judge(run))
+    failed = {each.id for each in read_records(run / UNJUDGED, Failure)} if (run / UNJUDGED).is_file() else set()
+    if left_out := failed & responses.keys() - verdicts.keys():
+        say(f"{run}: {len(left_out)} answers could not be judged and are left out ({run / UNJUDGED} says why)")
+        responses = {name: each for name, each in responses.items() if name not in left_out}
     unjudged = [
         name for name, each in responses.items() if name not in verdicts and each.question.capability != "rated"
     ]

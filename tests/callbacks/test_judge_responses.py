@@ -1,5 +1,6 @@
 """Judging right after measuring."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from safervlm.errors import RecordError
 from safervlm.judge import Judge, Panel
 from safervlm.protocol import LABELS
 from safervlm.records import Question, Response, read_jsonl, write_jsonl
+from safervlm.scoring import load_run
 
 
 class LengthJudge(Judge):
@@ -96,3 +98,35 @@ def test_only_the_first_process_judges(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(RecordError, match=r"responses\.jsonl is missing"):
         play(tmp_path, make_panel())
+
+
+class Panicking(LengthJudge):
+    """Raises what is no Exception at one text, as a panic of the tokenizers library is none."""
+
+    def judge(self, texts, batch_size=64):
+        if "x" * 5 in texts:
+            raise BaseException("a panic")
+        return super().judge(texts, batch_size)
+
+
+def test_an_answer_that_cannot_be_judged_is_listed_and_judged_again(tmp_path, capsys):
+    write_jsonl(tmp_path / "responses.jsonl", (each.to_dict() for each in responses(9)))
+    panel = Panel(Panicking("alignment-1", LABELS["alignment"]), LengthJudge("perception-1", LABELS["perception"]))
+    play(tmp_path, panel)
+    (bad,) = (each.id for each in responses(9) if each.response == "x" * 5)
+    assert saved(tmp_path) == {name: verdict for name, verdict in expected(9).items() if name != bad}
+    (failed,) = read_jsonl(tmp_path / "verdicts-failed.jsonl")
+    assert failed["id"] == bad
+    assert "a panic" in failed["reason"]
+    play(tmp_path, make_panel())
+    assert saved(tmp_path) == expected(9)
+    assert not (tmp_path / "verdicts-failed.jsonl").exists()
+
+
+def test_what_was_not_judged_is_left_out_of_the_scores_and_said(tmp_path, capsys):
+    asked = [each for each in responses(9) if each.question.capability != "perception"]
+    some = [replace(each, question=replace(each.question, answer="Unsafe")) for each in asked]
+    write_jsonl(tmp_path / "responses.jsonl", (each.to_dict() for each in some))
+    play(tmp_path, Panel(Panicking("a", LABELS["alignment"]), LengthJudge("p", LABELS["perception"])))
+    assert len(load_run(tmp_path)) == len(some) - 1
+    assert "1 answers could not be judged and are left out" in capsys.readouterr().out
