@@ -6,6 +6,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from safervlm.records import read_torn_jsonl, to_line, write_jsonl
+from safervlm.tables import say
 from safervlm.vlm.api import Server
 from safervlm.vlm.sampling import Sampling
 
@@ -51,7 +52,7 @@ class AttemptLog(Callback):
         left = trainer.datamodule.remaining()  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             sampling: Sampling = pl_module.sampling  # type: ignore[assignment]
-            print(vlm.estimate([example.question for example in left], sampling.max_new_tokens))
+            say(vlm.estimate([example.question for example in left], sampling.max_new_tokens))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the file."""

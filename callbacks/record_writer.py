@@ -15,6 +15,8 @@ from safervlm.records import Failure, Response, read_jsonl, read_torn_jsonl, to_
 class RecordWriter(Callback):
     """Writes the records of ``predict_step`` to ``file`` in the run folder.
 
+    A module may say by ``valid(record, example)`` whether a record that is there still holds; else it is made anew.
+
     Each process appends to a shard of its own under ``shards/``, a line a record, flushed after every batch. At the
     start whatever shards there are (of any number of processes, a torn last line included) are read, and the data skips
     what they hold; at the end they are merged in the data's order, and removed. Questions without an answer are listed
@@ -36,6 +38,9 @@ class RecordWriter(Callback):
         if stage != "predict":
             return
         done = self._read(trainer)
+        if (valid := getattr(pl_module, "valid", None)) is not None:
+            examples = {each.question.id: each for each in trainer.datamodule.parts.predict}  # type: ignore[attr-defined]
+            done = {name: each for name, each in done.items() if name not in examples or valid(each, examples[name])}
         trainer.strategy.barrier("record-writer-read")  # nobody writes while somebody still reads
         trainer.datamodule.skip(done.keys())  # type: ignore[attr-defined]
         if done and trainer.is_global_zero:
@@ -115,14 +120,17 @@ class RecordWriter(Callback):
         return Path(trainer.default_root_dir) / "shards" / Path(self.file).stem
 
     def _read(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
-        """The records that are there, by id."""
+        """The records that are there, by id; what a shard holds is newer than the merged file."""
         merged = Path(trainer.default_root_dir) / self.file
         shards = sorted(self._shards(trainer).glob("*.jsonl"))
         records: dict[str, dict[str, Any]] = {}
+        fresh: set[str] = set()
         for file in [merged, *shards]:
             there = read_torn_jsonl(file) if file != merged else read_jsonl(file) if file.is_file() else ()
             for number, record in enumerate(there, 1):
                 if not isinstance(record, dict) or not isinstance(record.get("id"), str):
                     raise RecordError(f"{file}, record {number}: no id; remove the record, and it is asked again")
-                records.setdefault(record["id"], record)
+                if file == merged or record["id"] not in fresh:
+                    records[record["id"]] = record
+                    fresh |= {record["id"]} if file != merged else set()
         return records

@@ -47,6 +47,7 @@ def one_line_errors() -> Iterator[None]:
     Exit code 2: the user can correct it. 1: a defect of ours, whose traceback is kept in a file, or another process of
     the run died. 130: Ctrl-C.
     """
+    before = run_folder.set(None)  # commands may follow each other in one process
     try:
         yield
     except KeyboardInterrupt:
@@ -55,7 +56,9 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output has ended, as in `safervlm report RUN | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (Python flushes it once more at the end)
         sys.exit(141)
-    except Exception as error:  # the one place where everything ends
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the one place where everything ends; a panic of a Rust library is no Exception
         if ended := why_ended(error):
             code, said = ended
             sys.stderr.write(f"safervlm: {said}\n" if said else "")
@@ -67,6 +70,8 @@ def one_line_errors() -> Iterator[None]:
             raise SystemExit(1) from error
         sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
         raise SystemExit(2) from error
+    finally:
+        run_folder.reset(before)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -132,6 +137,11 @@ def keep_traceback(error: BaseException) -> str:
     except OSError:
         return "its traceback can't be kept: no place can be written"
     return f"its traceback is in {file}; please report it"
+
+
+def warn(line: str) -> None:
+    """Writes one line to stderr; names from data and servers in it are escaped."""
+    sys.stderr.write(f"safervlm: {for_terminal(line)}\n")
 
 
 def fail(line: str) -> NoReturn:

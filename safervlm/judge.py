@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -453,6 +453,20 @@ class Panel(LightningModule):
             A verdict a response, in the order given.
         """
         return self._read([(r.id, r.question.capability, r.question.answer, r.response) for r in responses], batch_size)
+
+    def valid(self, record: Mapping[str, Any], example: Example) -> bool:
+        """Whether a verdict of before still holds: it is by this judge, and on this text.
+
+        Args:
+            record: of ``verdicts.jsonl``.
+            example: the question, with the answer as its only completion.
+        """
+        try:
+            verdict = Verdict.from_dict(record)
+        except (KeyError, TypeError, ValueError):
+            return False  # judged again
+        text = example.completions[0]
+        return verdict.judge == self.reader(example.question.capability) and verdict.is_of(text)
 
     def predict_step(self, batch: list[Answer], batch_idx: int) -> list[Verdict]:
         """The verdicts of a batch of saved answers."""

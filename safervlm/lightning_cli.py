@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from safervlm.arguments import prepared
-from safervlm.boundary import causes, fail, run_folder
+from safervlm.boundary import causes, fail, run_folder, warn
 from safervlm.checkpoints import differences, origin_of, verify
 from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, UserError, explained
@@ -29,6 +29,7 @@ from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, UNJUDGED, read_jsonl, write_atomically
 from safervlm.run import RunManifest, read_manifest, stage_name
 from safervlm.signals import exit_code
+from safervlm.tables import say
 from safervlm.vlm.api import Server
 
 
@@ -84,6 +85,8 @@ def check_trainer(command: str, settings: Namespace) -> None:
                 f"--trainer.{name}: {value} leaves nothing to do for {command}; give more, or leave it out"
             )
     given = settings.get("ckpt_path")
+    if given is not None and command == "predict":
+        raise ArgumentError(f"--ckpt_path: predict takes none, got {given!r}; give --model.vlm.adapter RUN/adapter")
     if given is not None and not Path(given).exists():
         last = Path(settings["run"]) / "checkpoints" / "last.ckpt"
         raise ArgumentError(f"--ckpt_path: no file {given!r}; leave it out to take {last}")
@@ -225,7 +228,7 @@ class SaferCLI(LightningCLI):
         if isinstance(vlm, Server) and vlm.dry_run:
             self.datamodule.prepare_data()
             questions = [example.question for example in self.datamodule.parts.predict]
-            print(vlm.estimate(questions, self.model.sampling.max_new_tokens))
+            say(vlm.estimate(questions, self.model.sampling.max_new_tokens))
             sys.exit(0)
 
     def after_predict(self) -> None:
@@ -238,16 +241,16 @@ class SaferCLI(LightningCLI):
         not_judged = [record["reason"] for record in read_jsonl(unjudged)] if unjudged.exists() else []
         left_out = self.datamodule.left_out if isinstance(self.datamodule, Suite) else {}
         for name, reason in left_out.items():
-            sys.stderr.write(f"safervlm: {name} was left out: {reason}; the same command asks it when it is there\n")
+            warn(f"{name} was left out: {reason}; the same command asks it when it is there")
         if reasons:
-            sys.stderr.write(
-                f"safervlm: {len(reasons)} questions have no answer, for example: {reasons[0]}; {failed} has them all, "
-                "the same command asks them again\n"
+            warn(
+                f"{len(reasons)} questions have no answer, for example: {reasons[0]}; {failed} has them all, the same "
+                "command asks them again"
             )
         if not_judged:
-            sys.stderr.write(
-                f"safervlm: {len(not_judged)} answers have no verdict, for example: {not_judged[0]}; {unjudged} has "
-                "them all, the same command judges them again\n"
+            warn(
+                f"{len(not_judged)} answers have no verdict, for example: {not_judged[0]}; {unjudged} has them all, "
+                "the same command judges them again"
             )
         stages = read_manifest(failed.parent)["stages"]
         ratings = stages.get("ratings", {"finished": True})
@@ -256,12 +259,12 @@ class SaferCLI(LightningCLI):
         # By its name: the callbacks stand above this layer.
         judged = any(type(each).__name__ == "RateResponses" for each in callbacks)
         if rated and not judged and "ratings" not in stages:
-            sys.stderr.write(
-                f"safervlm: {rated} answers wait for a model that rates them: give the same command a judge, --config "
-                "configs/rate.yaml\n"
+            warn(
+                f"{rated} answers wait for a model that rates them: give the same command a judge, --config "
+                "configs/rate.yaml"
             )
         if not ratings["finished"]:
-            sys.stderr.write("safervlm: ratings are missing, see above; the same command asks for them again\n")
+            warn("ratings are missing, see above; the same command asks for them again")
         if reasons or not_judged or left_out or not ratings["finished"]:
             sys.exit(3)
 

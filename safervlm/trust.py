@@ -22,6 +22,8 @@ from safervlm.errors import ArgumentError, RecordError, explained
 CONFIGS = ("predict.yaml", "fit.yaml")
 # Packages whose classes a configuration may name.
 OURS = ("safervlm", "callbacks", "lightning", "torch", "jsonargparse", "builtins")
+# Arguments of our data modules that are paths, whatever they are called.
+PATHS = {"folder", "safe_folder", "source", "file", "validation_file", "contexts", "responses", "answers", "cache_dir"}
 KEY_VARIABLE = "OPENAI_API_KEY"  # the default of safervlm.vlm.api.Server
 
 
@@ -142,11 +144,23 @@ def data_folders(run: Path) -> tuple[Path, ...]:
         if not (run / name).is_file():
             continue
         data = read_config(run / name).get("data", {})
-        for text in _texts(data):
+        for text in _paths(data):
             with suppress(OSError, ValueError, RuntimeError):  # no path at all
                 path = Path(text).expanduser().resolve(strict=True)
                 found.add(path if path.is_dir() else path.parent)
     return tuple(folder for folder in found if not Path.home().resolve().is_relative_to(folder))
+
+
+def _paths(value: Any, key: str = "") -> Iterator[str]:
+    """The texts of a configuration that may be paths: a word such as ``test``, or nothing, is none."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _paths(inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _paths(inner, key)
+    elif isinstance(value, str) and value.strip() and (key in PATHS or "/" in value):
+        yield value
 
 
 def _texts(value: Any) -> Iterator[str]:

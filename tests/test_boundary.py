@@ -86,12 +86,13 @@ UNEXPECTED = [
 def test_an_unexpected_exception_keeps_its_traceback(
     error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    token = run_folder.set(tmp_path)
-    try:
-        with pytest.raises(SystemExit) as ended, one_line_errors():
-            raise error
-    finally:
-        run_folder.reset(token)
+    def failing() -> None:
+        run_folder.set(tmp_path)
+        raise error
+
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        failing()
+    assert run_folder.get() is None  # the next command's folder is another
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"unexpected {type(error).__name__}" in line

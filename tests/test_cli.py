@@ -406,15 +406,12 @@ def test_a_defect_is_one_line_and_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def library(*_: object) -> None:
+        run_folder.set(tmp_path)
         int("x")
 
     monkeypatch.setattr("safervlm.cli.plain", library)
-    token = run_folder.set(tmp_path)
-    try:
-        with pytest.raises(SystemExit) as caught:
-            main(["report"])
-    finally:
-        run_folder.reset(token)
+    with pytest.raises(SystemExit) as caught:
+        main(["report"])
     assert caught.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("safervlm: error: unexpected ValueError: invalid literal")

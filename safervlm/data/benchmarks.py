@@ -33,6 +33,7 @@ from safervlm.image_hashes import images_fingerprint, report_frames
 from safervlm.names import labels, normal_name, not_empty, path_text, set_name
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, Capability, published_draw
 from safervlm.records import Example, fingerprint, record_id
+from safervlm.tables import say
 
 __all__ = ["Benchmark", "on_the_hub"]
 
@@ -196,7 +197,7 @@ class Benchmark(SaferData):
         if self.table is not None:
             others = {reason: [name for name in found if name != self.table.name] for reason, found in others.items()}
         if line := left_out(self.dataset, others):
-            print(line)
+            say(line)
 
     @cached_property
     def table(self) -> Path | None:
@@ -280,7 +281,7 @@ class Benchmark(SaferData):
             asked[image.image] += 1
         both = [image for image, labels in answers.items() if len(labels) > 1]
         if both and self.answers == "safety" and (self.trainer is None or self.trainer.is_global_zero):
-            print(f"{self.dataset}: {len(both)} images are Safe in one row and Unsafe in another, as {both[0]}")
+            say(f"{self.dataset}: {len(both)} images are Safe in one row and Unsafe in another, as {both[0]}")
         return Parts(predict=[Example(question) for question in questions])
 
     def images(self) -> list[ImageRecord]:

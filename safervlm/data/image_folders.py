@@ -18,6 +18,7 @@ from safervlm.names import normal_name
 from safervlm.protocol import ALIGNMENT_QUESTIONS, CATEGORIES, UNSAFE, Capability
 from safervlm.reading import numbered_jsonl
 from safervlm.records import Question, read_jsonl, record_id, write_jsonl
+from safervlm.tables import say
 
 # The options of perception; the second is the first implementation's name for the file.
 PERCEPTION_FILES = ("perception.jsonl", "perception_metadata.jsonl")
@@ -194,7 +195,7 @@ def say_unnamed(dataset: str, folder: Path) -> None:
     named = {record.get("image_filename", record.get("file_name")) for record in read_jsonl(require_metadata(folder))}
     images, _ = files_below(folder)
     if unnamed := [name for image in images if (name := image.relative_to(folder).as_posix()) not in named]:
-        print(f"{dataset}: metadata.jsonl doesn't name {len(unnamed)} images of {folder}, such as {unnamed[0]!r}")
+        say(f"{dataset}: metadata.jsonl doesn't name {len(unnamed)} images of {folder}, such as {unnamed[0]!r}")
 
 
 def spread(images: Sequence[ImageRecord], limit: int | None) -> list[ImageRecord]:

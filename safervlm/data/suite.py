@@ -7,6 +7,7 @@ from typing import Any, Literal
 from safervlm.data.base import Collator, Parts, SaferData
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.records import Example
+from safervlm.tables import say
 
 
 class Suite(SaferData):
@@ -69,7 +70,7 @@ class Suite(SaferData):
                 data.prepare_data()
             except RecordError as error:
                 self.left_out[name] = self.reason(name, error)
-                print(f"{name} is left out: {self.left_out[name]}")
+                say(f"{name} is left out: {self.left_out[name]}")
 
     def load(self) -> Parts:
         """The questions of one set after the other."""
@@ -80,7 +81,7 @@ class Suite(SaferData):
                 mine = data.parts.predict
             except RecordError as error:
                 if name not in self.left_out and (self.trainer is None or self.trainer.is_global_zero):
-                    print(f"{name} is left out: {self.reason(name, error)}")
+                    say(f"{name} is left out: {self.reason(name, error)}")
                 self.left_out.setdefault(name, self.reason(name, error))  # it may have been said already
                 continue
             for part in sorted({(example.question.dataset, example.question.capability) for example in mine}):

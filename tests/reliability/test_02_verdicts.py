@@ -1,5 +1,6 @@
 """A verdict belongs to a question, a judge and a text, and doesn't contradict itself."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from callbacks.judge_responses import JudgeResponses
+from safervlm.cli import main
 from safervlm.errors import RecordError, UserError
 from safervlm.judge import Judge, Panel
 from safervlm.protocol import LABELS
@@ -154,6 +156,37 @@ def test_a_verdict_file_that_contradicts_itself_is_named(panel: Panel, tmp_path:
         with pytest.raises(RecordError, match=r"verdicts\.jsonl.*its most probable label is") as caught:
             read()
         assert "\n" not in str(caught.value)
+
+
+def test_saved_answers_are_judged_again_by_another_judge_and_for_another_text(
+    panel: Panel, tiny_panel: dict[str, object], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    judge(run, panel, answers(TEXTS))
+    right = {record["id"]: record for record in read_jsonl(run / "verdicts.jsonl")}
+    changed = [dict(record) for record in right.values()]
+    changed[0]["judge"] = "e" * 16  # another judge's
+    changed[1]["answer"] = "e" * 16  # of another text
+    for record in changed[:2]:
+        record["label"] = min(record["probabilities"], key=record["probabilities"].get)
+        record["probabilities"] = {name: float(name == record["label"]) for name in record["probabilities"]}
+    write_jsonl(run / "verdicts.jsonl", changed)
+    panels = [f"--model.{name}={json.dumps(settings)}" for name, settings in tiny_panel.items()]
+    main(
+        [
+            "predict",
+            "--config=configs/judge_responses.yaml",
+            f"--data.responses={run}",
+            f"--run={run}",
+            *panels,
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+        ]
+    )
+    again = {record["id"]: record for record in read_jsonl(run / "verdicts.jsonl")}
+    assert {name: (each["label"], each["judge"], each["answer"]) for name, each in again.items()} == {
+        name: (each["label"], each["judge"], each["answer"]) for name, each in right.items()
+    }
 
 
 # The judge itself

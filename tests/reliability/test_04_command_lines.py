@@ -76,6 +76,7 @@ WRONG: list[tuple[str, list[str]]] = [
     (f"predict {MEASURE} --model.vlm.modle x", ["--model.vlm.modle", "--model.vlm.model"]),
     (f"predict {MEASURE} --trainer.max_step 3", ["--trainer.max_step", "--trainer.max_steps"]),
     (f"predict {MEASURE} --dta.limit 3", ["--dta.limit"]),
+    (f"predict {MEASURE} --ckpt_path file", ["--ckpt_path", "file", "--model.vlm.adapter"]),
     (
         f"predict {MEASURE} --model.vlm.images.max_sidee 3",
         ["--model.vlm.images.max_sidee", "mean --model.vlm.images.max_side?"],
