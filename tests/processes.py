@@ -57,7 +57,7 @@ def build_world(out: Path, wait: float, fail: bool = False) -> None:
     """Builds a pictogram world whose training is a wait; ``built-PID`` beside it says that it was at work."""
     from safervlm.pictograms import world
 
-    def train(folder: Path, seed: int) -> list[dict[str, object]]:
+    def train(folder: Path, seed: int, perturbation: float) -> list[dict[str, object]]:
         (out.parent / f"built-{os.getpid()}").touch()
         time.sleep(wait)
         if fail:

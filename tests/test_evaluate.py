@@ -131,7 +131,12 @@ def test_the_script_goes_on_after_a_failure_and_ends_in_a_table(overlay, tmp_pat
     fit = ["fit", "--config=configs/sft.yaml", f"--model.vlm.model={tiny_llava}", "--model.vlm.dtype=float32"]
     sets = settings["data"]["init_args"]["sets"]["unsafe_concepts"]["init_args"]
     fit += [f"--data.folder={sets['folder']}", f"--data.safe_folder={sets['safe_folder']}", "--data.num_workers=0"]
-    fit += ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    fit += [
+        "--model.warmup_steps=0",
+        "--trainer.max_steps=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+    ]
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "COLUMNS": "200",
