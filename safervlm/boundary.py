@@ -125,7 +125,8 @@ def keep_traceback(error: BaseException) -> str:
     text = "".join(traceback.format_exception(error))
     folder = run_folder.get()
     try:
-        if folder is not None and folder.is_dir():
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)  # a command that failed early leaves no empty one
             file = folder / TRACEBACK
             file.write_text(text, encoding="utf-8", errors="backslashreplace")
         else:

@@ -144,6 +144,12 @@ class SaferCLI(LightningCLI):
         """Parses; Lightning's own warns when it is given a line, as ``demo`` gives it many."""
         self.config = parser.parse_args(args)
 
+    def _parse_ckpt_path(self) -> None:
+        """Passes over Lightning's reading of settings from a checkpoint: the command line and its files have them all.
+
+        A checkpoint is verified where it is loaded, and not read before.
+        """
+
     def before_instantiate_classes(self) -> None:
         """Refuses a recipe of another command before anything is read."""
         assert self.subcommand is not None  # noqa: S101 (we always have one; for the type checker)
@@ -156,14 +162,29 @@ class SaferCLI(LightningCLI):
         self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"
 
     def instantiate_classes(self) -> None:
-        """Makes the run folder, then trainer, model and data."""
+        """Makes the run folder, then trainer, model and data; without these, no empty folder stays behind."""
         assert self.subcommand is not None  # noqa: S101 (we always have one; for the type checker)
         run = Path(self.config[self.subcommand]["run"])
+        made = [folder for folder in (run, *run.parents) if not folder.exists()]
         with explained(
             f"--run: the folder {str(run)!r} can't be made", "name another one", OSError, error=ArgumentError
         ):
             run.mkdir(parents=True, exist_ok=True)
         run_folder.set(run)
+        try:
+            self.instantiate_parts()
+        except BaseException:
+            for folder in made:
+                with contextlib.suppress(OSError):  # something lies in it
+                    folder.rmdir()
+            raise
+
+    def instantiate_parts(self) -> None:
+        """Makes trainer, model and data.
+
+        Raises:
+            ArgumentError: a class can't be made of its arguments.
+        """
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -307,10 +328,9 @@ def run(args: Sequence[str]) -> None:
     # A user's own objective beside the shell's folder can be named; appended, so that it never takes a package's place.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
-    args = prepared(args)
     with as_command_line(args):
         try:
-            SaferCLI(args)
+            SaferCLI(prepared(args))
         except SIGTERMException:
             # Lightning ends with 0, and a driver would take the run for finished.
             raise SystemExit(exit_code()) from None
