@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_utils import local_torch_dtype
 
 from safervlm.errors import ArgumentError
 from safervlm.images import BLANK, ImageSettings
 from safervlm.records import Question
+from safervlm.vlm.compat import local_torch_dtype
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.remote import Absent, Remote, RemoteCollator, Tuples, rotate
 from safervlm.vlm.transformers import Encoding, switch_off_dropout

@@ -17,6 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from safervlm.errors import ArgumentError
+from safervlm.vlm.compat import checkpoint_activations
 
 Adapter = Literal["policy", "value", "reference"]
 # PEFT writes the adapter called "default" into the folder itself, and others into sub-folders of it.
@@ -112,6 +113,4 @@ def checkpoint_gradients(model: nn.Module) -> None:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), again([layer._active_adapter for layer in layers])
 
-    model.activation_checkpointing_enable(  # type: ignore[operator]
-        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
-    )
+    checkpoint_activations(model, {"use_reentrant": False, "context_fn": contexts})

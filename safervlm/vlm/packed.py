@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from safervlm.records import Question, seed_for
 from safervlm.vlm.base import Batch, Generation, answered
 from safervlm.vlm.cache import roomy
+from safervlm.vlm.compat import CACHE
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, active
 from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
@@ -200,7 +201,7 @@ class PackedVLM(LocalVLM):
             inputs_embeds=self.embed(packed.input_ids, image_rows, batch),
             attention_mask=mask,
             position_ids=packed.position_ids if mask is not None else None,
-            cache=cache,
+            **{CACHE: cache},
             use_cache=cache is not None,
         ).last_hidden_state
 
@@ -280,7 +281,7 @@ class PackedVLM(LocalVLM):
                 inputs_embeds=self.base.get_input_embeddings()(ids),
                 attention_mask=torch.cat([seen, itself.expand(len(seen), -1, -1)], dim=-1)[:, None],
                 position_ids=positions,
-                cache=cache,
+                **{CACHE: cache},
                 use_cache=True,
             ).last_hidden_state[row, slot]
             segments = torch.cat([segments, slots], dim=1)

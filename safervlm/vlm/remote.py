@@ -25,11 +25,11 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, Pre
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from safervlm.errors import ArgumentError
 from safervlm.images import BLANK, ImageSettings, open_image
 from safervlm.records import Question, fingerprint
+from safervlm.vlm.compat import CACHE, get_tokenizer_config
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.transformers import ProcessorCollator, Transformers
 from safervlm.vlm.weights import load_model, reading
@@ -93,7 +93,7 @@ class Tuples:
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """What a step of ``generate`` computes with; the code knows the cache by its former name."""
-        former = {"past_key_values": kwargs.pop("cache", None)}
+        former = {"past_key_values": kwargs.pop(CACHE, None)}
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs, **former)  # type: ignore[misc]
         return inputs
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from safervlm.vlm.cache import RoomyLayer, roomy
+from safervlm.vlm.compat import CACHE, position_ids, takes_a_plain_cache, tree_leaves, tree_map
 from safervlm.vlm.packed import common_beginning
 
 log = logging.getLogger(__name__)
@@ -153,8 +153,7 @@ class Sharing:
         # or the model has a ``generate`` of its own (a Q-Former).
         self.plain = (
             type(model).generate is GenerationMixin.generate
-            and model._supports_default_dynamic_cache()
-            and model._supports_logits_to_keep()
+            and takes_a_plain_cache(model)
             and all(type(layer) is RoomyLayer for layer in self.cache().layers)
         )
         self.works: bool | None = None if self.plain else False
@@ -204,22 +203,22 @@ class Sharing:
         images = self._join([encodings[question] for question in firsts])
         # Places in an image may have positions in two dimensions, by the sizes of the images; words go on from them.
         sizes = self._join([{n: e[n] for n in e if not e[n].is_floating_point()} for e in encodings])
-        positions = self.model._prepare_position_ids_for_generation(whole["input_ids"], sizes | whole)
+        positions = position_ids(self.model, whole["input_ids"], sizes | whole)
         cache = self.model(
             **images | {name: tensor[firsts] for name, tensor in before.items()},
             position_ids=positions[..., firsts, : before["input_ids"].shape[1]],
-            cache=self.cache(),
+            **{CACHE: self.cache()},
             use_cache=True,
             logits_to_keep=1,
-        ).cache
+        )[CACHE]
         cache.batch_select_indices(torch.tensor(image_of, device=positions.device))
         whole.pop("mm_token_type_ids", None)  # it was for the positions
-        return whole | {"position_ids": positions, "cache": cache}
+        return whole | {"position_ids": positions, CACHE: cache}
 
     def alone(self, encodings: Sequence[Encoding], tokenwise: Collection[str]) -> dict[str, Any]:
         """The inputs of ``generate`` where each question is computed by itself."""
         inputs = join(encodings, self.pad_token_id, self.dtype, tokenwise)
-        return {**inputs, "cache": self.cache()} if self.plain else inputs
+        return {**inputs, CACHE: self.cache()} if self.plain else inputs
 
     def _join(self, encodings: Sequence[Encoding]) -> dict[str, Tensor]:
         left = ("input_ids", "attention_mask", "mm_token_type_ids")

@@ -28,14 +28,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import ModelOutput
 
 from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.images import BLANK, ImageSettings, open_image
 from safervlm.records import Example, Question, seed_for
 from safervlm.texts import tokenizable_example
 from safervlm.vlm.base import Batch, Generation, Unanswered, answered
+from safervlm.vlm.compat import PROCESSOR_MAPPING, grown_inputs
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.rows import EachOnce, Encoding, Sharing, extend, join
@@ -431,7 +430,7 @@ class Transformers(LocalVLM):
 
         The attention mask has it, and whatever the family has beside it: token types, what the token looks at.
         """
-        grown = self.base._update_model_kwargs_for_generation(ModelOutput(), dict(encoding), is_encoder_decoder=False)
+        grown = grown_inputs(self.base, dict(encoding))
         return {name: grown[name][:, -1:] for name, tensor in encoding.items() if grown[name].shape != tensor.shape}
 
     @cached_property

@@ -25,12 +25,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_utils import local_torch_dtype
 
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.images import ImageSettings
 from safervlm.records import Example, Question
 from safervlm.vlm.base import Generation
+from safervlm.vlm.compat import CACHE, local_torch_dtype
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.remote import Remote, RemoteCollator, Tuples, rotate
 from safervlm.vlm.transformers import EncodedBatch, Encoding, switch_off_dropout
@@ -298,7 +298,7 @@ class XComposer2(Remote):
                 self, input_ids: Tensor, images: Tensor | None = None, **kwargs: Any
             ) -> dict[str, Any]:
                 inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-                return inputs | {"images": images if kwargs.get("cache") is None else None}
+                return inputs | {"images": images if kwargs.get(CACHE) is None else None}
 
             def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
                 grown = super()._update_model_kwargs_for_generation(*args, **kwargs)
