@@ -309,7 +309,10 @@ class Transformers(LocalVLM):
         )
         if self.template is not None:
             try:
-                collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
+                encoded = collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
+                # Before transformers 5.23 not every processor counts the places of images in a text.
+                if self.image_token_ids and not self.image_token_ids & set(encoded["input_ids"].flatten().tolist()):
+                    raise ValueError("the encoded text has no place for it")
             except ValueError as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ArgumentError(
