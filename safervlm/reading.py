@@ -104,7 +104,7 @@ def parse_json(text: str, where: str, way_out: str = "correct it") -> Any:
         raise RecordError(f"{where}: JSON nested too deeply: {text[:40]!r}; {way_out}") from None
     except ValueError as error:  # from the hooks, and of an integer that is too long
         reason = str(error).split(";")[0]  # Python's own advice is to raise its limit
-        raise RecordError(f"{where}: JSON that is not accepted ({reason}): {text[:80]!r}; correct it") from None
+        raise RecordError(f"{where}: JSON that is not accepted ({reason}): {text[:80]!r}; {way_out}") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -122,22 +122,40 @@ def _finite(number: str) -> float:
     return value
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, way_out: str = "correct the file") -> Any:
     """The value of a JSON file.
+
+    Args:
+        path: the file.
+        way_out: what to do about a file that is no JSON.
 
     Raises:
         RecordError: it can't be read or is no JSON; the message names the file.
     """
     text = "".join(text_lines(path))
     if not text.strip():
-        raise RecordError(f"{path}: is empty; it needs JSON")
+        raise RecordError(f"{path}: is empty, and needs JSON; {way_out}")
     try:
         json.loads(text)  # alone for the line, which the message of a strict reading doesn't have
     except json.JSONDecodeError as error:
-        raise RecordError(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from None
+        raise RecordError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}); {way_out}"
+        ) from None
     except (RecursionError, ValueError):
         pass
-    return parse_json(text, str(path))
+    return parse_json(text, str(path), way_out)
+
+
+def read_object(path: Path, way_out: str = "correct the file") -> dict[str, Any]:
+    """The object in a JSON file; see :func:`read_json`.
+
+    Raises:
+        RecordError: it can't be read, or is no JSON object; the message names the file.
+    """
+    value = read_json(path, way_out)
+    if not isinstance(value, dict):
+        raise RecordError(f"{path}: not a JSON object: {str(value)[:80]!r}; {way_out}")
+    return value
 
 
 def numbered_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
