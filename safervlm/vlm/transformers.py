@@ -332,7 +332,6 @@ class Transformers(LocalVLM):
             config=self.config,
             dtype=self.dtype,
             use_safetensors=True,
-            trust_remote_code=False,
         )
         return self.prepare(model)
 

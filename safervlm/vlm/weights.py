@@ -91,7 +91,7 @@ def without_report() -> Iterator[None]:
 def load_model(
     kind: Any, name: str, argument: str = "vlm.model", whole: bool = True, **settings: Any
 ) -> PreTrainedModel:
-    """``kind.from_pretrained``, for a model that has to be complete.
+    """``kind.from_pretrained``, for a model that has to be complete; code that its folder brings is not run.
 
     Args:
         kind: a class of transformers with ``from_pretrained``.
@@ -105,7 +105,9 @@ def load_model(
         ArgumentError: it can't be read; a weight is missing, has another shape, or is not finite.
     """
     with reading(name, argument), without_report():
-        model, found = kind.from_pretrained(name, **settings, output_loading_info=True, ignore_mismatched_sizes=True)
+        model, found = kind.from_pretrained(
+            name, **settings, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     return checked(model, found, name, argument, whole)
 
 
