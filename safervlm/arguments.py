@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from safervlm.errors import ArgumentError, first_line
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.reading import read_yaml
 from safervlm.recipes import local_or_shipped
 
 # Shortened forms of what is typed most.
@@ -127,28 +126,6 @@ def refuse_empty(name: str, value: str, where: str) -> None:
         raise ArgumentError(f"{where}: {value!r} is empty; give a value, or leave it out")
 
 
-class OneKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, which also rejects a key that stands twice: the first value would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Builds a mapping.
-
-        Args:
-            node: its YAML node.
-            deep: whether values are built at once.
-
-        Raises:
-            ArgumentError: a key stands twice.
-        """
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise ArgumentError(f"line {key.start_mark.line + 1}: the key {key.value!r} stands there twice")
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def read_config(file: Path, option: str) -> dict[str, Any]:
     """A configuration file, to look for what would be overwritten; a file that isn't there is left to the parser.
 
@@ -164,19 +141,9 @@ def read_config(file: Path, option: str) -> dict[str, Any]:
     if not file.is_file():
         raise ArgumentError(f"{option}: {str(file)!r} is no file; name a recipe, as configs/measure.yaml")
     try:
-        # The loader is YAML's safe one.
-        settings = yaml.load(file.read_text(encoding="utf-8-sig"), OneKeyLoader)  # noqa: S506
-    except ArgumentError as error:
-        raise ArgumentError(f"{option}: {file}, {error}; leave one of them out") from None
-    except UnicodeDecodeError as error:
-        raise ArgumentError(f"{option}: {file} isn't in UTF-8 ({first_line(error)}); convert it") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or first_line(error)
-        raise ArgumentError(f"{option}: {file}{place}: not YAML ({problem}); correct the line") from error
-    except RecursionError as error:
-        raise ArgumentError(f"{option}: {file} is nested too deeply; a recipe has a few levels") from error
+        settings = read_yaml(file)
+    except RecordError as error:
+        raise ArgumentError(f"{option}: {error}") from None
     if not isinstance(settings, Mapping):
         kind = "is empty" if settings is None else f"holds a {type(settings).__name__}"
         raise ArgumentError(

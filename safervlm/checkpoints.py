@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from safervlm.errors import RecordError, first_line
+from safervlm.reading import parse_json
 from safervlm.run import PACKAGES, flatten
 
 SEAL = "safervlm.json"
@@ -111,7 +112,7 @@ def verify_file(path: Path, argument: str) -> dict[str, Any] | None:
             said = file.read()
         if digest.hexdigest().encode() != said:
             raise RecordError(f"{damaged} (its checksum is another one); {REMEDY}")
-        found: dict[str, Any] = json.loads(comment[:-DIGITS])
+        found: dict[str, Any] = parse_json(comment[:-DIGITS].decode(), str(path), REMEDY, finite=False)
     except RecordError:
         raise
     except Exception as error:  # zipfile and pickle raise many kinds
@@ -141,7 +142,7 @@ def verify_folder(folder: Path, argument: str) -> dict[str, Any] | None:
         text, digest, _ = (folder / SEAL).read_bytes().rsplit(b"\n", 2)
         if hashlib.sha256(text).hexdigest().encode() != digest:
             raise RecordError(f"{damaged} ({SEAL} has another checksum); {REMEDY}")
-        found: dict[str, Any] = json.loads(text)
+        found: dict[str, Any] = parse_json(text.decode(), str(folder / SEAL), REMEDY, finite=False)
         for name, expected in found["files"].items():
             if not (folder / name).is_file():
                 raise RecordError(f"{damaged} ({name} is missing); {REMEDY}")

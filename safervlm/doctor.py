@@ -1,6 +1,5 @@
 """Whether this machine has what a run needs, before the run finds out."""
 
-import json
 import os
 import re
 import shutil
@@ -28,8 +27,9 @@ from rich.text import Text
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from safervlm.data.benchmarks import on_the_hub
-from safervlm.errors import ArgumentError
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.lightning_cli import SaferCLI, as_command_line, hush
+from safervlm.reading import read_object
 from safervlm.recipes import local_or_shipped
 from safervlm.records import read_jsonl
 from safervlm.run import MANIFEST
@@ -229,7 +229,14 @@ def size(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
     index = try_to_load_from_cache(name, "model.safetensors.index.json", revision=revision)
     weights = 0
     if isinstance(index, str):
-        weights = int(json.loads(Path(index).read_text(encoding="utf-8"))["metadata"]["total_size"])
+        try:
+            weights = int(read_object(Path(index), "remove it, and it is fetched again")["metadata"]["total_size"])
+        except RecordError as error:
+            yield Finding("error", "VLM's weights", str(error))
+            return
+        except (KeyError, TypeError, ValueError):
+            yield Finding("warning", "VLM's weights", f"{index} doesn't tell their size")
+            return
     elif online:
         try:
             files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []

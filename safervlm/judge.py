@@ -175,7 +175,6 @@ class Judge(LightningModule):
                 whole=False,
                 add_pooling_layer=False,
                 dtype=torch.float32,
-                trust_remote_code=False,
                 weights_only=True,
             )
         else:

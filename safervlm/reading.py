@@ -1,8 +1,8 @@
-"""How files of text and JSON are read and JSON is written: one set of rules for data sets, run folders and other files.
+"""How files of text, JSON and YAML are read and JSON is written: one set of rules for all files.
 
 Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one; lines end in LF, CR LF or CR, and no
-other character ends a line. JSON is strict: no NaN or Infinity, no key twice in an object. A file that can't be read is
-rejected in one line that names the file, the line in it, and how to correct it.
+other character ends a line. JSON is strict: no NaN or Infinity, no key twice in an object; nor has YAML a key twice. A
+file that can't be read is rejected in one line that names the file, the line in it, and how to correct it.
 """
 
 import codecs
@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safervlm.errors import RecordError
+import yaml
+
+from safervlm.errors import RecordError, first_line
 
 # Byte order marks and what they announce. The mark of UTF-32 begins with that of UTF-16, and so comes first.
 MARKS = {
@@ -84,27 +86,29 @@ def _undecodable(path: Path, encoding: str) -> str:
     return f"{path}: changed while it was read: run the command again"
 
 
-def parse_json(text: str, where: str, way_out: str = "correct it") -> Any:
+def parse_json(text: str, where: str, way_out: str = "correct it", finite: bool = True) -> Any:
     """The value of a JSON text.
 
     Args:
         text: the JSON.
         where: file and line, for the error.
         way_out: what to do about text that is no JSON.
+        finite: whether NaN and Infinity are rejected; a setting may be infinite.
 
     Raises:
         RecordError: it is no JSON, has a key twice, contains NaN or Infinity (``1e999`` included) or an integer of over
             4,300 digits, or is nested too deeply.
     """
+    number = _finite if finite else float
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+        return json.loads(text, object_pairs_hook=_once, parse_constant=number, parse_float=number)
     except json.JSONDecodeError as error:
         raise RecordError(f"{where}: not JSON ({error.msg}): {text[:80]!r}; {way_out}") from None
     except RecursionError:
         raise RecordError(f"{where}: JSON nested too deeply: {text[:40]!r}; {way_out}") from None
     except ValueError as error:  # from the hooks, and of an integer that is too long
         reason = str(error).split(";")[0]  # Python's own advice is to raise its limit
-        raise RecordError(f"{where}: JSON that is not accepted ({reason}): {text[:80]!r}; correct it") from None
+        raise RecordError(f"{where}: JSON that is not accepted ({reason}): {text[:80]!r}; {way_out}") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -122,22 +126,100 @@ def _finite(number: str) -> float:
     return value
 
 
-def read_json(path: Path) -> Any:
+def _text(path: Path, way_out: str) -> str:
+    """The text of a file; an error also says what else to do, if anything."""
+    try:
+        return "".join(text_lines(path))
+    except RecordError as error:
+        raise RecordError(f"{error}; or {way_out}" if way_out else str(error)) from None
+
+
+def read_json(path: Path, way_out: str = "", finite: bool = True) -> Any:
     """The value of a JSON file.
+
+    Args:
+        path: the file.
+        way_out: what to do about a file that can't be read or is no JSON.
+        finite: see :func:`parse_json`.
 
     Raises:
         RecordError: it can't be read or is no JSON; the message names the file.
     """
-    text = "".join(text_lines(path))
+    text = _text(path, way_out)
+    way_out = way_out or "correct the file"
     if not text.strip():
-        raise RecordError(f"{path}: is empty; it needs JSON")
+        raise RecordError(f"{path}: is empty, and needs JSON; {way_out}")
     try:
         json.loads(text)  # alone for the line, which the message of a strict reading doesn't have
     except json.JSONDecodeError as error:
-        raise RecordError(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from None
+        raise RecordError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}); {way_out}"
+        ) from None
     except (RecursionError, ValueError):
         pass
-    return parse_json(text, str(path))
+    return parse_json(text, str(path), way_out, finite)
+
+
+def read_object(path: Path, way_out: str = "", finite: bool = True) -> dict[str, Any]:
+    """The object in a JSON file; see :func:`read_json`.
+
+    Raises:
+        RecordError: it can't be read, or is no JSON object; the message names the file.
+    """
+    value = read_json(path, way_out, finite)
+    if not isinstance(value, dict):
+        raise RecordError(f"{path}: not a JSON object: {str(value)[:80]!r}; {way_out or 'correct the file'}")
+    return value
+
+
+class _OneKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which also rejects a key that is there twice: the first value would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Builds a mapping.
+
+        Args:
+            node: its YAML node.
+            deep: whether values are built at once.
+
+        Raises:
+            yaml.MarkedYAMLError: a key is there twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, way_out: str = "") -> Any:
+    """The value of a YAML file.
+
+    Args:
+        path: the file.
+        way_out: what to do about a file that can't be read or is no YAML.
+
+    Raises:
+        RecordError: it can't be read, is no YAML, has a key twice, or is nested too deeply; the message names file and
+            line.
+    """
+    text = _text(path, way_out)
+    way_out = way_out or "correct the line"
+    try:
+        return yaml.load(text.removeprefix("\ufeff"), _OneKeyLoader)  # noqa: S506 (it is YAML's safe loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise RecordError(f"{path}{place}: not YAML that is accepted ({problem}); {way_out}") from None
+    except RecursionError:
+        raise RecordError(f"{path}: YAML nested too deeply; {way_out}") from None
+    except ValueError as error:  # a date that there isn't
+        raise RecordError(f"{path}: not YAML that is accepted ({first_line(error)}); {way_out}") from None
 
 
 def numbered_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -30,10 +30,11 @@ from matplotlib.lines import Line2D
 from PIL import Image, ImageFilter
 
 from safervlm.diversity import SUBSAMPLES, TEXTS, TOO_FEW
-from safervlm.errors import ArgumentError, RecordError, explained
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.escape import for_figure, for_html, for_latex, visible, without_folders
 from safervlm.images import open_image
 from safervlm.protocol import CAPABILITIES
+from safervlm.reading import read_object
 from safervlm.records import fingerprint, seed_for, write_atomically
 from safervlm.scoring import (
     ACCURACY_NA_WRONG,
@@ -228,9 +229,7 @@ def read_summary(path: Path) -> dict[str, dict[str, str]]:
     """
     if not path.is_file():
         return {}
-    with explained(f"{path}: not JSON", "move it away to go on without", ValueError, RecursionError):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    stages = manifest.get("stages") if isinstance(manifest, dict) else None
+    stages = read_object(path, "move it away to go on without", finite=False).get("stages")
     if not isinstance(stages, dict):
         raise RecordError(f"{path}: no manifest, it has no stages; move it away to go on without")
     return {str(stage): dict(flat(entry)) for stage, entry in stages.items()}

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -29,7 +29,8 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from safervlm.caches import TEMPORARY, remove_leftovers
-from safervlm.errors import RecordError, explained
+from safervlm.errors import RecordError
+from safervlm.reading import read_object
 from safervlm.records import FAILED, write_atomically
 from safervlm.signals import apart, asked_to_end, observe, pass_safe_point, together, wait_for_safe_point
 from safervlm.tables import say
@@ -53,12 +54,11 @@ def read_manifest(run: Path) -> dict[str, Any]:
     path = run / MANIFEST
     if not path.exists():
         return {"stages": {}}
-    with explained(f"{path}: damaged", "restore it, or name another run folder", OSError, ValueError, RecursionError):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    stages = manifest.get("stages") if isinstance(manifest, dict) else None
+    manifest = read_object(path, "restore it, or name another run folder", finite=False)
+    stages = manifest.get("stages")
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         raise RecordError(f"{path}: damaged (no object with stages); restore it, or name another run folder")
-    return cast(dict[str, Any], manifest)
+    return manifest
 
 
 def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from safervlm.errors import ArgumentError, RecordError, explained
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.reading import read_yaml
 
 CONFIGS = ("predict.yaml", "fit.yaml")
 # Packages whose classes a configuration may name.
@@ -54,15 +55,7 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         RecordError: it can't be read, is no YAML, or no mapping.
     """
-    with explained(
-        f"{file}: no YAML file",
-        "restore it, or name another folder",
-        OSError,
-        ValueError,
-        yaml.YAMLError,
-        RecursionError,
-    ):
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config = read_yaml(file, "restore it, or name another folder")
     if not isinstance(config, dict):
         raise RecordError(f"{file}: expected a configuration (names with values), got {type(config).__name__}")
     return config
@@ -209,6 +202,7 @@ def _search_text(text: str, folders: tuple[Path, ...], named: Named, seen: set[P
             if file in seen or not file.is_file() or file.stat().st_size > 1_000_000:
                 continue
             seen.add(file)
+            # As the parser reads it, which takes the last of two values: what is checked is what is used.
             part = yaml.safe_load(file.read_text(encoding="utf-8"))
             if isinstance(part, Mapping | list):
                 _search(part, (file.parent, *folders[-1:]), named, seen)

@@ -387,10 +387,10 @@ def trl_side(made: Sequence[Example], vlm: Llava, gradient_checkpointing: bool) 
         "learning_rate": LR,
         "weight_decay": 0.0,
     }
-    model = LlavaForConditionalGeneration.from_pretrained(vlm.name, dtype=torch.float32)
+    model = LlavaForConditionalGeneration.from_pretrained(vlm.name, dtype=torch.float32, trust_remote_code=False)
     common: dict[str, Any] = {
         "train_dataset": rows,
-        "processing_class": AutoProcessor.from_pretrained(vlm.name, backend="pil"),
+        "processing_class": AutoProcessor.from_pretrained(vlm.name, backend="pil", trust_remote_code=False),
         "peft_config": vlm.lora.to_peft(),
     }
     if len(names) == 1:

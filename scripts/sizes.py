@@ -79,7 +79,7 @@ def write_judge(folder: Path, model: Path) -> None:
     """A random judge of roberta-base's size, in the published form, that reads the words of ``model``."""
     config = RobertaConfig(vocab_size=SEVEN.vocabulary, max_position_embeddings=514)
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
     roberta, head = RobertaModel(config, add_pooling_layer=False), torch.nn.Linear(config.hidden_size, 3)
     state = {f"roberta.{name}": value for name, value in roberta.state_dict().items()}
     state |= {f"classifier.{name}": value for name, value in head.state_dict().items()}

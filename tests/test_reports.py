@@ -466,6 +466,9 @@ def test_errors_name_the_way_out(runs, tmp_path):
     with pytest.raises(RecordError, match=r"responses\.jsonl: no such file"):
         reports.report([tmp_path / "nothing"])
     (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(RecordError, match=r"not a JSON object.*move it away"):
+        reports.read_summary(tmp_path / "manifest.json")
+    (tmp_path / "manifest.json").write_text('{"stages": 3}')
     with pytest.raises(RecordError, match="it has no stages"):
         reports.read_summary(tmp_path / "manifest.json")
     (tmp_path / "manifest.json").write_text("{")

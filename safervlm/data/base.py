@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from safervlm.errors import ArgumentError, RecordError
+from safervlm.image_hashes import images_fingerprint, report_frames
 from safervlm.names import normal_name
 from safervlm.records import Example, fingerprint, seed_for, to_line
 from safervlm.signals import keep_until_asked
@@ -347,13 +348,24 @@ class SaferData(LightningDataModule):
         """What is to be predicted and isn't skipped, on all processes together."""
         return [example for example in self.parts.predict if example.question.id not in self._skipped]
 
+    def image_files(self) -> dict[str, str]:
+        """The file of each image that is looked at, by the image's name; none where nothing is shown to a model."""
+        files: dict[str, str] = {}
+        for part in ("train", "validation", "predict"):
+            for question in (example.question for example in getattr(self.parts, part)):
+                if (path := question.image_path) is not None and files.setdefault(question.image, path) != path:
+                    files[f"{part}: {question.image}"] = path  # two folders have an image of this name
+        return files
+
     def describe(self) -> dict[str, Any]:
         """What decides the result, as plain JSON values.
 
-        For each part the number of examples and hashes of their ids and of all that is asked and answered; where the
-        image files lie decides nothing.
+        For each part the number of examples and hashes of their ids and of all that is asked and answered, and a hash
+        of the images' names and contents; where the image files lie decides nothing. Animations among them are
+        reported.
         """
         description: dict[str, Any] = {"class": f"{type(self).__module__}.{type(self).__qualname__}"}
+        dataset = type(self).__name__
         for name in ("train", "validation", "predict"):
             examples: list[Example] = getattr(self.parts, name)
             if examples:
@@ -363,6 +375,11 @@ class SaferData(LightningDataModule):
                     "ids": fingerprint("\n".join(example.question.id for example in examples)),
                     "content": fingerprint("".join(contents), *(c for e in examples for c in e.completions)),
                 }
+                dataset = examples[0].question.dataset
+        if files := self.image_files():
+            if self.trainer is None or self.trainer.is_global_zero:
+                report_frames(dataset, files)
+            description["images"] = images_fingerprint(files)
         return description
 
     def train_dataloader(self) -> TrainingLoader:

@@ -29,7 +29,6 @@ from safervlm.data.image_folders import ImageRecord, named_file, spread
 from safervlm.data.sources import check, fetch, on_the_hub, save_table
 from safervlm.data.tables import read_rows
 from safervlm.errors import ArgumentError, RecordError, explained
-from safervlm.image_hashes import images_fingerprint, report_frames
 from safervlm.names import labels, normal_name, not_empty, path_text, set_name
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, Capability, published_draw
 from safervlm.records import Example, fingerprint, record_id
@@ -360,12 +359,8 @@ class Benchmark(SaferData):
         return row[column]
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`SaferData.describe`; with what the images are."""
-        files = {example.question.image: example.question.image_path for example in self.parts.predict}
-        if self.trainer is None or self.trainer.is_global_zero:
-            report_frames(self.dataset, files)
-        images = images_fingerprint(files)
-        return super().describe() | {"name": self.dataset, "source": self.source, "images": images, "limit": self.limit}
+        """See :meth:`SaferData.describe`; with the set's name and where it is from."""
+        return super().describe() | {"name": self.dataset, "source": self.source, "limit": self.limit}
 
 
 def _column(of: str, name: str | None) -> str:

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.progress import track
 
 from safervlm.caches import build_folder
+from safervlm.errors import RecordError
 from safervlm.images import BROKEN, IMAGE_ENDINGS, image_kind
+from safervlm.reading import read_object
 from safervlm.records import fingerprint
 
 # Of the folder's content; a change of what is written needs another number, so that older folders are not used.
@@ -78,8 +80,16 @@ def write_images(folder: Path, dataset: str, values: Mapping[int, str]) -> None:
 
 
 def written_images(folder: Path) -> dict[int, Path]:
-    """The file of each row that :func:`write_images` wrote."""
-    files = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+    """The file of each row that :func:`write_images` wrote.
+
+    Raises:
+        RecordError: the folder's list of files is damaged.
+    """
+    way_out = f"remove the folder {folder}, and the same command makes it again"
+    files = read_object(folder / "files.json", way_out)
+    for row, name in files.items():
+        if not row.isdecimal() or not isinstance(name, str) or Path(name).name != name:
+            raise RecordError(f"{folder / 'files.json'}: {row!r}: {name!r} is no row with its file; {way_out}")
     return {int(row): folder / name for row, name in files.items()}
 
 

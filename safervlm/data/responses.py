@@ -235,6 +235,10 @@ class SavedResponses(SaferData):
             hint = "" if self.limit is None else f" with data.limit {self.limit}"
             raise RecordError(f"{file} holds other answers than {self.path}{hint}: use another run folder (--run)")
 
+    def image_files(self) -> dict[str, str]:
+        """None: a judge of answers sees no image, and those that somebody else's records name are not read."""
+        return {}
+
     def load(self) -> Parts:
         """An example an answer that is judged, not rated: its question, and the answer as the only completion."""
         responses = [response for response in self.answers[0] if response.question.capability != "rated"]

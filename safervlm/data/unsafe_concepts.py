@@ -31,7 +31,6 @@ from safervlm.data.image_folders import (
 )
 from safervlm.data.splits import Split, paper_split, published_order, safe_split
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.image_hashes import images_fingerprint, report_frames
 from safervlm.names import normal_name, path_text, set_name
 from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
@@ -245,15 +244,15 @@ class ImageSets(SaferData):
         test += [safe[row] for row in self.splits[1].test]
         return {(image.dataset, image.image): n for image, n in zip(test, published_draw(len(test)), strict=True)}
 
+    def image_files(self) -> dict[str, str]:
+        """The file of each image of both sets, asked about or not."""
+        return {f"{image.dataset}/{image.image}": image.path for images in self.sets for image in images}
+
     def describe(self) -> dict[str, Any]:
-        """See :meth:`SaferData.describe`; with the sets' names, and a hash of their images' names and contents."""
-        files = {f"{image.dataset}/{image.image}": image.path for images in self.sets for image in images}
-        if self.trainer is None or self.trainer.is_global_zero:
-            report_frames(self.dataset, files)
+        """See :meth:`SaferData.describe`; with the sets' names, and how they are split."""
         return super().describe() | {
             "names": [self.dataset, self.safe_dataset] if self.safe_folder else [self.dataset],
             "sources": [repo for repo in (self.repo, self.safe_repo) if repo],
-            "images": images_fingerprint(files),
             "validation_fraction": self.validation_fraction,
             "limit": self.limit,
         }

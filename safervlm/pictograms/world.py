@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,7 +28,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 from safervlm import protocol
 from safervlm.caches import remove_leftovers, temporary
 from safervlm.data.unsafe_concepts import paper_split, safe_split
-from safervlm.errors import ArgumentError, RecordError, explained
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.images import open_image
 from safervlm.pictograms import judges, train
 from safervlm.pictograms.benchmarks import write_benchmarks
@@ -41,6 +41,7 @@ from safervlm.protocol import (
     UNSAFE,
     text_only_question,
 )
+from safervlm.reading import read_object
 from safervlm.records import fingerprint, read_jsonl, seed_for, write_atomically, write_jsonl
 
 IMAGES_PER_CONCEPT = 40
@@ -135,14 +136,11 @@ def world_manifest(out: Path) -> dict[str, Any]:
     file = out / "manifest.json"
     if not file.exists():
         return {}
-    with explained(
-        f"{file}: damaged", "delete this world, or name another folder", OSError, ValueError, RecursionError
-    ):
-        record = json.loads(file.read_text(encoding="utf-8"))
-    files = record.get("files", []) if isinstance(record, dict) else None
+    record = read_object(file, "delete this world, or name another folder")
+    files = record.get("files", [])
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise RecordError(f"{file}: damaged (not a world's manifest); delete this world, or name another folder")
-    return cast(dict[str, Any], record)
+    return record
 
 
 def files_in(folder: Path) -> list[str]:

@@ -1,7 +1,5 @@
 """PEFT adapter folders: found, loaded and proven to have an effect, exported with a seal."""
 
-import json
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +12,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from safervlm.caches import remove_leftovers, temporary
 from safervlm.checkpoints import SEAL, seal_folder, verify_folder
-from safervlm.errors import ArgumentError
+from safervlm.errors import ArgumentError, UserError
+from safervlm.reading import read_object
 from safervlm.records import fingerprint
 from safervlm.vlm.lora import active, switched
 from safervlm.vlm.weights import must_be_finite, read_tensors, reading
@@ -36,6 +36,22 @@ def adapter_weights(folder: str | Path) -> Path:
             f"vlm.adapter: no {' or '.join(WEIGHTS)} in {str(folder)!r}; give the whole PEFT folder of the adapter"
         )
     return found
+
+
+def adapter_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration of an adapter.
+
+    Raises:
+        ArgumentError: it is missing, damaged, or names no kind of adapter.
+    """
+    argument = f"vlm.adapter: {str(folder)!r}"
+    try:
+        settings = read_object(Path(folder) / CONFIG, "give the whole PEFT folder of the adapter")
+    except UserError as error:
+        raise ArgumentError(f"{argument} can't be read: {error}") from None
+    if "peft_type" not in settings:
+        raise ArgumentError(f"{argument}: its {CONFIG} names no peft_type; give a PEFT folder")
+    return settings
 
 
 def adapter_fingerprint(folder: str) -> str:
@@ -60,10 +76,8 @@ def load_adapter(base: PreTrainedModel, folder: str, weights: str | None = None)
     sealed = verify_folder(Path(folder), "vlm.adapter")
     if sealed is not None:
         check_base(sealed["origin"], base, weights, argument)
+    settings = adapter_config(folder)
     with reading(folder, "vlm.adapter"):
-        settings = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(settings, dict) or "peft_type" not in settings:
-            raise ArgumentError(f"{argument}: its {CONFIG} names no peft_type; give a PEFT folder")
         config = PeftConfig.from_pretrained(folder)
     kind = str(settings["peft_type"])
     if config.is_prompt_learning or config.is_adaption_prompt:
@@ -188,12 +202,12 @@ def export_adapter(model: PeftModel, folder: Path, origin: Mapping[str, Any]) ->
             "trainer: the adapter is as it was at the start, so there is nothing to export; train longer (the first "
             "step of a warm-up has a learning rate of 0), or raise model.lr"
         )
-    partial = folder.with_name(f".{folder.name}-partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a process that died while exporting left
-    model.save_pretrained(str(partial), selected_adapters=["default"], safe_serialization=True)
-    seal_folder(partial, origin)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The seal comes last: until then a folder that holds an older adapter's seal is rejected, never half read.
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == SEAL):
-        file.replace(folder / file.name)
-    partial.rmdir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent)
+    with temporary(folder, directory=True) as aside:
+        model.save_pretrained(str(aside), selected_adapters=["default"], safe_serialization=True)
+        seal_folder(aside, origin)
+        folder.mkdir(exist_ok=True)
+        # The seal comes last: until then a folder that holds an older adapter's seal is rejected, never half read.
+        for file in sorted(aside.iterdir(), key=lambda file: file.name == SEAL):
+            file.replace(folder / file.name)

@@ -186,7 +186,7 @@ class Llava(PackedVLM):
                 )
             tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
             image_processor = LlavaImageProcessorPil.from_pretrained(
-                self.name, revision=self.revision, do_pad=self.image_fit == "pad"
+                self.name, revision=self.revision, trust_remote_code=False, do_pad=self.image_fit == "pad"
             )
         return LlavaCollator(
             tokenizer=tokenizer,
@@ -213,7 +213,6 @@ class Llava(PackedVLM):
             use_safetensors=True,
             # The mask of shared prompts is boolean; eager attention would add it to the scores.
             attn_implementation="sdpa",
-            trust_remote_code=False,
         )
 
     def language_model(self) -> PreTrainedModel:

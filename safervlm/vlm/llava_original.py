@@ -4,13 +4,9 @@ The original holds a Llama and a projector under other names, no image token, an
 from the Hub. Logits are the same before and after.
 """
 
-import json
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +17,24 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPVisionModel, GenerationConfig, LlamaConfig, LlavaConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from safervlm.caches import build_folder
 from safervlm.errors import ArgumentError
 from safervlm.images import ImageSettings
 from safervlm.protocol import VICUNA_SYSTEM
+from safervlm.reading import json_text
 from safervlm.records import fingerprint
-from safervlm.vlm.adapters import adapter_weights
+from safervlm.vlm.adapters import CONFIG, adapter_config, adapter_weights
 from safervlm.vlm.llava import Llava, LlavaCollator
 from safervlm.vlm.lora import LANGUAGE_LAYERS, LoRA
-from safervlm.vlm.weights import load_model, must_be_finite, read_tensors, reading
+from safervlm.vlm.weights import (
+    load_model,
+    model_config,
+    must_be_finite,
+    read_tensors,
+    reading,
+    weight_files,
+    weights_fingerprint,
+)
 
 # Names of the original -> names of a llava-hf checkpoint, in which transformers has its own way of reading them.
 NAMES = (
@@ -37,6 +43,8 @@ NAMES = (
     (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"^(model|lm_head)\.", r"language_model.\1."),
 )
+# Of what is written; a change of it needs another number, so that older conversions are not used.
+FORMAT = "2"
 DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # computed by the model, stored by older versions of it
 
 
@@ -90,7 +98,11 @@ class LlavaOriginal(Llava):
 
 
 def convert(name: str, revision: str | None, vision: str, cache: Path) -> Path:
-    """Writes a model in the original format as ``save_pretrained`` writes a LLaVA.
+    """Writes a model in the original format as ``save_pretrained`` writes a LLaVA, unless it is in the cache.
+
+    The name of its folder is a hash of all that decides what it contains: the original's weights, configuration and
+    tokenizer, the vision tower (its files, or its commit on the Hub), :data:`FORMAT`, and the version of transformers,
+    which converts the tokenizer.
 
     Args:
         name: of the original, on the Hub or a folder.
@@ -105,24 +117,38 @@ def convert(name: str, revision: str | None, vision: str, cache: Path) -> Path:
         wanted = ["*.json", "*.safetensors", "*.bin", "tokenizer.model"]
         found = name if Path(name).is_dir() else snapshot_download(name, revision=revision, allow_patterns=wanted)
         source = Path(found)
-        raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        raw = model_config(source)
     if "mm_vision_tower" not in raw:
         raise ArgumentError(f"vlm.model: {name!r} is no LLaVA in the original format; use safervlm.vlm.llava.Llava")
-    files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
-    if not files:
+    if not weight_files(source):
         raise ArgumentError(f"vlm.model: no weights (*.safetensors, pytorch_model*.bin) in {source}")
-    folder = cache / fingerprint(source / "config.json", *files, vision)
-    if folder.is_dir():
-        return folder
+    # Of the files, not of the commit: an interrupted download lacks some of them.
+    original = weights_fingerprint(str(source), None)
+    tower = weights_fingerprint(vision, None, "vlm.vision")
+    folder = cache / fingerprint(FORMAT, version("transformers"), str(original), str(tower))
+    build_folder(folder, lambda aside: write_converted(aside, name, source, raw, vision), "vlm.cache_dir")
+    return folder
 
+
+def write_converted(out: Path, name: str, source: Path, raw: dict[str, Any], vision: str) -> None:
+    """Writes the converted model.
+
+    Args:
+        out: an empty folder.
+        name: the original's, for errors.
+        source: its folder.
+        raw: its configuration.
+        vision: the vision tower, on the Hub or a folder.
+    """
+    with reading(name):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     state: dict[str, Tensor] = {}
-    for file in files:
+    for file in weight_files(source):
         state |= read_tensors(file, "vlm.model")
     state = {renamed(key): value for key, value in state.items() if not key.endswith(DERIVED)}
     tower = load_model(CLIPVisionModel, vision, "vlm.vision", whole=False)
     with reading(vision, "vlm.vision"):
-        image_processor = LlavaImageProcessorPil.from_pretrained(vision)
+        image_processor = LlavaImageProcessorPil.from_pretrained(vision, trust_remote_code=False)
     if not any(key.startswith("vision_tower.") for key in state):
         state |= {f"vision_tower.{key}": value for key, value in tower.state_dict().items()}
     needed = ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
@@ -149,13 +175,10 @@ def convert(name: str, revision: str | None, vision: str, cache: Path) -> Path:
             vision_feature_select_strategy="default",
             architectures=["LlavaForConditionalGeneration"],
         )
-    with built_aside(folder) as partial:
-        save_file(
-            {key: value.contiguous() for key, value in state.items()}, partial / "model.safetensors", {"format": "pt"}
-        )
-        for part in (config, tokenizer, image_processor, GenerationConfig(eos_token_id=tokenizer.eos_token_id)):
-            part.save_pretrained(partial)
-    return folder
+    tensors = {key: value.contiguous() for key, value in state.items()}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    for part in (config, tokenizer, image_processor, GenerationConfig(eos_token_id=tokenizer.eos_token_id)):
+        part.save_pretrained(out)
 
 
 def renamed(key: str) -> str:
@@ -183,34 +206,16 @@ def convert_adapter(folder: Path, cache: Path) -> Path:
             f"vlm.adapter: {str(folder)!r} has also trained the projector (non_lora_trainables.bin); merge it into the "
             "model with its authors' script, and name the merged model"
         )
-    there = cache / fingerprint(folder / "adapter_config.json", weights)
-    if not there.is_dir():
-        with built_aside(there) as partial, reading(str(folder), "vlm.adapter"):
-            inside = re.compile(r"^base_model\.model\.model\.layers\.")
-            moved = {inside.sub("base_model.model.model.language_model.layers.", key): w for key, w in state.items()}
-            save_file(moved, partial / "adapter_model.safetensors")
-            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-            kinds = "|".join(sorted({key.split(".")[-3] for key in state}))
-            config["target_modules"] = LANGUAGE_LAYERS.rsplit(r"\d+\.", 1)[0] + rf"\d+\.(self_attn|mlp)\.({kinds})"
-            (partial / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    config = adapter_config(folder)
+    inside = re.compile(r"^base_model\.model\.model\.layers\.")
+    moved = {inside.sub("base_model.model.model.language_model.layers.", key): w for key, w in state.items()}
+    kinds = "|".join(sorted({key.split(".")[-3] for key in state}))
+    config["target_modules"] = LANGUAGE_LAYERS.rsplit(r"\d+\.", 1)[0] + rf"\d+\.(self_attn|mlp)\.({kinds})"
+
+    def build(aside: Path) -> None:
+        save_file(moved, aside / "adapter_model.safetensors")
+        (aside / CONFIG).write_text(json_text(config, indent=2, name=CONFIG), encoding="utf-8")
+
+    there = cache / fingerprint(FORMAT, folder / CONFIG, weights)
+    build_folder(there, build, "vlm.cache_dir")
     return there
-
-
-@contextmanager
-def built_aside(folder: Path) -> Iterator[Path]:
-    """A folder to build in, which then takes the place of ``folder``, if no other process was faster.
-
-    Args:
-        folder: in the cache; the folders around it are made.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's are closed to others
-        with suppress(OSError):  # another process has made the same
-            partial.replace(folder)
-        if not folder.is_dir():
-            raise ArgumentError(f"vlm.cache_dir: {str(folder)!r} can't be written; name another folder")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

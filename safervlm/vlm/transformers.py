@@ -334,7 +334,6 @@ class Transformers(LocalVLM):
             config=self.config,
             dtype=self.dtype,
             use_safetensors=True,
-            trust_remote_code=False,
         )
         return self.prepare(model)
 

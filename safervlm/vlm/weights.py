@@ -19,12 +19,14 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from safervlm.errors import ArgumentError, UserError, first_line
+from safervlm.reading import read_object
 from safervlm.records import fingerprint
 
 # What of a model's folder decides an answer, besides its weights.
 DECIDES = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
     *("chat_template.*", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "*.model"),  # of tokenizers that have no tokenizer.json
 )
 # Names that PEFT gives to the weights of an adapter: a model that ignores them is measured without its adapter.
 ADAPTER_KEYS = re.compile(r"\b(lora_\w+|base_layer|modules_to_save|original_module|ia3_l|hada_\w+|oft_\w+)\b")
@@ -89,7 +91,7 @@ def without_report() -> Iterator[None]:
 def load_model(
     kind: Any, name: str, argument: str = "vlm.model", whole: bool = True, **settings: Any
 ) -> PreTrainedModel:
-    """``kind.from_pretrained``, for a model that has to be complete.
+    """``kind.from_pretrained``, for a model that has to be complete; code that its folder brings is not run.
 
     Args:
         kind: a class of transformers with ``from_pretrained``.
@@ -103,7 +105,9 @@ def load_model(
         ArgumentError: it can't be read; a weight is missing, has another shape, or is not finite.
     """
     with reading(name, argument), without_report():
-        model, found = kind.from_pretrained(name, **settings, output_loading_info=True, ignore_mismatched_sizes=True)
+        model, found = kind.from_pretrained(
+            name, **settings, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     return checked(model, found, name, argument, whole)
 
 
@@ -209,23 +213,46 @@ def read_tensors(file: Path, argument: str) -> dict[str, Tensor]:
     return state
 
 
+def model_config(folder: Path, argument: str = "vlm.model") -> dict[str, Any]:
+    """The ``config.json`` of a model's folder.
+
+    Args:
+        folder: of the model.
+        argument: that names it.
+
+    Raises:
+        ArgumentError: it is missing, damaged, or no JSON object.
+    """
+    try:
+        return read_object(folder / "config.json", "give a folder that save_pretrained wrote")
+    except UserError as error:
+        raise ArgumentError(f"{argument}: {error}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights: those that transformers prefers, where there are two kinds."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
 @lru_cache(maxsize=64)
 def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
     return fingerprint(*(path for path, _, _ in files))
 
 
-def weights_fingerprint(name: str, revision: str | None) -> str | None:
+def weights_fingerprint(name: str, revision: str | None, argument: str = "vlm.model") -> str | None:
     """What tells a model's weights, and what else in its folder decides an answer, from others under the same name.
 
     Args:
         name: a folder, whose files are hashed, or a name on the Hub, whose commit is returned.
         revision: on the Hub.
+        argument: that names it.
     """
     folder = Path(name)
     if folder.is_dir():
-        with reading(name):
-            files = [file for kind in (*DECIDES, "*.safetensors") for file in sorted(folder.glob(kind))]
+        with reading(name, argument):
+            found = [file for kind in DECIDES for file in sorted(folder.glob(kind))]
+            files = [*dict.fromkeys(found), *weight_files(folder)]  # tokenizer.model is found twice
             # Gigabytes are hashed once a process, as long as the files stay as they are.
             return _hash(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
-    with reading(name):
+    with reading(name, argument):
         return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)

@@ -191,6 +191,28 @@ def test_your_own_examples(tmp_path: Path):
     assert both.parts.validation == both.parts.train
 
 
+def test_other_images_are_another_set_and_animations_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The images of both files count, and those of one name in two folders; where they lie doesn't."""
+    moving = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    descriptions = []
+    for place in ("a", "b"):
+        for part in ("train", "held"):
+            (tmp_path / place / part).mkdir(parents=True)
+            own(tmp_path / place / part, GOOD | {"image": "1.gif"}, GOOD)
+            moving[0].save(tmp_path / place / part / "1.gif", save_all=True, append_images=moving[1:])
+        data = OwnData(*(str(tmp_path / place / part / "own.jsonl") for part in ("train", "held")), name="Moving")
+        descriptions.append(data.describe())
+    assert descriptions[0] == descriptions[1]
+    said = "Moving: 2 of 4 images are animations or have several pages, for example 1.gif"
+    assert capsys.readouterr().out.count(said) == 1
+    for part in ("train", "held"):
+        Image.new("RGB", (3, 3)).save(tmp_path / "b" / part / "1.png")
+        descriptions.append(data.describe())
+    assert len({description["images"] for description in descriptions}) == 3
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

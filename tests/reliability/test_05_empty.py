@@ -1,5 +1,6 @@
-"""Promise 5 in data modules: an empty text or file is an error that names the argument or file."""
+"""Promise 5: an empty text or file, or a key that is there twice, is an error that names the argument or file."""
 
+import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,20 @@ import pytest
 from safervlm.data.alignment import DPOData, OwnData, SFTData, export_training_files
 from safervlm.data.benchmarks import Benchmark
 from safervlm.data.contexts import Contexts, read_contexts
+from safervlm.data.embedded import written_images
 from safervlm.data.labelled import LabelledAnswers, read_labelled
 from safervlm.data.responses import SavedResponses
 from safervlm.data.suite import Suite
 from safervlm.data.unsafe_concepts import UnsafeConcepts, read_options
 from safervlm.errors import ArgumentError, RecordError, UserError
+from safervlm.pictograms.world import world_manifest
 from safervlm.protocol import LABELS
+from safervlm.reading import read_json, read_yaml
+from safervlm.reports import read_summary
+from safervlm.run import read_manifest
+from safervlm.trust import read_config
+from safervlm.vlm.adapters import adapter_config
+from safervlm.vlm.weights import model_config
 
 ARGUMENTS: list[tuple[Callable[..., object], dict[str, object], str]] = [
     (UnsafeConcepts, {}, "folder"),
@@ -120,3 +129,97 @@ def test_a_key_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('[{"unsafe concept": "Gun", "output": "a", "output": "b"}]')
     with pytest.raises(RecordError, match=r"c\.json: .*the key 'output' is there twice"):
         read_contexts(tmp_path / "c.json")
+
+
+# Files of ours and of other programs: the name, what stands there twice, and the reader, which is given the folder.
+TWICE: dict[str, tuple[str, str, Callable[[Path], object]]] = {
+    "manifest": ("manifest.json", '{"stages": {}, "stages": {}}', read_manifest),
+    "manifest of a report": (
+        "manifest.json",
+        '{"stages": {"a": 1, "a": 2}}',
+        lambda folder: read_summary(folder / "manifest.json"),
+    ),
+    "world": ("manifest.json", '{"files": [], "files": []}', world_manifest),
+    "adapter": ("adapter_config.json", '{"peft_type": "LORA", "r": 4, "r": 8}', adapter_config),
+    "model": ("config.json", '{"a": {"b": 1, "b": 1}}', model_config),
+    "images of a table": ("files.json", '{"0": "0.png", "0": "1.png"}', written_images),
+    "configuration": ("fit.yaml", "a:\n  b: 1\n  b: 2\n", lambda folder: read_config(folder / "fit.yaml")),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_no_reader_takes_the_last_of_two_values(tmp_path: Path, case: str) -> None:
+    name, text, read = TWICE[case]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"the key '\w+' is there twice") as caught:
+        read(tmp_path)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"x": "0.png"}', '{"0": "../0.png"}', '{"0": 3}', None])
+def test_a_damaged_list_of_a_tables_images_names_the_folder_to_remove(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "files.json").write_text(text)
+    with pytest.raises(RecordError, match=r"files\.json.*remove the folder") as caught:
+        written_images(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "line 1: not YAML"),
+        ("a: 1\nb: &x [*x", "not YAML"),
+        ("a: 2001-99-99", "not YAML"),
+        ("[" * 5000, "nested too deeply"),
+        ("a: !!python/name:os.system", "line 1: not YAML"),
+        ("a: \0", "NUL"),
+        ("b: 1\n? {c: 1, c: 2}\n: 2", "not YAML"),
+    ],
+)
+def test_a_damaged_configuration_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(RecordError) as caught:
+        read_yaml(tmp_path / "a.yaml")
+    assert str(caught.value).startswith(str(tmp_path / "a.yaml"))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_read_may_be_infinite_where_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"clip": Infinity}')
+    assert read_json(tmp_path / "a.json", finite=False) == {"clip": float("inf")}
+    with pytest.raises(RecordError, match="Infinity is not a finite number"):
+        read_json(tmp_path / "a.json")
+
+
+# Where JSON or YAML is parsed besides in safervlm/reading.py: how often, and why.
+PARSED_ELSEWHERE = {
+    "safervlm/checkpoints.py": (2, "settings in memory, as they will be once they are written"),
+    "safervlm/run.py": (1, "settings in memory, as they will be once they are written"),
+    "safervlm/pictograms/judges.py": (1, "a tokenizer in memory"),
+    "safervlm/pictograms/rater.py": (1, "the body of a request to the pictograms' own server"),
+    "safervlm/trust.py": (1, "any file that a configuration may name a part of itself by: as the parser reads it"),
+    "safervlm/vlm/server/reading.py": (1, "a server's body, which may repeat what isn't read"),
+}
+
+
+def test_files_are_parsed_in_one_place() -> None:
+    root = Path(__file__).parent.parent.parent
+    found: dict[str, int] = {}
+    for path in sorted(
+        file for folder in ("safervlm", "callbacks", "scripts") for file in (root / folder).rglob("*.py")
+    ):
+        name = path.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.module in ("json", "yaml")), (
+                f"{name}: import it whole"
+            )
+            parses = isinstance(node, ast.Attribute) and (
+                ast.unparse(node) in ("json.load", "json.loads", "pd.read_json")
+                or (ast.unparse(node.value) == "yaml" and "load" in node.attr)
+            )
+            if parses and name != "safervlm/reading.py":
+                found[name] = found.get(name, 0) + 1
+    assert found == {name: count for name, (count, _) in PARSED_ELSEWHERE.items()}

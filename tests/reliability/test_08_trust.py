@@ -1,5 +1,6 @@
 """Promise 8: what somebody else's run folder names is contacted, sent, imported or read only where the user says so."""
 
+import ast
 import json
 import shutil
 from collections.abc import Callable
@@ -222,3 +223,32 @@ def test_a_page_shows_images_of_the_runs_own_data_alone(inside: bool, tmp_path: 
     assert (shown["original"] is not None) == inside
     if not inside:
         assert "outside the datasets" in shown["reason"]
+
+
+# Loaders that don't take trust_remote_code, and why they run no code unasked.
+NO_CODE = {
+    "PeftConfig.from_pretrained": "reads JSON alone",
+    "PeftModel.from_pretrained": "puts weights into layers of a model that is there",
+    "GenerationConfig.from_pretrained": "reads JSON alone",
+    "self.remote_class('AutoConfig').from_pretrained": "the code that the user has asked for",
+    "self.remote_class('AutoTokenizer').from_pretrained": "the code that the user has asked for",
+}
+
+
+def test_every_loader_is_told_to_run_no_code() -> None:
+    root = Path(__file__).parent.parent.parent
+    unsaid, unneeded = [], set(NO_CODE)
+    for path in sorted(file for part in ("safervlm", "callbacks", "scripts") for file in (root / part).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr not in ("from_pretrained", "from_config"):
+                continue
+            name = ast.unparse(node.func)
+            said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if name in NO_CODE:
+                unneeded.discard(name)
+            elif said.get("trust_remote_code") != "False":
+                unsaid.append(f"{path.relative_to(root)}, line {node.lineno}: {name}")
+    assert not unsaid
+    assert not unneeded

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from safervlm.caches import TEMPORARY
+from safervlm.errors import ArgumentError
 from safervlm.protocol import ALIGNMENT_QUESTIONS
 from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question
 from safervlm.vlm.base import VLM
-from safervlm.vlm.llava_original import LlavaOriginal, renamed
+from safervlm.vlm.llava_original import LlavaOriginal, convert, renamed
 from safervlm.vlm.sampling import Sampling
 
 
@@ -143,6 +145,66 @@ def test_it_is_converted_once_and_answers(
     answers = [each.generate(each.collator(batch), Sampling(max_new_tokens=6), seed=0) for each in (vlm, again)]
     assert answers[0] == answers[1]
     assert len({answer.text for answer in answers[0]}) > 1
+
+
+def changed_words(original: Original) -> None:
+    file = original.folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 77}))
+
+
+def changed_tower(original: Original) -> None:
+    with torch.no_grad():
+        original.clip.embeddings.class_embedding.add_(1)
+    original.clip.save_pretrained(original.vision)
+
+
+def changed_image_processor(original: Original) -> None:
+    square = {"height": 28, "width": 28}
+    LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size=square, image_mean=[0, 0, 0]).save_pretrained(
+        original.vision
+    )
+
+
+@pytest.mark.parametrize("change", [changed_words, changed_tower, changed_image_processor])
+def test_whatever_the_conversion_depends_on_is_in_its_name(
+    original: Original, tmp_path: Path, change: Callable[[Original], None]
+) -> None:
+    cache = tmp_path / "cache"
+    before = convert(str(original.folder), None, str(original.vision), cache)
+    change(original)
+    after = convert(str(original.folder), None, str(original.vision), cache)
+    assert after != before
+    assert sorted(cache.iterdir()) == sorted([before, after])
+
+
+def test_what_a_killed_conversion_left_is_removed(original: Original, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    (cache / f"{TEMPORARY}1-dead").mkdir(parents=True)
+    folder = convert(str(original.folder), None, str(original.vision), cache)
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(original: Original, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("mine")
+    with pytest.raises(ArgumentError, match=r"^vlm\.cache_dir: .*: name another folder$"):
+        convert(str(original.folder), None, str(original.vision), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "line 1: not JSON"),
+        ("", "is empty"),
+        ("[]", "not a JSON object"),
+        ('{"a": 1, "a": 2}', "the key 'a' is there twice"),
+    ],
+)
+def test_a_damaged_configuration_is_one_line(original: Original, tmp_path: Path, text: str, said: str) -> None:
+    (original.folder / "config.json").write_text(text)
+    with pytest.raises(ArgumentError, match=r"^vlm\.model: ") as caught:
+        convert(str(original.folder), None, str(original.vision), tmp_path / "cache")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @torch.no_grad()
