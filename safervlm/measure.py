@@ -6,33 +6,12 @@ from typing import Any, Self
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from safervlm.errors import ArgumentError, RecordError, UserError, first_line
+from safervlm.errors import ArgumentError, UserError
+from safervlm.failures import in_halves, reason_of
 from safervlm.records import Example, Failure, Question, Response
 from safervlm.vlm.base import VLM, Collator, Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
-
-# These end a run, whatever question they come with.
-ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit, SIGTERMException)
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a question has no answer, in one line.
-
-    Args:
-        error: what asking it raised. Not every one is an ``Exception``: a panic of the tokenizers library is not.
-
-    Raises:
-        BaseException: the error itself, where it concerns the run and not the question: a request to end, or an
-            argument that can't be used.
-    """
-    if isinstance(error, ENDS) or (isinstance(error, UserError) and not isinstance(error, RecordError)):
-        raise error
-    line = first_line(error)
-    if not isinstance(error, RecordError) and line != type(error).__name__:
-        line = f"{type(error).__name__}: {line}"
-    return line if len(line) <= 500 else f"{line[:500]} ..."
 
 
 @dataclass
@@ -76,22 +55,9 @@ class AskCollator:
                 good.append(example)
             except BaseException as error:
                 failed.append(Failure(example.question, reason_of(error)))
-        batches, more = self._in_halves(good)
-        return Asked(batches, failed + more)
-
-    def _in_halves(self, examples: Sequence[Example]) -> tuple[list[Any], list[Failure]]:
-        """Batches of questions that can be collated one by one, but perhaps not together (memory)."""
-        if not examples:
-            return [], []
-        try:
-            return [self.collator(examples)], []
-        except BaseException as error:
-            reason = reason_of(error)
-        if len(examples) == 1:
-            return [], [Failure(examples[0].question, reason)]
-        middle = len(examples) // 2
-        first, second = self._in_halves(examples[:middle]), self._in_halves(examples[middle:])
-        return first[0] + second[0], first[1] + second[1]
+        # What can be collated one by one need not fit into memory together.
+        batches, more = in_halves(good, self.collator)
+        return Asked(batches, failed + [Failure(example.question, reason) for example, reason in more])
 
 
 class Measure(L.LightningModule):

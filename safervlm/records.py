@@ -20,6 +20,8 @@ from safervlm.reading import json_text, numbered_jsonl, parse_json
 
 # In a run folder: the questions that have no answer, and why.
 FAILED = "responses-failed.jsonl"
+# What the judges read in the answers.
+VERDICTS = "verdicts.jsonl"
 # The answers that no judge could classify, and why.
 UNJUDGED = "verdicts-failed.jsonl"
 # Half a surrogate pair is hashed as what it is.

@@ -55,7 +55,7 @@ from safervlm.intervals import (
     interval_these_concepts,
 )
 from safervlm.protocol import CAPABILITIES, CATEGORIES, LABELS, NOT_APPLICABLE, SAFE, UNSAFE
-from safervlm.records import UNJUDGED, Failure, Response, Verdict, read_records
+from safervlm.records import UNJUDGED, VERDICTS, Failure, Response, Verdict, read_records
 from safervlm.tables import EXCLUDED, JUDGE_NOTE, TextTable, say
 
 # What a row of `scores` measures.
@@ -140,9 +140,11 @@ def load_run(run: str | Path) -> pd.DataFrame:
     run = Path(run)
     responses = _by_id(run / "responses.jsonl", Response, f"measure with `safervlm predict ... --run {run}`")
     rated = all(response.question.capability == "rated" for response in responses.values())
-    verdicts = {} if rated else _by_id(run / "verdicts.jsonl", Verdict, _how_to_judge(run))
     failed = {each.id for each in read_records(run / UNJUDGED, Failure)} if (run / UNJUDGED).is_file() else set()
+    verdicts = {} if rated else _by_id(run / VERDICTS, Verdict, _how_to_judge(run), may_be_empty=bool(failed))
     if left_out := failed & responses.keys() - verdicts.keys():
+        if len(left_out) == len(responses):
+            raise RecordError(f"{run / UNJUDGED}: no answer could be judged, it says why; {_how_to_judge(run)}")
         say(f"{run}: {len(left_out)} answers could not be judged and are left out ({run / UNJUDGED} says why)")
         responses = {name: each for name, each in responses.items() if name not in left_out}
     unjudged = [
@@ -150,13 +152,13 @@ def load_run(run: str | Path) -> pd.DataFrame:
     ]
     if unjudged:
         raise RecordError(
-            f"{run / 'verdicts.jsonl'}: {len(unjudged)} of {len(responses)} responses have no verdict, the first is "
+            f"{run / VERDICTS}: {len(unjudged)} of {len(responses)} responses have no verdict, the first is "
             f"{unjudged[0]!r}; " + _how_to_judge(run)
         )
     foreign = next((name for name in verdicts if name not in responses), None)
     if foreign is not None:
         raise RecordError(
-            f"{run / 'verdicts.jsonl'}: a verdict about {foreign!r}, which responses.jsonl doesn't contain; the two "
+            f"{run / VERDICTS}: a verdict about {foreign!r}, which responses.jsonl doesn't contain; the two "
             f"files come from different runs: remove verdicts.jsonl, then {_how_to_judge(run)}"
         )
 
@@ -165,12 +167,12 @@ def load_run(run: str | Path) -> pd.DataFrame:
         question, verdict = response.question, verdicts.get(name, Verdict(name, "", {}, ""))
         if verdict.answer and not verdict.is_of(response.response):
             raise RecordError(
-                f"{run / 'verdicts.jsonl'}: the verdict on {name!r} is about another text than the answer in "
+                f"{run / VERDICTS}: the verdict on {name!r} is about another text than the answer in "
                 f"responses.jsonl; remove verdicts.jsonl, then {_how_to_judge(run)}"
             )
         labels = LABELS.get(question.capability)
         for file, what, label in (
-            ("verdicts.jsonl", "verdict's label", verdict.label),
+            (VERDICTS, "verdict's label", verdict.label),
             ("responses.jsonl", "right answer", question.answer),
         ):
             if labels is not None and label not in labels:
@@ -214,7 +216,7 @@ def _how_to_judge(run: Path) -> str:
     )
 
 
-def _by_id(path: Path, kind: type[Record], way_out: str) -> dict[str, Record]:
+def _by_id(path: Path, kind: type[Record], way_out: str, may_be_empty: bool = False) -> dict[str, Record]:
     if not path.is_file():
         raise RecordError(f"{path}: no such file; {way_out}")
     records: dict[str, Record] = {}
@@ -224,7 +226,7 @@ def _by_id(path: Path, kind: type[Record], way_out: str) -> dict[str, Record]:
         if record.id in records:
             raise RecordError(f"{path}: {record.id!r} is there twice; remove one of the two lines")
         records[record.id] = record
-    if not records:
+    if not records and not may_be_empty:
         raise RecordError(f"{path}: no records; {way_out}")
     return records
 
