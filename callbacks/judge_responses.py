@@ -9,6 +9,7 @@ from rich.progress import track
 from safervlm.data.responses import read_responses
 from safervlm.errors import RecordError, first_line
 from safervlm.judge import Panel
+from safervlm.ranges import in_range
 from safervlm.records import UNJUDGED, VERDICTS, Failure, Verdict, read_jsonl, write_jsonl
 
 
@@ -26,6 +27,7 @@ class JudgeResponses(Callback):
     """
 
     def __init__(self, panel: Panel, batch_size: int = 64) -> None:
+        in_range("JudgeResponses", least=1, batch_size=batch_size)
         self.panel = panel
         self.batch_size = batch_size
 
@@ -67,11 +69,11 @@ class JudgeResponses(Callback):
         size = 16 * self.batch_size
         for start in track(range(0, len(left), size), "Judging", disable=not left):
             some = [(response.question, response.response) for response in left[start : start + size]]
-            for record in self.panel.judged(some, self.batch_size):
-                if isinstance(record, Failure):
-                    failed.append(record)
+            for judged in self.panel.judged(some, self.batch_size):
+                if isinstance(judged, Failure):
+                    failed.append(judged)
                 else:
-                    verdicts[record.id] = record
+                    verdicts[judged.id] = judged
         there = (verdicts[response.id] for response in responses if response.id in verdicts)
         write_jsonl(run / VERDICTS, (verdict.to_dict() for verdict in there))
         if failed:

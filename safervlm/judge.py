@@ -25,6 +25,7 @@ from safervlm.escape import for_csv
 from safervlm.failures import in_halves
 from safervlm.finite import TrainingGuard, must_be_trained
 from safervlm.protocol import LABELS, NOT_APPLICABLE, Capability
+from safervlm.ranges import in_range
 from safervlm.records import Example, Failure, Question, Response, Verdict, fingerprint, write_atomically
 from safervlm.rules import RULES
 from safervlm.tables import TextTable, terminal
@@ -72,7 +73,8 @@ class Judge(LightningModule):
             changes no token that the model sees.
 
     Raises:
-        ArgumentError: at first use, for a checkpoint that is missing, unreadable, or not exactly this model's.
+        ArgumentError: a number is out of its range; at first use, for a checkpoint that is missing, unreadable, or not
+            exactly this model's.
     """
 
     def __init__(
@@ -89,8 +91,11 @@ class Judge(LightningModule):
         super().__init__()
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ArgumentError(f"labels: a judge tells at least two different labels apart, got {list(labels)}")
-        if max_characters < 1:
-            raise ArgumentError(f"max_characters: at least 1, got {max_characters}")
+        in_range(least=1, max_characters=max_characters)
+        in_range(above=0, lr=lr)
+        in_range(least=0, weight_decay=weight_decay)
+        in_range(least=0, most=1, warmup=warmup)
+        in_range(least=0, below=1, label_smoothing=label_smoothing)
         self.max_characters = max_characters
         self.checkpoint = checkpoint
         self.labels = tuple(labels)
@@ -476,8 +481,9 @@ class Panel(LightningModule):
             One an answer, in the order given: the verdict, or why there is none.
         """
         # Weights that can't be loaded are no answer's fault.
-        for judge in {self.judge_of(question.capability) for question, _ in answers} - {None}:
-            judge.configure_model()
+        for judge in {self.judge_of(question.capability) for question, _ in answers}:
+            if judge is not None:
+                judge.configure_model()
         there, failed = in_halves(
             range(len(answers)),
             lambda places: zip(places, self._read([answers[place] for place in places], batch_size), strict=True),

@@ -10,6 +10,7 @@ LAYERS = (
     (
         "errors",
         "failures",
+        "ranges",
         "escape",
         "signals",
         "caches",
