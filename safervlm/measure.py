@@ -7,8 +7,9 @@ from typing import Any, Self
 import lightning as L
 import torch
 
-from safervlm.errors import ArgumentError, UserError
+from safervlm.errors import UserError
 from safervlm.failures import in_halves, reason_of
+from safervlm.ranges import in_range
 from safervlm.records import Example, Failure, Question, Response
 from safervlm.vlm.base import VLM, Collator, Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
@@ -69,7 +70,9 @@ class Measure(L.LightningModule):
         seed: an answer's randomness is drawn from (seed, record id, step): neither the batch, the order nor the number
             of processes changes an answer in float32.
         failures_in_a_row: A question that raises an unexpected exception is recorded as failed. After so many of them
-            without an answer in between the run stops, as its questions are not to blame.
+            without an answer in between the run stops, as its questions are not to blame. A question that the VLM
+            itself leaves unanswered (no finite logits, a server that doesn't take it) or that doesn't fit into memory
+            neither counts nor ends the count.
 
     Raises:
         ArgumentError: ``failures_in_a_row`` is less than 1.
@@ -83,8 +86,7 @@ class Measure(L.LightningModule):
         failures_in_a_row: int = 20,
     ) -> None:
         super().__init__()
-        if failures_in_a_row < 1:
-            raise ArgumentError(f"model.failures_in_a_row: at least 1, got {failures_in_a_row}")
+        in_range("model", least=1, failures_in_a_row=failures_in_a_row)
         self.vlm, self.sampling, self.seed, self.failures_in_a_row = vlm, sampling, seed, failures_in_a_row
         self._in_a_row = 0
         self.largest: int | None = None  # batch that fits into memory, once a larger one didn't
@@ -124,11 +126,13 @@ class Measure(L.LightningModule):
             return self._in_parts(batch, self.largest)
         try:
             answers: list[Generation | str] = [*self.vlm.generate(batch, self.sampling, self.seed)]
-        except Unanswered as error:
-            return error.answers
         except torch.OutOfMemoryError as error:
             reason, full = f"{str(error).split('. ')[0]}: this question alone doesn't fit into memory", True
         except BaseException as error:
+            if isinstance(error, Unanswered) and len(error.answers) == len(batch):
+                if any(isinstance(answer, Generation) for answer in error.answers):
+                    self._in_a_row = 0
+                return error.answers
             reason, full = reason_of(error), False
         else:
             self._in_a_row = 0
