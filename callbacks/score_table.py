@@ -4,8 +4,7 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from safervlm.data.responses import RESPONSES
-from safervlm.records import VERDICTS
+from safervlm.records import RESPONSES, VERDICTS
 from safervlm.scoring import accuracy_table, by_category, load_run, other_table, scores
 from safervlm.tables import say, terminal, write_csv, write_workbook
 

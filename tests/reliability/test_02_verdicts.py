@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from callbacks.judge_responses import JudgeResponses
 from safervlm.cli import main
+from safervlm.data.responses import read_responses
 from safervlm.errors import RecordError, UserError
 from safervlm.judge import Answers, Judge, Panel
 from safervlm.protocol import LABELS
@@ -143,6 +144,41 @@ def test_verdicts_of_other_texts_are_not_scored(panel: Panel, tmp_path: Path) ->
     with pytest.raises(RecordError, match=r"S/alignment2/alignment/0.* about another text") as caught:
         load_run(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_verdicts_of_version_0_1_are_scored_and_said(
+    panel: Panel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody knows which texts they are about: one line says so, and how to judge again."""
+    judge(tmp_path, panel, answers(TEXTS))
+    load_run(tmp_path)
+    assert "0.1" not in capsys.readouterr().out
+    records = list(read_jsonl(tmp_path / "verdicts.jsonl"))
+    for record in records[:2]:
+        del record["answer"]
+    write_jsonl(tmp_path / "verdicts.jsonl", records)
+    assert len(load_run(tmp_path)) == len(TEXTS)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("2 verdicts are of version 0.1") == 1
+    assert "configs/judge_responses.yaml" in said
+    judge(tmp_path, panel, answers(TEXTS))
+    assert "judged again" in capsys.readouterr().out
+    load_run(tmp_path)
+    assert "0.1" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["responses", "verdicts"])
+def test_an_id_that_is_there_twice_is_named(name: str, panel: Panel, tmp_path: Path) -> None:
+    judge(tmp_path, panel, answers(TEXTS))
+    file = tmp_path / f"{name}.jsonl"
+    records = list(read_jsonl(file))
+    write_jsonl(file, [*records, records[1]])
+    readers = {"load_run": lambda: load_run(tmp_path)}
+    if name == "responses":
+        readers |= {"saved": lambda: read_responses(tmp_path)}
+    for read in readers.values():
+        with pytest.raises(RecordError, match=rf"{name}\.jsonl: '{records[1]['id']}' is there twice"):
+            read()
 
 
 def test_a_verdict_file_that_contradicts_itself_is_named(panel: Panel, tmp_path: Path) -> None:
