@@ -7,8 +7,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from safervlm.checkpoints import origin_of, seal_file, seal_folder
-from safervlm.errors import ArgumentError
 from safervlm.finite import must_have_finite_weights
+from safervlm.ranges import in_range
 from safervlm.run import agree_to_end
 
 
@@ -25,8 +25,7 @@ class LastCheckpoint(Callback):
     """
 
     def __init__(self, every_n_batches: int = 50) -> None:
-        if every_n_batches < 1:
-            raise ArgumentError(f"every_n_batches: at least 1, got {every_n_batches}")
+        in_range(least=1, every_n_batches=every_n_batches)
         self.every_n_batches = every_n_batches
         self._saved = 0
 

@@ -11,6 +11,7 @@ from safervlm.differences import difference_of_items
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.judge import Judge
 from safervlm.protocol import LABELS, SAFE, UNSAFE
+from safervlm.ranges import in_range
 from safervlm.records import seed_for
 from safervlm.run import stage_name, write_stage
 from safervlm.vlm.sampling import Sampling
@@ -48,12 +49,8 @@ class GenerationCheck(Callback):
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         minimum: int = 100,
     ) -> None:
-        if every_n_batches < 1:
-            raise ArgumentError(f"every_n_batches: at least 1, got {every_n_batches}")
-        if minimum < 1:
-            raise ArgumentError(f"minimum: at least 1, got {minimum}")
-        if not 0 <= tolerance < 1:
-            raise ArgumentError(f"tolerance: from 0 to below 1, got {tolerance}")
+        in_range(least=1, every_n_batches=every_n_batches, minimum=minimum)
+        in_range(least=0, below=1, tolerance=tolerance)
         self.judge, self.every_n_batches, self.tolerance = judge, every_n_batches, tolerance
         self.sampling, self.minimum = sampling, minimum
         judge.must_tell(LABELS["alignment"], "judge")

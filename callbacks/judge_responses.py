@@ -1,6 +1,5 @@
 """Judges the answers of a measurement as soon as they are complete."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
@@ -10,10 +9,8 @@ from rich.progress import track
 from safervlm.data.responses import read_responses
 from safervlm.errors import RecordError, first_line
 from safervlm.judge import Panel
-from safervlm.measure import reason_of
-from safervlm.records import UNJUDGED, Failure, Response, Verdict, read_jsonl, write_jsonl
-
-VERDICTS = "verdicts.jsonl"
+from safervlm.ranges import in_range
+from safervlm.records import UNJUDGED, VERDICTS, Failure, Verdict, read_jsonl, write_jsonl
 
 
 class JudgeResponses(Callback):
@@ -30,6 +27,7 @@ class JudgeResponses(Callback):
     """
 
     def __init__(self, panel: Panel, batch_size: int = 64) -> None:
+        in_range("JudgeResponses", least=1, batch_size=batch_size)
         self.panel = panel
         self.batch_size = batch_size
 
@@ -70,30 +68,15 @@ class JudgeResponses(Callback):
         # Each judge sorts what it is given by length, so it is given more than a batch.
         size = 16 * self.batch_size
         for start in track(range(0, len(left), size), "Judging", disable=not left):
-            some, more = self.judged(left[start : start + size])
-            verdicts |= {verdict.id: verdict for verdict in some}
-            failed += more
+            some = [(response.question, response.response) for response in left[start : start + size]]
+            for judged in self.panel.judged(some, self.batch_size):
+                if isinstance(judged, Failure):
+                    failed.append(judged)
+                else:
+                    verdicts[judged.id] = judged
         there = (verdicts[response.id] for response in responses if response.id in verdicts)
         write_jsonl(run / VERDICTS, (verdict.to_dict() for verdict in there))
         if failed:
             write_jsonl(run / UNJUDGED, (failure.to_dict() for failure in failed))
         else:
             (run / UNJUDGED).unlink(missing_ok=True)
-
-    def judged(self, responses: Sequence[Response]) -> tuple[list[Verdict], list[Failure]]:
-        """The verdicts on answers, and the answers that raise an exception, found by halves, with the reason.
-
-        Args:
-            responses: the answers.
-        """
-        if not responses:
-            return [], []
-        try:
-            return self.panel.judge(responses, self.batch_size), []
-        except BaseException as error:  # a panic of the tokenizers library is no Exception
-            reason = reason_of(error)
-        if len(responses) == 1:
-            return [], [Failure(responses[0].question, f"the answer can't be judged ({reason})")]
-        middle = len(responses) // 2
-        first, second = self.judged(responses[:middle]), self.judged(responses[middle:])
-        return first[0] + second[0], first[1] + second[1]

@@ -15,6 +15,7 @@ from callbacks.attempt_log import AttemptFile
 from safervlm.data.responses import read_responses
 from safervlm.errors import ArgumentError, UserError, first_line
 from safervlm.escape import for_terminal
+from safervlm.ranges import in_range
 from safervlm.rating import (
     MAX_NEW_TOKENS,
     RATINGS,
@@ -78,9 +79,7 @@ class RateResponses(Callback):
     """
 
     def __init__(self, judge: Server, both_orders: bool = False, attempts: int = 3, batch_size: int = 16) -> None:
-        for name, value in (("attempts", attempts), ("batch_size", batch_size)):
-            if value < 1:
-                raise ArgumentError(f"RateResponses.{name}: at least 1, got {value}")
+        in_range("RateResponses", least=1, attempts=attempts, batch_size=batch_size)
         if judge.blank:
             raise ArgumentError(
                 "RateResponses.judge.blank: true shows the judge a blank image with each text; give false, as "

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from safervlm.errors import ArgumentError
+from safervlm.ranges import in_range
 from safervlm.records import read_torn_jsonl, to_line, write_jsonl
 
 
@@ -19,8 +19,7 @@ class RolloutLog(Callback):
     """
 
     def __init__(self, answers: int = 4) -> None:
-        if answers < 1:
-            raise ArgumentError(f"answers: at least 1, got {answers}")
+        in_range(least=1, answers=answers)
         self.answers = answers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from safervlm.data.responses import RESPONSES
+from safervlm.records import RESPONSES, VERDICTS
 from safervlm.scoring import accuracy_table, by_category, load_run, other_table, scores
 from safervlm.tables import say, terminal, write_csv, write_workbook
 
@@ -13,7 +13,8 @@ class ScoreTable(Callback):
     """Scores the run folder after a prediction: ``scores.csv``, ``scores.xlsx``, and the tables on the terminal.
 
     It reads ``responses.jsonl`` and ``verdicts.jsonl``, so it stands after the callbacks that write them. If no
-    question has an answer, there is nothing to score, and it says so. Only the first process works.
+    question has an answer, or no answer a verdict, there is nothing to score, and it says so. Only the first process
+    works.
     """
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -29,9 +30,10 @@ class ScoreTable(Callback):
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
-        if (run / RESPONSES).is_file() and not (run / RESPONSES).stat().st_size:
-            say(f"{run.name}: no question has an answer, so there is nothing to score")
-            return
+        for file, what in ((RESPONSES, "question has an answer"), (VERDICTS, "answer has a verdict")):
+            if (run / file).is_file() and not (run / file).stat().st_size:
+                say(f"{run.name}: no {what}, so there is nothing to score")
+                return
         table = scores(load_run(run))
         write_csv(run / "scores.csv", table)
         write_workbook(run / "scores.xlsx", {"by category": by_category(table), "scores": table})

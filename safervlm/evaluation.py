@@ -45,7 +45,7 @@ from safervlm.intervals import (
 )
 from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
 from safervlm.rating import RATINGS, Rating
-from safervlm.records import FAILED, Failure, read_records
+from safervlm.records import FAILED, UNJUDGED, Failure, read_records
 from safervlm.rules import occurs
 from safervlm.run import MANIFEST, read_manifest
 from safervlm.scoring import (
@@ -89,7 +89,8 @@ class Evaluation:
         name: of the model, in every table.
         folder: the run folder.
         answers: of :func:`safervlm.scoring.load_run`.
-        unanswered: id, dataset, capability, category, image, reason of the questions without an answer.
+        unanswered: id, dataset, capability, category, image, reason of the questions without an answer, or with one
+            that no judge could read.
         ratings: id, dataset, category, image, prompt, answer (the reference), reference, response (their ratings) and
             judge of the rated answers, a row a question; both orders averaged where both were asked. NaN: missing.
     """
@@ -173,11 +174,11 @@ def load(folder: str | Path, name: str) -> Evaluation:
     answers["capability"] = answers["capability"].mask(own, "generalisation")
     judged = answers["capability"] != "rated"
     failures: list[Failure] = []
-    if (folder / FAILED).exists():
-        with explained(
-            f"{folder / FAILED}: it can't be read", "ask the questions again with the same command", *_BROKEN
-        ):
-            failures = read_records(folder / FAILED, Failure)
+    for file, remedy in ((FAILED, "ask the questions again"), (UNJUDGED, "judge the answers again")):
+        if (folder / file).exists():
+            with explained(f"{folder / file}: it can't be read", f"{remedy} with the same command", *_BROKEN):
+                failures += read_records(folder / file, Failure)
+    failures = list({each.id: each for each in failures if each.id not in {*answers["id"]}}.values())
     unanswered = pd.DataFrame(
         [each.question.to_dict() | {"drawn": each.question.drawn, "reason": each.reason} for each in failures],
         columns=["id", "dataset", "capability", "category", "image", "answer", "drawn", "reason"],

@@ -22,9 +22,11 @@ from safervlm import rules
 from safervlm.data.labelled import LabelCollator
 from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.escape import for_csv
+from safervlm.failures import in_halves
 from safervlm.finite import TrainingGuard, must_be_trained
 from safervlm.protocol import LABELS, NOT_APPLICABLE, Capability
-from safervlm.records import Example, Response, Verdict, fingerprint, write_atomically
+from safervlm.ranges import in_range
+from safervlm.records import Example, Failure, Question, Response, Verdict, fingerprint, write_atomically
 from safervlm.rules import RULES
 from safervlm.tables import TextTable, terminal
 from safervlm.texts import tokenizable
@@ -34,7 +36,6 @@ WEIGHTS = "model.safetensors"
 # Keys that a checkpoint may hold and this model does not: older versions of transformers saved the positions, which
 # are 0, 1, 2, ... for every RoBERTa; the pooler stands behind a classifier that reads the first token itself.
 UNREAD_KEYS = frozenset({"roberta.embeddings.position_ids", "roberta.pooler.dense.weight", "roberta.pooler.dense.bias"})
-Answer = tuple[str, Capability, str, str]  # the question's id and capability, the right answer, the answer's text
 BATCH_SIZE = 64  # answers read at once, where nothing else is said
 # Log-probabilities this close could change places by rounding, which moves them by about 1e-7.
 NEAR_TIE = 1e-4
@@ -72,7 +73,8 @@ class Judge(LightningModule):
             changes no token that the model sees.
 
     Raises:
-        ArgumentError: at first use, for a checkpoint that is missing, unreadable, or not exactly this model's.
+        ArgumentError: a number is out of its range; at first use, for a checkpoint that is missing, unreadable, or not
+            exactly this model's.
     """
 
     def __init__(
@@ -89,8 +91,11 @@ class Judge(LightningModule):
         super().__init__()
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ArgumentError(f"labels: a judge tells at least two different labels apart, got {list(labels)}")
-        if max_characters < 1:
-            raise ArgumentError(f"max_characters: at least 1, got {max_characters}")
+        in_range(least=1, max_characters=max_characters)
+        in_range(above=0, lr=lr)
+        in_range(least=0, weight_decay=weight_decay)
+        in_range(least=0, most=1, warmup=warmup)
+        in_range(least=0, below=1, label_smoothing=label_smoothing)
         self.max_characters = max_characters
         self.checkpoint = checkpoint
         self.labels = tuple(labels)
@@ -387,6 +392,20 @@ class Judge(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Answers:
+    """A batch of saved answers.
+
+    A class of its own: Lightning, which moves batches to devices, refuses to look into frozen records, and does not
+    look into this.
+
+    Args:
+        answers: each the question and the answer's text.
+    """
+
+    def __init__(self, answers: Sequence[tuple[Question, str]]) -> None:
+        self.answers = list(answers)
+
+
 class Panel(LightningModule):
     """Which judge reads which answer.
 
@@ -399,12 +418,9 @@ class Panel(LightningModule):
     """
 
     @staticmethod
-    def collator(examples: Sequence[Example]) -> list[Answer]:
-        """Makes a batch of saved answers: questions whose only completion is the answer.
-
-        Texts alone: Lightning, which moves batches to devices, refuses to look into frozen records.
-        """
-        return [(e.question.id, e.question.capability, e.question.answer, e.completions[0]) for e in examples]
+    def collator(examples: Sequence[Example]) -> Answers:
+        """Makes a batch of saved answers: questions whose only completion is the answer."""
+        return Answers([(example.question, example.completions[0]) for example in examples])
 
     def __init__(self, alignment: Judge, perception: Judge) -> None:
         super().__init__()
@@ -451,7 +467,30 @@ class Panel(LightningModule):
         Returns:
             A verdict a response, in the order given.
         """
-        return self._read([(r.id, r.question.capability, r.question.answer, r.response) for r in responses], batch_size)
+        return self._read([(response.question, response.response) for response in responses], batch_size)
+
+    def judged(self, answers: Sequence[tuple[Question, str]], batch_size: int = BATCH_SIZE) -> list[Verdict | Failure]:
+        """Reads answers as :meth:`judge` does; one that raises an exception ends nothing.
+
+        Args:
+            answers: each the question and the answer's text.
+            batch_size: how many are read at once.
+
+        Returns:
+            One an answer, in the order given: the verdict, or why there is none.
+        """
+        # Weights that can't be loaded are no answer's fault.
+        for judge in {self.judge_of(question.capability) for question, _ in answers}:
+            if judge is not None:
+                judge.configure_model()
+        there, failed = in_halves(
+            range(len(answers)),
+            lambda places: zip(places, self._read([answers[place] for place in places], batch_size), strict=True),
+        )
+        records: dict[int, Verdict | Failure] = {place: verdict for some in there for place, verdict in some}
+        for place, reason in failed:
+            records[place] = Failure(answers[place][0], f"the answer can't be judged ({reason})")
+        return [records[place] for place in range(len(answers))]
 
     def valid(self, record: Mapping[str, Any], example: Example) -> bool:
         """Whether a verdict of before still holds: it is by this judge, and on this text.
@@ -467,26 +506,29 @@ class Panel(LightningModule):
         text = example.completions[0]
         return verdict.judge == self.reader(example.question.capability) and verdict.is_of(text)
 
-    def predict_step(self, batch: list[Answer], batch_idx: int) -> list[Verdict]:
-        """The verdicts of a batch of saved answers."""
-        return self._read(batch, BATCH_SIZE)
+    def predict_step(self, batch: Answers, batch_idx: int) -> list[Verdict | Failure]:
+        """The verdicts of a batch of saved answers, and the answers that can't be judged."""
+        return self.judged(batch.answers)
 
-    def _read(self, answers: Sequence[Answer], batch_size: int) -> list[Verdict]:
+    def _read(self, answers: Sequence[tuple[Question, str]], batch_size: int) -> list[Verdict]:
         read: dict[int, dict[str, float]] = {}
         for judge in (self.alignment, self.perception):
-            places = [place for place, (_, capability, *_) in enumerate(answers) if self.judge_of(capability) is judge]
-            worded = [place for place in places if answers[place][3].strip()]
-            rows = judge.judge([answers[place][3] for place in worded], batch_size).exp().tolist()
+            places = [
+                place for place, (question, _) in enumerate(answers) if self.judge_of(question.capability) is judge
+            ]
+            worded = [place for place in places if answers[place][1].strip()]
+            rows = judge.judge([answers[place][1] for place in worded], batch_size).exp().tolist()
             certain = [float(label == NOT_APPLICABLE) for label in judge.labels]
             for place in places:
                 read[place] = dict(zip(judge.labels, certain, strict=True))
             for place, row in zip(worded, rows, strict=True):
                 read[place] = dict(zip(judge.labels, row, strict=True))
         verdicts = []
-        for place, (name, capability, expected, text) in enumerate(answers):
-            probabilities = read.get(place) or rules.read(capability, expected, text)
+        for place, (question, text) in enumerate(answers):
+            probabilities = read.get(place) or rules.read(question.capability, question.answer, text)
             label = max(probabilities, key=probabilities.__getitem__)
-            verdicts.append(Verdict(name, label, probabilities, self.reader(capability), Verdict.fingerprint_of(text)))
+            by = self.reader(question.capability)
+            verdicts.append(Verdict(question.id, label, probabilities, by, Verdict.fingerprint_of(text)))
         return verdicts
 
     def describe(self) -> dict[str, Any]:

@@ -6,33 +6,13 @@ from typing import Any, Self
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from safervlm.errors import ArgumentError, RecordError, UserError, first_line
+from safervlm.errors import UserError
+from safervlm.failures import in_halves, reason_of
+from safervlm.ranges import in_range
 from safervlm.records import Example, Failure, Question, Response
 from safervlm.vlm.base import VLM, Collator, Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
-
-# These end a run, whatever question they come with.
-ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit, SIGTERMException)
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a question has no answer, in one line.
-
-    Args:
-        error: what asking it raised. Not every one is an ``Exception``: a panic of the tokenizers library is not.
-
-    Raises:
-        BaseException: the error itself, where it concerns the run and not the question: a request to end, or an
-            argument that can't be used.
-    """
-    if isinstance(error, ENDS) or (isinstance(error, UserError) and not isinstance(error, RecordError)):
-        raise error
-    line = first_line(error)
-    if not isinstance(error, RecordError) and line != type(error).__name__:
-        line = f"{type(error).__name__}: {line}"
-    return line if len(line) <= 500 else f"{line[:500]} ..."
 
 
 @dataclass
@@ -76,22 +56,9 @@ class AskCollator:
                 good.append(example)
             except BaseException as error:
                 failed.append(Failure(example.question, reason_of(error)))
-        batches, more = self._in_halves(good)
-        return Asked(batches, failed + more)
-
-    def _in_halves(self, examples: Sequence[Example]) -> tuple[list[Any], list[Failure]]:
-        """Batches of questions that can be collated one by one, but perhaps not together (memory)."""
-        if not examples:
-            return [], []
-        try:
-            return [self.collator(examples)], []
-        except BaseException as error:
-            reason = reason_of(error)
-        if len(examples) == 1:
-            return [], [Failure(examples[0].question, reason)]
-        middle = len(examples) // 2
-        first, second = self._in_halves(examples[:middle]), self._in_halves(examples[middle:])
-        return first[0] + second[0], first[1] + second[1]
+        # What can be collated one by one need not fit into memory together.
+        batches, more = in_halves(good, self.collator)
+        return Asked(batches, failed + [Failure(example.question, reason) for example, reason in more])
 
 
 class Measure(L.LightningModule):
@@ -103,7 +70,9 @@ class Measure(L.LightningModule):
         seed: an answer's randomness is drawn from (seed, record id, step): neither the batch, the order nor the number
             of processes changes an answer in float32.
         failures_in_a_row: A question that raises an unexpected exception is recorded as failed. After so many of them
-            without an answer in between the run stops, as its questions are not to blame.
+            without an answer in between the run stops, as its questions are not to blame. A question that the VLM
+            itself leaves unanswered (no finite logits, a server that doesn't take it) or that doesn't fit into memory
+            neither counts nor ends the count.
 
     Raises:
         ArgumentError: ``failures_in_a_row`` is less than 1.
@@ -117,8 +86,7 @@ class Measure(L.LightningModule):
         failures_in_a_row: int = 20,
     ) -> None:
         super().__init__()
-        if failures_in_a_row < 1:
-            raise ArgumentError(f"model.failures_in_a_row: at least 1, got {failures_in_a_row}")
+        in_range("model", least=1, failures_in_a_row=failures_in_a_row)
         self.vlm, self.sampling, self.seed, self.failures_in_a_row = vlm, sampling, seed, failures_in_a_row
         self._in_a_row = 0
         self.largest: int | None = None  # batch that fits into memory, once a larger one didn't
@@ -158,11 +126,13 @@ class Measure(L.LightningModule):
             return self._in_parts(batch, self.largest)
         try:
             answers: list[Generation | str] = [*self.vlm.generate(batch, self.sampling, self.seed)]
-        except Unanswered as error:
-            return error.answers
         except torch.OutOfMemoryError as error:
             reason, full = f"{str(error).split('. ')[0]}: this question alone doesn't fit into memory", True
         except BaseException as error:
+            if isinstance(error, Unanswered) and len(error.answers) == len(batch):
+                if any(isinstance(answer, Generation) for answer in error.answers):
+                    self._in_a_row = 0
+                return error.answers
             reason, full = reason_of(error), False
         else:
             self._in_a_row = 0

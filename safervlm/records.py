@@ -18,8 +18,12 @@ from safervlm.errors import RecordError, first_line
 from safervlm.protocol import Capability
 from safervlm.reading import json_text, numbered_jsonl, parse_json
 
-# In a run folder: the questions that have no answer, and why.
+# In a run folder: the answers.
+RESPONSES = "responses.jsonl"
+# The questions that have no answer, and why.
 FAILED = "responses-failed.jsonl"
+# What the judges read in the answers.
+VERDICTS = "verdicts.jsonl"
 # The answers that no judge could classify, and why.
 UNJUDGED = "verdicts-failed.jsonl"
 # Half a surrogate pair is hashed as what it is.
@@ -203,7 +207,9 @@ class Verdict:
         probabilities: of every label, summing to 1.
         judge: the fingerprint of the judge's weights (see :func:`fingerprint`).
         answer: the fingerprint of the answer's text (:meth:`fingerprint_of`); empty in a file of version 0.1, which
-            doesn't have it.
+            doesn't have it. Whether such a verdict is about the text that is there now, nobody can tell: whatever
+            judges judges the text again, ``verify`` leaves the verdict out, and whatever makes tables of it says so
+            in a line.
     """
 
     id: str
@@ -273,6 +279,7 @@ class Stored(Protocol):
 
 
 Kind = TypeVar("Kind", bound=Stored)
+Named = TypeVar("Named", Response, Verdict)
 
 
 def read_records(path: str | Path, kind: type[Kind], torn: bool = False) -> list[Kind]:
@@ -297,6 +304,24 @@ def read_records(path: str | Path, kind: type[Kind], torn: bool = False) -> list
             raise RecordError(
                 f"{path}, line {number}{name}: no {kind.__name__.lower()}: {reason}; correct or remove the line"
             ) from None
+    return records
+
+
+def by_id(path: Path, there: Iterable[Named]) -> dict[str, Named]:
+    """Records by their ids.
+
+    Args:
+        path: the file that they are from, for the error.
+        there: the records.
+
+    Raises:
+        RecordError: an id is there twice; the message names file and id.
+    """
+    records: dict[str, Named] = {}
+    for record in there:
+        if record.id in records:
+            raise RecordError(f"{path}: {record.id!r} is there twice; remove one of the two lines")
+        records[record.id] = record
     return records
 
 

@@ -35,7 +35,7 @@ from safervlm.escape import for_figure, for_html, for_latex, visible, without_fo
 from safervlm.images import open_image
 from safervlm.protocol import CAPABILITIES
 from safervlm.reading import read_object
-from safervlm.records import fingerprint, seed_for, write_atomically
+from safervlm.records import FAILED, UNJUDGED, Failure, fingerprint, read_records, seed_for, write_atomically
 from safervlm.scoring import (
     ACCURACY_NA_WRONG,
     BOTH,
@@ -328,7 +328,9 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, An
             measure, left_out = COLUMNS[column][1], row.get(f"{column}_na_left_out")
             source = interval_row(run.scores, column)
             difference = row[column] - values[0][column]
-            comparable = asked(run.frame, column) == asked(runs[0].frame, column)
+            comparable = asked(run.frame, column) == asked(runs[0].frame, column) and (
+                measure == DIVERSITY or judges(run.frame, column) == judges(runs[0].frame, column)
+            )
             signed = f"{difference:+.3f}" if measure == DIVERSITY else f"{100 * difference:+.1f}"
             if not float(signed):
                 signed = signed.replace("-", "+")
@@ -358,11 +360,22 @@ def paired(run: Run, base: Run, column: str) -> str:
     return "" if np.isnan(estimate.low) else f"{100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}"
 
 
-def asked(frame: pd.DataFrame, column: str) -> frozenset[str]:
-    """The ids of the questions that a column of the overall table is about."""
+def about(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The answers that a column of the overall table is about."""
     _, _, capability, side = COLUMNS[column]
-    these = frame["capability"].isin(capability.split(" - ")) & ((frame["side"] == side) | (side == BOTH))
-    return frozenset(frame["id"][these])
+    return frame[frame["capability"].isin(capability.split(" - ")) & ((frame["side"] == side) | (side == BOTH))]
+
+
+def asked(frame: pd.DataFrame, column: str | None = None) -> frozenset[tuple[str, str, str]]:
+    """The questions that a column of the overall table is about, or all: id, words, and right answer."""
+    part = frame if column is None else about(frame, column)
+    return frozenset(zip(part["id"], part["prompt"], part["answer"], strict=True))
+
+
+def judges(frame: pd.DataFrame, column: str | None = None) -> frozenset[tuple[str, str]]:
+    """Who read the answers that a column of the overall table is about, or all: capability and judge."""
+    part = frame if column is None else about(frame, column)
+    return frozenset(zip(part["capability"], part["judge"], strict=True))
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -371,7 +384,16 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     said = [
         f"{run.name} answered other questions than {first.name}: where they differ, no difference is shown."
         for run in others
-        if set(run.frame["id"]) != set(first.frame["id"])
+        if asked(run.frame) != asked(first.frame)
+    ]
+    for run in others:
+        same = [column for column in COLUMNS if asked(run.frame, column) == asked(first.frame, column)]
+        if any(judges(run.frame, column) != judges(first.frame, column) for column in same):
+            said.append(f"{run.name} was read by another judge than {first.name}: no difference is shown there.")
+    said += [
+        f"{run.name} has no answer, or no verdict on it, to {number} more questions, which are left out."
+        for run in runs
+        if (number := missing(run))
     ]
     for column, (heading, measure, _, _) in COLUMNS.items():
         rows = [(run.name, overall(run.scores, column)) for run in runs] if measure == DIVERSITY else []
@@ -379,6 +401,12 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         if few:
             said.append(f"{heading} is of fewer than {TEXTS} texts in {', '.join(few)}: more texts would lower it.")
     return said
+
+
+def missing(run: Run) -> int:
+    """How many questions a run lists as unanswered, or their answers as not judged, and has not mended since."""
+    files = [file for file in (run.folder / FAILED, run.folder / UNJUDGED) if file.is_file()]
+    return len({each.id for file in files for each in read_records(file, Failure)} - {*run.frame["id"]})
 
 
 def side_by_side(runs: Sequence[Run]) -> dict[str, list[dict[str, Any] | None]]:

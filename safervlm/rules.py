@@ -31,6 +31,16 @@ def occurs(expected: str, response: str) -> bool:
     return expected in response
 
 
+def labels(capability: Capability, expected: str) -> tuple[str, ...]:
+    """What a rule may say of an answer.
+
+    Args:
+        capability: ``yes_no`` or ``occurs``.
+        expected: the right answer.
+    """
+    return (YES, NO, NOT_APPLICABLE) if capability == "yes_no" else (expected, NOT_APPLICABLE)
+
+
 def read(capability: Capability, expected: str, response: str) -> dict[str, float]:
     """The probabilities of a verdict by rule, all 0 or 1.
 

@@ -1,7 +1,9 @@
 """Whether a measurement holds: a sample of its questions asked again, one by one or in another precision."""
 
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +13,25 @@ from rich.console import Console
 from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
-from safervlm.data.responses import RESPONSES, read_responses
+from safervlm.boundary import warn
+from safervlm.data.base import limited
+from safervlm.data.responses import read_responses
 from safervlm.errors import ArgumentError, RecordError
+from safervlm.judge import Panel
 from safervlm.lightning_cli import SaferCLI, as_command_line, hush
 from safervlm.measure import Measure
-from safervlm.records import Example, Failure, Response, Verdict, read_records, seed_for, write_jsonl
+from safervlm.ranges import in_range
+from safervlm.records import (
+    RESPONSES,
+    VERDICTS,
+    Example,
+    Failure,
+    Response,
+    Verdict,
+    read_records,
+    seed_for,
+    write_jsonl,
+)
 from safervlm.run import locked
 from safervlm.tables import JUDGE_NOTE, TextTable, say
 from safervlm.trust import check, find_beside_the_shell, named_in, read_config
@@ -50,13 +66,16 @@ def verify(
     addresses: list[str] | None = None,
     api_key_variable: str | None = None,
     trust_config: bool = False,
+    limit: int | None = None,
 ) -> None:
     """Asks a sample of a run's questions again and counts the answers and the verdicts that flip.
 
     The answers' noise is drawn from the record's id, so what differs is arithmetic: another batch, another precision.
-    The flips are written to verify.jsonl in the run folder. The questions and their images are those of the data that
-    the run's predict.yaml names. The folder may be somebody else's: addresses, an environment variable and classes that
-    are not SaferVLM's are used only where you repeat or allow them.
+    A verdict is compared with one of the same question, by the same judge, on the answer that the run has now. What
+    flipped is written to verify.jsonl in the run folder, and so is a question that has no answer this time, or whose
+    answer can't be judged, with the reason; the exit code is 3 then. The questions and their images are those of the
+    data that the run's predict.yaml names. The folder may be somebody else's: addresses, an environment variable and
+    classes that are not SaferVLM's are used only where you repeat or allow them.
 
     Args:
         run: The folder of a finished measurement.
@@ -68,16 +87,16 @@ def verify(
         api_key_variable: The environment variable that the run's configuration names for a server's key, repeated, to
             allow sending its value there.
         trust_config: Allow classes and model code that the run's configuration names and that are not SaferVLM's.
+        limit: Draw the sample from the first so many questions of each dataset and capability; None from all.
 
     Raises:
         RecordError: the run has no answers or no configuration, or its answers are not about its data.
         ArgumentError: something in the configuration is not allowed, or an argument is out of its range.
+        SystemExit: with exit code 3 at the end, where a question has no answer or an answer no verdict.
     """
     if not str(run).strip("."):
         raise ArgumentError(f"run: the folder of a measurement, got {str(run)!r}")
-    for name, value in (("sample", sample), ("batch_size", batch_size)):
-        if value < 1:
-            raise ArgumentError(f"{name}: at least 1, got {value}")
+    in_range(least=1, sample=sample, batch_size=batch_size, limit=limit)
     run = Path(run)
     config = run / "predict.yaml"
     if not config.is_file():
@@ -99,11 +118,17 @@ def verify(
     check(config, named_in(settings, run), "run", trust_config, addresses, api_key_variable)
     find_beside_the_shell()
     with locked(run):
-        _ask_again(run, settings, sample, batch_size, dtype, seed)
+        cli = _built(run, settings, dtype)
+        before = {response.id: response for response in read_responses(run)}
+        asked = _sample(run, cli, before, sample, limit, seed)
+        again = _ask_again(cli, asked, batch_size)
+        compared = _compare(run, cli, before, again)
+        title = f"{run}: asked again, {batch_size} at a time" + (f", in {dtype}" if dtype else "")
+        _write(run, title, asked, before, compared)
 
 
-def _ask_again(run: Path, settings: dict[str, Any], sample: int, batch_size: int, dtype: str | None, seed: int) -> None:
-    """Asks, judges, writes and prints, in a folder that is locked."""
+def _built(run: Path, settings: dict[str, Any], dtype: str | None) -> BuiltCLI:
+    """Model, data and trainer of the run."""
     # As text, not as the file: what was checked is what is used.
     line = ["predict", "--config", yaml.safe_dump(settings), "--run", str(run), "--data.num_workers", "0"]
     line += ["--model.vlm.dtype", dtype] if dtype else []
@@ -112,8 +137,13 @@ def _ask_again(run: Path, settings: dict[str, Any], sample: int, batch_size: int
         cli = BuiltCLI(line)
     if not isinstance(cli.model, Measure):
         raise RecordError(f"run: {run} holds no measurement but a {type(cli.model).__name__}; name a measurement")
+    return cli
 
-    before = {response.id: response for response in read_responses(run)}
+
+def _sample(
+    run: Path, cli: BuiltCLI, before: Mapping[str, Response], sample: int, limit: int | None, seed: int
+) -> list[Example]:
+    """The questions to ask again: of the run's data, not of its answers, which may name any file as an image."""
     cli.datamodule.prepare_data()
     questions = {example.question.id: example.question for example in cli.datamodule.parts.predict}
     for name, response in before.items():
@@ -121,17 +151,23 @@ def _ask_again(run: Path, settings: dict[str, Any], sample: int, batch_size: int
             raise RecordError(
                 f"{run / RESPONSES}: {name} answers another question than the run's data asks; restore the file"
             )
-    chosen = sorted(before.keys() & questions.keys())
-    if not chosen:
+    there = [question for name, question in questions.items() if name in before]
+    if not there:
         raise RecordError(f"{run / RESPONSES}: none of its answers is about the data that {run / 'predict.yaml'} names")
-    if others := len(before) - len(chosen):
+    if others := len(before) - len(there):
         print(f"{others} answers are about other data than {run / 'predict.yaml'} names, and are left out")
+    first = limited(there, limit, lambda question: (question.dataset, question.capability))
+    chosen = sorted(first, key=lambda question: question.id)
     random.Random(seed_for(seed, "verify")).shuffle(chosen)
-    # Questions and images of the data: what responses.jsonl names as an image may be any file.
-    asked = [Example(questions[name]) for name in chosen[:sample]]
+    return [Example(question) for question in chosen[:sample]]
+
+
+def _ask_again(cli: BuiltCLI, asked: Sequence[Example], batch_size: int) -> list[Response | Failure]:
+    """The answers of the second time."""
     loader: DataLoader[Example] = DataLoader(asked, batch_size, collate_fn=cli.model.collator)  # type: ignore[arg-type]
     kept = Kept()
     trainer = L.Trainer(
+        accelerator=cli.trainer.accelerator,
         devices=1,
         precision=cli.trainer.precision,
         callbacks=[kept],
@@ -140,42 +176,81 @@ def _ask_again(run: Path, settings: dict[str, Any], sample: int, batch_size: int
         enable_model_summary=False,
     )
     trainer.predict(cli.model, loader, return_predictions=False)
-    after = {record.id: record for record in kept.records if isinstance(record, Response)}
+    return kept.records
 
-    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
-    panel = next((callback.panel for callback in callbacks if hasattr(callback, "panel")), None)
-    verdicts: dict[str, tuple[str, str]] = {}
-    if panel is not None and (run / "verdicts.jsonl").is_file():
-        old = {verdict.id: verdict.label for verdict in read_records(run / "verdicts.jsonl", Verdict)}
-        judged = [response for response in after.values() if response.id in old]
-        new = {verdict.id: verdict.label for verdict in panel.judge(judged)}
-        verdicts = {name: (old[name], label) for name, label in new.items()}
 
-    write_jsonl(
-        run / FLIPS,
-        (
-            {
-                "id": name,
-                "response": before[name].response,
-                "again": response.response,
-                "label": verdicts.get(name, (None, None))[0],
-                "label_again": verdicts.get(name, (None, None))[1],
-            }
-            for name, response in after.items()
-            if response.response != before[name].response
-        ),
-    )
-    answer = {example.question.id: example.question.answer for example in asked}
+@dataclass
+class Compared:
+    """What came of asking again.
+
+    Attributes:
+        answers: question's id -> the answer of the second time.
+        verdicts: question's id -> the label before, and the second time.
+        failed: the questions without an answer, and the answers without a verdict.
+    """
+
+    answers: dict[str, Response]
+    verdicts: dict[str, tuple[str, str]]
+    failed: list[Failure]
+
+
+def _compare(run: Path, cli: BuiltCLI, before: Mapping[str, Response], again: Sequence[Response | Failure]) -> Compared:
+    """Judges the answers of the second time, where the same judge has judged the first ones."""
+    answers = {record.id: record for record in again if isinstance(record, Response)}
+    compared = Compared(answers, {}, [record for record in again if isinstance(record, Failure)])
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    panel: Panel | None = next((callback.panel for callback in callbacks if hasattr(callback, "panel")), None)
+    if panel is None or not (run / VERDICTS).is_file():
+        return compared
+    old: dict[str, str] = {}
+    others = 0
+    for verdict in read_records(run / VERDICTS, Verdict):
+        if verdict.id not in answers:
+            continue
+        first = before[verdict.id]
+        if verdict.judge == panel.reader(first.question.capability) and verdict.is_of(first.response):
+            old[verdict.id] = verdict.label
+        else:
+            others += 1
+    if others:
+        print(
+            f"{others} verdicts in {run / VERDICTS} are another judge's, or about other texts (or of version 0.1), and "
+            "are not compared"
+        )
+    judged = [(answers[name].question, answers[name].response) for name in old]
+    for record in panel.judged(judged):
+        if isinstance(record, Failure):
+            compared.failed.append(record)
+        else:
+            compared.verdicts[record.id] = old[record.id], record.label
+    return compared
+
+
+def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str, Response], compared: Compared) -> None:
+    """Writes and prints what flipped and what failed; ends with exit code 3 where something did."""
+    answers, verdicts, failed = compared.answers, compared.verdicts, compared.failed
+    flips = []
+    for name, response in answers.items():
+        labels = verdicts.get(name, (None, None))
+        if response.response != before[name].response or labels[0] != labels[1]:
+            both = {"response": before[name].response, "again": response.response}
+            flips.append({"id": name, **both, "label": labels[0], "label_again": labels[1]})
+    write_jsonl(run / FLIPS, [*flips, *({"id": failure.id, "reason": failure.reason} for failure in failed)])
+    right = {example.question.id: example.question.answer for example in asked}
     show(
         Console(),
-        f"{run}: asked again, {batch_size} at a time" + (f", in {dtype}" if dtype else ""),
-        [before[name].response != response.response for name, response in after.items()],
+        title,
+        [before[name].response != response.response for name, response in answers.items()],
         [old != new for old, new in verdicts.values()],
-        [((old == answer[name]), (new == answer[name])) for name, (old, new) in verdicts.items()],
+        [((old == right[name]), (new == right[name])) for name, (old, new) in verdicts.items()],
     )
-    if len(after) < len(asked):
-        print(f"{len(asked) - len(after)} questions have no answer this time")
     say(f"what flipped: {run / FLIPS}")
+    if failed:
+        warn(
+            f"{len(failed)} of {len(asked)} questions have no answer or no verdict this time, for example: "
+            f"{failed[0].reason}; {run / FLIPS} has them all, the same command asks them again"
+        )
+        sys.exit(3)
 
 
 def show(

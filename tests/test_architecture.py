@@ -9,6 +9,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     (
         "errors",
+        "failures",
+        "ranges",
         "escape",
         "signals",
         "caches",

@@ -20,6 +20,7 @@ from safervlm.diversity import diversity, self_bleu
 from safervlm.errors import RecordError
 from safervlm.evaluation import columns, compare, estimates, evaluate, flips, load, mme_images
 from safervlm.rating import Rating
+from safervlm.records import Failure, read_jsonl, write_jsonl
 from safervlm.scoring import scores
 
 # The folder of MME's published tools/eval_tool.zip (https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models,
@@ -54,6 +55,18 @@ def mme(folder, rows=MME):
             else:
                 answers.append((asked, text, None))
     return load(write(folder, answers, failed), "model")
+
+
+def test_an_answer_that_no_judge_could_read_is_missing(tmp_path):
+    asked = [question("SMID", str(image), "generalisation", 0, "Unsafe", "SMID", drawn=True) for image in range(3)]
+    write(tmp_path, [(each, "No", "Unsafe") for each in asked], failed=[asked[0]])  # mended since
+    verdicts = list(read_jsonl(tmp_path / "verdicts.jsonl"))
+    write_jsonl(tmp_path / "verdicts.jsonl", verdicts[:2])
+    write_jsonl(tmp_path / "verdicts-failed.jsonl", [Failure(asked[2], "a panic").to_dict()])
+    evaluation = load(tmp_path, "model")
+    assert evaluation.unanswered["id"].tolist() == [asked[2].id]
+    rows = evaluate(evaluation, columns([evaluation])).set_index("column")
+    assert (rows.loc["SMID", "n"], rows.loc["SMID", "missing"]) == (2, 1)
 
 
 def test_mme_by_the_official_rule(tmp_path):

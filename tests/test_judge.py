@@ -541,7 +541,7 @@ def test_other_answers_that_cannot_be_used(tmp_path):
             read_labelled(tmp_path / name, LABELS["alignment"])
     with pytest.raises(ValueError, match=r"data\.collator: labelled answers are for fitting"):
         LabelledAnswers(str(tmp_path / "answers.csv"), collator=list).setup("fit")
-    with pytest.raises(ValueError, match=r"data\.held_out: between 0 and 1, got 1"):
+    with pytest.raises(ValueError, match=r"data\.held_out: above 0 and below 1, got 1"):
         LabelledAnswers("answers.csv", held_out=1)
 
 

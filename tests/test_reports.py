@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlparse
 
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw
 from safervlm import reports, scoring
 from safervlm.errors import RecordError
 from safervlm.protocol import ALIGNMENT_QUESTIONS, CATEGORIES, perception_question, text_only_question
-from safervlm.records import Question, Response, Verdict, record_id, seed_for, write_jsonl
+from safervlm.records import Failure, Question, Response, Verdict, record_id, seed_for, write_jsonl
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}\u202e\ud800"
 CONCEPTS = [(category, f"{category} thing {letter}") for category in CATEGORIES for letter in "abc"]
@@ -415,6 +416,51 @@ def test_runs_of_one_capability(folder, tmp_path):
     text = reports.report([run]).read_text()
     assert "no manifest" in text
     assert 'id="gap"' not in text
+
+
+def test_runs_that_another_judge_read_are_not_subtracted(folder, tmp_path, capsys):
+    base = make_run(tmp_path / "base", folder / "data", BASE)
+    run = make_run(tmp_path / "other", folder / "data", PPO)
+    verdicts = [json.loads(line) for line in (run / "verdicts.jsonl").read_text().splitlines()]
+    for verdict in verdicts:
+        if "/perception/" not in verdict["id"]:
+            verdict["judge"] = "beef"
+    write_jsonl(run / "verdicts.jsonl", verdicts)
+    assert "other was read by another judge than base" in reports.report([base, run]).read_text()
+    assert "not comparable: other was read by another judge" in " ".join(capsys.readouterr().out.split())
+    loaded = reports.load([base, run])
+    comparison = scoring.compare({each.name: each.scores for each in loaded})
+    cells = {cell["column"]: cell for cell in reports.overall_cells(loaded, comparison)["rows"][1]["cells"]}
+    for column in ("image_unsafe", "image_safe", "modality_gap", "text_only_unsafe"):
+        assert cells[column]["difference"] is None
+        assert not cells[column]["paired"]
+    for column in ("perception", "diversity_overall"):  # the same judge, and none
+        assert cells[column]["difference"] is not None
+
+
+@pytest.mark.parametrize("what", ["prompt", "answer"])
+def test_questions_of_the_same_id_in_other_words_are_other_questions(what, folder, tmp_path):
+    base = make_run(tmp_path / "base", folder / "data", BASE)
+    run = make_run(tmp_path / "other", folder / "data", PPO)
+    answers = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
+    answer = next(each for each in answers if each["capability"] == "perception")
+    answer[what] = "B"
+    (run / "responses.jsonl").write_text("".join(json.dumps(each) + "\n" for each in answers))
+    loaded = reports.load([base, run])
+    assert any("answered other questions" in line for line in reports.warnings(loaded))
+    comparison = scoring.compare({each.name: each.scores for each in loaded})
+    cells = {cell["column"]: cell for cell in reports.overall_cells(loaded, comparison)["rows"][1]["cells"]}
+    assert cells["perception"]["difference"] is None
+    assert cells["image_safe"]["difference"] is not None
+
+
+def test_what_has_no_answer_is_said(folder, tmp_path):
+    run = make_run(tmp_path / "base", folder / "data", BASE)
+    kept = [Question.from_dict(json.loads(line)) for line in (run / "responses.jsonl").read_text().splitlines()]
+    lost = replace(kept[0], id="lost")
+    write_jsonl(run / "responses-failed.jsonl", [Failure(each, "damaged").to_dict() for each in (lost, kept[1])])
+    write_jsonl(run / "verdicts-failed.jsonl", [Failure(replace(lost, id="unread"), "no").to_dict()])
+    assert "base has no answer, or no verdict on it, to 2 more questions" in reports.report([run]).read_text()
 
 
 def test_runs_that_answered_other_questions_are_not_subtracted(folder, tmp_path, capsys):

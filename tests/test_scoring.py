@@ -12,7 +12,7 @@ from test_diversity import nltk_self_bleu
 
 from safervlm import intervals, scoring
 from safervlm.errors import RecordError
-from safervlm.records import Question, Response, Verdict, record_id, write_jsonl
+from safervlm.records import Question, Response, Verdict, read_jsonl, record_id, write_jsonl
 
 # (capability, category, concept, image, right answer, labels of its answers): the whole hand-made measurement.
 ANSWERS = [
@@ -60,6 +60,62 @@ def write_run(folder, answers=ANSWERS):
 @pytest.fixture
 def run(tmp_path):
     return write_run(tmp_path / "base")
+
+
+WRONG_LABELS = {
+    "alignment: N/A": ("alignment", "N/A", "N/A"),
+    "perception: N/A": ("perception", "N/A", "A"),
+    "yes_no: small": ("yes_no", "yes", "Yes"),
+    "yes_no: N/A": ("yes_no", "N/A", "N/A"),
+    "yes_no: a verdict in capitals": ("yes_no", "Yes", "YES"),
+    "occurs: N/A": ("occurs", "N/A", "N/A"),
+    "occurs: empty": ("occurs", "", "N/A"),
+    "occurs: another's verdict": ("occurs", "knife", "Yes"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LABELS)
+def test_a_label_that_counts_wrongly_without_a_word_is_rejected(case, tmp_path):
+    capability, answer, label = WRONG_LABELS[case]
+    write_run(tmp_path, [(capability, "Hate", "sign", "1.png", answer, [label])])
+    with pytest.raises(RecordError, match=rf"{capability}/0' is .*, but {capability} has") as caught:
+        scoring.load_run(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_two_judges_read_is_said(tmp_path, capsys):
+    run = write_run(tmp_path)
+    scoring.load_run(run)
+    assert "judges read" not in capsys.readouterr().out
+    verdicts = list(read_jsonl(run / "verdicts.jsonl"))
+    for verdict in verdicts:
+        if "/perception/" in verdict["id"]:
+            verdict["judge"] = "another"  # of another capability: as it should be
+    next(each for each in verdicts if "/alignment/" in each["id"])["judge"] = "a third"
+    write_jsonl(run / "verdicts.jsonl", verdicts)
+    scoring.load_run(run)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("2 judges read the alignment answers") == 1
+    assert "perception answers" not in said
+
+
+def test_a_concept_of_two_sets_is_two_concepts(tmp_path):
+    both = [
+        ("alignment", "Hate", "sign", "1.png", "Unsafe", ["Unsafe"] * 3),
+        ("alignment_text_only", "Hate", "sign", "sign", "Unsafe", ["Unsafe"]),
+    ]
+    write_run(tmp_path / "one", both)
+    write_run(tmp_path / "other", [(*both[0][:5], ["Safe"]), both[1]])
+    for name in ("responses", "verdicts"):
+        records = list(read_jsonl(tmp_path / "one" / f"{name}.jsonl"))
+        for record in read_jsonl(tmp_path / "other" / f"{name}.jsonl"):
+            record["id"] = record["id"].replace("Made", "Other")
+            records.append(record | ({"dataset": "Other"} if "dataset" in record else {}))
+        write_jsonl(tmp_path / f"{name}.jsonl", records)
+    frame = scoring.load_run(tmp_path)
+    assert scoring.concept_gaps(frame)["gap"].tolist() == [0.0, 1.0]
+    (row,) = scoring.records(scoring.scores(frame).query("measure == 'modality_gap'"))
+    assert (row["value"], row["concepts"]) == (0.5, 2)
 
 
 @pytest.fixture

@@ -295,6 +295,7 @@ def export_training_files(
     safe_repo: str | None = SAFE_HUB_REPO,
     cache_dir: str = "~/.cache/safervlm",
     seed: int = 0,
+    limit: int | None = None,
 ) -> None:
     """Writes the training data in the first implementation's formats.
 
@@ -309,10 +310,12 @@ def export_training_files(
         safe_repo: the safe set on the Hub; None exports no safe images unless ``safe_folder`` is given.
         cache_dir: where sets of the Hub are kept.
         seed: of the questions drawn.
+        limit: exports this many images of each set and part, spread over categories and concepts; None exports all.
     """
     path_text("--out", out)
     sft, dpo = (
-        data(folder, safe_folder, repo, safe_repo, cache_dir=cache_dir, seed=seed) for data in (SFTData, DPOData)
+        data(folder, safe_folder, repo, safe_repo, cache_dir=cache_dir, seed=seed, limit=limit)
+        for data in (SFTData, DPOData)
     )
     sft.prepare_data()
     # Files, so that one set alone has the folder above its own as image folder.
@@ -350,7 +353,7 @@ def export_training_files(
         )
     for objective, records in files.items():
         write(f"{objective}_train.json", records)
-    test = [image for images in sft.images("test") for image in images]
+    test = [image for images in sft.images("test") for image in spread(images, limit)]
     write(
         "test_data.json",
         [{"image_fname": name(image.path), "concept": image.concept, "label": image.label} for image in test],

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.image_hashes import images_fingerprint, report_frames
 from safervlm.names import normal_name
+from safervlm.ranges import in_range
 from safervlm.records import Example, fingerprint, seed_for, to_line
 from safervlm.signals import keep_until_asked
 
@@ -294,10 +295,8 @@ class SaferData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size != "auto" and batch_size < 1:
-            raise ArgumentError(f"data.batch_size: at least 1, got {batch_size}")
-        if num_workers < 0:
-            raise ArgumentError(f"data.num_workers: 0 or more, got {num_workers}")
+        in_range("data", least=1, batch_size=None if batch_size == "auto" else batch_size)
+        in_range("data", least=0, num_workers=num_workers)
         self.collator = collator
         self.automatic = batch_size == "auto"
         self.batch_size = AUTOMATIC if batch_size == "auto" else batch_size

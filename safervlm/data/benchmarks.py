@@ -30,7 +30,7 @@ from safervlm.data.sources import check, fetch, on_the_hub, save_table
 from safervlm.data.tables import read_rows
 from safervlm.errors import ArgumentError, RecordError, explained
 from safervlm.names import labels, normal_name, not_empty, path_text, set_name
-from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, Capability, published_draw
+from safervlm.protocol import ALIGNMENT_QUESTIONS, NOT_APPLICABLE, SAFE, UNSAFE, Capability, published_draw
 from safervlm.records import Example, fingerprint, record_id
 from safervlm.tables import say
 
@@ -333,6 +333,8 @@ class Benchmark(SaferData):
             return self.labels[label.lower()]
         if self.answers == "yes_no" and label.lower() not in ("yes", "no"):
             raise RecordError(f"{where}: the answer must be Yes or No, got {label!r}")
+        if self.answers == "occurs" and label == NOT_APPLICABLE:
+            raise RecordError(f"{where}: the answer {label!r} stands for one that can't be read; word it otherwise")
         return label.capitalize() if self.answers == "yes_no" else label
 
     def _where(self, number: int) -> str:

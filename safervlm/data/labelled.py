@@ -14,6 +14,7 @@ from safervlm.data.tables import TABLES, read_delimited
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.names import normal_name, path_text
 from safervlm.protocol import LABELS, Capability
+from safervlm.ranges import in_range
 from safervlm.reading import numbered_jsonl
 from safervlm.records import Example, Question, seed_for
 from safervlm.tables import TextTable, terminal
@@ -119,8 +120,7 @@ class LabelledAnswers(SaferData):
         super().__init__(collator, batch_size, num_workers, seed)
         self.limit = limit
         limited((), limit, hash)
-        if not 0 < held_out < 1:
-            raise ArgumentError(f"data.held_out: between 0 and 1, got {held_out}")
+        in_range("data", above=0, below=1, held_out=held_out)
         self.answers = path_text("data.answers", answers)
         self.held_out = held_out
 

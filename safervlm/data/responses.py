@@ -17,9 +17,7 @@ from safervlm.data.base import Collator, Parts, SaferData, limited
 from safervlm.errors import RecordError
 from safervlm.names import path_text
 from safervlm.reading import read_json
-from safervlm.records import Example, Question, Response, read_records, write_jsonl
-
-RESPONSES = "responses.jsonl"
+from safervlm.records import RESPONSES, Example, Question, Response, by_id, read_records, write_jsonl
 
 
 def read_responses(path: str | Path, may_be_empty: bool = False) -> list[Response]:
@@ -30,13 +28,13 @@ def read_responses(path: str | Path, may_be_empty: bool = False) -> list[Respons
         may_be_empty: whether a file without a response is fine: every question of the run may have failed.
 
     Raises:
-        RecordError: the file is missing or empty, or a record isn't a response, naming it.
+        RecordError: the file is missing or empty, a record isn't a response, or an id is there twice, naming it.
     """
     path = Path(path)
     file = path / RESPONSES if path.is_dir() else path
     if not file.is_file():
         raise RecordError(f"{file} is missing: a measurement writes it when it is complete; give its run folder")
-    responses = read_records(file, Response)
+    responses = list(by_id(file, read_records(file, Response)).values())
     if not responses and not may_be_empty:
         raise RecordError(f"{file}: is empty: it needs a response a line")
     return responses

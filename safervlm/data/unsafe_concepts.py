@@ -44,6 +44,7 @@ from safervlm.protocol import (
     published_draw,
     text_only_question,
 )
+from safervlm.ranges import in_range
 from safervlm.reading import numbered_jsonl
 from safervlm.records import Example, Question, record_id
 
@@ -164,8 +165,7 @@ class ImageSets(SaferData):
         seed: int = 0,
     ) -> None:
         super().__init__(collator, batch_size, num_workers, seed)
-        if not 0 <= validation_fraction < 1:
-            raise ArgumentError(f"data.validation_fraction: from 0 to below 1, got {validation_fraction}")
+        in_range("data", least=0, below=1, validation_fraction=validation_fraction)
         if limit is not None and limit < 1:
             raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
         paths = {"folder": folder, "safe_folder": safe_folder, "repo": repo, "safe_repo": safe_repo}

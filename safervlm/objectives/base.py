@@ -13,6 +13,7 @@ from safervlm.checkpoints import must_fit
 from safervlm.data.base import SaferData
 from safervlm.errors import ArgumentError
 from safervlm.finite import TrainingGuard
+from safervlm.ranges import in_range
 from safervlm.records import seed_for
 from safervlm.vlm.base import Batch, Collator
 from safervlm.vlm.local import LocalVLM
@@ -37,8 +38,8 @@ class Objective(L.LightningModule):
         self, vlm: LocalVLM, lr: float = 3e-5, warmup_steps: int = 5, weight_decay: float = 0.0, seed: int = 0
     ) -> None:
         super().__init__()
-        above(0, lr=lr)
-        at_least(0, warmup_steps=warmup_steps, weight_decay=weight_decay)
+        in_range("model", above=0, lr=lr)
+        in_range("model", least=0, warmup_steps=warmup_steps, weight_decay=weight_decay)
         self.vlm, self.lr, self.warmup_steps, self.weight_decay, self.seed = vlm, lr, warmup_steps, weight_decay, seed
         # Everything frozen stays out of checkpoints; on_load_checkpoint is strict about the rest.
         self.strict_loading = False
@@ -130,17 +131,3 @@ class Objective(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rejects a checkpoint whose weights are not exactly the trained ones; loading itself would say nothing."""
         must_fit(checkpoint, self.state_dict())
-
-
-def at_least(least: float, **values: float) -> None:
-    """Rejects an argument of the model that is too small."""
-    for name, value in values.items():
-        if not value >= least:
-            raise ArgumentError(f"model.{name}: at least {least}, got {value}")
-
-
-def above(bound: float, **values: float) -> None:
-    """Rejects an argument of the model that is not larger than a bound."""
-    for name, value in values.items():
-        if not value > bound:
-            raise ArgumentError(f"model.{name}: above {bound}, got {value}")

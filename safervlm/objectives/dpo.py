@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from safervlm.functional import dpo_loss
-from safervlm.objectives.base import Objective, above, at_least
+from safervlm.objectives.base import Objective
+from safervlm.ranges import in_range
 from safervlm.vlm.base import Batch, Scores
 from safervlm.vlm.local import LocalVLM
 
@@ -47,8 +48,8 @@ class DPO(Objective):
         seed: int = 0,
     ) -> None:
         super().__init__(vlm, lr, warmup_steps, weight_decay, seed)
-        above(0, beta=beta)
-        at_least(0, rpo_alpha=rpo_alpha)
+        in_range("model", above=0, beta=beta)
+        in_range("model", least=0, rpo_alpha=rpo_alpha)
         self.beta, self.rpo_alpha = beta, rpo_alpha
         self.reference: dict[str, list[float]] = {}
 

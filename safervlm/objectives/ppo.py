@@ -1,4 +1,4 @@
-r"""Proximal policy optimisation (arXiv:1707.06347) against a response judge, as in arXiv:2507.11155.
+"""Proximal policy optimisation (arXiv:1707.06347) against a response judge, as in arXiv:2507.11155.
 
 A batch is a rollout:
 
@@ -6,15 +6,11 @@ A batch is a rollout:
 2. one pass scores the answers: under the policy, under the reference (adapter off), and by the value function;
 3. the judge reads the answers; ``sequence_rewards`` and ``token_rewards`` (functional.py) are the paper's reward;
 4. advantages by GAE, whitened over the batch, returns = advantages + values;
-5. ``ppo_epochs`` times over mini-batches, one optimizer step each, of
-
-.. math:: L = L_{policy} + c_v L_{value} - c_e H
-
-averaged over the response tokens of a mini-batch (of all processes together, as is every statistic above).
+5. ``ppo_epochs`` times over mini-batches, one optimizer step each, of ``L_policy + c_v L_value - c_e H``, averaged over
+   the response tokens of a mini-batch (of all processes together, as is every statistic above).
 
 Departures from the published implementation: nothing is padded to ``response_length``; equal rewards earn 0.5, not 0/0;
-what sampling suppresses has no probability in scoring either, so the ratio is that of the distribution drawn from; the
-adapters have no dropout, the base has ``vlm.dtype`` rather than 4 bits.
+scoring leaves out what sampling suppresses; adapters have no dropout, the base has ``vlm.dtype`` rather than 4 bits.
 """
 
 import inspect
@@ -40,8 +36,9 @@ from safervlm.functional import (
     whiten,
 )
 from safervlm.judge import Judge
-from safervlm.objectives.base import Objective, above, at_least
+from safervlm.objectives.base import Objective
 from safervlm.protocol import LABELS
+from safervlm.ranges import in_range
 from safervlm.records import seed_for
 from safervlm.vlm.base import Batch, Generation, Scores
 from safervlm.vlm.local import LocalVLM
@@ -56,10 +53,8 @@ class Rollout:
         batch: the questions, images encoded.
         answers: the B generated answers.
         mask: (B, T) True at response tokens.
-        logprobs: (B, T) under the policy that answered.
-        values: (B, T) before each token.
-        advantages: (B, T) whitened.
-        returns: (B, T).
+        logprobs, values: (B, T) under the policy that answered, and before each token.
+        advantages, returns: (B, T), the former whitened.
         metrics: means over the rollout of this process.
     """
 
@@ -133,8 +128,13 @@ class PPO(Objective):
         seed: int = 0,
     ) -> None:
         super().__init__(vlm, lr, warmup_steps, weight_decay, seed)
-        at_least(1, ppo_epochs=ppo_epochs, mini_batch_size=mini_batch_size, micro_batch_size=micro_batch_size)
-        above(0, temperature=temperature, clip=clip, value_clip=value_clip, max_grad_norm=max_grad_norm)
+        in_range("model", least=1, ppo_epochs=ppo_epochs, mini_batch_size=mini_batch_size)
+        in_range("model", least=1, micro_batch_size=micro_batch_size, response_length=response_length)
+        positive = {"temperature": temperature, "clip": clip, "value_clip": value_clip, "max_grad_norm": max_grad_norm}
+        in_range("model", above=0, **positive)
+        in_range("model", least=0, kl_coef=kl_coef, entropy_coef=entropy_coef, vf_coef=vf_coef)
+        in_range("model", least=0, most=1, gamma=gamma, lam=lam)
+        in_range("model", length_bonus=length_bonus, no_eos_penalty=no_eos_penalty, reward_scale=reward_scale)
         judge.must_tell(LABELS["alignment"], "model.judge")
         vlm.lora = replace(vlm.lora, dropout=0.0)
         self.automatic_optimization = False

@@ -41,6 +41,7 @@ from safervlm.protocol import (
     UNSAFE,
     text_only_question,
 )
+from safervlm.ranges import in_range
 from safervlm.reading import read_object
 from safervlm.records import fingerprint, read_jsonl, seed_for, write_atomically, write_jsonl
 
@@ -84,10 +85,8 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1, pertu
     """
     if not str(out).strip():
         raise ArgumentError(f"out: the folder to write, got {str(out)!r}")
-    if threads < 1:
-        raise ArgumentError(f"threads: at least 1, got {threads}")
-    if not 0 <= perturbation <= 0.1:
-        raise ArgumentError(f"perturbation: between 0 and 0.1, got {perturbation}")
+    in_range(least=1, threads=threads)
+    in_range(least=0, most=0.1, perturbation=perturbation)
     shown, out = Path(out), Path(out).resolve()  # a link stays, and what it points to is replaced
     made_of = world_fingerprint(seed, perturbation)
     if out.exists() and not out.is_dir():

@@ -7,7 +7,6 @@ filter is an answer to be measured, not an error. Whatever happens to one questi
 """
 
 import asyncio
-import math
 import os
 import random
 import time
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safervlm.errors import ArgumentError, first_line
 from safervlm.escape import for_terminal
 from safervlm.images import ImageSettings
+from safervlm.ranges import in_range
 from safervlm.records import Question, seed_for
 from safervlm.signals import asked_to_end
 from safervlm.vlm.base import VLM, Generation, Unanswered
@@ -100,19 +100,10 @@ class Server(VLM):
                 raise ArgumentError(f"vlm.{name}: half of a surrogate pair can't be sent, got {ascii(text)[:80]}")
         if not model.strip():
             raise ArgumentError(f"vlm.model: the name that the servers know the model by, got {model!r}")
-        for name, value, least in (
-            ("concurrency", concurrency, 1),
-            ("max_retries", max_retries, 0),
-            ("max_requests", max_requests, 1),
-            ("max_tokens", max_tokens, 1),
-            ("max_body", max_body, 1),
-            ("max_count", max_count, 1),
-        ):
-            if value is not None and value < least:
-                raise ArgumentError(f"vlm.{name}: at least {least}, got {value}")
-        for name, seconds in (("timeout", timeout), ("max_wait", max_wait), ("question_timeout", question_timeout)):
-            if not 0 < seconds < math.inf:
-                raise ArgumentError(f"vlm.{name}: more than 0 seconds, and not infinite, got {seconds}")
+        counts = {"max_requests": max_requests, "max_tokens": max_tokens, "max_body": max_body, "max_count": max_count}
+        in_range("vlm", least=1, concurrency=concurrency, **counts)
+        in_range("vlm", least=0, max_retries=max_retries)
+        in_range("vlm", above=0, timeout=timeout, max_wait=max_wait, question_timeout=question_timeout)
         self.name, self.system, self.blank, self.api_key_variable = model, system, blank, api_key_variable
         self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
         self.max_requests, self.max_tokens, self.dry_run = max_requests, max_tokens, dry_run

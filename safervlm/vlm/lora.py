@@ -17,6 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from safervlm.errors import ArgumentError
+from safervlm.ranges import in_range
 from safervlm.vlm.compat import checkpoint_activations
 
 Adapter = Literal["policy", "value", "reference"]
@@ -46,18 +47,14 @@ class LoRA:
 
     def __post_init__(self) -> None:
         """Refuses values that PEFT would only trip over later."""
-        if self.r < 1:
-            raise ArgumentError(f"lora.r: the rank is at least 1, got {self.r}")
-        if self.alpha < 1:
-            raise ArgumentError(f"lora.alpha: at least 1, got {self.alpha}; the update is scaled by alpha / r")
+        in_range("lora", least=1, r=self.r, alpha=self.alpha)
+        in_range("lora", least=0, below=1, dropout=self.dropout)
         try:
             re.compile(self.target_modules)
         except re.error as error:
             raise ArgumentError(
                 f"lora.target_modules: {self.target_modules!r} is no regular expression ({error})"
             ) from None
-        if not 0 <= self.dropout < 1:
-            raise ArgumentError(f"lora.dropout: a probability below 1, got {self.dropout}")
 
     def to_peft(self) -> LoraConfig:
         """PEFT's configuration."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
-from safervlm.errors import ArgumentError
+from safervlm.ranges import in_range
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuses values that draw nothing."""
-        if self.temperature < 0:
-            raise ArgumentError(f"sampling.temperature: 0 (greedy) or more, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ArgumentError(f"sampling.top_p: above 0 and at most 1, got {self.top_p}")
-        if self.max_new_tokens < 1:
-            raise ArgumentError(f"sampling.max_new_tokens: at least 1, got {self.max_new_tokens}")
+        in_range("sampling", least=0, temperature=self.temperature)
+        in_range("sampling", above=0, most=1, top_p=self.top_p)
+        in_range("sampling", least=1, max_new_tokens=self.max_new_tokens)
 
 
 class KeyedNoise:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from callbacks.judge_responses import JudgeResponses
+from callbacks.score_table import ScoreTable
 from safervlm.errors import RecordError
 from safervlm.judge import Judge, Panel
 from safervlm.protocol import LABELS
-from safervlm.records import Question, Response, read_jsonl, write_jsonl
+from safervlm.records import Example, Failure, Question, Response, Verdict, read_jsonl, write_jsonl
 from safervlm.scoring import load_run
 
 
@@ -21,6 +22,9 @@ class LengthJudge(Judge):
         super().__init__(labels=labels)
         self.name = name
         self.read = []
+
+    def configure_model(self):
+        """No weights."""
 
     @property
     def fingerprint(self):
@@ -121,6 +125,39 @@ def test_an_answer_that_cannot_be_judged_is_listed_and_judged_again(tmp_path, ca
     play(tmp_path, make_panel())
     assert saved(tmp_path) == expected(9)
     assert not (tmp_path / "verdicts-failed.jsonl").exists()
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_panel_lists_an_answer_that_cannot_be_judged_among_its_verdicts(number):
+    """As ``predict`` of saved answers writes them."""
+    asked = responses(9)
+    asked[number] = replace(asked[number], response="x" * 5)
+    panel = Panel(Panicking("a", LABELS["alignment"]), Panicking("p", LABELS["perception"]))
+    batch = panel.collator([Example(each.question, (each.response,)) for each in asked])
+    records = panel.predict_step(batch, 0)
+    assert [record.id for record in records] == [each.id for each in asked]
+    bad = {place for place, each in enumerate(asked) if each.response == "x" * 5}
+    assert {place for place, record in enumerate(records) if isinstance(record, Failure)} == bad
+    whole = make_panel("a", "p").judge([each for place, each in enumerate(asked) if place not in bad])
+    assert [record for record in records if isinstance(record, Verdict)] == whole
+
+
+def test_weights_that_cannot_be_loaded_are_no_answers_fault():
+    panel = make_panel()
+    panel.perception.configure_model = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        panel.judged([(each.question, each.response) for each in responses(4)])
+
+
+def test_a_run_without_a_verdict_is_no_error_of_the_table(tmp_path, capsys):
+    some = [each for each in responses(3) if each.question.capability == "alignment"]
+    some = [replace(some[0], response="x" * 5)]
+    write_jsonl(tmp_path / "responses.jsonl", (each.to_dict() for each in some))
+    play(tmp_path, Panel(Panicking("a", LABELS["alignment"]), LengthJudge("p", LABELS["perception"])))
+    ScoreTable().on_predict_end(SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path)), None)
+    assert "no answer has a verdict" in capsys.readouterr().out
+    with pytest.raises(RecordError, match=r"verdicts-failed\.jsonl: no answer could be judged"):
+        load_run(tmp_path)
 
 
 def test_what_was_not_judged_is_left_out_of_the_scores_and_said(tmp_path, capsys):

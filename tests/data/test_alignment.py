@@ -281,3 +281,15 @@ def test_the_export_has_the_first_implementations_formats(sets, tmp_path: Path):
     assert {record["concept"] for record in test if record["label"] == "Unsafe"} == {"A Slur", "Knife"}
     assert not {record["image_fname"] for record in test} & set(by_image)
     assert all(record["image_fname"].startswith("imagenet/") for record in test if record["label"] == "Safe")
+
+
+def test_a_part_of_the_export(sets, tmp_path: Path):
+    for name, limit in (("whole", None), ("part", 3)):
+        export_training_files(str(tmp_path / name), **sets, limit=limit)
+    for file in (tmp_path / "part").iterdir():
+        part, whole = json.loads(file.read_text()), json.loads((tmp_path / "whole" / file.name).read_text())
+        images = {record.get("image", record.get("image_fname")) for record in part}
+        assert Counter(image.startswith("imagenet/") for image in images) == {True: 3, False: 3}
+        assert images <= {record.get("image", record.get("image_fname")) for record in whole}
+    with pytest.raises(ValueError, match=r"data\.limit: at least 1, or none, got 0"):
+        export_training_files(str(tmp_path / "none"), **sets, limit=0)

@@ -113,7 +113,7 @@ def test_a_perturbation_is_another_world_whose_initial_weights_differ_that_littl
     build(tmp_path / "world", seed=3, perturbation=1e-6)
     assert manifest(tmp_path / "world")["perturbation"] == 1e-6
     assert quick[0] == [3, 3]  # the first one isn't reused
-    with pytest.raises(ArgumentError, match=r"perturbation: between 0 and 0.1, got -1"):
+    with pytest.raises(ArgumentError, match=r"perturbation: at least 0 and at most 0.1, got -1"):
         build(tmp_path / "world", perturbation=-1)
 
     initial = []

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from callbacks.judge_responses import JudgeResponses
 from safervlm.cli import main
+from safervlm.data.responses import read_responses
 from safervlm.errors import RecordError, UserError
-from safervlm.judge import Judge, Panel
+from safervlm.judge import Answers, Judge, Panel
 from safervlm.protocol import LABELS
 from safervlm.records import Question, Response, Verdict, read_jsonl, write_jsonl
 from safervlm.rules import RULES
@@ -131,8 +132,7 @@ def test_every_path_writes_what_it_judged(panel: Panel, tmp_path: Path) -> None:
     responses = answers(TEXTS | {"alignment3": "  "})
     expected = {each.id: Verdict.fingerprint_of(each.response) for each in responses}
     assert {key: each.answer for key, each in judge(tmp_path, panel, responses).items()} == expected
-    batch = [(r.id, r.question.capability, r.question.answer, r.response) for r in responses]
-    stepped = panel.predict_step(batch, 0)
+    stepped = panel.predict_step(Answers([(r.question, r.response) for r in responses]), 0)
     assert {each.id: each.answer for each in stepped} == expected
     assert {each.judge for each in stepped} >= set(RULES.values())
 
@@ -146,6 +146,41 @@ def test_verdicts_of_other_texts_are_not_scored(panel: Panel, tmp_path: Path) ->
     assert "\n" not in str(caught.value)
 
 
+def test_verdicts_of_version_0_1_are_scored_and_said(
+    panel: Panel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody knows which texts they are about: one line says so, and how to judge again."""
+    judge(tmp_path, panel, answers(TEXTS))
+    load_run(tmp_path)
+    assert "0.1" not in capsys.readouterr().out
+    records = list(read_jsonl(tmp_path / "verdicts.jsonl"))
+    for record in records[:2]:
+        del record["answer"]
+    write_jsonl(tmp_path / "verdicts.jsonl", records)
+    assert len(load_run(tmp_path)) == len(TEXTS)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("2 verdicts are of version 0.1") == 1
+    assert "configs/judge_responses.yaml" in said
+    judge(tmp_path, panel, answers(TEXTS))
+    assert "judged again" in capsys.readouterr().out
+    load_run(tmp_path)
+    assert "0.1" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["responses", "verdicts"])
+def test_an_id_that_is_there_twice_is_named(name: str, panel: Panel, tmp_path: Path) -> None:
+    judge(tmp_path, panel, answers(TEXTS))
+    file = tmp_path / f"{name}.jsonl"
+    records = list(read_jsonl(file))
+    write_jsonl(file, [*records, records[1]])
+    readers = {"load_run": lambda: load_run(tmp_path)}
+    if name == "responses":
+        readers |= {"saved": lambda: read_responses(tmp_path)}
+    for read in readers.values():
+        with pytest.raises(RecordError, match=rf"{name}\.jsonl: '{records[1]['id']}' is there twice"):
+            read()
+
+
 def test_a_verdict_file_that_contradicts_itself_is_named(panel: Panel, tmp_path: Path) -> None:
     judge(tmp_path, panel, answers(TEXTS))
     records = list(read_jsonl(tmp_path / "verdicts.jsonl"))
@@ -156,6 +191,59 @@ def test_a_verdict_file_that_contradicts_itself_is_named(panel: Panel, tmp_path:
         with pytest.raises(RecordError, match=r"verdicts\.jsonl.*its most probable label is") as caught:
             read()
         assert "\n" not in str(caught.value)
+
+
+def judging_line(run: Path, tiny_panel: dict[str, object]) -> list[str]:
+    """Judges the saved answers of a run folder."""
+    return [
+        "predict",
+        "--config=configs/judge_responses.yaml",
+        f"--data.responses={run}",
+        f"--run={run}",
+        *(f"--model.{name}={json.dumps(settings)}" for name, settings in tiny_panel.items()),
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+    ]
+
+
+def test_one_bad_answer_ends_no_judging_of_saved_answers(
+    panel: Panel,
+    tiny_panel: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    judge(tmp_path / "other", panel, answers(TEXTS))
+    right = {record["id"]: record["label"] for record in read_jsonl(tmp_path / "other" / "verdicts.jsonl")}
+    write_jsonl(run / "responses.jsonl", [each.to_dict() for each in answers(TEXTS)])
+    bad = answers(TEXTS)[1]
+    tokenize = Judge._tokenize
+    seen: list[str] = []
+
+    def panic(self: Judge, texts: list[str]) -> list[list[int]]:
+        seen.extend(texts)
+        if bad.response in texts:
+            raise BaseException("a panic")
+        return tokenize(self, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "_tokenize", panic)
+        with pytest.raises(SystemExit) as end:
+            main(judging_line(run, tiny_panel))
+    assert end.value.code == 3
+    assert "1 answers have no verdict" in capfd.readouterr().err
+    (failed,) = read_jsonl(run / "verdicts-failed.jsonl")
+    assert failed["id"] == bad.id
+    assert "a panic" in failed["reason"]
+    assert {each["id"] for each in read_jsonl(run / "verdicts.jsonl")} == right.keys() - {bad.id}
+    seen.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "_tokenize", lambda self, texts: seen.extend(texts) or tokenize(self, texts))
+        main(judging_line(run, tiny_panel))
+    assert set(seen) == {bad.response}
+    assert {each["id"]: each["label"] for each in read_jsonl(run / "verdicts.jsonl")} == right
+    assert not (run / "verdicts-failed.jsonl").exists()
 
 
 def test_saved_answers_are_judged_again_by_another_judge_and_for_another_text(
@@ -171,18 +259,7 @@ def test_saved_answers_are_judged_again_by_another_judge_and_for_another_text(
         record["label"] = min(record["probabilities"], key=record["probabilities"].get)
         record["probabilities"] = {name: float(name == record["label"]) for name in record["probabilities"]}
     write_jsonl(run / "verdicts.jsonl", changed)
-    panels = [f"--model.{name}={json.dumps(settings)}" for name, settings in tiny_panel.items()]
-    main(
-        [
-            "predict",
-            "--config=configs/judge_responses.yaml",
-            f"--data.responses={run}",
-            f"--run={run}",
-            *panels,
-            "--trainer.accelerator=cpu",
-            "--trainer.enable_progress_bar=false",
-        ]
-    )
+    main(judging_line(run, tiny_panel))
     again = {record["id"]: record for record in read_jsonl(run / "verdicts.jsonl")}
     assert {name: (each["label"], each["judge"], each["answer"]) for name, each in again.items()} == {
         name: (each["label"], each["judge"], each["answer"]) for name, each in right.items()

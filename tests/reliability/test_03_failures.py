@@ -12,7 +12,7 @@ from callbacks.record_writer import RecordWriter
 from safervlm.errors import ArgumentError, RecordError, UserError
 from safervlm.measure import AskCollator, Measure
 from safervlm.records import Example, Failure, Question, Response
-from safervlm.vlm.base import Generation
+from safervlm.vlm.base import Generation, Unanswered
 
 PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})  # as of a Rust library
 
@@ -141,6 +141,45 @@ def test_an_answer_in_between_begins_the_count_anew(make_questions) -> None:
     measure = measure_with(Faulty(ValueError("no"), bad), in_collator=False, failures_in_a_row=3)
     records = measure.predict_step(measure.collator([Example(question) for question in questions]), 0)
     assert {record.id for record in records if isinstance(record, Failure)} == bad
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_answers_beside_unanswered_questions_begin_the_count_anew(answers: bool, make_questions) -> None:
+    """As a server gives them: what it answered is no sign of a fault of every question."""
+    questions = make_questions(6)
+    faulty = Faulty(ValueError("no"), {questions[number].id for number in (0, 1, 4, 5)})
+    measure = measure_with(faulty, in_collator=False, failures_in_a_row=3)
+    plain = faulty.generate
+
+    def generate(batch: Batch, sampling, seed) -> list[Generation]:
+        generations = plain(batch, sampling, seed)
+        if len(batch) == 1:
+            return generations
+        raise Unanswered("busy", ["busy", generations[1] if answers else "busy"])
+
+    faulty.generate = generate  # type: ignore[method-assign]
+
+    def step(start: int) -> list[Response | Failure]:
+        return measure.predict_step(measure.collator([Example(each) for each in questions[start : start + 2]]), 0)
+
+    assert [type(record) for start in (0, 2) for record in step(start)] == [
+        *(Failure, Failure, Failure),
+        Response if answers else Failure,
+    ]
+    if answers:
+        assert [type(record) for record in step(4)] == [Failure, Failure]
+    else:
+        with pytest.raises(UserError, match="3 questions in a row"):
+            step(4)
+
+
+def test_one_question_that_a_vlm_says_to_be_unanswered_is_recorded(make_questions) -> None:
+    questions = make_questions(3)
+    measure = measure_with(Faulty(Unanswered("the server is gone"), {questions[1].id}), in_collator=False)
+    records = measure.predict_step(measure.collator([Example(question) for question in questions]), 0)
+    assert {record.id: type(record) for record in records} == {
+        question.id: Failure if question is questions[1] else Response for question in questions
+    }
 
 
 @pytest.mark.parametrize("most", [0, -1])

@@ -1,0 +1,192 @@
+"""Numbers that are arguments: what is out of range is one line that names argument, value and range."""
+
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from callbacks.checkpoint import LastCheckpoint
+from callbacks.generation_check import GenerationCheck
+from callbacks.judge_responses import JudgeResponses
+from callbacks.rollout_log import RolloutLog
+from safervlm.data.alignment import DPOData, OwnData, PPOData, SFTData
+from safervlm.data.labelled import LabelledAnswers
+from safervlm.data.responses import SavedResponses
+from safervlm.data.unsafe_concepts import UnsafeConcepts
+from safervlm.errors import ArgumentError
+from safervlm.judge import Judge, Panel
+from safervlm.measure import Measure
+from safervlm.objectives.dpo import DPO
+from safervlm.objectives.ppo import PPO
+from safervlm.objectives.sft import SFT
+from safervlm.pictograms.world import build
+from safervlm.protocol import LABELS
+from safervlm.ranges import in_range
+from safervlm.vlm.api import Server
+from safervlm.vlm.llava import Llava
+from safervlm.vlm.lora import LoRA
+from safervlm.vlm.sampling import Sampling
+
+NAN, INFINITY = math.nan, math.inf
+
+CASES: dict[str, tuple[dict[str, float], float, str | None]] = {
+    "in it": ({"least": 0, "most": 1}, 1, None),
+    "its end": ({"above": 0}, 1e-300, None),
+    "not given": ({"least": 0}, None, None),
+    "any number": ({}, -1e300, None),
+    "too small": ({"least": 1}, 0, "a.x: at least 1, got 0"),
+    "as small": ({"above": 0}, 0.0, "a.x: above 0, got 0.0"),
+    "too large": ({"least": 0, "most": 1}, 1.5, "a.x: at least 0 and at most 1, got 1.5"),
+    "as large": ({"least": 0, "below": 1}, 1.0, "a.x: at least 0 and below 1, got 1.0"),
+    "NaN": ({"least": 0}, NAN, "a.x: at least 0, got nan"),
+    "NaN in any": ({}, NAN, "a.x: a number, got nan"),
+    "infinite": ({"above": 0}, INFINITY, "a.x: above 0, and not infinite, got inf"),
+    "minus infinity": ({}, -INFINITY, "a.x: a number, and not infinite, got -inf"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_number_out_of_range_is_named(case: str) -> None:
+    bounds, value, message = CASES[case]
+    if message is None:
+        in_range("a", **bounds, x=value)
+        return
+    with pytest.raises(ArgumentError) as caught:
+        in_range("a", **bounds, x=value)
+    assert str(caught.value) == message
+
+
+VLM = Llava("nowhere")
+JUDGE = Judge(labels=LABELS["alignment"])
+PERCEPTION = Judge(labels=LABELS["perception"])
+
+
+def saved(**given: Any) -> SavedResponses:
+    return SavedResponses("nowhere", **given)
+
+
+# What makes each, and of its numeric arguments values that are out of range.
+WRONG: dict[str, tuple[Callable[..., object], dict[str, tuple[float, ...]]]] = {
+    "Judge": (
+        Judge,
+        {
+            "lr": (0.0, -1e-5, NAN, INFINITY),
+            "weight_decay": (-0.1, NAN, INFINITY),
+            "warmup": (-0.1, 1.1, NAN),
+            "label_smoothing": (-0.1, 1.0, 2.0, NAN),
+            "max_characters": (0, -1),
+        },
+    ),
+    "Measure": (lambda **given: Measure(VLM, **given), {"failures_in_a_row": (0, -1)}),
+    "SFT": (
+        lambda **given: SFT(VLM, **given),
+        {"lr": (0.0, NAN, INFINITY), "warmup_steps": (-1,), "weight_decay": (-0.1, NAN, INFINITY)},
+    ),
+    "DPO": (
+        lambda **given: DPO(VLM, **given),
+        {
+            "beta": (0.0, -1.0, NAN, INFINITY),
+            "rpo_alpha": (-1.0, NAN, INFINITY),
+            "lr": (0.0, NAN),
+            "warmup_steps": (-1,),
+            "weight_decay": (-1.0,),
+        },
+    ),
+    "PPO": (
+        lambda **given: PPO(VLM, JUDGE, **given),
+        {
+            "kl_coef": (-0.1, NAN, INFINITY),
+            "entropy_coef": (-0.1, NAN, INFINITY),
+            "vf_coef": (-0.1, NAN),
+            "clip": (0.0, NAN, INFINITY),
+            "value_clip": (0.0, NAN),
+            "gamma": (-0.1, 1.1, NAN),
+            "lam": (-0.1, 1.1, NAN),
+            "ppo_epochs": (0,),
+            "mini_batch_size": (0,),
+            "micro_batch_size": (0,),
+            "temperature": (0.0, NAN, INFINITY),
+            "response_length": (0, -1),
+            "length_bonus": (NAN, INFINITY),
+            "no_eos_penalty": (NAN, -INFINITY),
+            "reward_scale": (NAN, INFINITY),
+            "max_grad_norm": (0.0, NAN),
+            "lr": (0.0,),
+            "warmup_steps": (-1,),
+            "weight_decay": (-1.0,),
+        },
+    ),
+    "Sampling": (
+        Sampling,
+        {"temperature": (-0.1, NAN, INFINITY), "top_p": (0.0, 1.1, NAN), "max_new_tokens": (0, -1)},
+    ),
+    "LoRA": (LoRA, {"r": (0,), "alpha": (0, -1), "dropout": (-0.1, 1.0, NAN)}),
+    "Server": (
+        lambda **given: Server("m", ["http://127.0.0.1:1/v1"], **given),
+        {
+            "concurrency": (0,),
+            "timeout": (0.0, NAN, INFINITY),
+            "max_retries": (-1,),
+            "max_requests": (0,),
+            "max_tokens": (0,),
+            "max_wait": (0.0, NAN, INFINITY),
+            "question_timeout": (-1.0, NAN, INFINITY),
+            "max_body": (0,),
+            "max_count": (0,),
+        },
+    ),
+    "UnsafeConcepts": (
+        UnsafeConcepts,
+        {"validation_fraction": (-0.1, 1.0, NAN), "limit": (0,), "batch_size": (0, -1), "num_workers": (-1,)},
+    ),
+    **{
+        data.__name__: (
+            data,
+            {"validation_fraction": (-0.1, 1.0, NAN), "limit": (0,), "batch_size": (0, -1), "num_workers": (-1,)},
+        )
+        for data in (SFTData, DPOData, PPOData)
+    },
+    "OwnData": (
+        lambda **given: OwnData("nowhere.jsonl", **given),
+        {"limit": (0,), "batch_size": (0, -1), "num_workers": (-1,)},
+    ),
+    "SavedResponses": (saved, {"limit": (0,), "batch_size": (0, -1), "num_workers": (-1,)}),
+    "LabelledAnswers": (
+        lambda **given: LabelledAnswers("nowhere.csv", **given),
+        {"held_out": (0.0, 1.0, -0.1, NAN), "limit": (0,), "batch_size": (0,), "num_workers": (-1,)},
+    ),
+    "JudgeResponses": (lambda **given: JudgeResponses(Panel(JUDGE, PERCEPTION), **given), {"batch_size": (0, -1)}),
+    "LastCheckpoint": (LastCheckpoint, {"every_n_batches": (0, -1)}),
+    "RolloutLog": (RolloutLog, {"answers": (0, -1)}),
+    "GenerationCheck": (
+        lambda **given: GenerationCheck(JUDGE, **given),
+        {"every_n_batches": (0,), "minimum": (0,), "tolerance": (-0.1, 1.0, NAN)},
+    ),
+    "build": (lambda **given: build(Path("nowhere"), **given), {"threads": (0,), "perturbation": (-0.1, 0.2, NAN)}),
+}
+ALL = [
+    (what, name, value) for what, (_, numbers) in WRONG.items() for name, values in numbers.items() for value in values
+]
+
+
+@pytest.mark.parametrize(("what", "name", "value"), ALL, ids=lambda each: str(each))
+def test_an_argument_out_of_range_is_one_line(what: str, name: str, value: float) -> None:
+    make, _ = WRONG[what]
+    with pytest.raises(ArgumentError, match=rf"^([\w]+\.)?{name}: .*, got {value}$") as caught:
+        make(**{name: value})
+    assert "\n" not in str(caught.value)
+    assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("made", [Judge, SFT, DPO, PPO, Measure, Sampling, LoRA, Server, LabelledAnswers, OwnData])
+def test_every_number_has_a_case(made: type) -> None:
+    """But seeds, of which every one is in range."""
+    numbers = {
+        name
+        for name, parameter in inspect.signature(made).parameters.items()
+        if parameter.annotation in (int, float, int | None, float | None)
+    }
+    assert numbers - {"seed"} <= WRONG[made.__name__][1].keys()
