@@ -79,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def plain(args: Sequence[str]) -> None:
     """Plays one of the plain commands."""
-    from safervlm.arguments import options, refuse_empty
+    from safervlm.arguments import check_words
     from safervlm.lightning_cli import OneLineParser
 
     name, *rest = args
@@ -95,9 +95,7 @@ def plain(args: Sequence[str]) -> None:
     if name in ("report", "evaluation"):
         own = {"runs"}
         parser.add_argument("runs", nargs="+", help="The run folders; the first is the one to compare with.")
-    for option, value in options(rest):
-        if value is not None:
-            refuse_empty(option, value, f"--{option}")
+    check_words(rest)
     parser.add_function_arguments(function, skip=own, fail_untyped=True)
     given = parser.instantiate(parser.parse_args(rest))
     function(**given.as_dict())

@@ -290,6 +290,27 @@ class SaferCLI(LightningCLI):
             sys.exit(3)
 
 
+class IdleCLI(SaferCLI):
+    """A command line that is understood and runs nothing.
+
+    Args:
+        args: the words, the command first.
+        build: whether model, data and trainer are made.
+    """
+
+    def __init__(self, args: Sequence[str], build: bool) -> None:
+        self._build = build
+        super().__init__(args)
+
+    def instantiate_classes(self) -> None:
+        """Builds what is asked for."""
+        if self._build:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leaves model, data and trainer to whoever asked."""
+
+
 @contextlib.contextmanager
 def as_command_line(args: Sequence[str]) -> Iterator[None]:
     """Makes ``sys.argv`` the line that is played: the manifest records it, and Lightning starts more processes by it.

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings as python_warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ from safervlm.scoring import (
     shown,
     with_interval,
 )
+from safervlm.settings import flat
 from safervlm.tables import JUDGE_NOTE, escaped, say, terminal, write_csv, write_workbook
 from safervlm.trust import may_read
 
@@ -233,16 +234,11 @@ def read_summary(path: Path) -> dict[str, dict[str, str]]:
     stages = manifest.get("stages") if isinstance(manifest, dict) else None
     if not isinstance(stages, dict):
         raise RecordError(f"{path}: no manifest, it has no stages; move it away to go on without")
-    return {str(stage): dict(flat(entry)) for stage, entry in stages.items()}
+    return {str(stage): {key: _as_text(value) for key, value in flat(entry)} for stage, entry in stages.items()}
 
 
-def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Nested JSON objects as (dotted key, text); lists stay whole."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from flat(inner, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

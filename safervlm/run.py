@@ -31,6 +31,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safervlm.caches import TEMPORARY, remove_leftovers
 from safervlm.errors import RecordError, explained
 from safervlm.records import FAILED, write_atomically
+from safervlm.settings import flat
 from safervlm.signals import apart, asked_to_end, observe, pass_safe_point, together, wait_for_safe_point
 from safervlm.tables import say
 
@@ -79,11 +80,11 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
         raise RecordError(
             f"{run / MANIFEST}: damaged ({stage} has no settings); restore it, or name another run folder"
         )
-    before, now = flatten(there["settings"]), flatten(json.loads(json.dumps(settings)))
+    before, now = dict(flat(there["settings"])), dict(flat(json.loads(json.dumps(settings))))
     if "trainer" not in settings:  # validating what was fitted: how it was trained is none of its settings
         before = {key: value for key, value in before.items() if not key.startswith("trainer.")}
     both = set.intersection(
-        *({key.split(".")[2] for key in flat if key.startswith("data.sets.")} for flat in (before, now))
+        *({key.split(".")[2] for key in each if key.startswith("data.sets.")} for each in (before, now))
     )
     differing = [
         key
@@ -112,14 +113,6 @@ def is_result(path: Path) -> bool:
     if path.suffix == ".yaml" or path.name in (MANIFEST, LOCK, "traceback.txt") or path.name.startswith(TEMPORARY):
         return False
     return path.is_file() and path.stat().st_size > 0
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings -> dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def lock(run: Path) -> TextIO | None:

@@ -7,17 +7,16 @@ from typing import Any, Literal
 
 import lightning as L
 import yaml
-from rich.console import Console
 from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
 from safervlm.data.responses import RESPONSES, read_responses
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.lightning_cli import SaferCLI, as_command_line, hush
+from safervlm.lightning_cli import IdleCLI, as_command_line, hush
 from safervlm.measure import Measure
 from safervlm.records import Example, Failure, Response, Verdict, read_records, seed_for, write_jsonl
 from safervlm.run import locked
-from safervlm.tables import JUDGE_NOTE, TextTable, say
+from safervlm.tables import JUDGE_NOTE, TextTable, say, show_table
 from safervlm.trust import check, find_beside_the_shell, named_in, read_config
 
 FLIPS = "verify.jsonl"
@@ -32,13 +31,6 @@ class Kept(L.Callback):
     def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *place: Any) -> None:
         """Takes a batch's records."""
         self.records += outputs
-
-
-class BuiltCLI(SaferCLI):
-    """A command line that builds everything and runs nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Leaves model, data and trainer to whoever asked."""
 
 
 def verify(
@@ -109,7 +101,7 @@ def _ask_again(run: Path, settings: dict[str, Any], sample: int, batch_size: int
     line += ["--model.vlm.dtype", dtype] if dtype else []
     hush()
     with as_command_line(line):
-        cli = BuiltCLI(line)
+        cli = IdleCLI(line, build=True)
     if not isinstance(cli.model, Measure):
         raise RecordError(f"run: {run} holds no measurement but a {type(cli.model).__name__}; name a measurement")
 
@@ -125,7 +117,7 @@ def _ask_again(run: Path, settings: dict[str, Any], sample: int, batch_size: int
     if not chosen:
         raise RecordError(f"{run / RESPONSES}: none of its answers is about the data that {run / 'predict.yaml'} names")
     if others := len(before) - len(chosen):
-        print(f"{others} answers are about other data than {run / 'predict.yaml'} names, and are left out")
+        say(f"{others} answers are about other data than {run / 'predict.yaml'} names, and are left out")
     random.Random(seed_for(seed, "verify")).shuffle(chosen)
     # Questions and images of the data: what responses.jsonl names as an image may be any file.
     asked = [Example(questions[name]) for name in chosen[:sample]]
@@ -167,24 +159,20 @@ def _ask_again(run: Path, settings: dict[str, Any], sample: int, batch_size: int
     )
     answer = {example.question.id: example.question.answer for example in asked}
     show(
-        Console(),
         f"{run}: asked again, {batch_size} at a time" + (f", in {dtype}" if dtype else ""),
         [before[name].response != response.response for name, response in after.items()],
         [old != new for old, new in verdicts.values()],
         [((old == answer[name]), (new == answer[name])) for name, (old, new) in verdicts.items()],
     )
     if len(after) < len(asked):
-        print(f"{len(asked) - len(after)} questions have no answer this time")
+        say(f"{len(asked) - len(after)} questions have no answer this time")
     say(f"what flipped: {run / FLIPS}")
 
 
-def show(
-    console: Console, title: str, answers: Sequence[bool], verdicts: Sequence[bool], right: Sequence[tuple[bool, bool]]
-) -> None:
+def show(title: str, answers: Sequence[bool], verdicts: Sequence[bool], right: Sequence[tuple[bool, bool]]) -> None:
     """Prints how many flipped, and how far the table could move.
 
     Args:
-        console: prints.
         title: of the table.
         answers: of each question, whether its answer differs.
         verdicts: of each judged answer, whether its verdict differs.
@@ -199,11 +187,11 @@ def show(
             low, high = binomtest(sum(flips), len(flips)).proportion_ci()
             share = f"{100 * sum(flips) / len(flips):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
             table.add_row(name, str(len(flips)), str(sum(flips)), share)
-    console.print(table)
+    show_table(table)
     if right:
         once, again = (100 * sum(column) / len(right) for column in zip(*right, strict=True))
         most = 100 * binomtest(sum(verdicts), len(verdicts)).proportion_ci().high
-        console.print(
+        say(
             f"accuracy on the sample: {once:.1f} %, then {again:.1f} %; that of the whole run moves by at most "
             f"{most:.1f} points (upper end of the verdicts' interval)"
         )

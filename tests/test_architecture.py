@@ -21,6 +21,7 @@ LAYERS = (
         "recipes",
         "protocol",
         "records",
+        "settings",
         "functional",
         "intervals",
         "differences",
