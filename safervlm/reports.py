@@ -33,8 +33,10 @@ from safervlm.diversity import SUBSAMPLES, TEXTS, TOO_FEW
 from safervlm.errors import ArgumentError, RecordError, explained
 from safervlm.escape import for_figure, for_html, for_latex, visible, without_folders
 from safervlm.images import open_image
+from safervlm.outputs import refuse_to_replace_page
 from safervlm.protocol import CAPABILITIES
 from safervlm.records import fingerprint, seed_for, write_atomically
+from safervlm.run import refuse_while_at_work
 from safervlm.scoring import (
     ACCURACY_NA_WRONG,
     BOTH,
@@ -63,7 +65,7 @@ from safervlm.scoring import (
     with_interval,
 )
 from safervlm.settings import flat
-from safervlm.tables import JUDGE_NOTE, escaped, say, terminal, write_csv, write_workbook
+from safervlm.tables import JUDGE_NOTE, escaped, say, show_table, write_csv, write_workbook
 from safervlm.trust import may_read
 
 CAPABILITY_TITLES = {
@@ -150,15 +152,15 @@ def report(runs: list[Path], out: Path | None = None) -> Path:
         The page.
 
     Raises:
-        ArgumentError: no runs, or ``out`` is no HTML file.
-        RecordError: a run that can't be read; see :func:`safervlm.scoring.load_run`.
+        ArgumentError: no runs, ``out`` is no HTML file, or something else than a report is there.
+        RecordError: a run that can't be read (:func:`safervlm.scoring.load_run`), or where another command is at work.
     """
     if not runs:
         raise ArgumentError("runs: a report needs at least one run folder, for example runs/base")
     out = Path(out) if out else Path(runs[0]) / "report.html"
     if out.suffix != ".html":
         raise ArgumentError(f"out: the report is a page, {str(out)!r} must end in .html")
-    refuse_to_overwrite(out, ".csv", "_overall.csv", ".xlsx", ".tex")
+    refuse_to_replace_page(out, "report", ".csv", "_overall.csv", ".xlsx", ".tex")
     loaded = load(runs)
     comparison = compare({run.name: run.scores for run in loaded})
     page = render(loaded, comparison, out)
@@ -174,7 +176,7 @@ def report(runs: list[Path], out: Path | None = None) -> Path:
     write_csv(out.with_name(f"{out.stem}_overall.csv"), comparison, index=True)
     sheets = {"overall": comparison.reset_index(), "by category": wide, "scores": long}
     write_workbook(out.with_suffix(".xlsx"), sheets, NOTES)
-    terminal().print(comparison_table(comparison))
+    show_table(comparison_table(comparison))
     for line in warnings(loaded):
         say(f"not comparable: {line}")
     say(f"report: {out} (with .csv, .xlsx and .tex beside it)")
@@ -186,6 +188,7 @@ def load(folders: Sequence[Path]) -> list[Run]:
     paths = [Path(folder) for folder in folders]
     runs = []
     for path, name in zip(paths, run_names(paths), strict=True):
+        refuse_while_at_work(path)
         frame = load_run(path)
         kinds = frame["capability"].value_counts()
         if others := {str(kind): int(count) for kind, count in kinds.items() if kind not in CAPABILITIES}:
@@ -762,18 +765,3 @@ def latex_table(table: pd.DataFrame, columns: str, caption: str, index: bool, es
     """
     written = escaped(table, for_latex) if escape else table
     return written.to_latex(escape=False, column_format=columns, caption=for_latex(caption), index=index)
-
-
-def refuse_to_overwrite(out: Path, *others: str) -> None:
-    """Lets a page take the place of an earlier one, and its tables that of the earlier page's, and of nothing else.
-
-    Args:
-        out: the page.
-        others: endings of what is written beside it, such as ``.csv`` or ``_table.csv``.
-
-    Raises:
-        ArgumentError: without a page there is such a file: it is the user's.
-    """
-    there = [file for ending in others if (file := out.with_name(out.stem + ending)).exists()]
-    if there and not out.exists():
-        raise ArgumentError(f"out: {there[0]} is there already and would be overwritten; name another page than {out}")

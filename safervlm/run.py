@@ -131,13 +131,10 @@ def lock(run: Path) -> TextIO | None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        process = file.read(20).strip()
-        file.close()
-        which = f" (process {process})" if process.isdecimal() else ""
-        raise RecordError(
-            f"--run: another command{which} is at work in {run}; wait for its end, or name another folder"
-        ) from None
+        with file:
+            raise RecordError(
+                f"--run: {_at_work(file)} is at work in {run}; wait for its end, or name another folder"
+            ) from None
     except OSError:
         file.close()
         return None
@@ -147,6 +144,36 @@ def lock(run: Path) -> TextIO | None:
         file.flush()
     remove_unfinished(run)
     return file
+
+
+def _at_work(file: TextIO) -> str:
+    """The command that has locked a file, with the number of its process, for the error."""
+    file.seek(0)
+    process = file.read(20).strip()
+    return f"another command (process {process})" if process.isdecimal() else "another command"
+
+
+def refuse_while_at_work(run: Path) -> None:
+    """For commands that only read a run folder: its files need not belong together while another command writes them.
+
+    Several may read it at the same time, and none needs to write there.
+
+    Raises:
+        RecordError: another process has the folder.
+    """
+    try:
+        file = (run / LOCK).open(encoding="ascii", errors="replace")
+    except OSError:
+        return  # nothing was ever at work, or it can't be told
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise RecordError(
+                f"{run}: {_at_work(file)} is at work in it; wait for its end, or copy the folder"
+            ) from None
+        except OSError:
+            return
 
 
 @contextmanager
@@ -345,7 +372,7 @@ class RunManifest(Callback):
         with suppress(SystemExit):  # the exception says it already
             self._pass()
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
-            print()
+            say("")
             say(f"stopped; the same command goes on from what is in {trainer.default_root_dir}")
         self._unlock()
 
