@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from safervlm.boundary import one_line_errors
+from safervlm.boundary import one_line_errors, run_folder
 from safervlm.errors import ArgumentError
 from safervlm.signals import listening
 
@@ -98,6 +99,8 @@ def plain(args: Sequence[str]) -> None:
     check_words(rest)
     parser.add_function_arguments(function, skip=own, fail_untyped=True)
     given = parser.instantiate(parser.parse_args(rest))
+    named = [*(given.get("runs") or []), given.get("run"), given.get("out")]
+    run_folder.set(next((Path(each) for each in named if each and Path(each).is_dir()), None))
     function(**given.as_dict())
 
 
