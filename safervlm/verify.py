@@ -77,6 +77,8 @@ def verify(
         example = f", for example {inside}" if (inside / "predict.yaml").is_file() else " (predict --run)"
         raise RecordError(f"run: {run} holds no predict.yaml; name the folder of a measurement{example}")
     settings = read_config(config)
+    if lacking := [name for name in ("model", "data") if not isinstance(settings.get(name), dict)]:
+        raise RecordError(f"run: {config} says nothing of the {lacking[0]}; restore it, or name another measurement")
     # Of the trainer only what an answer or a verdict depends on: loggers and plugins of a stranger's are left out.
     trainer_settings = settings.get("trainer")
     kept_settings = trainer_settings if isinstance(trainer_settings, dict) else {}

@@ -1,5 +1,6 @@
 """What all objectives share: one VLM, one optimizer, adapter-only checkpoints, exact resume."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -140,7 +141,8 @@ def at_least(least: float, **values: float) -> None:
 
 
 def above(bound: float, **values: float) -> None:
-    """Rejects an argument of the model that is not larger than a bound."""
+    """Rejects an argument of the model that is not larger than a bound, or infinite."""
     for name, value in values.items():
-        if not value > bound:
-            raise ArgumentError(f"model.{name}: above {bound}, got {value}")
+        if not bound < value < math.inf:
+            finite = " and finite" if value == math.inf else ""
+            raise ArgumentError(f"model.{name}: above {bound}{finite}, got {value}")
