@@ -26,7 +26,7 @@ from safervlm.finite import TrainingGuard, must_be_trained
 from safervlm.protocol import LABELS, NOT_APPLICABLE, Capability
 from safervlm.records import Example, Response, Verdict, fingerprint, write_atomically
 from safervlm.rules import RULES
-from safervlm.tables import TextTable, terminal
+from safervlm.tables import TextTable, show_table
 from safervlm.texts import tokenizable
 from safervlm.vlm.weights import load_model, must_be_finite, read_tensors, reading, weights_fingerprint
 
@@ -378,7 +378,7 @@ class Judge(LightningModule):
             table.add_column(f"read as {label}", justify="right")
         for label, row in zip(self.labels, counts, strict=True):
             table.add_row(label, *map(str, row))
-        terminal().print(table)
+        show_table(table)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; the learning rate rises over the first ``warmup`` of the steps and falls to 0, linearly."""

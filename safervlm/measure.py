@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from safervlm.errors import ArgumentError, RecordError, UserError, first_line
 from safervlm.records import Example, Failure, Question, Response
+from safervlm.tables import say
 from safervlm.vlm.base import VLM, Collator, Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
 
@@ -181,7 +182,7 @@ class Measure(L.LightningModule):
         half = len(batch) // 2
         if full:
             self.largest = half
-            print(f"out of memory with {len(batch)} questions at once: going on with {half}")
+            say(f"out of memory with {len(batch)} questions at once: going on with {half}")
         return self._in_parts(batch, half)
 
     def _in_parts(self, batch: Any, size: int) -> list[Generation | str]:

@@ -1,6 +1,5 @@
 """Rows of encoded questions: joined to a batch, gone on with, and what those about one image have in common shared."""
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -11,10 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 
+from safervlm.boundary import warn
 from safervlm.vlm.cache import RoomyLayer, roomy
 from safervlm.vlm.packed import common_beginning
-
-log = logging.getLogger(__name__)
 
 Encoding = Mapping[str, Tensor]
 
@@ -248,7 +246,5 @@ class Sharing:
         if rows.any():
             same = same and agree(alone.logits[1][rows], shared.logits[1][rows], self.dtype)
         if not same:
-            log.warning(
-                "the questions about an image are computed one by one: this model's can't share what they begin with"
-            )
+            warn("the questions about an image are computed one by one: this model's can't share what they begin with")
         return same
