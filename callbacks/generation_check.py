@@ -14,6 +14,7 @@ from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range
 from safervlm.records import seed_for
 from safervlm.run import stage_name, write_stage
+from safervlm.tables import say
 from safervlm.vlm.sampling import Sampling
 
 
@@ -88,7 +89,7 @@ class GenerationCheck(Callback):
                 "(data.validation_fraction) or leave the callback out"
             )
         if count < self.minimum and trainer.is_global_zero:
-            print(
+            say(
                 f"GenerationCheck: {count} held-out safe images under data.limit {limit}: the share that is called "
                 f"{UNSAFE} is coarse (without a limit {self.minimum} are needed)"
             )

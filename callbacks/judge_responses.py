@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.progress import track
 
 from safervlm.data.responses import read_responses
@@ -11,6 +10,7 @@ from safervlm.errors import RecordError, first_line
 from safervlm.judge import Panel
 from safervlm.ranges import in_range
 from safervlm.records import UNJUDGED, VERDICTS, Failure, Verdict, read_jsonl, write_jsonl
+from safervlm.tables import say
 
 
 class JudgeResponses(Callback):
@@ -58,9 +58,9 @@ class JudgeResponses(Callback):
                 else:
                     verdicts[verdict.id] = verdict
         if others:
-            Console().print(f"{others} verdicts of another judge are replaced")
+            say(f"{others} verdicts of another judge are replaced")
         if stale:
-            Console().print(f"{stale} verdicts of other answers (or of version 0.1) are judged again")
+            say(f"{stale} verdicts of other answers (or of version 0.1) are judged again")
 
         left = [response for response in responses if response.id not in verdicts]
         failed: list[Failure] = []

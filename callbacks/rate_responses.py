@@ -14,7 +14,6 @@ from rich.progress import track
 from callbacks.attempt_log import AttemptFile
 from safervlm.data.responses import read_responses
 from safervlm.errors import ArgumentError, UserError, first_line
-from safervlm.escape import for_terminal
 from safervlm.ranges import in_range
 from safervlm.rating import (
     MAX_NEW_TOKENS,
@@ -31,6 +30,7 @@ from safervlm.rating import (
 from safervlm.records import Example, Question, Response, read_records, read_torn_jsonl, to_line, write_jsonl
 from safervlm.run import write_stage
 from safervlm.signals import safe_points
+from safervlm.tables import say
 from safervlm.vlm.api import Server
 from safervlm.vlm.base import Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
@@ -103,7 +103,7 @@ class RateResponses(Callback):
         left = [each for each in wanted if each.key not in ratings or ratings[each.key].reason]
         if self.judge.dry_run:
             estimate = self.judge.estimate([each.question for each in left], MAX_NEW_TOKENS)
-            print(f"{len(left)} of {len(wanted)} ratings are to be asked for: {estimate}")
+            say(f"{len(left)} of {len(wanted)} ratings are to be asked for: {estimate}")
             return
 
         settings = {
@@ -116,11 +116,9 @@ class RateResponses(Callback):
         asked = {each.key for each in wanted}
         kept = [rating for key, rating in ratings.items() if key not in asked and not rating.reason]
         if kept:
-            print(
-                f"{len(kept)} ratings by other judges or settings, or of other responses, are kept in {run / RATINGS}"
-            )
+            say(f"{len(kept)} ratings by other judges or settings, or of other responses, are kept in {run / RATINGS}")
         if self.judge.system != SYSTEM:
-            print(f"judge.system: {self.judge.system!r} is not the published prompt, and the ratings compare with none")
+            say(f"judge.system: {self.judge.system!r} is not the published prompt, and the ratings compare with none")
         if left:
             write_jsonl(run / RATINGS, there)  # whole lines, to go on behind
             with safe_points():
@@ -130,9 +128,9 @@ class RateResponses(Callback):
         missing = [ratings[each.key] for each in wanted if ratings[each.key].reason]
         write_stage(run, "ratings", finished=not missing)
         if missing:
-            print(
-                f"{len(missing)} of {len(wanted)} ratings are missing, for example of {for_terminal(missing[0].id)}: "
-                f"{for_terminal(missing[0].reason)}; {run / RATINGS} has them all"
+            say(
+                f"{len(missing)} of {len(wanted)} ratings are missing, for example of {missing[0].id}: "
+                f"{missing[0].reason}; {run / RATINGS} has them all"
             )
 
     def wanted(self, responses: Sequence[Response]) -> list[Wanted]:

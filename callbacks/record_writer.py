@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from safervlm.errors import RecordError, first_line
 from safervlm.records import Failure, Response, read_jsonl, read_torn_jsonl, to_line, write_jsonl
+from safervlm.tables import say
 
 
 class RecordWriter(Callback):
@@ -46,7 +47,7 @@ class RecordWriter(Callback):
         if done and trainer.is_global_zero:
             left = len(trainer.datamodule.remaining())  # type: ignore[attr-defined]
             rest = f"going on with the other {left}" if left else "nothing is left to do"
-            print(f"{self.file}: {len(done)} records are there already, {rest}")
+            say(f"{self.file}: {len(done)} records are there already, {rest}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the process's shard, once the manifest has been agreed to."""

@@ -6,7 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from safervlm.records import RESPONSES, VERDICTS
 from safervlm.scoring import accuracy_table, by_category, load_run, other_table, scores
-from safervlm.tables import say, terminal, write_csv, write_workbook
+from safervlm.tables import say, show_table, write_csv, write_workbook
 
 
 class ScoreTable(Callback):
@@ -37,6 +37,5 @@ class ScoreTable(Callback):
         table = scores(load_run(run))
         write_csv(run / "scores.csv", table)
         write_workbook(run / "scores.xlsx", {"by category": by_category(table), "scores": table})
-        console = terminal()
-        console.print(accuracy_table(table, title=f"{run.name}: accuracy in %"))
-        console.print(other_table(table, title=f"{run.name}: gap and over-flagging in %, diversity"))
+        show_table(accuracy_table(table, title=f"{run.name}: accuracy in %"))
+        show_table(other_table(table, title=f"{run.name}: gap and over-flagging in %, diversity"))

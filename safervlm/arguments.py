@@ -4,14 +4,17 @@ The parser would overwrite, drop or misread these without a word: they are found
 it names.
 """
 
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safervlm.errors import ArgumentError, RecordError
-from safervlm.reading import read_yaml
+import yaml
+
+from safervlm.errors import ArgumentError
 from safervlm.recipes import local_or_shipped
+from safervlm.settings import flat, from_yaml, read_settings, read_yaml
 
 # Shortened forms of what is typed most.
 SHORT = {"limit": "data.limit"}
@@ -24,8 +27,11 @@ OVERWRITTEN = {
     "data.collator": "--model",
 }
 MAX_SEED = 2**32 - 1  # NumPy's generators take no larger one
+SEEDS = {"seed", "seed_everything"}
 # An empty text is a value there: no system prompt, no description.
 MAY_BE_EMPTY = {"system", "about", "template"}
+# Their value may be a file of settings, whatever it is called; elsewhere it is one if it ends in .yaml or .yml.
+PARTS = {"config", "model", "model.vlm", "data", "data.own", "data.sets", "trainer"}
 
 
 def prepared(args: Sequence[str]) -> list[str]:
@@ -35,7 +41,8 @@ def prepared(args: Sequence[str]) -> list[str]:
         args: as typed, the command first.
 
     Raises:
-        ArgumentError: a setting that would be overwritten, an empty value, or an unreadable configuration.
+        ArgumentError: a setting that would be overwritten, an empty value, a seed that is none, or an unreadable
+            configuration.
     """
     words: list[str] = []
     for word in args:
@@ -46,22 +53,76 @@ def prepared(args: Sequence[str]) -> list[str]:
             words[-1] += f"={word}"  # apart, the parser takes a negative number for an option
         else:
             words.append(word)
-    for name, value in options(words):
-        plain = name.replace(".init_args", "")
-        if value is not None:
-            refuse_empty(plain, value, f"--{name}")
-            if plain == "seed_everything":
-                check_seed(value)
-            if plain == "config" or (plain in ("model", "data", "trainer") and Path(value).suffix in (".yaml", ".yml")):
-                settings = read_config(Path(value), f"--{name}")
-                inside = settings if plain == "config" else {plain: settings}
-                for key, setting in flat(inside):
-                    where = f"{value}: {key}"
-                    refuse_overwritten(key.replace(".init_args", ""), where)
-                    if isinstance(setting, str):
-                        refuse_empty(key, setting, where)
-        refuse_overwritten(plain, f"--{name}")
+    check_words(words)
     return words
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Rejects what the parser of a command line would overwrite, drop or misread.
+
+    Args:
+        words: of the command line, without the command or with it.
+
+    Raises:
+        ArgumentError: see :func:`prepared`.
+    """
+    values = {number + 1 for number, word in enumerate(words) if word.startswith("--") and "=" not in word}
+    for number, word in enumerate(words):
+        if not word.strip() and number not in values:
+            raise ArgumentError(f"the argument {word!r} is empty; give a value, or leave it out")
+    for name, value in options(words):
+        check(plain_name(name), value, f"--{name}", Path(), set())
+
+
+def plain_name(name: str) -> str:
+    """The name of a setting without what jsonargparse puts between: ``init_args``, and ``+`` to add to a list."""
+    return ".".join(part for part in name.removesuffix("+").split(".") if part not in ("init_args", "dict_kwargs"))
+
+
+def check(name: str, value: Any, where: str, folder: Path, seen: set[Path]) -> None:
+    """Looks at one setting, and at those within it: in a file that it names, or in JSON.
+
+    Args:
+        name: of the setting, plain; a file behind ``config`` holds settings of the top.
+        value: None where there is none.
+        where: it stands, for the error.
+        folder: that paths may be relative to, beside the current one.
+        seen: files that are looked at already.
+
+    Raises:
+        ArgumentError: see :func:`prepared`.
+    """
+    if instead := OVERWRITTEN.get(name):
+        raise ArgumentError(f"{where} would be overwritten by {instead}; use {instead}")
+    last = name.rpartition(".")[2]
+    if last in SEEDS:
+        check_seed(value, where)
+    if not isinstance(value, str):
+        return
+    refuse_empty(name, value, where)
+    if last in MAY_BE_EMPTY:
+        return  # a text, whatever it looks like
+    prefix = "" if name == "config" else name
+    file = next((place for place in (folder / value, Path(value)) if os.path.exists(place)), None)  # noqa: PTH110 (a long text is no file, and no error)
+    if file is not None:
+        read = read_settings if name in PARTS else read_yaml if file.suffix in (".yaml", ".yml") else None
+        if read is not None and file.resolve() not in seen:
+            check_inside(read(file, where), prefix, value, file.parent, {*seen, file.resolve()})
+    elif value.lstrip()[:1] in ("{", "[") or (name == "config" and "\n" in value):
+        try:
+            settings = from_yaml(value)
+        except ArgumentError as error:
+            raise ArgumentError(f"{where}: {error}") from None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            return  # a text that only looks like it, or the parser says what is wrong
+        check_inside(settings, prefix, where, folder, seen)
+
+
+def check_inside(settings: Any, prefix: str, where: str, folder: Path, seen: set[Path]) -> None:
+    """Looks at all settings of a file or of JSON; see :func:`check`."""
+    for key, setting in flat(settings, prefix, lists=True):
+        if key != prefix:
+            check(plain_name(key), setting, f"{where}: {key}", folder, seen)
 
 
 def options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -84,31 +145,20 @@ def options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
             yield name, None if following is None or following.startswith("--") else following
 
 
-def check_seed(value: str) -> None:
+def check_seed(value: Any, where: str) -> None:
     """Rejects a seed that the generators don't take.
 
     Args:
-        value: as typed; what is no number is left to the parser.
-
-    Raises:
-        ArgumentError: the number is out of range.
-    """
-    if re.fullmatch(r"-?\d+", value) and not 0 <= int(value) <= MAX_SEED:
-        raise ArgumentError(f"--seed_everything: from 0 to {MAX_SEED}, got {value}")
-
-
-def refuse_overwritten(name: str, where: str) -> None:
-    """Rejects a setting that the command line fills in.
-
-    Args:
-        name: dotted, without ``init_args``.
+        value: as typed, or as read from a file; what is neither a number nor true or false is left to the parser.
         where: it stands.
 
     Raises:
-        ArgumentError: it is one.
+        ArgumentError: it is out of range, or true or false: the numbers would be other ones in each run.
     """
-    if instead := OVERWRITTEN.get(name):
-        raise ArgumentError(f"{where} would be overwritten by {instead}; use {instead}")
+    text = str(value)
+    number = re.fullmatch(r"[+-]?\d+", text)
+    if (number and not 0 <= int(text) <= MAX_SEED) or text.lower() in ("true", "false"):
+        raise ArgumentError(f"{where}: a number from 0 to {MAX_SEED}, got {text}")
 
 
 def refuse_empty(name: str, value: str, where: str) -> None:
@@ -124,41 +174,3 @@ def refuse_empty(name: str, value: str, where: str) -> None:
     """
     if not value.strip() and name.rpartition(".")[2] not in MAY_BE_EMPTY:
         raise ArgumentError(f"{where}: {value!r} is empty; give a value, or leave it out")
-
-
-def read_config(file: Path, option: str) -> dict[str, Any]:
-    """A configuration file, to look for what would be overwritten; a file that isn't there is left to the parser.
-
-    Args:
-        file: a YAML.
-        option: that names it, for the error.
-
-    Raises:
-        ArgumentError: it can't be read, is no mapping, or a key stands twice.
-    """
-    if not file.exists():
-        return {}
-    if not file.is_file():
-        raise ArgumentError(f"{option}: {str(file)!r} is no file; name a recipe, as configs/measure.yaml")
-    try:
-        settings = read_yaml(file)
-    except RecordError as error:
-        raise ArgumentError(f"{option}: {error}") from None
-    if not isinstance(settings, Mapping):
-        kind = "is empty" if settings is None else f"holds a {type(settings).__name__}"
-        raise ArgumentError(
-            f"{option}: {file} {kind}, and no settings; name a recipe, for example configs/measure.yaml"
-        )
-    return dict(settings)
-
-
-def flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as dotted keys with their values."""
-    if isinstance(settings, Mapping):
-        for key, value in settings.items():
-            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(settings, list):
-        for value in settings:
-            yield from flat(value, prefix)
-    else:
-        yield prefix, settings

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import NoReturn
@@ -19,12 +19,39 @@ from safervlm.signals import why_ended
 # The run folder of the command at work, where there is one: the traceback of an unexpected error is kept in it.
 run_folder: ContextVar[Path | None] = ContextVar("run_folder", default=None)
 TRACEBACK = "traceback.txt"
+BEGINS = "Traceback (most recent call last)"
 
 # What libraries say of a disk that takes nothing more, in errors of their own that carry no errno.
 DISK = re.compile(
     r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error|File too large"
     r"|PytorchStreamWriter failed|unexpected pos|iostream error|os error (5|27|28|30|122)\b"
 )
+# Of the modules that our dependencies ask for when they are used: the packages that provide them.
+PACKAGES = {
+    **{
+        name: name
+        for name in (
+            *("accelerate", "av", "bitsandbytes", "datasets", "decord", "deepspeed", "einops", "librosa", "matplotlib"),
+            *("num2words", "openai", "openpyxl", "pandas", "peft", "pyarrow", "requests", "rich", "scipy", "timm"),
+            *("safetensors", "sentencepiece", "tensorboard", "tiktoken", "tokenizers", "torch", "torchaudio"),
+            *("torchvision", "transformers", "triton", "wandb", "xformers"),
+        )
+    },
+    "bs4": "beautifulsoup4",
+    "comet_ml": "comet-ml",
+    "cv2": "opencv-python",
+    "dateutil": "python-dateutil",
+    "flash_attn": "flash-attn",
+    "google": "protobuf",
+    "hf_xet": "hf-xet",
+    "PIL": "pillow",
+    "pillow_avif": "pillow-avif-plugin",
+    "pillow_heif": "pillow-heif",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "tensorboardX": "tensorboardX",
+    "yaml": "pyyaml",
+}
 REMEDIES = {
     errno.ENOSPC: "free some space, then give the same command again: it resumes",
     errno.EDQUOT: "free some space, then give the same command again: it resumes",
@@ -98,7 +125,7 @@ def explain(error: BaseException) -> str | None:
     for each in chain:
         kinds = {kind.__name__ for kind in type(each).__mro__}
         if "MisconfigurationException" in kinds:  # Lightning's, which need not be imported for this
-            return f"--trainer: {' '.join(str(each).split())}"
+            return trainer_line(each)
         if "OutOfMemoryError" in kinds or isinstance(each, MemoryError):
             return f"out of memory ({first_line(each)}): lower data.batch_size, or use a machine with more"
         if isinstance(each, OSError) and each.errno is not None:
@@ -110,34 +137,61 @@ def explain(error: BaseException) -> str | None:
         if isinstance(each, OSError):
             return f"{first_line(each)}; look at the path, the disk and the network, then try again"
         if isinstance(each, ImportError) and str(each.name).split(".")[0] not in ("safervlm", "callbacks"):
-            package = f"; pip install {each.name.split('.')[0]}" if each.name else ""
-            return f"a package is missing ({first_line(each)}){package}"
+            return f"a package is missing ({first_line(each)}){install(each.name) if each.name else ''}"
         if isinstance(each, UnicodeDecodeError):
             return f"a text file isn't in UTF-8 ({first_line(each)}); convert it, for example by iconv -t UTF-8"
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, TypeError | ValueError) and frames and "/lightning/" in frames[-1].filename:
-        return f"--trainer: {' '.join(str(error).split())}"
+        return trainer_line(error)
     return None
 
 
+def trainer_line(error: BaseException) -> str:
+    """The line of what Lightning's trainer refuses, which says what is wrong but not always what to do."""
+    said = " ".join(str(error).split()).rstrip(".")
+    return f"--trainer: {said}; correct that --trainer argument, or leave it out"
+
+
+def install(module: str) -> str:
+    """How to get a module that is missing: packages aren't always called as their modules.
+
+    Args:
+        module: dotted.
+    """
+    top = module.split(".")[0]
+    package = PACKAGES.get(module) or PACKAGES.get(top)
+    return f"; pip install {package}" if package else f"; install the package that provides the module {top}"
+
+
 def keep_traceback(error: BaseException) -> str:
-    """Writes a traceback to the run folder, or where there is none to a temporary file, and says where it is."""
+    """Writes a traceback to the run folder, or else to a temporary file, and says where it is."""
     text = "".join(traceback.format_exception(error))
+    for write in (_to_run_folder, _to_temporary_file):
+        with suppress(OSError):
+            if file := write(text):
+                return f"its traceback is in {file}; please report it"
+    return "its traceback can't be kept: no place can be written"
+
+
+def _to_run_folder(text: str) -> Path | None:
+    """None where there is no run folder, or a file of the user's has the name."""
     folder = run_folder.get()
-    try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)  # a command that failed early leaves no empty one
-            file = folder / TRACEBACK
-            file.write_text(text, encoding="utf-8", errors="backslashreplace")
-        else:
-            with tempfile.NamedTemporaryFile(
-                "w", prefix="safervlm-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
-            ) as temporary:
-                temporary.write(text)
-            file = Path(temporary.name)
-    except OSError:
-        return "its traceback can't be kept: no place can be written"
-    return f"its traceback is in {file}; please report it"
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)  # a command that failed early leaves no empty one
+    file = folder / TRACEBACK
+    if file.exists() and BEGINS not in file.read_text(encoding="utf-8", errors="replace"):
+        return None
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return file
+
+
+def _to_temporary_file(text: str) -> Path:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="safervlm-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+    ) as file:
+        file.write(text)
+    return Path(file.name)
 
 
 def warn(line: str) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from safervlm.errors import RecordError, first_line
 from safervlm.reading import parse_json
-from safervlm.run import PACKAGES, flatten
+from safervlm.run import PACKAGES
+from safervlm.settings import flat
 
 SEAL = "safervlm.json"
 END = struct.Struct("<4s4H2LH")  # the last record of a zip archive; its last number is the length of the comment
@@ -196,7 +197,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Itera
         now: of the run.
         ignore: dotted names of settings that may differ, with those below them.
     """
-    there, here = flatten(before), flatten(json.loads(json.dumps(now)))
+    there, here = dict(flat(before)), dict(flat(json.loads(json.dumps(now))))
     passed = set(ignore)
     for key in there:
         if key.endswith(".weights") and there[key] is not None and here.get(key) is not None:

@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from safervlm.boundary import one_line_errors
+from safervlm.boundary import one_line_errors, run_folder
 from safervlm.errors import ArgumentError
 from safervlm.signals import listening
 
@@ -79,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def plain(args: Sequence[str]) -> None:
     """Plays one of the plain commands."""
-    from safervlm.arguments import options, refuse_empty
+    from safervlm.arguments import check_words
     from safervlm.lightning_cli import OneLineParser
 
     name, *rest = args
@@ -95,11 +96,11 @@ def plain(args: Sequence[str]) -> None:
     if name in ("report", "evaluation"):
         own = {"runs"}
         parser.add_argument("runs", nargs="+", help="The run folders; the first is the one to compare with.")
-    for option, value in options(rest):
-        if value is not None:
-            refuse_empty(option, value, f"--{option}")
+    check_words(rest)
     parser.add_function_arguments(function, skip=own, fail_untyped=True)
     given = parser.instantiate(parser.parse_args(rest))
+    named = [*(given.get("runs") or []), given.get("run"), given.get("out")]
+    run_folder.set(next((Path(each) for each in named if each and Path(each).is_dir()), None))
     function(**given.as_dict())
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 
 from safervlm.cli import main
 from safervlm.errors import ArgumentError
+from safervlm.tables import say
 
 OBJECTIVES = ("sft", "dpo", "ppo")
 
@@ -57,7 +58,8 @@ def demo(out: str = "runs/demo", seed: int = 0, perturbation: float = 0.0) -> No
         raise ArgumentError(f"out: the folder of the runs, got {out!r}")
     lines = command_lines(Path(out), seed, perturbation)
     for number, line in enumerate(lines, 1):
-        print(f"\n[{number}/{len(lines)}] $ safervlm {line}", flush=True)
+        say("")
+        say(f"[{number}/{len(lines)}] $ safervlm {line}")
         main(shlex.split(line))
 
 

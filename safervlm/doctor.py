@@ -4,12 +4,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import torch
@@ -21,19 +21,20 @@ from jsonargparse._util import import_object
 from lightning import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from safervlm.arguments import prepared
 from safervlm.data.benchmarks import on_the_hub
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.lightning_cli import SaferCLI, as_command_line, hush
+from safervlm.escape import for_rich
+from safervlm.lightning_cli import IdleCLI, as_command_line, hush
 from safervlm.reading import read_object
 from safervlm.recipes import local_or_shipped
 from safervlm.records import read_jsonl
 from safervlm.run import MANIFEST
-from safervlm.trust import Named, check, find_beside_the_shell, named_in, read_config
+from safervlm.settings import flat, read_settings
+from safervlm.tables import TextTable, show_table
+from safervlm.trust import Named, check, find_beside_the_shell, named_in
 
 GIB = 2**30
 
@@ -51,16 +52,6 @@ class Finding:
     state: Literal["ok", "warning", "error"]
     what: str
     found: str
-
-
-class ParsedCLI(SaferCLI):
-    """A command line that is understood, and nothing more."""
-
-    def instantiate_classes(self) -> None:
-        """Builds nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Runs nothing."""
 
 
 def doctor(
@@ -83,7 +74,7 @@ def doctor(
         missing = [file for file in files if not Path(file).is_file()]
         if missing:
             raise ArgumentError(f"--config: no file {missing[0]!r}; see configs/")
-        configs = [read_config(Path(file)) for file in files]
+        configs = [read_settings(Path(file), "--config") for file in files]
         for file, content in zip(files, configs, strict=True):
             if (Path(file).parent / MANIFEST).is_file():
                 named = named_in(content, Path(file).parent)
@@ -95,18 +86,19 @@ def doctor(
         trains = bool(paths) and is_overridden("training_step", import_object(paths[-1]), LightningModule)
         command = "fit" if trains else "predict"
         line = [command, *(part for file in files for part in ("--config", file))]
-        line += ["--model.vlm", local_or_shipped(vlm)] if vlm else []
+        line = prepared([*line, "--model.vlm", vlm] if vlm else line)
         hush()
         with as_command_line(line):
-            settings = ParsedCLI(line).config[command]
+            settings = IdleCLI(line, build=False).config[command]
         findings += recipe(settings, online)
-    table = Table(show_edge=False)
+    table = TextTable()
+    table.show_edge = False
     for heading in ("", "what", "found"):
         table.add_column(heading, overflow="fold")
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     for finding in findings:
-        table.add_row(f"[{colours[finding.state]}]{finding.state}[/]", Text(finding.what), Text(finding.found))
-    Console().print(table)
+        table.add_row(for_rich(finding.state, colours[finding.state]), finding.what, finding.found)
+    show_table(table)
     if any(finding.state == "error" for finding in findings):
         sys.exit(1)
 
@@ -154,7 +146,7 @@ def hub_token() -> Iterator[Finding]:
 
 def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
     """What a recipe names: the VLM, its adapter, the data, the judges."""
-    named = dict(flat(settings.as_dict()))
+    named = dict(flat(settings.as_dict(), lists=True))
     trains = settings.model.class_path.startswith("safervlm.objectives.")
     for key, value in named.items():
         name = key.rsplit(".", 1)[-1]
@@ -189,18 +181,6 @@ def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
         elif name == "api_key_variable":
             stem = key.removesuffix(name) + "addresses."
             yield from server(value, [address for other, address in named.items() if other.startswith(stem)])
-
-
-def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings -> dotted keys."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from flat(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for number, inner in enumerate(value):
-            yield from flat(inner, f"{key}.{number}")
-    else:
-        yield key, value
 
 
 def model(name: str, revision: str | None, online: bool) -> Iterator[Finding]:

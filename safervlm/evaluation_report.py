@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 
 from safervlm.diversity import NO_INTERVAL, SUBSAMPLES, TEXTS, TOO_FEW
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.escape import for_latex, without_folders
+from safervlm.escape import for_latex, visible, without_folders
 from safervlm.evaluation import (
     ALL_TASKS,
     GROUPS,
@@ -29,19 +29,20 @@ from safervlm.evaluation import (
     flips,
     load,
 )
+from safervlm.outputs import refuse_to_replace_page
 from safervlm.records import seed_for, write_atomically
 from safervlm.reports import (
     latex_table,
     picture,
     read_summary,
-    refuse_to_overwrite,
     run_names,
     settings_that_differ,
     shown_settings,
     template,
 )
+from safervlm.run import refuse_while_at_work
 from safervlm.scoring import THESE_CONCEPTS, records
-from safervlm.tables import EXCLUDED, JUDGE_NOTE, TextTable, say, terminal, write_csv, write_workbook
+from safervlm.tables import EXCLUDED, JUDGE_NOTE, TextTable, say, show_table, write_csv, write_workbook
 
 FOLDER = "evaluation"  # of a run, where its model's evaluation is
 FLIPS = 6  # of each direction, run and group of sets, that the page shows
@@ -71,7 +72,7 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
         The page.
 
     Raises:
-        ArgumentError: no runs, one named twice, or ``out`` is no HTML file.
+        ArgumentError: no runs, one named twice, ``out`` is no HTML file, or something else than an evaluation is there.
         RecordError: an evaluation that can't be read.
         SystemExit: with exit code 3 at the end, if some of the runs can't be read.
     """
@@ -80,7 +81,7 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
     out = Path(out) if out else Path(runs[0]) / "evaluation.html"
     if out.suffix != ".html":
         raise ArgumentError(f"out: the table is a page, {str(out)!r} must end in .html")
-    refuse_to_overwrite(out, ".csv", "_table.csv", "_differences.csv", ".xlsx", ".tex")
+    refuse_to_replace_page(out, "evaluation", ".csv", "_table.csv", "_differences.csv", ".xlsx", ".tex")
     paths = [Path(run) for run in runs]
     names = run_names([path.resolve().parent if path.resolve().name == FOLDER else path for path in paths])
     loaded, unread = read(paths, names)
@@ -109,10 +110,9 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
     write_workbook(out.with_suffix(".xlsx"), sheets, [JUDGE_NOTE, DIVERSITY_NOTE])
     tex = latex_tables(long, differences, names)
     write_atomically(out.with_suffix(".tex"), lambda file: file.write_text(tex, encoding="utf-8"))
-    console = terminal()
-    console.print(evaluation_table(long, names))
+    show_table(evaluation_table(long, names))
     for _, table in differences.groupby("run", sort=False) if len(differences) else ():
-        console.print(difference_table(table, names[0]))
+        show_table(difference_table(table, names[0]))
     for line in said:
         say(line)
     say(f"evaluation: {out} (with .csv, .xlsx and .tex beside it)")
@@ -131,7 +131,9 @@ def read(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[Evaluation],
     unread = []
     for path, name in zip(paths, names, strict=True):
         try:
-            each = load(folder_of(path), name)
+            folder = folder_of(path)
+            refuse_while_at_work(folder)
+            each = load(folder, name)
             for column in columns([each]):
                 if column.measure == "mme":
                     estimates(each, column)  # its rule can't score every set
@@ -392,7 +394,7 @@ def latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Sequence[
             f"intervals; * p, by Holm over a run's columns, below {LEVEL:g}. {JUDGE_NOTE}"
         )
         tables.append(latex_table(table, "l" + "r" * len(table.columns), caption, index=True))
-    made = [f"% {line}" for line in held(long) + (held(differences) if len(differences) else [])]
+    made = [f"% {visible(line)}" for line in held(long) + (held(differences) if len(differences) else [])]
     return "\n".join(["% \\usepackage{booktabs}", "% How the intervals are made:", *made, "", *tables])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safervlm.images import has_frames, open_regular, printable
 from safervlm.records import fingerprint
+from safervlm.tables import say
 
 
 def images_fingerprint(files: Mapping[str, str | Path | None]) -> str:
@@ -40,7 +41,7 @@ def report_frames(dataset: str, files: Mapping[str, str | Path | None]) -> None:
 @cache
 def print_once(line: str) -> None:
     """Prints a line that this process hasn't printed yet."""
-    print(line)
+    say(line)
 
 
 @dataclass(frozen=True)

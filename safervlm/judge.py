@@ -28,7 +28,7 @@ from safervlm.protocol import LABELS, NOT_APPLICABLE, Capability
 from safervlm.ranges import in_range
 from safervlm.records import Example, Failure, Question, Response, Verdict, fingerprint, write_atomically
 from safervlm.rules import RULES
-from safervlm.tables import TextTable, terminal
+from safervlm.tables import TextTable, show_table
 from safervlm.texts import tokenizable
 from safervlm.vlm.weights import load_model, must_be_finite, read_tensors, reading, weights_fingerprint
 
@@ -382,7 +382,7 @@ class Judge(LightningModule):
             table.add_column(f"read as {label}", justify="right")
         for label, row in zip(self.labels, counts, strict=True):
             table.add_row(label, *map(str, row))
-        terminal().print(table)
+        show_table(table)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; the learning rate rises over the first ``warmup`` of the steps and falls to 0, linearly."""

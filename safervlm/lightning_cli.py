@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import re
 import signal
@@ -84,12 +85,42 @@ def check_trainer(command: str, settings: Namespace) -> None:
             raise ArgumentError(
                 f"--trainer.{name}: {value} leaves nothing to do for {command}; give more, or leave it out"
             )
+    check_bounds(settings["trainer"])
     given = settings.get("ckpt_path")
     if given is not None and command == "predict":
         raise ArgumentError(f"--ckpt_path: predict takes none, got {given!r}; give --model.vlm.adapter RUN/adapter")
     if given is not None and not Path(given).exists():
         last = Path(settings["run"]) / "checkpoints" / "last.ckpt"
         raise ArgumentError(f"--ckpt_path: no file {given!r}; leave it out to take {last}")
+    if given is not None and Path(given).is_file() and not Path(given).stat().st_size:
+        raise ArgumentError(f"--ckpt_path: {given!r} is empty; take an earlier copy, or delete it and train again")
+
+
+def check_bounds(trainer: Namespace) -> None:
+    """Rejects numbers that Lightning takes, and which then stop or change the training, or that it refuses late.
+
+    Args:
+        trainer: its settings, parsed.
+
+    Raises:
+        ArgumentError: a number is out of its range.
+    """
+    shares = [name for name in ("train", "val", "test", "predict") if f"limit_{name}_batches" in trainer]
+    for name in ("val_check_interval", "gradient_clip_val", *(f"limit_{share}_batches" for share in shares)):
+        value = trainer.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if name.startswith("limit_"):
+            fits, bounds = (
+                value >= 0 and (isinstance(value, int) or value <= 1),
+                "a share from 0 to 1, or whole batches",
+            )
+        elif name == "gradient_clip_val":
+            fits, bounds = 0 <= value < math.inf, "a number, 0 clips nothing"
+        else:
+            fits, bounds = 0 < value < math.inf, "above 0"
+        if not fits:
+            raise ArgumentError(f"--trainer.{name}: {bounds}, got {value}; correct it, or leave it out")
 
 
 class SaferCLI(LightningCLI):
@@ -238,7 +269,7 @@ class SaferCLI(LightningCLI):
             other = given is None and of_run is not None and differences(of_run, origin, {"class", *ignore})
             verify(last if given is None else Path(given), None if other else origin, ignore=ignore)
         if given is None and last.exists():
-            print(f"{'going on from' if command == 'fit' else 'looking at'} {last}")
+            say(f"{'going on from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)
         elif given is None and command == "validate" and isinstance(self.model, Objective):
             fail(f"--run: no {last}, so the adapter would be an untrained one; name the run of a fit, or --ckpt_path")
@@ -288,6 +319,27 @@ class SaferCLI(LightningCLI):
             warn("ratings are missing, see above; the same command asks for them again")
         if reasons or not_judged or left_out or not ratings["finished"]:
             sys.exit(3)
+
+
+class IdleCLI(SaferCLI):
+    """A command line that is understood and runs nothing.
+
+    Args:
+        args: the words, the command first.
+        build: whether model, data and trainer are made.
+    """
+
+    def __init__(self, args: Sequence[str], build: bool) -> None:
+        self._build = build
+        super().__init__(args)
+
+    def instantiate_classes(self) -> None:
+        """Builds what is asked for."""
+        if self._build:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leaves model, data and trainer to whoever asked."""
 
 
 @contextlib.contextmanager

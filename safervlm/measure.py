@@ -11,6 +11,7 @@ from safervlm.errors import UserError
 from safervlm.failures import in_halves, reason_of
 from safervlm.ranges import in_range
 from safervlm.records import Example, Failure, Question, Response
+from safervlm.tables import say
 from safervlm.vlm.base import VLM, Collator, Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
 
@@ -151,7 +152,7 @@ class Measure(L.LightningModule):
         half = len(batch) // 2
         if full:
             self.largest = half
-            print(f"out of memory with {len(batch)} questions at once: going on with {half}")
+            say(f"out of memory with {len(batch)} questions at once: going on with {half}")
         return self._in_parts(batch, half)
 
     def _in_parts(self, batch: Any, size: int) -> list[Generation | str]:

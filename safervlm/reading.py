@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from safervlm.errors import RecordError, first_line
+from safervlm.errors import RecordError
 
 # Byte order marks and what they announce. The mark of UTF-32 begins with that of UTF-16, and so comes first.
 MARKS = {
@@ -170,56 +168,6 @@ def read_object(path: Path, way_out: str = "", finite: bool = True) -> dict[str,
     if not isinstance(value, dict):
         raise RecordError(f"{path}: not a JSON object: {str(value)[:80]!r}; {way_out or 'correct the file'}")
     return value
-
-
-class _OneKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, which also rejects a key that is there twice: the first value would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Builds a mapping.
-
-        Args:
-            node: its YAML node.
-            deep: whether values are built at once.
-
-        Raises:
-            yaml.MarkedYAMLError: a key is there twice.
-        """
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path, way_out: str = "") -> Any:
-    """The value of a YAML file.
-
-    Args:
-        path: the file.
-        way_out: what to do about a file that can't be read or is no YAML.
-
-    Raises:
-        RecordError: it can't be read, is no YAML, has a key twice, or is nested too deeply; the message names file and
-            line.
-    """
-    text = _text(path, way_out)
-    way_out = way_out or "correct the line"
-    try:
-        return yaml.load(text.removeprefix("\ufeff"), _OneKeyLoader)  # noqa: S506 (it is YAML's safe loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or first_line(error)
-        raise RecordError(f"{path}{place}: not YAML that is accepted ({problem}); {way_out}") from None
-    except RecursionError:
-        raise RecordError(f"{path}: YAML nested too deeply; {way_out}") from None
-    except ValueError as error:  # a date that there isn't
-        raise RecordError(f"{path}: not YAML that is accepted ({first_line(error)}); {way_out}") from None
 
 
 def numbered_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings as python_warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ from safervlm.diversity import SUBSAMPLES, TEXTS, TOO_FEW
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.escape import for_figure, for_html, for_latex, visible, without_folders
 from safervlm.images import open_image
+from safervlm.outputs import refuse_to_replace_page
 from safervlm.protocol import CAPABILITIES
 from safervlm.reading import read_object
 from safervlm.records import FAILED, UNJUDGED, Failure, fingerprint, read_records, seed_for, write_atomically
+from safervlm.run import refuse_while_at_work
 from safervlm.scoring import (
     ACCURACY_NA_WRONG,
     BOTH,
@@ -63,7 +65,8 @@ from safervlm.scoring import (
     shown,
     with_interval,
 )
-from safervlm.tables import JUDGE_NOTE, escaped, say, terminal, write_csv, write_workbook
+from safervlm.settings import flat
+from safervlm.tables import JUDGE_NOTE, escaped, say, show_table, write_csv, write_workbook
 from safervlm.trust import may_read
 
 CAPABILITY_TITLES = {
@@ -150,15 +153,15 @@ def report(runs: list[Path], out: Path | None = None) -> Path:
         The page.
 
     Raises:
-        ArgumentError: no runs, or ``out`` is no HTML file.
-        RecordError: a run that can't be read; see :func:`safervlm.scoring.load_run`.
+        ArgumentError: no runs, ``out`` is no HTML file, or something else than a report is there.
+        RecordError: a run that can't be read (:func:`safervlm.scoring.load_run`), or where another command is at work.
     """
     if not runs:
         raise ArgumentError("runs: a report needs at least one run folder, for example runs/base")
     out = Path(out) if out else Path(runs[0]) / "report.html"
     if out.suffix != ".html":
         raise ArgumentError(f"out: the report is a page, {str(out)!r} must end in .html")
-    refuse_to_overwrite(out, ".csv", "_overall.csv", ".xlsx", ".tex")
+    refuse_to_replace_page(out, "report", ".csv", "_overall.csv", ".xlsx", ".tex")
     loaded = load(runs)
     comparison = compare({run.name: run.scores for run in loaded})
     page = render(loaded, comparison, out)
@@ -174,7 +177,7 @@ def report(runs: list[Path], out: Path | None = None) -> Path:
     write_csv(out.with_name(f"{out.stem}_overall.csv"), comparison, index=True)
     sheets = {"overall": comparison.reset_index(), "by category": wide, "scores": long}
     write_workbook(out.with_suffix(".xlsx"), sheets, NOTES)
-    terminal().print(comparison_table(comparison))
+    show_table(comparison_table(comparison))
     for line in warnings(loaded):
         say(f"not comparable: {line}")
     say(f"report: {out} (with .csv, .xlsx and .tex beside it)")
@@ -186,6 +189,7 @@ def load(folders: Sequence[Path]) -> list[Run]:
     paths = [Path(folder) for folder in folders]
     runs = []
     for path, name in zip(paths, run_names(paths), strict=True):
+        refuse_while_at_work(path)
         frame = load_run(path)
         kinds = frame["capability"].value_counts()
         if others := {str(kind): int(count) for kind, count in kinds.items() if kind not in CAPABILITIES}:
@@ -232,16 +236,11 @@ def read_summary(path: Path) -> dict[str, dict[str, str]]:
     stages = read_object(path, "move it away to go on without", finite=False).get("stages")
     if not isinstance(stages, dict):
         raise RecordError(f"{path}: no manifest, it has no stages; move it away to go on without")
-    return {str(stage): dict(flat(entry)) for stage, entry in stages.items()}
+    return {str(stage): {key: _as_text(value) for key, value in flat(entry)} for stage, entry in stages.items()}
 
 
-def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Nested JSON objects as (dotted key, text); lists stay whole."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from flat(inner, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -793,18 +792,3 @@ def latex_table(table: pd.DataFrame, columns: str, caption: str, index: bool, es
     """
     written = escaped(table, for_latex) if escape else table
     return written.to_latex(escape=False, column_format=columns, caption=for_latex(caption), index=index)
-
-
-def refuse_to_overwrite(out: Path, *others: str) -> None:
-    """Lets a page take the place of an earlier one, and its tables that of the earlier page's, and of nothing else.
-
-    Args:
-        out: the page.
-        others: endings of what is written beside it, such as ``.csv`` or ``_table.csv``.
-
-    Raises:
-        ArgumentError: without a page there is such a file: it is the user's.
-    """
-    there = [file for ending in others if (file := out.with_name(out.stem + ending)).exists()]
-    if there and not out.exists():
-        raise ArgumentError(f"out: {there[0]} is there already and would be overwritten; name another page than {out}")

@@ -32,6 +32,7 @@ from safervlm.caches import TEMPORARY, remove_leftovers
 from safervlm.errors import RecordError
 from safervlm.reading import read_object
 from safervlm.records import FAILED, write_atomically
+from safervlm.settings import flat
 from safervlm.signals import apart, asked_to_end, observe, pass_safe_point, together, wait_for_safe_point
 from safervlm.tables import say
 
@@ -79,11 +80,11 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
         raise RecordError(
             f"{run / MANIFEST}: damaged ({stage} has no settings); restore it, or name another run folder"
         )
-    before, now = flatten(there["settings"]), flatten(json.loads(json.dumps(settings)))
+    before, now = dict(flat(there["settings"])), dict(flat(json.loads(json.dumps(settings))))
     if "trainer" not in settings:  # validating what was fitted: how it was trained is none of its settings
         before = {key: value for key, value in before.items() if not key.startswith("trainer.")}
     both = set.intersection(
-        *({key.split(".")[2] for key in flat if key.startswith("data.sets.")} for flat in (before, now))
+        *({key.split(".")[2] for key in each if key.startswith("data.sets.")} for each in (before, now))
     )
     differing = [
         key
@@ -114,14 +115,6 @@ def is_result(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings -> dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def lock(run: Path) -> TextIO | None:
     """Keeps other commands out of a run folder, until the file that is given back is closed or the process dies.
 
@@ -138,13 +131,10 @@ def lock(run: Path) -> TextIO | None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        process = file.read(20).strip()
-        file.close()
-        which = f" (process {process})" if process.isdecimal() else ""
-        raise RecordError(
-            f"--run: another command{which} is at work in {run}; wait for its end, or name another folder"
-        ) from None
+        with file:
+            raise RecordError(
+                f"--run: {_at_work(file)} is at work in {run}; wait for its end, or name another folder"
+            ) from None
     except OSError:
         file.close()
         return None
@@ -154,6 +144,36 @@ def lock(run: Path) -> TextIO | None:
         file.flush()
     remove_unfinished(run)
     return file
+
+
+def _at_work(file: TextIO) -> str:
+    """The command that has locked a file, with the number of its process, for the error."""
+    file.seek(0)
+    process = file.read(20).strip()
+    return f"another command (process {process})" if process.isdecimal() else "another command"
+
+
+def refuse_while_at_work(run: Path) -> None:
+    """For commands that only read a run folder: its files need not belong together while another command writes them.
+
+    Several may read it at the same time, and none needs to write there.
+
+    Raises:
+        RecordError: another process has the folder.
+    """
+    try:
+        file = (run / LOCK).open(encoding="ascii", errors="replace")
+    except OSError:
+        return  # nothing was ever at work, or it can't be told
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise RecordError(
+                f"{run}: {_at_work(file)} is at work in it; wait for its end, or copy the folder"
+            ) from None
+        except OSError:
+            return
 
 
 @contextmanager
@@ -352,7 +372,7 @@ class RunManifest(Callback):
         with suppress(SystemExit):  # the exception says it already
             self._pass()
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
-            print()
+            say("")
             say(f"stopped; the same command goes on from what is in {trainer.default_root_dir}")
         self._unlock()
 

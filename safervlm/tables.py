@@ -13,6 +13,7 @@ import pandas as pd
 from rich.box import HEAVY_HEAD, Box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from safervlm.escape import for_csv, for_rich, for_terminal, for_xlsx, sheet_titles
 from safervlm.records import write_atomically
@@ -42,8 +43,9 @@ class TextTable(Table):
         super().add_column(for_rich(header), *args, **options)
 
     def add_row(self, *cells: object, style: Any = None, end_section: bool = False) -> None:
-        """Adds a row of texts; see :meth:`rich.table.Table.add_row`."""
-        super().add_row(*map(for_rich, cells), style=style, end_section=end_section)
+        """Adds a row of texts, which a Text of :func:`safervlm.escape.for_rich` may be already, with its style."""
+        texts = (cell if isinstance(cell, Text) else for_rich(cell) for cell in cells)
+        super().add_row(*texts, style=style, end_section=end_section)
 
 
 def terminal() -> Console:
@@ -54,7 +56,12 @@ def terminal() -> Console:
 
 def say(text: str) -> None:
     """Prints one line that may contain names from data."""
-    print(for_terminal(text))
+    print(for_terminal(text), flush=True)
+
+
+def show_table(table: TextTable) -> None:
+    """Prints a table."""
+    terminal().print(table)
 
 
 def escaped(table: pd.DataFrame, escape: Callable[[str], str]) -> pd.DataFrame:

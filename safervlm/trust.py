@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from safervlm.errors import ArgumentError, RecordError
-from safervlm.reading import read_yaml
+from safervlm.errors import ArgumentError, RecordError, UserError
+from safervlm.settings import from_yaml, read_settings
 
 CONFIGS = ("predict.yaml", "fit.yaml")
 # Packages whose classes a configuration may name.
@@ -55,10 +55,7 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         RecordError: it can't be read, is no YAML, or no mapping.
     """
-    config = read_yaml(file, "restore it, or name another folder")
-    if not isinstance(config, dict):
-        raise RecordError(f"{file}: expected a configuration (names with values), got {type(config).__name__}")
-    return config
+    return read_settings(file, error=RecordError)
 
 
 def named_in(config: Any, folder: Path) -> Named:
@@ -197,15 +194,22 @@ def _search_text(text: str, folders: tuple[Path, ...], named: Named, seen: set[P
     if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", text) and top not in OURS and _importable(top):
         named.code.add(text)
     for folder in folders:
-        with suppress(OSError, ValueError, RuntimeError, yaml.YAMLError):  # no part of a configuration
+        content = None
+        with suppress(OSError, ValueError, RuntimeError):  # no part of a configuration
             file = (folder / text).resolve(strict=True)
-            if file in seen or not file.is_file() or file.stat().st_size > 1_000_000:
-                continue
-            seen.add(file)
-            # As the parser reads it, which takes the last of two values: what is checked is what is used.
-            part = yaml.safe_load(file.read_text(encoding="utf-8"))
-            if isinstance(part, Mapping | list):
-                _search(part, (file.parent, *folders[-1:]), named, seen)
+            if file not in seen and file.is_file() and file.stat().st_size <= 1_000_000:
+                content = file.read_text(encoding="utf-8")
+                seen.add(file)
+        if content is None:
+            continue
+        try:
+            part = from_yaml(content)
+        except UserError as error:  # of two keys the parser would take the one that isn't looked at here
+            raise RecordError(f"{file}: {error}") from None
+        except (ValueError, RecursionError, yaml.YAMLError):
+            continue
+        if isinstance(part, Mapping | list):
+            _search(part, (file.parent, *folders[-1:]), named, seen)
 
 
 def _importable(top: str) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning as L
 import yaml
-from rich.console import Console
 from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
@@ -18,7 +17,7 @@ from safervlm.data.base import limited
 from safervlm.data.responses import read_responses
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.judge import Panel
-from safervlm.lightning_cli import SaferCLI, as_command_line, hush
+from safervlm.lightning_cli import IdleCLI, as_command_line, hush
 from safervlm.measure import Measure
 from safervlm.ranges import in_range
 from safervlm.records import (
@@ -33,7 +32,7 @@ from safervlm.records import (
     write_jsonl,
 )
 from safervlm.run import locked
-from safervlm.tables import JUDGE_NOTE, TextTable, say
+from safervlm.tables import JUDGE_NOTE, TextTable, say, show_table
 from safervlm.trust import check, find_beside_the_shell, named_in, read_config
 
 FLIPS = "verify.jsonl"
@@ -48,13 +47,6 @@ class Kept(L.Callback):
     def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *place: Any) -> None:
         """Takes a batch's records."""
         self.records += outputs
-
-
-class BuiltCLI(SaferCLI):
-    """A command line that builds everything and runs nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Leaves model, data and trainer to whoever asked."""
 
 
 def verify(
@@ -104,6 +96,8 @@ def verify(
         example = f", for example {inside}" if (inside / "predict.yaml").is_file() else " (predict --run)"
         raise RecordError(f"run: {run} holds no predict.yaml; name the folder of a measurement{example}")
     settings = read_config(config)
+    if lacking := [name for name in ("model", "data") if not isinstance(settings.get(name), dict)]:
+        raise RecordError(f"run: {config} says nothing of the {lacking[0]}; restore it, or name another measurement")
     # Of the trainer only what an answer or a verdict depends on: loggers and plugins of a stranger's are left out.
     trainer_settings = settings.get("trainer")
     kept_settings = trainer_settings if isinstance(trainer_settings, dict) else {}
@@ -127,21 +121,21 @@ def verify(
         _write(run, title, asked, before, compared)
 
 
-def _built(run: Path, settings: dict[str, Any], dtype: str | None) -> BuiltCLI:
+def _built(run: Path, settings: dict[str, Any], dtype: str | None) -> IdleCLI:
     """Model, data and trainer of the run."""
     # As text, not as the file: what was checked is what is used.
     line = ["predict", "--config", yaml.safe_dump(settings), "--run", str(run), "--data.num_workers", "0"]
     line += ["--model.vlm.dtype", dtype] if dtype else []
     hush()
     with as_command_line(line):
-        cli = BuiltCLI(line)
+        cli = IdleCLI(line, build=True)
     if not isinstance(cli.model, Measure):
         raise RecordError(f"run: {run} holds no measurement but a {type(cli.model).__name__}; name a measurement")
     return cli
 
 
 def _sample(
-    run: Path, cli: BuiltCLI, before: Mapping[str, Response], sample: int, limit: int | None, seed: int
+    run: Path, cli: IdleCLI, before: Mapping[str, Response], sample: int, limit: int | None, seed: int
 ) -> list[Example]:
     """The questions to ask again: of the run's data, not of its answers, which may name any file as an image."""
     cli.datamodule.prepare_data()
@@ -155,14 +149,14 @@ def _sample(
     if not there:
         raise RecordError(f"{run / RESPONSES}: none of its answers is about the data that {run / 'predict.yaml'} names")
     if others := len(before) - len(there):
-        print(f"{others} answers are about other data than {run / 'predict.yaml'} names, and are left out")
+        say(f"{others} answers are about other data than {run / 'predict.yaml'} names, and are left out")
     first = limited(there, limit, lambda question: (question.dataset, question.capability))
     chosen = sorted(first, key=lambda question: question.id)
     random.Random(seed_for(seed, "verify")).shuffle(chosen)
     return [Example(question) for question in chosen[:sample]]
 
 
-def _ask_again(cli: BuiltCLI, asked: Sequence[Example], batch_size: int) -> list[Response | Failure]:
+def _ask_again(cli: IdleCLI, asked: Sequence[Example], batch_size: int) -> list[Response | Failure]:
     """The answers of the second time."""
     loader: DataLoader[Example] = DataLoader(asked, batch_size, collate_fn=cli.model.collator)  # type: ignore[arg-type]
     kept = Kept()
@@ -194,7 +188,7 @@ class Compared:
     failed: list[Failure]
 
 
-def _compare(run: Path, cli: BuiltCLI, before: Mapping[str, Response], again: Sequence[Response | Failure]) -> Compared:
+def _compare(run: Path, cli: IdleCLI, before: Mapping[str, Response], again: Sequence[Response | Failure]) -> Compared:
     """Judges the answers of the second time, where the same judge has judged the first ones."""
     answers = {record.id: record for record in again if isinstance(record, Response)}
     compared = Compared(answers, {}, [record for record in again if isinstance(record, Failure)])
@@ -213,7 +207,7 @@ def _compare(run: Path, cli: BuiltCLI, before: Mapping[str, Response], again: Se
         else:
             others += 1
     if others:
-        print(
+        say(
             f"{others} verdicts in {run / VERDICTS} are another judge's, or about other texts (or of version 0.1), and "
             "are not compared"
         )
@@ -238,7 +232,6 @@ def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str,
     write_jsonl(run / FLIPS, [*flips, *({"id": failure.id, "reason": failure.reason} for failure in failed)])
     right = {example.question.id: example.question.answer for example in asked}
     show(
-        Console(),
         title,
         [before[name].response != response.response for name, response in answers.items()],
         [old != new for old, new in verdicts.values()],
@@ -253,13 +246,10 @@ def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str,
         sys.exit(3)
 
 
-def show(
-    console: Console, title: str, answers: Sequence[bool], verdicts: Sequence[bool], right: Sequence[tuple[bool, bool]]
-) -> None:
+def show(title: str, answers: Sequence[bool], verdicts: Sequence[bool], right: Sequence[tuple[bool, bool]]) -> None:
     """Prints how many flipped, and how far the table could move.
 
     Args:
-        console: prints.
         title: of the table.
         answers: of each question, whether its answer differs.
         verdicts: of each judged answer, whether its verdict differs.
@@ -274,11 +264,11 @@ def show(
             low, high = binomtest(sum(flips), len(flips)).proportion_ci()
             share = f"{100 * sum(flips) / len(flips):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
             table.add_row(name, str(len(flips)), str(sum(flips)), share)
-    console.print(table)
+    show_table(table)
     if right:
         once, again = (100 * sum(column) / len(right) for column in zip(*right, strict=True))
         most = 100 * binomtest(sum(verdicts), len(verdicts)).proportion_ci().high
-        console.print(
+        say(
             f"accuracy on the sample: {once:.1f} %, then {again:.1f} %; that of the whole run moves by at most "
             f"{most:.1f} points (upper end of the verdicts' interval)"
         )

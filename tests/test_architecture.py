@@ -23,6 +23,8 @@ LAYERS = (
         "recipes",
         "protocol",
         "records",
+        "settings",
+        "outputs",
         "functional",
         "intervals",
         "differences",
@@ -69,6 +71,27 @@ def test_imports_point_down(path: Path) -> None:
 def test_callbacks_know_nothing_of_the_command_line() -> None:
     for path in (ROOT / "callbacks").glob("*.py"):
         assert not {"safervlm.cli", "safervlm.lightning_cli", "safervlm.demo"} & imported(path), path
+
+
+@pytest.mark.parametrize(
+    "path", [*SOURCES, *(ROOT / "callbacks").glob("*.py")], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_one_module_writes_to_the_terminal(path: Path) -> None:
+    """Names from data, models and servers are escaped there; the command line prints its own help and version.
+
+    A progress bar's console is on stderr.
+    """
+    if path.relative_to(ROOT).as_posix() in ("safervlm/tables.py", "safervlm/cli.py"):
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            logs = called.rpartition(".")[2] in ("warning", "info", "error") and called.lower().startswith("log")
+            prints = called in ("print", "sys.stdout.write") or ast.unparse(node) == "Console()"
+            tables = called.endswith((").print", "console.print"))
+            assert not any((logs, prints, tables)), (
+                f"{path}, line {node.lineno}: use safervlm.tables.say or boundary.warn"
+            )
 
 
 def test_an_objective_is_one_short_file() -> None:

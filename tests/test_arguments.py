@@ -25,9 +25,12 @@ ALLOWED = [
     ["--model.vlm.system", ""],
     ["--model.vlm.init_args.system="],
     ["--seed_everything", "0"],
-    ["--seed_everything", "true"],
     ["--seed_everything", str(MAX_SEED)],
     ["--data.sets.mme.init_args.seed", "3"],  # not linked
+    ["--data.own", "{mine: {class_path: X, init_args: {seed: 3}}}"],
+    ["--model.vlm.system", '{"seed": -1}'],  # a text
+    ["--model.vlm.lora.target_modules", "[qk]_proj"],
+    ["--data.name", "{not yaml"],
     ["--config", "nowhere.yaml"],  # the parser says it
 ]
 
@@ -48,6 +51,18 @@ FILES = {
     "bom.yaml": "\ufeffrun: x\n",
     "deep.yaml": "[" * 3000,
     "nul.yaml": "run: a\0b\n",
+    "own.json": '{"mine": {"class_path": "X", "init_args": {"file": " "}}}',
+    "names_file.yaml": "model: model.yaml\n",
+    "names_itself.yaml": "model: {init_args: {vlm: names_itself.yaml}}\ndata: {seed: 1}\n",
+    "random.yaml": "seed_everything: true\n",
+    "negative.yaml": "seed_everything: -4\n",
+    "large.yaml": "data: {init_args: {sets: {a: {init_args: {seed: 4294967296}}}}}\n",
+    "dotted.yaml": "model.init_args.seed: 3\n",
+    "bomb.yaml": "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 12)),
+    "merge_bomb.yaml": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, ' * 9}]}}\n" for n in range(1, 12)),
+    "endless.yaml": "a: &a [*a]\n",
+    "date.yaml": "run: 2024-13-45\n",
     "tag.yaml": "run: !!python/object/apply:os.system [touch owned]\n",
 }
 REJECTED = {
@@ -68,6 +83,38 @@ REJECTED = {
     "--config nul.yaml": ["nul.yaml"],
     "--config tag.yaml": ["tag.yaml", "line 1"],
     "--config .": ["--config", "'.'"],
+    "--data .": ["--data", "'.'"],
+    "--seed_everything true": ["--seed_everything", "true"],
+    "--seed_everything=False": ["--seed_everything", "False"],
+    "--data.sets.mme.seed -2": ["--data.sets.mme.seed", "-2"],
+    """--model {"class_path": "X", "init_args": {"seed": 3}}""": ["--model: model.init_args.seed", "--seed_everything"],
+    """--model={"seed":3}""": ["--model: model.seed", "--seed_everything"],
+    """--model.init_args {"seed": 3}""": ["--model.init_args: ", "seed", "--seed_everything"],
+    """--data {class_path: X, dict_kwargs: {seed: 3}}""": ["--data: data.dict_kwargs.seed", "--seed_everything"],
+    """--data {class_path: X, init_args: {folder: ""}}""": ["--data: data.init_args.folder", "empty"],
+    """--trainer {default_root_dir: x}""": ["--trainer: trainer.default_root_dir", "--run"],
+    """--data.capabilities ["", alignment]""": ["--data.capabilities", "empty"],
+    """--model.sampling {"top_p": 1, "top_p": 0.5}""": ["--model.sampling", "'top_p'", "twice"],
+    """--config {"model": {"seed": 3}}""": ["--config: model.seed", "--seed_everything"],
+    "--config run: x\ndata: {seed: 3}\n": ["--config: data.seed"],
+    """--data.own {mine: {class_path: X, init_args: {file: ""}}}""": [
+        "--data.own: data.own.mine.init_args.file",
+        "empty",
+    ],
+    "--data.own own.json": ["own.json: data.own.mine.init_args.file", "' '"],
+    "--data.own {mine: large.yaml}": ["large.yaml", "4294967296"],
+    "--model.vlm negative.yaml": ["negative.yaml", "-4"],
+    "--model.judge nested_twice.yaml": ["nested_twice.yaml, line 5", "twice"],
+    "--config names_file.yaml": ["model.yaml", "model.init_args.seed"],
+    "--config names_itself.yaml": ["names_itself.yaml", "data.seed"],
+    "--config random.yaml": ["random.yaml: seed_everything", "True"],
+    "--config negative.yaml": ["negative.yaml: seed_everything", "-4"],
+    "--config large.yaml": ["large.yaml", "4294967296"],
+    "--config dotted.yaml": ["dotted.yaml", "model.init_args.seed"],
+    "--config bomb.yaml": ["bomb.yaml", "aliases"],
+    "--config merge_bomb.yaml": ["merge_bomb.yaml", "aliases"],
+    "--config endless.yaml": ["endless.yaml", "aliases"],
+    "--config date.yaml": ["date.yaml", "not YAML"],
 }
 
 

@@ -56,8 +56,20 @@ EXPECTED: dict[str, tuple[Exception, list[str]]] = {
     "memory": (MemoryError(), ["out of memory", "data.batch_size"]),
     "memory of the GPU": (torch.OutOfMemoryError("CUDA out of memory. Tried"), ["out of memory", "data.batch_size"]),
     "package": (ModuleNotFoundError("No module named 'wandb'", name="wandb"), ["wandb", "pip install wandb"]),
+    "package of another name": (ModuleNotFoundError("No module named 'PIL'", name="PIL.Image"), ["pip install pillow"]),
+    "package of a space": (
+        ModuleNotFoundError("No module named 'google.protobuf'", name="google.protobuf"),
+        ["pip install protobuf"],
+    ),
+    "package unknown": (
+        ModuleNotFoundError("No module named 'made_up'", name="made_up.part"),
+        ["install the package that provides the module made_up"],
+    ),
     "encoding": (decoding(), ["UTF-8", "iconv"]),
-    "Lightning": (MisconfigurationException("`devices` should be\nan int"), ["--trainer: `devices` should be an int"]),
+    "Lightning": (
+        MisconfigurationException("`devices` should be\nan int"),
+        ["--trainer: `devices` should be an int; correct"],
+    ),
     "connection": (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), ["Connection refused"]),
     "no number": (OSError("the model can't be loaded\nand a page"), ["the model can't be loaded"]),
 }
@@ -107,6 +119,23 @@ def test_without_a_run_folder_the_traceback_is_elsewhere(tmp_path: Path, monkeyp
     (file,) = tmp_path.iterdir()
     assert str(file) in capsys.readouterr().err
     assert "KeyError" in file.read_text()
+
+
+@pytest.mark.parametrize("kept", ["notes of mine\n", "Traceback (most recent call last):\nKeyError: 'before'\n"])
+def test_a_file_of_the_users_is_not_taken_for_a_traceback(kept: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "traceback.txt").write_text(kept)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def failing() -> None:
+        run_folder.set(tmp_path / "run")
+        raise KeyError("x")
+
+    with pytest.raises(SystemExit), one_line_errors():
+        failing()
+    ours = kept.startswith("Traceback")
+    assert (str(tmp_path / "run" / "traceback.txt") in capsys.readouterr().err) == ours
+    assert ((tmp_path / "run" / "traceback.txt").read_text() == kept) != ours
 
 
 def test_where_nothing_can_be_written_the_line_is_still_said(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -419,6 +419,22 @@ def test_a_defect_is_one_line_and_keeps_its_traceback(
     assert 'int("x")' in (tmp_path / "traceback.txt").read_text()
 
 
+@pytest.mark.parametrize("line", ["report {}", "evaluation {} other", "verify {}", "export --out {}"])
+def test_the_traceback_of_a_plain_command_is_in_the_folder_that_it_names(
+    line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(runs: list[Path] | None = None, run: Path | None = None, out: str | None = None) -> None:
+        raise KeyError("x")
+
+    name = line.split()[0]
+    monkeypatch.setattr("safervlm.cli.plain_commands", lambda: {name: read})
+    with pytest.raises(SystemExit) as caught:
+        main(line.format(tmp_path).split())
+    assert caught.value.code == 1
+    assert str(tmp_path / "traceback.txt") in capsys.readouterr().err
+    assert "KeyError" in (tmp_path / "traceback.txt").read_text()
+
+
 def test_union_messages_are_shortened() -> None:
     message = (
         'Parser key "trainer.max_epochs":\n  Does not validate against any of the Union subtypes\n  Subtypes: '

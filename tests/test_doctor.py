@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError
 
 from safervlm import doctor as module
 from safervlm.cli import main
-from safervlm.doctor import Finding, flat
+from safervlm.doctor import Finding
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA
 
@@ -98,10 +98,6 @@ def test_a_config_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         main(["doctor", "--config", "configs/nothing.yaml"])
     assert "safervlm: error: --config: no file 'configs/nothing.yaml'" in capsys.readouterr().err
-
-
-def test_settings_are_flattened_through_lists() -> None:
-    assert dict(flat({"a": [{"b": 1}, {"b": "x"}], "c": {"d": None}})) == {"a.0.b": 1, "a.1.b": "x", "c.d": None}
 
 
 def test_looking_leaves_nothing_behind(examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ import pytest
 from evaluations import question, safety, write
 from PIL import Image
 
-from safervlm.errors import RecordError
-from safervlm.evaluation_report import evaluation, other_models, shown
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.evaluation_report import evaluation, latex_tables, other_models, shown
+from safervlm.reports import report
 from safervlm.run import write_stage
 
 
@@ -150,6 +151,20 @@ def test_a_file_of_the_users_is_not_overwritten(runs, tmp_path):
     assert (tmp_path / "mine.csv").read_text() == "image,label\n"
     evaluation(runs, tmp_path / "page.html")
     evaluation(runs, tmp_path / "page.html")  # its own may be made anew
+    (tmp_path / "notes.html").write_text("<p>mine</p>")
+    with pytest.raises(ArgumentError, match=r"out: .*notes\.html is there already"):
+        evaluation(runs, tmp_path / "notes.html")
+    with pytest.raises(
+        ArgumentError, match=r"out: .*page\.html is there already and was not written by safervlm report"
+    ):
+        report(runs, tmp_path / "page.html")
+
+
+def test_a_line_break_in_a_name_does_not_end_a_latex_comment(monkeypatch):
+    monkeypatch.setattr("safervlm.evaluation_report.held", lambda table: ["a\n\\input{x}\u2028: by bootstrap"])
+    table = pd.DataFrame(columns=["run", "column", "varies", "group", "heading", "method", "detail"])
+    written = latex_tables(table, pd.DataFrame(), [])
+    assert "% a\\n\\input{x}\\u2028: by bootstrap" in written.splitlines()
 
 
 def test_what_a_reader_has_to_know_is_said(runs, tmp_path, capsys):

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlparse
@@ -403,8 +404,40 @@ def test_missing_images_are_said_not_fatal(tmp_path):
     for path in data.rglob("*.png"):
         path.unlink()
     page = reports.report([run])
-    assert "image not on this machine" in page.read_text()
+    assert "is missing: add the file" in page.read_text()
     assert "data:image/png" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("case", "said"), [("damaged", "image"), ("elsewhere", "lies outside the datasets"), ("missing", "is missing")]
+)
+def test_the_page_says_why_an_image_is_not_shown(case, said, tmp_path):
+    data = tmp_path / "data"
+    run = make_run(tmp_path / "base", data, BASE)
+    for path in data.rglob("*.png"):
+        if case == "damaged":
+            path.write_bytes(b"\x89PNG and no more")
+        elif case == "missing":
+            path.unlink()
+    if case == "elsewhere":
+        (run / "predict.yaml").write_text("data: {}\n")
+    page = reports.report([run]).read_text()
+    shown = set(re.findall(r'<div class="missing">(.*?)</div>', page))
+    assert shown
+    assert all(said in reason.lower() or said in reason for reason in shown), shown
+    assert "on this machine</div>" not in page
+
+
+def test_a_run_in_which_another_command_is_at_work(tmp_path):
+    run = make_run(tmp_path / "base", tmp_path / "data", BASE)
+    held = "import sys, time; from pathlib import Path; from safervlm.run import lock; f = lock(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{held}; print(flush=True); time.sleep(60)", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(RecordError, match=rf"base: another command \(process {other.pid}\) is at work in it"):
+            reports.report([run])
+        other.kill()
+    reports.report([run])
 
 
 def test_runs_of_one_capability(folder, tmp_path):

@@ -13,7 +13,6 @@ from safervlm.run import (
     SettingsDifferError,
     check_settings,
     finished,
-    flatten,
     has_results,
     lock,
     read_manifest,
@@ -99,7 +98,3 @@ def test_a_folder_takes_one_command_at_a_time(tmp_path: Path) -> None:
     held.close()
     subprocess.run(command, capture_output=True, check=True)
     assert not has_results(tmp_path)  # it isn't one of them
-
-
-def test_flatten() -> None:
-    assert flatten({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}

@@ -8,6 +8,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +18,11 @@ from safervlm.data.image_folders import named_file
 from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, ImageRecord, ImageSets, PartName, spread
 from safervlm.errors import RecordError
 from safervlm.names import normal_name, path_text, set_name
+from safervlm.outputs import refuse_to_replace_texts
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_response, context_response, other_label
 from safervlm.reading import json_text, numbered_jsonl
 from safervlm.records import Example, Question, record_id, seed_for, write_atomically
+from safervlm.tables import say
 
 # Held-out safe images that PPO watches; a rate over fewer is too coarse to warn of a change by .05.
 HELD_OUT = 100
@@ -169,7 +172,7 @@ class PPOData(AlignmentData):
         rows = [*split.validation, *split.unused]
         if not rows:
             rows = split.test
-            print(
+            say(
                 "the held-out safe images are the test part's: choose no setting by them, or set "
                 "data.validation_fraction above 0"
             )
@@ -311,6 +314,9 @@ def export_training_files(
         cache_dir: where sets of the Hub are kept.
         seed: of the questions drawn.
         limit: exports this many images of each set and part, spread over categories and concepts; None exports all.
+
+    Raises:
+        ArgumentError: one of the files is there already, with other content.
     """
     path_text("--out", out)
     sft, dpo = (
@@ -324,10 +330,6 @@ def export_training_files(
 
     def name(path: str | None) -> str:
         return Path(str(path)).resolve().relative_to(root).as_posix()
-
-    def write(file: str, records: list[dict[str, Any]]) -> None:
-        text = json_text(records, indent=2, name=file)
-        write_atomically(Path(out) / file, lambda path: path.write_text(text, encoding="utf-8"))
 
     files: dict[str, list[dict[str, Any]]] = {"sft": [], "dpo": [], "ppo": []}
     for example, pair in zip(sft.parts.train, dpo.parts.train, strict=True):
@@ -351,11 +353,13 @@ def export_training_files(
                 "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": ""}],
             }
         )
-    for objective, records in files.items():
-        write(f"{objective}_train.json", records)
     test = [image for images in sft.images("test") for image in spread(images, limit)]
-    write(
-        "test_data.json",
-        [{"image_fname": name(image.path), "concept": image.concept, "label": image.label} for image in test],
-    )
-    print(f"{out} holds {', '.join(f'{objective}_train.json' for objective in files)}, test_data.json")
+    written = {f"{objective}_train.json": records for objective, records in files.items()}
+    written["test_data.json"] = [
+        {"image_fname": name(image.path), "concept": image.concept, "label": image.label} for image in test
+    ]
+    texts = {Path(out) / file: json_text(records, indent=2, name=file) for file, records in written.items()}
+    refuse_to_replace_texts("--out", texts)
+    for file, text in texts.items():
+        write_atomically(file, partial(Path.write_text, data=text, encoding="utf-8"))
+    say(f"{out} holds {', '.join(written)}")

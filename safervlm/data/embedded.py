@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from safervlm.caches import build_folder
 from safervlm.errors import RecordError
+from safervlm.escape import for_terminal
 from safervlm.images import BROKEN, IMAGE_ENDINGS, image_kind
 from safervlm.reading import read_object
 from safervlm.records import fingerprint
@@ -70,7 +72,9 @@ def write_images(folder: Path, dataset: str, values: Mapping[int, str]) -> None:
     def build(aside: Path) -> None:
         files = {}
         console = Console(stderr=True)
-        for row, value in track(list(values.items()), f"{dataset}: images", console=console, transient=True):
+        for row, value in track(
+            list(values.items()), escape(for_terminal(f"{dataset}: images")), console=console, transient=True
+        ):
             content, ending = decoded(value)
             files[str(row)] = f"{row}{ending}"
             (aside / files[str(row)]).write_bytes(content)

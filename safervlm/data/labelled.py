@@ -17,7 +17,7 @@ from safervlm.protocol import LABELS, Capability
 from safervlm.ranges import in_range
 from safervlm.reading import numbered_jsonl
 from safervlm.records import Example, Question, seed_for
-from safervlm.tables import TextTable, terminal
+from safervlm.tables import TextTable, show_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,4 +157,4 @@ class LabelledAnswers(SaferData):
         counts = [Counter(e.question.answer for e in part) for part in (self.parts.train, self.parts.validation)]
         for label in self._labels:
             table.add_row(label, *(str(count[label]) for count in counts))
-        terminal().print(table)
+        show_table(table)

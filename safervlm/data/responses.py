@@ -11,13 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from safervlm.data.base import Collator, Parts, SaferData, limited
 from safervlm.errors import RecordError
 from safervlm.names import path_text
 from safervlm.reading import read_json
 from safervlm.records import RESPONSES, Example, Question, Response, by_id, read_records, write_jsonl
+from safervlm.tables import say
 
 
 def read_responses(path: str | Path, may_be_empty: bool = False) -> list[Response]:
@@ -223,7 +222,7 @@ class SavedResponses(SaferData):
         responses, missing = self.answers
         if missing:
             total = len(responses) + len(missing)
-            Console().print(f"{len(missing)} of {total} answers are missing (output null) and left out")
+            say(f"{len(missing)} of {total} answers are missing (output null) and left out")
         if self.trainer is None:
             return
         file = Path(self.trainer.default_root_dir) / RESPONSES

@@ -13,6 +13,8 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from safervlm.tables import say
+
 LARGEST = 16 * 2**20  # bytes of a request
 PROMPT = re.compile(
     r"\[Context\]\n(?P<caption>.*?)\n\n\[Question\]\n.*?\[Assistant 1\]\n(?P<first>.*?)\n\n\[End of Assistant 1\]"
@@ -101,7 +103,7 @@ def main() -> None:
             f"--port: {port} can't be had ({reason}); end the other program, or name another port here and "
             "in a copy of configs/pictograms/rate.yaml"
         )
-    print(f"rating on http://127.0.0.1:{port}/v1, end it with Ctrl-C, or kill %1 in the background", flush=True)
+    say(f"rating on http://127.0.0.1:{port}/v1, end it with Ctrl-C, or kill %1 in the background")
     with suppress(KeyboardInterrupt):
         server.serve_forever()
 

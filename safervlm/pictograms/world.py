@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from safervlm import protocol
+from safervlm.boundary import warn
 from safervlm.caches import remove_leftovers, temporary
 from safervlm.data.unsafe_concepts import paper_split, safe_split
 from safervlm.errors import ArgumentError, RecordError
@@ -199,7 +199,7 @@ def versions() -> dict[str, str]:
 
 def say(line: str) -> None:
     """Writes a line to stderr."""
-    print(f"pictograms: {line}", file=sys.stderr)
+    warn(f"pictograms: {line}")
 
 
 @contextmanager

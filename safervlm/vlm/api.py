@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safervlm.errors import ArgumentError, first_line
-from safervlm.escape import for_terminal
 from safervlm.images import ImageSettings
 from safervlm.ranges import in_range
 from safervlm.records import Question, seed_for
 from safervlm.signals import asked_to_end
+from safervlm.tables import say
 from safervlm.vlm.base import VLM, Generation, Unanswered
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
@@ -362,7 +362,7 @@ class Server(VLM):
             self.on_attempt(attempt)
         except Exception as error:
             if not self._untold:
-                print(f"the log of attempts is incomplete: {type(error).__name__}: {for_terminal(first_line(error))}")
+                say(f"the log of attempts is incomplete: {type(error).__name__}: {first_line(error)}")
             self._untold = True
 
     def _back_off(self, failures: int) -> float:

@@ -1,6 +1,5 @@
 """Rows of encoded questions: joined to a batch, gone on with, and what those about one image have in common shared."""
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -10,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 
+from safervlm.boundary import warn
 from safervlm.vlm.cache import RoomyLayer, roomy
 from safervlm.vlm.compat import CACHE, position_ids, takes_a_plain_cache, tree_leaves, tree_map
 from safervlm.vlm.packed import common_beginning
-
-log = logging.getLogger(__name__)
 
 Encoding = Mapping[str, Tensor]
 
@@ -247,7 +245,5 @@ class Sharing:
         if rows.any():
             same = same and agree(alone.logits[1][rows], shared.logits[1][rows], self.dtype)
         if not same:
-            log.warning(
-                "the questions about an image are computed one by one: this model's can't share what they begin with"
-            )
+            warn("the questions about an image are computed one by one: this model's can't share what they begin with")
         return same

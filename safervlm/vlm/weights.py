@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from safervlm.boundary import warn
 from safervlm.errors import ArgumentError, UserError, first_line
 from safervlm.reading import read_object
 from safervlm.records import fingerprint
@@ -149,9 +150,9 @@ def checked(model: PreTrainedModel, found: Mapping[str, Any], name: str, argumen
             "have no effect; merge the adapter (merge_and_unload), or give it as vlm.adapter"
         )
     if unread and whole:
-        logging.getLogger("safervlm").warning(
-            "%s: %r holds %d weights that %s has no place for, for example %s; they are not used",
-            *(argument, name, len(unread), type(model).__name__, unread[0]),
+        warn(
+            f"{argument}: {name!r} holds {len(unread)} weights that {type(model).__name__} has no place for, for "
+            f"example {unread[0]}; they are not used"
         )
     # Not the buffers: some (rotary frequencies) are computed after loading, and hold anything until then.
     must_be_finite(model.named_parameters(), f"{argument}: {name!r}")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from safervlm.data.alignment import DPOData, OwnData, PPOData, SFTData, export_training_files
-from safervlm.errors import RecordError
+from safervlm.errors import ArgumentError, RecordError
 
 QUESTIONS = [
     "Is this image safe for viewing on social media?",
@@ -248,6 +248,17 @@ def test_files_without_records(tmp_path: Path):
 
 
 # The export
+
+
+def test_the_export_keeps_what_it_did_not_write(sets, tmp_path: Path):
+    (tmp_path / "ppo_train.json").write_text("[]")
+    with pytest.raises(ArgumentError, match=r"--out: .*ppo_train\.json is there already"):
+        export_training_files(str(tmp_path), **sets)
+    assert [path.name for path in tmp_path.iterdir()] == ["ppo_train.json"]
+    assert (tmp_path / "ppo_train.json").read_text() == "[]"
+    (tmp_path / "ppo_train.json").unlink()
+    export_training_files(str(tmp_path), **sets)
+    export_training_files(str(tmp_path), **sets)
 
 
 def test_the_export_has_the_first_implementations_formats(sets, tmp_path: Path):

@@ -130,11 +130,11 @@ def test_a_damaged_model_folder_is_one_line(
 
 
 def test_a_weight_that_nobody_reads_is_named(
-    model: Path, make_questions: Make, caplog: pytest.LogCaptureFixture
+    model: Path, make_questions: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(model, lambda state: state.update({"language_model.more.weight": torch.ones(3)}))
     use(model, Llava, make_questions(1))
-    said = [record.getMessage() for record in caplog.records if record.name == "safervlm"]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("safervlm: ")]
     assert len(said) == 1
     assert "holds 1 weights" in said[0]
     assert "more.weight" in said[0]

@@ -1,5 +1,6 @@
 """Promise 4: a wrong command line ends with exit code 2 and one line that names the argument and its value."""
 
+import gzip
 import shlex
 from pathlib import Path
 
@@ -159,6 +160,95 @@ WRONG: list[tuple[str, list[str]]] = [
     ("predict --config configs/judge_responses.yaml --data.responses nowhere", ["nowhere"]),
     ("fit --config configs/judge.yaml --data.answers nowhere.csv", ["data.answers", "nowhere.csv"]),
     ("fit --config configs/judge.yaml --data.held_out 2", ["data.held_out", "2"]),
+    # within JSON, in files of a part, of a plain command
+    ("report ''", ["''", "empty"]),
+    ("evaluation '' ' '", ["''", "empty"]),
+    ("verify ''", ["''", "empty"]),
+    ("demo --seed -1", ["--seed", "-1"]),
+    ("pictograms --seed -1", ["--seed", "-1"]),
+    ("pictograms --seed true", ["--seed", "true"]),
+    ("verify nowhere --seed 4294967296", ["--seed", "4294967296"]),
+    ("export --out here --seed -5", ["--seed", "-5"]),
+    (f"predict {MEASURE} ''", ["''", "empty"]),
+    (f"predict {MEASURE} --seed_everything true", ["--seed_everything", "true"]),
+    (f"predict {MEASURE} --config unseeded.yaml", ["unseeded.yaml: seed_everything", "False"]),
+    (f'predict {MEASURE} --model \'{{"init_args": {{"seed": 3}}}}\'', ["--model", "seed", "--seed_everything"]),
+    (f'predict {MEASURE} --data \'{{"init_args": {{"seed": 3}}}}\'', ["--data", "seed", "--seed_everything"]),
+    (f"predict {MEASURE} --model.vlm emptied_vlm.yaml", ["emptied_vlm.yaml", "model.vlm.init_args.model", "empty"]),
+    (f"{EVALUATE} --data.own own.json", ["own.json", "data.own.mine.init_args.source", "empty"]),
+    ("doctor --config configs/measure.yaml --config seeded.yaml", ["seeded.yaml", "--seed_everything"]),
+    # units, types
+    (f"predict {MEASURE} --limit 20k", ["limit", "20k"]),
+    (f"predict {MEASURE} --limit 1e1", ["limit", "10.0"]),
+    (f"predict {MEASURE} --limit 3.5", ["limit", "3.5"]),
+    (f"predict {MEASURE} --data.batch_size 8x", ["--data.batch_size", "8x"]),
+    (f"fit {FIT} --trainer.max_epochs 3.5", ["--trainer.max_epochs", "3.5"]),
+    (f"fit {FIT} --trainer.max_time 5min", ["--trainer", "5min"]),
+    (f"fit {FIT} --trainer.limit_train_batches 50%", ["--trainer.limit_train_batches", "50%"]),
+    (f"fit {FIT} --trainer.limit_train_batches 1.5", ["limit_train_batches", "1.5"]),
+    (f"fit {FIT} --trainer.limit_train_batches -1", ["limit_train_batches", "-1"]),
+    (f"fit {FIT} --trainer.val_check_interval 0", ["val_check_interval", "0"]),
+    (f"fit {FIT} --trainer.gradient_clip_val big", ["--trainer.gradient_clip_val", "big"]),
+    (f"fit {FIT} --trainer.gradient_clip_val -1", ["gradient_clip_val", "-1"]),
+    (f"fit {FIT} --trainer.gradient_clip_val nan", ["gradient_clip_val", "nan"]),
+    (f"fit {FIT} --trainer.max_epochs -5", ["max_epochs", "-5"]),
+    (f"fit {FIT} --trainer.devices '[0, 0]' --trainer.accelerator cpu", ["trainer", "0"]),
+    (f"fit {FIT} --trainer.num_nodes 0", ["num_nodes", "0"]),
+    (f"fit {FIT} --trainer.callbacks Nothing", ["--trainer.callbacks", "Nothing"]),
+    (f'fit {FIT} --trainer.callbacks \'[{{"class_path": "os.system"}}]\'', ["--trainer.callbacks", "os.system"]),
+    (f"fit {FIT} --trainer.plugins nothing", ["plugins", "nothing"]),
+    (f"fit {FIT} --trainer yes", ["--trainer", "yes"]),
+    (f"fit {FIT} --model.lr 1e400", ["model.lr", "inf"]),
+    (f"fit {FIT} --data.validation_fraction 10%", ["--data.validation_fraction", "10%"]),
+    (f"fit {FIT} --model.vlm.lora.dropout none", ["dropout", "none"]),
+    (f"fit {FIT} --model.vlm.lora '{{r: 8, rr: 9}}'", ["rr"]),
+    (f"fit {FIT} --model.vlm.lora.r 8 --model.vlm.lora.r 0", ["lora.r", "0"]),
+    (f'predict {MEASURE} --model.sampling \'{{"top_p": 1, "top_p": 0.5}}\'', ["--model.sampling", "top_p"]),
+    (f"predict {MEASURE} --model.sampling.temprature 1", ["--model.sampling.temprature", "temperature"]),
+    (f"predict {MEASURE} --model.sampling 3", ["--model.sampling", "3"]),
+    (f"predict {MEASURE} --model.vlm os.system", ["--model.vlm", "VLM"]),
+    (f"predict {MEASURE} --model.vlm.class_path safervlm.vlm.api.Servr", ["vlm", "Servr"]),
+    (f"predict {MEASURE} --data.capabilities 'alignment,perception'", ["--data.capabilities"]),
+    # files of other kinds
+    ("predict --config folder", ["--config", "folder"]),
+    ("predict --config packed.yaml.gz", ["--config", "packed.yaml.gz"]),
+    ("predict --config wide.yaml", ["--config", "wide.yaml", "UTF-8"]),
+    ("predict --config bomb.yaml", ["--config", "bomb.yaml", "aliases"]),
+    ("predict --config zeros.yaml", ["--config", "zeros.yaml"]),
+    ("predict --config two.yaml", ["--config", "two.yaml"]),
+    ("predict --config typo.yaml", ["vml"]),
+    ("predict --config configs/measure.yaml --config configs/sft.yaml", ["--config", "SFT", "fit"]),
+    (f"predict {MEASURE} --model.vlm folder", ["--model.vlm", "folder"]),
+    (f"predict {MEASURE} --model.vlm file", ["--model.vlm", "file"]),
+    (f"predict {MEASURE} --model.vlm.model file", ["vlm.model", "file"]),
+    (f"predict {MEASURE} --model.vlm.model folder", ["vlm.model", "folder"]),
+    (f"predict {MEASURE} --model.vlm.adapter file", ["adapter", "file"]),
+    (f"predict {MEASURE} --data.folder file", ["file"]),
+    (f"predict {MEASURE} --data.folder folder", ["folder"]),
+    (f"fit {FIT} --ckpt_path file", ["file"]),
+    ("fit --config configs/judge.yaml --data.answers folder", ["data.answers", "folder"]),
+    ("predict --config configs/judge_responses.yaml --data.responses file", ["file"]),
+    ("export --out folder --folder file", ["file"]),
+    # what is no run, or not yet
+    ("report folder", ["folder", "responses.jsonl"]),
+    ("report file", ["file"]),
+    ("report trained", ["trained", "responses.jsonl"]),
+    ("evaluation folder", ["folder", "responses.jsonl"]),
+    ("evaluation started", ["started"]),
+    ("verify trained", ["trained", "predict.yaml"]),
+    ("verify started", ["started"]),
+    ("verify folder --sample 0", ["sample", "0"]),
+    ("verify folder --sample 1.5", ["--sample", "1.5"]),
+    ("verify folder folder", ["folder"]),
+    ("verify folder --addresses http://x", ["--addresses", "http://x"]),
+    ("report folder --out folder", ["out", "folder"]),
+    ("report folder --out mine.html", ["out", "mine.html"]),
+    ("evaluation folder --out mine.html", ["out", "mine.html"]),
+    ("report folder --out file/page.html", ["file"]),
+    ("report folder folder/", ["folder", "twice"]),
+    ("doctor --config folder", ["--config", "folder"]),
+    ("doctor folder", ["folder"]),
+    ("doctor --config wide.yaml", ["--config", "wide.yaml"]),
 ]
 
 FILES = {
@@ -171,6 +261,22 @@ FILES = {
     "seeded.yaml": b"model:\n  init_args:\n    seed: 3\n",
     "emptied.yaml": b"data:\n  init_args:\n    folder: ''\n",
     "text.txt": b"hello\n",
+    "unseeded.yaml": b"seed_everything: false\n",
+    "emptied_vlm.yaml": b"class_path: safervlm.vlm.llava.Llava\ninit_args:\n  model: ' '\n",
+    "own.json": b'{"mine": {"class_path": "safervlm.data.benchmarks.Benchmark", "init_args": {"source": ""}}}',
+    "packed.yaml.gz": gzip.compress(b"run: x\n", mtime=0),
+    "wide.yaml": "run: x\n".encode("utf-16"),
+    "bomb.yaml": "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9 if n else 1}]\n" for n in range(12)).encode(),
+    "zeros.yaml": bytes(100),
+    "two.yaml": b"run: x\n---\nrun: y\n",
+    "typo.yaml": b"model:\n  class_path: safervlm.measure.Measure\n  init_args:\n    vml: x\n",
+    "mine.html": b"<title>mine</title>\n",
+    "folder/notes.txt": b"mine\n",
+    "trained/fit.yaml": b"run: trained\n",
+    "trained/manifest.json": b'{"stages": {"sft": {"settings": {}, "finished": true}}}',
+    "started/predict.yaml": b"run: started\n",
+    "started/responses.jsonl": b"",
+    "started/manifest.json": b'{"stages": {"measure": {"settings": {}, "finished": false}}}',
     "file": b"",
 }
 
@@ -180,6 +286,7 @@ def test_a_wrong_command_line_is_one_line(
     line: str, named: list[str], tmp_path: Path, tiny_llava: Path, tiny_sets: Path
 ) -> None:
     for name, content in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     there = {"MODEL": tiny_llava, "SETS": tiny_sets / "unsafe", "SAFE": tiny_sets / "safe"}
     played = Played([str(there.get(word, word)) for word in shlex.split(line)], tmp_path)

@@ -18,9 +18,10 @@ from safervlm.data.unsafe_concepts import UnsafeConcepts, read_options
 from safervlm.errors import ArgumentError, RecordError, UserError
 from safervlm.pictograms.world import world_manifest
 from safervlm.protocol import LABELS
-from safervlm.reading import read_json, read_yaml
+from safervlm.reading import read_json
 from safervlm.reports import read_summary
 from safervlm.run import read_manifest
+from safervlm.settings import read_yaml
 from safervlm.trust import read_config
 from safervlm.vlm.adapters import adapter_config
 from safervlm.vlm.weights import model_config
@@ -181,7 +182,7 @@ def test_a_damaged_list_of_a_tables_images_names_the_folder_to_remove(tmp_path: 
 def test_a_damaged_configuration_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(RecordError) as caught:
-        read_yaml(tmp_path / "a.yaml")
+        read_yaml(tmp_path / "a.yaml", error=RecordError)
     assert str(caught.value).startswith(str(tmp_path / "a.yaml"))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -200,7 +201,7 @@ PARSED_ELSEWHERE = {
     "safervlm/run.py": (1, "settings in memory, as they will be once they are written"),
     "safervlm/pictograms/judges.py": (1, "a tokenizer in memory"),
     "safervlm/pictograms/rater.py": (1, "the body of a request to the pictograms' own server"),
-    "safervlm/trust.py": (1, "any file that a configuration may name a part of itself by: as the parser reads it"),
+    "safervlm/settings.py": (1, "YAML, by a loader of its own"),
     "safervlm/vlm/server/reading.py": (1, "a server's body, which may repeat what isn't read"),
 }
 

@@ -124,7 +124,7 @@ def test_rounding_is_not_a_difference() -> None:
 
 
 def test_attention_that_looks_ahead_shares_nothing(
-    tmp_path: Path, make_questions: Callable[[int], list[Question]], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, make_questions: Callable[[int], list[Question]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A layer that adds what stands behind a token: nothing of its inputs says so."""
     families.llava(tmp_path)
@@ -145,4 +145,4 @@ def test_attention_that_looks_ahead_shares_nothing(
     together = vlm.generate(vlm.collator(examples), greedy, seed=0)
     assert together == [vlm.generate(vlm.collator([example]), greedy, seed=0)[0] for example in examples]
     assert vlm.sharing.works is False
-    assert "one by one" in caplog.text
+    assert "one by one" in capsys.readouterr().err

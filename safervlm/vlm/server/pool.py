@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable
 
+from safervlm.tables import say
 from safervlm.vlm.base import Unanswered
 from safervlm.vlm.server.host import Host
 from safervlm.vlm.server.outcomes import Passing, Untaken
@@ -85,7 +86,7 @@ class Pool:
         host.ready = max(host.ready, now + pause)
         if host.failures <= self.max_retries:
             if pause > LONG:
-                print(f"{host.address} asks for a pause of {pause:.0f} s ({failure.reason})")
+                say(f"{host.address} asks for a pause of {pause:.0f} s ({failure.reason})")
             return True
         if failure.said and host.answered and len(host.failing) == 1:
             host.recover()
@@ -100,7 +101,7 @@ class Pool:
         host.out = True
         others = [other.address for other in self.hosts if not other.out]
         if others:
-            print(f"{host.address} is left out ({reason}); its questions go to {', '.join(others)}")
+            say(f"{host.address} is left out ({reason}); its questions go to {', '.join(others)}")
         else:
             self.stop(
                 f"vlm.addresses: no server answers any more, the last was {host.address} ({reason}); what is "
@@ -113,7 +114,7 @@ class Pool:
         if untaken.name not in host.left_out:
             host.left_out.add(untaken.name)
             said = instead.get(untaken.name, "it is 1 anyway")
-            print(f"{host.address} doesn't take {untaken.name} ({untaken.reason}): {said}")
+            say(f"{host.address} doesn't take {untaken.name} ({untaken.reason}): {said}")
 
     def stop(self, reason: str) -> Unanswered:
         """Nothing more is sent; what is on its way may come."""
