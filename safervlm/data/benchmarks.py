@@ -26,7 +26,7 @@ from safervlm.data.embedded import embedded, images_folder, write_images, writte
 from safervlm.data.folders import files_below, left_out
 from safervlm.data.hub import local_name
 from safervlm.data.image_folders import ImageRecord, named_file, spread
-from safervlm.data.sources import check, fetch, on_the_hub, save_table
+from safervlm.data.sources import Download, check, fetch, on_the_hub, save_table
 from safervlm.data.tables import read_rows
 from safervlm.errors import ArgumentError, RecordError, explained
 from safervlm.names import labels, normal_name, not_empty, path_text, set_name
@@ -71,6 +71,7 @@ class Benchmark(SaferData):
         collator: makes a batch of examples; the model's, set by the command line.
         batch_size: questions a step and process; ``auto`` begins with 256 and halves them until they fit.
         num_workers: processes that load images ahead; 0 loads them in the main process.
+        download: what the download of a file from the web may take.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Benchmark(SaferData):
         collator: Collator | None = None,
         batch_size: int | Literal["auto"] = 8,
         num_workers: int = 0,
+        download: Download = Download(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(collator, batch_size, num_workers)
         name = set_name("data.name", name)
@@ -120,7 +122,7 @@ class Benchmark(SaferData):
             not_empty("data.md5", md5)
         self.dataset, self.source, self.about, self.md5, self.answers = name, source, about, md5, answers
         self.labels = {label.lower(): meaning for meaning, meant in meanings.items() for label in meant}
-        self.prompts = prompts
+        self.prompts, self.download = prompts, download
         self.cache = Path(cache_dir).expanduser()
         self.limit = limit
 
@@ -160,7 +162,7 @@ class Benchmark(SaferData):
         try:
             if self.remote == "web":
                 if not self.file.exists():
-                    fetch(self.source, self.file)
+                    fetch(self.source, self.file, self.download)
                 check(self.file, self.md5, self.source)
             elif not self.file.exists():
                 if self.remote == "hub":

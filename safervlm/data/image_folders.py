@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-import datasets
-
 from safervlm.caches import build_folder
 from safervlm.data.base import name_field, text_field
 from safervlm.data.folders import files_below
@@ -160,7 +158,7 @@ def download(repo: str, folder: Path) -> None:
     def build(aside: Path) -> None:
         (aside / "images").mkdir()
         records = []
-        for row, record in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
+        for row, record in enumerate(rows):
             # Named as in the published metadata, whatever the format: an image is recognised by its content.
             image = f"images/{row}.png"
             if record["image"] is None:

@@ -4,21 +4,22 @@ import base64
 import hashlib
 import math
 import re
-import shutil
 import ssl
+import time
 import urllib.request
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
-import datasets
-from rich.progress import wrap_file
+from rich.markup import escape
+from rich.progress import Progress
 
 from safervlm.caches import cache_folder
 from safervlm.data.hub import hub_rows
 from safervlm.data.tables import TABLES
-from safervlm.errors import RecordError, first_line
+from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.records import to_line, write_atomically
 
 
@@ -29,23 +30,62 @@ def on_the_hub(source: str) -> bool:
     return not here and re.fullmatch(r"[\w-]+/[\w.-]+(@[\w./-]+)?", source) is not None
 
 
-def fetch(address: str, file: Path) -> None:
+@dataclass(frozen=True)
+class Download:
+    """What the download of a file may take. Redirects are not followed: only the named address is asked.
+
+    Attributes:
+        max_bytes: the largest file, in bytes.
+        timeout: seconds for the whole file.
+        pause: seconds without a byte, after which the server is given up.
+    """
+
+    max_bytes: int = 8 * 1024**3
+    timeout: float = 3600.0
+    pause: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ArgumentError(f"data.download.{name}: a number above 0, got {value}")
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
+        """Ends the request: another address was not asked for."""
+        raise URLError(f"it redirects to {newurl[:200]!r}, which is not followed; name that address if you trust it")
+
+
+def fetch(address: str, file: Path, bounds: Download = Download()) -> None:
     """Fetches a file of the web, whole or not at all.
 
     Args:
         address: where it is.
         file: where it is kept.
+        bounds: what it may take.
 
     Raises:
-        RecordError: it can't be had.
+        RecordError: it can't be had, or is outside of the bounds.
     """
+    opener = urllib.request.build_opener(_NoRedirects)
+    too_large = f"it has more than {bounds.max_bytes} bytes, see data.download.max_bytes"
 
     def write(path: Path) -> None:
-        with urllib.request.urlopen(address, timeout=60) as response, path.open("wb") as out:  # noqa: S310
-            size = int(response.headers.get("Content-Length") or 0)
-            with wrap_file(response, size, description=f"fetching {file.name}") as body:
-                shutil.copyfileobj(body, out)
-            if size and out.tell() != size:
+        end = time.monotonic() + bounds.timeout
+        with opener.open(address, timeout=bounds.pause) as response, path.open("wb") as out, Progress() as progress:
+            size = response.length  # of the body, where the server says it; less than it for a body that is cut
+            if size is not None and size > bounds.max_bytes:
+                raise URLError(too_large)
+            task = progress.add_task(f"fetching {escape(file.name)}", total=size)
+            # One packet at a time: the time is looked at however slowly they come.
+            while block := response.read1(1 << 16):
+                out.write(block)
+                progress.update(task, completed=out.tell())
+                if out.tell() > bounds.max_bytes:
+                    raise URLError(too_large)
+                if time.monotonic() > end:
+                    raise URLError(f"it takes longer than {bounds.timeout:g} s, see data.download.timeout")
+            if size is not None and out.tell() != size:
                 raise URLError(f"{out.tell()} of {size} bytes came")
 
     cache_folder(file.parent)
@@ -89,9 +129,6 @@ def save_table(repo: str, file: Path) -> None:
         RecordError: the data set can't be had or read.
     """
     rows = hub_rows(repo, "by data.source")
-    for column, kind in rows.features.items():
-        if isinstance(kind, datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
     cache_folder(file.parent)
 
     def write(path: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from PIL import Image
 
 from safervlm.data import hub
 from safervlm.data.benchmarks import Benchmark
-from safervlm.errors import RecordError
+from safervlm.data.sources import Download, fetch, save_table
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.images import open_image
 from safervlm.protocol import ALIGNMENT_QUESTIONS
 
@@ -265,6 +267,102 @@ def test_a_set_of_the_hub_becomes_the_same_table(tmp_path, monkeypatch, embedded
     assert [(q.answer, colour_of(q)) for q in questions] == [("Unsafe", (255, 0, 0)), ("Safe", (255, 0, 0))]
     assert asked(Benchmark("SMID", "yiting/SMID@abc", cache_dir=str(tmp_path / "cache"))) == questions
     assert len(calls) == 1  # kept
+
+
+def test_the_hubs_library_decodes_no_image_at_any_depth(tmp_path, monkeypatch):
+    """What is no image would raise there; it is somebody else's file, to be reported as one record."""
+    broken = b"not an image"
+    image = datasets.Image()
+    features = {
+        "image": image,
+        "list": datasets.List(image),
+        "large": datasets.LargeList(image),
+        "struct": {"inner": image, "n": datasets.Value("int64")},
+        "deep": datasets.List({"images": datasets.List(image)}),
+        "label": datasets.Value("int64"),
+    }
+    there = {"bytes": broken, "path": None}
+    row = {
+        "image": there,
+        "list": [there, there],
+        "large": [there],
+        "struct": {"inner": there, "n": 1},
+        "deep": [{"images": [there]}],
+        "label": 1,
+    }
+    rows = datasets.Dataset.from_list([row], features=datasets.Features(features))
+    monkeypatch.setattr(hub.datasets, "load_dataset", lambda *a, **k: rows)
+    save_table("a/b", tmp_path / "x.jsonl")
+    text = base64.b64encode(broken).decode()
+    assert json.loads((tmp_path / "x.jsonl").read_text()) == {
+        "image": text,
+        "list": [text, text],
+        "large": [text],
+        "struct": {"inner": text, "n": 1},
+        "deep": [{"images": [text]}],
+        "label": 1,
+    }
+
+
+class Unkind(BaseHTTPRequestHandler):
+    """Servers that a download must not wait for, believe or follow; the path says which."""
+
+    asked: list[str] = []  # noqa: RUF012 (shared by all requests on purpose)
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+            return
+        self.send_response(200)
+        if self.path == "/announced":
+            self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        try:
+            for _ in range(200):
+                self.wfile.write(b"x" * (1 if self.path == "/slow" else 1000))
+                if self.path in ("/slow", "/silent"):
+                    time.sleep(0.05 if self.path == "/slow" else 3)
+        except OSError:
+            pass  # the other side has given up
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("path", "bounds", "said"),
+    [
+        ("moved", {}, r"it redirects to '.*/elsewhere', which is not followed"),
+        ("announced", {"max_bytes": 5000}, r"more than 5000 bytes, see data\.download\.max_bytes"),
+        ("endless", {"max_bytes": 5000}, r"more than 5000 bytes, see data\.download\.max_bytes"),
+        ("slow", {"timeout": 0.3}, r"longer than 0\.3 s, see data\.download\.timeout"),
+        ("silent", {"pause": 0.2}, "timed out"),
+    ],
+)
+def test_a_download_is_bounded(tmp_path, path, bounds, said):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Unkind)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Unkind.asked.clear()
+    begun = time.monotonic()
+    try:
+        with pytest.raises(RecordError, match=said) as caught:
+            fetch(f"http://127.0.0.1:{server.server_port}/{path}", tmp_path / "cache" / "x.tsv", Download(**bounds))
+    finally:
+        server.shutdown()
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - begun < 2.5  # the silent one speaks again after 3 s
+    assert Unkind.asked == [f"/{path}"]
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("bounds", [{"max_bytes": 0}, {"timeout": -1.0}, {"pause": float("nan")}])
+def test_the_bounds_of_a_download_are_numbers_above_0(bounds):
+    with pytest.raises(ArgumentError, match=rf"^data\.download\.{next(iter(bounds))}: a number above 0, got "):
+        Download(**bounds)
 
 
 @pytest.fixture
