@@ -425,7 +425,7 @@ def test_caps_stop_it_and_what_came_is_kept(loopback, ask):
         ({"addresses": [f"https://host/v1?key={KEY}"]}, r"^vlm\.addresses: the one at host holds more than a place"),
         ({"concurrency": 0}, r"^vlm\.concurrency: at least 1, got 0"),
         ({"max_requests": 0}, r"^vlm\.max_requests: at least 1, got 0"),
-        ({"timeout": 0}, r"^vlm\.timeout: more than 0"),
+        ({"timeout": 0}, r"^vlm\.timeout: above 0, got 0"),
     ],
 )
 def test_what_a_server_does_not_take(arguments, message):
