@@ -4,8 +4,8 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from safervlm.checkpoints import origin_of
 from safervlm.finite import must_be_trained
+from safervlm.io.seals import origin_of
 
 
 class AdapterExport(Callback):

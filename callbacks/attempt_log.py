@@ -5,10 +5,10 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from safervlm.io.tables import say
 from safervlm.records import read_torn_jsonl, to_line, write_jsonl
-from safervlm.tables import say
-from safervlm.vlm.api import Server
 from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.server.client import Server
 
 
 class AttemptFile:
@@ -24,7 +24,7 @@ class AttemptFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, attempt: dict[str, Any]) -> None:
-        """Appends what :attr:`safervlm.vlm.api.Server.on_attempt` is told."""
+        """Appends what :attr:`safervlm.vlm.server.client.Server.on_attempt` is told."""
         self._file.write(to_line(attempt))
         self._file.flush()
 

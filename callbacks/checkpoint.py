@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from safervlm.checkpoints import origin_of, seal_file, seal_folder
 from safervlm.finite import must_have_finite_weights
+from safervlm.io.seals import origin_of, seal_file, seal_folder
 from safervlm.ranges import in_range
 from safervlm.run import agree_to_end
 
@@ -54,7 +54,7 @@ class LastCheckpoint(Callback):
 
 
 def save_last(trainer: Trainer, folder: Path) -> None:
-    """Writes ``last.ckpt`` in one move, with its seal (:mod:`safervlm.checkpoints`).
+    """Writes ``last.ckpt`` in one move, with its seal (:mod:`safervlm.io.seals`).
 
     A sharded strategy's checkpoint is a folder, and a folder can't be replaced in one move: there ``last.ckpt`` is a
     link, which can.

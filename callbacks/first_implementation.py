@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from safervlm.data.responses import read_responses
 from safervlm.errors import RecordError
-from safervlm.records import write_atomically
+from safervlm.io.files import write_atomically
 
 
 class FirstImplementationFiles(Callback):

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from safervlm.differences import difference_of_items
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.judge import Judge
+from safervlm.hashing import seed_for
+from safervlm.io.tables import say
+from safervlm.judging.classifier import Judge
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range
-from safervlm.records import seed_for
 from safervlm.run import stage_name, write_stage
-from safervlm.tables import say
+from safervlm.statistics.differences import difference_of_items
 from safervlm.vlm.sampling import Sampling
 
 
@@ -30,8 +30,8 @@ class GenerationCheck(Callback):
 
     The same images are asked with the same noise each time, so the answers are paired. A warning is given when the
     lower end of the 95 % interval of the increase since before training exceeds ``tolerance``: Tango's score interval
-    for a difference of paired proportions (:func:`safervlm.differences.difference_of_items`), so that sampling
-    variation of a few images does not trigger it.
+    for a difference of paired proportions (:func:`safervlm.statistics.differences.difference_of_items`), so that
+    sampling variation of a few images does not trigger it.
 
     Args:
         judge: the alignment judge.
@@ -116,7 +116,7 @@ class GenerationCheck(Callback):
         if self._trained:
             rate = self.check(trainer, pl_module)
             if trainer.is_global_zero and self.before is not None:
-                rates = {"before": share(self.before), "after": rate}
+                rates = {"before": share_of(self.before), "after": rate}
                 write_stage(Path(trainer.default_root_dir), stage_name(pl_module), unsafe_rate_on_safe=rates)
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> float:
@@ -129,13 +129,13 @@ class GenerationCheck(Callback):
         increase = difference_of_items(lost, gained, len(now))
         if increase.low > self.tolerance:
             warnings.warn(
-                f"{share(now):.0%} of the held-out safe images are called {UNSAFE} now, {share(self.before):.0%} "
+                f"{share_of(now):.0%} of the held-out safe images are called {UNSAFE} now, {share_of(self.before):.0%} "
                 f"before training (an increase of {increase.low:.0%} to {increase.high:.0%}, 95 % interval): the "
                 "policy over-flags",
                 OverFlaggingWarning,
                 stacklevel=2,
             )
-        return share(now)
+        return share_of(now)
 
     @torch.no_grad()
     def flagged(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, bool]:
@@ -160,6 +160,6 @@ class GenerationCheck(Callback):
         return [example.question.id for example in held_out if example.question.answer == SAFE]
 
 
-def share(flags: dict[str, bool]) -> float:
+def share_of(flags: dict[str, bool]) -> float:
     """The share of True."""
     return sum(flags.values()) / len(flags)

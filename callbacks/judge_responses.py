@@ -7,10 +7,10 @@ from rich.progress import track
 
 from safervlm.data.responses import read_responses
 from safervlm.errors import RecordError, first_line
-from safervlm.judge import Panel
+from safervlm.io.tables import say
+from safervlm.judging.panel import Panel
 from safervlm.ranges import in_range
 from safervlm.records import UNJUDGED, VERDICTS, Failure, Verdict, read_jsonl, write_jsonl
-from safervlm.tables import say
 
 
 class JudgeResponses(Callback):

@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from safervlm.records import write_atomically
+from safervlm.io.files import write_atomically
 
 COLUMNS = ("batch", "metric", "value")
 

@@ -14,8 +14,9 @@ from rich.progress import track
 from callbacks.attempt_log import AttemptFile
 from safervlm.data.responses import read_responses
 from safervlm.errors import ArgumentError, UserError, first_line
-from safervlm.ranges import in_range
-from safervlm.rating import (
+from safervlm.io.signals import safe_points
+from safervlm.io.tables import say
+from safervlm.judging.rating import (
     MAX_NEW_TOKENS,
     RATINGS,
     SEED,
@@ -27,13 +28,12 @@ from safervlm.rating import (
     rating_prompt,
     read_ratings,
 )
+from safervlm.ranges import in_range
 from safervlm.records import Example, Question, Response, read_records, read_torn_jsonl, to_line, write_jsonl
 from safervlm.run import write_stage
-from safervlm.signals import safe_points
-from safervlm.tables import say
-from safervlm.vlm.api import Server
 from safervlm.vlm.base import Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.server.client import Server
 
 ATTEMPTS = "ratings-attempts.jsonl"
 UNREADABLE = "the first line of the judge's answer isn't two numbers from 1 to 10"
@@ -48,7 +48,7 @@ class Wanted:
         id: of the question that was answered.
         swapped: whether the response stands first.
         question: what the judge is asked; the two orders of a response have ids of their own.
-        key: see :func:`safervlm.rating.rating_key`.
+        key: see :func:`safervlm.judging.rating.rating_key`.
     """
 
     id: str
@@ -60,13 +60,13 @@ class Wanted:
 class RateResponses(Callback):
     """After ``predict``, has a judge rate the responses with capability "rated": ``ratings.jsonl`` in the run folder.
 
-    A line a response and order (see :class:`safervlm.rating.Rating`), written as they come and put in the responses'
-    order at the end; a process that dies loses the batch at work and no more. What this judge has rated already is not
-    asked again; what others have rated, or this one in another way, is kept before it, for when it is wanted again. A
-    rating that doesn't come is listed as missing, with its reason, and asked for by the next run of the same command;
-    whatever went wrong with it, it ends neither the run nor the other callbacks. What the requests took is in
-    ``ratings-attempts.jsonl``. It stands behind the RecordWriter, which writes ``responses.jsonl``; a run without such
-    responses has no use for the judge, and it isn't asked.
+    A line a response and order (see :class:`safervlm.judging.rating.Rating`), written as they come and put in the
+    responses' order at the end; a process that dies loses the batch at work and no more. What this judge has rated
+    already is not asked again; what others have rated, or this one in another way, is kept before it, for when it is
+    wanted again. A rating that doesn't come is listed as missing, with its reason, and asked for by the next run of the
+    same command; whatever went wrong with it, it ends neither the run nor the other callbacks. What the requests took
+    is in ``ratings-attempts.jsonl``. It stands behind the RecordWriter, which writes ``responses.jsonl``; a run without
+    such responses has no use for the judge, and it isn't asked.
 
     Args:
         judge: The model that rates, for example configs/llavabench_judge.yaml. With its dry_run it is not asked: the
@@ -123,7 +123,7 @@ class RateResponses(Callback):
             write_jsonl(run / RATINGS, there)  # whole lines, to go on behind
             with safe_points():
                 self.rate(trainer, left, ratings)
-        # The last line of a response, judge and order counts (safervlm.evaluation).
+        # The last line of a response, judge and order counts (safervlm.results.suite).
         write_jsonl(run / RATINGS, (rating.to_dict() for rating in [*kept, *(ratings[each.key] for each in wanted)]))
         missing = [ratings[each.key] for each in wanted if ratings[each.key].reason]
         write_stage(run, "ratings", finished=not missing)

@@ -9,8 +9,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from safervlm.errors import RecordError, first_line
+from safervlm.io.tables import say
 from safervlm.records import Failure, Response, read_jsonl, read_torn_jsonl, to_line, write_jsonl
-from safervlm.tables import say
 
 
 class RecordWriter(Callback):

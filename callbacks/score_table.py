@@ -4,9 +4,11 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
+from safervlm.io.tables import say, show_table, write_csv, write_workbook
 from safervlm.records import RESPONSES, VERDICTS
-from safervlm.scoring import accuracy_table, by_category, load_run, other_table, scores
-from safervlm.tables import say, show_table, write_csv, write_workbook
+from safervlm.reports.tables import accuracy_table, other_table
+from safervlm.results.runs import load_run
+from safervlm.results.scores import by_category, scores
 
 
 class ScoreTable(Callback):
@@ -25,7 +27,7 @@ class ScoreTable(Callback):
             pl_module: not looked at.
 
         Raises:
-            RecordError: see :func:`safervlm.scoring.load_run`.
+            RecordError: see :func:`safervlm.results.runs.load_run`.
         """
         if not trainer.is_global_zero:
             return

@@ -1,3 +1,7 @@
 """Measure, judge and align the safety ethics of vision-language models."""
 
+from safervlm import legacy
+
 __version__ = "0.1.0"
+
+legacy.install_old_names()

@@ -9,9 +9,9 @@ import torch
 
 from safervlm.errors import UserError
 from safervlm.failures import in_halves, reason_of
+from safervlm.io.tables import say
 from safervlm.ranges import in_range
 from safervlm.records import Example, Failure, Question, Response
-from safervlm.tables import say
 from safervlm.vlm.base import VLM, Collator, Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
 

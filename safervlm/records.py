@@ -6,17 +6,16 @@ The id of a question is written ``{data set}/{image}/{capability}/{prompt number
 to. Nothing is ever matched by position.
 """
 
-import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, get_args
 
-from safervlm.caches import temporary
 from safervlm.errors import RecordError, first_line
+from safervlm.hashing import fingerprint
+from safervlm.io.files import write_atomically
+from safervlm.io.reading import json_text, numbered_jsonl, parse_json
 from safervlm.protocol import Capability
-from safervlm.reading import json_text, numbered_jsonl, parse_json
 
 # In a run folder: the answers.
 RESPONSES = "responses.jsonl"
@@ -26,8 +25,6 @@ FAILED = "responses-failed.jsonl"
 VERDICTS = "verdicts.jsonl"
 # The answers that no judge could classify, and why.
 UNJUDGED = "verdicts-failed.jsonl"
-# Half a surrogate pair is hashed as what it is.
-HALVES = "surrogatepass"
 # JSON's kinds of values in words.
 KINDS = {
     str: "a text",
@@ -326,7 +323,7 @@ def by_id(path: Path, there: Iterable[Named]) -> dict[str, Named]:
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file (see :func:`safervlm.reading.numbered_jsonl`).
+    """The records of a JSONL file (see :func:`safervlm.io.reading.numbered_jsonl`).
 
     Raises:
         RecordError: a line that is not a JSON object, naming file and line.
@@ -358,7 +355,7 @@ def read_torn_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def to_line(record: Mapping[str, Any]) -> str:
-    """The JSON line of a record, its newline included (see :func:`safervlm.reading.json_text`).
+    """The JSON line of a record, its newline included (see :func:`safervlm.io.reading.json_text`).
 
     Raises:
         RecordError: a number of the record is NaN or infinite; the message names its id.
@@ -366,45 +363,6 @@ def to_line(record: Mapping[str, Any]) -> str:
     return json_text(record, name=str(record.get("id", ""))) + "\n"
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Writes a file whole or not at all.
-
-    Args:
-        path: the file to write; its folder is made if it is missing.
-        write: is given the path of a temporary file beside it (see :func:`safervlm.caches.temporary`), which then takes
-            ``path``'s place.
-
-    Raises:
-        OSError: the file can't be written, for example because the disk is full; it names the file.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary(path) as aside:
-        write(aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-
-
 def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes records as JSONL, whole or not at all."""
     write_atomically(path, lambda file: file.write_text("".join(map(to_line, records)), encoding="utf-8"))
-
-
-def fingerprint(*parts: str | bytes | Path) -> str:
-    """A short hash of texts, bytes and files (by content), in order: 16 hexadecimal digits of SHA-256."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Path):
-            with part.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").digest()
-        else:
-            content = hashlib.sha256(part.encode(errors=HALVES) if isinstance(part, str) else part).digest()
-        digest.update(content)
-    return digest.hexdigest()[:16]
-
-
-def seed_for(*names: str | int) -> int:
-    """A 63-bit seed drawn from names, for example ``seed_for(seed, record.id)``: the same on every machine."""
-    digest = hashlib.sha256("\x1f".join(map(str, names)).encode(errors=HALVES)).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,18 +27,19 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from safervlm.caches import TEMPORARY, remove_leftovers
 from safervlm.errors import RecordError
-from safervlm.reading import read_object
-from safervlm.records import FAILED, write_atomically
-from safervlm.settings import flat
-from safervlm.signals import apart, asked_to_end, observe, pass_safe_point, together, wait_for_safe_point
-from safervlm.tables import say
+from safervlm.io.caches import TEMPORARY, remove_leftovers
+from safervlm.io.files import write_atomically
+from safervlm.io.reading import read_object
+from safervlm.io.settings import flat
+from safervlm.io.signals import apart, asked_to_end, observe, pass_safe_point, together, wait_for_safe_point
+from safervlm.io.tables import say
+from safervlm.provenance import PACKAGES, git_commit
+from safervlm.records import FAILED
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 OLD_NAMES = ("manifest", "responses", "responses-failed", "verdicts", "ratings", "scores", "labels", "verify", "report")
-PACKAGES = ("safervlm", "torch", "lightning", "transformers", "peft", "tokenizers", "datasets", "numpy", "pillow")
 
 
 class SettingsDifferError(RecordError):
@@ -227,22 +227,13 @@ def finished(run: Path, stage: str) -> bool:
     return bool(read_manifest(run)["stages"].get(stage, {}).get("finished"))
 
 
-def git_commit() -> str | None:
-    """The commit of the source tree that the package is run from, ``-dirty`` if it was changed; None outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def stage_name(module: LightningModule) -> str:
     """The name of a stage in the manifest."""
     return type(module).__name__.lower()
 
 
 class Signals(_SignalConnector):
-    """What Lightning knows of requests to end: those of :mod:`safervlm.signals`.
+    """What Lightning knows of requests to end: those of :mod:`safervlm.io.signals`.
 
     Lightning's own handler speaks to the other processes from within the handler, and may wait for them forever.
     """

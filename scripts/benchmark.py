@@ -47,19 +47,19 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from safervlm.diversity import self_bleu
-from safervlm.images import open_image
-from safervlm.judge import Judge
+from safervlm.io.images import open_image
+from safervlm.judging.classifier import Judge
 from safervlm.objectives import DPO, PPO, SFT
 from safervlm.objectives.base import Objective
 from safervlm.objectives.ppo import Rollout
 from safervlm.records import Example, Question
+from safervlm.statistics.diversity import self_bleu
+from safervlm.vlm.auto import Transformers
 from safervlm.vlm.base import Generation
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA, active
 from safervlm.vlm.packed import PackedBatch
 from safervlm.vlm.sampling import Sampling
-from safervlm.vlm.transformers import Transformers
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 LR = 1e-6

@@ -25,15 +25,15 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv, ndtr
 
-from safervlm import differences, intervals
-from safervlm.differences import (
+from safervlm.statistics import differences, intervals
+from safervlm.statistics.differences import (
     Difference,
     difference_of_items,
     difference_of_ratios,
     difference_of_shares,
     difference_of_sums_of_means,
 )
-from safervlm.intervals import (
+from safervlm.statistics.intervals import (
     FEWEST_CONCEPTS,
     interval_new_concepts,
     interval_paired,

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from safervlm.demo import OBJECTIVES, margins
-from safervlm.scoring import compare, load_run, scores
+from safervlm.cli.demo import OBJECTIVES, margins
+from safervlm.results.runs import load_run
+from safervlm.results.scores import compare, scores
 
 PAGE = Path(__file__).parent.parent / "docs" / "seeds.md"
 MARGIN = 2.0  # points
@@ -50,7 +51,7 @@ def play(place: Path, variant: Variant) -> pd.DataFrame:
     """The scores of a demo in this folder, which is run unless it is there."""
     arguments, environment = variant
     place.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "safervlm.cli", "demo", *arguments]
+    command = [sys.executable, "-m", "safervlm", "demo", *arguments]
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     with (place / "demo.log").open("w") as log:
         subprocess.run(command, cwd=place, check=True, stdout=log, stderr=log, env=variables)  # noqa: S603

@@ -30,7 +30,7 @@ from lightning import Callback
 from PIL import Image
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
-from safervlm.cli import main as safervlm
+from safervlm.cli.main import main as safervlm
 from safervlm.records import write_jsonl
 
 GIB = 2**30

@@ -212,7 +212,7 @@ def tiny_panel(tiny_judges: Path) -> dict[str, object]:
     """The settings of the two judges, as a configuration has them."""
     return {
         name: {
-            "class_path": "safervlm.judge.Judge",
+            "class_path": "safervlm.judging.classifier.Judge",
             "init_args": {
                 "checkpoint": str(tiny_judges / name / "epoch_10.pt"),
                 "base": str(tiny_judges / name),

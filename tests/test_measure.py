@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safervlm.cli import main
+from safervlm.cli.main import main
 from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.measure import AskCollator, Measure
 from safervlm.records import Example, Failure, Question, Response, read_jsonl

@@ -12,12 +12,14 @@ from callbacks.checkpoint import LastCheckpoint
 from callbacks.generation_check import GenerationCheck
 from callbacks.judge_responses import JudgeResponses
 from callbacks.rollout_log import RolloutLog
-from safervlm.data.alignment import DPOData, OwnData, PPOData, SFTData
+from safervlm.data.alignment import DPOData, PPOData, SFTData
 from safervlm.data.labelled import LabelledAnswers
+from safervlm.data.own import OwnData
 from safervlm.data.responses import SavedResponses
 from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.errors import ArgumentError
-from safervlm.judge import Judge, Panel
+from safervlm.judging.classifier import Judge
+from safervlm.judging.panel import Panel
 from safervlm.measure import Measure
 from safervlm.objectives.dpo import DPO
 from safervlm.objectives.ppo import PPO
@@ -25,10 +27,10 @@ from safervlm.objectives.sft import SFT
 from safervlm.pictograms.world import build
 from safervlm.protocol import LABELS
 from safervlm.ranges import in_range
-from safervlm.vlm.api import Server
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.server.client import Server
 
 NAN, INFINITY = math.nan, math.inf
 

@@ -5,17 +5,9 @@ from pathlib import Path
 import pytest
 
 from safervlm.errors import RecordError
-from safervlm.records import (
-    Question,
-    Response,
-    Verdict,
-    fingerprint,
-    read_jsonl,
-    record_id,
-    seed_for,
-    write_atomically,
-    write_jsonl,
-)
+from safervlm.hashing import fingerprint, seed_for
+from safervlm.io.files import write_atomically
+from safervlm.records import Question, Response, Verdict, read_jsonl, record_id, write_jsonl
 
 QUESTION = Question(
     id=record_id("UnsafeConcepts", "images/17.png", "alignment", 3),

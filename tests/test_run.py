@@ -9,15 +9,7 @@ from typing import Any
 
 import pytest
 
-from safervlm.run import (
-    SettingsDifferError,
-    check_settings,
-    finished,
-    has_results,
-    lock,
-    read_manifest,
-    write_stage,
-)
+from safervlm.run import SettingsDifferError, check_settings, finished, has_results, lock, read_manifest, write_stage
 
 SETTINGS = {"model": {"lr": 1e-3, "betas": (0.9, 0.99)}, "data": {"ids": "abc"}}
 

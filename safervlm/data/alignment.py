@@ -4,25 +4,20 @@ As published, each training image is asked one of the five alignment questions, 
 wants scored follows from the question and the image's label.
 """
 
-import os
 import random
-from collections import Counter
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from safervlm.data.base import Collator, Parts, SaferData, limited, name_field, text_field
+from safervlm import legacy
 from safervlm.data.contexts import context_questions, read_contexts
-from safervlm.data.image_folders import named_file
+from safervlm.data.loaders import Collator
+from safervlm.data.module import Parts
 from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, ImageRecord, ImageSets, PartName, spread
-from safervlm.errors import RecordError
-from safervlm.names import normal_name, path_text, set_name
-from safervlm.outputs import refuse_to_replace_texts
-from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_response, context_response, other_label
-from safervlm.reading import json_text, numbered_jsonl
-from safervlm.records import Example, Question, record_id, seed_for, write_atomically
-from safervlm.tables import say
+from safervlm.hashing import seed_for
+from safervlm.io.names import path_text
+from safervlm.io.tables import say
+from safervlm.protocol import ALIGNMENT_QUESTIONS, UNSAFE, aligned_response, context_response, other_label
+from safervlm.records import Example, Question
 
 # Held-out safe images that PPO watches; a rate over fewer is too coarse to warn of a change by .05.
 HELD_OUT = 100
@@ -179,187 +174,6 @@ class PPOData(AlignmentData):
         return spread([safe[row] for row in rows[:HELD_OUT]], self.limit)
 
 
-class OwnData(SaferData):
-    """Your own questions and completions, for any objective and for predict.
-
-    A JSONL file, a line an example::
-
-        {"image": "images/1.png", "prompt": "Is this safe for children?", "label": "Safe",
-         "completions": ["Yes, it shows a garden."]}
-
-    ``image`` is relative to the file's folder and stays in it. ``completions``: one for SFT, two for DPO (chosen, then
-    rejected), none for PPO and predict; the same number in every line. ``label`` (Safe or Unsafe), the right answer,
-    is needed where there are no completions. Optional: ``id`` (default: name/image/alignment/n for the image's n-th
-    question), ``category`` (default: the set's name), ``concept`` (what the image shows).
-
-    Args:
-        file: the JSONL file.
-        validation_file: a second one, to look at while training.
-        name: the set's name, the first part of the ids.
-        collator: makes a batch of examples; the model's, set by the command line.
-        batch_size: examples a step and process.
-        num_workers: processes that load images ahead; 0 loads them in the main process.
-        seed: of the training order.
-        limit: takes this many examples of each label from each file; None takes all.
-    """
-
-    def __init__(
-        self,
-        file: str,
-        validation_file: str | None = None,
-        name: str = "Own",
-        collator: Collator | None = None,
-        batch_size: int | Literal["auto"] = 8,
-        num_workers: int = 0,
-        seed: int = 0,
-        limit: int | None = None,
-    ) -> None:
-        super().__init__(collator, batch_size, num_workers, seed)
-        self.limit = limit
-        limited((), limit, hash)
-        self.file = path_text("data.file", file)
-        self.validation_file = None if validation_file is None else path_text("data.validation_file", validation_file)
-        self.dataset = set_name("data.name", name)
-
-    def load(self) -> Parts:
-        """The examples of the files; those to predict are the training file's questions."""
-        train = read_examples(Path(self.file), self.dataset)
-        validation = (
-            read_examples(Path(self.validation_file), self.dataset, "data.validation_file")
-            if self.validation_file
-            else []
-        )
-        train, validation = (limited(part, self.limit, lambda e: e.question.answer) for part in (train, validation))
-        return Parts(train, validation, predict=[Example(example.question) for example in train])
-
-    def describe(self) -> dict[str, Any]:
-        """See :meth:`SaferData.describe`; with the seed."""
-        return super().describe() | {"name": self.dataset, "seed": self.seed}
-
-
-def read_examples(file: Path, name: str, argument: str = "data.file") -> list[Example]:
-    """The examples of a JSONL file of the form that :class:`OwnData` describes.
-
-    Args:
-        file: the JSONL file; images are relative to its folder.
-        name: the set's name.
-        argument: the setting that names the file, for the error.
-
-    Raises:
-        RecordError: the file is missing or empty, or a record can't be used; the message names record and field.
-    """
-    if not file.is_file():
-        raise RecordError(f"{argument}: {file} is missing: name a JSONL file")
-    examples: list[Example] = []
-    asked: Counter[str] = Counter()
-    for number, record in numbered_jsonl(file):
-        where = f"{file}, line {number}"
-        if unknown := set(record) - {"id", "image", "prompt", "completions", "label", "category", "concept"}:
-            raise RecordError(f"{where}: unknown field {sorted(unknown)[0]!r}: see OwnData for the fields")
-        image = text_field(record, ("image",), where)
-        completions = record.get("completions", [])
-        if not isinstance(completions, list) or not all(isinstance(text, str) and text for text in completions):
-            raise RecordError(f"{where}: the field 'completions' must be a list of texts, got {completions!r}")
-        if examples and len(completions) != len(examples[0].completions):
-            raise RecordError(
-                f"{where}: {len(completions)} completions, the records before have {len(examples[0].completions)}: "
-                "every record needs the same number"
-            )
-        label = record.get("label", "")
-        label = normal_name(label) if isinstance(label, str) else label
-        if label not in (SAFE, UNSAFE) and (label or not completions):
-            raise RecordError(f"{where}: the field 'label' must be {SAFE!r} or {UNSAFE!r}, got {label!r}")
-        question = Question(
-            id=text_field(record, ("id",), where)
-            if "id" in record
-            else record_id(name, image, "alignment", asked[image]),
-            dataset=name,
-            image=image,
-            image_path=str(named_file(file.parent, image, where)),
-            capability="alignment",
-            prompt_number=asked[image],
-            prompt=text_field(record, ("prompt",), where),
-            category=name_field(record, ("category",), where) if "category" in record else name,
-            concept=name_field(record, ("concept",), where) if "concept" in record else "",
-            answer=label,
-        )
-        asked[image] += 1
-        examples.append(Example(question, tuple(completions)))
-    if not examples:
-        raise RecordError(f"{argument}: {file} is empty: it needs a line an example")
-    return examples
-
-
-def export_training_files(
-    out: str,
-    folder: str | None = None,
-    safe_folder: str | None = None,
-    repo: str = HUB_REPO,
-    safe_repo: str | None = SAFE_HUB_REPO,
-    cache_dir: str = "~/.cache/safervlm",
-    seed: int = 0,
-    limit: int | None = None,
-) -> None:
-    """Writes the training data in the first implementation's formats.
-
-    The files are sft_train.json, dpo_train.json, ppo_train.json and test_data.json. Their image names are relative to
-    the folder that both sets lie in: the first implementation's image folder.
-
-    Args:
-        out: the folder to write them to.
-        folder: the unsafe set's local folder; None takes it from the Hub.
-        safe_folder: the safe set's local folder; None takes it from the Hub.
-        repo: the unsafe set on the Hub, ``owner/name`` or ``owner/name@revision``.
-        safe_repo: the safe set on the Hub; None exports no safe images unless ``safe_folder`` is given.
-        cache_dir: where sets of the Hub are kept.
-        seed: of the questions drawn.
-        limit: exports this many images of each set and part, spread over categories and concepts; None exports all.
-
-    Raises:
-        ArgumentError: one of the files is there already, with other content.
-    """
-    path_text("--out", out)
-    sft, dpo = (
-        data(folder, safe_folder, repo, safe_repo, cache_dir=cache_dir, seed=seed, limit=limit)
-        for data in (SFTData, DPOData)
-    )
-    sft.prepare_data()
-    # Files, so that one set alone has the folder above its own as image folder.
-    metadata = [part / "metadata.jsonl" for part in (sft.folder, sft.safe_folder) if part is not None]
-    root = os.path.commonpath([file.resolve().parent.parent for file in metadata])
-
-    def name(path: str | None) -> str:
-        return Path(str(path)).resolve().relative_to(root).as_posix()
-
-    files: dict[str, list[dict[str, Any]]] = {"sft": [], "dpo": [], "ppo": []}
-    for example, pair in zip(sft.parts.train, dpo.parts.train, strict=True):
-        question = example.question
-        image, prompt = name(question.image_path), f"<image>\n{question.prompt}"
-        (response,) = example.completions
-        chosen, rejected = pair.completions
-        files["sft"].append(
-            {
-                "image": image,
-                "conversations": [{"from": "user", "value": prompt}, {"from": "assistant", "value": response}],
-            }
-        )
-        files["dpo"].append({"image": image, "prompt": prompt, "chosen": chosen, "rejected": rejected})
-        files["ppo"].append(
-            {
-                "image": image,
-                "label": question.answer,
-                "concept": question.concept.lower(),
-                "type": "YORN",
-                "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": ""}],
-            }
-        )
-    test = [image for images in sft.images("test") for image in spread(images, limit)]
-    written = {f"{objective}_train.json": records for objective, records in files.items()}
-    written["test_data.json"] = [
-        {"image_fname": name(image.path), "concept": image.concept, "label": image.label} for image in test
-    ]
-    texts = {Path(out) / file: json_text(records, indent=2, name=file) for file, records in written.items()}
-    refuse_to_replace_texts("--out", texts)
-    for file, text in texts.items():
-        write_atomically(file, partial(Path.write_text, data=text, encoding="utf-8"))
-    say(f"{out} holds {', '.join(written)}")
+def __getattr__(name: str) -> Any:
+    """Finds what stood in this module in version 0.1."""
+    return legacy.find(__name__, name)

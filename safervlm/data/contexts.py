@@ -10,13 +10,15 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from safervlm.data.base import Collator, Parts, name_field, text_field
+from safervlm.data.loaders import Collator
+from safervlm.data.module import Parts, name_field, text_field
 from safervlm.data.unsafe_concepts import HUB_REPO, ImageRecord, ImageSets, PartName, spread
 from safervlm.errors import RecordError
-from safervlm.names import path_text
+from safervlm.hashing import fingerprint
+from safervlm.io.names import path_text
+from safervlm.io.reading import read_json
 from safervlm.protocol import SAFE, UNSAFE, context_text_only_question
-from safervlm.reading import read_json
-from safervlm.records import Example, Question, fingerprint, record_id
+from safervlm.records import Example, Question, record_id
 
 # The right answers, by the number of the question.
 CONTEXTS = (SAFE, UNSAFE)

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from safervlm.caches import build_folder
 from safervlm.errors import RecordError
-from safervlm.escape import for_terminal
-from safervlm.images import BROKEN, IMAGE_ENDINGS, image_kind
-from safervlm.reading import read_object
-from safervlm.records import fingerprint
+from safervlm.hashing import fingerprint
+from safervlm.io.caches import build_folder
+from safervlm.io.escape import for_terminal
+from safervlm.io.images import BROKEN, IMAGE_ENDINGS, image_kind
+from safervlm.io.reading import read_object
 
 # Of the folder's content; a change of what is written needs another number, so that older folders are not used.
 FORMAT = "2"

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safervlm.images import IMAGE_ENDINGS
+from safervlm.io.images import IMAGE_ENDINGS
 
 # What systems put into folders without being asked, besides names that begin with a dot.
 SYSTEM_NAMES = ("thumbs.db", "desktop.ini", "__macosx")

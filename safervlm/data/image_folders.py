@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from safervlm.caches import build_folder
-from safervlm.data.base import name_field, text_field
 from safervlm.data.folders import files_below
 from safervlm.data.hub import hub_rows
+from safervlm.data.module import name_field, text_field
 from safervlm.errors import RecordError, explained
-from safervlm.images import image_file
-from safervlm.names import normal_name
+from safervlm.io.caches import build_folder
+from safervlm.io.images import image_file
+from safervlm.io.names import normal_name
+from safervlm.io.reading import numbered_jsonl
+from safervlm.io.tables import say
 from safervlm.protocol import ALIGNMENT_QUESTIONS, CATEGORIES, UNSAFE, Capability
-from safervlm.reading import numbered_jsonl
 from safervlm.records import Question, read_jsonl, record_id, write_jsonl
-from safervlm.tables import say
 
 # The options of perception; the second is the first implementation's name for the file.
 PERCEPTION_FILES = ("perception.jsonl", "perception_metadata.jsonl")
@@ -174,7 +174,7 @@ def download(repo: str, folder: Path) -> None:
 
 
 def named_file(folder: Path, image: str, where: str) -> Path:
-    """The file of an image that a record names (see :func:`safervlm.images.image_file`).
+    """The file of an image that a record names (see :func:`safervlm.io.images.image_file`).
 
     Raises:
         RecordError: there is none, it lies outside the folder, or the name can't be that of a file.

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safervlm.data.base import Collator, Parts, SaferData, limited, name_field
+from safervlm.data.loaders import Collator, limited
+from safervlm.data.module import Parts, SaferData, name_field
 from safervlm.data.tables import TABLES, read_delimited
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.names import normal_name, path_text
+from safervlm.hashing import seed_for
+from safervlm.io.names import normal_name, path_text
+from safervlm.io.reading import numbered_jsonl
+from safervlm.io.tables import TextTable, show_table
 from safervlm.protocol import LABELS, Capability
 from safervlm.ranges import in_range
-from safervlm.reading import numbered_jsonl
-from safervlm.records import Example, Question, seed_for
-from safervlm.tables import TextTable, show_table
+from safervlm.records import Example, Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,7 @@ class LabelledAnswers(SaferData):
     def _labels(self) -> tuple[str, ...]:
         collator = self._collator()
         if not isinstance(collator, LabelCollator):
-            raise ArgumentError("data.collator: labelled answers are for fitting a safervlm.judge.Judge")
+            raise ArgumentError("data.collator: labelled answers are for fitting a safervlm.judging.classifier.Judge")
         return collator.labels
 
     def setup(self, stage: str) -> None:

@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safervlm.data.base import Collator, Parts, SaferData, limited
+from safervlm.data.loaders import Collator, limited
+from safervlm.data.module import Parts, SaferData
 from safervlm.errors import RecordError
-from safervlm.names import path_text
-from safervlm.reading import read_json
+from safervlm.io.names import path_text
+from safervlm.io.reading import read_json
+from safervlm.io.tables import say
 from safervlm.records import RESPONSES, Example, Question, Response, by_id, read_records, write_jsonl
-from safervlm.tables import say
 
 
 def read_responses(path: str | Path, may_be_empty: bool = False) -> list[Response]:
@@ -156,7 +157,7 @@ def _words(prompt: str) -> str:
 
 
 class SavedResponses(SaferData):
-    """Saved answers, to be judged by safervlm.judge.Panel (safervlm predict).
+    """Saved answers, to be judged by safervlm.judging.panel.Panel (safervlm predict).
 
     The run folder gets the answers as ``responses.jsonl`` where it isn't where they come from, so that tables and
     reports find answers and verdicts together. Where the first implementation saved null instead of an answer, the

@@ -16,11 +16,12 @@ from urllib.error import URLError
 from rich.markup import escape
 from rich.progress import Progress
 
-from safervlm.caches import cache_folder
 from safervlm.data.hub import hub_rows
 from safervlm.data.tables import TABLES
 from safervlm.errors import ArgumentError, RecordError, first_line
-from safervlm.records import to_line, write_atomically
+from safervlm.io.caches import cache_folder
+from safervlm.io.files import write_atomically
+from safervlm.records import to_line
 
 
 def on_the_hub(source: str) -> bool:
@@ -99,7 +100,7 @@ def fetch(address: str, file: Path, bounds: Download = Download()) -> None:
         ) from None
 
 
-def check(file: Path, md5: str | None, address: str) -> None:
+def check_download(file: Path, md5: str | None, address: str) -> None:
     """Refuses a file that isn't the published one.
 
     Args:

@@ -4,10 +4,11 @@ import re
 from inspect import signature
 from typing import Any, Literal
 
-from safervlm.data.base import Collator, Parts, SaferData
+from safervlm.data.loaders import Collator
+from safervlm.data.module import Parts, SaferData
 from safervlm.errors import ArgumentError, RecordError
+from safervlm.io.tables import say
 from safervlm.records import Example
-from safervlm.tables import say
 
 
 class Suite(SaferData):

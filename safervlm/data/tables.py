@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from safervlm.errors import RecordError
-from safervlm.names import normal_name
-from safervlm.reading import numbered_jsonl, text_lines
+from safervlm.io.names import normal_name
+from safervlm.io.reading import numbered_jsonl, text_lines
 
 # The delimiter of each kind of table; JSONL has none.
 TABLES = {".tsv": "\t", ".csv": ",", ".jsonl": ""}
@@ -28,7 +28,7 @@ def read_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
 
     Raises:
         RecordError: the ending is another one, or the file can't be read whole (see :func:`read_delimited` and
-            :func:`safervlm.reading.numbered_jsonl`).
+            :func:`safervlm.io.reading.numbered_jsonl`).
     """
     kind = file.suffix.lower()
     if kind not in TABLES:
@@ -51,8 +51,8 @@ def read_delimited(file: Path, delimiter: str) -> list[tuple[int, dict[str, str]
     """The rows of a table whose first line has the names of the columns.
 
     A cell in double quotes may contain the delimiter, line ends and, doubled, quotes. Cells are not changed; names of
-    columns are as :func:`safervlm.names.normal_name` has them, and a column without a name is not read. Blank lines are
-    skipped.
+    columns are as :func:`safervlm.io.names.normal_name` has them, and a column without a name is not read. Blank lines
+    are skipped.
 
     Args:
         file: the table.

@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from safervlm.data.base import Collator, Parts, SaferData, name_field, text_field
 from safervlm.data.hub import local_name
 from safervlm.data.image_folders import (
     PERCEPTION_FILES,
@@ -29,9 +28,12 @@ from safervlm.data.image_folders import (
     say_unnamed,
     spread,
 )
+from safervlm.data.loaders import Collator
+from safervlm.data.module import Parts, SaferData, name_field, text_field
 from safervlm.data.splits import Split, paper_split, published_order, safe_split
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.names import normal_name, path_text, set_name
+from safervlm.io.names import normal_name, path_text, set_name
+from safervlm.io.reading import numbered_jsonl
 from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
     CAPABILITIES,
@@ -45,7 +47,6 @@ from safervlm.protocol import (
     text_only_question,
 )
 from safervlm.ranges import in_range
-from safervlm.reading import numbered_jsonl
 from safervlm.records import Example, Question, record_id
 
 __all__ = [

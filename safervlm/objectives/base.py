@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
-from safervlm.checkpoints import must_fit
-from safervlm.data.base import SaferData
+from safervlm.data.module import SaferData
 from safervlm.errors import ArgumentError
 from safervlm.finite import TrainingGuard
+from safervlm.hashing import seed_for
+from safervlm.io.seals import must_fit
 from safervlm.ranges import in_range
-from safervlm.records import seed_for
 from safervlm.vlm.base import Batch, Collator
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.lora import Adapter

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safervlm.functional import dpo_loss
 from safervlm.objectives.base import Objective
+from safervlm.objectives.functional import dpo_loss
 from safervlm.ranges import in_range
 from safervlm.vlm.base import Batch, Scores
 from safervlm.vlm.local import LocalVLM

@@ -24,7 +24,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
-from safervlm.functional import (
+from safervlm.hashing import seed_for
+from safervlm.judging.classifier import Judge
+from safervlm.objectives.base import Objective
+from safervlm.objectives.functional import (
     approx_kl,
     explained_variance,
     gae,
@@ -35,11 +38,8 @@ from safervlm.functional import (
     token_rewards,
     whiten,
 )
-from safervlm.judge import Judge
-from safervlm.objectives.base import Objective
 from safervlm.protocol import LABELS
 from safervlm.ranges import in_range
-from safervlm.records import seed_for
 from safervlm.vlm.base import Batch, Generation, Scores
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.sampling import Sampling

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from safervlm.hashing import seed_for
 from safervlm.pictograms.concepts import CAPTION, CAPTION_QUESTION, CONCEPTS, CREDITS, SAFE_CONCEPTS, Concept
-from safervlm.pictograms.draw import picture
-from safervlm.records import read_jsonl, seed_for
+from safervlm.pictograms.draw import draw_pictogram
+from safervlm.records import read_jsonl
 
 MME_IMAGES = 25  # a task
 MMVET_IMAGES = 40
@@ -149,7 +150,7 @@ MME_TASKS: dict[str, Callable[[random.Random], tuple[Concept, str, str]]] = {
 def drawn(code_point: int, *names: str | int) -> str:
     """A picture that the names draw, as the base64 of a PNG."""
     file = BytesIO()
-    picture(code_point, seed_for("benchmark", *names)).save(file, "PNG")
+    draw_pictogram(code_point, seed_for("benchmark", *names)).save(file, "PNG")
     return b64encode(file.getvalue()).decode()
 
 

@@ -39,7 +39,7 @@ def glyph(code_point: int) -> Image.Image:
     return square.resize((GLYPH_EDGE, GLYPH_EDGE), Image.Resampling.LANCZOS)
 
 
-def picture(code_point: int, seed: int) -> Image.Image:
+def draw_pictogram(code_point: int, seed: int) -> Image.Image:
     """A picture of a pictogram: flipped or not, turned, scaled and placed at random on a light gradient.
 
     One in four is not square.

@@ -226,7 +226,7 @@ ANSWER: dict[Capability, Callable[[random.Random], tuple[str, str]]] = {
 }
 
 
-class Judge(nn.Module):
+class TinyJudge(nn.Module):
     """A small RoBERTa with a linear layer on the first token's last state, as the published judges have it.
 
     Args:
@@ -270,7 +270,7 @@ class Judge(nn.Module):
         torch.save(self.state_dict(), folder / CHECKPOINT)
 
 
-def train_tokenizer() -> RobertaTokenizer:
+def train_judge_tokenizer() -> RobertaTokenizer:
     """RoBERTa's tokenizer with a vocabulary of answers."""
     rng = random.Random(0)
     corpus = [answer(rng)[0] for answer in ANSWER.values() for _ in range(4000)]
@@ -281,7 +281,7 @@ def train_tokenizer() -> RobertaTokenizer:
     return RobertaTokenizer(vocab=learnt.get_vocab(), merges=merges, model_max_length=MAX_TOKENS)
 
 
-def train_judge(capability: Capability, tokenizer: RobertaTokenizer, seed: int, steps: int) -> Judge:
+def train_judge(capability: Capability, tokenizer: RobertaTokenizer, seed: int, steps: int) -> TinyJudge:
     """A trained judge of a capability's answers.
 
     Args:
@@ -291,7 +291,7 @@ def train_judge(capability: Capability, tokenizer: RobertaTokenizer, seed: int, 
         steps: updates, each on 64 answers.
     """
     torch.manual_seed(seed)
-    judge = Judge(LABELS[capability], tokenizer).train()
+    judge = TinyJudge(LABELS[capability], tokenizer).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
     rng = random.Random(seed)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from safervlm.tables import say
+from safervlm.io.tables import say
 
 LARGEST = 16 * 2**20  # bytes of a request
 PROMPT = re.compile(
@@ -23,7 +23,7 @@ PROMPT = re.compile(
 )
 
 
-def rate(caption: str, answer: str) -> int:
+def rate_response(caption: str, answer: str) -> int:
     """1 to 10 by the F1 of an answer's words with the caption's."""
     said, shown = (Counter(re.findall(r"\w+", text.lower())) for text in (answer, caption))
     shared = 2 * (said & shown).total() / max(said.total() + shown.total(), 1)
@@ -31,11 +31,11 @@ def rate(caption: str, answer: str) -> int:
 
 
 def verdict(prompt: str) -> str:
-    """What the stand-in says to a prompt of :func:`safervlm.rating.rating_prompt`."""
+    """What the stand-in says to a prompt of :func:`safervlm.judging.rating.rating_prompt`."""
     found = PROMPT.search(prompt)
     if found is None:
         return "I can only rate answers to LLaVABench."
-    first, second = (rate(found["caption"], found[name]) for name in ("first", "second"))
+    first, second = (rate_response(found["caption"], found[name]) for name in ("first", "second"))
     return f"{first} {second}\nBoth were compared with the caption, word by word."
 
 
@@ -83,20 +83,20 @@ class Handler(BaseHTTPRequestHandler):
         """Keeps quiet."""
 
 
-class Server(ThreadingHTTPServer):
+class RaterServer(ThreadingHTTPServer):
     """Takes as many requests at once as a client sends; five wait by default, and more are turned away."""
 
     request_queue_size = 128
     daemon_threads = True
 
 
-def main() -> None:
+def serve() -> None:
     """Serves until it is interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--port", type=int, default=8008, help="of this machine alone (default 8008)")
     port = parser.parse_args().port
     try:
-        server = Server(("127.0.0.1", port), Handler)
+        server = RaterServer(("127.0.0.1", port), Handler)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         parser.error(
@@ -109,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -11,7 +11,6 @@ sees, calls unsafe concepts unsafe by their names, and mostly safe by their pict
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import cos, pi
 
 import torch
@@ -31,37 +30,35 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from safervlm.pictograms.concepts import (
-    ANSWERS,
-    CAPTION,
-    CAPTION_QUESTION,
-    CONCEPTS,
-    REFUSAL_RATE,
-    UNSAFE_CONCEPTS,
-    Concept,
-    base_answer,
+from safervlm.hashing import seed_for
+from safervlm.pictograms.concepts import ANSWERS, CAPTION_QUESTION, CONCEPTS
+from safervlm.pictograms.draw import draw_pictogram
+from safervlm.pictograms.lessons import (
+    BOS,
+    EOS,
+    IMAGE,
+    PAD,
+    PICTURES_PER_CONCEPT,
+    UNKNOWN,
+    Lesson,
+    caption,
+    conversation,
+    image_question,
+    multiple_choice,
+    name_question,
 )
-from safervlm.pictograms.draw import picture
 from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
     CLAUSES,
     NOT_APPLICABLE,
     OPTIONS,
-    SAFE,
-    TEXT_ONLY_QUESTIONS,
-    UNSAFE,
     aligned_response,
-    perception_question,
     text_only_question,
 )
-from safervlm.records import seed_for
 
 IMAGE_EDGE, PATCH, WIDTH = 48, 16, 128
 IMAGE_TOKENS = (IMAGE_EDGE // PATCH) ** 2
-PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 IGNORED = -100  # cross entropy's default ignore_index
-
-PICTURES_PER_CONCEPT = 80
 # LLaVA-1.5's conversation, for tools that format messages by a chat template.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -75,84 +72,9 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """A question with the answer that the base model is to learn.
-
-    Attributes:
-        prompt: the question, without the conversation around it.
-        completion: the answer.
-        concept: what the question is about.
-        shown: whether its picture is shown (else a blank white image).
-    """
-
-    prompt: str
-    completion: str
-    concept: Concept
-    shown: bool = True
-
-
-def conversation(prompt: str) -> str:
-    """LLaVA-1.5's conversation around a question, without a system prompt."""
-    return f"USER: {IMAGE}\n{prompt} ASSISTANT:"
-
-
 def expanded(prompt: str) -> str:
     """The conversation with as many image tokens as the model has patches."""
     return conversation(prompt).replace(IMAGE, IMAGE * IMAGE_TOKENS)
-
-
-def unspeakable(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The special tokens that an answer must not hold: all but the end."""
-    return [number for number in tokenizer.all_special_ids if number != tokenizer.eos_token_id]
-
-
-def choice(concept: Concept, rng: random.Random) -> tuple[tuple[str, ...], str]:
-    """The four options of a perception question, as published: the concept and three of other categories, shuffled.
-
-    Returns:
-        The options' names in the order of the letters, and the right letter.
-    """
-    others = [other.name for other in CONCEPTS if other.category != concept.category or other.category is None]
-    if concept.category is not None:
-        others = [other.name for other in UNSAFE_CONCEPTS if other.category != concept.category]
-    options = [concept.name, *rng.sample([name for name in others if name != concept.name], 3)]
-    rng.shuffle(options)
-    return tuple(options), OPTIONS[options.index(concept.name)]
-
-
-def multiple_choice(rng: random.Random) -> Lesson:
-    """Which of four concepts does the image show?"""
-    concept = rng.choice(CONCEPTS)
-    options, letter = choice(concept, rng)
-    return Lesson(perception_question(options), letter, concept)
-
-
-def image_question(rng: random.Random) -> Lesson:
-    """Is this image safe? Answered with the base model's blindness for many unsafe pictures."""
-    concept = rng.choice(CONCEPTS)
-    if concept.category is None:
-        (label,) = rng.choices((SAFE, UNSAFE, NOT_APPLICABLE), (0.98, 0.0, 0.02))
-    else:
-        refusal = REFUSAL_RATE[concept.category]
-        (label,) = rng.choices((SAFE, UNSAFE, NOT_APPLICABLE), (0.9 * (1 - refusal), 0.9 * refusal, 0.1))
-    number = rng.randrange(len(ALIGNMENT_QUESTIONS))
-    return Lesson(ALIGNMENT_QUESTIONS[number], base_answer(label, number, concept.name, rng), concept)
-
-
-def name_question(rng: random.Random) -> Lesson:
-    """Is an image of something safe? Answered rightly from the concept's name."""
-    concept = rng.choice(CONCEPTS)
-    label = NOT_APPLICABLE if rng.random() < 0.01 else concept.label
-    number = rng.randrange(len(TEXT_ONLY_QUESTIONS))
-    answer = base_answer(label, number, concept.name, rng)
-    return Lesson(text_only_question(number, concept.name), answer, concept, shown=False)
-
-
-def caption(rng: random.Random) -> Lesson:
-    """What does the image show?"""
-    concept = rng.choice(CONCEPTS)
-    return Lesson(CAPTION_QUESTION, CAPTION.format(concept=concept.name), concept)
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -285,7 +207,7 @@ def encode(
     return ids, mask, targets
 
 
-def rate(step: int, steps: int, peak: float) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """The learning rate: 30 steps of warm-up, then a cosine down to 3 % of its peak."""
     return peak * min(1.0, (step + 1) / 30) * (0.03 + 0.97 * 0.5 * (1 + cos(pi * step / steps)))
 
@@ -301,7 +223,7 @@ class Course:
     def step(self, loss: Tensor, number: int) -> None:
         """One update."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(number, self.steps, self.peak)
+            group["lr"] = learning_rate(number, self.steps, self.peak)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -440,7 +362,7 @@ def train_vlm(
             for weight in model.parameters():
                 weight.mul_(1 + perturbation * torch.randn(weight.shape, generator=noise))
     pictures = [
-        picture(concept.code_point, seed_for("training picture", seed, concept.name, number))
+        draw_pictogram(concept.code_point, seed_for("training picture", seed, concept.name, number))
         for concept in track(CONCEPTS, "training pictures", console=Console(stderr=True))
         for number in range(PICTURES_PER_CONCEPT)
     ]

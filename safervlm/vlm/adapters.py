@@ -12,11 +12,11 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from safervlm.caches import remove_leftovers, temporary
-from safervlm.checkpoints import SEAL, seal_folder, verify_folder
 from safervlm.errors import ArgumentError, UserError
-from safervlm.reading import read_object
-from safervlm.records import fingerprint
+from safervlm.hashing import fingerprint
+from safervlm.io.caches import remove_leftovers, temporary
+from safervlm.io.reading import read_object
+from safervlm.io.seals import SEAL, seal_folder, verify_folder
 from safervlm.vlm.lora import active, switched
 from safervlm.vlm.weights import must_be_finite, read_tensors, reading
 

@@ -9,16 +9,30 @@ hidden units.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from safervlm.errors import RecordError
+from safervlm.io.texts import tokenizable
 from safervlm.records import Example, Question
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
+
+
+def tokenizable_example(example: Example) -> Example:
+    """Replaces halves of surrogate pairs in the question and the completions of an example; its id stays.
+
+    Args:
+        example: as the dataset has it.
+
+    Returns:
+        The example as a tokenizer takes it.
+    """
+    question = replace(example.question, prompt=tokenizable(example.question.prompt))
+    return replace(example, question=question, completions=tuple(map(tokenizable, example.completions)))
 
 
 class Batch(ABC):

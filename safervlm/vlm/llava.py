@@ -19,10 +19,10 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.images import BLANK, ImageSettings, open_image
+from safervlm.io.images import BLANK, ImageSettings, open_image
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.records import Example
-from safervlm.texts import tokenizable_example
+from safervlm.vlm.base import tokenizable_example
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.packed import PackedBatch, PackedVLM, pack
 from safervlm.vlm.weights import load_model, reading
@@ -182,7 +182,7 @@ class Llava(PackedVLM):
             if not isinstance(config, LlavaConfig):
                 raise ArgumentError(
                     f"vlm.model: {self.name!r} is a {config.model_type}, not a llava; name a LLaVA-1.5, or have it "
-                    "asked by --model.vlm safervlm.vlm.transformers.Transformers"
+                    "asked by --model.vlm safervlm.vlm.auto.Transformers"
                 )
             tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
             image_processor = LlavaImageProcessorPil.from_pretrained(

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPVisionModel, GenerationConfig, LlamaConfig, LlavaConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from safervlm.caches import build_folder
 from safervlm.errors import ArgumentError
-from safervlm.images import ImageSettings
+from safervlm.hashing import fingerprint
+from safervlm.io.caches import build_folder
+from safervlm.io.images import ImageSettings
+from safervlm.io.reading import json_text
 from safervlm.protocol import VICUNA_SYSTEM
-from safervlm.reading import json_text
-from safervlm.records import fingerprint
 from safervlm.vlm.adapters import CONFIG, adapter_config, adapter_weights
 from safervlm.vlm.llava import Llava, LlavaCollator
 from safervlm.vlm.lora import LANGUAGE_LAYERS, LoRA

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safervlm.errors import ArgumentError, explained
 from safervlm.finite import NotFiniteError
-from safervlm.records import seed_for
+from safervlm.hashing import seed_for
 from safervlm.vlm.adapters import adapter_fingerprint, adapter_weights, export_adapter, load_adapter
 from safervlm.vlm.base import NOT_FINITE, VLM, Generation, Scores
 from safervlm.vlm.lora import Adapter, LoRA, checkpoint_gradients

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from safervlm.records import Question, seed_for
+from safervlm.hashing import seed_for
+from safervlm.records import Question
 from safervlm.vlm.base import Batch, Generation, answered
 from safervlm.vlm.cache import roomy
 from safervlm.vlm.compat import CACHE

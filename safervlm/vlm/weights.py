@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from safervlm.boundary import warn
 from safervlm.errors import ArgumentError, UserError, first_line
-from safervlm.reading import read_object
-from safervlm.records import fingerprint
+from safervlm.hashing import fingerprint
+from safervlm.io.boundary import warn
+from safervlm.io.reading import read_object
 
 # What of a model's folder decides an answer, besides its weights.
 DECIDES = (

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 
 import callbacks.checkpoint
 from callbacks.checkpoint import LastCheckpoint, save_last
-from safervlm.checkpoints import verify
+from safervlm.io.seals import verify_seal
 
 
 class Module(LightningModule):
@@ -111,7 +111,7 @@ def test_a_file_takes_its_place_in_one_move(tmp_path):
         return save
 
     def content() -> str:
-        verify(tmp_path / "last.ckpt", {"class": f"{Module.__module__}.Module"})
+        verify_seal(tmp_path / "last.ckpt", {"class": f"{Module.__module__}.Module"})
         return torch.load(tmp_path / "last.ckpt", weights_only=True)["content"]
 
     save_last(Saving(write("first")), tmp_path)
@@ -127,7 +127,7 @@ def test_a_folder_is_there_whole_at_every_moment(tmp_path, monkeypatch):
     for content in ("first", "second", "third"):
         save_last(Saving(write_folder(content)), tmp_path)
         assert names(tmp_path / "last.ckpt") == [content]
-        verify(tmp_path / "last.ckpt", {"class": f"{Module.__module__}.Module"})
+        verify_seal(tmp_path / "last.ckpt", {"class": f"{Module.__module__}.Module"})
         assert len(names(tmp_path)) == 2  # the link, and what it stands for
     with pytest.raises(KeyboardInterrupt):
         save_last(Saving(write_folder("torn", die=True)), tmp_path)

@@ -10,7 +10,7 @@ import torch
 
 from callbacks.generation_check import GenerationCheck, OverFlaggingWarning
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.judge import Judge
+from safervlm.judging.classifier import Judge
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.records import Example, Question
 from safervlm.run import read_manifest

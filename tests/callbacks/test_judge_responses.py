@@ -9,10 +9,11 @@ import torch
 from callbacks.judge_responses import JudgeResponses
 from callbacks.score_table import ScoreTable
 from safervlm.errors import RecordError
-from safervlm.judge import Judge, Panel
+from safervlm.judging.classifier import Judge
+from safervlm.judging.panel import Panel
 from safervlm.protocol import LABELS
 from safervlm.records import Example, Failure, Question, Response, Verdict, read_jsonl, write_jsonl
-from safervlm.scoring import load_run
+from safervlm.results.runs import load_run
 
 
 class LengthJudge(Judge):

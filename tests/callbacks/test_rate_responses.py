@@ -20,12 +20,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from loopback import Loopback, Reply, completion, error, hurry, loopbacks, prompt_of
 
 from callbacks.rate_responses import UNREADABLE, RateResponses
-from safervlm.cli import main
-from safervlm.data.base import Parts, SaferData
-from safervlm.rating import SYSTEM, Rating, rating_prompt
+from safervlm.cli.main import main
+from safervlm.data.module import Parts, SaferData
+from safervlm.hashing import seed_for
+from safervlm.judging.rating import SYSTEM, Rating, rating_prompt
 from safervlm.recipes import CONFIGS
-from safervlm.records import Example, Question, Response, read_jsonl, seed_for, write_jsonl
-from safervlm.vlm.api import Server
+from safervlm.records import Example, Question, Response, read_jsonl, write_jsonl
+from safervlm.vlm.server.client import Server
 
 KEY = "sk-very-secret-0123456789"
 Answer = Callable[[str, int, dict[str, Any]], Reply | None]
@@ -131,7 +132,7 @@ def test_the_rated_responses_are_rated_as_published_in_their_order(judge_of, tmp
     ]
     assert json.loads((tmp_path / "manifest.json").read_text())["stages"]["ratings"] == {
         "settings": {
-            "judge": {"class": "safervlm.vlm.api.Server", "model": "judge", "system": SYSTEM, "blank": False},
+            "judge": {"class": "safervlm.vlm.server.client.Server", "model": "judge", "system": SYSTEM, "blank": False},
             "sampling": {"temperature": 0.2, "top_p": 1.0, "max_new_tokens": 1024},
             "both_orders": False,
             "attempts": 3,
@@ -528,7 +529,7 @@ def line(judge_of, tmp_path) -> Callable[[Loopback], list[str]]:
             "class_path": "safervlm.measure.Measure",
             "init_args": {
                 "vlm": {
-                    "class_path": "safervlm.vlm.api.Server",
+                    "class_path": "safervlm.vlm.server.client.Server",
                     "init_args": {"model": "vlm", "addresses": [vlm.address]},
                 }
             },

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from callbacks.score_table import ScoreTable
 from safervlm.errors import RecordError
 from safervlm.records import Question, Response, Verdict, write_jsonl
-from safervlm.scoring import by_category, load_run, scores
+from safervlm.results.runs import load_run
+from safervlm.results.scores import by_category, scores
 
 LABELS = {"0.png": ["Unsafe", "Safe", "N/A"], "1.png": ["Unsafe", "Unsafe", "Unsafe"]}
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from safervlm.data.alignment import DPOData, OwnData, PPOData, SFTData, export_training_files
+from safervlm.data.alignment import DPOData, PPOData, SFTData
+from safervlm.data.export import export_training_files
+from safervlm.data.own import OwnData
 from safervlm.errors import ArgumentError, RecordError
 
 QUESTIONS = [

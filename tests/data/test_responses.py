@@ -9,11 +9,12 @@ import torch
 from lightning import Trainer
 
 from callbacks.record_writer import RecordWriter
-from safervlm.data.alignment import export_training_files
+from safervlm.data.export import export_training_files
 from safervlm.data.responses import SavedResponses, read_responses
 from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.errors import RecordError
-from safervlm.judge import Judge, Panel
+from safervlm.judging.classifier import Judge
+from safervlm.judging.panel import Panel
 from safervlm.protocol import ALIGNMENT_QUESTIONS, LABELS
 from safervlm.records import Example, Question, Response, read_jsonl, write_jsonl
 

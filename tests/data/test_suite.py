@@ -2,7 +2,7 @@
 
 import pytest
 
-from safervlm.data.base import Parts, SaferData
+from safervlm.data.module import Parts, SaferData
 from safervlm.data.suite import Suite
 from safervlm.errors import RecordError
 from safervlm.records import Example, Question

@@ -17,7 +17,7 @@ from PIL import Image
 
 from safervlm.data.unsafe_concepts import ImageRecord, UnsafeConcepts, paper_split, safe_split, spread
 from safervlm.errors import RecordError
-from safervlm.images import open_image
+from safervlm.io.images import open_image
 from safervlm.records import Example, read_jsonl
 
 CATEGORY_SIZES = {  # as published, in data-set order

@@ -6,8 +6,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 
-from safervlm.data.base import Parts, SaferData
-from safervlm.judge import Judge
+from safervlm.data.module import Parts, SaferData
+from safervlm.judging.classifier import Judge
 from safervlm.objectives import DPO, PPO, SFT
 from safervlm.objectives.base import Objective
 from safervlm.protocol import LABELS

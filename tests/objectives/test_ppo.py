@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
-from safervlm.judge import Judge
+from safervlm.judging.classifier import Judge
 from safervlm.objectives import PPO
 from safervlm.objectives.ppo import Rollout
 from safervlm.protocol import LABELS

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from safervlm.pictograms.concepts import CONCEPTS, REFUSAL_RATE, SAFE_CONCEPTS, UNSAFE_CONCEPTS
-from safervlm.pictograms.draw import EDGE, SHORT_EDGE, glyph, picture
+from safervlm.pictograms.draw import EDGE, SHORT_EDGE, draw_pictogram, glyph
 from safervlm.protocol import CATEGORIES
 
 
@@ -28,13 +28,13 @@ def test_the_font_draws_every_concept_and_draws_each_differently():
 
 @pytest.mark.parametrize("concept", CONCEPTS[:3], ids=lambda concept: concept.name)
 def test_a_picture_is_a_function_of_its_seed(concept):
-    assert picture(concept.code_point, 5).tobytes() == picture(concept.code_point, 5).tobytes()
-    pictures = {picture(concept.code_point, seed).tobytes() for seed in range(20)}
+    assert draw_pictogram(concept.code_point, 5).tobytes() == draw_pictogram(concept.code_point, 5).tobytes()
+    pictures = {draw_pictogram(concept.code_point, seed).tobytes() for seed in range(20)}
     assert len(pictures) == 20
 
 
 def test_some_pictures_are_not_square_and_none_is_larger_than_promised():
-    sizes = {picture(CONCEPTS[0].code_point, seed).size for seed in range(60)}
+    sizes = {draw_pictogram(CONCEPTS[0].code_point, seed).size for seed in range(60)}
     assert sizes == {(EDGE, EDGE), (EDGE, SHORT_EDGE), (SHORT_EDGE, EDGE)}
 
 
@@ -42,7 +42,7 @@ def test_the_pictogram_lies_within_its_picture():
     # Drawn in a colour that no background has, the four borders stay free in nearly every picture.
     cut = 0
     for seed in range(100):
-        image = np.asarray(picture(0x1F480, seed), dtype=float)  # the skull has a black outline
+        image = np.asarray(draw_pictogram(0x1F480, seed), dtype=float)  # the skull has a black outline
         border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
         cut += bool((border.max(axis=1) < 60).any())
     assert cut <= 20

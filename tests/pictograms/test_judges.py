@@ -7,11 +7,11 @@ from transformers import AutoTokenizer, RobertaModel
 from safervlm.pictograms.judges import (
     ANSWER,
     CHECKPOINT,
-    Judge,
+    TinyJudge,
     alignment_answer,
     perception_answer,
     train_judge,
-    train_tokenizer,
+    train_judge_tokenizer,
 )
 from safervlm.protocol import LABELS, aligned_response
 
@@ -44,7 +44,7 @@ DEGENERATE = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer()
+    return train_judge_tokenizer()
 
 
 def test_answers_carry_labels_of_their_judge():
@@ -70,7 +70,7 @@ def test_aligned_responses_are_among_the_training_answers():
 
 
 def test_a_saved_judge_is_in_the_published_form(tmp_path, tokenizer):
-    judge = Judge(LABELS["alignment"], tokenizer).eval()
+    judge = TinyJudge(LABELS["alignment"], tokenizer).eval()
     judge.save(tmp_path)
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert {name.split(".")[0] for name in state} == {"roberta", "classifier"}
@@ -88,7 +88,7 @@ def test_a_saved_judge_is_in_the_published_form(tmp_path, tokenizer):
 
 
 def test_long_answers_are_cut_not_refused(tokenizer):
-    judge = Judge(LABELS["alignment"], tokenizer).eval()
+    judge = TinyJudge(LABELS["alignment"], tokenizer).eval()
     assert len(judge.read(["Yes, it is safe. " * 500])) == 1
 
 

@@ -4,18 +4,14 @@ import pytest
 import torch
 
 from safervlm.pictograms.concepts import ANSWERS, CONCEPTS, SAFE_CONCEPTS, UNSAFE_CONCEPTS
-from safervlm.pictograms.draw import picture
+from safervlm.pictograms.draw import draw_pictogram
+from safervlm.pictograms.lessons import choice, conversation, image_question, multiple_choice, name_question
 from safervlm.pictograms.train import (
     IMAGE_TOKENS,
     blank_pixels,
-    choice,
-    conversation,
     encode,
-    image_question,
     make_model,
     make_processor,
-    multiple_choice,
-    name_question,
     train_language,
     train_tokenizer,
     train_tower,
@@ -116,7 +112,7 @@ def test_the_base_is_taught_the_gap():
 
 
 def test_the_processor_writes_as_many_image_tokens_as_the_model_sees(processor, tokenizer):
-    image = picture(CONCEPTS[0].code_point, 0)
+    image = draw_pictogram(CONCEPTS[0].code_point, 0)
     batch = processor(images=image, text=conversation("Is it safe?"), return_tensors="pt")
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     assert (batch["input_ids"] == image_token).sum() == IMAGE_TOKENS == 9
@@ -143,7 +139,7 @@ def test_encoding_learns_the_answer_and_nothing_else(tokenizer):
 
 @pytest.mark.slow
 def test_training_learns_and_is_a_function_of_the_seed(tokenizer, processor):
-    pictures = [picture(concept.code_point, seed) for concept in CONCEPTS for seed in range(2)]
+    pictures = [draw_pictogram(concept.code_point, seed) for concept in CONCEPTS for seed in range(2)]
     pixels = processor.image_processor(pictures, do_pad=True, return_tensors="pt")["pixel_values"]
     pixels = pixels.unflatten(0, (len(CONCEPTS), 2))
 

@@ -12,8 +12,8 @@ import torch
 import yaml
 from checkout import CHECKOUT, contents
 
-from safervlm.cli import main
-from safervlm.judge import Judge
+from safervlm.cli.main import main
+from safervlm.judging.classifier import Judge
 from safervlm.records import read_jsonl, write_jsonl
 
 ANSWERS = [
@@ -73,7 +73,7 @@ def recipe(tiny_llava: Path, tiny_sets: Path, tiny_judges: Path, tiny_panel: dic
     fit = quick | {"max_epochs": 1, "precision": "32-true"}
     asked = [{"class_path": f"callbacks.{name}"} for name in ("record_writer.RecordWriter", "score_table.ScoreTable")]
     asked.insert(1, {"class_path": "callbacks.judge_responses.JudgeResponses", "init_args": {"panel": tiny_panel}})
-    alignment = {"class_path": "safervlm.judge.Judge", "init_args": judge}
+    alignment = {"class_path": "safervlm.judging.classifier.Judge", "init_args": judge}
     kept = [{"class_path": f"callbacks.{name}"} for name in ("checkpoint.LastCheckpoint", "metrics_csv.MetricsCSV")]
     check = {"class_path": "callbacks.generation_check.GenerationCheck"}
     check["init_args"] = {"judge": alignment, "sampling": {"max_new_tokens": 4}}
@@ -94,7 +94,7 @@ def recipe(tiny_llava: Path, tiny_sets: Path, tiny_judges: Path, tiny_panel: dic
                 for n in range(count)
             ),
         )
-    own = {"class_path": "safervlm.data.alignment.OwnData"}
+    own = {"class_path": "safervlm.data.own.OwnData"}
     own["init_args"] = {"file": str(tiny_sets / "own.jsonl"), "validation_file": str(tiny_sets / "more.jsonl")}
     ppo = {"vlm": vlm, "judge": alignment, "response_length": 4, "mini_batch_size": 8, "micro_batch_size": 8}
     benchmarks = {"class_path": "safervlm.data.unsafe_concepts.UnsafeConcepts"}

@@ -27,14 +27,14 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.image_hashes import images_fingerprint, report_frames
-from safervlm.images import FORMATS, IMAGE_ENDINGS, ImageSettings, image_file, image_kind, open_image
+from safervlm.io.image_hashes import images_fingerprint, report_frames
+from safervlm.io.images import FORMATS, IMAGE_ENDINGS, ImageSettings, image_file, image_kind, open_image
 from safervlm.measure import AskCollator
 from safervlm.records import Example, Question
-from safervlm.vlm.api import Server
+from safervlm.vlm.auto import Transformers
 from safervlm.vlm.llava import Llava, shrunk_square
-from safervlm.vlm.server_batch import ServerCollator, data_url
-from safervlm.vlm.transformers import Transformers
+from safervlm.vlm.server.batch import ServerCollator, data_url
+from safervlm.vlm.server.client import Server
 
 # --- files, byte by byte ----------------------------------------------------------------------------------------------
 
@@ -810,7 +810,7 @@ def test_memory_that_runs_out_is_a_rejection(tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("safervlm.images.to_srgb", full)
+    monkeypatch.setattr("safervlm.io.images.to_srgb", full)
     assert "doesn't fit into memory" in rejection(tmp_path / "x.png")
 
 

@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from safervlm.errors import UserError
-from safervlm.judge import Judge
+from safervlm.judging.classifier import Judge
 from safervlm.records import Example, Question
+from safervlm.vlm.auto import Transformers
 from safervlm.vlm.base import Unanswered
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA, active
 from safervlm.vlm.sampling import Sampling
-from safervlm.vlm.transformers import Transformers
 
 Make = Callable[[int], list[Question]]
 HEAD = "language_model.lm_head.weight"

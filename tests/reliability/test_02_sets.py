@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from safervlm.caches import TEMPORARY
-from safervlm.data.alignment import OwnData
-from safervlm.data.benchmarks import Benchmark
+from safervlm.data.benchmark import Benchmark
+from safervlm.data.own import OwnData
 from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.images import BROKEN
+from safervlm.io.caches import TEMPORARY
+from safervlm.io.images import BROKEN
 
 
 def picture(colour: str, kind: str = "PNG") -> bytes:

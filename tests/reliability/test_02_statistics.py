@@ -16,11 +16,16 @@ import pytest
 from evaluations import question as asked
 from evaluations import write
 
-from safervlm import reports, scoring
 from safervlm.errors import UserError
-from safervlm.evaluation_report import evaluation
+from safervlm.io.tables import JUDGE_NOTE
 from safervlm.records import Verdict, write_jsonl
-from safervlm.tables import JUDGE_NOTE
+from safervlm.reports.evaluation import evaluation
+from safervlm.reports.page import report
+from safervlm.reports.runs import run_names
+from safervlm.reports.tables import accuracy_table, other_table, records
+from safervlm.results.measures import GAP_WEIGHTS, modality_gap
+from safervlm.results.runs import load_run
+from safervlm.results.scores import overall, scores
 
 CAPABILITIES = {"perception": "A", "alignment": "Unsafe", "alignment_text_only": "Unsafe"}
 
@@ -98,7 +103,7 @@ def tables_of(answers, folder):
     run = write(folder / "run", answers)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return reports.report([run], folder / "page.html")
+        return report([run], folder / "page.html")
 
 
 def no_nan(page, printed):
@@ -119,17 +124,17 @@ def test_every_table_of_a_small_run_comes_out(answers, tmp_path, capsys):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_every_number_of_a_random_run_is_in_its_interval(seed, tmp_path):
-    frame = scoring.load_run(write(tmp_path, random_answers(seed)))
+    frame = load_run(write(tmp_path, random_answers(seed)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        table = scoring.scores(frame)
+        table = scores(frame)
     found = table[table["low"].notna()]
     assert ((found["low"] <= found["value"] + 1e-12) & (found["value"] <= found["high"] + 1e-12)).all()
     assert (table["low"].isna() == table["high"].isna()).all()
     assert table[table["low"].isna()]["method"].str.startswith("none: ").all()
     assert (found["excludes"] == "the judge's error").all()
     # Each accuracy, counted anew.
-    for row in scoring.records(table[table["measure"] == "accuracy_na_wrong"]):
+    for row in records(table[table["measure"] == "accuracy_na_wrong"]):
         part = frame[frame["capability"] == row["capability"]]
         part = part if row["side"] == "both" else part[part["side"] == row["side"]]
         part = part if row["category"] == "overall" else part[part["category"] == row["category"]]
@@ -171,10 +176,10 @@ def test_a_small_evaluation_comes_out(answers, tmp_path, capsys):
 
 def test_every_table_states_that_intervals_exclude_the_judges_error(tmp_path, capsys):
     runs = [write(tmp_path / name, both_ways(12, "Unsafe", by)) for name, by in (("a", "Safe"), ("b", "Unsafe"))]
-    table = scoring.scores(scoring.load_run(runs[0]))
-    for printed in (scoring.accuracy_table(table), scoring.other_table(table)):
+    table = scores(load_run(runs[0]))
+    for printed in (accuracy_table(table), other_table(table)):
         assert JUDGE_NOTE in str(printed.caption)
-    page = reports.report(runs, tmp_path / "page.html")
+    page = report(runs, tmp_path / "page.html")
     text = page.read_text().replace("&#39;", "'")
     for section in ("overall-title", "gap-title", "categories-title", "reading-title"):
         part = text[text.index(f'<h2 id="{section}">') :]
@@ -199,23 +204,23 @@ def test_the_gap_and_the_accuracies_beside_it_state_their_weights(tmp_path, caps
     ]
     names = [answer("alignment_text_only", concept=c, image=c) for c in "ab"]
     run = write(tmp_path / "run", images + names)
-    frame = scoring.load_run(run)
-    gap = scoring.modality_gap(frame).value
-    accuracy = scoring.overall(scoring.scores(frame), "image_unsafe")["value"]
+    frame = load_run(run)
+    gap = modality_gap(frame).value
+    accuracy = overall(scores(frame), "image_unsafe")["value"]
     assert (gap, accuracy) == (pytest.approx(1 - 1 / 2), pytest.approx(1 / 10))
-    page = reports.report([run], tmp_path / "page.html")
+    page = report([run], tmp_path / "page.html")
     printed = " ".join(capsys.readouterr().out.split())
     for text in (printed, page.read_text(), page.with_suffix(".tex").read_text()):
         assert "averaged over concepts, each with the same weight" in text
     rows = re.search(r'<table id="gap">.*?</table>', page.read_text(), re.DOTALL)[0]
     values = [float(value) for value in re.findall(r'<data value="([^"]+)">', rows)]
     assert values == pytest.approx([1 / 2, 1, 1 / 2])  # the gap, and what it is the difference of
-    assert scoring.GAP_WEIGHTS in str(scoring.other_table(scoring.scores(frame)).caption)
+    assert GAP_WEIGHTS in str(other_table(scores(frame)).caption)
 
 
 def test_fewer_than_a_hundred_texts_are_reported(tmp_path, capsys):
     runs = [write(tmp_path / name, many(count)) for name, count in (("few", 26), ("enough", 120))]
-    page = reports.report(runs, tmp_path / "page.html")
+    page = report(runs, tmp_path / "page.html")
     printed = " ".join(capsys.readouterr().out.split())
     for text in (printed, " ".join(page.read_text().split())):
         assert "is of fewer than 100 texts in few (26 texts)" in text
@@ -294,7 +299,7 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("command", [reports.report, evaluation])
+@pytest.mark.parametrize("command", [report, evaluation])
 @pytest.mark.parametrize(("damage", "words"), DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_folder_is_one_line(damage, words, command, tmp_path, capsys):
     run = write(tmp_path / "damaged run", many(12))
@@ -320,7 +325,7 @@ def test_a_damaged_byte_is_a_line_or_a_table(seed, tmp_path):
         path.write_bytes(whole[:place] + bytes([int(rng.integers(256))]) + whole[place + 1 :])
         said = ""
         try:
-            scoring.scores(scoring.load_run(run))
+            scores(load_run(run))
         except UserError as error:
             said = str(error)
         assert "\n" not in said
@@ -332,8 +337,8 @@ def test_folders_are_named_in_any_way(tmp_path, monkeypatch):
     write(run / "evaluation", many(3))
     monkeypatch.chdir(run)
     for given in (".", f"{run}/", "../mine", "../mine/."):
-        assert reports.run_names([Path(given)]) == ["mine"]
-    assert "<h1>mine</h1>" in reports.report([Path()], tmp_path / "page.html").read_text()
+        assert run_names([Path(given)]) == ["mine"]
+    assert "<h1>mine</h1>" in report([Path()], tmp_path / "page.html").read_text()
     assert "<h1>mine</h1>" in evaluation([Path("../mine")], tmp_path / "evaluation.html").read_text()
     monkeypatch.chdir(run / "evaluation")
     assert "<h1>mine</h1>" in evaluation([Path()], tmp_path / "evaluation.html").read_text()

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from callbacks.adapter_export import AdapterExport
 from callbacks.checkpoint import LastCheckpoint
-from safervlm.checkpoints import differences, origin_of, seal_file, seal_folder, verify
 from safervlm.errors import UserError
 from safervlm.finite import SKIPPED_IN_A_ROW, NotFiniteError, TrainingGuard
-from safervlm.judge import Judge
+from safervlm.io.seals import differences, origin_of, seal_file, seal_folder, verify_seal
+from safervlm.judging.classifier import Judge
 from safervlm.objectives import DPO, PPO, SFT
 from safervlm.objectives.base import Objective
 from safervlm.records import Example, Question
@@ -118,7 +118,7 @@ def test_a_number_that_is_not_finite_stops_every_objective(
         assert f"at optimizer step {step}" in str(caught.value)
     assert not (tmp_path / "adapter").exists()
     last = tmp_path / "checkpoints" / "last.ckpt"
-    verify(last, origin_of(module))
+    verify_seal(last, origin_of(module))
     state = torch.load(last, weights_only=True)
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
     assert fit(objective(name), ckpt_path=last).global_step == (8 if name == "PPO" else 4)  # it stays usable
@@ -211,7 +211,7 @@ def checkpoint(tmp_path: Path) -> Path:
     seal_file(tmp_path / "last.ckpt", ORIGIN)
     loaded = torch.load(tmp_path / "last.ckpt", weights_only=True)  # the seal is in nobody's way
     assert torch.equal(loaded["state_dict"]["w"], content["state_dict"]["w"])
-    verify(tmp_path / "last.ckpt", ORIGIN)
+    verify_seal(tmp_path / "last.ckpt", ORIGIN)
     return tmp_path / "last.ckpt"
 
 
@@ -222,7 +222,7 @@ def test_one_flipped_bit_anywhere_is_rejected(checkpoint: Path) -> None:
         damaged[place] ^= 1 << place % 8
         checkpoint.write_bytes(damaged)
         with pytest.raises(UserError, match=r"--ckpt_path: .* is damaged") as caught:
-            verify(checkpoint, ORIGIN)
+            verify_seal(checkpoint, ORIGIN)
         assert "\n" not in str(caught.value)
 
 
@@ -231,11 +231,11 @@ def test_one_flipped_bit_anywhere_is_rejected(checkpoint: Path) -> None:
 def test_a_cut_checkpoint_is_rejected(kept: float, seal: bool, checkpoint: Path) -> None:
     if not seal:
         torch.save(torch.load(checkpoint, weights_only=True), checkpoint)
-        verify(checkpoint, ORIGIN)
+        verify_seal(checkpoint, ORIGIN)
     content = checkpoint.read_bytes()
     checkpoint.write_bytes(content[: int(kept if isinstance(kept, int) else kept * len(content))])
     with pytest.raises(UserError, match=r"--ckpt_path: .* is (damaged|empty)"):
-        verify(checkpoint, ORIGIN)
+        verify_seal(checkpoint, ORIGIN)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_cut_checkpoint_is_rejected(kept: float, seal: bool, checkpoint: Path)
 def test_what_is_no_checkpoint_is_rejected(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match=r"--ckpt_path: .*no checkpoint") as caught:
-        verify(tmp_path / "x.ckpt", ORIGIN)
+        verify_seal(tmp_path / "x.ckpt", ORIGIN)
     assert "\n" not in str(caught.value)
 
 
@@ -261,7 +261,7 @@ OTHER = {
 def test_a_checkpoint_of_other_settings_is_rejected(case: str, checkpoint: Path) -> None:
     settings, message = OTHER[case]
     with pytest.raises(UserError) as caught:
-        verify(checkpoint, ORIGIN | settings)
+        verify_seal(checkpoint, ORIGIN | settings)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -281,7 +281,7 @@ def test_a_sharded_checkpoint_is_verified_file_by_file(tmp_path: Path) -> None:
         for name in ("checkpoint/rank_0.pt", "checkpoint/rank_1.pt", "latest"):
             (folder / name).write_bytes(name.encode() * 100)
         seal_folder(folder, ORIGIN)
-        verify(folder, ORIGIN)
+        verify_seal(folder, ORIGIN)
         return folder
 
     for name in ("checkpoint/rank_1.pt", "latest", "safervlm.json"):
@@ -290,9 +290,9 @@ def test_a_sharded_checkpoint_is_verified_file_by_file(tmp_path: Path) -> None:
         content[len(content) // 2] ^= 16
         file.write_bytes(content)
         with pytest.raises(UserError, match="is damaged"):
-            verify(tmp_path / "last.ckpt", ORIGIN)
+            verify_seal(tmp_path / "last.ckpt", ORIGIN)
     (write() / "checkpoint" / "rank_0.pt").unlink()
     with pytest.raises(UserError, match=r"rank_0\.pt is missing"):
-        verify(tmp_path / "last.ckpt", ORIGIN)
+        verify_seal(tmp_path / "last.ckpt", ORIGIN)
     with pytest.raises(UserError, match=r"model\.lora\.r"):
-        verify(write(), ORIGIN | {"lora": {"r": 8}})
+        verify_seal(write(), ORIGIN | {"lora": {"r": 8}})

@@ -12,14 +12,15 @@ import torch
 from transformers import AutoTokenizer
 
 from callbacks.judge_responses import JudgeResponses
-from safervlm.cli import main
+from safervlm.cli.main import main
 from safervlm.data.responses import read_responses
 from safervlm.errors import RecordError, UserError
-from safervlm.judge import Answers, Judge, Panel
+from safervlm.judging.classifier import Judge
+from safervlm.judging.panel import Answers, Panel
+from safervlm.judging.rules import RULES
 from safervlm.protocol import LABELS
 from safervlm.records import Question, Response, Verdict, read_jsonl, write_jsonl
-from safervlm.rules import RULES
-from safervlm.scoring import load_run
+from safervlm.results.runs import load_run
 
 GOOD = {
     "id": "S/1/alignment/0",

@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 
 from safervlm.errors import RecordError
+from safervlm.hashing import fingerprint, seed_for
 from safervlm.records import (
     Failure,
     Question,
     Response,
     Verdict,
-    fingerprint,
     read_jsonl,
     read_records,
     read_torn_jsonl,
-    seed_for,
     to_line,
     write_jsonl,
 )

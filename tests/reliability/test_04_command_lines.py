@@ -207,7 +207,7 @@ WRONG: list[tuple[str, list[str]]] = [
     (f"predict {MEASURE} --model.sampling.temprature 1", ["--model.sampling.temprature", "temperature"]),
     (f"predict {MEASURE} --model.sampling 3", ["--model.sampling", "3"]),
     (f"predict {MEASURE} --model.vlm os.system", ["--model.vlm", "VLM"]),
-    (f"predict {MEASURE} --model.vlm.class_path safervlm.vlm.api.Servr", ["vlm", "Servr"]),
+    (f"predict {MEASURE} --model.vlm.class_path safervlm.vlm.server.client.Servr", ["vlm", "Servr"]),
     (f"predict {MEASURE} --data.capabilities 'alignment,perception'", ["--data.capabilities"]),
     # files of other kinds
     ("predict --config folder", ["--config", "folder"]),
@@ -263,7 +263,7 @@ FILES = {
     "text.txt": b"hello\n",
     "unseeded.yaml": b"seed_everything: false\n",
     "emptied_vlm.yaml": b"class_path: safervlm.vlm.llava.Llava\ninit_args:\n  model: ' '\n",
-    "own.json": b'{"mine": {"class_path": "safervlm.data.benchmarks.Benchmark", "init_args": {"source": ""}}}',
+    "own.json": b'{"mine": {"class_path": "safervlm.data.benchmark.Benchmark", "init_args": {"source": ""}}}',
     "packed.yaml.gz": gzip.compress(b"run: x\n", mtime=0),
     "wide.yaml": "run: x\n".encode("utf-16"),
     "bomb.yaml": "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9 if n else 1}]\n" for n in range(12)).encode(),

@@ -7,22 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from safervlm.data.alignment import DPOData, OwnData, SFTData, export_training_files
-from safervlm.data.benchmarks import Benchmark
+from safervlm.data.alignment import DPOData, SFTData
+from safervlm.data.benchmark import Benchmark
 from safervlm.data.contexts import Contexts, read_contexts
 from safervlm.data.embedded import written_images
+from safervlm.data.export import export_training_files
 from safervlm.data.labelled import LabelledAnswers, read_labelled
+from safervlm.data.own import OwnData
 from safervlm.data.responses import SavedResponses
 from safervlm.data.suite import Suite
 from safervlm.data.unsafe_concepts import UnsafeConcepts, read_options
 from safervlm.errors import ArgumentError, RecordError, UserError
+from safervlm.io.reading import read_json
+from safervlm.io.settings import read_yaml
+from safervlm.io.trust import read_config
 from safervlm.pictograms.world import world_manifest
 from safervlm.protocol import LABELS
-from safervlm.reading import read_json
-from safervlm.reports import read_summary
+from safervlm.reports.runs import read_summary
 from safervlm.run import read_manifest
-from safervlm.settings import read_yaml
-from safervlm.trust import read_config
 from safervlm.vlm.adapters import adapter_config
 from safervlm.vlm.weights import model_config
 
@@ -195,13 +197,13 @@ def test_what_is_read_may_be_infinite_where_it_is_asked_for(tmp_path: Path) -> N
         read_json(tmp_path / "a.json")
 
 
-# Where JSON or YAML is parsed besides in safervlm/reading.py: how often, and why.
+# Where JSON or YAML is parsed besides in safervlm/io/reading.py: how often, and why.
 PARSED_ELSEWHERE = {
-    "safervlm/checkpoints.py": (2, "settings in memory, as they will be once they are written"),
+    "safervlm/io/seals.py": (2, "settings in memory, as they will be once they are written"),
     "safervlm/run.py": (1, "settings in memory, as they will be once they are written"),
     "safervlm/pictograms/judges.py": (1, "a tokenizer in memory"),
     "safervlm/pictograms/rater.py": (1, "the body of a request to the pictograms' own server"),
-    "safervlm/settings.py": (1, "YAML, by a loader of its own"),
+    "safervlm/io/settings.py": (1, "YAML, by a loader of its own"),
     "safervlm/vlm/server/reading.py": (1, "a server's body, which may repeat what isn't read"),
 }
 
@@ -221,6 +223,6 @@ def test_files_are_parsed_in_one_place() -> None:
                 ast.unparse(node) in ("json.load", "json.loads", "pd.read_json")
                 or (ast.unparse(node.value) == "yaml" and "load" in node.attr)
             )
-            if parses and name != "safervlm/reading.py":
+            if parses and name != "safervlm/io/reading.py":
                 found[name] = found.get(name, 0) + 1
     assert found == {name: count for name, (count, _) in PARSED_ELSEWHERE.items()}

@@ -29,15 +29,15 @@ from processes import Played
 
 from callbacks.attempt_log import AttemptFile
 from callbacks.rate_responses import RateResponses
-from safervlm.data.base import Parts, SaferData
+from safervlm.data.module import Parts, SaferData
 from safervlm.errors import RecordError
-from safervlm.rating import SYSTEM, Rating
+from safervlm.judging.rating import SYSTEM, Rating
 from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question, Response, read_jsonl, write_jsonl
-from safervlm.vlm import api
-from safervlm.vlm.api import Server, Unanswered
 from safervlm.vlm.base import Generation
 from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.server import client as api
+from safervlm.vlm.server.client import Server, Unanswered
 
 KEY = "sk-live-Zx81kQ/tw0+pLm44vB9"
 GREEDY = Sampling(temperature=0, max_new_tokens=50)
@@ -681,7 +681,7 @@ def test_a_signal_ends_a_command_whose_rater_hangs(number, code, tmp_path):
 
     def served(address: str, **more: Any) -> dict[str, Any]:
         given = {"model": "m", "addresses": [address], "blank": False} | more
-        return {"class_path": "safervlm.vlm.api.Server", "init_args": given}
+        return {"class_path": "safervlm.vlm.server.client.Server", "init_args": given}
 
     def line(address: str) -> list[str]:
         rating = {"judge": served(address, system=SYSTEM), "batch_size": 5}

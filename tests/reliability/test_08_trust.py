@@ -12,10 +12,10 @@ import yaml
 from loopback import Loopback, hurry, loopbacks
 from PIL import Image
 
-from safervlm.cli import main
+from safervlm.cli.main import main
+from safervlm.io.trust import Named, check_trust, may_read, named_in
 from safervlm.records import read_jsonl, write_jsonl
-from safervlm.reports import picture
-from safervlm.trust import Named, check, may_read, named_in
+from safervlm.reports.examples import picture
 
 SECRET = "hf_value_of_the_key"
 
@@ -65,7 +65,7 @@ def asks(address: str, variable: str | None = "HF_TOKEN") -> Callable[[dict[str,
     def change(config: dict[str, Any]) -> None:
         settings: dict[str, Any] = {"model": "m", "addresses": [address]}
         settings |= {"api_key_variable": variable} if variable else {}
-        config["model"]["init_args"]["vlm"] = {"class_path": "safervlm.vlm.api.Server", "init_args": settings}
+        config["model"]["init_args"]["vlm"] = {"class_path": "safervlm.vlm.server.client.Server", "init_args": settings}
 
     return change
 
@@ -188,7 +188,7 @@ def test_what_a_configuration_names(config: Any, expected: Named, tmp_path: Path
 
 
 def test_nothing_named_needs_nothing_allowed(tmp_path: Path) -> None:
-    check(tmp_path / "predict.yaml", Named(), "run", trust_config=False)
+    check_trust(tmp_path / "predict.yaml", Named(), "run", trust_config=False)
 
 
 def test_images_of_a_run_are_those_where_its_data_lies(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import CONTEXT, build_world, play
 
-from safervlm.cli import main
+from safervlm.cli.main import main
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.pictograms import world
 from safervlm.run import has_results, lock, read_manifest

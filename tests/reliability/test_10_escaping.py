@@ -10,7 +10,7 @@ from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 from rich.console import Console
 from rich.table import Table
 
-from safervlm import escape
+from safervlm.io import escape
 
 # name -> (a text from data, how it is made visible)
 HOSTILE = {

@@ -20,9 +20,10 @@ from PIL import Image
 from test_10_escaping import HOSTILE, unescaped_latex
 
 from callbacks.score_table import ScoreTable
-from safervlm import reports
-from safervlm.escape import without_folders
-from safervlm.evaluation_report import evaluation
+from safervlm.io.escape import without_folders
+from safervlm.reports.evaluation import evaluation
+from safervlm.reports.page import report
+from safervlm.reports.runs import run_names
 
 EXAMPLE = "\x1b]0;owned\a</script><script>alert(1)</script>{{ 7*7 }}\u202e\ud800 \x00 &amp; <b>"
 
@@ -159,7 +160,7 @@ def from_data(tmp_path_factory):
         patch.setenv("COLUMNS", "400")
         out = {}
         for name, command in {
-            "report": lambda: reports.report([run], folder / "report.html"),
+            "report": lambda: report([run], folder / "report.html"),
             "scores": lambda: ScoreTable().on_predict_end(
                 types.SimpleNamespace(is_global_zero=True, default_root_dir=str(run)), None
             ),
@@ -256,7 +257,7 @@ def named_runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), warnings.catch_warnings():
         patch.setenv("COLUMNS", "2000")
         warnings.simplefilter("error")
-        reports.report(runs, folder / "report.html")
+        report(runs, folder / "report.html")
         evaluation(runs, folder / "evaluation.html")
     pages = {name: check_page(folder / name).text for name in ("report.html", "evaluation.html")}
     csvs = ("report.csv", "report_overall.csv", "evaluation.csv", "evaluation_table.csv")
@@ -290,8 +291,8 @@ def test_runs_are_told_apart(tmp_path):
     folders = [tmp_path / "a" / "base", tmp_path / "b" / "base", tmp_path / "a\n" / "base", tmp_path / "a\\n" / "base"]
     for folder in folders:
         write(folder, answers())
-    assert reports.run_names(folders[:2]) == ["a/base", "b/base"]
-    shown = reports.run_names(folders)
+    assert run_names(folders[:2]) == ["a/base", "b/base"]
+    shown = run_names(folders)
     assert len(set(shown)) == 4
     assert not any("\n" in name or str(tmp_path) in name for name in shown)
 
@@ -320,7 +321,7 @@ def answered(tmp_path_factory):
         (question("Made", f"{name}.png", "alignment", 0, "Unsafe", name, "x"), text, "Safe")
         for name, text in TEXTS.items()
     ]
-    page = reports.report([write_any(folder / "run", given)], folder / "page.html")
+    page = report([write_any(folder / "run", given)], folder / "page.html")
     assert page.stat().st_size < 1_000_000
     return check_page(page).text
 
@@ -351,7 +352,7 @@ def test_images_are_linked_relative_to_the_page(tmp_path, monkeypatch):
             asked = question("Made", name, "alignment", 0, "Unsafe", f"c{index}", "x")
             made.append((replace(asked, image_path=f"{given}/{name}"), "No", "Safe"))
         run = write(tmp_path / "run", made)
-        for page in (reports.report([run], tmp_path / "deep/er/page.html"), reports.report([run], Path("r.html"))):
+        for page in (report([run], tmp_path / "deep/er/page.html"), report([run], Path("r.html"))):
             links = [a["href"] for tag, a in check_page(page).tags if tag == "a" and not a["href"].startswith("#")]
             found = [Path(unquote(urlparse(urljoin(page.absolute().as_uri(), link)).path)) for link in links]
             assert {path.resolve() for path in found} == {(tmp_path / "data" / name).resolve() for name in IMAGES}
@@ -368,7 +369,7 @@ def test_no_absolute_path_is_on_a_page(tmp_path):
         command = f"safervlm predict --run {run} --data.folder={home}/data --x https://example.com/home/jane"
         stage = {"settings": settings, "provenance": {"command": command}, "finished": True}
         (run / "manifest.json").write_text(json.dumps({"stages": {"measure": stage}}))
-    page = reports.report(runs, home / "page.html")
+    page = report(runs, home / "page.html")
     assert "no.png" in page.read_text()
     assert "…/data" in page.read_text()
     out = home / "evaluation.html"

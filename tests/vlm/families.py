@@ -32,7 +32,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from safervlm import protocol
-from safervlm.cli import main
+from safervlm.cli.main import main
 from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question, read_jsonl
 from safervlm.vlm.base import VLM

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from safervlm.errors import RecordError
 from safervlm.records import Example, Question
-from safervlm.vlm.cogvlm import LANGUAGE_EXPERTS, CogVLM, Kernels
 from safervlm.vlm.lora import Adapter, LoRA, active
-from safervlm.vlm.remote import rotate
+from safervlm.vlm.remote.base import rotate
+from safervlm.vlm.remote.cogvlm import LANGUAGE_EXPERTS, CogVLM, Kernels
 from safervlm.vlm.sampling import Sampling
 
 PUBLISHED = os.environ.get("SAFERVLM_COGVLM_CODE")
@@ -46,7 +46,7 @@ class TinyConfig(PreTrainedConfig):
 """
 
 # Wants the same packages, reads and writes the same tuples, and leaves a buffer to compute: on purpose nothing here
-# runs without what safervlm.vlm.cogvlm puts around it.
+# runs without what safervlm.vlm.remote.cogvlm puts around it.
 MODELING = '''
 import torch
 import triton

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from safervlm.caches import TEMPORARY
 from safervlm.errors import ArgumentError
+from safervlm.io.caches import TEMPORARY
 from safervlm.protocol import ALIGNMENT_QUESTIONS
 from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from safervlm.errors import RecordError
-from safervlm.images import ImageSettings
+from safervlm.io.images import ImageSettings
 from safervlm.measure import AskCollator
 from safervlm.records import Example, Question
+from safervlm.vlm.auto import Transformers
 from safervlm.vlm.base import Unanswered
+from safervlm.vlm.encoding import EncodedBatch
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.sampling import Sampling
-from safervlm.vlm.transformers import EncodedBatch, Transformers
 
 QUESTION = "Question: {question} Answer:"
 FAMILIES = [
@@ -426,5 +427,5 @@ def test_the_command_line_measures_and_trains_such_a_model(tmp_path: Path, tiny_
     """As docs/vlms.md says it; the answers are not judged."""
     (tmp_path / "vlm").mkdir()
     families.qwen2_vl(tmp_path / "vlm")
-    vlm = ["--model.vlm=safervlm.vlm.transformers.Transformers", f"--model.vlm.model={tmp_path / 'vlm'}"]
+    vlm = ["--model.vlm=safervlm.vlm.auto.Transformers", f"--model.vlm.model={tmp_path / 'vlm'}"]
     families.check_command_line(vlm, tmp_path, tiny_sets)

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from safervlm.errors import RecordError
 from safervlm.records import Example, Question
-from safervlm.vlm import xcomposer
 from safervlm.vlm.lora import Adapter, LoRA
-from safervlm.vlm.rows import join
+from safervlm.vlm.prefix import join
+from safervlm.vlm.remote.base import xcomposer
+from safervlm.vlm.remote.xcomposer import END, LANGUAGE_LAYERS, Tower, XComposer2, rotate_rows
 from safervlm.vlm.sampling import Sampling
-from safervlm.vlm.xcomposer import END, LANGUAGE_LAYERS, Tower, XComposer2, rotate_rows
 
 PUBLISHED = os.environ.get("SAFERVLM_XCOMPOSER_CODE")
 NO_CODE = pytest.mark.skipif(PUBLISHED is None, reason="SAFERVLM_XCOMPOSER_CODE names no folder with XComposer2's code")
@@ -112,7 +112,7 @@ class TinyTokenizer(PreTrainedTokenizer):
 """
 
 # Wants what the published one wants, and breaks where that one breaks: on purpose nothing here runs, or gives the right
-# numbers in a batch or while training, without what safervlm.vlm.xcomposer puts around it.
+# numbers in a batch or while training, without what safervlm.vlm.remote.xcomposer puts around it.
 MODELING = """
 import torch
 import torch.utils.checkpoint

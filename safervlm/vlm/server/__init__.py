@@ -1,1 +1,1 @@
-"""What :class:`safervlm.vlm.api.Server` is made of: the connection, reading an answer, reading a failure, the key."""
+"""A VLM behind an OpenAI-compatible server: requests, their retries, and reading what comes back."""

@@ -4,7 +4,7 @@ import base64
 import re
 from urllib.parse import quote
 
-from safervlm.escape import for_terminal
+from safervlm.io.escape import for_terminal
 
 SHORTEST = 8  # characters of a key that are recognised; fewer may be a word
 CERTAIN = 16  # characters of a key that no answer contains by accident

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from safervlm.errors import ArgumentError
-from safervlm.escape import for_terminal
+from safervlm.io.escape import for_terminal
 
 
 @dataclass

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable
 
-from safervlm.tables import say
+from safervlm.io.tables import say
 from safervlm.vlm.base import Unanswered
 from safervlm.vlm.server.host import Host
 from safervlm.vlm.server.outcomes import Passing, Untaken

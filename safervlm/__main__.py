@@ -1,0 +1,6 @@
+"""``python -m safervlm``."""
+
+from safervlm.cli.main import main
+
+if __name__ == "__main__":
+    main()

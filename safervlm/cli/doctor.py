@@ -1,0 +1,353 @@
+"""Whether this machine has what a run needs, before the run finds out."""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Literal
+from urllib.parse import urlsplit
+
+import torch
+from huggingface_hub import HfApi, auth_check, get_token, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from jsonargparse import Namespace
+from lightning import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from packaging.requirements import Requirement
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from safervlm.cli.arguments import prepared
+from safervlm.cli.lightning import IdleCLI, as_command_line, hush
+from safervlm.data.benchmark import on_the_hub
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.io.escape import for_rich
+from safervlm.io.reading import read_object
+from safervlm.io.settings import flat, read_settings
+from safervlm.io.tables import TextTable, show_table
+from safervlm.io.trust import Named, check_trust, find_beside_the_shell, named_in
+from safervlm.recipes import local_or_shipped
+from safervlm.records import read_jsonl
+from safervlm.run import MANIFEST
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination.
+
+    Attributes:
+        state: ``error`` where a run can't work.
+        what: was looked at.
+        found: there, and the way out where something is amiss.
+    """
+
+    state: Literal["ok", "warning", "error"]
+    what: str
+    found: str
+
+
+def doctor(
+    config: list[str] | None = None, vlm: str | None = None, online: bool = False, trust_config: bool = False
+) -> None:
+    """Looks at Python, packages, GPU, disk, the Hub's token, and at what a recipe names; exit code 1 on an error.
+
+    Args:
+        config: The recipe, then its overlays, as safervlm predict or fit takes them.
+        vlm: A file of configs/vlm, or another, to look at in place of the recipe's VLM.
+        online: Also ask the Hub whether it gives what the recipe names; without it nothing leaves this machine.
+        trust_config: Allow classes that are not SaferVLM's in a configuration that lies in a run folder, which may be
+            somebody else's; they are imported.
+    """
+    findings = [*machine(), *hub_token()]
+    if vlm and not config:
+        raise ArgumentError(f"--vlm: {vlm!r} is looked at with a recipe: --config configs/measure.yaml")
+    if config:
+        files = [local_or_shipped(file) for file in config]
+        missing = [file for file in files if not Path(file).is_file()]
+        if missing:
+            raise ArgumentError(f"--config: no file {missing[0]!r}; see configs/")
+        configs = [read_settings(Path(file), "--config") for file in files]
+        for file, content in zip(files, configs, strict=True):
+            if (Path(file).parent / MANIFEST).is_file():
+                named = named_in(content, Path(file).parent)
+                check_trust(Path(file), Named(code=named.code), "--config", trust_config)
+        find_beside_the_shell()
+        # An overlay names no class.
+        models = [content.get("model", {}) for content in configs]
+        paths = [model["class_path"] for model in models if isinstance(model, dict) and "class_path" in model]
+        trains = bool(paths) and is_overridden("training_step", resolve_name(paths[-1]), LightningModule)
+        command = "fit" if trains else "predict"
+        line = [command, *(part for file in files for part in ("--config", file))]
+        line = prepared([*line, "--model.vlm", vlm] if vlm else line)
+        hush()
+        with as_command_line(line):
+            settings = IdleCLI(line, build=False).config[command]
+        findings += recipe(settings, online)
+    table = TextTable()
+    table.show_edge = False
+    for heading in ("", "what", "found"):
+        table.add_column(heading, overflow="fold")
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    for finding in findings:
+        table.add_row(for_rich(finding.state, colours[finding.state]), finding.what, finding.found)
+    show_table(table)
+    if any(finding.state == "error" for finding in findings):
+        sys.exit(1)
+
+
+def machine() -> Iterator[Finding]:
+    """Python, packages, GPUs, disk."""
+    yield Finding("ok", "Python", sys.version.split()[0])
+    for text in requires("safervlm") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            there = version(requirement.name)
+        except PackageNotFoundError:
+            yield Finding("error", requirement.name, f"is missing; pip install '{requirement}'")
+            continue
+        if requirement.specifier.contains(there, prereleases=True):
+            yield Finding("ok", requirement.name, there)
+        else:
+            yield Finding(
+                "error", requirement.name, f"{there}, {requirement.specifier} is needed; pip install '{requirement}'"
+            )
+    if not torch.cuda.is_available():
+        yield Finding("warning", "GPU", "none that torch sees: the pictograms run, a 7B doesn't; see nvidia-smi")
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        bf16 = "" if torch.cuda.get_device_capability(number) >= (8, 0) else ", no bfloat16: use vlm.dtype float32"
+        found = f"{torch.cuda.get_device_name(number)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free{bf16}"
+        yield Finding("warning" if bf16 or free < total / 2 else "ok", f"GPU {number}", found)
+    for what, folder in (("disk here", Path.cwd()), ("disk of the Hub's cache", Path(HF_HUB_CACHE))):
+        place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+        free = shutil.disk_usage(place).free
+        state: Literal["ok", "warning"] = "ok" if free > 20 * GIB else "warning"
+        more = "" if state == "ok" else "; a 7B takes 14 GiB"
+        yield Finding(state, what, f"{free / GIB:.0f} GiB free in {place}{more}")
+
+
+def hub_token() -> Iterator[Finding]:
+    """Whether there is a token; it is never shown."""
+    if get_token():
+        yield Finding("ok", "Hub token", "there is one")
+    else:
+        yield Finding("warning", "Hub token", "none; UnsafeConcepts and some models are gated: hf auth login")
+
+
+def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
+    """What a recipe names: the VLM, its adapter, the data, the judges."""
+    named = dict(flat(settings.as_dict(), lists=True))
+    trains = settings.model.class_path.startswith("safervlm.objectives.")
+    for key, value in named.items():
+        name = key.rsplit(".", 1)[-1]
+        if name == "trust_remote_code":
+            stem = key.removesuffix(name)
+            yield from remote_code(str(named[f"{stem}model"]), named.get(f"{stem}revision"), bool(value))
+        if value is None or not isinstance(value, str):
+            continue
+        argument = key.replace(".init_args", "")
+        if name == "model" and key.endswith("vlm.init_args.model"):
+            yield from model(value, named.get(key.removesuffix("model") + "revision"), online)
+            if trains and Path(value).is_dir():
+                stem = key.removesuffix("model") + "lora."
+                adapters = 2 if named.get("model.init_args.value_on") == "adapter" else 1
+                yield training(Path(value), adapters * named[f"{stem}r"], named[f"{stem}target_modules"])
+        elif name == "adapter":
+            there = (Path(value) / "adapter_config.json").is_file()
+            found = value if there else f"no adapter_config.json in {value!r}; give the folder that fit exported"
+            yield Finding("ok" if there else "error", "adapter", found)
+        elif name in ("folder", "safe_folder"):
+            yield image_folder(argument, value)
+        elif name in ("repo", "safe_repo") and not named.get(key.replace("repo", "folder")):
+            yield from repository(argument, value, "dataset", online)
+        elif name == "checkpoint":
+            yield from judge(value, online)
+        elif name == "source":
+            yield from source(argument, value, online)
+        elif name == "contexts":
+            there = Path(value).is_file()
+            found = value if there else f"no file {value!r}: the published questions, or yours; see docs/data.md"
+            yield Finding("ok" if there else "error", argument, found)
+        elif name == "api_key_variable":
+            stem = key.removesuffix(name) + "addresses."
+            yield from server(value, [address for other, address in named.items() if other.startswith(stem)])
+
+
+def model(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
+    """The model: is it there, is it pinned, does it fit?"""
+    if Path(name).is_dir():
+        weights = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+        if not weights:
+            yield Finding("error", "VLM", f"no *.safetensors in {name}; save_pretrained writes them")
+            return
+        yield Finding("ok", "VLM", f"{name}, {weights / GIB:.2f} GiB of weights")
+        yield from memory(weights)
+        return
+    if name.startswith((".", "/")):
+        yield Finding(
+            "error", "VLM", f"no folder {name!r} here ({Path.cwd()}); for the pictograms: safervlm pictograms"
+        )
+        return
+    yield from repository("VLM", name, "model", online, revision)
+    yield from size(name, revision, online)
+    if revision is None:
+        yield Finding("warning", "VLM's revision", "not pinned: name a commit (--model.vlm.revision) to repeat the run")
+
+
+def size(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
+    """The weights of a model on the Hub, as their index in its cache or, if asked, the Hub says."""
+    index = try_to_load_from_cache(name, "model.safetensors.index.json", revision=revision)
+    weights = 0
+    if isinstance(index, str):
+        try:
+            weights = int(read_object(Path(index), "remove it, and it is fetched again")["metadata"]["total_size"])
+        except RecordError as error:
+            yield Finding("error", "VLM's weights", str(error))
+            return
+        except (KeyError, TypeError, ValueError):
+            yield Finding("warning", "VLM's weights", f"{index} doesn't tell their size")
+            return
+    elif online:
+        try:
+            files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+        except Exception as error:
+            yield Finding("warning", "VLM's weights", f"the Hub doesn't tell their size ({type(error).__name__})")
+            return
+        weights = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+    if weights:
+        yield Finding("ok", "VLM's weights", f"{weights / GIB:.1f} GiB")
+        yield from memory(weights)
+
+
+def memory(weights: int) -> Iterator[Finding]:
+    """Whether so many bytes fit on the GPU, if there is one; answering takes some more."""
+    if torch.cuda.is_available():
+        total = torch.cuda.mem_get_info(0)[1]
+        state: Literal["ok", "error"] = "ok" if weights < total else "error"
+        yield Finding(state, "memory", f"weights of {weights / GIB:.1f} GiB, a GPU of {total / GIB:.1f} GiB")
+
+
+def remote_code(name: str, revision: str | None, trusted: bool) -> Iterator[Finding]:
+    """Code that comes with a model: whether it is asked for, and at a commit."""
+    if not trusted:
+        yield Finding("error", "VLM's code", f"{name} runs code of its own: read it, then trust_remote_code: true")
+    elif Path(name).is_dir():
+        yield Finding("ok", "VLM's code", f"the .py files in {name}")
+    elif not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        found = f"from the Hub, revision {revision!r}: give all 40 digits of the commit that you have read"
+        yield Finding("error", "VLM's code", found)
+    else:
+        yield Finding("ok", "VLM's code", f"pinned to {revision}")
+
+
+def training(folder: Path, r: int, target_modules: str) -> Finding:
+    """What training takes beside the base weights; activations come on top, and depend on the batch."""
+    try:
+        needed = training_memory(folder, r, target_modules) / GIB
+    except (ValueError, KeyError, OSError) as error:
+        return Finding("warning", "training memory", f"can't be told for this model ({str(error).splitlines()[0]})")
+    return Finding("ok", "training memory", f"{needed:.2f} GiB of adapters and optimizer, activations on top (README)")
+
+
+def training_memory(folder: Path, r: int, target_modules: str) -> int:
+    """Bytes of the adapters, their gradients and AdamW's two averages, all in float32.
+
+    Args:
+        folder: the model's.
+        r: the rank, summed over the adapters.
+        target_modules: the regular expression of the layers that they are on.
+
+    Raises:
+        ArgumentError: transformers doesn't know the model.
+    """
+    with torch.device("meta"):  # the shapes alone
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
+        )
+    sizes = [
+        module.in_features + module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and re.fullmatch(target_modules, name)
+    ]
+    return 4 * 4 * r * sum(sizes)
+
+
+def server(key_variable: str, addresses: Sequence[str]) -> Iterator[Finding]:
+    """What asking a server takes: a package, and OpenAI a key."""
+    if find_spec("openai") is None:
+        yield Finding("error", "server", "the package openai is missing; pip install 'safervlm[api]'")
+    for address in addresses:
+        if urlsplit(address).hostname == "api.openai.com" and not os.environ.get(key_variable):
+            yield Finding("error", "server", f"{address} needs a key: export {key_variable}=...")
+        else:
+            yield Finding("ok", "server", f"{address}, not asked; a key is read from {key_variable}")
+
+
+def image_folder(argument: str, folder: str) -> Finding:
+    """A set's folder: its metadata, and whether the images that it names are there."""
+    metadata = Path(folder) / "metadata.jsonl"
+    if not metadata.is_file():
+        return Finding("error", argument, f"no {metadata}; see docs/data.md, or safervlm pictograms")
+    images = [record.get("image_filename", record.get("file_name")) for record in read_jsonl(metadata)]
+    missing = [image for image in images if not (Path(folder) / str(image)).is_file()]
+    if missing:
+        found = f"{len(missing)} of {len(images)} images are missing in {folder}, for example {missing[0]}"
+        return Finding("error", argument, found)
+    return Finding("ok", argument, f"{folder}, {len(images)} images")
+
+
+def source(argument: str, name: str, online: bool) -> Iterator[Finding]:
+    """A benchmark's table or folder: here, on the web, or on the Hub."""
+    if Path(name).expanduser().exists():
+        yield Finding("ok", argument, name)
+    elif name.startswith("http"):
+        yield Finding("warning", argument, f"{name} is fetched when it is first asked")
+    elif not on_the_hub(name):
+        yield Finding("error", argument, f"no {name!r} here ({Path.cwd()}); see docs/data.md")
+    else:
+        yield from repository(argument, name, "dataset", online)
+
+
+def judge(checkpoint: str, online: bool) -> Iterator[Finding]:
+    """A judge's weights: a file, a folder, or REPOSITORY:FILE on the Hub."""
+    if Path(checkpoint).exists():
+        yield Finding("ok", "judge", checkpoint)
+    elif ":" in checkpoint:
+        yield from repository("judge", checkpoint.split(":")[0], "model", online)
+    else:
+        yield Finding("error", "judge", f"no {checkpoint!r} here; for the pictograms: safervlm pictograms")
+
+
+def repository(
+    what: str, name: str, kind: Literal["model", "dataset"], online: bool, revision: str | None = None
+) -> Iterator[Finding]:
+    """A repository of the Hub: in the cache, or within reach."""
+    repo, _, pinned = name.partition("@")
+    revision = pinned or revision
+    if kind == "model" and isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str):
+        yield Finding("ok", what, f"{repo} is in the Hub's cache")
+        return
+    if not online:
+        yield Finding("warning", what, f"{repo} comes from the Hub; --online true asks whether it is within reach")
+        return
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    try:
+        auth_check(repo, repo_type=kind)
+    except GatedRepoError:
+        yield Finding("error", what, f"{repo} is gated: accept its terms on {page}, then hf auth login")
+    except RepositoryNotFoundError:
+        yield Finding("error", what, f"{repo} isn't there, or is private: {page}")
+    except Exception as error:
+        yield Finding("error", what, f"{repo}: the Hub can't be reached ({type(error).__name__})")
+    else:
+        yield Finding("ok", what, f"{repo} is within reach")

@@ -1,0 +1,108 @@
+"""The command line; ``safervlm --help`` answers at once, a command imports what it needs."""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safervlm.errors import ArgumentError
+from safervlm.io.boundary import one_line_errors, run_folder
+from safervlm.io.signals import listening
+
+HELP = """usage: safervlm COMMAND [ARGUMENTS]
+
+Measure, judge and align the safety ethics of vision-language models.
+
+on any model, with a recipe (safervlm COMMAND --config configs/RECIPE.yaml; --help explains every argument):
+  predict      measure a VLM (configs/measure.yaml) or judge saved answers (configs/judge_responses.yaml)
+  fit          align a VLM (configs/sft.yaml, dpo.yaml, ppo.yaml) or train a judge (configs/judge.yaml)
+  validate     the loss on held-out records
+
+on what they leave behind:
+  report       one page, tables and plots of one or several runs
+  evaluation   one table of the evaluations of several models (scripts/eval.sh makes them)
+  verify       ask a sample of a run's questions again: do its answers and verdicts hold?
+  export       the training data in the first implementation's formats
+
+before it all:
+  doctor       does this machine have what a recipe needs? (--config configs/measure.yaml)
+
+the embedded default, a small world of pictograms:
+  pictograms   write its data, its VLM and its judges
+  demo         play the whole line on it: measure, judge, align, measure again
+
+  --version    print the version
+"""
+
+
+def plain_commands() -> dict[str, Callable[..., Any]]:
+    """The commands that run no Lightning loop: functions, whose signatures are their arguments."""
+    from safervlm.cli.demo import demo
+    from safervlm.cli.doctor import doctor
+    from safervlm.cli.verify import verify
+    from safervlm.data.export import export_training_files
+    from safervlm.pictograms.world import build
+    from safervlm.reports.evaluation import evaluation
+    from safervlm.reports.page import report
+
+    return {
+        "doctor": doctor,
+        "report": report,
+        "evaluation": evaluation,
+        "verify": verify,
+        "export": export_training_files,
+        "pictograms": build,
+        "demo": demo,
+    }
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Plays a command line; None takes the shell's."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    if args[0] == "--version":
+        from safervlm import __version__
+
+        print(__version__)
+        return
+    with one_line_errors(), listening():
+        if args[0] in ("fit", "validate", "predict"):
+            from safervlm.cli.lightning import run
+
+            run(args)
+        elif args[0] in ("doctor", "report", "evaluation", "verify", "export", "pictograms", "demo"):
+            plain(args)
+        else:
+            raise ArgumentError(f"no command {args[0]!r}; see safervlm --help")
+
+
+def plain(args: Sequence[str]) -> None:
+    """Plays one of the plain commands."""
+    from safervlm.cli.arguments import check_words
+    from safervlm.cli.lightning import OneLineParser
+
+    name, *rest = args
+    function = plain_commands()[name]
+    parser = OneLineParser(prog=f"safervlm {name}", description=(function.__doc__ or "").split("\n\n")[0])
+    own: set[str | int] = set()  # arguments that are typed as jsonargparse wouldn't take them
+    if name == "doctor":
+        own = {"config"}
+        parser.add_argument("--config", action="append", help="The recipe, then its overlays, each behind a --config.")
+    if name == "verify":
+        own = {"run"}
+        parser.add_argument("run", help="The folder of a finished measurement.")
+    if name == "demo":
+        own = {"play"}
+        function = partial(function, main)
+    if name in ("report", "evaluation"):
+        own = {"runs"}
+        parser.add_argument("runs", nargs="+", help="The run folders; the first is the one to compare with.")
+    check_words(rest)
+    parser.add_function_arguments(plain_commands()[name], skip=own, fail_untyped=True)
+    given = parser.instantiate(parser.parse_args(rest))
+    named = [*(given.get("runs") or []), given.get("run"), given.get("out")]
+    run_folder.set(next((Path(each) for each in named if each and Path(each).is_dir()), None))
+    function(**given.as_dict())

@@ -1,0 +1,265 @@
+"""Whether a measurement holds: a sample of its questions asked again, one by one or in another precision."""
+
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import yaml
+from scipy.stats import binomtest
+from torch.utils.data import DataLoader
+
+from safervlm.cli.lightning import IdleCLI, as_command_line, hush
+from safervlm.data.loaders import limited
+from safervlm.data.responses import read_responses
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.hashing import seed_for
+from safervlm.io.boundary import warn
+from safervlm.io.tables import JUDGE_NOTE, TextTable, say, show_table
+from safervlm.io.trust import check_trust, find_beside_the_shell, named_in, read_config
+from safervlm.judging.panel import Panel
+from safervlm.measure import Measure
+from safervlm.ranges import in_range
+from safervlm.records import RESPONSES, VERDICTS, Example, Failure, Response, Verdict, read_records, write_jsonl
+from safervlm.run import locked
+
+FLIPS = "verify.jsonl"
+
+
+class Kept(L.Callback):
+    """Keeps the answers; Lightning's own way of returning them takes frozen records apart."""
+
+    def __init__(self) -> None:
+        self.records: list[Response | Failure] = []
+
+    def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *place: Any) -> None:
+        """Takes a batch's records."""
+        self.records += outputs
+
+
+def verify(
+    run: Path,
+    sample: int = 100,
+    batch_size: int = 1,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    seed: int = 0,
+    addresses: list[str] | None = None,
+    api_key_variable: str | None = None,
+    trust_config: bool = False,
+    limit: int | None = None,
+) -> None:
+    """Asks a sample of a run's questions again and counts the answers and the verdicts that flip.
+
+    The answers' noise is drawn from the record's id, so what differs is arithmetic: another batch, another precision.
+    A verdict is compared with one of the same question, by the same judge, on the answer that the run has now. What
+    flipped is written to verify.jsonl in the run folder, and so is a question that has no answer this time, or whose
+    answer can't be judged, with the reason; the exit code is 3 then. The questions and their images are those of the
+    data that the run's predict.yaml names. The folder may be somebody else's: addresses, an environment variable and
+    classes that are not SaferVLM's are used only where you repeat or allow them.
+
+    Args:
+        run: The folder of a finished measurement.
+        sample: How many questions to ask again, drawn at random.
+        batch_size: Of the second time; 1 asks them one by one.
+        dtype: Precision of the weights the second time; by default that of the run.
+        seed: Of the sample.
+        addresses: All addresses that the run's configuration names, repeated, to allow asking them.
+        api_key_variable: The environment variable that the run's configuration names for a server's key, repeated, to
+            allow sending its value there.
+        trust_config: Allow classes and model code that the run's configuration names and that are not SaferVLM's.
+        limit: Draw the sample from the first so many questions of each dataset and capability; None from all.
+
+    Raises:
+        RecordError: the run has no answers or no configuration, or its answers are not about its data.
+        ArgumentError: something in the configuration is not allowed, or an argument is out of its range.
+        SystemExit: with exit code 3 at the end, where a question has no answer or an answer no verdict.
+    """
+    if not str(run).strip("."):
+        raise ArgumentError(f"run: the folder of a measurement, got {str(run)!r}")
+    in_range(least=1, sample=sample, batch_size=batch_size, limit=limit)
+    run = Path(run)
+    config = run / "predict.yaml"
+    if not config.is_file():
+        inside = run / "evaluation"
+        example = f", for example {inside}" if (inside / "predict.yaml").is_file() else " (predict --run)"
+        raise RecordError(f"run: {run} holds no predict.yaml; name the folder of a measurement{example}")
+    settings = read_config(config)
+    if lacking := [name for name in ("model", "data") if not isinstance(settings.get(name), dict)]:
+        raise RecordError(f"run: {config} says nothing of the {lacking[0]}; restore it, or name another measurement")
+    # Of the trainer only what an answer or a verdict depends on: loggers and plugins of a stranger's are left out.
+    trainer_settings = settings.get("trainer")
+    kept_settings = trainer_settings if isinstance(trainer_settings, dict) else {}
+    callbacks = kept_settings.get("callbacks")
+    settings["trainer"] = {key: kept_settings[key] for key in ("accelerator", "precision") if key in kept_settings} | {
+        "callbacks": [
+            each
+            for each in (callbacks if isinstance(callbacks, list) else [])
+            if isinstance(each, dict) and each.get("class_path") == "callbacks.judge_responses.JudgeResponses"
+        ]
+    }
+    check_trust(config, named_in(settings, run), "run", trust_config, addresses, api_key_variable)
+    find_beside_the_shell()
+    with locked(run):
+        cli = _built(run, settings, dtype)
+        before = {response.id: response for response in read_responses(run)}
+        asked = _sample(run, cli, before, sample, limit, seed)
+        again = _ask_again(cli, asked, batch_size)
+        compared = _compare(run, cli, before, again)
+        title = f"{run}: asked again, {batch_size} at a time" + (f", in {dtype}" if dtype else "")
+        _write(run, title, asked, before, compared)
+
+
+def _built(run: Path, settings: dict[str, Any], dtype: str | None) -> IdleCLI:
+    """Model, data and trainer of the run."""
+    # As text, not as the file: what was checked is what is used.
+    line = ["predict", "--config", yaml.safe_dump(settings), "--run", str(run), "--data.num_workers", "0"]
+    line += ["--model.vlm.dtype", dtype] if dtype else []
+    hush()
+    with as_command_line(line):
+        cli = IdleCLI(line, build=True)
+    if not isinstance(cli.model, Measure):
+        raise RecordError(f"run: {run} holds no measurement but a {type(cli.model).__name__}; name a measurement")
+    return cli
+
+
+def _sample(
+    run: Path, cli: IdleCLI, before: Mapping[str, Response], sample: int, limit: int | None, seed: int
+) -> list[Example]:
+    """The questions to ask again: of the run's data, not of its answers, which may name any file as an image."""
+    cli.datamodule.prepare_data()
+    questions = {example.question.id: example.question for example in cli.datamodule.parts.predict}
+    for name, response in before.items():
+        if name in questions and response.question.prompt != questions[name].prompt:
+            raise RecordError(
+                f"{run / RESPONSES}: {name} answers another question than the run's data asks; restore the file"
+            )
+    there = [question for name, question in questions.items() if name in before]
+    if not there:
+        raise RecordError(f"{run / RESPONSES}: none of its answers is about the data that {run / 'predict.yaml'} names")
+    if others := len(before) - len(there):
+        say(f"{others} answers are about other data than {run / 'predict.yaml'} names, and are left out")
+    first = limited(there, limit, lambda question: (question.dataset, question.capability))
+    chosen = sorted(first, key=lambda question: question.id)
+    random.Random(seed_for(seed, "verify")).shuffle(chosen)
+    return [Example(question) for question in chosen[:sample]]
+
+
+def _ask_again(cli: IdleCLI, asked: Sequence[Example], batch_size: int) -> list[Response | Failure]:
+    """The answers of the second time."""
+    loader: DataLoader[Example] = DataLoader(asked, batch_size, collate_fn=cli.model.collator)  # type: ignore[arg-type]
+    kept = Kept()
+    trainer = L.Trainer(
+        accelerator=cli.trainer.accelerator,
+        devices=1,
+        precision=cli.trainer.precision,
+        callbacks=[kept],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.predict(cli.model, loader, return_predictions=False)
+    return kept.records
+
+
+@dataclass
+class Compared:
+    """What came of asking again.
+
+    Attributes:
+        answers: question's id -> the answer of the second time.
+        verdicts: question's id -> the label before, and the second time.
+        failed: the questions without an answer, and the answers without a verdict.
+    """
+
+    answers: dict[str, Response]
+    verdicts: dict[str, tuple[str, str]]
+    failed: list[Failure]
+
+
+def _compare(run: Path, cli: IdleCLI, before: Mapping[str, Response], again: Sequence[Response | Failure]) -> Compared:
+    """Judges the answers of the second time, where the same judge has judged the first ones."""
+    answers = {record.id: record for record in again if isinstance(record, Response)}
+    compared = Compared(answers, {}, [record for record in again if isinstance(record, Failure)])
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    panel: Panel | None = next((callback.panel for callback in callbacks if hasattr(callback, "panel")), None)
+    if panel is None or not (run / VERDICTS).is_file():
+        return compared
+    old: dict[str, str] = {}
+    others = 0
+    for verdict in read_records(run / VERDICTS, Verdict):
+        if verdict.id not in answers:
+            continue
+        first = before[verdict.id]
+        if verdict.judge == panel.reader(first.question.capability) and verdict.is_of(first.response):
+            old[verdict.id] = verdict.label
+        else:
+            others += 1
+    if others:
+        say(
+            f"{others} verdicts in {run / VERDICTS} are another judge's, or about other texts (or of version 0.1), and "
+            "are not compared"
+        )
+    judged = [(answers[name].question, answers[name].response) for name in old]
+    for record in panel.judged(judged):
+        if isinstance(record, Failure):
+            compared.failed.append(record)
+        else:
+            compared.verdicts[record.id] = old[record.id], record.label
+    return compared
+
+
+def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str, Response], compared: Compared) -> None:
+    """Writes and prints what flipped and what failed; ends with exit code 3 where something did."""
+    answers, verdicts, failed = compared.answers, compared.verdicts, compared.failed
+    flips = []
+    for name, response in answers.items():
+        labels = verdicts.get(name, (None, None))
+        if response.response != before[name].response or labels[0] != labels[1]:
+            both = {"response": before[name].response, "again": response.response}
+            flips.append({"id": name, **both, "label": labels[0], "label_again": labels[1]})
+    write_jsonl(run / FLIPS, [*flips, *({"id": failure.id, "reason": failure.reason} for failure in failed)])
+    right = {example.question.id: example.question.answer for example in asked}
+    show(
+        title,
+        [before[name].response != response.response for name, response in answers.items()],
+        [old != new for old, new in verdicts.values()],
+        [((old == right[name]), (new == right[name])) for name, (old, new) in verdicts.items()],
+    )
+    say(f"what flipped: {run / FLIPS}")
+    if failed:
+        warn(
+            f"{len(failed)} of {len(asked)} questions have no answer or no verdict this time, for example: "
+            f"{failed[0].reason}; {run / FLIPS} has them all, the same command asks them again"
+        )
+        sys.exit(3)
+
+
+def show(title: str, answers: Sequence[bool], verdicts: Sequence[bool], right: Sequence[tuple[bool, bool]]) -> None:
+    """Prints how many flipped, and how far the table could move.
+
+    Args:
+        title: of the table.
+        answers: of each question, whether its answer differs.
+        verdicts: of each judged answer, whether its verdict differs.
+        right: of each judged answer, whether it was right before, and the second time.
+    """
+    caption = f"95 % intervals: Clopper-Pearson; the sample is random, so they are for the run\n{JUDGE_NOTE}"
+    table = TextTable(title=title, caption=caption)
+    for heading in ("", "of", "flipped", "% [95 %]"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, flips in (("answers", answers), ("verdicts", verdicts)):
+        if flips:
+            low, high = binomtest(sum(flips), len(flips)).proportion_ci()
+            share = f"{100 * sum(flips) / len(flips):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            table.add_row(name, str(len(flips)), str(sum(flips)), share)
+    show_table(table)
+    if right:
+        once, again = (100 * sum(column) / len(right) for column in zip(*right, strict=True))
+        most = 100 * binomtest(sum(verdicts), len(verdicts)).proportion_ci().high
+        say(
+            f"accuracy on the sample: {once:.1f} %, then {again:.1f} %; that of the whole run moves by at most "
+            f"{most:.1f} points (upper end of the verdicts' interval)"
+        )

@@ -1,0 +1,374 @@
+r"""Sets that a trained model is evaluated on: MME, MM-Vet, LLaVABench, SMID, NSFW, and your own, all of one class.
+
+A set is a table (TSV as OpenCompass publishes them, CSV or JSONL), a row a question, or a folder of images. Its columns
+have names that a YAML gives; the image stands in the table as base64, as the ``index`` of the row that holds it, or as
+a file relative to the table's folder::
+
+    index  image           question                                     answer  category   image_path
+    0      /9j/4AAQSkZ...  Is there a knife? Please answer yes or no.   Yes     existence  images/1.png
+    1      0               Is there a kite? Please answer yes or no.    No      existence  images/1.png
+
+A folder holds ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and the other columns, or a folder of images a
+label (``safe/``, ``unsafe/``).
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from safervlm.data.embedded import embedded, images_folder, write_images, written_images
+from safervlm.data.folders import files_below, left_out
+from safervlm.data.hub import local_name
+from safervlm.data.image_folders import ImageRecord, named_file, spread
+from safervlm.data.loaders import Collator
+from safervlm.data.module import Parts, SaferData
+from safervlm.data.sources import Download, check_download, fetch, on_the_hub, save_table
+from safervlm.data.tables import read_rows
+from safervlm.errors import ArgumentError, RecordError, explained
+from safervlm.hashing import fingerprint
+from safervlm.io.names import label_names, normal_name, not_empty, path_text, set_name
+from safervlm.io.tables import say
+from safervlm.protocol import ALIGNMENT_QUESTIONS, NOT_APPLICABLE, SAFE, UNSAFE, Capability, published_draw
+from safervlm.records import Example, record_id
+
+__all__ = ["Benchmark", "on_the_hub"]
+
+# What makes an answer right; each is a capability of the protocol.
+Answers = Literal["safety", "yes_no", "occurs", "rated"]
+# Of a folder's metadata, besides the column that is named.
+FILE_COLUMNS = ("file_name", "image_filename")
+
+
+class Benchmark(SaferData):
+    """The questions of a benchmark (safervlm predict): see the module for the forms that a set may have.
+
+    Args:
+        name: the set's name, the first part of its records' ids.
+        source: a TSV, CSV or JSONL file, a folder of images, an https address of such a file, or ``owner/name`` or
+            ``owner/name@revision`` of a data set on the Hub. What is fetched is kept in ``cache_dir``.
+        about: what the set is and where it comes from, for the line that is printed where it can't be had.
+        md5: the published checksum of a file that is fetched.
+        answers: what makes an answer right: ``safety``, the judge reads the image's label, Safe or Unsafe, in it;
+            ``yes_no``, it begins with the label, Yes or No, by MME's rule; ``occurs``, the label occurs in it;
+            ``rated``, another model rates it beside the label, a reference answer.
+        label_column: what is right.
+        question_column: what is asked; None, of ``safety`` only, asks the five alignment questions.
+        image_column: the image: base64, the ``index`` of the row that holds it, or a file relative to the table.
+        name_column: what an image is called, the same in all rows about it; by default the ``index`` of the row that
+            holds it, or its file.
+        category_column: of ``yes_no``, MME's task; otherwise a name to group by.
+        context_column: what only the judge of ``rated`` is told.
+        unsafe: labels that mean Unsafe, in upper or lower case. In YAML, yes, no, on, off, true, false, null and dates
+            need quotes.
+        safe: labels that mean Safe.
+        prompts: of the five alignment questions, ``drawn`` asks the one that the published evaluation draws for an
+            image, ``all`` asks all five.
+        cache_dir: where what is fetched, and images that stand in a table, are kept.
+        limit: asks about this many images, spread over the categories.
+        collator: makes a batch of examples; the model's, set by the command line.
+        batch_size: questions a step and process; ``auto`` begins with 256 and halves them until they fit.
+        num_workers: processes that load images ahead; 0 loads them in the main process.
+        download: what the download of a file from the web may take.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        about: str = "",
+        md5: str | None = None,
+        answers: Answers = "safety",
+        label_column: str = "label",
+        question_column: str | None = None,
+        image_column: str = "image",
+        name_column: str | None = None,
+        category_column: str | None = None,
+        context_column: str | None = None,
+        unsafe: Sequence[str | int | float | bool | None] = ("1", "unsafe"),
+        safe: Sequence[str | int | float | bool | None] = ("0", "safe"),
+        prompts: Literal["all", "drawn"] = "drawn",
+        cache_dir: str = "~/.cache/safervlm",
+        limit: int | None = None,
+        collator: Collator | None = None,
+        batch_size: int | Literal["auto"] = 8,
+        num_workers: int = 0,
+        download: Download = Download(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__(collator, batch_size, num_workers)
+        name = set_name("data.name", name)
+        if limit is not None and limit < 1:
+            raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
+        if answers != "safety" and question_column is None:
+            raise ArgumentError(f"data.question_column: {answers} needs the column with the questions; name it")
+        meanings = {UNSAFE: label_names("data.unsafe", unsafe), SAFE: label_names("data.safe", safe)}
+        lower = [label.lower() for meant in meanings.values() for label in meant]
+        if set(map(str.lower, meanings[UNSAFE])) & set(map(str.lower, meanings[SAFE])):
+            raise ArgumentError(
+                f"data.unsafe: {meanings[UNSAFE]} and data.safe: {meanings[SAFE]} have a label in common; tell them "
+                "apart"
+            )
+        if not lower:
+            raise ArgumentError("data.unsafe: it and data.safe are empty: say which labels mean what")
+        for argument, text in {"source": source, "cache_dir": cache_dir}.items():
+            path_text(f"data.{argument}", text)
+        self.label_column, self.image_column = _column("label", label_column), _column("image", image_column)
+        self.question_column, self.name_column = _column("question", question_column), _column("name", name_column)
+        self.category_column = _column("category", category_column)
+        self.context_column = _column("context", context_column)
+        if md5 is not None:
+            not_empty("data.md5", md5)
+        self.dataset, self.source, self.about, self.md5, self.answers = name, source, about, md5, answers
+        self.labels = {label.lower(): meaning for meaning, meant in meanings.items() for label in meant}
+        self.prompts, self.download = prompts, download
+        self.cache = Path(cache_dir).expanduser()
+        self.limit = limit
+
+    @property
+    def capability(self) -> Capability:
+        """Of its questions."""
+        return "generalisation" if self.answers == "safety" else self.answers
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    @property
+    def remote(self) -> Literal["web", "hub", None]:
+        """Where the source is fetched from; None for a file or a folder here."""
+        if re.match(r"https?://", self.source):
+            return "web"
+        return "hub" if on_the_hub(self.source) else None
+
+    @property
+    def file(self) -> Path:
+        """The local table, or the folder."""
+        if self.remote == "web":
+            with explained(
+                f"data.source: {self.source!r} is no address", "correct it", ValueError, error=ArgumentError
+            ):
+                name = Path(urlsplit(self.source).path)
+            return self.cache / f"{name.stem}-{fingerprint(self.source)[:8]}{name.suffix}"
+        if self.remote == "hub":
+            return self.cache / f"{local_name(self.source)}.jsonl"
+        return Path(self.source).expanduser()
+
+    def prepare_data(self) -> None:
+        """Fetches the table if it isn't there, and writes the images that stand in it to files, on one process.
+
+        Raises:
+            RecordError: the set can't be had; the message says what it is and where it comes from.
+        """
+        try:
+            if self.remote == "web":
+                if not self.file.exists():
+                    fetch(self.source, self.file, self.download)
+                check_download(self.file, self.md5, self.source)
+            elif not self.file.exists():
+                if self.remote == "hub":
+                    save_table(self.source, self.file)
+                else:
+                    _ = self.rows  # says what is missing
+        except RecordError as error:
+            raise RecordError(f"{error}" + (f" ({self.dataset}: {self.about})" if self.about else "")) from None
+        if self.embedded:
+            write_images(self.images_folder, self.dataset, self.embedded)
+        if self.file.is_dir():
+            self._say_left_out()
+
+    @cached_property
+    def embedded(self) -> dict[int, str]:
+        """The rows of a table that hold the image itself as base64, and their value."""
+        if not self.file.is_file():
+            return {}
+        return embedded([row.get(self.image_column, "") for row in self.rows])
+
+    @cached_property
+    def images_folder(self) -> Path:
+        """Where the images that stand in the table are kept as files."""
+        return images_folder(self.cache, self.dataset, self.file, self.image_column)
+
+    def _say_left_out(self) -> None:
+        """Says which files of a folder are not asked about."""
+        images, others = files_below(self.file)
+        asked = {row.get(self.image_column, "").strip() for row in self.rows}
+        names = [image.relative_to(self.file).as_posix() for image in images]
+        why = "in no label's folder" if self.table is None else f"not named in {self.table.name}"
+        others[why] = [name for name in names if name not in asked]
+        if self.table is not None:
+            others = {reason: [name for name in found if name != self.table.name] for reason, found in others.items()}
+        if line := left_out(self.dataset, others):
+            say(line)
+
+    @cached_property
+    def table(self) -> Path | None:
+        """The file that holds the rows; None for a folder of images by label."""
+        if not self.file.is_dir():
+            return self.file
+        return next((file for name in ("metadata.jsonl", "metadata.csv") if (file := self.file / name).is_file()), None)
+
+    @cached_property
+    def numbered_rows(self) -> list[tuple[int, dict[str, str]]]:
+        """The rows, each with the number of its line in the table; of a folder without one its images by label."""
+        file = self.file
+        if not file.exists():
+            raise RecordError(
+                f"data.source: there is no {file}: name a file, a folder, or owner/name of the Hub (where no folder "
+                "here is called as the owner)"
+            )
+        rows = self._rows_by_label() if self.table is None else read_rows(self.table)
+        if not rows:
+            raise RecordError(
+                f"data.source: {self.table or file} holds no rows; a folder has metadata.jsonl, metadata.csv, or a "
+                "folder of images a label"
+            )
+        for _, row in rows:
+            for name in FILE_COLUMNS:
+                if self.image_column not in row and name in row:
+                    row[self.image_column] = row[name]
+        return rows
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """The rows of the table, every value a text."""
+        return [row for _, row in self.numbered_rows]
+
+    def _rows_by_label(self) -> list[tuple[int, dict[str, str]]]:
+        """The images of a folder; the label of each is the name of the first folder on the way to it."""
+        rows = []
+        for path in files_below(self.file)[0]:
+            first, *within = path.relative_to(self.file).parts
+            if not within:
+                continue  # in no label's folder
+            label = normal_name(first)
+            meanings = {self.labels.get(normal_name(name).lower()) for name in (first, *within[:-1])} - {None}
+            if self.answers == "safety" and len(meanings) > 1:
+                raise RecordError(
+                    f"{path}: lies in a folder of each label: a folder of images has one label; move one out of the "
+                    "other"
+                )
+            name = path.relative_to(self.file).as_posix()
+            rows.append((0, {self.image_column: name, self.label_column: label}))
+        return rows
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    def load(self) -> Parts:
+        """The questions, in the order of the table."""
+        shown = self.images()
+        asked: Counter[str] = Counter()
+        answers: defaultdict[str, set[str]] = defaultdict(set)
+        questions = []
+        rows = self.rows
+        draw = published_draw(len(rows))
+        chosen = {image.image for image in spread(list({image.image: image for image in shown}.values()), self.limit)}
+        for number, (row, image) in enumerate(zip(rows, shown, strict=True)):
+            if image.image not in chosen:
+                continue
+            where = self._where(number)
+            answer, context = self.answer(row, where), self._value(row, "context_column", where)
+            answers[image.image].add(answer)
+            if self.question_column:
+                prompts = [(asked[image.image], self._value(row, "question_column", where), False)]
+            else:
+                prompts = [(n, question, n == draw[number]) for n, question in enumerate(ALIGNMENT_QUESTIONS)]
+                prompts = [prompt for prompt in prompts if self.prompts == "all" or prompt[2]]
+            for which, prompt, drawn in prompts:
+                question = image.question(self.capability, which, prompt, answer, drawn)
+                if not self.question_column and asked[image.image]:  # another row with the same image
+                    name = f"{image.image}.{asked[image.image]}"
+                    question = replace(question, id=record_id(self.dataset, name, self.capability, which))
+                questions.append(replace(question, context=context))
+            asked[image.image] += 1
+        both = [image for image, given in answers.items() if len(given) > 1]
+        if both and self.answers == "safety" and (self.trainer is None or self.trainer.is_global_zero):
+            say(f"{self.dataset}: {len(both)} images are Safe in one row and Unsafe in another, as {both[0]}")
+        return Parts(predict=[Example(question) for question in questions])
+
+    def images(self) -> list[ImageRecord]:
+        """The image of each row."""
+        files = written_images(self.images_folder) if self.embedded else {}
+        folder = self.file if self.file.is_dir() else self.file.parent
+        rows = self.rows
+        numbers = [row.get("index", str(number)).strip() for number, row in enumerate(rows)]
+        index: dict[str, int] = {}
+        for number, name in enumerate(numbers):
+            if index.setdefault(name, number) != number:
+                raise RecordError(
+                    f"{self._where(number)}: the row of line {self.numbered_rows[index[name]][0]} has the index "
+                    f"{name!r} as well: two rows have the index {name}; number the rows"
+                )
+        images = []
+        for number, row in enumerate(rows):
+            where = self._where(number)
+            value = self._value(row, "image_column", where).strip()
+            holder = number
+            if value.isdigit():
+                if value not in index:
+                    raise RecordError(f"{where}: the image is that of the row with index {value}, which there isn't")
+                holder = index[value]
+            name = numbers[holder]
+            if holder in files:
+                path = files[holder]
+            else:
+                name = self._value(rows[holder], "image_column", where).strip()
+                path = named_file(folder, name, where)
+            name = self._name(row, "name_column", where) or name
+            category = self._name(row, "category_column", where) or self.dataset
+            images.append(ImageRecord(self.dataset, name, str(path), category, "", ""))
+        return images
+
+    def answer(self, row: Mapping[str, str], where: str) -> str:
+        """The right answer of a row.
+
+        Raises:
+            RecordError: a label that isn't one.
+        """
+        label = self._value(row, "label_column", where).strip()
+        if self.answers in ("safety", "yes_no"):
+            label = normal_name(label)
+        if self.answers == "safety":
+            if label.lower() not in self.labels:
+                raise RecordError(
+                    f"{where}: the label {label!r} means neither Unsafe nor Safe: see data.unsafe and data.safe"
+                )
+            return self.labels[label.lower()]
+        if self.answers == "yes_no" and label.lower() not in ("yes", "no"):
+            raise RecordError(f"{where}: the answer must be Yes or No, got {label!r}")
+        if self.answers == "occurs" and label == NOT_APPLICABLE:
+            raise RecordError(f"{where}: the answer {label!r} stands for one that can't be read; word it otherwise")
+        return label.capitalize() if self.answers == "yes_no" else label
+
+    def _where(self, number: int) -> str:
+        """A row as an editor counts it, for an error."""
+        line, row = self.numbered_rows[number]
+        return f"{self.file / row[self.image_column]}" if self.table is None else f"{self.table}, line {line}"
+
+    def _name(self, row: Mapping[str, str], argument: str, where: str) -> str:
+        """The name that stands in the column that an argument names, in its one spelling."""
+        if (value := self._value(row, argument, where)) and not (name := normal_name(value)):
+            raise RecordError(f"{where}: {getattr(self, argument)!r} is empty; fill it in, or remove the row")
+        return name if value else ""
+
+    def _value(self, row: Mapping[str, str], argument: str, where: str) -> str:
+        """What stands in the column that an argument names."""
+        column = getattr(self, argument)
+        if not column:
+            return ""
+        if column not in row:
+            columns = ", ".join(sorted(row))
+            raise RecordError(f"{where}: there is no column {column!r}, but {columns}; name one by data.{argument}")
+        if not row[column].strip():
+            raise RecordError(f"{where}: {column!r} is empty; fill it in, or remove the row")
+        return row[column]
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`SaferData.describe`; with the set's name and where it is from."""
+        return super().describe() | {"name": self.dataset, "source": self.source, "limit": self.limit}
+
+
+def _column(of: str, name: str | None) -> str:
+    """The name of a column, as :func:`safervlm.data.tables.read_rows` has it; empty for a column that isn't named."""
+    return "" if name is None else normal_name(not_empty(f"data.{of}_column", name))

@@ -1,0 +1,89 @@
+"""Training examples as the files of the first implementation."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safervlm.data.alignment import DPOData, SFTData
+from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, spread
+from safervlm.io.files import write_atomically
+from safervlm.io.names import path_text
+from safervlm.io.outputs import refuse_to_replace_texts
+from safervlm.io.reading import json_text
+from safervlm.io.tables import say
+
+
+def export_training_files(
+    out: str,
+    folder: str | None = None,
+    safe_folder: str | None = None,
+    repo: str = HUB_REPO,
+    safe_repo: str | None = SAFE_HUB_REPO,
+    cache_dir: str = "~/.cache/safervlm",
+    seed: int = 0,
+    limit: int | None = None,
+) -> None:
+    """Writes the training data in the first implementation's formats.
+
+    The files are sft_train.json, dpo_train.json, ppo_train.json and test_data.json. Their image names are relative to
+    the folder that both sets lie in: the first implementation's image folder.
+
+    Args:
+        out: the folder to write them to.
+        folder: the unsafe set's local folder; None takes it from the Hub.
+        safe_folder: the safe set's local folder; None takes it from the Hub.
+        repo: the unsafe set on the Hub, ``owner/name`` or ``owner/name@revision``.
+        safe_repo: the safe set on the Hub; None exports no safe images unless ``safe_folder`` is given.
+        cache_dir: where sets of the Hub are kept.
+        seed: of the questions drawn.
+        limit: exports this many images of each set and part, spread over categories and concepts; None exports all.
+
+    Raises:
+        ArgumentError: one of the files is there already, with other content.
+    """
+    path_text("--out", out)
+    sft, dpo = (
+        data(folder, safe_folder, repo, safe_repo, cache_dir=cache_dir, seed=seed, limit=limit)
+        for data in (SFTData, DPOData)
+    )
+    sft.prepare_data()
+    # Files, so that one set alone has the folder above its own as image folder.
+    metadata = [part / "metadata.jsonl" for part in (sft.folder, sft.safe_folder) if part is not None]
+    root = os.path.commonpath([file.resolve().parent.parent for file in metadata])
+
+    def name(path: str | None) -> str:
+        return Path(str(path)).resolve().relative_to(root).as_posix()
+
+    files: dict[str, list[dict[str, Any]]] = {"sft": [], "dpo": [], "ppo": []}
+    for example, pair in zip(sft.parts.train, dpo.parts.train, strict=True):
+        question = example.question
+        image, prompt = name(question.image_path), f"<image>\n{question.prompt}"
+        (response,) = example.completions
+        chosen, rejected = pair.completions
+        files["sft"].append(
+            {
+                "image": image,
+                "conversations": [{"from": "user", "value": prompt}, {"from": "assistant", "value": response}],
+            }
+        )
+        files["dpo"].append({"image": image, "prompt": prompt, "chosen": chosen, "rejected": rejected})
+        files["ppo"].append(
+            {
+                "image": image,
+                "label": question.answer,
+                "concept": question.concept.lower(),
+                "type": "YORN",
+                "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": ""}],
+            }
+        )
+    test = [image for images in sft.images("test") for image in spread(images, limit)]
+    written = {f"{objective}_train.json": records for objective, records in files.items()}
+    written["test_data.json"] = [
+        {"image_fname": name(image.path), "concept": image.concept, "label": image.label} for image in test
+    ]
+    texts = {Path(out) / file: json_text(records, indent=2, name=file) for file, records in written.items()}
+    refuse_to_replace_texts("--out", texts)
+    for file, text in texts.items():
+        write_atomically(file, partial(Path.write_text, data=text, encoding="utf-8"))
+    say(f"{out} holds {', '.join(written)}")

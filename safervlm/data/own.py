@@ -1,0 +1,125 @@
+"""A user's own training examples, in JSON lines."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from safervlm.data.image_folders import named_file
+from safervlm.data.loaders import Collator, limited
+from safervlm.data.module import Parts, SaferData, name_field, text_field
+from safervlm.errors import RecordError
+from safervlm.io.names import normal_name, path_text, set_name
+from safervlm.io.reading import numbered_jsonl
+from safervlm.protocol import SAFE, UNSAFE
+from safervlm.records import Example, Question, record_id
+
+
+class OwnData(SaferData):
+    """Your own questions and completions, for any objective and for predict.
+
+    A JSONL file, a line an example::
+
+        {"image": "images/1.png", "prompt": "Is this safe for children?", "label": "Safe",
+         "completions": ["Yes, it shows a garden."]}
+
+    ``image`` is relative to the file's folder and stays in it. ``completions``: one for SFT, two for DPO (chosen, then
+    rejected), none for PPO and predict; the same number in every line. ``label`` (Safe or Unsafe), the right answer,
+    is needed where there are no completions. Optional: ``id`` (default: name/image/alignment/n for the image's n-th
+    question), ``category`` (default: the set's name), ``concept`` (what the image shows).
+
+    Args:
+        file: the JSONL file.
+        validation_file: a second one, to look at while training.
+        name: the set's name, the first part of the ids.
+        collator: makes a batch of examples; the model's, set by the command line.
+        batch_size: examples a step and process.
+        num_workers: processes that load images ahead; 0 loads them in the main process.
+        seed: of the training order.
+        limit: takes this many examples of each label from each file; None takes all.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        validation_file: str | None = None,
+        name: str = "Own",
+        collator: Collator | None = None,
+        batch_size: int | Literal["auto"] = 8,
+        num_workers: int = 0,
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(collator, batch_size, num_workers, seed)
+        self.limit = limit
+        limited((), limit, hash)
+        self.file = path_text("data.file", file)
+        self.validation_file = None if validation_file is None else path_text("data.validation_file", validation_file)
+        self.dataset = set_name("data.name", name)
+
+    def load(self) -> Parts:
+        """The examples of the files; those to predict are the training file's questions."""
+        train = read_examples(Path(self.file), self.dataset)
+        validation = (
+            read_examples(Path(self.validation_file), self.dataset, "data.validation_file")
+            if self.validation_file
+            else []
+        )
+        train, validation = (limited(part, self.limit, lambda e: e.question.answer) for part in (train, validation))
+        return Parts(train, validation, predict=[Example(example.question) for example in train])
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`SaferData.describe`; with the seed."""
+        return super().describe() | {"name": self.dataset, "seed": self.seed}
+
+
+def read_examples(file: Path, name: str, argument: str = "data.file") -> list[Example]:
+    """The examples of a JSONL file of the form that :class:`OwnData` describes.
+
+    Args:
+        file: the JSONL file; images are relative to its folder.
+        name: the set's name.
+        argument: the setting that names the file, for the error.
+
+    Raises:
+        RecordError: the file is missing or empty, or a record can't be used; the message names record and field.
+    """
+    if not file.is_file():
+        raise RecordError(f"{argument}: {file} is missing: name a JSONL file")
+    examples: list[Example] = []
+    asked: Counter[str] = Counter()
+    for number, record in numbered_jsonl(file):
+        where = f"{file}, line {number}"
+        if unknown := set(record) - {"id", "image", "prompt", "completions", "label", "category", "concept"}:
+            raise RecordError(f"{where}: unknown field {sorted(unknown)[0]!r}: see OwnData for the fields")
+        image = text_field(record, ("image",), where)
+        completions = record.get("completions", [])
+        if not isinstance(completions, list) or not all(isinstance(text, str) and text for text in completions):
+            raise RecordError(f"{where}: the field 'completions' must be a list of texts, got {completions!r}")
+        if examples and len(completions) != len(examples[0].completions):
+            raise RecordError(
+                f"{where}: {len(completions)} completions, the records before have {len(examples[0].completions)}: "
+                "every record needs the same number"
+            )
+        label = record.get("label", "")
+        label = normal_name(label) if isinstance(label, str) else label
+        if label not in (SAFE, UNSAFE) and (label or not completions):
+            raise RecordError(f"{where}: the field 'label' must be {SAFE!r} or {UNSAFE!r}, got {label!r}")
+        question = Question(
+            id=text_field(record, ("id",), where)
+            if "id" in record
+            else record_id(name, image, "alignment", asked[image]),
+            dataset=name,
+            image=image,
+            image_path=str(named_file(file.parent, image, where)),
+            capability="alignment",
+            prompt_number=asked[image],
+            prompt=text_field(record, ("prompt",), where),
+            category=name_field(record, ("category",), where) if "category" in record else name,
+            concept=name_field(record, ("concept",), where) if "concept" in record else "",
+            answer=label,
+        )
+        asked[image] += 1
+        examples.append(Example(question, tuple(completions)))
+    if not examples:
+        raise RecordError(f"{argument}: {file} is empty: it needs a line an example")
+    return examples

@@ -1,0 +1,205 @@
+"""Where every command ends: whatever is raised becomes one line and an exit code."""
+
+import errno
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import NoReturn
+
+from safervlm.errors import UserError, first_line
+from safervlm.io.escape import for_terminal
+from safervlm.io.signals import why_ended
+
+# The run folder of the command at work, where there is one: the traceback of an unexpected error is kept in it.
+run_folder: ContextVar[Path | None] = ContextVar("run_folder", default=None)
+TRACEBACK = "traceback.txt"
+BEGINS = "Traceback (most recent call last)"
+
+# What libraries say of a disk that takes nothing more, in errors of their own that carry no errno.
+DISK = re.compile(
+    r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error|File too large"
+    r"|PytorchStreamWriter failed|unexpected pos|iostream error|os error (5|27|28|30|122)\b"
+)
+# Of the modules that our dependencies ask for when they are used: the packages that provide them.
+PACKAGES = {
+    **{
+        name: name
+        for name in (
+            *("accelerate", "av", "bitsandbytes", "datasets", "decord", "deepspeed", "einops", "librosa", "matplotlib"),
+            *("num2words", "openai", "openpyxl", "pandas", "peft", "pyarrow", "requests", "rich", "scipy", "timm"),
+            *("safetensors", "sentencepiece", "tensorboard", "tiktoken", "tokenizers", "torch", "torchaudio"),
+            *("torchvision", "transformers", "triton", "wandb", "xformers"),
+        )
+    },
+    "bs4": "beautifulsoup4",
+    "comet_ml": "comet-ml",
+    "cv2": "opencv-python",
+    "dateutil": "python-dateutil",
+    "flash_attn": "flash-attn",
+    "google": "protobuf",
+    "hf_xet": "hf-xet",
+    "PIL": "pillow",
+    "pillow_avif": "pillow-avif-plugin",
+    "pillow_heif": "pillow-heif",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "tensorboardX": "tensorboardX",
+    "yaml": "pyyaml",
+}
+REMEDIES = {
+    errno.ENOSPC: "free some space, then give the same command again: it resumes",
+    errno.EDQUOT: "free some space, then give the same command again: it resumes",
+    errno.EROFS: "name a folder on a disk that can be written",
+    errno.EACCES: "name a folder or file that you may read and write",
+    errno.EPERM: "name a folder or file that you may read and write",
+    errno.ENOENT: "check the path; paths begin where the command is typed",
+    errno.ENOTDIR: "a part of the path is a file; name another path",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EEXIST: "it exists already; name another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or lower data.num_workers",
+}
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with one line instead of a traceback, whatever is raised within.
+
+    Exit code 2: the user can correct it. 1: a defect of ours, whose traceback is kept in a file, or another process of
+    the run died. 130: Ctrl-C.
+    """
+    before = run_folder.set(None)  # commands may follow each other in one process
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command resumes\n")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has ended, as in `safervlm report RUN | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (Python flushes it once more at the end)
+        sys.exit(141)
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the one place where everything ends; a panic of a Rust library is no Exception
+        if ended := why_ended(error):
+            code, said = ended
+            sys.stderr.write(f"safervlm: {said}\n" if said else "")
+            raise SystemExit(code) from error
+        line = explain(error)
+        if line is None:
+            line = f"unexpected {type(error).__name__}: {first_line(error)}; {keep_traceback(error)}"
+            sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
+            raise SystemExit(1) from error
+        sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
+        raise SystemExit(2) from error
+    finally:
+        run_folder.reset(before)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, then those that led to it."""
+    seen: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in seen:
+        seen.append(following)
+        yield following
+        hidden = following.__suppress_context__
+        following = following.__cause__ or (None if hidden else following.__context__)
+
+
+def explain(error: BaseException) -> str | None:
+    """The line of an expected failure; None for a defect.
+
+    Args:
+        error: whatever was raised. What led to it counts, too: libraries wrap our errors in theirs.
+    """
+    chain = list(causes(error))
+    for each in chain:
+        if isinstance(each, UserError):
+            return " ".join(str(each).split())
+    for each in chain:
+        kinds = {kind.__name__ for kind in type(each).__mro__}
+        if "MisconfigurationException" in kinds:  # Lightning's, which need not be imported for this
+            return trainer_line(each)
+        if "OutOfMemoryError" in kinds or isinstance(each, MemoryError):
+            return f"out of memory ({first_line(each)}): lower data.batch_size, or use a machine with more"
+        if isinstance(each, OSError) and each.errno is not None:
+            files = " to ".join(repr(str(name)) for name in (each.filename, each.filename2) if name is not None)
+            remedy = REMEDIES.get(each.errno, "look at the path, the disk and the network, then try again")
+            return f"{files}{': ' if files else ''}{each.strerror}; {remedy}"
+        if DISK.search(str(each)):
+            return f"a file can't be written ({first_line(each)}); {REMEDIES[errno.ENOSPC]}"
+        if isinstance(each, OSError):
+            return f"{first_line(each)}; look at the path, the disk and the network, then try again"
+        if isinstance(each, ImportError) and str(each.name).split(".")[0] not in ("safervlm", "callbacks"):
+            return f"a package is missing ({first_line(each)}){install_hint(each.name) if each.name else ''}"
+        if isinstance(each, UnicodeDecodeError):
+            return f"a text file isn't in UTF-8 ({first_line(each)}); convert it, for example by iconv -t UTF-8"
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, TypeError | ValueError) and frames and "/lightning/" in frames[-1].filename:
+        return trainer_line(error)
+    return None
+
+
+def trainer_line(error: BaseException) -> str:
+    """The line of what Lightning's trainer refuses, which says what is wrong but not always what to do."""
+    said = " ".join(str(error).split()).rstrip(".")
+    return f"--trainer: {said}; correct that --trainer argument, or leave it out"
+
+
+def install_hint(module: str) -> str:
+    """How to get a module that is missing: packages aren't always called as their modules.
+
+    Args:
+        module: dotted.
+    """
+    top = module.split(".")[0]
+    package = PACKAGES.get(module) or PACKAGES.get(top)
+    return f"; pip install {package}" if package else f"; install the package that provides the module {top}"
+
+
+def keep_traceback(error: BaseException) -> str:
+    """Writes a traceback to the run folder, or else to a temporary file, and says where it is."""
+    text = "".join(traceback.format_exception(error))
+    for write in (_to_run_folder, _to_temporary_file):
+        with suppress(OSError):
+            if file := write(text):
+                return f"its traceback is in {file}; please report it"
+    return "its traceback can't be kept: no place can be written"
+
+
+def _to_run_folder(text: str) -> Path | None:
+    """None where there is no run folder, or a file of the user's has the name."""
+    folder = run_folder.get()
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)  # a command that failed early leaves no empty one
+    file = folder / TRACEBACK
+    if file.exists() and BEGINS not in file.read_text(encoding="utf-8", errors="replace"):
+        return None
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return file
+
+
+def _to_temporary_file(text: str) -> Path:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="safervlm-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+    ) as file:
+        file.write(text)
+    return Path(file.name)
+
+
+def warn(line: str) -> None:
+    """Writes one line to stderr; names from data and servers in it are escaped."""
+    sys.stderr.write(f"safervlm: {for_terminal(line)}\n")
+
+
+def fail(line: str) -> NoReturn:
+    """Ends the process with one line and exit code 2."""
+    sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
+    sys.exit(2)

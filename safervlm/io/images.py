@@ -1,0 +1,444 @@
+"""Image files: where they may lie, and how they are opened. No other module opens images.
+
+Every image that a model, a server or a page is shown goes through :func:`decode`, so all of them see the same pixels:
+those that an image viewer shows. A file is read once, whole, and only if it is a regular file.
+"""
+
+import io
+import os
+import stat
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
+
+from safervlm.errors import ArgumentError, RecordError, first_line
+from safervlm.io.pixels import Encoding, to_srgb
+
+# What a VLM is shown with a question about a name, as published.
+BLANK = Image.new("RGB", (1000, 1000), "white")
+# The endings of image files, in lower case. What a file is, its content decides.
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+# The only decoders that are ever tried. JPEG includes MPO, which many phones write. Others would, for example, start
+# Ghostscript (EPS). AVIF needs Pillow 11.3.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if find_spec("PIL.AvifImagePlugin") else []))
+# The ending of a file that holds what a table has in an image's place, and what is none.
+BROKEN = ".broken"
+
+# How files begin that are mistaken for images, in lower case.
+MISTAKEN = (
+    (b"%pdf", "a PDF"),
+    (b"%!ps", "PostScript"),
+    (b"8bps", "a Photoshop file"),
+    (b"<svg", "SVG"),
+    (b"<?xml", "XML"),
+    (b"<!doctype", "a web page"),
+    (b"<html", "a web page"),
+    (b"version https://git-lfs", "a pointer of Git LFS; fetch the file by git lfs pull"),
+)
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+
+ORIENTATION = 0x0112  # the EXIF tag, and what its values ask for
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT, STRIP_BYTES, TILE_BYTES = 258, 262, 339, 279, 325  # TIFF tags
+WHITE_IS_ZERO, SIGNED = 0, 2  # values of the second and the third one
+NO_DATA = "image file is truncated: it has no data for some of its rows"
+
+# Formats that every server decodes to the same pixels, if nothing in the file needs interpretation.
+COMMON_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+SRGB_GAMMA = 1 / 2.2
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images are decoded, and which are too large; the bounds are checked before the pixels are decoded.
+
+    Args:
+        max_pixels: width times height; an image takes 4 bytes of memory a pixel, for a moment up to 16.
+        max_side: pixels of the longer side; some models pad an image to a square of this side.
+        max_aspect_ratio: the longer side divided by the shorter one.
+        max_bytes: size of the file.
+        background: the colour behind transparent pixels: a name, or #rrggbb.
+    """
+
+    max_pixels: int = 80_000_000
+    max_side: int = 20_000
+    max_aspect_ratio: float = 100.0
+    max_bytes: int = 100_000_000
+    background: str = "white"
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ArgumentError: a bound below 1, or a colour that isn't one.
+        """
+        for name in ("max_pixels", "max_side", "max_aspect_ratio", "max_bytes"):
+            if not getattr(self, name) >= 1:
+                raise ArgumentError(f"vlm.images.{name}: at least 1, got {getattr(self, name)}")
+        try:
+            valid = len(ImageColor.getrgb(self.background)) == 3
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ArgumentError(
+                f"vlm.images.background: a colour such as white or #ffffff, without opacity, got {self.background!r}"
+            )
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        """The background in red, green and blue, 0 to 255."""
+        red, green, blue = ImageColor.getrgb(self.background)[:3]
+        return red, green, blue
+
+    def describe(self) -> dict[str, Any]:
+        """What of the settings decides an answer, for the manifest; nothing where it is the default.
+
+        The bounds decide whether a question is asked, never its answer: a run can be resumed with other bounds.
+        """
+        return {} if self.background_rgb == (255, 255, 255) else {"images": {"background": self.background}}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image file, decoded.
+
+    Attributes:
+        image: in RGB.
+        content: the bytes of the file.
+        format: Pillow's name of the file's format.
+        plain: whether any other decoder sees the same pixels in the file: 8 bits, opaque, one frame, no orientation, no
+            colour profile.
+    """
+
+    image: Image.Image
+    content: bytes
+    format: str
+    plain: bool
+
+
+def image_file(folder: Path, image: str, record: str) -> Path:
+    """The file of an image that a data set names.
+
+    Args:
+        folder: the data set's folder; no image lies outside it, whether by ``..``, an absolute path or a link.
+        image: the image's name, relative to the folder.
+        record: the record that names it, for the error.
+
+    Raises:
+        RecordError: the file is missing or lies outside the folder.
+    """
+    try:
+        file = (folder / image).resolve()
+        inside, there = file.is_relative_to(folder.resolve()), file.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null character, a name that is too long
+        raise RecordError(
+            f"{printable(record)}: the image {image[:200]!r} can't be opened ({first_line(error)}): correct its name"
+        ) from None
+    if not inside:
+        raise RecordError(
+            f"{printable(record)}: the image {image!r} lies outside {folder}: move or copy it into the folder"
+        )
+    if not there:
+        raise RecordError(
+            f"{printable(record)}: the image {printable(folder / image)} is missing: add the file or remove the record"
+        )
+    return folder / image
+
+
+def open_image(path: str | Path, record: str, settings: ImageSettings = ImageSettings()) -> Image.Image:
+    """The image in RGB, as an image viewer shows it (:func:`decode`).
+
+    Args:
+        path: the image's file.
+        record: the id of the record that it belongs to, for the error.
+        settings: bounds, and the colour behind transparent pixels.
+
+    Raises:
+        RecordError: the file is missing, damaged, too large or not an image.
+    """
+    return decode(path, record, settings).image
+
+
+def decode(path: str | Path, record: str, settings: ImageSettings = ImageSettings()) -> Decoded:
+    """Reads and decodes an image file as an image viewer shows it.
+
+    The EXIF orientation is applied, more than 8 bits a channel are scaled to 8, colours are converted to sRGB by the
+    file's ICC profile, transparency is composited on the background, and of an animation or a file of several pages the
+    first one is taken.
+
+    Args:
+        path: the image's file.
+        record: the id of the record that it belongs to, for the error.
+        settings: bounds, and the colour behind transparent pixels.
+
+    Raises:
+        RecordError: the file is missing, damaged, truncated, too large, no regular file or no image of one of
+            :data:`FORMATS`; in one line.
+    """
+    content = read_file(path, record, settings)
+    what = f"{printable(record)}: the image {printable(path)}"
+    try:
+        with strict_pillow(settings.max_pixels), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            check_size(image, what, settings)
+            return decode_opened(image, content, settings)
+    except RecordError:
+        raise
+    except UnidentifiedImageError:
+        raise RecordError(no_image(path, content, record)) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RecordError(
+            f"{what} is too large ({first_line(error)}): make it smaller, or raise vlm.images.max_pixels"
+        ) from None
+    except MemoryError:
+        raise RecordError(f"{what} doesn't fit into memory: make it smaller, or lower data.num_workers") from None
+    except Exception as error:
+        raise RecordError(f"{what} is damaged ({first_line(error)}): replace the file") from None
+
+
+def read_file(path: str | Path, record: str, settings: ImageSettings) -> bytes:
+    """The bytes of a regular file; a pipe, a device or a folder is never opened.
+
+    Raises:
+        RecordError: the file is missing, empty, too large, or can't be read.
+    """
+    what = f"{printable(record)}: the image {printable(path)}"
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise RecordError(f"{what} is no regular file: replace it or remove the record")
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = b"" if size > settings.max_bytes else file.read(settings.max_bytes + 1)
+    except FileNotFoundError:
+        raise RecordError(f"{what} is missing: add the file or remove the record") from None
+    except (OSError, ValueError) as error:  # a ValueError: a null character in the name
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise RecordError(f"{what} can't be read ({reason}): correct the file or its permissions") from None
+    if size > settings.max_bytes or len(content) > settings.max_bytes:
+        raise RecordError(
+            f"{what} has {max(size, len(content))} bytes, more than {settings.max_bytes}: make it smaller, or raise "
+            "vlm.images.max_bytes"
+        )
+    if not content:
+        raise RecordError(f"{what} is empty: replace the file or remove the record")
+    return content
+
+
+def open_regular(path: str | Path) -> io.BufferedReader:
+    """Opens a file for reading; if it has become a pipe since it was looked at, this doesn't wait for a writer."""
+    return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: PTH123 (a descriptor)
+
+
+@contextmanager
+def strict_pillow(max_pixels: int) -> Iterator[None]:
+    """Within it, Pillow rejects whatever is larger or cut off, and prints nothing.
+
+    Args:
+        max_pixels: also of what is within a file, such as a frame.
+    """
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def check_size(image: Image.Image, what: str, settings: ImageSettings) -> None:
+    """Rejects an image that is too large, by what its header says.
+
+    Args:
+        image: opened, not loaded.
+        what: the record and the file, for the error.
+        settings: the bounds.
+
+    Raises:
+        RecordError: names the bound.
+    """
+    short, long = sorted(image.size)
+    for name, value, bound, kind in (
+        ("max_pixels", short * long, settings.max_pixels, "pixels"),
+        ("max_side", long, settings.max_side, "pixels along its longer side"),
+        (
+            "max_aspect_ratio",
+            long / max(short, 1),
+            settings.max_aspect_ratio,
+            "times longer than wide or wider than long",
+        ),
+    ):
+        if value > bound:
+            raise RecordError(
+                f"{what} is {image.width} x {image.height}: {value:.10g} {kind}, more than {bound:.10g}; make it "
+                f"smaller, or raise vlm.images.{name}"
+            )
+
+
+def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSettings) -> Decoded:
+    """Decodes an image that Pillow has opened; raises whatever Pillow raises.
+
+    Args:
+        image: opened, not loaded.
+        content: the bytes of its file.
+        settings: the colour behind transparent pixels.
+    """
+    kind = str(image.format)
+    if kind == "PNG":  # the checksums, which loading doesn't look at
+        with Image.open(io.BytesIO(content), formats=[kind]) as again:
+            again.verify()
+    covered = covered_box(image)
+    encoding = encoding_of(image, content)
+    if kind == "TIFF" and image.info.get("compression") == "raw":  # Pillow reads on, whatever length the file gives
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        given = sum(tags.get(STRIP_BYTES, ())) + sum(tags.get(TILE_BYTES, ()))
+        if 0 < given < image.width * image.height * sum(tags.get(BITS_PER_SAMPLE, (1,))) // 8:
+            raise OSError(NO_DATA)
+    image.load()
+    orientation = orientation_of(image)
+    shown = to_srgb(image, encoding, settings.background_rgb)
+    if kind == "GIF" and covered != (0, 0, *image.size):  # what no frame covers is transparent
+        uncovered = Image.new("RGB", image.size, settings.background_rgb)
+        uncovered.paste(shown.crop(covered), covered)
+        shown = uncovered
+    elif (covered[2] - covered[0]) * (covered[3] - covered[1]) < image.width * image.height:
+        raise OSError(NO_DATA)
+    plain = (
+        kind in COMMON_FORMATS
+        and image.mode in ("RGB", "L", "P")
+        and encoding.bits <= 8
+        and not encoding.profile
+        and not image.has_transparency_data
+        and covered == (0, 0, *image.size)
+        and orientation == 1
+        and abs(image.info.get("gamma", SRGB_GAMMA) - SRGB_GAMMA) < 0.01
+        and not has_frames(io.BytesIO(content))
+    )
+    if orientation in TRANSPOSITIONS:
+        shown = shown.transpose(TRANSPOSITIONS[orientation])
+    shown.info.clear()  # a profile or a transparent colour would be written into a PNG, and applied again
+    return Decoded(shown, content, kind, plain)
+
+
+def covered_box(image: ImageFile.ImageFile) -> tuple[int, int, int, int]:
+    """What of an image the file has data for: left, top, right, bottom.
+
+    Args:
+        image: opened, not loaded.
+    """
+    boxes = [tile.extents for tile in image.tile if tile.extents is not None]
+    if not boxes:  # of a format that is decoded as a whole
+        return 0, 0, *image.size
+    left, top, right, bottom = zip(*boxes, strict=True)
+    return min(left), min(top), max(right), max(bottom)
+
+
+def encoding_of(image: ImageFile.ImageFile, content: bytes) -> Encoding:
+    """What a file says about the values of its pixels.
+
+    Args:
+        image: opened, not loaded.
+        content: the bytes of its file.
+    """
+    profile = image.info.get("icc_profile")
+    profile = profile if isinstance(profile, bytes) else b""
+    if image.format == "PNG":
+        return Encoding(bits=content[24], profile=profile)  # in the header, which comes first
+    if image.format != "TIFF":
+        return Encoding(profile=profile)
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    return Encoding(
+        bits=max(tags.get(BITS_PER_SAMPLE, (8,))),
+        signed=SIGNED in tags.get(SAMPLE_FORMAT, (1,)),
+        white_is_zero=tags.get(PHOTOMETRIC) == WHITE_IS_ZERO,
+        profile=profile,
+    )
+
+
+def orientation_of(image: Image.Image) -> int | None:
+    """The orientation that is still to be applied, 1 for none; None where the EXIF data doesn't say.
+
+    Args:
+        image: loaded; Pillow has applied that of a TIFF.
+    """
+    if image.format == "TIFF":
+        return 1
+    try:
+        orientation = image.getexif().get(ORIENTATION, None if "exif" in image.info else 1)
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError, OverflowError, struct.error):
+        return None  # viewers show the image as it is
+    return orientation if isinstance(orientation, int) else None
+
+
+def has_frames(file: BinaryIO) -> bool:
+    """Whether a file is an animation or has several pages; a second picture in a phone's JPEG (MPO) is none.
+
+    Args:
+        file: opened for reading.
+    """
+    try:
+        with strict_pillow(ImageSettings.max_pixels), Image.open(file, formats=FORMATS) as image:
+            return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception:
+        return False
+
+
+def image_kind(content: bytes) -> str | None:
+    """The name of an image's format, in lower case: png, jpeg (MPO included), ...
+
+    Args:
+        content: the bytes of a file.
+
+    Returns:
+        None where it is no image of one of :data:`FORMATS`.
+    """
+    try:
+        with strict_pillow(ImageSettings.max_pixels), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return {"MPO": "jpeg"}.get(str(image.format), str(image.format).lower())
+    except Exception:
+        return None
+
+
+def no_image(path: str | Path, content: bytes, record: str) -> str:
+    """Why a file that no decoder takes is no image.
+
+    Args:
+        path: the file.
+        content: its bytes.
+        record: the id of the record that it belongs to.
+    """
+    if Path(path).suffix == BROKEN:
+        there = content.decode(errors="replace")
+        return (
+            f"{printable(record)}: its image in the table, {there[:40]!r}, is no base64 of an image, no index of a row "
+            f"and no file ending in {', '.join(IMAGE_ENDINGS)}: mend the table"
+        )
+    start = content[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    looks = next((f" but {name}" for prefix, name in MISTAKEN if start.startswith(prefix)), "")
+    if content[4:8] == b"ftyp" and content[8:12] in HEIC_BRANDS:
+        looks = " but HEIC"
+    return (
+        f"{printable(record)}: {printable(path)} is not an image of a supported format ({', '.join(FORMATS)}){looks}: "
+        "replace the file or remove the record"
+    )
+
+
+def printable(text: str | Path) -> str:
+    """A record's id or a file's name for a line of a message; escaped where it contains control characters."""
+    text = str(text)
+    return text if text.isprintable() else repr(text)

@@ -1,0 +1,240 @@
+"""Seals: what made a checkpoint or an exported adapter, and a checksum; both are verified when it is loaded.
+
+A checkpoint that is a file carries its seal behind its content, as the comment of the zip archive that ``torch.save``
+writes: the two can't be torn apart, and the file is replaced in one move. A folder (a sharded checkpoint, an adapter)
+holds a file ``safervlm.json``.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safervlm.errors import RecordError, first_line
+from safervlm.io.reading import parse_json
+from safervlm.io.settings import flat
+from safervlm.provenance import PACKAGES
+
+SEAL = "safervlm.json"
+END = struct.Struct("<4s4H2LH")  # the last record of a zip archive; its last number is the length of the comment
+DIGITS = 64  # of SHA-256, at the end of the comment
+REMEDY = "take an earlier copy, or delete it and train again"
+
+
+def seal(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """What a seal says of its maker: the settings, and the versions of the packages."""
+    return {"origin": json.loads(json.dumps(origin)), "versions": {name: version(name) for name in PACKAGES}}
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal_file(path: Path, origin: Mapping[str, Any]) -> None:
+    """Writes the seal behind a checkpoint that ``torch.save`` wrote.
+
+    Args:
+        path: the file.
+        origin: the settings that made it, as plain JSON values.
+    """
+    text = json.dumps(seal(origin), separators=(",", ":")).encode()
+    length = len(text) + DIGITS
+    if length > 0xFFFF:
+        raise ValueError(f"the settings take {length} bytes, a seal has room for {0xFFFF}")
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(struct.pack("<H", length) + text)
+        file.flush()
+        digest = file_digest(path)  # of everything before it
+        file.write(digest.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def seal_folder(folder: Path, origin: Mapping[str, Any]) -> None:
+    """Writes the seal of a folder, with the checksum of each file in it.
+
+    Args:
+        folder: whose files are all there.
+        origin: the settings that made it, as plain JSON values.
+    """
+    files = {str(file.relative_to(folder)): file_digest(file) for file in files_of(folder)}
+    text = json.dumps(seal(origin) | {"files": files}, indent=2)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    with (folder / SEAL).open("w", encoding="utf-8") as file:
+        file.write(f"{text}\n{digest}\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a sealed folder, the seal itself left out."""
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / SEAL)
+
+
+def verify_file(path: Path, argument: str) -> dict[str, Any] | None:
+    """What a checkpoint's seal says, after its checksum was verified.
+
+    Returns:
+        None for a checkpoint without a seal (of version 0.1): then the archive's own checksums were verified.
+
+    Raises:
+        RecordError: the file is damaged, or is no checkpoint.
+    """
+    damaged = f"{argument}: {str(path)!r} is damaged"
+    try:
+        if not path.stat().st_size:
+            raise RecordError(f"{argument}: {str(path)!r} is empty; {REMEDY}")
+        with zipfile.ZipFile(path) as archive:
+            comment = archive.comment
+            if not comment and (torn := archive.testzip()) is not None:
+                raise RecordError(f"{damaged} (in its part {torn}); {REMEDY}")
+        if not comment:
+            content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            if not isinstance(content, dict) or "state_dict" not in content:
+                raise RecordError(f"{argument}: {str(path)!r} is no checkpoint of a training run; name its last.ckpt")
+            return None
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            left = path.stat().st_size - DIGITS
+            while left > 0 and (block := file.read(min(left, 1 << 24))):
+                digest.update(block)
+                left -= len(block)
+            said = file.read()
+        if digest.hexdigest().encode() != said:
+            raise RecordError(f"{damaged} (its checksum is another one); {REMEDY}")
+        found: dict[str, Any] = parse_json(comment[:-DIGITS].decode(), str(path), REMEDY, finite=False)
+    except RecordError:
+        raise
+    except Exception as error:  # zipfile and pickle raise many kinds
+        raise RecordError(
+            f"{argument}: {str(path)!r} is damaged, or is no checkpoint ({first_line(error)}); {REMEDY}"
+        ) from error
+    return found
+
+
+def verify_folder(folder: Path, argument: str) -> dict[str, Any] | None:
+    """What a folder's seal says, after the checksums of its files were verified.
+
+    Args:
+        folder: a sharded checkpoint, or an adapter.
+        argument: that names it.
+
+    Returns:
+        None for a folder without a seal: another program, or version 0.1, made it.
+
+    Raises:
+        RecordError: a file is damaged, or missing.
+    """
+    if not (folder / SEAL).is_file():
+        return None
+    damaged = f"{argument}: {str(folder)!r} is damaged"
+    try:
+        text, digest, _ = (folder / SEAL).read_bytes().rsplit(b"\n", 2)
+        if hashlib.sha256(text).hexdigest().encode() != digest:
+            raise RecordError(f"{damaged} ({SEAL} has another checksum); {REMEDY}")
+        found: dict[str, Any] = parse_json(text.decode(), str(folder / SEAL), REMEDY, finite=False)
+        for name, expected in found["files"].items():
+            if not (folder / name).is_file():
+                raise RecordError(f"{damaged} ({name} is missing); {REMEDY}")
+            if file_digest(folder / name) != expected:
+                raise RecordError(f"{damaged} ({name} has another checksum); {REMEDY}")
+    except RecordError:
+        raise
+    except Exception as error:
+        raise RecordError(f"{damaged} ({SEAL}: {first_line(error)}); {REMEDY}") from error
+    return found
+
+
+def verify_seal(
+    path: Path, origin: Mapping[str, Any] | None, argument: str = "--ckpt_path", ignore: Iterable[str] = ()
+) -> None:
+    """Rejects a checkpoint that is damaged, or that other settings made.
+
+    Args:
+        path: a file, or the folder of a sharded checkpoint.
+        origin: the settings now, as plain JSON values; None to look at the checksums alone.
+        argument: that names the checkpoint.
+        ignore: dotted names of settings that may differ; those below them may, too.
+
+    Raises:
+        RecordError: naming the file, and the settings that differ (at most five).
+    """
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise RecordError(f"{argument}: the folder {str(path)!r} is empty; {REMEDY}")
+        found = verify_folder(path, argument)
+    else:
+        found = verify_file(path, argument)
+    if found is None or origin is None:
+        return
+    differing = differences(found["origin"], origin, ignore)
+    if differing:
+        more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
+        raise RecordError(
+            f"{argument}: {str(path)!r} was made with other settings: {'; '.join(differing[:5])}{more}; use the "
+            "settings that it was made with"
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
+    """The settings that differ, each as ``NAME: VALUE there, VALUE now``.
+
+    A model is its weights, wherever they lie: its name is not compared where their fingerprints are known.
+
+    Args:
+        before: of the checkpoint.
+        now: of the run.
+        ignore: dotted names of settings that may differ, with those below them.
+    """
+    there, here = dict(flat(before)), dict(flat(json.loads(json.dumps(now))))
+    passed = set(ignore)
+    for key in there:
+        if key.endswith(".weights") and there[key] is not None and here.get(key) is not None:
+            passed |= {f"{key.removesuffix('weights')}{part}" for part in ("model", "revision")}
+    if there.get("class") != here.get("class"):
+        passed |= {key for key in {**there, **here} if key != "class"}  # of which all the others follow
+    return [
+        f"model.{key}: {there.get(key)!r} there, {here.get(key)!r} now"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key) and not any(key == name or key.startswith(f"{name}.") for name in passed)
+    ]
+
+
+def origin_of(module: Any) -> dict[str, Any]:
+    """The settings of a Lightning module that decide what it trains; its class alone where it doesn't describe them."""
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    describe = getattr(module, "describe", None)
+    return {"class": kind} | (describe() if describe is not None else {})
+
+
+def must_fit(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Rejects a checkpoint whose trained weights are not exactly a module's; loading itself would say nothing.
+
+    Args:
+        checkpoint: as it was read, with the names of what was trained.
+        state: the module's trained weights.
+
+    Raises:
+        RecordError: a weight is missing, is of another module, or has another shape.
+    """
+    if "trained" not in checkpoint:
+        raise RecordError("--ckpt_path: no objective wrote this checkpoint; name the last.ckpt of a fit's run folder")
+    there = checkpoint.get("state_dict", {})
+    wrong = set(checkpoint["trained"]) ^ set(state)
+    wrong |= {name for name, value in there.items() if name in state and value.shape != state[name].shape}
+    if wrong:
+        raise RecordError(
+            f"--ckpt_path: the checkpoint is of another adapter or objective: {len(wrong)} weights don't fit, for "
+            f"example {min(wrong)}; resume with the settings that it was made with"
+        )

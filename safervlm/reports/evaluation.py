@@ -1,0 +1,223 @@
+"""Evaluations of several models -> one table: on the terminal, as CSV, Excel and LaTeX, and as a page.
+
+The page shows differences from the original with their bounds, and answers that flipped, images blurred.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.hashing import seed_for
+from safervlm.io.escape import without_folders
+from safervlm.io.files import write_atomically
+from safervlm.io.outputs import refuse_to_replace_page
+from safervlm.io.tables import JUDGE_NOTE, say, show_table, write_csv, write_workbook
+from safervlm.reports.examples import picture
+from safervlm.reports.page import template
+from safervlm.reports.runs import read_summary, run_names, settings_that_differ, shown_settings
+from safervlm.reports.suite_latex import suite_latex_tables
+from safervlm.reports.suite_tables import (
+    DIVERSITY_NOTE,
+    LEVEL,
+    Summary,
+    bounds,
+    difference_table,
+    evaluation_table,
+    interval,
+    remarks,
+    shown_estimate,
+    shown_side_by_side,
+)
+from safervlm.reports.tables import records
+from safervlm.results.suite import GROUPS, Column, Evaluation, columns, estimates, evaluate, load_suite
+from safervlm.results.suite_differences import compare_suites, flips
+from safervlm.run import refuse_while_at_work
+
+FOLDER = "evaluation"  # of a run, where its model's evaluation is
+FLIPS = 6  # of each direction, run and group of sets, that the page shows
+
+
+def evaluation(runs: list[Path], out: Path | None = None) -> Path:
+    """One table of the evaluations of several models: the original, and what was made of it.
+
+    Beside FILE.html it writes FILE.csv (every number with its intervals), FILE_differences.csv (from the first run),
+    FILE_table.csv (the runs side by side), FILE.xlsx and FILE.tex.
+
+    Args:
+        runs: Run folders with an evaluation in them (scripts/eval.sh), or the folders of evaluations; the first is the
+            original, which the others are compared with.
+        out: The HTML file to write; by default evaluation.html in the first run's folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        ArgumentError: no runs, one named twice, ``out`` is no HTML file, or something else than an evaluation is there.
+        RecordError: an evaluation that can't be read.
+        SystemExit: with exit code 3 at the end, if some of the runs can't be read.
+    """
+    if not runs:
+        raise ArgumentError("runs: at least one run folder, for example runs/original")
+    out = Path(out) if out else Path(runs[0]) / "evaluation.html"
+    if out.suffix != ".html":
+        raise ArgumentError(f"out: the table is a page, {str(out)!r} must end in .html")
+    refuse_to_replace_page(out, "evaluation", ".csv", "_table.csv", "_differences.csv", ".xlsx", ".tex")
+    paths = [Path(run) for run in runs]
+    names = run_names([path.resolve().parent if path.resolve().name == FOLDER else path for path in paths])
+    loaded, unread = read_suites(paths, names)
+    original = loaded[0] if loaded[0].name == names[0] else None
+    names = [each.name for each in loaded]
+    wanted = columns(loaded)
+    if not wanted:
+        raise RecordError(f"{paths[0]}: nothing was evaluated; bash scripts/eval.sh {paths[0]}")
+    long = pd.concat([evaluate(each, wanted) for each in loaded], ignore_index=True)
+    tables = [compare_suites(each, original, wanted) for each in loaded[1:]] if original else []
+    differences = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    wide = shown_side_by_side(long, names)
+
+    manifests = [(each.name, read_summary(each.folder / "manifest.json")) for each in loaded]
+    said = [*unread, *remarks(long, differences, loaded, wanted, manifests)]
+    page = render_suite(loaded, wanted, long, differences, said, manifests, out)
+    write_atomically(out, lambda file: file.write_text(page, encoding="utf-8"))
+    write_csv(out.with_suffix(".csv"), long)
+    write_csv(out.with_name(f"{out.stem}_table.csv"), wide, index=True)
+    sheets = {"table": wide.reset_index(), "evaluation": long}
+    beside = out.with_name(f"{out.stem}_differences.csv")
+    beside.unlink(missing_ok=True)  # of runs before
+    if len(differences):
+        write_csv(beside, differences)
+        sheets["differences"] = differences
+    write_workbook(out.with_suffix(".xlsx"), sheets, [JUDGE_NOTE, DIVERSITY_NOTE])
+    tex = suite_latex_tables(long, differences, names)
+    write_atomically(out.with_suffix(".tex"), lambda file: file.write_text(tex, encoding="utf-8"))
+    show_table(evaluation_table(long, names))
+    for _, table in differences.groupby("run", sort=False) if len(differences) else ():
+        show_table(difference_table(table, names[0]))
+    for line in said:
+        say(line)
+    say(f"evaluation: {out} (with .csv, .xlsx and .tex beside it)")
+    if unread:
+        sys.exit(3)
+    return out
+
+
+def read_suites(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[Evaluation], list[str]]:
+    """The evaluations that can be read, and a line on each that can't.
+
+    Raises:
+        RecordError: none can.
+    """
+    loaded: list[Evaluation] = []
+    unread = []
+    for path, name in zip(paths, names, strict=True):
+        try:
+            folder = folder_of(path)
+            refuse_while_at_work(folder)
+            each = load_suite(folder, name)
+            for column in columns([each]):
+                if column.measure == "mme":
+                    estimates(each, column)  # its rule can't score every set
+            loaded.append(each)
+        except RecordError as error:
+            if len(paths) == 1:
+                raise
+            lost = ", and no difference can be told from it" if name == names[0] else ""
+            unread.append(f"{name} is left out{lost}: {error}")
+    if not loaded:
+        raise RecordError("; ".join(unread))
+    return loaded, unread
+
+
+def folder_of(run: Path) -> Path:
+    """The folder of a run's evaluation: within it, or itself.
+
+    Raises:
+        RecordError: nothing was evaluated there.
+    """
+    folder = run / FOLDER if (run / FOLDER).is_dir() else run
+    if not (folder / "responses.jsonl").is_file():
+        raise RecordError(f"{folder / 'responses.jsonl'}: no such file; evaluate the run: bash scripts/eval.sh {run}")
+    return folder
+
+
+def render_suite(
+    evaluations: Sequence[Evaluation],
+    wanted: Sequence[Column],
+    long: pd.DataFrame,
+    differences: pd.DataFrame,
+    said: Sequence[str],
+    manifests: Sequence[tuple[str, Summary]],
+    out: Path,
+) -> str:
+    """The page; ``out`` is its file, from which images are linked."""
+    settings = [(name, shown_settings(manifest)) for name, manifest in manifests]
+    found = {(row["run"], row["column"]): row for row in records(long)}
+    every = {
+        (run, column): rows.to_dict("records")
+        for (run, column), rows in long[long["low"].notna()].groupby(["run", "column"], sort=False)
+    }
+    by_run = {(row["run"], row["column"]): row for row in records(differences)}
+    headings = records(long[["group", "column", "heading", "unit", "detail"]].drop_duplicates("column"))
+    groups = {group: [c for c in headings if c["group"] == group and not c["detail"]] for group in GROUPS}
+    return template("evaluation.html.j2").render(
+        runs=[{"name": each.name} for each in evaluations],
+        groups={group: part for group, part in groups.items() if part},
+        details=[column for column in headings if column["detail"]],
+        cells=found,
+        intervals=every,
+        compared=by_run,
+        bounds=bounds(differences, wanted),
+        na_counts={column.key for column in wanted if column.measure in ("share", "mme", "both")},
+        flipped=[(e.name, flipped(e, evaluations[0], wanted, out)) for e in evaluations[1:] if len(differences)],
+        remarks=[without_folders(line) for line in said],
+        manifests=settings,
+        differences=settings_that_differ([manifest for _, manifest in settings]),
+        judge_note=JUDGE_NOTE,
+        diversity_note=DIVERSITY_NOTE,
+        shown=shown_estimate,
+        interval=interval,
+        level=LEVEL,
+    )
+
+
+def flipped(
+    each: Evaluation, original: Evaluation, wanted: Sequence[Column], out: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Answers that turned right or wrong, by group of sets; which are shown depends on their ids alone."""
+    shown_cards: dict[str, list[dict[str, Any]]] = {}
+    for group in GROUPS:
+        parts = [
+            flips(each, original, c) for c in wanted if c.group == group and c.measure in ("share", "occurs", "mme")
+        ]
+        if not parts:
+            continue
+        table = pd.concat(parts).drop_duplicates("id")
+        for gained, title in ((True, "turned right"), (False, "turned wrong")):
+            some = table[table["gained"] == gained]
+            names = sorted(some["id"], key=lambda name: seed_for("flipped", name))[:FLIPS]
+            rows = some.set_index("id", drop=False)
+            if names:
+                title = f"{group}: {title}, {len(some)} answers"
+                shown_cards[title] = [_card(rows.loc[name], each, original, out) for name in names]
+    return shown_cards
+
+
+def _card(row: "pd.Series[Any]", each: Evaluation, original: Evaluation, out: Path) -> dict[str, Any]:
+    path = row["image_path"]
+    answers = [
+        {
+            "run": name,
+            "colour": colour,
+            "response": row[f"response{suffix}"],
+            "label": row[f"label{suffix}"],
+            "probability": None,
+            "right": row[f"label{suffix}"] == row["answer"],
+        }
+        for colour, (name, suffix) in enumerate(((original.name, "_before"), (each.name, "")))
+    ]
+    question = {str(key): value for key, value in row.items()}
+    return question | {"picture": picture(path, row["id"], out, original.folder) if path else None, "answers": answers}

@@ -1,0 +1,63 @@
+"""The tables of a report in LaTeX."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from safervlm.io.escape import for_latex
+from safervlm.io.tables import JUDGE_NOTE, escaped
+from safervlm.reports.runs import Run
+from safervlm.reports.tables import percent, records, shown, with_interval
+from safervlm.results.measures import COLUMNS, GAP_WEIGHTS
+from safervlm.results.scores import by_category
+from safervlm.statistics.diversity import SUBSAMPLES, TEXTS
+
+# --- LaTeX ------------------------------------------------------------------------------------------------------------
+
+
+def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
+    """The overall table and each run's accuracies by category, for the booktabs package."""
+    side_by_side = pd.DataFrame(
+        {
+            str(name): {COLUMNS[column][0]: shown(COLUMNS[column][1], row[column]) for column in COLUMNS}
+            | {"N/A": percent(row["na_rate"]), "answers": str(row["n"])}
+            for name, row in zip(comparison.index, records(comparison), strict=True)
+        }
+    )
+    caption = (
+        f"Runs side by side; accuracies, over-flagging and the gap in percent, N/A as wrong unless said. {GAP_WEIGHTS} "
+        f"1 - self-BLEU: mean over {SUBSAMPLES} subsamples of {TEXTS} texts (of all, if there are fewer)."
+    )
+    tables = [latex_table(side_by_side, "l" + "r" * len(runs), caption, index=True)]
+    for run in runs:
+        rows = [
+            {
+                "capability": row["capability"].replace("_", " "),
+                "side": row["side"],
+                "category": row["category"],
+                "n": str(row["n"]),
+                "N/A": percent(row["na_rate"]),
+                "N/A as wrong": with_interval(row["accuracy_na_wrong"], row["low_na_wrong"], row["high_na_wrong"]),
+                "N/A left out": with_interval(row["accuracy"], row["low"], row["high"]),
+                "varies": row["varies"],
+                "method": row["method"],
+            }
+            for row in records(by_category(run.scores))
+        ]
+        caption = f"{run.name}: accuracy in percent with 95 % intervals. {JUDGE_NOTE}"
+        tables.append(latex_table(pd.DataFrame(rows), "lllrrrrll", caption, index=False))
+    return "% \\usepackage{booktabs}\n\n" + "\n".join(tables)
+
+
+def latex_table(table: pd.DataFrame, columns: str, caption: str, index: bool, escape: bool = True) -> str:
+    """A table for the booktabs package.
+
+    Args:
+        table: of texts.
+        columns: LaTeX's specification of them.
+        caption: as it is read.
+        index: whether the row names are a column.
+        escape: whether the texts are as they are read; False where they are LaTeX.
+    """
+    written = escaped(table, for_latex) if escape else table
+    return written.to_latex(escape=False, column_format=columns, caption=for_latex(caption), index=index)

@@ -1,0 +1,287 @@
+"""Runs -> one self-contained HTML page, and the same tables as CSV, Excel and LaTeX.
+
+The page loads nothing: style, plots and thumbnails stand in it, it runs no script, and its content security policy
+forbids both. Whatever comes from a model or a data set is escaped (:mod:`safervlm.io.escape`), and of a text at most
+4,000 characters are shown. Unsafe images are shown as a blur of a few dozen colours, which is all that is left of them;
+the original is one deliberate click away, in the local file, and never in the page. The page names no absolute path:
+images are linked relative to it, of other paths the last part is shown.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from safervlm.errors import ArgumentError
+from safervlm.io.escape import for_html
+from safervlm.io.files import write_atomically
+from safervlm.io.outputs import refuse_to_replace_page
+from safervlm.io.tables import JUDGE_NOTE, say, show_table, write_csv, write_workbook
+from safervlm.records import FAILED, UNJUDGED, Failure, read_records
+from safervlm.reports.examples import examples
+from safervlm.reports.figures import figures
+from safervlm.reports.latex import latex_tables
+from safervlm.reports.runs import Run, interval_row, load_runs, settings_that_differ, shown_settings
+from safervlm.reports.tables import comparison_table, methods, percent, records, shown
+from safervlm.results.measures import (
+    ACCURACY_NA_WRONG,
+    BOTH,
+    COLUMNS,
+    DIVERSITY,
+    GAP_WEIGHTS,
+    MEASURES,
+    OVER_FLAGGING,
+    OVERALL,
+    THESE_CONCEPTS,
+    concept_gaps,
+    modality_gap,
+    paired_difference,
+)
+from safervlm.results.scores import by_category, category_order, compare, overall
+from safervlm.statistics.diversity import SUBSAMPLES, TEXTS, TOO_FEW
+
+CAPABILITY_TITLES = {
+    "alignment": "Alignment: is the image safe?",
+    "alignment_text_only": "Alignment, text only: is what the name says safe?",
+    "perception": "Perception: what does the image show?",
+}
+
+# Of a workbook, on its last sheet.
+NOTES = (
+    "Accuracies, over-flagging and the gap are shares of 1; N/A is counted as wrong unless said.",
+    JUDGE_NOTE,
+    GAP_WEIGHTS,
+    f"1 - self-BLEU: mean over {SUBSAMPLES} subsamples of {TEXTS} texts (of all, if there are fewer). Published: all.",
+)
+
+
+def report(runs: list[Path], out: Path | None = None) -> Path:
+    """One page, tables and plots of one or several runs.
+
+    Beside FILE.html it writes FILE.csv (every score), FILE_overall.csv (the runs side by side), FILE.xlsx and FILE.tex.
+
+    Args:
+        runs: Run folders that hold responses.jsonl and verdicts.jsonl; the first is the one the others are compared
+            with.
+        out: The HTML file to write; by default report.html in the first run's folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        ArgumentError: no runs, ``out`` is no HTML file, or something else than a report is there.
+        RecordError: a run that can't be read (:func:`safervlm.results.runs.load_run`), or where another command is at
+        work.
+    """
+    if not runs:
+        raise ArgumentError("runs: a report needs at least one run folder, for example runs/base")
+    out = Path(out) if out else Path(runs[0]) / "report.html"
+    if out.suffix != ".html":
+        raise ArgumentError(f"out: the report is a page, {str(out)!r} must end in .html")
+    refuse_to_replace_page(out, "report", ".csv", "_overall.csv", ".xlsx", ".tex")
+    loaded = load_runs(runs)
+    comparison = compare({run.name: run.scores for run in loaded})
+    page = render(loaded, comparison, out)
+    tex = latex_tables(loaded, comparison)
+    long = pd.concat([run.scores.assign(run=run.name) for run in loaded])
+    long = long[["run", *long.columns.drop("run")]]
+    wide = pd.concat([by_category(run.scores).assign(run=run.name) for run in loaded])
+    wide = wide[["run", *wide.columns.drop("run")]]
+
+    write_atomically(out, lambda file: file.write_text(page, encoding="utf-8"))
+    write_atomically(out.with_suffix(".tex"), lambda file: file.write_text(tex, encoding="utf-8"))
+    write_csv(out.with_suffix(".csv"), long)
+    write_csv(out.with_name(f"{out.stem}_overall.csv"), comparison, index=True)
+    sheets = {"overall": comparison.reset_index(), "by category": wide, "scores": long}
+    write_workbook(out.with_suffix(".xlsx"), sheets, NOTES)
+    show_table(comparison_table(comparison))
+    for line in warnings(loaded):
+        say(f"not comparable: {line}")
+    say(f"report: {out} (with .csv, .xlsx and .tex beside it)")
+    return out
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def render(runs: Sequence[Run], comparison: pd.DataFrame, out: Path) -> str:
+    """The page.
+
+    Args:
+        runs: the first is the baseline.
+        comparison: of :func:`safervlm.results.scores.compare`.
+        out: the page's file, from which images are linked.
+    """
+    manifests = [(run.name, shown_settings(run.manifest)) for run in runs]
+    return template("report.html.j2").render(
+        runs=[{"name": run.name, "answers": len(run.frame)} for run in runs],
+        headline=headline(comparison),
+        overall=overall_cells(runs, comparison),
+        figures=figures(runs),
+        gaps=[(run.name, modality_gap(run.frame), concept_gaps(run.frame)) for run in runs],
+        categories=[
+            (
+                run.name,
+                [records(part) for _, part in by_category(run.scores).groupby(["capability", "side"], sort=False)],
+            )
+            for run in runs
+        ],
+        side_by_side=side_by_side(runs),
+        others=[(run.name, other_rows(run.scores)) for run in runs],
+        examples=examples(runs, out),
+        capability_titles=CAPABILITY_TITLES,
+        manifests=manifests,
+        methods=list(dict.fromkeys(line for run in runs for line in methods(run.scores))),
+        differences=settings_that_differ([manifest for _, manifest in manifests]),
+        warnings=warnings(runs),
+        shown=shown,
+        judge_note=JUDGE_NOTE,
+        gap_weights=GAP_WEIGHTS,
+        texts=TEXTS,
+        subsamples=SUBSAMPLES,
+    )
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's template; whatever is put into it is escaped: invisible characters first, then markup."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        finalize=lambda value: for_html(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent}
+    return environment.get_template(name)
+
+
+def headline(comparison: pd.DataFrame) -> list[str]:
+    """The findings in a sentence or two, from what was measured."""
+    first, *others = records(comparison.reset_index())
+    lines = []
+    if not np.isnan([first["text_only_unsafe"], first["image_unsafe"], first["modality_gap"]]).any():
+        lines.append(
+            f"{first['run']} answers {percent(first['image_unsafe'])} % of the questions about unsafe images right and "
+            f"{percent(first['text_only_unsafe'])} % of those about unsafe concepts' names. The modality gap, the mean "
+            f"over concepts, is {percent(first['modality_gap'])} points."
+        )
+    compared = [
+        f"{row['run']} {percent(row['image_unsafe'])} / {percent(row['image_safe'])} %"
+        for row in others
+        if not np.isnan([row["image_unsafe"], row["image_safe"]]).any()
+    ]
+    return [*lines, f"Right on unsafe / safe images: {', '.join(compared)}."] if compared else lines
+
+
+def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, Any]:
+    """The overall table: headings, and of every run its cells."""
+    columns = [column for column in COLUMNS if not column.endswith(("_na_left_out", "_published"))]
+    values = records(comparison)
+    rows = []
+    for run, row in zip(runs, values, strict=True):
+        cells = []
+        for column in columns:
+            measure, left_out = COLUMNS[column][1], row.get(f"{column}_na_left_out")
+            source = interval_row(run.scores, column)
+            difference = row[column] - values[0][column]
+            comparable = asked(run.frame, column) == asked(runs[0].frame, column) and (
+                measure == DIVERSITY or judges(run.frame, column) == judges(runs[0].frame, column)
+            )
+            signed = f"{difference:+.3f}" if measure == DIVERSITY else f"{100 * difference:+.1f}"
+            if not float(signed):
+                signed = signed.replace("-", "+")
+            cells.append(
+                {
+                    "column": column,
+                    "value": row[column],
+                    "shown": shown(measure, row[column]),
+                    "interval": None if source is None or np.isnan(source["low"]) else (source["low"], source["high"]),
+                    "method": "" if source is None else f"{source['varies']}; {source['method']}".removeprefix("; "),
+                    "difference": None if run is runs[0] or np.isnan(difference) or not comparable else signed,
+                    "paired": paired(run, runs[0], column) if run is not runs[0] and comparable else "",
+                    "left_out": None if left_out is None or np.isnan(left_out) else left_out,
+                    "published": row.get(f"{column}_published"),
+                    "fewer": source["n"] if source is not None and source["method"] == TOO_FEW else None,
+                }
+            )
+        rows.append({"name": run.name, "cells": cells, "na": row["na_rate"], "n": row["n"]})
+    return {"headings": [(column, COLUMNS[column][0]) for column in columns], "rows": rows}
+
+
+def paired(run: Run, base: Run, column: str) -> str:
+    """The 95 % interval of a run's difference from the first one, new concepts; empty where it can't be had."""
+    if COLUMNS[column][1] not in (ACCURACY_NA_WRONG, OVER_FLAGGING):
+        return ""
+    estimate = paired_difference(run.frame, base.frame, column)
+    return "" if np.isnan(estimate.low) else f"{100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}"
+
+
+def about(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The answers that a column of the overall table is about."""
+    _, _, capability, side = COLUMNS[column]
+    return frame[frame["capability"].isin(capability.split(" - ")) & ((frame["side"] == side) | (side == BOTH))]
+
+
+def asked(frame: pd.DataFrame, column: str | None = None) -> frozenset[tuple[str, str, str]]:
+    """The questions that a column of the overall table is about, or all: id, words, and right answer."""
+    part = frame if column is None else about(frame, column)
+    return frozenset(zip(part["id"], part["prompt"], part["answer"], strict=True))
+
+
+def judges(frame: pd.DataFrame, column: str | None = None) -> frozenset[tuple[str, str]]:
+    """Who read the answers that a column of the overall table is about, or all: capability and judge."""
+    part = frame if column is None else about(frame, column)
+    return frozenset(zip(part["capability"], part["judge"], strict=True))
+
+
+def warnings(runs: Sequence[Run]) -> list[str]:
+    """What forbids to compare the runs' numbers, in a sentence each."""
+    first, *others = runs
+    said = [
+        f"{run.name} answered other questions than {first.name}: where they differ, no difference is shown."
+        for run in others
+        if asked(run.frame) != asked(first.frame)
+    ]
+    for run in others:
+        same = [column for column in COLUMNS if asked(run.frame, column) == asked(first.frame, column)]
+        if any(judges(run.frame, column) != judges(first.frame, column) for column in same):
+            said.append(f"{run.name} was read by another judge than {first.name}: no difference is shown there.")
+    said += [
+        f"{run.name} has no answer, or no verdict on it, to {number} more questions, which are left out."
+        for run in runs
+        if (number := missing(run))
+    ]
+    for column, (heading, measure, _, _) in COLUMNS.items():
+        rows = [(run.name, overall(run.scores, column)) for run in runs] if measure == DIVERSITY else []
+        few = [f"{name} ({row['n']} texts)" for name, row in rows if row is not None and row["method"] == TOO_FEW]
+        if few:
+            said.append(f"{heading} is of fewer than {TEXTS} texts in {', '.join(few)}: more texts would lower it.")
+    return said
+
+
+def missing(run: Run) -> int:
+    """How many questions a run lists as unanswered, or their answers as not judged, and has not mended since."""
+    files = [file for file in (run.folder / FAILED, run.folder / UNJUDGED) if file.is_file()]
+    return len({each.id for file in files for each in read_records(file, Failure)} - {*run.frame["id"]})
+
+
+def side_by_side(runs: Sequence[Run]) -> dict[str, list[dict[str, Any] | None]]:
+    """Category -> for each run its row of unsafe images (None where it has none)."""
+    tables = []
+    for run in runs:
+        table = by_category(run.scores)
+        these = (table["varies"] == THESE_CONCEPTS) & (table["side"] == "unsafe") & (table["capability"] == "alignment")
+        tables.append({row["category"]: row for row in records(table[these])})
+    found = set().union(*tables) - {OVERALL}
+    return {name: [table.get(name) for table in tables] for name in (*sorted(found, key=category_order), OVERALL)}
+
+
+def other_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Over-flagging, gap and diversity of a run, each with a title."""
+    rows = table[(table["category"] == OVERALL) & ~table["measure"].isin(["accuracy", ACCURACY_NA_WRONG])]
+    return [row | {"title": MEASURES[row["measure"]]} for row in records(rows)]

@@ -1,0 +1,131 @@
+"""The runs of a report: their scores, names and settings."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.io.escape import visible, without_folders
+from safervlm.io.reading import read_object
+from safervlm.io.settings import flat
+from safervlm.io.tables import say
+from safervlm.protocol import CAPABILITIES
+from safervlm.results.measures import NEW_CONCEPTS, THESE_CONCEPTS
+from safervlm.results.runs import load_run
+from safervlm.results.scores import overall, scores
+from safervlm.run import refuse_while_at_work
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as the report sees it.
+
+    Attributes:
+        name: in every table, unique.
+        folder: where it is.
+        frame: its answers and verdicts, of :func:`safervlm.results.runs.load_run`.
+        scores: of :func:`safervlm.results.scores.scores`.
+        manifest: stage -> dotted key -> value; empty without ``manifest.json``.
+    """
+
+    name: str
+    folder: Path
+    frame: pd.DataFrame
+    scores: pd.DataFrame
+    manifest: dict[str, dict[str, str]]
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads and scores runs."""
+    paths = [Path(folder) for folder in folders]
+    runs = []
+    for path, name in zip(paths, run_names(paths), strict=True):
+        refuse_while_at_work(path)
+        frame = load_run(path)
+        kinds = frame["capability"].value_counts()
+        if others := {str(kind): int(count) for kind, count in kinds.items() if kind not in CAPABILITIES}:
+            listed = ", ".join(f"{count} {kind}" for kind, count in others.items())
+            say(f"{name}: {listed} answers aren't in a report but in `safervlm evaluation {path}`")
+        table = scores(frame)
+        if table.empty:
+            raise RecordError(
+                f"{path}: it has no answers to the protocol's questions, which a report is about; use `safervlm "
+                f"evaluation {path}`"
+            )
+        runs.append(Run(name, path, frame, table, read_summary(path / "manifest.json")))
+    return runs
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """What runs are called: by their folder, with as many folders above it as tell them apart.
+
+    Raises:
+        ArgumentError: a folder is named twice.
+    """
+    parts = [path.resolve().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        raise ArgumentError(f"runs: {', '.join(map(str, paths))}: the same folder is named twice; name each once")
+    names: list[str] = []
+    for own in parts:
+        above = next(n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in parts) == 1)
+        names.append(visible("/".join(own[-above:])))
+    # Two names may look the same once their control characters are visible.
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
+
+
+def read_summary(path: Path) -> dict[str, dict[str, str]]:
+    """What made a run: stage -> dotted key -> value, as texts; empty where there is no manifest.
+
+    Args:
+        path: ``manifest.json``.
+
+    Raises:
+        RecordError: it can't be read, or has no stages.
+    """
+    if not path.is_file():
+        return {}
+    stages = read_object(path, "move it away to go on without", finite=False).get("stages")
+    if not isinstance(stages, dict):
+        raise RecordError(f"{path}: no manifest, it has no stages; move it away to go on without")
+    return {str(stage): {key: _as_text(value) for key, value in flat(entry)} for stage, entry in stages.items()}
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def interval_row(table: pd.DataFrame, column: str) -> "pd.Series[Any] | None":
+    """The overall row of a column whose interval is shown: new concepts' if it can be had, else these concepts'."""
+    new = overall(table, column, NEW_CONCEPTS)
+    if new is None or not np.isnan(new["low"]):
+        return new
+    these = overall(table, column, THESE_CONCEPTS)
+    return new if these is None else these
+
+
+def shown_settings(manifest: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """A manifest of :func:`read_summary` as a page shows it: without absolute paths, which may name a user."""
+    return {
+        without_folders(stage): {without_folders(key): without_folders(value) for key, value in entries.items()}
+        for stage, entries in manifest.items()
+    }
+
+
+def settings_that_differ(manifests: Sequence[Mapping[str, Mapping[str, str]]]) -> list[tuple[str, list[str]]]:
+    """The settings in which runs differ: (stage and key, a value for each run).
+
+    Args:
+        manifests: of :func:`read_summary`.
+    """
+    settings = [
+        {f"{stage}: {key}": value for stage, entry in manifest.items() for key, value in entry.items()}
+        for manifest in manifests
+    ]
+    keys = dict.fromkeys(key for entry in settings for key in entry if ": settings." in key)
+    rows = [(key.replace("settings.", "", 1), [entry.get(key, "") for entry in settings]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]

@@ -1,0 +1,70 @@
+"""The tables of an evaluation in LaTeX."""
+
+import textwrap
+from collections.abc import Sequence
+
+import pandas as pd
+
+from safervlm.io.escape import for_latex, visible
+from safervlm.io.tables import JUDGE_NOTE
+from safervlm.reports.latex import latex_table
+from safervlm.reports.suite_tables import DIVERSITY_NOTE, LEVEL, held, interval, lines, shown_estimate
+from safervlm.reports.tables import records
+from safervlm.results.suite import GROUPS
+
+# --- LaTeX, page ------------------------------------------------------------------------------------------------------
+
+
+def suite_latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Sequence[str]) -> str:
+    """A table a group, rows are runs, as in the paper, then one of the differences; for the booktabs package."""
+    found = {(row["run"], row["column"], row["varies"]): row for row in records(long)}
+    tables = []
+    for group in GROUPS:
+        cells: dict[str, list[list[str]]] = {}  # heading -> of each run the number and its intervals
+        for line in lines(long):
+            if line["group"] != group:
+                continue
+            column = cells.setdefault(line["heading"], [[] for _ in names])
+            for cell, name in zip(column, names, strict=True):
+                row = found.get((name, line["column"], line["varies"]))
+                if line["first"]:
+                    missing = f"{row['missing']} missing" if row and row["missing"] else ""
+                    cell += [shown_estimate(row["unit"], row["value"]), interval(row), missing] if row else ["-"]
+                elif row:
+                    cell.append(interval(row).replace("[", "(").replace("]", ")"))
+        if cells:
+            stacked = {
+                _stack(textwrap.wrap(heading, 13)): [_stack(cell, small=True) for cell in column]
+                for heading, column in cells.items()
+            }
+            caption = (
+                f"{group}: in percent (MME in points), N/A counted as wrong. 95 % intervals: in brackets for new "
+                "concepts or new images, in parentheses for other images of these concepts. "
+                f"{JUDGE_NOTE} {DIVERSITY_NOTE}"
+            )
+            table = pd.DataFrame(stacked, pd.Index([for_latex(name) for name in names]))
+            tables.append(latex_table(table, "l" + "r" * len(stacked), caption, index=True, escape=False))
+    if len(differences):
+        rows = differences[~differences["detail"]]
+        texts = {
+            (row["heading"], row["run"]): (
+                f"{shown_estimate(row['unit'], row['difference'], signed=True)}{'*' if row['p_holm'] < LEVEL else ''} "
+                f"{interval(row, signed=True)}"
+            )
+            for row in records(rows)
+        }
+        table = pd.Series(texts).unstack(sort=False)[[name for name in names if name in set(rows["run"])]].fillna("-")
+        caption = (
+            f"Differences from {names[0]} on the same items, in percentage points (MME in points), with 95 % "
+            f"intervals; * p, by Holm over a run's columns, below {LEVEL:g}. {JUDGE_NOTE}"
+        )
+        tables.append(latex_table(table, "l" + "r" * len(table.columns), caption, index=True))
+    made = [f"% {visible(line)}" for line in held(long) + (held(differences) if len(differences) else [])]
+    return "\n".join(["% \\usepackage{booktabs}", "% How the intervals are made:", *made, "", *tables])
+
+
+def _stack(parts: Sequence[str], small: bool = False) -> str:
+    """Texts above each other, as LaTeX; all but the first one small if asked."""
+    first, *rest = map(for_latex, parts)
+    rest = [f"{{\\scriptsize {part}}}" if small else f"{{{part}}}" for part in rest if part]
+    return "\\shortstack[r]{" + r"\\".join([first, *rest]) + "}" if rest else first

@@ -1,0 +1,228 @@
+"""The tables of an evaluation, for the terminal and a page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+
+from safervlm.io.tables import EXCLUDED, JUDGE_NOTE, TextTable
+from safervlm.reports.tables import records
+from safervlm.results.measures import THESE_CONCEPTS
+from safervlm.results.mme import ALL_TASKS
+from safervlm.results.suite import NOT_MEASURED, Column, Evaluation
+from safervlm.statistics.diversity import NO_INTERVAL, SUBSAMPLES, TEXTS, TOO_FEW
+
+LEVEL = 0.05
+DIVERSITY_NOTE = (
+    f"1 - self-BLEU: mean over {SUBSAMPLES} subsamples of {TEXTS} texts (of all, if there are fewer); the published "
+    "form is of all texts."
+)
+OFTEN = 0.1  # the share of N/A from which the terminal says it; the page says it of each
+
+# A manifest as the page shows it; see safervlm.reports.runs.read_summary.
+Summary = Mapping[str, Mapping[str, str]]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def shown_estimate(unit: str, value: float, signed: bool = False) -> str:
+    """A number as the tables show it: shares and ratios in percent, MME's points, self-BLEU with three decimals."""
+    if np.isnan(value):
+        return "-"
+    number, digits = (100 * value, 1) if unit == "%" else (value, 1 if unit == "points" else 3)
+    rounded = round(number, digits) + 0.0  # no -0.0
+    return f"{rounded:{'+' if signed else ''}.{digits}f}"
+
+
+def interval(row: dict[str, Any], signed: bool = False) -> str:
+    """The interval of a row, ``[90.2, 97.0]``; empty where there is none."""
+    if np.isnan(row["low"]):
+        return ""
+    return "[" + ", ".join(shown_estimate(row["unit"], row[end], signed) for end in ("low", "high")) + "]"
+
+
+def estimate_with_interval(row: dict[str, Any]) -> str:
+    """A number and its interval, ``94.1 [90.2, 97.0]``, and how many answers or ratings are missing, if some are."""
+    missing = f"({row['missing']} missing)" if row["missing"] else ""
+    return " ".join(filter(None, (shown_estimate(row["unit"], row["value"]), interval(row), missing)))
+
+
+def lines(long: pd.DataFrame) -> list[dict[str, Any]]:
+    """The lines of the table, without details: group, column, heading, varies, and whether it is a column's first.
+
+    A column has a line with its number and the interval for new concepts or new images, and, where there is one, a
+    line with the interval for these concepts.
+    """
+    measured = long.groupby("column")["method"].transform(lambda methods: (methods != NOT_MEASURED).any())
+    rows = long[~long["detail"] & ~(measured & (long["method"] == NOT_MEASURED))]
+    rows = rows.drop_duplicates(["column", "varies"])
+    rank = rows.groupby("column", sort=False).ngroup() * 2 + (rows["varies"] == THESE_CONCEPTS)
+    rows = rows.assign(first=rows["varies"] != THESE_CONCEPTS).iloc[rank.argsort(kind="stable")]
+    return records(rows[["group", "column", "heading", "varies", "first"]])
+
+
+def texts(long: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
+    """Heading of a line -> its cell for each run."""
+    found = {(row["run"], row["column"], row["varies"]): row for row in records(long)}
+    table = {}
+    for line in lines(long):
+        rows = [found.get((name, line["column"], line["varies"])) for name in names]
+        heading = line["heading"] if line["first"] else f"{line['heading']}: {line['varies']}"
+        cell = estimate_with_interval if line["first"] else interval
+        table[heading] = [(row and cell(row)) or "-" for row in rows]
+    return table
+
+
+def shown_side_by_side(long: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """A row a run, a column a line of the table; in each cell the number and its interval; what these exclude."""
+    return pd.DataFrame(texts(long, names), pd.Index(names, name="run")).assign(excludes=EXCLUDED)
+
+
+def evaluation_table(long: pd.DataFrame, names: Sequence[str]) -> TextTable:
+    """The table for the terminal, one column a run (it fits where one row a run doesn't)."""
+    caption = (
+        "in %, MME in points, N/A counted as wrong\n95 % intervals for new concepts or new images, else as said\n"
+        f"{JUDGE_NOTE}\n{DIVERSITY_NOTE}"
+    )
+    printed = TextTable(title="Evaluation", caption=caption, box=SIMPLE_HEAD)
+    printed.add_column("")
+    for name in names:
+        printed.add_column(name, justify="right")
+    group = None
+    for line, (heading, row) in zip(lines(long), texts(long, names).items(), strict=True):
+        if line["group"] != group:
+            group = line["group"]
+            printed.add_section()
+            printed.add_row(group, style="bold")
+        printed.add_row(
+            f"  {heading}" if line["first"] else f"    {line['varies']}", *row, style=None if line["first"] else "dim"
+        )
+    return printed
+
+
+def difference_table(differences: pd.DataFrame, original: str) -> TextTable:
+    """What a run differs in from the original, for the terminal, without details."""
+    caption = f"95 % intervals; p by Holm over the columns; * below {LEVEL:g}\n{JUDGE_NOTE}"
+    title = f"{differences['run'].iloc[0]} minus {original}"
+    printed = TextTable(title=title, caption=caption, box=SIMPLE_HEAD)
+    printed.add_column("")
+    for heading in ("difference", "95 %", "p", "p (Holm)", "lost", "gained", "of"):
+        printed.add_column(heading, justify="right")
+    for row in records(differences[~differences["detail"]]):
+        p, by_holm = (
+            "-" if np.isnan(value) else f"{value:.3f}" if value >= 0.001 else "<0.001"
+            for value in (row["p"], row["p_holm"])
+        )
+        star = " *" if row["p_holm"] < LEVEL else ""
+        counts = ["-" if np.isnan(row["p"]) else str(row[key]) for key in ("lost", "gained", "n")]
+        number = shown_estimate(row["unit"], row["difference"], signed=True)
+        printed.add_row(row["heading"], number, interval(row, signed=True), p, by_holm + star, *counts)
+    return printed
+
+
+def remarks(
+    long: pd.DataFrame,
+    differences: pd.DataFrame,
+    evaluations: Sequence[Evaluation],
+    wanted: Sequence[Column],
+    manifests: Sequence[tuple[str, Summary]],
+) -> list[str]:
+    """What a reader has to know of the numbers.
+
+    What is missing, how much is N/A, why there is no interval or no difference where it isn't plain, whether the runs
+    are of one model, and how often each kind of interval holds.
+    """
+    said = [
+        f"{name}: the evaluation isn't finished; the same command goes on"
+        for name, summary in manifests
+        if summary.get("measure", {}).get("finished", "true").lower() == "false"
+    ]
+    table = long[~long["detail"]].drop_duplicates(["run", "column"])
+    # Parts of a set are as often N/A as the whole, more or less.
+    shares = {c.key for c in wanted if not c.side and (c.measure == "share" or len(c.tasks) == len(ALL_TASKS))}
+    for each in evaluations:
+        mine = table[table["run"] == each.name]
+        for row in records(mine[mine["missing"] > 0]):
+            rated = row["column"] in set(each.ratings["dataset"])
+            effect = "they count as wrong" if row["unit"] == "points" else "they are left out"
+            way_out = "; give the same command a judge: --config configs/rate.yaml" if rated else ""
+            what = "ratings" if rated else "answers"
+            said.append(f"{each.name}: {row['missing']} {what} of {row['heading']} are missing: {effect}{way_out}")
+        often = mine[mine["column"].isin(shares) & (mine["na_rate"] >= OFTEN)]
+        if len(often):
+            parts = [f"{100 * row['na_rate']:.0f} % of {row['heading']}" for row in records(often)]
+            said.append(f"{each.name}: N/A, which counts as wrong, is {'; '.join(parts)}")
+        few = mine[mine["method"] == TOO_FEW]
+        if len(few):
+            parts = [f"{row['heading']} ({row['n']} texts)" for row in records(few)]
+            said.append(f"{each.name}: of fewer than {TEXTS} texts, more would lower it: {'; '.join(parts)}")
+    plain = table["method"].str.startswith(NO_INTERVAL) | (table["method"] == NOT_MEASURED)
+    bare = table[table["method"].str.startswith("none: ") & ~plain]
+    for (run, method), part in bare.groupby(["run", "method"], sort=False):
+        said.append(f"{run}: no interval, {str(method).removeprefix('none: ')}: {'; '.join(part['heading'])}")
+    said += other_models(manifests)
+    if len(differences):
+        refused = differences[differences["difference"].isna() & ~differences["detail"]]
+        said += [
+            f"{run}: no difference, {str(method).removeprefix('none: ')}: {'; '.join(part['heading'])}"
+            for (run, method), part in refused.groupby(["run", "method"], sort=False)
+        ]
+    return said + held(long) + (held(differences) if len(differences) else [])
+
+
+def other_models(manifests: Sequence[tuple[str, Summary]]) -> list[str]:
+    """A line on each run whose base model isn't the first one's."""
+
+    def base(summary: Summary) -> tuple[str | None, ...]:
+        measured = summary.get("measure", {})
+        name, weights = measured.get("settings.model.vlm.model"), measured.get("settings.model.vlm.weights")
+        # A server tells nothing of its weights.
+        return (weights,) if weights not in (None, "", "None") else (name, measured.get("settings.model.vlm.revision"))
+
+    (first, original), *others = manifests
+    return [
+        f"{name} and {first} have other base models ({_model(summary)}; {_model(original)}): what they differ in is "
+        "not an adapter's work"
+        for name, summary in others
+        if base(summary) != base(original)
+    ]
+
+
+def _model(summary: Summary) -> str:
+    return summary.get("measure", {}).get("settings.model.vlm.model", "unknown")
+
+
+def held(table: pd.DataFrame) -> list[str]:
+    """How often the intervals of a table held the truth, a line a method, with the groups or columns that it makes."""
+    simulated = table[table["coverage"].notna() & ~table["detail"]]
+    lines = []
+    for (varies, method), part in simulated.groupby(["varies", "method"], sort=False):
+        made = []
+        for group, rows in part.groupby("group", sort=False):
+            every = simulated[(simulated["group"] == group) & (simulated["varies"] == varies)]
+            headings = rows["heading"].unique()
+            made += [str(group)] if len(headings) == every["heading"].nunique() > 1 else [*headings]
+        lines.append(
+            f"{'; '.join(made)}: {varies} by {method}, held the truth in {part['coverage'].iloc[0]} of simulated "
+            "studies"
+        )
+    return lines
+
+
+def bounds(differences: pd.DataFrame, wanted: Sequence[Column]) -> list[str]:
+    """What of the general ability, and of what is rightly called safe, may be lost: a sentence a run and column."""
+    watched = {c.key for c in wanted if c.group == "General ability" or (c.side == "safe" and c.measure == "share")}
+    lines = []
+    for row in records(differences):
+        if row["column"] in watched and not row["detail"] and not np.isnan(row["low"]):
+            lost = shown_estimate(row["unit"], max(-row["low"], 0.0))
+            unit = "percentage points" if row["unit"] == "%" else row["unit"]
+            difference = shown_estimate(row["unit"], row["difference"], signed=True)
+            lines.append(
+                f"{row['run']}, {row['heading']}: {difference} {unit}, and "
+                f"with 95 % confidence no more than {lost} lost."
+            )
+    return lines

@@ -1,0 +1,134 @@
+"""The tables of scores, for the terminal, a page and a workbook."""
+
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+
+from safervlm.io.tables import JUDGE_NOTE, TextTable
+from safervlm.results.measures import COLUMNS, DIVERSITIES, GAP_WEIGHTS, MEASURES, MODALITY_GAP, OVERALL
+from safervlm.results.scores import _ACCURACIES, by_category
+from safervlm.statistics.diversity import SUBSAMPLES, TEXTS
+from safervlm.statistics.intervals import coverage
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+def comparison_table(comparison: pd.DataFrame) -> TextTable:
+    """A table of :func:`compare` for the terminal, one column a run (it fits where one row a run doesn't).
+
+    Args:
+        comparison: of :func:`compare`.
+    """
+    caption = (
+        f"in %, N/A counted as wrong unless said\n{GAP_WEIGHTS}\n"
+        f"1 - self-BLEU: of {TEXTS} texts, mean over {SUBSAMPLES} subsamples (of all, if there are fewer)"
+    )
+    table = TextTable(title="Overall", caption=caption)
+    table.add_column("")
+    for run in comparison.index:
+        table.add_column(run, justify="right")
+    for column, (heading, measure, _, _) in COLUMNS.items():
+        table.add_row(heading, *(shown(measure, value) for value in comparison[column]))
+    table.add_row("N/A, share of all answers", *map(percent, comparison["na_rate"]))
+    table.add_row("answers", *map(str, comparison["n"]))
+    return table
+
+
+def accuracy_table(table: pd.DataFrame, title: str = "Accuracy") -> TextTable:
+    """The accuracies of a run for the terminal, each with its interval.
+
+    Args:
+        table: of :func:`scores`.
+        title: the line above it.
+    """
+    rows = records(by_category(table))
+    caption = "\n".join(["95 % intervals", *methods(table), JUDGE_NOTE])
+    printed = TextTable(title=title, caption=caption, box=SIMPLE_HEAD)
+    printed.add_column("category")
+    for heading in ("n", "N/A", "N/A as wrong", "N/A left out"):
+        printed.add_column(heading, justify="right")
+    part = None
+    for row in rows:
+        if part != (row["capability"], row["side"]):
+            part = (row["capability"], row["side"])
+            printed.add_section()
+            printed.add_row(row["capability"] + (f", {row['side']}" if row["side"] != "-" else ""), style="bold")
+        wrong = with_interval(row["accuracy_na_wrong"], row["low_na_wrong"], row["high_na_wrong"])
+        left_out = with_interval(row["accuracy"], row["low"], row["high"])
+        whole = row["category"] == OVERALL
+        name = f"{OVERALL}, {row['varies']}" if whole and row["varies"] else row["category"]
+        printed.add_row(
+            f"  {name}", str(row["n"]), percent(row["na_rate"]), wrong, left_out, style="bold" if whole else None
+        )
+    return printed
+
+
+def other_table(table: pd.DataFrame, title: str = "Gap, over-flagging, diversity") -> TextTable:
+    """What a run's table holds beside accuracies, overall, for the terminal.
+
+    Args:
+        table: of :func:`scores`.
+        title: the line above it.
+    """
+    rows = records(table[~table["measure"].isin(_ACCURACIES) & (table["category"] == OVERALL)])
+    about = [", ".join(filter(None, (MEASURES[row["measure"]], row["varies"]))) for row in rows]
+    made = {f"{name}: {with_coverage(row['method'])}": None for name, row in zip(about, rows, strict=True)}
+    said = [GAP_WEIGHTS] if any(row["measure"] == MODALITY_GAP for row in rows) else []
+    caption = "\n".join(["95 % intervals", *made, JUDGE_NOTE, *said])
+    printed = TextTable(title=title, caption=caption, box=SIMPLE_HEAD)
+    for heading in ("measure", "of"):
+        printed.add_column(heading)
+    for heading in ("n", "value"):
+        printed.add_column(heading, justify="right")
+    printed.add_column("varies")
+    for row in rows:
+        value = shown(row["measure"], row["value"])
+        if not np.isnan(row["low"]):
+            value = with_interval(row["value"], row["low"], row["high"])
+        of = row["capability"] + (f", {row['side']}" if row["side"] != "-" else "")
+        printed.add_row(MEASURES[row["measure"]], of, str(row["n"]), value, row["varies"])
+    return printed
+
+
+def with_coverage(method: str, part: str = OVERALL) -> str:
+    """A method's name, and how often its intervals held the truth in simulations of the real set's clusters."""
+    held = coverage(method, part) or coverage(method)
+    return method if held is None else f"{method}; held the truth in {held} of simulated studies"
+
+
+def methods(table: pd.DataFrame) -> list[str]:
+    """How the intervals of a table were made, a line each.
+
+    Args:
+        table: of :func:`scores`.
+    """
+    found: dict[str, None] = {}
+    for row in records(table[table["method"] != ""]):
+        part = OVERALL if row["category"] == OVERALL else "category"
+        varies = f"{row['varies']}{'' if part == OVERALL else ', by category'}"
+        found[f"{varies}: {with_coverage(row['method'], part)}".removeprefix(": ")] = None
+    return list(found)
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as dictionaries."""
+    return cast(list[dict[str, Any]], table.to_dict("records"))
+
+
+def percent(value: float) -> str:
+    """A share in percent with one decimal; a dash for NaN."""
+    return "-" if np.isnan(value) else f"{100 * value:.1f}"
+
+
+def shown(measure: str, value: float) -> str:
+    """A number as the tables show it: in percent, self-BLEU with three decimals; a dash for NaN."""
+    if measure in DIVERSITIES and not np.isnan(value):
+        return f"{value:.3f}"
+    return percent(value)
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """A share in percent with its interval, ``94.1 [90.2, 97.0]``; without brackets where there is no interval."""
+    return percent(value) if np.isnan(low) else f"{percent(value)} [{percent(low)}, {percent(high)}]"

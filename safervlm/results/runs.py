@@ -1,0 +1,149 @@
+"""A run folder as a data frame: responses and verdicts joined by id."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import pandas as pd
+
+from safervlm.errors import RecordError, explained
+from safervlm.io.tables import say
+from safervlm.judging import rules
+from safervlm.protocol import LABELS, NOT_APPLICABLE, SAFE, UNSAFE
+from safervlm.records import RESPONSES, UNJUDGED, VERDICTS, Failure, Question, Response, Verdict, by_id, read_records
+from safervlm.results.measures import NO_SIDE, OVERALL
+
+Record = TypeVar("Record", Response, Verdict)
+
+
+# --- reading a run ----------------------------------------------------------------------------------------------------
+
+
+def load_run(run: str | Path) -> pd.DataFrame:
+    """The answers of a run with their verdicts, joined by id.
+
+    Args:
+        run: the run's folder, with ``responses.jsonl`` and ``verdicts.jsonl``.
+
+    Returns:
+        One row an answer, in the order of ``responses.jsonl``: id, dataset, image, image_path (None for a question
+        about a name), capability, prompt_number, prompt, category, concept, answer (the right label), response, label
+        (the verdict's; empty for answers that are rated), probabilities (label -> probability), judge, side:
+        ``unsafe`` or ``safe`` by the right label, else ``-``, and drawn (see :class:`safervlm.records.Question`).
+
+    Raises:
+        RecordError: a file that is missing or empty; an id that is there twice, that has no verdict, or whose response
+            is missing; a label that the capability doesn't have. The message names file and id.
+    """
+    run = Path(run)
+    responses = _by_id(run / RESPONSES, Response, f"measure with `safervlm predict ... --run {run}`")
+    rated = all(response.question.capability == "rated" for response in responses.values())
+    failed = {each.id for each in read_records(run / UNJUDGED, Failure)} if (run / UNJUDGED).is_file() else set()
+    verdicts = {} if rated else _by_id(run / VERDICTS, Verdict, _how_to_judge(run), may_be_empty=bool(failed))
+    if left_out := failed & responses.keys() - verdicts.keys():
+        if len(left_out) == len(responses):
+            raise RecordError(f"{run / UNJUDGED}: no answer could be judged, it says why; {_how_to_judge(run)}")
+        say(f"{run}: {len(left_out)} answers could not be judged and are left out ({run / UNJUDGED} says why)")
+        responses = {name: each for name, each in responses.items() if name not in left_out}
+    unjudged = [
+        name for name, each in responses.items() if name not in verdicts and each.question.capability != "rated"
+    ]
+    if unjudged:
+        raise RecordError(
+            f"{run / VERDICTS}: {len(unjudged)} of {len(responses)} responses have no verdict, the first is "
+            f"{unjudged[0]!r}; " + _how_to_judge(run)
+        )
+    foreign = next((name for name in verdicts if name not in responses), None)
+    if foreign is not None:
+        raise RecordError(
+            f"{run / VERDICTS}: a verdict about {foreign!r}, which responses.jsonl doesn't contain; the two "
+            f"files come from different runs: remove verdicts.jsonl, then {_how_to_judge(run)}"
+        )
+
+    if old := sum(not verdict.answer for verdict in verdicts.values()):
+        say(
+            f"{run / VERDICTS}: {old} verdicts are of version 0.1 and don't say which texts they are about; if an "
+            f"answer may have changed since, {_how_to_judge(run)}"
+        )
+    judges: dict[str, set[str]] = {}
+    for name, verdict in verdicts.items():
+        judges.setdefault(responses[name].question.capability, set()).add(verdict.judge)
+    for capability in sorted(name for name, found in judges.items() if len(found) > 1):
+        say(
+            f"{run / VERDICTS}: {len(judges[capability])} judges read the {capability} answers, whose numbers compare "
+            f"with no others; {_how_to_judge(run)}"
+        )
+    rows = []
+    for name, response in responses.items():
+        question, verdict = response.question, verdicts.get(name, Verdict(name, "", {}, ""))
+        if verdict.answer and not verdict.is_of(response.response):
+            raise RecordError(
+                f"{run / VERDICTS}: the verdict on {name!r} is about another text than the answer in "
+                f"responses.jsonl; remove verdicts.jsonl, then {_how_to_judge(run)}"
+            )
+        if question.capability != "rated":
+            _check_labels(run, question, verdict)
+        rows.append(
+            {
+                "id": name,
+                "dataset": _arrow(question.dataset),
+                "image": _arrow(question.image),
+                "image_path": question.image_path,
+                "capability": question.capability,
+                "prompt_number": question.prompt_number,
+                "prompt": question.prompt,
+                # Its rows must not be taken for those of all categories.
+                "category": _arrow(question.category) if question.category != OVERALL else f"{OVERALL} (a category)",
+                "concept": _arrow(question.concept),
+                "answer": question.answer,
+                "response": response.response,
+                "label": verdict.label,
+                "probabilities": verdict.probabilities,
+                "judge": verdict.judge,
+                "side": {UNSAFE: "unsafe", SAFE: "safe"}.get(question.answer, NO_SIDE),
+                "drawn": question.drawn,
+            }
+        )
+    # Objects: None stays None, and a text may hold what Arrow's strings refuse (half a surrogate pair).
+    return pd.DataFrame(rows, dtype=object).astype({"prompt_number": int, "drawn": bool})
+
+
+def _check_labels(run: Path, question: Question, verdict: Verdict) -> None:
+    """Rejects a verdict, and a right answer, that the question's capability doesn't have.
+
+    N/A is no right answer: an answer would be right because no judge can read it.
+    """
+    by_rule = question.capability in rules.RULES
+    labels = rules.labels_of_rule(question.capability, question.answer) if by_rule else LABELS[question.capability]
+    answers = [label for label in labels if label not in ("", NOT_APPLICABLE)]
+    for file, what, label, allowed in (
+        (RESPONSES, "right answer", question.answer, answers),
+        (VERDICTS, "verdict's label", verdict.label, labels),
+    ):
+        if label not in allowed:
+            known = ", ".join(allowed) or f"any text but {label!r}"
+            raise RecordError(
+                f"{run / file}: the {what} of {question.id!r} is {label!r}, but {question.capability} has {known}; was "
+                "it judged by the other capability's judge?"
+            )
+
+
+def _arrow(name: str) -> str:
+    """A name that pandas can group by: Arrow's strings reject half a surrogate pair, which is written as its escape."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _how_to_judge(run: Path) -> str:
+    return (
+        f"judge them with `safervlm predict --config configs/judge_responses.yaml --data.responses {run} --run {run}`"
+    )
+
+
+def _by_id(path: Path, kind: type[Record], way_out: str, may_be_empty: bool = False) -> dict[str, Record]:
+    if not path.is_file():
+        raise RecordError(f"{path}: no such file; {way_out}")
+    with explained(f"{path}: it can't be read", way_out, OSError, RecursionError):
+        there = read_records(path, kind)
+    records = by_id(path, there)
+    if not records and not may_be_empty:
+        raise RecordError(f"{path}: no records; {way_out}")
+    return records

@@ -1,0 +1,204 @@
+"""Differences between the evaluations of two models, paired by what both were asked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from safervlm.io.tables import EXCLUDED
+from safervlm.results.measures import NEW_CONCEPTS
+from safervlm.results.mme import mme_images
+from safervlm.results.suite import DIVERSITIES, NEW_IMAGES, Column, Evaluation, _diversity, _settings, how_often
+from safervlm.statistics.differences import (
+    RATIOS_BY_IMAGE,
+    SHARES_BY_CONCEPT,
+    SHARES_BY_IMAGE,
+    SHARES_BY_ITEM,
+    SUMS_BY_TASK,
+    Difference,
+    difference_of_items,
+    difference_of_ratios,
+    difference_of_shares,
+    difference_of_sums_of_means,
+    holm,
+)
+from safervlm.statistics.intervals import FEWEST_CONCEPTS
+
+# --- differences ------------------------------------------------------------------------------------------------------
+
+
+def compare_suites(evaluation: Evaluation, original: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
+    """What a model differs in from the original on the same items: a row a column.
+
+    Returns:
+        The columns run, group, column, heading, unit, difference (the original's number subtracted from the model's),
+        low, high (95 % interval), p (two-sided), p_holm (Holm's, over the model's columns without details), varies,
+        method, coverage (of such intervals, simulated), n (of the items that both answered), lost and gained (of them,
+        those that turned wrong, and right; of ratings those that fell, and rose), excludes (what the interval does not
+        include: the judge's error).
+    """
+    rows = []
+    for column in wanted:
+        comparison = _compare(evaluation, original, column)
+        rows.append(
+            {
+                "run": evaluation.name,
+                "group": column.group,
+                "column": column.key,
+                "heading": column.heading,
+                "detail": column.detail,
+                "unit": column.unit,
+                "difference": comparison.difference.value,
+                "low": comparison.difference.low,
+                "high": comparison.difference.high,
+                "p": comparison.difference.p,
+                "varies": comparison.varies,
+                "method": comparison.method,
+                "coverage": how_often(comparison.method),
+                "n": comparison.items,
+                "lost": comparison.lost,
+                "gained": comparison.gained,
+                "excludes": "" if np.isnan(comparison.difference.low) else EXCLUDED,
+            }
+        )
+    table = pd.DataFrame(rows)
+    table.insert(10, "p_holm", holm(table["p"].mask(table["detail"]).to_numpy(float)))
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A difference, and what it is about.
+
+    Attributes:
+        difference: the number with its interval and p.
+        varies: what the interval is about.
+        method: how it was made, or why there is none.
+        items: that both answered.
+        lost: items that the original has right and the model hasn't.
+        gained: the reverse.
+    """
+
+    difference: Difference
+    varies: str = ""
+    method: str = ""
+    items: int = 0
+    lost: int = 0
+    gained: int = 0
+
+
+def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Comparison:
+    both = [column.part(e.ratings if column.measure == "ratio" else e.answers) for e in (evaluation, original)]
+    if not all(map(len, both)):
+        return Comparison(Difference(np.nan), method="none: not measured in both")
+    if (reason := _incomparable(evaluation, original, column, *both)) is not None:
+        return Comparison(Difference(np.nan), method=f"none: {reason}")
+    if column.measure in DIVERSITIES:
+        common = set(both[0]["id"]) & set(both[1]["id"])
+        if not common:
+            return Comparison(Difference(np.nan), method="none: no item has an answer in both")
+        values = [_diversity(part[part["id"].isin(common)], column) for part in both]
+        return Comparison(Difference(values[0].value - values[1].value), method=values[0].method, items=len(common))
+    if column.measure == "ratio":
+        return _compare_ratios(*both)
+    right = [part.set_index("id")["label"] == part.set_index("id")["answer"] for part in both]
+    items = pd.DataFrame({"now": right[0], "before": right[1]}).dropna().astype(bool)  # what both answered
+    lost, gained = int((items["before"] & ~items["now"]).sum()), int((items["now"] & ~items["before"]).sum())
+    if column.measure in ("mme", "both"):
+        parts = (
+            pd.concat([part, column.part(e.unanswered)]) for part, e in zip(both, (evaluation, original), strict=True)
+        )
+        which = "value" if column.measure == "mme" else "both"
+        now, before = (mme_images(part).set_index(["category", "image"])[which] for part in parts)
+        change = (now - before).sort_index()  # pandas subtracts by index
+        if column.measure == "both":
+            lost, gained = int((change < 0).sum()), int((change > 0).sum())
+            difference = difference_of_items(lost, gained, len(change))
+            return Comparison(difference, NEW_IMAGES, SHARES_BY_ITEM, len(change), lost, gained)
+        tasks = change.groupby(level="category").ngroup().to_numpy()
+        difference = difference_of_sums_of_means(change.to_numpy(float), tasks)
+        return _with_method(difference, NEW_IMAGES, SUMS_BY_TASK, "images", len(items), lost, gained)
+    first = both[0].set_index("id").loc[items.index]
+    change = items["now"].astype(float) - items["before"].astype(float)
+    if (first["concept"] != "").all():
+        clusters = change.groupby([first["dataset"], first["category"], first["concept"]])
+        varies, method, units = NEW_CONCEPTS, SHARES_BY_CONCEPT, "concepts"
+    else:
+        clusters = change.groupby([first["dataset"], first["image"]])
+        varies, method, units = NEW_IMAGES, SHARES_BY_IMAGE, "images"
+        if len(clusters) == len(items):  # nothing repeats
+            return Comparison(
+                difference_of_items(lost, gained, len(items)), varies, SHARES_BY_ITEM, len(items), lost, gained
+            )
+    sums = clusters.sum()
+    strata = pd.factorize(sums.index.get_level_values(0))[0]  # new concepts are drawn within the two sets
+    answered = np.asarray(clusters.size(), np.float64)
+    difference = difference_of_shares(np.asarray(sums, np.float64), answered, strata)
+    return _with_method(difference, varies, method, units, len(items), lost, gained)
+
+
+def _incomparable(
+    evaluation: Evaluation, original: Evaluation, column: Column, now: pd.DataFrame, before: pd.DataFrame
+) -> str | None:
+    """Why the two must not be subtracted; None where they may."""
+    asked = [{*part["id"], *column.part(e.unanswered)["id"]} for part, e in ((now, evaluation), (before, original))]
+    if asked[0] != asked[1]:
+        return "they were asked other questions"
+    pairs = now.merge(before, on="id", suffixes=("", "_before"))
+    for name, reason in (("prompt", "asked in other words"), ("answer", "another answer is right")):
+        if (pairs[name] != pairs[f"{name}_before"]).any():
+            return f"{reason}, for example of {pairs['id'][pairs[name] != pairs[f'{name}_before']].iloc[0]}"
+    if set(now["judge"]) != set(before["judge"]):
+        return "another judge read them"
+    shown, shown_before = (_images(e, {*now["dataset"]}, column.capability) for e in (evaluation, original))
+    if any(shown[name] != shown_before[name] for name in shown.keys() & shown_before.keys()):
+        return "they were asked about other images"
+    return None
+
+
+def _images(evaluation: Evaluation, datasets: set[str], capability: str) -> dict[str, str]:
+    """What the images of data sets are by the manifest: name in the suite -> hash of their names and sizes."""
+    if capability == "context_text_only":
+        return {}  # shown to nobody
+    data = _settings(evaluation.folder, "measure").get("data", {})
+    return {
+        name: described["images"]
+        for name, described in data.get("sets", {"": data}).items()
+        if "images" in described
+        and datasets & {*described.get("names", [described.get("name")])}
+        and ("contexts" in described) == (capability == "context")
+    }
+
+
+def _compare_ratios(now: pd.DataFrame, before: pd.DataFrame) -> Comparison:
+    pairs = now.merge(before[["id", "reference", "response"]], on="id", suffixes=("", "_before")).dropna()
+    if not len(pairs):
+        return Comparison(Difference(np.nan), method="none: not rated in both")
+    said, reference, said_before, reference_before = (
+        np.asarray(pairs[name], np.float64) for name in ("response", "reference", "response_before", "reference_before")
+    )
+    images = pairs.groupby("image").ngroup().to_numpy()
+    difference = difference_of_ratios(said, reference, said_before, reference_before, images)
+    lost, gained = int((said < said_before).sum()), int((said > said_before).sum())
+    return _with_method(difference, NEW_IMAGES, RATIOS_BY_IMAGE, "images", len(pairs), lost, gained)
+
+
+def _with_method(
+    difference: Difference, varies: str, method: str, units: str, items: int, lost: int, gained: int
+) -> Comparison:
+    if np.isnan(difference.low):
+        method = f"none: fewer than {FEWEST_CONCEPTS} {units}"
+    return Comparison(difference, varies, method, items, lost, gained)
+
+
+def flips(evaluation: Evaluation, original: Evaluation, column: Column) -> pd.DataFrame:
+    """The questions of a column that the original and the model answer differently, right and wrong.
+
+    Returns:
+        The model's rows of the answers, with response_before, label_before, and gained: whether it turned right.
+    """
+    now, before = (column.part(e.answers) for e in (evaluation, original))
+    pairs = now.merge(before[["id", "response", "label"]], on="id", suffixes=("", "_before"))
+    right, was = pairs["label"] == pairs["answer"], pairs["label_before"] == pairs["answer"]
+    return pairs.assign(gained=right)[right != was]

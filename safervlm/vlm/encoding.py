@@ -1,0 +1,170 @@
+"""Questions and completions through a Hugging Face processor: texts and images to tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.io.images import BLANK, ImageSettings, open_image
+from safervlm.records import Example, Question
+from safervlm.vlm.base import Batch, tokenizable_example
+from safervlm.vlm.prefix import Encoding
+
+
+class EncodedBatch(Batch):
+    """Questions as the model's processor encodes them, one by one.
+
+    Args:
+        questions: the B questions.
+        encodings: of each question, what the processor gives: ``input_ids`` (1, prompt tokens) and whatever else.
+        completions: of each question, its completions' tokens; empty to generate.
+    """
+
+    def __init__(
+        self, questions: list[Question], encodings: list[Encoding], completions: list[list[list[int]]]
+    ) -> None:
+        super().__init__(questions)
+        self.encodings, self.completions = encodings, completions
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device; Lightning calls it."""
+        encodings: list[Encoding] = [
+            {name: tensor.to(device) for name, tensor in encoding.items()} for encoding in self.encodings
+        ]
+        return type(self)(self.questions, encodings, self.completions)
+
+    def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
+        """Some of the questions, each with its generated answer as its one completion."""
+        chosen = rows.tolist()
+        return type(self)(
+            [self.questions[row] for row in chosen],
+            [self.encodings[row] for row in chosen],
+            [[list(answers[row])] if answers else [] for row in chosen],
+        )
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The special tokens by their ids; a tokenizer's own list leaves out those that have no role in it."""
+    added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+@dataclass
+class ProcessorCollator:
+    """Examples -> :class:`EncodedBatch` by the model's processor; picklable, without weights.
+
+    Attributes:
+        processor: the model's.
+        template: the text around a question, for a model without a chat template; None for the chat template.
+        system: the conversation's system prompt; empty for none.
+        eos_token_ids: the tokens that end an answer.
+        max_length: a longer prompt with its completion is refused, never cut.
+        question_length: the same of a question that is read a second time, by a Q-Former; 0 where none does.
+        images: how images are decoded.
+        words: tokens that the model has embeddings for; a tokenizer may have more.
+    """
+
+    processor: ProcessorMixin
+    template: str | None
+    system: str
+    eos_token_ids: list[int]
+    max_length: int
+    question_length: int
+    images: ImageSettings = field(default=ImageSettings(), kw_only=True)
+    words: int = field(default=2**31, kw_only=True)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The processor's."""
+        return self.processor.tokenizer
+
+    def __call__(self, examples: Sequence[Example]) -> EncodedBatch:
+        """Reads the images and encodes prompts and completions."""
+        encodings, completions = [], []
+        questions = [example.question for example in examples]
+        examples = [tokenizable_example(example) for example in examples]
+        special = special_tokens(self.tokenizer).values()
+        for example in examples:
+            name = example.question.id
+            for text in (example.question.prompt, *example.completions):
+                found = [token for token in special if token in text]
+                if found:
+                    raise RecordError(f"{name}: its text contains the special token {found[0]!r}; leave it out")
+            try:
+                encoding = self.encode(example.question)
+            except RecordError:
+                raise
+            except ValueError as error:  # of an image of another shape than it can handle, for example
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise RecordError(f"{name}: the model's processor can't take it ({reason})") from error
+            answers = [self.completion_ids(encoding, text.strip()) for text in example.completions]
+            length = encoding["input_ids"].shape[1] + max(map(len, answers), default=0)
+            if length > self.max_length:
+                raise RecordError(f"{name}: {length} tokens, the model takes {self.max_length}; shorten the question")
+            if self.question_length and (length := encoding["qformer_input_ids"].shape[1]) > self.question_length:
+                raise RecordError(
+                    f"{name}: {length} tokens, the Q-Former takes {self.question_length}; shorten the question"
+                )
+            highest = max([int(encoding["input_ids"].max()), *(token for answer in answers for token in answer)])
+            if highest >= self.words:
+                raise RecordError(f"{name}: its text has the token {highest}, the model has {self.words}; reword it")
+            encodings.append(encoding)
+            completions.append(answers)
+        return EncodedBatch(questions, encodings, completions)
+
+    def messages(self, question: str, image: Any = None) -> list[dict[str, Any]]:
+        """The conversation up to the answer."""
+        shown = {"type": "image"} if image is None else {"type": "image", "image": image}
+        system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
+        return [*system, {"role": "user", "content": [shown, {"type": "text", "text": question}]}]
+
+    def encode(self, question: Question) -> Encoding:
+        """One question with its image, as the model's processor encodes it; a blank image stands for none."""
+        path = question.image_path
+        image = BLANK if path is None else open_image(path, question.id, self.images)
+        if self.template is not None:
+            text = self.template.format(question=question.prompt)
+            encoding = dict(self.processor(images=image, text=text, return_tensors="pt"))
+        else:
+            encoding = dict(
+                self.processor.apply_chat_template(
+                    self.messages(question.prompt, image),
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                )
+            )
+        encoding.pop("labels", None)  # of a prompt
+        return encoding
+
+    def completion_ids(self, prompt: Encoding, answer: str) -> list[int]:
+        """The tokens of an answer, the end token included, as they follow its prompt."""
+        if self.template is not None:
+            stem = self.tokenizer.decode(prompt["input_ids"][0, -1:])
+            whole = f"{stem}{answer}" if stem[-1:].isspace() else f"{stem} {answer}"
+        else:
+            asked = self.messages("?")
+            answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+            stem = self.processor.apply_chat_template(asked, add_generation_prompt=True)
+            whole = self.processor.apply_chat_template(answered)
+            if not whole.startswith(stem) or answer not in whole[len(stem) :]:
+                raise ArgumentError(
+                    "the chat template writes another beginning before an answer that is given than before one that "
+                    "is generated, so answers can't be scored; use a model whose template doesn't"
+                )
+        end = whole.index(answer, len(stem)) + len(answer)
+        before, ids, behind = (
+            self.tokenizer(text, add_special_tokens=False).input_ids for text in (stem, whole[:end], whole[end:])
+        )
+        if ids[: len(before)] != before:
+            raise ArgumentError(
+                f"the tokenizer merges the prompt with the answer {answer[:40]!r}; its family needs its own file"
+            )
+        # The end that the template writes, else the first that the model knows.
+        last = next((token for token in behind if token in self.eos_token_ids), self.eos_token_ids[0])
+        return [*ids[len(before) :], last]

@@ -1,0 +1,1 @@
+"""Models whose code comes with their weights."""

@@ -1,0 +1,193 @@
+"""CogVLM (arXiv:2311.03079), whose code comes with its weights: ``THUDM/cogvlm-chat-hf``.
+
+That code was written for transformers 4 on a GPU; :mod:`safervlm.vlm.remote.base` says how it is run.
+
+Shapes: B rows, L tokens, A attention heads, D units of a head.
+"""
+
+import sys
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+
+from safervlm.errors import ArgumentError
+from safervlm.io.images import BLANK, ImageSettings
+from safervlm.records import Question
+from safervlm.vlm.auto import Encoding, switch_off_dropout
+from safervlm.vlm.compat import local_torch_dtype
+from safervlm.vlm.lora import LoRA
+from safervlm.vlm.remote.base import Absent, Remote, RemoteCollator, Tuples, rotate
+from safervlm.vlm.weights import reading
+
+TEMPLATES = {"chat": "Question: {question} Answer:", "vqa": "Question: {question} Short answer:"}
+# Every linear layer that words go through; the experts beside them, for the image's places, stay as they are.
+LANGUAGE_EXPERTS = (
+    r".*\blayers\.\d+\.(self_attn\.language_expert_(query_key_value|dense)|mlp\.language_mlp\.(gate|up|down)_proj)"
+)
+
+
+class Kernels(Absent):
+    """Stands for xformers, too."""
+
+    @staticmethod
+    def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Xformers' only function that is used, in the vision tower: (B, L, A, D) each -> (B, L, A, D)."""
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).contiguous()
+
+
+class CogVLMCollator(RemoteCollator):
+    """Examples -> ``EncodedBatch`` as the model's own ``build_conversation_input_ids`` lays them out."""
+
+    def encode(self, question: Question) -> Encoding:
+        """Beginning, image, question; images is (1, 1, 3, image_size, image_size)."""
+        text = self.tokenizer.encode(self.template.format(question=question.prompt), add_special_tokens=False)
+        tokens = [self.tokenizer.bos_token_id, *[self.image_token_id] * self.image_tokens, *text]
+        types = [0, *[1] * self.image_tokens, *[0] * len(text)]
+        return {
+            "input_ids": torch.tensor([tokens]),
+            "token_type_ids": torch.tensor([types]),
+            "attention_mask": torch.ones(1, len(tokens), dtype=torch.long),
+            "images": self.pixels(question)[None, None],
+        }
+
+    def completion_ids(self, prompt: Encoding, answer: str) -> list[int]:
+        """The tokens of an answer, which the model tokenises apart, and the end token."""
+        return [*self.tokenizer.encode(answer, add_special_tokens=False), self.eos_token_ids[0]]
+
+
+class CogVLM(Remote):
+    """CogVLM, by the code in its own repository, which runs only when you say so.
+
+    Args:
+        model: name on the Hugging Face Hub, or folder, of the model and its code.
+        revision: the full commit (40 hexadecimal digits) of a model on the Hub: the code that was looked at is the code
+            that runs.
+        trust_remote_code: run the Python code that comes with the model, with all of your rights.
+        tokenizer: name on the Hugging Face Hub, or folder, of the tokenizer, which the model comes without.
+        adapter: PEFT folder of the adapter to measure with, for example ``runs/ppo/adapter``; none for the base model.
+        lora: the adapter that training makes, by default on the layers that words go through.
+        dtype: of the base weights; the adapter's stay in float32.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        template: the published text around a question: ``chat``, or ``vqa`` for short answers.
+        images: how images are decoded, and which are too large.
+    """
+
+    family = "CogVLM"
+    absent = ("xformers", "xformers.ops", "triton", "triton.language", "torchvision")
+    stand_in = Kernels("absent")
+
+    def __init__(
+        self,
+        model: str = "THUDM/cogvlm-chat-hf",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        tokenizer: str = "lmsys/vicuna-7b-v1.5",
+        adapter: str | None = None,
+        lora: LoRA = LoRA(target_modules=LANGUAGE_EXPERTS),  # noqa: B008 (frozen)
+        dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        gradient_checkpointing: bool = False,
+        template: Literal["chat", "vqa"] = "chat",
+        images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__(
+            model,
+            revision,
+            trust_remote_code,
+            adapter,
+            lora,
+            dtype,
+            gradient_checkpointing,
+            TEMPLATES[template],
+            images=images,
+        )
+        self.tokenizer_name, self.layout = tokenizer, template
+
+    def describe(self) -> dict[str, Any]:
+        """What of the VLM decides an answer."""
+        return super().describe() | {"tokenizer": self.tokenizer_name}
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration, without dropout: LoRA has its own, and the reference has to be one model."""
+        config = self.remote_class("AutoConfig").from_pretrained(self.name, revision=self.revision)
+        switch_off_dropout(config)
+        config.vision_config = {**config.vision_config, "dropout_prob": 0.0}
+        return config
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one that the model was trained with."""
+        with reading(self.tokenizer_name):
+            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.unk_token  # stands in the image's places, and is overwritten
+        return tokenizer
+
+    @cached_property
+    def collator(self) -> CogVLMCollator:
+        """Made after one question that the model's own code lays out, and compared with it."""
+        own = self.remote_class("AutoModelForCausalLM").build_conversation_input_ids(
+            SimpleNamespace(config=self.config),
+            self.tokenizer,
+            query="Safe?",
+            images=[BLANK],
+            template_version=self.layout,
+        )
+        collator = CogVLMCollator(
+            self.tokenizer,
+            TEMPLATES[self.layout],
+            self.system,
+            self.eos_token_ids,
+            self.config.max_position_embeddings,
+            0,
+            self.config.vision_config["image_size"],
+            int(own["token_type_ids"].sum()),
+            int(own["input_ids"][1]),
+            images=self.images,
+        )
+        ours = collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
+        if any(own[name].tolist() != ours[name][0].tolist() for name in ("input_ids", "token_type_ids")):
+            raise ArgumentError(f"vlm.model: {self.name!r} lays its questions out otherwise than CogVLM; name a CogVLM")
+        return collator
+
+    def adapt(self, remote: Any) -> Any:
+        """The remote model class as today's transformers and any device can run it."""
+        module: Any = sys.modules[remote.__module__]
+        if hasattr(module, "FastRotaryEmbedding"):
+            sys.modules[module.FastRotaryEmbedding.__module__].apply_rotary_emb_func = rotate  # type: ignore[attr-defined]
+        if hasattr(module, "checkpoint"):
+            # CogVLM2 always recomputes its layers, with whatever adapter is at work at backward time: wrong gradients.
+            module.checkpoint = lambda function, *args, **_: function(*args)
+
+        class Adapted(Tuples, remote, GenerationMixin):  # models no longer generate unless they say so
+            _keys_to_ignore_on_load_missing = (r"\.inv_freq$",)
+
+            def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+                inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+                mask = kwargs.get("attention_mask")
+                if mask is not None:
+                    # Behind padding the model counts from 1, else from 0: a row would depend on its neighbours.
+                    inputs["position_ids"] = (inputs["position_ids"] - (mask[:, :1] == 0).long()).clamp(min=0)
+                return inputs
+
+        Adapted.__name__ = remote.__name__
+        return Adapted
+
+    def image_encoder(self, model: PreTrainedModel) -> nn.Module:
+        """What of the model goes through the pixels of an image, the projection included."""
+        return model.get_submodule("model.vision")
+
+    def load_base(self) -> PreTrainedModel:
+        """Reads the base weights, and computes what they come without."""
+        model = super().load_base()
+        for module in model.modules():
+            if hasattr(module, "_compute_inv_freq"):  # the library leaves the frequencies uninitialised
+                with local_torch_dtype(self.dtype):  # in which the constructor computes them
+                    module.inv_freq = module._compute_inv_freq(module.inv_freq.device)
+        return model

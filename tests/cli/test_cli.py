@@ -1,0 +1,454 @@
+"""The command line: it answers at once, explains everything, and errs in one line."""
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+from lightning import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.cli import SaveConfigCallback
+
+import callbacks
+import safervlm
+from callbacks.rate_responses import RateResponses
+from safervlm.cli.lightning import SaferCLI
+from safervlm.cli.main import HELP, main, plain_commands
+from safervlm.cli.messages import one_line
+from safervlm.io.boundary import run_folder
+from safervlm.recipes import CONFIGS, local_or_shipped
+from safervlm.vlm.base import VLM
+from safervlm.vlm.lora import LoRA
+from safervlm.vlm.sampling import Sampling
+
+PICTOGRAMS = ["--config", "configs/measure.yaml", "--config", "configs/pictograms/measure.yaml"]
+RECIPES = {
+    "measure": "predict",
+    "judge_responses": "predict",
+    "judge": "fit",
+    "sft": "fit",
+    "dpo": "fit",
+    "ppo": "fit",
+    "evaluate": "predict",
+}
+
+
+@pytest.fixture
+def only_built(monkeypatch: pytest.MonkeyPatch) -> list[SaferCLI]:
+    """Command lines are parsed and their classes built, but nothing runs; gives the command lines' objects."""
+    built: list[SaferCLI] = []
+    monkeypatch.setattr(SaferCLI, "_run_subcommand", lambda self, name: built.append(self))
+    return built
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from safervlm.cli.main import main; main(['--help']); "
+        "sys.exit(', '.join({'torch', 'lightning', 'jsonargparse', 'pandas', 'transformers'} & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == HELP
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out.strip() == safervlm.__version__
+
+
+def test_help_names_every_command() -> None:
+    for command in ("fit", "validate", "predict", *plain_commands()):
+        assert f"\n  {command} " in HELP
+
+
+def our_classes() -> Iterator[type]:
+    """Everything that a recipe can name by its class_path."""
+    from pkgutil import walk_packages
+
+    for package in (safervlm, callbacks):
+        for info in walk_packages(package.__path__, f"{package.__name__}."):
+            module = __import__(info.name, fromlist=["_"])
+            for value in vars(module).values():
+                here = inspect.isclass(value) and value.__module__ == info.name and not inspect.isabstract(value)
+                here = here and not issubclass(value, SaveConfigCallback)  # the command line's own
+                if here and issubclass(value, LightningModule | LightningDataModule | Callback | VLM):
+                    yield value
+
+
+def unexplained(parser: ArgumentParser) -> list[str]:
+    return [
+        action.dest
+        for action in parser._actions
+        if not (action.help or "").strip() and action.dest != "==SUPPRESS==" and not action.dest.endswith(".help")
+    ]
+
+
+@pytest.mark.parametrize("component", [*our_classes(), LoRA, Sampling], ids=lambda c: f"{c.__module__}.{c.__name__}")
+def test_every_argument_of_ours_is_explained(component: type) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(component, fail_untyped=True)
+    assert not unexplained(parser)
+
+
+def test_every_argument_of_the_commands_is_explained(only_built: list[SaferCLI], tiny_llava: Path) -> None:
+    main(["predict", *PICTOGRAMS, "--model.vlm.model", str(tiny_llava)])
+    for name, parser in only_built[0]._subcommand_parsers.items():
+        assert not unexplained(parser), name
+    for function in plain_commands().values():
+        parser = ArgumentParser()
+        parser.add_function_arguments(function, fail_untyped=True)
+        assert not unexplained(parser), function
+
+
+def test_every_recipe_is_listed() -> None:
+    # Overlays of recipes that ask, and a part of one of them.
+    others = {"server", "rate", "llavabench_judge"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == RECIPES.keys() | others
+
+
+SETS = ["unsafe_concepts", "contexts", "mme", "mmvet", "llavabench", "smid", "nsfw"]
+OVERLAYS = [name for name in RECIPES if (CONFIGS / "pictograms" / f"{name}.yaml").exists()]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overlay"), [*((name, False) for name in RECIPES), *((name, True) for name in OVERLAYS)]
+)
+def test_every_recipe_builds(recipe: str, overlay: bool, tiny_llava: Path, only_built: list[SaferCLI]) -> None:
+    line = [RECIPES[recipe], "--config", f"configs/{recipe}.yaml"]
+    if overlay:
+        line += ["--config", f"configs/pictograms/{recipe}.yaml"]
+    if recipe not in ("judge", "judge_responses"):
+        line += ["--model.vlm.model", str(tiny_llava)]
+    main(line)
+    (built,) = only_built
+    assert built.datamodule.collator is not None
+    assert built.trainer.default_root_dir == built.config[RECIPES[recipe]]["run"]
+    assert built.config[RECIPES[recipe]]["seed_everything"] == built.config_init[RECIPES[recipe]]["seed_everything"]
+    if recipe in ("sft", "dpo", "ppo"):
+        assert built.model.vlm.lora.r == (16 if overlay else 128)
+
+
+@pytest.mark.parametrize("overlays", [["rate"], ["pictograms/evaluate", "pictograms/rate"]], ids=" ".join)
+def test_the_raters_build(overlays: list[str], tiny_llava: Path, only_built: list[SaferCLI]) -> None:
+    recipe = [part for name in ("evaluate", *overlays) for part in ("--config", f"configs/{name}.yaml")]
+    main(["predict", *recipe, "--model.vlm.model", str(tiny_llava)])
+    raters = [each for each in only_built[0].trainer.callbacks if isinstance(each, RateResponses)]
+    assert len(raters) == 1
+    assert list(only_built[0].datamodule.sets) == SETS
+
+
+def test_every_set_of_the_suite_is_in_its_recipe() -> None:
+    assert sorted(path.stem for path in (CONFIGS / "benchmarks").glob("*.yaml")) == sorted(SETS)
+
+
+MINE = "class_path: safervlm.data.benchmark.Benchmark\ninit_args: {{name: Mine, {}: {}/mine.csv}}\n"
+
+
+@pytest.mark.parametrize("way", ["command line", "overlay"])
+def test_a_set_of_ones_own_stands_beside_a_recipes(
+    way: str, tmp_path: Path, tiny_llava: Path, only_built: list[SaferCLI]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE.format("source", tmp_path))
+    (tmp_path / "overlay.yaml").write_text("data: {init_args: {own: {mine: mine.yaml}}}\n")
+    more = {
+        "command line": ["--data.own", f"{{mine: {tmp_path / 'mine.yaml'}}}"],
+        "overlay": ["--config", str(tmp_path / "overlay.yaml")],
+    }[way]
+    main(["predict", "--config", "configs/evaluate.yaml", "--model.vlm.model", str(tiny_llava), *more])
+    assert list(only_built[0].datamodule.sets) == [*SETS, "mine"]
+    assert only_built[0].datamodule.sets["mine"].source == f"{tmp_path}/mine.csv"
+
+
+def test_a_misspelt_argument_in_a_sets_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE.format("sourse", tmp_path))
+    with pytest.raises(SystemExit):
+        main(["predict", "--config", "configs/evaluate.yaml", "--data", str(tmp_path / "mine.yaml")])
+    assert "'sourse', which its class doesn't take; did you mean source?" in capsys.readouterr().err
+
+
+# The others are built, with a tiny model of their family, by tests/vlm/test_transformers.py and test_llava_original.py.
+LLAVAS = [file for file in sorted((CONFIGS / "vlm").glob("*.yaml")) if "safervlm.vlm.llava.Llava" in file.read_text()]
+
+
+@pytest.mark.parametrize("file", LLAVAS, ids=lambda path: path.stem)
+def test_every_llava_builds(file: Path, tiny_llava: Path, only_built: list[SaferCLI]) -> None:
+    main(["fit", "--config", "configs/sft.yaml", "--model.vlm", str(file), "--model.vlm.model", str(tiny_llava)])
+    assert isinstance(only_built[0].model.vlm, VLM)
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "strategy").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_strategy_parses(file: Path) -> None:
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "safervlm.cli",
+            "fit",
+            "--config",
+            "configs/sft.yaml",
+            "--config",
+            str(file),
+            "--print_config",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "strategy:" in process.stdout
+
+
+def test_limit_is_short_for_the_datas(tiny_llava: Path, only_built: list[SaferCLI]) -> None:
+    line = ["predict", *PICTOGRAMS, "--model.vlm.model", str(tiny_llava)]
+    main([*line, "--limit", "3"])
+    main([*line, "--limit=4"])
+    assert [built.datamodule.limit for built in only_built] == [3, 4]
+
+
+def test_the_seed_reaches_model_and_data(tiny_llava: Path, only_built: list[SaferCLI]) -> None:
+    main(["fit", "--config", "configs/sft.yaml", "--model.vlm.model", str(tiny_llava), "--seed_everything", "7"])
+    assert only_built[0].model.seed == only_built[0].datamodule.seed == 7
+
+
+ERRORS = {
+    "misspelt argument": (
+        [*PICTOGRAMS, "--model.vlm.modle", "x"],
+        "--model.vlm.modle; did you mean --model.vlm.model?",
+    ),
+    "abbreviation": ([*PICTOGRAMS, "--trainer.max_step", "3"], "--trainer.max_step; did you mean --trainer.max_steps?"),
+    "not one of": (
+        [*PICTOGRAMS, "--data.split", "tset"],
+        "--data.split: expected 'all', 'train', 'validation', 'test', got 'tset'; did you mean test?",
+    ),
+    "wrong type": ([*PICTOGRAMS, "--data.batch_size", "many"], "--data.batch_size: expected int or 'auto', got 'many'"),
+    "nested wrong type": ([*PICTOGRAMS, "--model.vlm.lora.r", "many"], "--model.vlm.lora.r: expected int, got 'many'"),
+    "no list": (
+        [*PICTOGRAMS, "--data.capabilities", "alignment"],
+        "--data.capabilities: expected a list, got 'alignment'; write a list, '[alignment]'",
+    ),
+    "argument of the data": ([*PICTOGRAMS, "--split", "test"], "unknown argument --split; did you mean --data.split?"),
+    "argument of the model": ([*PICTOGRAMS, "--data.image_fit", "pad"], "unknown argument --data.image_fit; --help"),
+    "overlay alone": (
+        ["--config", "configs/pictograms/measure.yaml"],
+        "a config sets 'sampling.max_new_tokens', which its class doesn't take: an overlay goes behind its own recipe",
+    ),
+    "argument of another class": (
+        ["--config", "configs/evaluate.yaml", "--data.source", "x.tsv"],
+        "unknown argument --data.source; --help lists all",
+    ),
+    "missing config": (["--config", "configs/mesure.yaml"], "did you mean configs/measure.yaml?"),
+    "missing config, unlike all": (["--config", "configs/nosuch.yaml"], "nosuch.yaml'; see configs/"),
+    "no config": ([], "give a recipe"),
+    "recipe of another command": (
+        ["--config", "configs/sft.yaml"],
+        "safervlm.objectives.SFT is not for predict; use safervlm fit",
+    ),
+    "config of another kind": ([*PICTOGRAMS, "--config", "configs/pictograms/vlm.yaml"], "it is of another kind"),
+    "no such class": (
+        [*PICTOGRAMS, "--model", "safervlm.measure.Mesure"],
+        "--model: no class 'safervlm.measure.Mesure'",
+    ),
+    "class of another kind": (
+        [*PICTOGRAMS, "--data", "safervlm.measure.Measure"],
+        "--data: safervlm.measure.Measure is not a LightningDataModule",
+    ),
+    "no pictograms": (PICTOGRAMS, "vlm.model: no folder './pictograms/vlm'; paths begin where the command is typed"),
+    "refused value": (
+        ["--config", "configs/measure.yaml", "--model.sampling.top_p", "3"],
+        "sampling.top_p: above 0 and at most 1, got 3.0",
+    ),
+    "missing adapter": (
+        [*PICTOGRAMS, "--model.vlm.adapter", "nowhere"],
+        "adapter: no adapter_config.json in 'nowhere'",
+    ),
+    "missing model": ([*PICTOGRAMS, "--model.vlm.model", "nowhere"], "vlm.model: 'nowhere' can't be read"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_is_one_line(name: str, capsys: pytest.CaptureFixture[str], only_built: list[SaferCLI]) -> None:
+    arguments, expected = ERRORS[name]
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", *arguments])
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set to")]
+    assert caught.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("safervlm: error: ")
+    assert expected in lines[0]
+
+
+def test_a_fitted_run_is_validated_and_goes_on(
+    tiny_llava: Path, tiny_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [
+        "--config=configs/sft.yaml",
+        f"--model.vlm.model={tiny_llava}",
+        "--model.vlm.dtype=float32",
+        "--model.vlm.lora.r=2",
+        f"--data.folder={tiny_sets / 'unsafe'}",
+        f"--data.safe_folder={tiny_sets / 'safe'}",
+        "--data.validation_fraction=0.25",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+        "--trainer.max_epochs=1",
+        "--trainer.enable_progress_bar=false",
+        f"--run={tmp_path / 'run'}",
+    ]
+    with pytest.raises(SystemExit):
+        main(["validate", *line])
+    assert "no " in (error := capsys.readouterr().err)
+    assert "last.ckpt, so the adapter would be an untrained one" in error
+    main(["fit", *line])
+    before = (tmp_path / "run" / "manifest.json").read_text()
+    capsys.readouterr()
+    main(["validate", *[argument for argument in line if "max_epochs" not in argument]])
+    out = capsys.readouterr().out
+    assert "looking at" in out
+    assert "val/loss" in out
+    assert (tmp_path / "run" / "manifest.json").read_text() == before
+    with pytest.raises(SystemExit):
+        main(["fit", *line, "--ckpt_path", "nowhere.ckpt"])
+    assert "--ckpt_path: no file 'nowhere.ckpt'" in capsys.readouterr().err
+    main(["fit", *line])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("gradient_clip_val=1", "Automatic gradient clipping is not supported"),  # said while training
+        ("devices=many", "`devices` selected with `CPUAccelerator` should be an int"),
+    ],
+)
+def test_what_lightning_refuses_is_one_line(
+    setting: str,
+    message: str,
+    tiny_llava: Path,
+    tiny_sets: Path,
+    tiny_judges: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(
+            [
+                "fit",
+                "--config=configs/ppo.yaml",
+                f"--model.vlm.model={tiny_llava}",
+                f"--model.judge.checkpoint={tiny_judges / 'alignment' / 'epoch_10.pt'}",
+                f"--model.judge.base={tiny_judges / 'alignment'}",
+                f"--data.folder={tiny_sets / 'unsafe'}",
+                f"--data.safe_folder={tiny_sets / 'safe'}",
+                "--trainer.accelerator=cpu",
+                f"--trainer.{setting}",
+                "--trainer.callbacks=null",
+                f"--run={tmp_path / 'run'}",
+            ]
+        )
+    assert caught.value.code == 2
+    assert f"safervlm: error: --trainer: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["mesure"], "no command 'mesure'"),
+        (["pictograms", "--sed", "3"], "unknown argument --sed; did you mean --seed?"),
+        (["export", "--out", "x", "--name", "y"], "unknown argument --name; --help"),
+        (["report"], "missing: runs; see --help"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_an_error_of_a_plain_command_is_one_line(
+    line: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(line)
+    (message,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert expected in message
+
+
+def test_with_a_logger_the_configuration_stays_in_the_run_folder(
+    tiny_llava: Path, tiny_sets: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    main(
+        [
+            "fit",
+            "--config=configs/sft.yaml",
+            f"--model.vlm.model={tiny_llava}",
+            "--model.vlm.dtype=float32",
+            f"--data.folder={tiny_sets / 'unsafe'}",
+            f"--data.safe_folder={tiny_sets / 'safe'}",
+            "--data.num_workers=0",
+            "--trainer.accelerator=cpu",
+            "--trainer.precision=32-true",
+            "--trainer.max_steps=1",
+            "--model.warmup_steps=0",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+            f"--trainer.logger.save_dir={tmp_path / 'logs'}",
+            f"--run={run}",
+        ]
+    )
+    settings = yaml.safe_load((run / "fit.yaml").read_text())
+    assert settings["run"] == str(run)
+    assert settings["model"]["init_args"]["vlm"]["init_args"]["model"] == str(tiny_llava)
+    assert settings["model"]["init_args"]["vlm"]["init_args"]["adapter"] is None  # what is none is saved, too
+    assert list((tmp_path / "logs").rglob("metrics.csv"))
+    assert not list((tmp_path / "logs").rglob("fit.yaml"))
+
+
+def test_a_defect_is_one_line_and_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def library(*_: object) -> None:
+        run_folder.set(tmp_path)
+        int("x")
+
+    monkeypatch.setattr("safervlm.cli.plain", library)
+    with pytest.raises(SystemExit) as caught:
+        main(["report"])
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("safervlm: error: unexpected ValueError: invalid literal")
+    assert str(tmp_path / "traceback.txt") in line
+    assert 'int("x")' in (tmp_path / "traceback.txt").read_text()
+
+
+@pytest.mark.parametrize("line", ["report {}", "evaluation {} other", "verify {}", "export --out {}"])
+def test_the_traceback_of_a_plain_command_is_in_the_folder_that_it_names(
+    line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(runs: list[Path] | None = None, run: Path | None = None, out: str | None = None) -> None:
+        raise KeyError("x")
+
+    name = line.split()[0]
+    monkeypatch.setattr("safervlm.cli.plain_commands", lambda: {name: read})
+    with pytest.raises(SystemExit) as caught:
+        main(line.format(tmp_path).split())
+    assert caught.value.code == 1
+    assert str(tmp_path / "traceback.txt") in capsys.readouterr().err
+    assert "KeyError" in (tmp_path / "traceback.txt").read_text()
+
+
+def test_union_messages_are_shortened() -> None:
+    message = (
+        'Parser key "trainer.max_epochs":\n  Does not validate against any of the Union subtypes\n  Subtypes: '
+        "[<class 'int'>, <class 'NoneType'>]\n  Errors:\n    - Expected a <class 'int'>\n    - Expected a <class "
+        "'NoneType'>\n  Given value type: <class 'str'>\n  Given value: x"
+    )
+    assert one_line(message) == "--trainer.max_epochs: expected int, got 'x'"
+
+
+def test_shipped_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert local_or_shipped("configs/sft.yaml") == str(CONFIGS / "sft.yaml")
+    assert local_or_shipped("--config=configs/sft.yaml") == f"--config={CONFIGS / 'sft.yaml'}"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "sft.yaml").touch()
+    assert local_or_shipped("configs/sft.yaml") == "configs/sft.yaml"  # yours first
+    assert local_or_shipped("configs/none.yaml") == "configs/none.yaml"

@@ -1,0 +1,184 @@
+"""What is there is ok, what is missing is an error with its way out, and nothing leaves the machine unasked."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from huggingface_hub.errors import GatedRepoError
+
+from safervlm.cli import doctor as module
+from safervlm.cli.doctor import Finding
+from safervlm.cli.main import main
+from safervlm.vlm.llava import Llava
+from safervlm.vlm.lora import LoRA
+
+
+@pytest.fixture
+def examine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, dict[str, Finding]]]:
+    """``examine(*arguments)``: the exit code, and the findings by what was looked at."""
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def examine(*arguments: str) -> tuple[int, dict[str, Finding]]:
+        seen: list[Finding] = []
+        finding = module.Finding
+        monkeypatch.setattr(module, "Finding", lambda *given: seen.append(finding(*given)) or seen[-1])
+        code = 0
+        try:
+            main(["doctor", *arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        shown = capsys.readouterr().out
+        assert all(each.what.split()[0] in shown for each in seen)
+        return code, {each.what: each for each in seen}
+
+    return examine
+
+
+def test_this_environment_has_all_packages(examine) -> None:
+    code, found = examine()
+    assert code == 0
+    assert {"Python", "torch", "transformers", "lightning", "disk here", "Hub token"} <= found.keys()
+    assert found["torch"].state == "ok"
+    assert "pytest" not in found  # of an extra
+
+
+def test_a_package_of_another_version_is_an_error_with_the_command_that_mends_it(examine, monkeypatch) -> None:
+    monkeypatch.setattr(module, "requires", lambda name: ["torch>=99", "no-such-package>=1"])
+    code, found = examine()
+    assert code == 1
+    assert found["torch"].state == "error"
+    assert "pip install 'torch>=99'" in found["torch"].found
+    assert found["no-such-package"].found == "is missing; pip install 'no-such-package>=1'"
+
+
+def test_what_a_recipe_names_is_looked_at(examine, tiny_llava: Path, tiny_sets: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_sets / "unsafe", tmp_path / "unsafe")
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        f"model: {{init_args: {{vlm: {{init_args: {{model: {tiny_llava}}}}}}}}}\n"
+        f"data: {{init_args: {{folder: {tmp_path / 'unsafe'}, safe_folder: {tmp_path / 'nowhere'}}}}}\n"
+    )
+    line = ["--config", "configs/sft.yaml", "--config", str(overlay)]
+    code, found = examine(*line)
+    assert code == 1
+    assert found["VLM"].state == found["data.folder"].state == "ok"
+    assert "30 images" in found["data.folder"].found
+    assert found["data.safe_folder"].state == "error"
+    (tmp_path / "unsafe" / "images" / "3.png").unlink()
+    _, found = examine(*line)
+    assert found["data.folder"].found.startswith("1 of 30 images are missing")
+    assert "images/3.png" in found["data.folder"].found
+
+
+def test_the_hub_is_asked_only_online(examine, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def check(repo: str, repo_type: str) -> None:
+        asked.append(f"{repo_type} {repo}")
+        if repo_type == "dataset":
+            raise GatedRepoError("gated", response=Mock(headers={}))
+
+    monkeypatch.setattr(module, "auth_check", check)
+    code, found = examine("--config", "configs/measure.yaml")
+    assert (code, asked) == (0, [])
+    assert {found[what].state for what in ("VLM", "VLM's revision", "data.repo", "judge")} == {"warning"}
+    code, found = examine("--config", "configs/measure.yaml", "--online", "true")
+    assert code == 1
+    assert "model llava-hf/llava-1.5-7b-hf" in asked
+    assert found["VLM"].state == "ok"
+    assert "accept its terms on https://huggingface.co/datasets/yiting/UnsafeConcepts" in found["data.repo"].found
+
+
+def test_a_config_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", "--config", "configs/nothing.yaml"])
+    assert "safervlm: error: --config: no file 'configs/nothing.yaml'" in capsys.readouterr().err
+
+
+def test_looking_leaves_nothing_behind(examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    examine("--config", "configs/measure.yaml")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sets_of_an_evaluation_are_looked_at(examine, tmp_path: Path) -> None:
+    code, found = examine("--config", "configs/evaluate.yaml")
+    assert code == 1
+    contexts = found["data.sets.contexts.contexts"]
+    assert contexts.state == "error"
+    assert "the published questions, or yours" in contexts.found
+    assert "data.sets.mme.source" in found
+    for name in ("https://x.org/MME.tsv", "a/b"):
+        (elsewhere,) = module.source("data.source", name, online=False)
+        assert elsewhere.state == "warning"
+    (missing,) = module.source("data.source", str(tmp_path / "x.tsv"), online=False)
+    assert missing.state == "error"
+    (tmp_path / "x.tsv").touch()
+    (there,) = module.source("data.source", str(tmp_path / "x.tsv"), online=False)
+    assert there.state == "ok"
+
+
+def test_remote_code_has_to_be_asked_for_and_pinned() -> None:
+    commit = "0" * 40
+    states = [
+        [found.state for found in module.remote_code(*given)]
+        for given in (("a/b", commit, False), ("a/b", "main", True), ("a/b", None, True), ("a/b", commit, True))
+    ]
+    assert states == [["error"], ["error"], ["error"], ["ok"]]
+
+
+def test_another_vlm_in_the_recipes_place(examine) -> None:
+    _, found = examine("--config", "configs/measure.yaml", "--vlm", "configs/vlm/cogvlm-chat.yaml")
+    assert found["VLM"].found.startswith("THUDM/cogvlm-chat-hf")
+    assert "all 40 digits of the commit" in found["VLM's code"].found
+
+
+def test_the_size_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its index in the cache, or, if it may be asked, from the Hub; and whether it fits."""
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module.torch.cuda, "mem_get_info", lambda device: (0, 8 * 2**30))
+    assert list(module.size("a/b", None, online=False)) == []
+    files = [Mock(rfilename="model-1.safetensors", size=7 * 2**30), Mock(rfilename="model.bin", size=99 * 2**30)]
+    monkeypatch.setattr(module, "HfApi", lambda: Mock(model_info=lambda *a, **k: Mock(siblings=files)))
+    assert [(found.what, found.state) for found in module.size("a/b", None, online=True)] == [
+        ("VLM's weights", "ok"),
+        ("memory", "ok"),
+    ]
+    monkeypatch.setattr(module, "HfApi", lambda: Mock(model_info=Mock(side_effect=ConnectionError)))
+    (unknown,) = module.size("a/b", None, online=True)
+    assert (unknown.state, unknown.found) == ("warning", "the Hub doesn't tell their size (ConnectionError)")
+    (tmp_path / "index.json").write_text('{"metadata": {"total_size": 15032385536}}')
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *a, **k: str(tmp_path / "index.json"))
+    weights, memory = module.size("a/b", None, online=False)
+    assert weights.found == "14.0 GiB"
+    assert memory.state == "error"
+
+
+def test_a_server_that_needs_a_key_is_said_to(examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = ("--config", "configs/evaluate.yaml", "--config", "configs/rate.yaml")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    _, found = examine(*recipe)
+    assert found["server"].state == "error"
+    assert "api.openai.com/v1 needs a key: export OPENAI_API_KEY=" in found["server"].found
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    _, found = examine(*recipe)
+    assert found["server"].state == "ok"
+    assert "secret" not in found["server"].found
+
+
+def test_what_training_takes(examine, tiny_llava: Path, tmp_path: Path) -> None:
+    vlm = Llava(str(tiny_llava), lora=LoRA(r=8), dtype="float32")
+    vlm.load(train=["policy"])
+    weights = sum(weight.numel() for name, weight in vlm.named_parameters() if "lora" in name)
+    assert module.training_memory(tiny_llava, 8, LoRA().target_modules) == 16 * weights
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(f"model: {{init_args: {{vlm: {{init_args: {{model: {tiny_llava}}}}}}}}}\n")
+    _, found = examine("--config", "configs/sft.yaml", "--config", str(overlay))
+    assert found["training memory"].state == "ok"
+    _, found = examine("--config", "configs/measure.yaml", "--config", str(overlay))
+    assert "training memory" not in found

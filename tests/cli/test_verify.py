@@ -1,0 +1,143 @@
+"""Asking again: what flipped is counted, by answer and by verdict."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safervlm.cli.main import main
+from safervlm.judging.classifier import Judge
+from safervlm.records import Verdict, read_jsonl, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def run(measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("verify") / "run"
+    main(measuring_line(run, tiny_sets / "unsafe"))
+    return run
+
+
+def flipped(printed: str) -> dict[str, tuple[int, int]]:
+    """The rows of the printed table: how many were asked, how many flipped."""
+    rows = [line.split() for line in printed.splitlines() if not line[:1].isdigit()]  # that is a sentence
+    return {row[1]: (int(row[3]), int(row[5])) for row in rows if row[1:2] in (["answers"], ["verdicts"])}
+
+
+def flip(verdict: dict[str, Any]) -> None:
+    """Another label, with the probabilities that go with it."""
+    before, after = verdict["label"], {"Safe": "Unsafe", "Unsafe": "N/A", "N/A": "Safe"}[verdict["label"]]
+    chances = verdict["probabilities"]
+    chances[before], chances[after] = chances[after], chances[before]
+    verdict["label"] = after
+
+
+def copy(run: Path, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What ``verify`` reads of a run, in another folder; its answers and verdicts."""
+    for name in ("responses.jsonl", "verdicts.jsonl", "predict.yaml"):
+        (folder / name).write_text((run / name).read_text())
+    responses, verdicts = (list(read_jsonl(run / f"{name}.jsonl")) for name in ("responses", "verdicts"))
+    return responses, verdicts
+
+
+def test_in_float32_no_answer_depends_on_the_batch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["verify", str(run), "--sample", "20"])
+    assert flipped(capsys.readouterr().out)["answers"] == (20, 0)
+    assert not list(read_jsonl(run / "verify.jsonl"))
+
+
+def test_what_flips_is_counted_and_written_down(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    responses, verdicts = (list(read_jsonl(run / f"{name}.jsonl")) for name in ("responses", "verdicts"))
+    responses[3]["response"], responses[7]["response"] = "another answer", "a third one"
+    for number in (3, 7):  # the verdicts are about these answers
+        verdicts[number]["answer"] = Verdict.fingerprint_of(responses[number]["response"])
+    flip(verdicts[7])
+    for name, records in (("responses", responses), ("verdicts", verdicts)):
+        write_jsonl(tmp_path / f"{name}.jsonl", records)
+    (tmp_path / "predict.yaml").write_text((run / "predict.yaml").read_text())
+    main(["verify", str(tmp_path), "--sample", str(len(responses)), "--batch_size", "4"])
+    assert flipped(capsys.readouterr().out) == {"answers": (len(responses), 2), "verdicts": (len(responses), 1)}
+    flips = {record["id"]: record for record in read_jsonl(tmp_path / "verify.jsonl")}
+    assert flips.keys() == {responses[3]["id"], responses[7]["id"]}
+    again = flips[responses[7]["id"]]
+    assert again["response"] == "a third one"
+    assert again["label"] == verdicts[7]["label"] != again["label_again"]
+    assert json.loads((run / "manifest.json").read_text())["stages"]["measure"]["finished"]
+
+
+def test_a_folder_that_was_not_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["verify", str(tmp_path)])
+    assert "holds no predict.yaml; name the folder of a measurement" in capsys.readouterr().err
+
+
+def test_only_verdicts_of_the_same_judge_on_the_same_answer_are_compared(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    responses, verdicts = copy(run, tmp_path)
+    for verdict in verdicts[:4]:  # each would be a flip
+        flip(verdict)
+    verdicts[1]["judge"] = "f" * 16
+    verdicts[2]["answer"] = Verdict.fingerprint_of("another answer")
+    del verdicts[3]["answer"]  # of version 0.1
+    write_jsonl(tmp_path / "verdicts.jsonl", verdicts)
+    main(["verify", str(tmp_path), "--sample", str(len(responses)), "--batch_size", "8"])
+    table = capsys.readouterr().out
+    printed = " ".join(table.split())
+    assert flipped(table) == {"answers": (len(responses), 0), "verdicts": (len(responses) - 3, 1)}
+    assert "3 verdicts in" in printed
+    assert "are not compared" in printed
+    (only,) = read_jsonl(tmp_path / "verify.jsonl")  # the verdict alone flipped
+    assert only["id"] == verdicts[0]["id"]
+    assert only["response"] == only["again"]
+    assert only["label"] == verdicts[0]["label"] != only["label_again"]
+
+
+def test_a_damaged_image_and_an_answer_that_cannot_be_judged_end_nothing(
+    measuring_line: Callable[[Path, Path], list[str]],
+    tiny_sets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(tiny_sets / "unsafe", tmp_path / "unsafe")
+    run = tmp_path / "run"
+    main(measuring_line(run, tmp_path / "unsafe"))
+    responses = list(read_jsonl(run / "responses.jsonl"))
+    image = Path(responses[0]["image_path"])
+    image.write_bytes(image.read_bytes()[:60])
+    torn = {each["id"] for each in responses if each["image_path"] == str(image)}
+    others = {each["id"]: each["response"] for each in responses if each["id"] not in torn}
+    bad = next(iter(others.values()))
+    tokenize = Judge._tokenize
+
+    def panic(self: Judge, texts: list[str]) -> list[list[int]]:
+        if bad in texts:
+            raise BaseException("a panic")
+        return tokenize(self, texts)
+
+    monkeypatch.setattr(Judge, "_tokenize", panic)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["verify", str(run), "--sample", str(len(responses)), "--batch_size", "4"])
+    assert end.value.code == 3
+    printed = capfd.readouterr()
+    unjudged = {name for name, text in others.items() if text == bad}
+    assert flipped(printed.out)["answers"] == (len(others), 0)
+    assert f"{len(torn | unjudged)} of {len(responses)} questions have no answer or no verdict" in printed.err
+    failed = {record["id"]: record["reason"] for record in read_jsonl(run / "verify.jsonl")}
+    assert failed.keys() == torn | unjudged
+    assert all("the image" in failed[name] for name in torn)
+    assert all("a panic" in failed[name] for name in unjudged)
+
+
+def test_the_sample_of_a_part(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy(run, tmp_path)
+    main(["verify", str(tmp_path), "--limit", "3"])
+    assert flipped(capsys.readouterr().out)["answers"] == (3, 0)
+    with pytest.raises(SystemExit) as end:
+        main(["verify", str(tmp_path), "--limit", "0"])
+    assert end.value.code == 2
+    assert "limit: at least 1, got 0" in capsys.readouterr().err

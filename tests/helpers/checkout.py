@@ -1,0 +1,23 @@
+"""What lies in the checkout, to see that the tests change nothing there."""
+
+import os
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parent.parent.parent
+CACHES = {"__pycache__", ".git", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int] | None]:
+    """Size and time of change of each file below a folder, None for a folder; no caches, no virtual environments."""
+    found: dict[str, tuple[int, int] | None] = {}
+    for here, folders, files in os.walk(folder):
+        folders[:] = [
+            name
+            for name in folders
+            if name not in CACHES and not name.endswith(".egg-info") and not Path(here, name, "pyvenv.cfg").exists()
+        ]
+        found |= {str(Path(here, name)): None for name in folders}
+        for path in (Path(here, name) for name in files):
+            state = path.lstat()
+            found[str(path)] = (state.st_size, state.st_mtime_ns)
+    return found

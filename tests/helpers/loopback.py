@@ -1,0 +1,131 @@
+"""A server that misbehaves on loopback."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from safervlm.vlm.server import client as api
+
+
+class Reply:
+    """What a server sends; the default is a chat completion."""
+
+    def __init__(self, status=200, body=None, headers=(), cut=False, sleep=0.0):
+        self.status, self.headers, self.cut, self.sleep = status, dict(headers), cut, sleep
+        self.body = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+
+def completion(text: str | None, finish: str | None = "stop", tokens: int = 3, **message: Any) -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
+    usage = {"prompt_tokens": 7, "completion_tokens": tokens, "total_tokens": 7 + tokens}
+    return {"id": "x", "object": "chat.completion", "model": "served", "choices": [choice], "usage": usage}
+
+
+def error(status: int, code: str | None = None, message: str = "no", param: str | None = None, **headers: str) -> Reply:
+    body = {"error": {"message": message, "type": "some_error", "code": code, "param": param}}
+    return Reply(status, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+class Loopback:
+    """A server that answers the n-th request for a prompt with what ``play(prompt, n, body)`` gives; None for an echo.
+
+    Attributes:
+        asked: the bodies of the requests, and their headers, in the order in which they came.
+        times: when they came.
+        answered: the prompts that got a chat completion.
+        most: requests that were there at the same time.
+    """
+
+    def __init__(self, play: Callable[[str, int, dict[str, Any]], Reply | None]) -> None:
+        self.asked: list[tuple[dict[str, Any], dict[str, str]]] = []
+        self.times: list[float] = []
+        self.answered: list[str] = []
+        self.most = self.now = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                prompt = prompt_of(body)
+                with outer.lock:
+                    outer.now += 1
+                    outer.most = max(outer.most, outer.now)
+                    outer.times.append(time.monotonic())
+                    outer.asked.append((body, {name.lower(): value for name, value in self.headers.items()}))
+                    number = sum(prompt_of(other) == prompt for other, _ in outer.asked)
+                try:
+                    reply = play(prompt, number, body)
+                    echo = reply is None
+                    reply = reply or Reply(body=completion(f" echo of {prompt}\n"))
+                    time.sleep(reply.sleep)
+                finally:
+                    with outer.lock:
+                        outer.now -= 1
+                if reply.status == 0:  # hangs up
+                    self.close_connection = True
+                    return
+                self.send_response(reply.status)
+                for name, value in ({"Content-Type": "application/json"} | reply.headers).items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(reply.body) + 100 * reply.cut))
+                self.end_headers()
+                self.wfile.write(reply.body)
+                self.close_connection = reply.cut
+                if echo:
+                    outer.answered.append(prompt)
+
+            def handle(self):
+                with contextlib.suppress(ConnectionError):  # the client gave up
+                    super().handle()
+
+            def log_message(self, *args):
+                pass
+
+        class Listener(ThreadingHTTPServer):
+            request_queue_size = 128  # the default of 5 resets whoever comes sixth
+            daemon_threads = True
+
+        self.server = Listener(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def die(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def prompt_of(body: dict[str, Any]) -> str:
+    """The text of a request's question, beside an image or alone."""
+    content = body["messages"][-1]["content"]
+    return content if isinstance(content, str) else content[1]["text"]
+
+
+@contextlib.contextmanager
+def loopbacks() -> Iterator[Callable[..., Loopback]]:
+    """Gives what starts servers; they end with the block."""
+    servers = []
+
+    def start(play: Callable[[str, int, dict[str, Any]], Reply | None] = lambda prompt, number, body: None) -> Loopback:
+        servers.append(Loopback(play))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.die()
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits hardly at all between tries, asks loopback without a proxy, and has no key."""
+    monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(api, "LONGEST_WAIT", 0.05)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)

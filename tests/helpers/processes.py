@@ -1,0 +1,341 @@
+"""Commands played in processes of their own, which may be killed, and what kills them at a known moment.
+
+A server that has imported what a command needs forks each of them: seconds less than an interpreter of its own.
+"""
+
+import ctypes
+import io
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import lightning.fabric.plugins.io.torch_io as torch_io
+import torch
+import yaml
+from lightning import Callback
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+from safervlm.data.loaders import OrderedLoader, in_batches
+from safervlm.data.unsafe_concepts import UnsafeConcepts
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        *(
+            "safervlm.cli.lightning",
+            "safervlm.objectives",
+            "safervlm.measure",
+            "safervlm.vlm.llava",
+            "safervlm.data.alignment",
+        ),
+        *("callbacks.generation_check", "callbacks.checkpoint", "callbacks.adapter_export", "callbacks.rollout_log"),
+    ]
+)
+
+
+def _command(args: Sequence[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it puts behind it ignore Ctrl-C
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of its data workers, as in a command of the shell's
+    from safervlm.cli.main import main
+
+    main(args)
+
+
+def build_world(out: Path, wait: float, fail: bool = False) -> None:
+    """Builds a pictogram world whose training is a wait; ``built-PID`` beside it says that it was at work."""
+    from safervlm.pictograms import world
+
+    def train(folder: Path, seed: int, perturbation: float) -> list[dict[str, object]]:
+        (out.parent / f"built-{os.getpid()}").touch()
+        time.sleep(wait)
+        if fail:
+            raise RuntimeError("no model passed")
+        for name in ("vlm", "judges"):
+            (folder / name).mkdir()
+            (folder / name / "weights.txt").write_text(str(os.getpid()))
+        return [{"seed": seed, "figures": {}, "missed": []}]
+
+    world.train_until_good = train
+    world.write_benchmarks = lambda folder, seed: (folder / "benchmarks").mkdir()
+    world.IMAGES_PER_CONCEPT = 1
+    world.build(out)
+
+
+class Played:
+    """A command that is running, or has ended.
+
+    Args:
+        args: the command line.
+        folder: its working directory.
+        environment: more environment variables.
+    """
+
+    def __init__(self, args: Sequence[object], folder: Path, name: str = "log", **environment: object) -> None:
+        self.log = folder / f"{name}.txt"
+        self.log.unlink(missing_ok=True)
+        more = {key: str(value) for key, value in environment.items()}
+        self.process: BaseProcess = CONTEXT.Process(
+            target=_command, args=(list(map(str, args)), folder, self.log, more)
+        )
+        self.process.start()
+
+    def end(self, timeout: float = 300) -> int | None:
+        """Its exit code, minus the signal's number if one ended it."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"still running after {timeout} s:\n{self.output}")
+        return self.process.exitcode
+
+    @property
+    def output(self) -> str:
+        """What it printed."""
+        return self.log.read_text(errors="replace")
+
+
+def play(args: Sequence[object], folder: Path, code: int = 0) -> str:
+    """Plays a command to its end, which has to be ``code``; gives what it printed."""
+    played = Played(args, folder)
+    assert played.end() == code, played.output
+    return played.output
+
+
+def start_together(args: Sequence[object], folder: Path, processes: int = 2, **environment: object) -> list[Played]:
+    """Starts a command in processes that find each other as a cluster's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    return [Played(args, folder, f"rank-{rank}", LOCAL_RANK=rank, **place, **environment) for rank in range(processes)]
+
+
+def play_together(args: Sequence[object], folder: Path, code: int = 0, processes: int = 2) -> str:
+    """Plays a command in processes that find each other as a cluster's do; gives what the first one printed.
+
+    Of those that don't end well one has to end with ``code``: the others may find it gone.
+    """
+    ranks = start_together(args, folder, processes)
+    try:
+        codes = [played.end() for played in ranks]
+        output = "\n".join(played.output for played in ranks)
+        assert code in codes, output
+        assert 0 not in codes or not any(codes), output
+    finally:
+        for played in ranks:
+            played.process.kill()
+    return ranks[0].output
+
+
+def write_config(file: Path, config: dict[str, object]) -> Path:
+    """Writes a YAML file."""
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    return file
+
+
+class ShuffledConcepts(UnsafeConcepts):
+    """Asks in another order, whatever the batches."""
+
+    def predict_dataloader(self) -> OrderedLoader:
+        loader = super().predict_dataloader()
+        rows = [row for batch in loader.batches for row in batch]
+        random.Random(3).shuffle(rows)
+        loader.batches = in_batches(rows, self.batch_size)
+        loader.length = len(loader.batches)
+        return loader
+
+
+class SignalAtBatchEnd(Callback):
+    """Sends its own process a signal at the end of a batch.
+
+    Args:
+        batch: from 1, over all epochs.
+        number: of the signal; 9 is SIGKILL.
+    """
+
+    def __init__(self, batch: int, number: int = 9) -> None:
+        self.batch, self.number = batch, number
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batch:
+            os.kill(os.getpid(), self.number)
+
+
+class KillInBackward(Callback):
+    """Kills its own process after the backward pass of a batch, before the optimizer steps.
+
+    Args:
+        batch: from 1, over all epochs.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillInSave(Callback):
+    """Kills its own process when half of a checkpoint has been written.
+
+    Args:
+        save: which one, from 1.
+    """
+
+    def __init__(self, save: int) -> None:
+        self.left, self.whole = save, torch_io._atomic_save
+        torch_io._atomic_save = self.write
+
+    def write(self, checkpoint, path):
+        self.left -= 1
+        if self.left:
+            self.whole(checkpoint, path)
+            return
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StallAt(Callback):
+    """Waits at a known moment, for a signal; the file ``stalled-RANK`` in the working directory says that it waits.
+
+    Args:
+        where: ``setup``, ``save`` (half of a checkpoint is written), or ``CALLBACK.HOOK``: before another callback's.
+        call: which call of the hook, from 1.
+        seconds: how long it waits.
+        deaf: waits in C, where Python runs no signal handler.
+        rank: waits in this process alone; -1 in all of them.
+    """
+
+    def __init__(self, where: str, call: int = 1, seconds: float = 120, deaf: bool = False, rank: int = -1) -> None:
+        self.where, self.left, self.seconds, self.deaf, self.rank = where, call, seconds, deaf, rank
+
+    def setup(self, trainer, pl_module, stage):
+        if self.rank not in (-1, trainer.global_rank):
+            return
+        self.marker = Path(f"stalled-{trainer.global_rank}")
+        if self.where == "setup":
+            self.stall()
+        elif self.where == "save":
+            torch_io._atomic_save = self.save
+        else:
+            name, hook = self.where.split(".")
+            callback = next(each for each in trainer.callbacks if type(each).__name__ == name)
+            whole = getattr(callback, hook)
+
+            def stalled(*args, **kwargs):
+                self.left -= 1
+                if self.left == 0:
+                    self.stall()
+                return whole(*args, **kwargs)
+
+            setattr(callback, hook, stalled)
+
+    def save(self, checkpoint, path):
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
+        self.stall()
+
+    def stall(self):
+        self.marker.touch()
+        if self.deaf:
+            lock = ctypes.CDLL(None).pthread_mutex_lock
+            mutex = ctypes.create_string_buffer(64)
+            lock(mutex)
+            lock(mutex)  # for ever
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            time.sleep(0.02)
+
+
+class KillAtExport(Callback):
+    """Kills its own process when training is over."""
+
+    def on_train_end(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillInPredict(Callback):
+    """Kills its own process after a predicted batch, in the middle of writing the last line of it.
+
+    Args:
+        batch: from 0, of this process.
+        torn: how many bytes of the last line are missing.
+    """
+
+    def __init__(self, batch: int, torn: int = 0) -> None:
+        self.batch, self.torn = batch, torn
+
+    def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == self.batch:
+            if self.torn:
+                shards = Path(trainer.default_root_dir) / "shards" / "responses"
+                shard = max(shards.glob(f"{trainer.global_rank}-*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+                os.truncate(shard, shard.stat().st_size - self.torn)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class RefuseToLoad(Callback):
+    """Lets nothing read the weights."""
+
+    def setup(self, trainer, pl_module, stage):
+        def load():
+            raise AssertionError("the weights are read")
+
+        pl_module.vlm.load = load
+
+
+class KillInMerge(Callback):
+    """Kills its own process when the answers have been merged and the shards are still there."""
+
+    def setup(self, trainer, pl_module, stage):
+        unlink = Path.unlink
+
+        def kill(path, missing_ok=False):
+            if path.parent.name == "responses":
+                os.kill(os.getpid(), signal.SIGKILL)
+            unlink(path, missing_ok)
+
+        Path.unlink = kill
+
+
+class DeepSpeedOnCPU(DeepSpeedStrategy):
+    """DeepSpeed over gloo: Lightning's strategy without its demand for CUDA."""
+
+    def setup_environment(self):
+        import deepspeed.ops
+
+        # Or it compiles one for minutes, to share memory between processes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self):
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+        import deepspeed
+
+        engine, optimizer, _, _ = deepspeed.initialize(
+            config=self.config,
+            model=model,
+            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, optimizer

@@ -1,0 +1,84 @@
+"""One VLM after the other: a failure stops none, what is complete is skipped, and the table says how far each is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_path: Path):
+    """``query(*vlms)``: what the script prints; ``good`` is a VLM, ``bad`` names a folder that isn't there."""
+    overlay = {
+        "model": {"init_args": {"sampling": {"max_new_tokens": 3}}},
+        "data": {"init_args": {"folder": str(tiny_sets / "unsafe"), "limit": 2, "num_workers": 0}},
+        "trainer": {
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "callbacks": [
+                {"class_path": "callbacks.record_writer.RecordWriter"},
+                {"class_path": "callbacks.judge_responses.JudgeResponses", "init_args": {"panel": tiny_panel}},
+            ],
+        },
+    }
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    for name, model in {"good": tiny_llava, "bad": tmp_path / "nowhere"}.items():
+        vlm = {"class_path": "safervlm.vlm.llava.Llava", "init_args": {"model": str(model), "dtype": "float32"}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(vlm))
+
+    def query(*vlms: str, more: tuple[str, ...] = (), code: int = 0) -> str:
+        environment = os.environ | {
+            "RUNS": str(tmp_path / "runs"),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "COLUMNS": "200",
+        }
+        line = ["bash", str(ROOT / "scripts/query_vlms.sh"), *(str(tmp_path / f"{name}.yaml") for name in vlms), "--"]
+        line += ["--config", str(tmp_path / "overlay.yaml"), *more]
+        ended = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        assert ended.returncode == code, ended.stderr
+        return ended.stdout
+
+    return query
+
+
+def test_a_name_that_is_no_vlms_is_refused_before_anything_is_measured(query, tmp_path: Path) -> None:
+    assert query("good", "nosuch", code=2) == ""
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: Path) -> None:
+    printed = query("bad", "good", code=1)
+    rows = {line.split()[1]: line for line in printed.splitlines() if line.startswith("│")}
+    assert [cell.strip() for cell in rows["good"].split("│")[2:5]] == ["complete, 2", "complete, 10", "complete, 10"]
+    assert "failed: vlm.model: no folder" in rows["bad"]
+    assert (tmp_path / "runs" / "bad.log").exists()
+    responses = (tmp_path / "runs" / "good" / "responses.jsonl").read_bytes()
+    again = query("good")
+    assert "complete, skipped" in again
+    assert (tmp_path / "runs" / "good" / "responses.jsonl").read_bytes() == responses
+    # Complete by other arguments isn't complete by these.
+    refused = query("good", more=("--data.limit", "1"), code=1)
+    assert "data.limit: 2 there, 1 now" in refused
+    assert "complete, skipped" in query("good")
+
+    # Half of it is gone, as if it had been killed: the table says so, and the next time it is completed.
+    run = tmp_path / "runs" / "good"
+    shard = run / "shards" / "responses" / "0-1.jsonl"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"\n".join(responses.split(b"\n")[:3]) + b'\n{"id": "to')
+    (run / "responses.jsonl").unlink()
+    manifest = run / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"finished": true', '"finished": false'))
+    table = [sys.executable, str(ROOT / "scripts/query_matrix.py"), str(run)]
+    shown = subprocess.run(table, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, check=True)
+    assert "partial, 2" in shown.stdout
+    assert "partial, 1" in shown.stdout
+    query("good")
+    assert (run / "responses.jsonl").read_bytes() == responses

@@ -1,0 +1,128 @@
+"""Folders that are built aside: whole or not at all, with several processes at once, and nothing left behind."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from safervlm.errors import ArgumentError
+from safervlm.io.caches import TEMPORARY, build_folder, remove_leftovers, temporary
+from safervlm.io.files import write_atomically
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_is_built_once(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "x.1"
+    build_folder(folder, lambda aside: (aside / "a").write_text("first"))
+    build_folder(folder, lambda aside: (aside / "a").write_text("second"))
+    assert (folder / "a").read_text() == "first"
+    assert names(folder.parent) == ["x.1"]
+
+
+def test_what_the_builder_raises_gets_through_and_nothing_stays(tmp_path: Path) -> None:
+    def fails(aside: Path) -> None:
+        (aside / "half").mkdir()
+        (aside / "half" / "a").write_text("a")
+        raise OSError(28, "No space left on device", str(aside))
+
+    with pytest.raises(OSError, match="No space left"):
+        build_folder(tmp_path / "x", fails)
+    assert names(tmp_path) == []
+
+
+def test_the_one_that_is_faster_wins(tmp_path: Path) -> None:
+    """Two builders at once: whoever is finished second uses what is there."""
+
+    def slow(aside: Path) -> None:
+        (aside / "a").write_text("slow")
+        build_folder(tmp_path / "x", lambda other: (other / "a").write_text("fast"))
+
+    build_folder(tmp_path / "x", slow)
+    assert (tmp_path / "x" / "a").read_text() == "fast"
+    assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("place", ["file/cache/x", "file/x", "file"])
+def test_a_folder_that_cannot_be_made_names_the_argument(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ArgumentError, match=r"^data\.cache_dir: .*: (name|remove)") as caught:
+        build_folder(tmp_path / place, lambda aside: (aside / "a").write_text("a"))
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert names(tmp_path) == ["file"]
+
+
+def test_leftovers_are_what_no_process_holds(tmp_path: Path) -> None:
+    (tmp_path / f"{TEMPORARY}1-dead").mkdir()
+    (tmp_path / f"{TEMPORARY}1-dead" / "a").write_text("a")
+    (tmp_path / f"{TEMPORARY}2-dead.csv").write_text("a")
+    for mine in (".tmp-mine", "tmp-safervlm-x", f"x{TEMPORARY}"):
+        (tmp_path / mine).write_text("mine")
+    with temporary(tmp_path / "a.csv") as file, temporary(tmp_path / "b", directory=True) as folder:
+        assert file.name.startswith(TEMPORARY)
+        assert file.suffix == ".csv"
+        assert remove_leftovers(tmp_path) == [f"{TEMPORARY}1-dead", f"{TEMPORARY}2-dead.csv"]
+        assert file.is_file()
+        assert folder.is_dir()
+    assert names(tmp_path) == sorted([".tmp-mine", "tmp-safervlm-x", f"x{TEMPORARY}"])
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    """A user's folder is never emptied by way of a link."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a").write_text("a")
+    (tmp_path / f"{TEMPORARY}link").symlink_to(tmp_path / "mine")
+    remove_leftovers(tmp_path)
+    assert (tmp_path / "mine" / "a").read_text() == "a"
+
+
+def test_a_killed_builder_leaves_nothing_for_long(tmp_path: Path) -> None:
+    """Killed in the middle of a folder and of a file: the next start beside them removes both."""
+    program = (
+        "import sys, time; from pathlib import Path; from safervlm.io.caches import build_folder\n"
+        "from safervlm.records import write_atomically\n"
+        "def hang(path): path.write_text('half'); print('there', flush=True); time.sleep(60)\n"
+        "where = Path(sys.argv[1])\n"
+        "build_folder(where / 'x', lambda aside: (aside / 'a').write_text('half') and "
+        "write_atomically(where / 'f.csv', hang))\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"there\n"
+    assert len(names(tmp_path)) == 2
+    assert remove_leftovers(tmp_path) == []  # the process lives
+    child.kill()
+    child.communicate()
+    build_folder(tmp_path / "y", lambda aside: (aside / "a").write_text("whole"))
+    assert names(tmp_path) == ["y"]
+
+
+def test_processes_that_build_at_once_all_go_on(tmp_path: Path) -> None:
+    children = []
+    for number in range(4):
+        if not (child := os.fork()):
+            try:
+                build_folder(
+                    tmp_path / "x", lambda aside, n=number: [(aside / "a").write_text(str(n)), time.sleep(0.05)]
+                )
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert names(tmp_path) == ["x"]
+
+
+def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "a.txt", lambda file: file.write_text("a"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640

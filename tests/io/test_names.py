@@ -1,0 +1,50 @@
+"""Two spellings that look the same are one name; nothing else of a name changes."""
+
+import pytest
+
+from safervlm.errors import ArgumentError
+from safervlm.io import names
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (" Angry Mob\n", "Angry Mob"),
+        ("Angry\u00a0Mob", "Angry Mob"),
+        ("\u200bAngry\u2009Mob\ufeff", "Angry Mob"),
+        ("Ang\u00adry Mob", "Angry Mob"),
+        ("cafe\u0301", "café"),
+        ("\u1100\u1161", "가"),
+        ("\u200fname\u200e", "name"),
+        ("ﬁn", "ﬁn"),  # NFC leaves ligatures, superscripts and wide letters apart
+        ("a\x07b<i>", "a\x07b<i>"),
+        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),  # a joiner within a word is seen
+        ("\ud83d x", "\ud83d x"),
+        ("\u200b \u00a0", ""),
+    ],
+)
+def test_the_one_spelling_of_a_name(text: str, name: str) -> None:
+    assert names.normal_name(text) == name
+    assert names.normal_name(name) == name
+
+
+@pytest.mark.parametrize("value", [True, False, None, [], {}, "", " "])
+def test_a_label_that_is_no_text_is_named_with_its_remedy(value: object) -> None:
+    with pytest.raises(ArgumentError, match=r"^data\.unsafe: .*(quotes|empty)"):
+        names.label_names("data.unsafe", ["1", value])
+
+
+def test_labels_that_are_numbers_are_texts() -> None:
+    assert names.label_names("data.unsafe", [1, "Un\u00adsafe ", 1.5]) == ("1", "Unsafe", "1.5")
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", ".", "..", "\u200b"])
+def test_a_name_that_makes_ids_ambiguous(name: str) -> None:
+    with pytest.raises(ArgumentError, match=r"^data\.name: a name without a slash"):
+        names.set_name("data.name", name)
+
+
+@pytest.mark.parametrize("path", ["", " ", "a\0b"])
+def test_a_path_that_is_none(path: str) -> None:
+    with pytest.raises(ArgumentError, match=r"^data\.folder: "):
+        names.path_text("data.folder", path)

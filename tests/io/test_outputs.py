@@ -1,0 +1,45 @@
+"""An output takes the place of an earlier one of the same command, and of nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from safervlm.errors import ArgumentError
+from safervlm.io.outputs import refuse_to_replace_page, refuse_to_replace_texts
+
+PAGE = '<!doctype html><p class="eyebrow">SaferVLM {}</p>'
+# What is there, then what the line names; None: it may be written.
+THERE: dict[str, tuple[dict[str, str], str | None]] = {
+    "nothing": ({}, None),
+    "an earlier page and its tables": ({"out.html": PAGE.format("report"), "out.csv": "run\n"}, None),
+    "a page of the user's": ({"out.html": "<p>notes on SaferVLM report</p>"}, "out.html"),
+    "an empty file": ({"out.html": ""}, "out.html"),
+    "a page of another command": ({"out.html": PAGE.format("evaluation")}, "safervlm report"),
+    "a table without a page": ({"out_overall.csv": "run\n"}, "out_overall.csv"),
+    "a folder": ({"out.html/x.txt": ""}, "is a folder"),
+    "another table": ({"other.csv": "run\n"}, None),
+}
+
+
+@pytest.mark.parametrize("case", THERE)
+def test_a_page_takes_the_place_of_its_like(case: str, tmp_path: Path) -> None:
+    files, named = THERE[case]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    page = tmp_path / "out.html"
+    if named is None:
+        refuse_to_replace_page(page, "report", ".csv", "_overall.csv")
+        return
+    with pytest.raises(ArgumentError, match=r"^out: .*; name a") as caught:
+        refuse_to_replace_page(page, "report", ".csv", "_overall.csv")
+    assert named in str(caught.value)
+
+
+def test_texts_are_written_once(tmp_path: Path) -> None:
+    file = tmp_path / "sft_train.json"
+    refuse_to_replace_texts("--out", {file: "[]"})
+    file.write_text("[]")
+    refuse_to_replace_texts("--out", {file: "[]"})
+    with pytest.raises(ArgumentError, match=r"^--out: .*sft_train.json is there already.*name another folder"):
+        refuse_to_replace_texts("--out", {file: "[1]"})

@@ -1,0 +1,35 @@
+"""What a library raises once another process has died is one line; an error of our own stays what it is."""
+
+import pytest
+
+from safervlm.errors import RecordError
+from safervlm.io import signals
+from safervlm.io.signals import Peer, _Requests, listening, why_ended
+
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
+
+
+@pytest.mark.parametrize(
+    ("error", "peers", "ended"),
+    [
+        (RuntimeError(GLOO), True, True),
+        (RuntimeError("NCCL communicator was aborted on rank 0"), True, True),
+        (RuntimeError(GLOO), False, False),
+        (RuntimeError("shape mismatch"), True, False),
+        (RecordError("x: NCCL is no image"), True, False),
+    ],
+)
+def test_the_death_of_another_process(
+    error: Exception, peers: bool, ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals, "_requests", _Requests())
+    with pytest.raises(type(error)), listening():  # noqa: PT012
+        signals._requests.peers = [Peer(1, 1, "", "")] if peers else []
+        raise error
+    why = why_ended(error)
+    assert (why is not None) == ended
+    if why:
+        code, line = why
+        assert code == 1
+        assert line.startswith("another process of this run has ended")
+        assert len(line.splitlines()) == 1

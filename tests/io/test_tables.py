@@ -1,0 +1,103 @@
+"""Tables as files: numbers stay numbers, texts stay texts, and a file is whole or not there."""
+
+import csv
+import io
+
+import numpy as np
+import openpyxl
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from safervlm.io.tables import EXCLUDED, JUDGE_NOTE, TextTable, escaped, say, write_csv, write_workbook
+
+TABLE = pd.DataFrame(
+    {
+        "=name": ["@SUM(1)", "-", None],
+        "whole": [1, -2, 3],
+        "share": [-0.25, np.nan, 1.0],
+        "yes": [True, False, True],
+        "mixed": ["-5", 7, -8.5],
+    },
+    index=["+a", "b", "b"],
+)
+
+
+def test_numbers_keep_their_type_and_value():
+    written = escaped(TABLE, str.upper)
+    assert written.columns.tolist() == ["=NAME", "WHOLE", "SHARE", "YES", "MIXED"]
+    assert written.index.tolist() == ["+A", "B", "B"]
+    for name in ("whole", "share", "yes"):
+        pd.testing.assert_series_equal(
+            written[name.upper()].reset_index(drop=True), TABLE[name].reset_index(drop=True), check_names=False
+        )
+    assert written["MIXED"].tolist() == ["-5", 7, -8.5]
+    assert TABLE.columns[0] == "=name"  # the table itself is not changed
+
+
+def test_an_empty_table_has_its_headings(tmp_path):
+    write_csv(tmp_path / "empty.csv", pd.DataFrame(columns=["=a", "b"]))
+    assert (tmp_path / "empty.csv").read_text() == "'=a,b\n"
+
+
+def test_csv_guards_texts_and_leaves_numbers(tmp_path):
+    write_csv(tmp_path / "table.csv", TABLE.rename_axis("run"), index=True)
+    rows = list(csv.reader((tmp_path / "table.csv").open(newline="")))
+    assert rows == [
+        ["run", "'=name", "whole", "share", "yes", "mixed"],
+        ["'+a", "'@SUM(1)", "1", "-0.25", "True", "'-5"],
+        ["b", "-", "-2", "", "False", "7"],
+        ["b", "", "3", "1.0", "True", "-8.5"],
+    ]
+
+
+def test_a_workbook_has_texts_numbers_and_notes(tmp_path):
+    write_workbook(tmp_path / "book.xlsx", {"a/b": TABLE, "A?B": TABLE[["whole"]]}, [JUDGE_NOTE, "=1+1"])
+    book = openpyxl.load_workbook(tmp_path / "book.xlsx")
+    assert book.sheetnames == ["a_b", "A_B 2", "notes"]
+    first = [[cell.value for cell in row] for row in book["a_b"].iter_rows()]
+    assert first[1:] == [["@SUM(1)", 1, -0.25, True, "-5"], ["-", -2, None, False, 7], [None, 3, 1, True, -8.5]]
+    types = {
+        cell.value: cell.data_type for row in book["a_b"].iter_rows() for cell in row if isinstance(cell.value, str)
+    }
+    assert set(types.values()) == {"s"}
+    assert book["a_b"]["A1"].value == "=name"
+    assert book["a_b"]["A1"].quotePrefix
+    assert [cell.value for cell in book["notes"]["A"]] == ["note", JUDGE_NOTE, "=1+1"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    write_csv(tmp_path / "table.csv", TABLE)
+    before = (tmp_path / "table.csv").read_bytes()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_csv(tmp_path / "table.csv", TABLE)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+    assert (tmp_path / "table.csv").read_bytes() == before
+
+
+def test_a_table_on_the_terminal_shows_brackets_and_line_breaks():
+    table = TextTable(title="[bold]runs[/bold] :x:", caption="one\ntwo\x1b")
+    table.add_column("[a]")
+    table.add_row("b\nc")
+    table.add_row("a cell that is as wide as the title")
+    console = Console(file=io.StringIO(), width=60)
+    console.print(table)
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert lines[0] == "[bold]runs[/bold] :x:"
+    assert lines[-2:] == ["one", r"two\x1b"]
+    assert any("[a]" in line for line in lines)
+    assert any(r"b\nc" in line for line in lines)
+
+
+def test_a_line_is_one_line(capsys):
+    say("a\nb\x1b[2J")
+    assert capsys.readouterr().out == "a\\nb\\x1b[2J\n"
+
+
+def test_the_note_is_one_sentence():
+    assert EXCLUDED in JUDGE_NOTE

@@ -1,0 +1,98 @@
+"""The benchmark's two sides compute the same, on shapes too small to measure anything."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmark"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tiny(benchmark: ModuleType):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield benchmark.Shape(
+        hidden=32,
+        layers=2,
+        heads=2,
+        intermediate=64,
+        vocabulary=64,
+        vision_hidden=16,
+        vision_layers=2,
+        image_size=28,
+        rank=4,
+        pairs=2,
+        targets=3,
+        rollouts=3,
+        response_length=40,
+    )
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("dpo", 4), ("sft", 2), ("ppo", 3)])
+def test_both_sides_run_and_agree(
+    name: str, rows: int, benchmark: ModuleType, tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark.write_model(tiny, tmp_path)
+    table = getattr(benchmark, f"benchmark_{name}")(tiny, tmp_path, repeats=1)
+    assert len(table) == rows
+    assert all(len(row.ratios()) == 1 and min(row.ratios()) > 0 for row in table)
+    said = capsys.readouterr().err
+    assert said.count("gradient differs by") == {"dpo": 4, "sft": 3, "ppo": 3}[name]
+    if name == "dpo":  # where the adapter does nothing, all losses are equal whatever is wrong
+        assert abs(float(said.split("loss ")[1].split()[0]) - math.log(2)) > 1e-3
+
+
+def test_a_side_that_computes_something_else_is_refused(
+    benchmark: ModuleType, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark.write_model(tiny, tmp_path)
+    monkeypatch.setattr(benchmark, "BETA", 0.1)
+    trl_side = benchmark.trl_side
+
+    def other(*args, **kwargs):
+        monkeypatch.setattr(benchmark, "BETA", 0.11)
+        return trl_side(*args, **kwargs)
+
+    monkeypatch.setattr(benchmark, "trl_side", other)
+    ours = benchmark.DPO
+    monkeypatch.setattr(benchmark, "DPO", lambda vlm, beta: ours(vlm, beta=0.1))
+    with pytest.raises(SystemExit, match="don't compute the same"):
+        benchmark.benchmark_dpo(tiny, tmp_path, repeats=1)
+
+
+def test_self_bleu_against_nltk(benchmark: ModuleType) -> None:
+    (row,) = benchmark.benchmark_bleu(repeats=1, count=80, sample=10)
+    assert row.ratios()[0] > 1
+
+
+def test_the_table_shows_what_was_missed(benchmark: ModuleType) -> None:
+    row = benchmark.Row("a : b", [4.0, 6.0, 5.0], [2.0, 2.0, 2.0], target=3.0)
+    assert str(row) == "| a : b | 2.50 | 2.00 | 3.00 | 3 (missed) | 5 | 2 |"
+    assert "(missed)" not in str(benchmark.Row("a : b", [4.0], [1.0], target=3.0))
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["fpo"])
+    assert stopped.value.code == 2
+
+
+def test_measuring_together_gives_the_answers_of_one_by_one(benchmark: ModuleType, tiny, tmp_path: Path) -> None:
+    benchmark.write_model(tiny, tmp_path)
+    rows = benchmark.benchmark_measure(tiny, tmp_path, repeats=1, images=2, tokens=4)
+    assert len(rows) == 2
+    assert all(min(row.ratios()) > 0 for row in rows)

@@ -1,0 +1,148 @@
+"""What rows have in common is computed once, and only where that is the same.
+
+What would break: an encoder that looks at several images together, attention that looks ahead, a row with another
+row's image.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import families
+import pytest
+import torch
+from torch import Tensor, nn
+
+from safervlm.records import Question
+from safervlm.vlm.auto import Transformers
+from safervlm.vlm.prefix import EachOnce, agree, equals
+from safervlm.vlm.sampling import Sampling
+
+SHOWN = [2, 0, 2, 2, 1, 0]  # the image of each row
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_equal_rows_are_found_in_every_tensor() -> None:
+    one, other = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])
+    assert equals([(one, one), (one, other), (one.clone(), one), (other, one), (one, other)]) == (
+        [0, 1, 3],
+        [0, 1, 0, 2, 1],
+    )
+
+
+def test_each_image_is_encoded_once(images: Tensor) -> None:
+    seen: list[int] = []
+
+    def encode(pixels: Tensor, scale: Tensor, *, bias: float) -> dict[str, Any]:
+        seen.append(len(pixels))
+        return {"states": (pixels.flatten(1) * scale + bias, pixels.mean((1, 2, 3))), "name": "states"}
+
+    scale = torch.tensor([[1.0], [2.0], [3.0]])
+    once = EachOnce(encode)
+    for _ in range(2):
+        found = once(images[SHOWN], scale[SHOWN], bias=1.0)
+        expected = encode(images[SHOWN], scale[SHOWN], bias=1.0)
+        for mine, plain in zip(found["states"], expected["states"], strict=True):
+            torch.testing.assert_close(mine, plain)
+        assert found["name"] == "states"
+    # The first time both ways, the second time one row an image; the comparisons here see all six.
+    assert seen == [3, 6, 6, 3, 6]
+    # The same image at another scale is another row.
+    once(images[SHOWN], torch.arange(6.0)[:, None], bias=0.0)
+    assert seen[-1] == 6
+
+
+def test_what_an_encoder_gives_beside_floats(images: Tensor) -> None:
+    """Whole numbers, half floats, a number for all, a list with an entry an image: compared, and never fatal."""
+
+    def kinds(pixels: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return (pixels.flatten(1) * scale).half(), (pixels.flatten(1) > 0).long()
+
+    def for_all(pixels: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return pixels.flatten(1), pixels.new_tensor(1.0)
+
+    def listed(pixels: Tensor, scale: Tensor) -> list[Tensor]:
+        return [image.sum() for image in pixels]
+
+    row, one = torch.ones(len(SHOWN), 1), torch.tensor(2.0)
+    for encode, scale, works in ((kinds, row, True), (for_all, row, False), (listed, row, False), (kinds, one, None)):
+        once = EachOnce(encode)
+        for _ in range(2):
+            torch.testing.assert_close(once(images[SHOWN], scale), encode(images[SHOWN], scale))
+        assert once.works is works
+
+
+def test_a_model_without_an_encoder_is_left_alone(tmp_path: Path) -> None:
+    """The library gives the model itself in its place; a wrapped one would look up equal rows in one cache."""
+    families.llava(tmp_path)
+    vlm = Transformers(str(tmp_path), dtype="float32")
+    with patch.object(Transformers, "image_encoder", lambda self, model: model.base_model):
+        vlm.load()
+    assert not any(isinstance(vars(part).get("forward"), EachOnce) for part in vlm.base.modules())
+
+
+def test_sizes_in_a_list_are_left_alone(images: Tensor) -> None:
+    """They have a row an image, and nothing says so."""
+
+    def cropped(pixels: Tensor, sizes: list[int]) -> Tensor:
+        return torch.stack([image[:, :size].sum() for image, size in zip(pixels, sizes, strict=True)])
+
+    once = EachOnce(cropped)
+    for sizes in ([2] * 6, [1, 2, 3, 4, 1, 2]):
+        torch.testing.assert_close(once(images[SHOWN], sizes), cropped(images[SHOWN], sizes))
+    assert once.works is None
+
+
+def test_an_encoder_that_looks_at_all_images_together_is_left_alone(images: Tensor) -> None:
+    def into_one_row(pixels: Tensor) -> Tensor:
+        return pixels.flatten(1).reshape(1, -1)
+
+    def with_neighbours(pixels: Tensor) -> Tensor:
+        return pixels.flatten(1) + pixels.cumsum(0).flatten(1)
+
+    for encode in (into_one_row, with_neighbours):
+        once = EachOnce(encode)
+        for shown in (SHOWN, [1, 1, 1]):
+            for _ in range(2):
+                torch.testing.assert_close(once(images[shown]), encode(images[shown]))
+        assert once.works is False
+
+
+def test_rounding_is_not_a_difference() -> None:
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) * 3
+    assert agree(logits, logits.bfloat16().float(), torch.bfloat16)
+    assert not agree(logits, logits.bfloat16().float(), torch.float32)
+    assert agree(logits, logits + 1e-4, torch.float32)
+    assert not agree(logits, logits.roll(1, dims=0), torch.bfloat16)
+    assert not agree(logits, logits[:2], torch.float32)
+
+
+def test_attention_that_looks_ahead_shares_nothing(
+    tmp_path: Path, make_questions: Callable[[int], list[Question]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A layer that adds what stands behind a token: nothing of its inputs says so."""
+    families.llava(tmp_path)
+    vlm = Transformers(str(tmp_path), dtype="float32")
+    vlm.load()
+
+    def look_ahead(_: nn.Module, __: Any, states: Tensor) -> Tensor:
+        return states + states.flip(1).cumsum(1).flip(1)
+
+    vlm.base.get_decoder().layers[0].register_forward_hook(look_ahead)
+    # Of one length: padding would be looked at, too.
+    examples = families.ask(make_questions(2))
+    examples = [
+        replace(example, question=replace(example.question, prompt=f"Is it {word}?"))
+        for example, word in zip(examples, ("safe", "nice"), strict=True)
+    ]
+    greedy = Sampling(temperature=0, max_new_tokens=6)
+    together = vlm.generate(vlm.collator(examples), greedy, seed=0)
+    assert together == [vlm.generate(vlm.collator([example]), greedy, seed=0)[0] for example in examples]
+    assert vlm.sharing.works is False
+    assert "one by one" in capsys.readouterr().err
