@@ -3,7 +3,9 @@
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +85,9 @@ def read_delimited(file: Path, delimiter: str) -> list[tuple[int, dict[str, str]
             folded.append((number, lines, cells))
     if not header:
         raise RecordError(f"{file}: is empty: its first line must have the names of the columns")
+    columns = _Columns([cells for _, cells in table])
     for number, lines, cells in folded:
-        if line := _swallowed(lines, cells, [row for other, row in table if other != number], delimiter):
+        if line := _swallowed(lines, cells, columns, delimiter):
             raise RecordError(
                 f"{file}, line {number + line - 1}: the quote that opens here takes in the next lines, which look like "
                 'rows: double it (""), or, if the cell is meant so, write the table as JSONL'
@@ -141,37 +144,88 @@ def _opening(text: str, delimiter: str) -> int:
     return found
 
 
-def _swallowed(lines: Sequence[str], cells: list[str], others: list[list[str]], delimiter: str) -> int:
+class _Columns:
+    """What the cells of a table's columns look like, to tell a row from a line of text.
+
+    Args:
+        rows: the cells of every row.
+    """
+
+    def __init__(self, rows: Sequence[list[str]]) -> None:
+        self.count = len(rows)
+        self.values = [Counter(column) for column in zip(*rows, strict=True)]
+        self.numbers = [sum(n for value, n in values.items() if value.isdecimal()) for values in self.values]
+
+    def has(self, column: int, value: str, but: list[str]) -> bool:
+        """Whether another row than ``but`` has this value in the column."""
+        return self.values[column][value] > (but[column] == value)
+
+    def numbered(self, column: int, but: list[str]) -> bool:
+        """Whether each row but ``but`` has a number in the column."""
+        return self.numbers[column] - but[column].isdecimal() == self.count - 1
+
+
+def _swallowed(lines: Sequence[str], cells: list[str], columns: _Columns, delimiter: str) -> int:
     """Whether a row of several lines looks like several rows between two quotes that don't belong together.
 
-    It does where each of its lines alone is a row of the right number of cells, and either in some column each line
-    has a value that other rows have there (a label, a category), or there are three lines or more and no cell of them
-    begins with a blank, as the words behind a comma in a sentence do.
+    A line looks like a row where it alone has the right number of cells and, mostly, none of them begins with a blank,
+    as the words behind a comma in a sentence do. Blank lines say nothing. It is several rows where
+
+    - each line has the right number of cells, and in some column each one has a value that other rows have there (a
+      label, a category); or
+    - two lines or more after the first one look like rows, and these are at least half of the lines; or
+    - one does, of three cells or more, and has a value that other rows have in that column, or a number where every
+      other row has one; or
+    - the number in it follows that of the line before, in a column of numbers.
 
     Returns:
         Which line opens the quote, from 1; 0 for a row that is as it should be.
     """
-    if len(cells) < 2:
+    width = len(cells)
+    if width < 2:
         return 0
     first = _opening("".join(lines), delimiter)
-    apart = []
-    for line in lines[first:]:
-        bare = line.rstrip("\r\n")
-        pieces = next(csv.reader([bare], delimiter=delimiter), [])
-        if len(pieces) != len(cells):
-            # The line that opens or closes the quote, without it.
-            pieces = next(csv.reader([bare.replace('"', "", 1)], delimiter=delimiter), [])
-        apart.append([piece.strip('"') for piece in pieces])
-    if len(apart) < 2 or any(len(pieces) != len(cells) for pieces in apart):
-        return 0
-    same = any(
-        all(pieces[column] in {row[column] for row in others} for pieces in apart) for column in range(len(cells))
+    apart = [_pieces(line, width, delimiter) for line in lines[first:] if line.strip()]
+    every = range(width)
+    following = [pieces for pieces in apart[1:] if len(pieces) == width and not any(p.startswith(" ") for p in pieces)]
+    known = any(
+        all(len(pieces) == width and columns.has(column, pieces[column], cells) for pieces in apart) for column in every
     )
-    tight = not any(piece.startswith(" ") for pieces in apart for piece in pieces)
-    return first + 1 if same or (tight and len(apart) > 2) else 0
+    many = len(following) >= 2 and 2 * len(following) >= len(apart) - 1
+    alike = width >= 3 and any(
+        pieces[column]
+        and (
+            columns.has(column, pieces[column], cells)
+            or (pieces[column].isdecimal() and columns.count > 1 and columns.numbered(column, cells))
+        )
+        for pieces in following
+        for column in every
+    )
+    rows = [pieces for pieces in apart if len(pieces) == width]
+    counted = any(
+        one[column].isdecimal() and after[column] == str(int(one[column]) + 1) and columns.numbered(column, cells)
+        for one, after in pairwise(rows)
+        if after in following
+        for column in every
+    )
+    return first + 1 if len(apart) > 1 and (known or many or alike or counted) else 0
+
+
+def _pieces(line: str, width: int, delimiter: str) -> list[str]:
+    """The cells of a line that is read alone; of the line that opens or closes a quote, without it."""
+    bare = line.rstrip("\r\n")
+    pieces = next(csv.reader([bare], delimiter=delimiter), [])
+    if len(pieces) != width:
+        pieces = next(csv.reader([bare.replace('"', "", 1)], delimiter=delimiter), [])
+    return [piece.strip('"') for piece in pieces]
 
 
 def _header(file: Path, number: int, cells: list[str], delimiter: str) -> list[str]:
+    if any(end in cell for cell in cells for end in "\r\n"):
+        raise RecordError(
+            f"{file}, line {number}: the names of the columns take in the next line: correct their quotes, or write "
+            "them in one line"
+        )
     header = [normal_name(cell) for cell in cells]
     if len(header) == 1:
         for other, name in DELIMITERS.items():

@@ -45,6 +45,18 @@ READ = {
             {"label": "Safe", "text": "no"},
         ],
     ),
+    "texts of several lines in a wide table": (
+        "a.csv",
+        b'id,label,text\n1,Safe,"One, two, three:\n\n- a, b\n- Safe, I think, mostly\n\nSo, no."\n2,Safe,"a\nb,c"\n',
+        [
+            {
+                "id": "1",
+                "label": "Safe",
+                "text": "One, two, three:\n\n- a, b\n- Safe, I think, mostly\n\nSo, no.",
+            },
+            {"id": "2", "label": "Safe", "text": "a\nb,c"},
+        ],
+    ),
     "separators that end no line": (
         "a.csv",
         "text,label\na\u2028b\u2029c\x85d\x0be\x0cf\x1cg,Safe\n".encode(),
@@ -73,6 +85,8 @@ def test_all_rows_are_read_as_they_are(tmp_path: Path, case: str) -> None:
     assert rows == (expected or [{"t": "true", "n": "", "x": "1.0", "l": "[1]"}])
 
 
+ROWS_HEAD = b"id,label,text\n"
+ROWS = b"".join(b"%d,Safe,answer %d\n" % (number, number) for number in range(2, 31))
 # Tables that are rejected: the content, the line that the error names, and what else it says.
 REJECTED = {
     "Windows-1252": ("a.csv", HEAD.encode() + b"a,Safe\ncaf\xe9,Safe\n", 3, "iconv -f WINDOWS-1252 -t UTF-8"),
@@ -91,6 +105,54 @@ REJECTED = {
     ),
     "the same in two lines": ("a.csv", HEAD.encode() + b'a,Safe\n"b,Safe\ne",Safe\nf,Safe\n', 3, "look like rows"),
     "the same with tabs": ("a.tsv", b'q\tlabel\na\tno\n"b\tyes\nc\tno\nd"\tyes\ne\tyes\n', 3, "look like rows"),
+    "opened in row 2, closed 30 rows later": (
+        "a.csv",
+        ROWS_HEAD + b'1,Safe,"hello\n' + ROWS + b'31,Safe,bye"\n32,Safe,x\n',
+        2,
+        "look like rows",
+    ),
+    "the same with tabs and CR LF": (
+        "a.tsv",
+        (ROWS_HEAD + b'1,Safe,"hello\n' + ROWS + b'31,Safe,bye"\n32,Safe,x\n')
+        .replace(b",", b"\t")
+        .replace(b"\n", b"\r\n"),
+        2,
+        "look like rows",
+    ),
+    "the same with a row of two lines in it": (
+        "a.csv",
+        ROWS_HEAD + b'1,Safe,"hello\n' + ROWS + b'20,Safe,a\nb\n31,Safe,bye"\n32,Safe,x\n',
+        2,
+        "look like rows",
+    ),
+    "blank lines between the rows": (
+        "a.csv",
+        ROWS_HEAD + b'1,Safe,"hello\n\n2,Safe,b\n\n3,Safe,bye"\n4,Safe,x\n',
+        2,
+        "look like rows",
+    ),
+    "another row with a comma too many": (
+        "a.csv",
+        ROWS_HEAD + b'1,Safe,"hello\n2,Safe,b, c\n3,Safe,bye"\n4,Safe,x\n',
+        2,
+        "look like rows",
+    ),
+    "doubled quotes between": (
+        "a.csv",
+        ROWS_HEAD + b'1,Safe,"hello\n2,Safe,""x\ny""\n3,Safe,bye"\n4,Safe,x\n',
+        2,
+        "look like rows",
+    ),
+    "other labels, numbered rows": (
+        "a.csv",
+        ROWS_HEAD + b'1,A,"hello\n2,B,b"\n3,C,c\n',
+        2,
+        "look like rows",
+    ),
+    "two columns, numbered rows": ("a.csv", b'id,text\n0,a\n1,"hello\n2,b"\n3,c\n', 3, "look like rows"),
+    "two columns, the number last": ("a.csv", b'text,id\n"hello,1\nb",2\nc,3\n', 2, "look like rows"),
+    "in a column between": ("a.csv", ROWS_HEAD + b'1,"Safe,hello\n2,Unsafe",x\n3,Safe,x\n', 2, "look like rows"),
+    "in the names of the columns": ("a.csv", b'id,label,"text\n1,Safe,hello\n2,Safe,b"\n', 1, "names of the columns"),
     "the opening line is another's": ("a.csv", HEAD.encode() + b'"a\nb",Safe\n\n\n"c,Safe\n', 6, "not closed"),
     "too many cells": ("a.csv", HEAD.encode() + b"a,Safe\nYes, it is,Safe\n", 3, "3 cells, the header has 2"),
     "too few cells": ("a.csv", HEAD.encode() + b"\n\na\n", 4, "1 cells, the header has 2"),

@@ -129,7 +129,7 @@ WRONG: list[tuple[str, list[str]]] = [
     (f"predict {MEASURE} --seed_everything many", ["--seed_everything", "many"]),
     (f"predict {MEASURE} --data.limit 0", ["data.limit", "0"]),
     (f"predict {MEASURE} --limit -3", ["limit", "-3"]),
-    (f"predict {MEASURE} --limit many", ["--data.limit", "many"]),
+    (f"predict {MEASURE} --limit many", ["--limit", "many"]),
     (f"predict {MEASURE} --data.split tset", ["--data.split", "tset", "test"]),
     (f"predict {MEASURE} --data.batch_size many", ["--data.batch_size", "many"]),
     (f"predict {MEASURE} --data.num_workers -1", ["data.num_workers", "-1"]),

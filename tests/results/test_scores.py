@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 from scipy import stats
-from test_diversity import nltk_self_bleu
+from self_bleu import nltk_self_bleu
 
 from safervlm.errors import RecordError
 from safervlm.records import Question, Response, Verdict, read_jsonl, record_id, write_jsonl

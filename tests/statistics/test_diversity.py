@@ -5,21 +5,10 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from self_bleu import nltk_self_bleu
 
 from safervlm.statistics import diversity as module
 from safervlm.statistics.diversity import diversity, published_diversity, self_bleu
-
-
-def nltk_self_bleu(responses, order=4, only=None):
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-
-    texts = [response.split() for response in responses]
-    smooth = SmoothingFunction().method1
-    weights = (1 / order,) * order
-    return [
-        sentence_bleu(texts[:i] + texts[i + 1 :], texts[i], weights=weights, smoothing_function=smooth)
-        for i in (range(len(texts)) if only is None else only)
-    ]
 
 
 def texts(count, seed, words=40, longest=30):

@@ -31,7 +31,7 @@ from safervlm.errors import RecordError
 from safervlm.records import Example, Question
 from safervlm.vlm.lora import Adapter, LoRA
 from safervlm.vlm.prefix import join
-from safervlm.vlm.remote.base import xcomposer
+from safervlm.vlm.remote import xcomposer
 from safervlm.vlm.remote.xcomposer import END, LANGUAGE_LAYERS, Tower, XComposer2, rotate_rows
 from safervlm.vlm.sampling import Sampling
 
