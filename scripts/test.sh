@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Sets up an environment with the test tools and runs linters and tests. Arguments go to pytest.
-#   bash scripts/test.sh                  everything (at most 20 minutes on two cores)
-#   bash scripts/test.sh -m "not slow"    the fast part (at most 3)
+#   bash scripts/test.sh                  everything (about 20 minutes on two cores)
+#   bash scripts/test.sh -m "not slow"    the fast part
+#   bash scripts/test.sh -n 0 -k NAME     in one process, some tests
 source "$(dirname "$0")/environment.sh" test
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+# A file's tests stay in one process, as they share what is slow to make.
+exec python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
