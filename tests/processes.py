@@ -262,6 +262,22 @@ class StallAt(Callback):
             time.sleep(0.02)
 
 
+class SlowSteps(Callback):
+    """Makes each training step longer.
+
+    Args:
+        seconds: that it waits.
+        rank: waits in this process alone; -1 in all of them.
+    """
+
+    def __init__(self, seconds: float, rank: int = -1) -> None:
+        self.seconds, self.rank = seconds, rank
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.rank in (-1, trainer.global_rank):
+            time.sleep(self.seconds)
+
+
 class KillAtExport(Callback):
     """Kills its own process when training is over."""
 

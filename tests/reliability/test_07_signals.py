@@ -107,9 +107,20 @@ def test_a_step_that_ends_in_time_is_written(
     assert answers_in_shards(tmp_path) == 10
 
 
+def callbacks(long_step: float | None, *more: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of a training that writes a checkpoint at the last batch alone, and where steps are long."""
+    checkpoint = {"every_n_batches": 50, "long_step": long_step}
+    return [
+        {"class_path": "callbacks.checkpoint.LastCheckpoint", "init_args": checkpoint},
+        {"class_path": "callbacks.metrics_csv.MetricsCSV"},
+        {"class_path": "callbacks.adapter_export.AdapterExport"},
+        *more,
+    ]
+
+
 @pytest.fixture(scope="module")
 def fit(tmp_path_factory, tiny_llava: Path, tiny_sets: Path) -> list[object]:
-    """A command line that trains for 6 batches, and writes a checkpoint at the last one alone."""
+    """A command line that trains for 6 batches; none counts as long, however busy the machine is."""
     vlm = {"model": str(tiny_llava), "dtype": "float32", "lora": {"r": 4, "alpha": 8}, "system": ""}
     config: dict[str, Any] = {
         "model": {"init_args": {"vlm": {"class_path": "safervlm.vlm.llava.Llava", "init_args": vlm}, "lr": 0.01}},
@@ -128,11 +139,7 @@ def fit(tmp_path_factory, tiny_llava: Path, tiny_sets: Path) -> list[object]:
             "precision": "32-true",
             "max_epochs": 1,
             "enable_progress_bar": False,
-            "callbacks": [
-                {"class_path": "callbacks.checkpoint.LastCheckpoint", "init_args": {"every_n_batches": 50}},
-                {"class_path": "callbacks.metrics_csv.MetricsCSV"},
-                {"class_path": "callbacks.adapter_export.AdapterExport"},
-            ],
+            "callbacks": callbacks(1000),
         },
     }
     file = write_config(tmp_path_factory.mktemp("configs") / "fit.yaml", config)
@@ -173,6 +180,36 @@ def test_training_is_interrupted_everywhere_and_ends_as_one_that_was_not(fit: li
     for name in ("metrics.csv", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
     assert not (tmp_path / "run" / "checkpoints" / "next.ckpt").exists()
+
+
+def long_steps(folder: Path, **settings: object) -> str:
+    """The argument that makes steps longer than the grace allows to wait for."""
+    slow = {"class_path": "processes.SlowSteps", "init_args": {"seconds": 0.8 * GRACE} | settings}
+    return f"--config={write_config(folder / 'long.yaml', {'trainer': {'callbacks': callbacks(None, slow)}})}"
+
+
+def test_only_the_step_at_work_is_lost_where_steps_are_long(fit: list[object], tmp_path: Path) -> None:
+    line = [*fit, long_steps(tmp_path)]
+    for call, batches in ((4, 3), (3, 5)):  # the second one resumes after 3
+        interrupt(line, tmp_path, "MetricsCSV.on_train_batch_end", TERM, call=call, deaf="true")
+        assert saved(tmp_path) == batches
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_two_processes_save_together_where_one_is_slow(slow: int, fit: list[object], tmp_path: Path) -> None:
+    line = [*fit, "--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=0", "--data.batch_size=4"]
+    stall = ["--trainer.callbacks+=processes.StallAt", "--trainer.callbacks.where=MetricsCSV.on_train_batch_end"]
+    line += [long_steps(tmp_path, rank=slow), *stall, "--trainer.callbacks.call=3"]
+    played = start_together(line, tmp_path, SAFERVLM_GRACE=GRACE)
+    try:
+        for rank in range(2):
+            wait_for(tmp_path / f"stalled-{rank}", played[rank])
+        os.kill(int(played[0].process.pid or 0), TERM)
+        assert {each.end(BOUND) for each in played} == {143}, "\n".join(each.output for each in played)
+        assert saved(tmp_path) == 2
+    finally:
+        for each in played:
+            each.process.kill()
 
 
 @pytest.mark.parametrize(
