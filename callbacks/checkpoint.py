@@ -25,10 +25,10 @@ class LastCheckpoint(Callback):
     middle of a rollout's updates, where nothing can be continued exactly. Here a rollout is one batch. The file is
     replaced in one move, so a process that dies while saving leaves the checkpoint before.
 
-    A process that is asked to end has ``SAFERVLM_GRACE`` seconds (:mod:`safervlm.signals`), which are too few for a long
-    step. So that at most the step at work is lost, a checkpoint follows each long step and the batches behind it, and
-    precedes a validation or a long :class:`GenerationCheck`. Where steps are short this costs nothing. The wait for
-    data is not counted as a part of a step.
+    A process that is asked to end has ``SAFERVLM_GRACE`` seconds (:mod:`safervlm.signals`), too few for a long step. So
+    that at most the step at work is lost, a checkpoint follows each long step and the batches behind it, and precedes
+    a validation or a long :class:`GenerationCheck`. Where steps are short this costs nothing. The wait for data is not
+    counted as a part of a step.
 
     Args:
         every_n_batches: how often; a run that is asked to end (SIGTERM) saves at its next batch's end. Where gradients

@@ -6,6 +6,7 @@ A raw socket plays the server, so that it can break HTTP itself. Of three questi
 import base64
 import gzip
 import json
+import math
 import os
 import pickle
 import re
@@ -34,10 +35,10 @@ from safervlm.errors import RecordError
 from safervlm.rating import SYSTEM, Rating
 from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question, Response, read_jsonl, write_jsonl
-from safervlm.vlm import api
 from safervlm.vlm.api import Server, Unanswered
 from safervlm.vlm.base import Generation
 from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.server.bounds import Bounds
 
 KEY = "sk-live-Zx81kQ/tw0+pLm44vB9"
 GREEDY = Sampling(temperature=0, max_new_tokens=50)
@@ -347,8 +348,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
-    monkeypatch.setattr(api, "LONGEST_WAIT", 0.02)
+    hurry(monkeypatch, longest=0.02)
 
 
 @pytest.fixture
@@ -565,6 +565,31 @@ def test_half_a_surrogate_in_a_question_is_that_question_s_failure(raw):
     assert isinstance(third, Generation)
     assert "character 5 of the question is half of a surrogate pair" in second
     assert len(there.asked) == 2
+
+
+@pytest.mark.parametrize(("count", "wait"), [(1, 2), (2, 4), (3, 7), (2000, 7)])
+def test_waits_between_tries_are_those_that_were_given(count, wait):
+    server = Server("m", ["http://h/v1"], bounds=Bounds(first_wait=2, longest_wait=7))
+    assert wait / 2 <= server._back_off(count) <= wait
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        *(
+            (name, value, "more than 0 seconds")
+            for name in ("connect", "first_wait", "longest_wait")
+            for value in (0, -1, math.inf, math.nan)
+        ),
+        ("failures_in_a_row", 0, "at least 1, got 0"),
+        ("pauses", 0, "at least 1, got 0"),
+        ("longest_wait", 0.5, "at least first_wait, 1 s, got 0.5"),
+    ],
+)
+def test_a_bound_is_rejected_in_one_line(argument, value, message):
+    with pytest.raises(ValueError, match=rf"^vlm\.bounds\.{argument}: {message}") as raised:
+        Bounds(**{argument: value})
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
