@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import yaml
 from loopback import completion, hurry
-from processes import Played
+from processes import Played, must_end
 
 from callbacks.attempt_log import AttemptFile
 from callbacks.rate_responses import RateResponses
@@ -657,11 +657,10 @@ def until_asked(server: RawServer, count: int, played: Played) -> None:
 
 
 def signalled(played: Played, number: int) -> int | None:
-    """The exit code of a command after a signal; the promise is 5 seconds, a busy machine has twice as many."""
+    """The exit code of a command after a signal, which ends it as soon as is promised."""
     os.kill(played.process.pid, number)
-    begun = time.monotonic()
-    code = played.end(timeout=30)
-    assert time.monotonic() - begun < 10
+    must_end(played.process.is_alive)
+    code = played.end()
     assert "Traceback" not in played.output
     return code
 
