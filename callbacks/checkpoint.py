@@ -87,7 +87,8 @@ class LastCheckpoint(Callback):
 
     def _long_work_follows(self, trainer: Trainer, batches: int) -> bool:
         """Whether a validation, or a check that took long the last time, comes before the next batch."""
-        if trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
+        validates = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        if validates and sum(trainer.num_val_batches) > 0:
             return True
         checks = [each for each in trainer.callbacks if isinstance(each, GenerationCheck)]  # type: ignore[attr-defined]
         return any(check.is_due(batches) and check.seconds > self._limit for check in checks)

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     (
         "errors",
+        "limits",
         "escape",
         "signals",
         "caches",

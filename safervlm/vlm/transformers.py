@@ -33,14 +33,17 @@ from transformers.utils import ModelOutput
 
 from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.images import BLANK, ImageSettings, open_image
+from safervlm.limits import computing_limit
 from safervlm.records import Example, Question, seed_for
-from safervlm.texts import tokenizable_example
+from safervlm.texts import CHARACTERS, tokenizable_example
 from safervlm.vlm.base import Batch, Generation, Unanswered, answered
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.rows import EachOnce, Encoding, Sharing, extend, join
 from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
 from safervlm.vlm.weights import load_model, reading
+
+LONGEST = 100_000  # tokens of a conversation, where a model names no limit
 
 
 class EncodedBatch(Batch):
@@ -114,7 +117,7 @@ class ProcessorCollator:
         """Reads the images and encodes prompts and completions."""
         encodings, completions = [], []
         questions = [example.question for example in examples]
-        examples = [tokenizable_example(example) for example in examples]
+        examples = [tokenizable_example(example, self.max_length) for example in examples]
         special = special_tokens(self.tokenizer).values()
         for example in examples:
             name = example.question.id
@@ -150,6 +153,24 @@ class ProcessorCollator:
         system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
         return [*system, {"role": "user", "content": [shown, {"type": "text", "text": question}]}]
 
+    def written(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        """What the chat template, a program that comes with the model, makes of a conversation.
+
+        Args:
+            messages: the conversation.
+            add_generation_prompt: whether it ends with the beginning of an answer.
+
+        Raises:
+            ArgumentError: the template computes for too long, or writes too much.
+        """
+        remedy = "give vlm.template in its place, or use another model"
+        with computing_limit(f"vlm.model: its chat template computes for too long; {remedy}"):
+            text: str = self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+        given = sum(len(part.get("text", "")) for message in messages for part in message["content"])
+        if len(text) - given > CHARACTERS * min(self.max_length, LONGEST):
+            raise ArgumentError(f"vlm.model: its chat template writes {len(text)} characters; {remedy}")
+        return text
+
     def encode(self, question: Question) -> Encoding:
         """One question with its image, as the model's processor encodes it; a blank image stands for none."""
         path = question.image_path
@@ -158,6 +179,7 @@ class ProcessorCollator:
             text = self.template.format(question=question.prompt)
             encoding = dict(self.processor(images=image, text=text, return_tensors="pt"))
         else:
+            self.written(self.messages(question.prompt), add_generation_prompt=True)  # within its limits
             encoding = dict(
                 self.processor.apply_chat_template(
                     self.messages(question.prompt, image),
@@ -178,8 +200,7 @@ class ProcessorCollator:
         else:
             asked = self.messages("?")
             answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-            stem = self.processor.apply_chat_template(asked, add_generation_prompt=True)
-            whole = self.processor.apply_chat_template(answered)
+            stem, whole = self.written(asked, add_generation_prompt=True), self.written(answered)
             if not whole.startswith(stem) or answer not in whole[len(stem) :]:
                 raise ArgumentError(
                     "the chat template writes another beginning before an answer that is given than before one that "
@@ -308,7 +329,10 @@ class Transformers(LocalVLM):
             # A placeholder may be beyond the embeddings: the image's features stand in its place.
             words=max(getattr(text, "vocab_size", 2**31), *(token + 1 for token in self.image_token_ids), 0),
         )
-        if self.template is not None:
+        if self.template is None:
+            with reading(self.name):
+                collator.written(collator.messages("Safe?"), add_generation_prompt=True)
+        else:
             try:
                 collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
             except ValueError as error:

@@ -138,6 +138,8 @@ def test_before_a_validation(monkeypatch, tmp_path):
     monkeypatch.setattr(Module, "val_dataloader", lambda self: range(2))
     assert saved(monkeypatch, tmp_path, 50, max_epochs=2, seconds=[1] * 12) == [6, 12]
     assert saved(monkeypatch, tmp_path, 50, max_epochs=1, seconds=[1] * 6, val_check_interval=2) == [2, 4, 6]
+    monkeypatch.setattr(Module, "val_dataloader", lambda self: [])  # nothing is held out
+    assert saved(monkeypatch, tmp_path, 50, max_epochs=2, seconds=[1] * 12) == [12]
 
 
 @pytest.mark.parametrize(
