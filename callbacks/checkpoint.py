@@ -1,15 +1,21 @@
 """Checkpoints that a run continues from exactly."""
 
+import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from callbacks.generation_check import GenerationCheck
 from safervlm.finite import must_have_finite_weights
 from safervlm.io.seals import origin_of, seal_file, seal_folder
+from safervlm.io.signals import grace
 from safervlm.ranges import in_range
 from safervlm.run import agree_to_end
+
+RECENT = 10  # batches: after a long step any of so many next ones is taken to be long
 
 
 class LastCheckpoint(Callback):
@@ -19,15 +25,26 @@ class LastCheckpoint(Callback):
     middle of a rollout's updates, where nothing can be continued exactly. Here a rollout is one batch. The file is
     replaced in one move, so a process that dies while saving leaves the checkpoint before.
 
+    A process that is asked to end has ``SAFERVLM_GRACE`` seconds (:mod:`safervlm.io.signals`), too few for a long step.
+    So that at most the step at work is lost, a checkpoint follows each long step and the batches behind it, and
+    precedes a validation or a long :class:`GenerationCheck`. Where steps are short this costs nothing. The wait for
+    data is not counted as a part of a step.
+
     Args:
         every_n_batches: how often; a run that is asked to end (SIGTERM) saves at its next batch's end. Where gradients
             are accumulated over batches, it waits for their optimizer step: a checkpoint doesn't hold gradients.
+        long_step: seconds from which on a step, with the time that saving takes, is long; None for half of
+            ``SAFERVLM_GRACE``.
     """
 
-    def __init__(self, every_n_batches: int = 50) -> None:
+    def __init__(self, every_n_batches: int = 50, long_step: float | None = None) -> None:
         in_range(least=1, every_n_batches=every_n_batches)
-        self.every_n_batches = every_n_batches
+        in_range(above=0, long_step=long_step)
+        self.every_n_batches, self.long_step = every_n_batches, long_step
         self._saved = 0
+        self._limit = math.inf
+        self._begun = self._step = self._saving = 0.0  # seconds
+        self._long_until = 0  # the batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Goes behind all other callbacks: what they write about a batch is there before its checkpoint."""
@@ -37,20 +54,42 @@ class LastCheckpoint(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts from where the run goes on."""
         self._saved = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        self._limit = grace() / 2 if self.long_step is None else self.long_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Starts the clock, behind what the other callbacks do before the batch."""
+        self._begun = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves where it is time to."""
-        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        loop = trainer.fit_loop.epoch_loop
+        batches = loop.total_batch_idx + 1
         last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
         last |= 0 < trainer.max_steps <= trainer.global_step
-        if pl_module.automatic_optimization and trainer.fit_loop.epoch_loop._should_accumulate():
+        self._step += time.monotonic() - self._begun
+        if pl_module.automatic_optimization and loop._should_accumulate():
             return
-        if agree_to_end(trainer) or batches - self._saved >= self.every_n_batches or last:
+        if self._step + self._saving > self._limit:
+            self._long_until = batches + RECENT
+        self._step = 0.0
+        long = batches <= self._long_until or self._long_work_follows(trainer, batches)
+        ends, long = agree_to_end(trainer, long)
+        if ends or long or batches - self._saved >= self.every_n_batches or last:
+            begun = time.monotonic()
             must_have_finite_weights(pl_module)
             save_last(trainer, Path(trainer.default_root_dir) / "checkpoints")
             self._saved = batches
+            self._saving = time.monotonic() - begun
+
+    def _long_work_follows(self, trainer: Trainer, batches: int) -> bool:
+        """Whether a validation, or a check that took long the last time, comes before the next batch."""
+        validates = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        if validates and sum(trainer.num_val_batches) > 0:
+            return True
+        checks = [each for each in trainer.callbacks if isinstance(each, GenerationCheck)]  # type: ignore[attr-defined]
+        return any(check.is_due(batches) and check.seconds > self._limit for check in checks)
 
 
 def save_last(trainer: Trainer, folder: Path) -> None:

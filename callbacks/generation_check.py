@@ -1,5 +1,6 @@
 """Judged answers while training: does the policy start to call everything unsafe?"""
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ class GenerationCheck(Callback):
         judge.must_tell(LABELS["alignment"], "judge")
         self.before: dict[str, bool] | None = None
         self._trained = False
+        self.seconds = 0.0  # that the last check took
+
+    def is_due(self, batches: int) -> bool:
+        """Whether it measures after so many batches."""
+        return batches % self.every_n_batches == 0
 
     def state_dict(self) -> dict[str, Any]:
         """Which images were called Unsafe before training, by question: a resumed run compares with the same ones."""
@@ -102,8 +108,10 @@ class GenerationCheck(Callback):
         Before a batch, not after one: whatever the order of the callbacks, no checkpoint stands between the measurement
         and the row of metrics that tells it.
         """
-        if trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_batches == 0:
+        if self.is_due(trainer.fit_loop.epoch_loop.total_batch_idx):
+            begun = time.monotonic()
             pl_module.log("train/unsafe_rate_on_safe", self.check(trainer, pl_module), batch_size=1)
+            self.seconds = time.monotonic() - begun
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -259,17 +259,19 @@ class Signals(_SignalConnector):
             signal.signal(signal.SIGTERM, ours)
 
 
-def agree_to_end(trainer: Trainer) -> bool:
-    """Whether one of the processes is asked to end; each of them asks this after the same training step.
+def agree_to_end(trainer: Trainer, save: bool = False) -> tuple[bool, bool]:
+    """Whether one of the processes is asked to end, and whether one wants to save; all ask after the same step.
 
     Args:
-        trainer: of the fit; it ends after this step where the answer is yes.
+        trainer: of the fit; it ends after this step where the first answer is yes.
+        save: whether this process wants to, which may depend on its clock.
     """
     connector = trainer._signal_connector
-    agreed = trainer.strategy.reduce_boolean_decision(trainer.received_sigterm or asked_to_end(), all=False)
+    here = torch.tensor([trainer.received_sigterm or asked_to_end(), save], dtype=torch.int64)
+    ends, saves = trainer.strategy.reduce(here.to(trainer.strategy.root_device), reduce_op="sum").tolist()
     if isinstance(connector, Signals):
-        connector.agreed = agreed
-    return agreed
+        connector.agreed = bool(ends)
+    return bool(ends), bool(saves)
 
 
 class RunManifest(Callback):

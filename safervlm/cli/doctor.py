@@ -32,6 +32,7 @@ from safervlm.io.reading import read_object
 from safervlm.io.settings import flat, read_settings
 from safervlm.io.tables import TextTable, show_table
 from safervlm.io.trust import Named, check_trust, find_beside_the_shell, named_in
+from safervlm.limits import must_match_soon
 from safervlm.recipes import local_or_shipped
 from safervlm.records import read_jsonl
 from safervlm.run import MANIFEST
@@ -268,12 +269,13 @@ def training_memory(folder: Path, r: int, target_modules: str) -> int:
         target_modules: the regular expression of the layers that they are on.
 
     Raises:
-        ArgumentError: transformers doesn't know the model.
+        ArgumentError: transformers doesn't know the model, or the expression takes too long.
     """
     with torch.device("meta"):  # the shapes alone
         model = AutoModelForImageTextToText.from_config(
             AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
         )
+    must_match_soon([target_modules], [name for name, _ in model.named_modules()], "lora.target_modules")
     sizes = [
         module.in_features + module.out_features
         for name, module in model.named_modules()

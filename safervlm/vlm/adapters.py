@@ -17,11 +17,23 @@ from safervlm.hashing import fingerprint
 from safervlm.io.caches import remove_leftovers, temporary
 from safervlm.io.reading import read_object
 from safervlm.io.seals import SEAL, seal_folder, verify_folder
+from safervlm.limits import must_match_soon
 from safervlm.vlm.lora import active, switched
 from safervlm.vlm.weights import must_be_finite, read_tensors, reading
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first one that is there is read, as PEFT does
+
+
+def patterns_of(settings: Mapping[str, Any]) -> set[str]:
+    """The regular expressions in an adapter's configuration, as PEFT matches them with the names of modules."""
+    whole = [settings.get(name) for name in ("target_modules", "exclude_modules")]
+    parts: list[Any] = []
+    for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern", "target_parameters"):
+        given = settings.get(name) or ()
+        parts += [given] if isinstance(given, str) else [*given] if isinstance(given, list | dict) else []
+    texts = [part for part in parts if isinstance(part, str)]
+    return {each for each in whole if isinstance(each, str)} | {rf"(.*\.)?({text})(\..*)?" for text in texts}
 
 
 def adapter_weights(folder: str | Path) -> Path:
@@ -85,6 +97,8 @@ def load_adapter(base: PreTrainedModel, folder: str, weights: str | None = None)
             f"{argument} is made by {kind}, which adds tokens or attention rather than changing the model's layers, "
             "and would have no effect here; give an adapter of its layers, such as LoRA"
         )
+    names = [name for name, _ in base.named_modules()]
+    must_match_soon(sorted(patterns_of(settings)), names, f"{argument}: its {CONFIG}")
     state = read_tensors(adapter_weights(folder), "vlm.adapter")
     must_be_finite(state.items(), argument)
     named = base.config.name_or_path

@@ -152,7 +152,10 @@ class Transformers(LocalVLM):
             # A placeholder may be beyond the embeddings: the image's features stand in its place.
             words=max(getattr(text, "vocab_size", 2**31), *(token + 1 for token in self.image_token_ids), 0),
         )
-        if self.template is not None:
+        if self.template is None:
+            with reading(self.name):
+                collator.written(collator.messages("Safe?"), add_generation_prompt=True)
+        else:
             try:
                 encoded = collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
                 # Before transformers 5.23 not every processor counts the places of images in a text.

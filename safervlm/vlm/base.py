@@ -21,16 +21,28 @@ from safervlm.records import Example, Question
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
 
+CHARACTERS = 64  # of a token, on average over a text: more than in any text that people read
 
-def tokenizable_example(example: Example) -> Example:
+
+def tokenizable_example(example: Example, max_length: int) -> Example:
     """Replaces halves of surrogate pairs in the question and the completions of an example; its id stays.
 
     Args:
         example: as the dataset has it.
+        max_length: tokens that the model takes.
 
     Returns:
         The example as a tokenizer takes it.
+
+    Raises:
+        RecordError: a text is so long that it can't fit, which is known without the minutes of tokenising it.
     """
+    for text in (example.question.prompt, *example.completions):
+        if len(text) > CHARACTERS * max_length:
+            raise RecordError(
+                f"{example.question.id}: a text of {len(text)} characters, the model takes {max_length} tokens; "
+                "shorten the question or its completion"
+            )
     question = replace(example.question, prompt=tokenizable(example.question.prompt))
     return replace(example, question=question, completions=tuple(map(tokenizable, example.completions)))
 

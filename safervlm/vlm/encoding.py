@@ -10,9 +10,12 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.images import BLANK, ImageSettings, open_image
+from safervlm.limits import computing_limit
 from safervlm.records import Example, Question
-from safervlm.vlm.base import Batch, tokenizable_example
+from safervlm.vlm.base import CHARACTERS, Batch, tokenizable_example
 from safervlm.vlm.prefix import Encoding
+
+LONGEST = 100_000  # tokens of a conversation, where a model names no limit
 
 
 class EncodedBatch(Batch):
@@ -86,7 +89,7 @@ class ProcessorCollator:
         """Reads the images and encodes prompts and completions."""
         encodings, completions = [], []
         questions = [example.question for example in examples]
-        examples = [tokenizable_example(example) for example in examples]
+        examples = [tokenizable_example(example, self.max_length) for example in examples]
         special = special_tokens(self.tokenizer).values()
         for example in examples:
             name = example.question.id
@@ -122,6 +125,24 @@ class ProcessorCollator:
         system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
         return [*system, {"role": "user", "content": [shown, {"type": "text", "text": question}]}]
 
+    def written(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        """What the chat template, a program that comes with the model, makes of a conversation.
+
+        Args:
+            messages: the conversation.
+            add_generation_prompt: whether it ends with the beginning of an answer.
+
+        Raises:
+            ArgumentError: the template computes for too long, or writes too much.
+        """
+        remedy = "give vlm.template in its place, or use another model"
+        with computing_limit(f"vlm.model: its chat template computes for too long; {remedy}"):
+            text: str = self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+        given = sum(len(part.get("text", "")) for message in messages for part in message["content"])
+        if len(text) - given > CHARACTERS * min(self.max_length, LONGEST):
+            raise ArgumentError(f"vlm.model: its chat template writes {len(text)} characters; {remedy}")
+        return text
+
     def encode(self, question: Question) -> Encoding:
         """One question with its image, as the model's processor encodes it; a blank image stands for none."""
         path = question.image_path
@@ -130,6 +151,7 @@ class ProcessorCollator:
             text = self.template.format(question=question.prompt)
             encoding = dict(self.processor(images=image, text=text, return_tensors="pt"))
         else:
+            self.written(self.messages(question.prompt), add_generation_prompt=True)  # within its limits
             encoding = dict(
                 self.processor.apply_chat_template(
                     self.messages(question.prompt, image),
@@ -150,8 +172,7 @@ class ProcessorCollator:
         else:
             asked = self.messages("?")
             answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-            stem = self.processor.apply_chat_template(asked, add_generation_prompt=True)
-            whole = self.processor.apply_chat_template(answered)
+            stem, whole = self.written(asked, add_generation_prompt=True), self.written(answered)
             if not whole.startswith(stem) or answer not in whole[len(stem) :]:
                 raise ArgumentError(
                     "the chat template writes another beginning before an answer that is given than before one that "

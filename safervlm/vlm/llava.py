@@ -89,7 +89,7 @@ class LlavaCollator:
             if path not in rows:
                 rows[path] = len(pixels)
                 pixels.append(self.pixels(BLANK if path is None else open_image(path, question.id, self.images)))
-        written = [tokenizable_example(example) for example in examples]
+        written = [tokenizable_example(example, self.max_length) for example in examples]
         prompts = [self.prompt_ids(example.question.prompt) for example in written]
         completions = [[self.completion_ids(text) for text in example.completions] for example in written]
         for example, prompt, answers in zip(examples, prompts, completions, strict=True):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safervlm.errors import ArgumentError, explained
 from safervlm.finite import NotFiniteError
 from safervlm.hashing import seed_for
+from safervlm.limits import must_match_soon
 from safervlm.vlm.adapters import adapter_fingerprint, adapter_weights, export_adapter, load_adapter
 from safervlm.vlm.base import NOT_FINITE, VLM, Generation, Scores
 from safervlm.vlm.lora import Adapter, LoRA, checkpoint_gradients
@@ -156,6 +157,9 @@ class LocalVLM(VLM):
                 raise ArgumentError(f"train: the first adapter is the policy, got {policy!r}")
             what = f"lora.target_modules: {self.lora.target_modules!r} can't be used"
             remedy = "give a regular expression that matches linear layers of the language model"
+            must_match_soon(
+                [self.lora.target_modules], [name for name, _ in base.named_modules()], "lora.target_modules"
+            )
             with explained(what, remedy, ValueError, TypeError, error=ArgumentError):
                 model = get_peft_model(base, self.lora.to_peft())
             for other in others:

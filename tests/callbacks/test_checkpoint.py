@@ -1,5 +1,6 @@
 """When last.ckpt is written, and what a crash leaves of it."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 
 import callbacks.checkpoint
 from callbacks.checkpoint import LastCheckpoint, save_last
+from callbacks.generation_check import GenerationCheck
 from safervlm.io.seals import verify_seal
 
 
@@ -29,19 +31,41 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def saved(monkeypatch, tmp_path, every: int, manual: bool = False, **settings) -> list[int]:
+class Steps(Callback):
+    """Says how long each step takes, by a clock of its own."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds, self.now = seconds, 0.0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.now += self.seconds[trainer.fit_loop.epoch_loop.total_batch_idx] if self.seconds else 0
+
+
+def saved(
+    monkeypatch,
+    tmp_path,
+    every: int,
+    manual: bool = False,
+    seconds=(),
+    saving: float = 0,
+    long_step: float | None = None,
+    other: Callback | None = None,
+    **settings,
+) -> list[int]:
     """After how many batches a run saved; six batches an epoch."""
-    batches = []
+    batches, steps = [], Steps(seconds)
 
     def note(trainer, folder):
         assert folder == tmp_path / "checkpoints"
         batches.append(trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+        steps.now += saving
 
     monkeypatch.setattr(callbacks.checkpoint, "save_last", note)
-    checkpoint = LastCheckpoint(every)
+    monkeypatch.setattr(callbacks.checkpoint, "time", SimpleNamespace(monotonic=lambda: steps.now))
+    checkpoint = LastCheckpoint(every, long_step)
     trainer = Trainer(
         accelerator="cpu",
-        callbacks=[checkpoint, Callback()],
+        callbacks=[checkpoint, steps, *([other] if other else [])],
         default_root_dir=tmp_path,
         logger=False,
         enable_checkpointing=False,
@@ -51,7 +75,7 @@ def saved(monkeypatch, tmp_path, every: int, manual: bool = False, **settings) -
     )
     trainer.fit(Module(manual), range(6))
     assert trainer.callbacks[-1] is checkpoint  # behind what the others write about a batch
-    assert len(trainer.callbacks) == 2
+    assert len(trainer.callbacks) == (3 if other else 2)
     return batches
 
 
@@ -73,9 +97,61 @@ def test_it_waits_for_the_step_of_accumulated_gradients(monkeypatch, tmp_path):
     assert saved(monkeypatch, tmp_path, 3, max_epochs=2, accumulate_grad_batches=4) == [4, 10, 12]
 
 
-def test_a_count_below_one_is_refused():
-    with pytest.raises(ValueError, match="every_n_batches: at least 1, got 0"):
-        LastCheckpoint(0)
+@pytest.mark.parametrize(
+    ("seconds", "settings", "expected"),
+    [
+        ([1] * 12, {}, [12]),  # short steps
+        ([3] * 12, {}, [*range(1, 13)]),
+        ([1, 3] + [1] * 10, {}, [*range(2, 13)]),  # from the first long one on
+        ([3] + [1] * 29, {"max_epochs": 5}, [*range(1, 12), 30]),  # ten batches behind the last long one
+        ([1] * 12, {"accumulate_grad_batches": 3}, [3, 6, 9, 12]),  # a step is what its batches take together
+        ([3] * 3, {"manual": True, "max_epochs": 1, "limit_train_batches": 3}, [1, 2, 3]),
+    ],
+)
+def test_after_each_long_step(seconds, settings, expected, monkeypatch, tmp_path):
+    assert saved(monkeypatch, tmp_path, 50, seconds=seconds, **{"max_epochs": 2} | settings) == expected
+
+
+def test_the_time_of_saving_counts(monkeypatch, tmp_path):
+    assert saved(monkeypatch, tmp_path, 5, max_epochs=2, seconds=[1] * 12, saving=1.5) == [5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_the_default_of_a_long_step_is_half_of_the_grace(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAFERVLM_GRACE", "8")
+    assert saved(monkeypatch, tmp_path, 50, max_epochs=1, seconds=[3] * 6) == [6]
+    assert saved(monkeypatch, tmp_path, 50, max_epochs=1, seconds=[5] * 6) == [1, 2, 3, 4, 5, 6]
+    assert saved(monkeypatch, tmp_path, 50, max_epochs=1, seconds=[5] * 6, long_step=6) == [6]
+
+
+@pytest.mark.parametrize(("took", "expected"), [(3, [2, 4, 6]), (1, [6])])
+def test_before_a_check_that_is_long(took, expected, monkeypatch, tmp_path):
+    check = object.__new__(GenerationCheck)
+    check.every_n_batches, check.seconds = 2, took
+    for hook in ("on_train_start", "on_train_batch_start", "on_train_end"):
+        monkeypatch.setattr(check, hook, lambda *args: None)
+    monkeypatch.setattr(GenerationCheck, "state_dict", lambda self: {})
+    assert saved(monkeypatch, tmp_path, 50, max_epochs=1, seconds=[1] * 6, other=check) == expected
+
+
+def test_before_a_validation(monkeypatch, tmp_path):
+    monkeypatch.setattr(Module, "validation_step", lambda self, batch, batch_idx: None)
+    monkeypatch.setattr(Module, "val_dataloader", lambda self: range(2))
+    assert saved(monkeypatch, tmp_path, 50, max_epochs=2, seconds=[1] * 12) == [6, 12]
+    assert saved(monkeypatch, tmp_path, 50, max_epochs=1, seconds=[1] * 6, val_check_interval=2) == [2, 4, 6]
+    monkeypatch.setattr(Module, "val_dataloader", lambda self: [])  # nothing is held out
+    assert saved(monkeypatch, tmp_path, 50, max_epochs=2, seconds=[1] * 12) == [12]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_batches": 0}, "every_n_batches: at least 1, got 0"),
+        *(({"long_step": value}, "long_step: more than 0 seconds") for value in (0, -1, math.inf, math.nan)),
+    ],
+)
+def test_an_impossible_argument_is_rejected(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LastCheckpoint(**arguments)
 
 
 class Saving:

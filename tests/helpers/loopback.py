@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from inspect import signature
 from typing import Any
 
 import pytest
 
-from safervlm.vlm.server import client as api
+from safervlm.vlm.server.client import Server
 
 
 class Reply:
@@ -123,9 +124,10 @@ def loopbacks() -> Iterator[Callable[..., Loopback]]:
         server.die()
 
 
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+def hurry(monkeypatch: pytest.MonkeyPatch, longest: float = 0.05) -> None:
     """Waits hardly at all between tries, asks loopback without a proxy, and has no key."""
-    monkeypatch.setattr(api, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(api, "LONGEST_WAIT", 0.05)
+    usual = signature(Server).parameters["bounds"].default  # of each server that a test makes
+    for name, seconds in (("first_wait", 0.01), ("longest_wait", longest)):
+        monkeypatch.setitem(vars(usual), name, seconds)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)

@@ -10,8 +10,9 @@ import os
 import random
 import signal
 import socket
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -51,6 +52,40 @@ def _command(args: Sequence[str], folder: Path, log: Path, environment: dict[str
     from safervlm.cli.main import main
 
     main(args)
+
+
+PROMISE = 5.0  # seconds from a signal to the end of a process, on a machine that does nothing else
+IDLE = 1.5  # times its CPU time that a process may take on such a machine
+
+
+def slowdown() -> float:
+    """How many times longer than on an idle machine a process takes now: one that does nothing is timed.
+
+    An idle machine runs it for as long as its CPU time; what comes on top is the wait for other processes. Below
+    ``IDLE`` it is 1.
+    """
+    begun = time.monotonic()
+    process = os.posix_spawn(sys.executable, [sys.executable, "-I", "-S", "-c", ""], os.environ)
+    usage = os.wait4(process, 0)[2]
+    ratio = (time.monotonic() - begun) / max(usage.ru_utime + usage.ru_stime, 1e-3)
+    return ratio if ratio > IDLE else 1.0
+
+
+def must_end(alive: Callable[[], bool], promise: float = PROMISE, slowdown: Callable[[], float] = slowdown) -> None:
+    """Waits until processes that were sent a signal have ended.
+
+    Args:
+        alive: whether one of them is still there.
+        promise: seconds that they may take on an idle machine; a loaded one has as many times more as a process that
+            does nothing took longer, at the worst moment of the wait.
+        slowdown: measures that.
+    """
+    begun, worst = time.monotonic(), 1.0
+    while alive():
+        taken = time.monotonic() - begun
+        worst = max(worst, slowdown())
+        assert taken < promise * worst, f"still running after {taken:.1f} s, {promise:g} * {worst:.1f} are allowed"
+        time.sleep(0.1)
 
 
 def build_world(out: Path, wait: float, fail: bool = False) -> None:
@@ -260,6 +295,22 @@ class StallAt(Callback):
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
             time.sleep(0.02)
+
+
+class SlowSteps(Callback):
+    """Makes each training step longer.
+
+    Args:
+        seconds: that it waits.
+        rank: waits in this process alone; -1 in all of them.
+    """
+
+    def __init__(self, seconds: float, rank: int = -1) -> None:
+        self.seconds, self.rank = seconds, rank
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.rank in (-1, trainer.global_rank):
+            time.sleep(self.seconds)
 
 
 class KillAtExport(Callback):

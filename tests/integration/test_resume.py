@@ -62,21 +62,16 @@ def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..
             },
         }
         write_config(folder / f"{objective}.yaml", config)
-    every = write_config(
-        folder / "every.yaml",
-        {
-            "trainer": {
-                "callbacks": [
-                    {"class_path": "callbacks.checkpoint.LastCheckpoint", "init_args": {"every_n_batches": 2}},
-                    {"class_path": "callbacks.metrics_csv.MetricsCSV"},
-                    {"class_path": "callbacks.adapter_export.AdapterExport"},
-                ]
-            }
-        },
-    )
 
-    def make(objective: str, run: object, *more: object) -> list[object]:
-        configs = [f"configs/{objective}.yaml", every, folder / f"{objective}.yaml"]
+    def make(objective: str, run: object, *more: object, long_step: float = 1000) -> list[object]:
+        checkpoint = {"every_n_batches": 2, "long_step": long_step}
+        callbacks = [
+            {"class_path": "callbacks.checkpoint.LastCheckpoint", "init_args": checkpoint},
+            {"class_path": "callbacks.metrics_csv.MetricsCSV"},
+            {"class_path": "callbacks.adapter_export.AdapterExport"},
+        ]
+        saving = write_config(folder / f"{long_step}.yaml", {"trainer": {"callbacks": callbacks}})
+        configs = [f"configs/{objective}.yaml", saving, folder / f"{objective}.yaml"]
         return ["fit", *(f"--config={config}" for config in configs), "--run", run, *more]
 
     return make
@@ -183,6 +178,15 @@ def test_interrupted_in_every_way_one_after_the_other(objective, command, uninte
 
     assert "going on from" in play(line, tmp_path)
     assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_from_each_batch_where_steps_are_long(objective, command, uninterrupted, tmp_path):
+    line = command(objective, "run", long_step=1e-6)
+    play([*line, "--trainer.callbacks+=processes.KillInBackward", "--trainer.callbacks.batch=4"], tmp_path, code=-9)
+    assert checkpoint(tmp_path / "run")["lr_schedulers"][0]["last_epoch"] == 3
+    play(line, tmp_path)
+    assert_same_run(tmp_path / "run", uninterrupted(objective))
 
 
 def test_from_the_end_of_an_epoch_and_again_when_it_is_complete(command, uninterrupted, tmp_path):

@@ -260,12 +260,19 @@ REJECTED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "config of no kind": (file("adapter_config.json", b'{"r": 4}'), "names no peft_type"),
     "config of an unknown kind": (file("adapter_config.json", b'{"peft_type": "NOVEL"}'), "can't be read"),
     "config a list": (file("adapter_config.json", b"[]"), "names no peft_type"),
+    "config that backtracks": (
+        file("adapter_config.json", b'{"peft_type": "LORA", "target_modules": "(\\\\w+\\\\.?)+!"}'),
+        "goes through too many ways",
+    ),
     "a pickle": (pickled, "adapter_model.bin' is not a plain state dict"),
 }
 
 
 @pytest.mark.parametrize("case", REJECTED)
-def test_an_adapter_that_would_not_be_at_work_is_one_line(case: str, tiny_llava: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_would_not_be_at_work_is_one_line(
+    case: str, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safervlm.limits.SECONDS", 0.5)
     make, message = REJECTED[case]
     folder = tmp_path / "adapter"
     make(tiny_llava, folder)

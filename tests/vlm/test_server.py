@@ -38,8 +38,8 @@ from safervlm.records import Example, Question, Response, read_jsonl
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.base import Generation
 from safervlm.vlm.sampling import Sampling
-from safervlm.vlm.server import client as api
 from safervlm.vlm.server.batch import ServerCollator
+from safervlm.vlm.server.bounds import Bounds
 from safervlm.vlm.server.client import Server, Unanswered, seconds_to_wait
 
 KEY = "sk-very-secret-0123456789"
@@ -158,11 +158,10 @@ def test_a_bad_question_is_not_sent_twice_and_leaves_the_others_theirs(loopback,
     assert len(there.asked) == 3
 
 
-def test_where_no_question_gets_an_answer_it_stops(loopback, ask, monkeypatch):
-    monkeypatch.setattr(api, "IN_A_ROW", 4)
+def test_where_no_question_gets_an_answer_it_stops(loopback, ask):
     there = loopback(lambda prompt, number, body: error(400, message="never"))
     with pytest.raises(ValueError, match=r"^vlm: 4 questions in a row got no answer, the last: .*never"):
-        ask(Server("m", [there.address], concurrency=1), 9)
+        ask(Server("m", [there.address], concurrency=1, bounds=Bounds(failures_in_a_row=4)), 9)
     assert len(there.asked) == 4
 
 

@@ -350,6 +350,31 @@ def test_a_chat_template_that_cannot_be_scored_is_refused(
         new(family).collator(examples)
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "computes for too long"),
+        ("{{ 'x' * 7000000 }}", "writes 7000000 characters"),
+        ("{% for a in range(10 ** 9) %}{% endfor %}", "can't be read"),
+    ],
+)
+def test_a_chat_template_without_bounds_is_rejected(template: str, message: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("safervlm.limits.SECONDS", 0.5)
+    family = written(families.llava, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=rf"^vlm\.model: .*{message}") as raised:
+        _ = new(family).collator
+    assert "\n" not in str(raised.value)
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised(tmp_path: Path, examples: list[Example], monkeypatch) -> None:
+    collator = new(written(families.llava, tmp_path)).collator
+    monkeypatch.setattr(type(collator), "encode", None)
+    question = replace(examples[0].question, prompt="x" * (64 * collator.max_length + 1))
+    with pytest.raises(RecordError, match=rf"^{question.id}: a text of \d+ characters, the model takes"):
+        collator([Example(question)])
+
+
 def test_a_question_with_a_special_token_is_refused(tmp_path: Path, examples: list[Example]) -> None:
     collator = new(written(families.qwen2_vl, tmp_path)).collator
     question = replace(examples[0].question, prompt="Is <|vision_start|> safe?")

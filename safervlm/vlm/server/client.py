@@ -25,6 +25,7 @@ from safervlm.vlm.base import VLM, Generation, Unanswered
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.batch import ServerBatch, ServerCollator, blank_url
+from safervlm.vlm.server.bounds import Bounds
 from safervlm.vlm.server.host import Host, hosts_at
 from safervlm.vlm.server.outcomes import Hopeless, Untaken, Useless, seconds_to_wait
 from safervlm.vlm.server.pool import Pool
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Server", "ServerBatch", "Unanswered", "seconds_to_wait"]
 
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the first try after a failure, and before any later one
-IN_A_ROW = 20  # questions without an answer, none in between: the questions are not at fault
-PAUSES = 4  # times as often as broken answers a question may meet a server's request for a pause
 POLL = 0.25  # seconds between two looks at whether the command is asked to end
 ENDING = "the command is asked to end; what is answered is kept, the same command resumes"
 
@@ -58,8 +56,9 @@ class Server(VLM):
         concurrency: requests on their way at the same time, over all servers, of each process; a batch holds no more
             than data.batch_size of them.
         timeout: seconds that a whole answer may take, from the request to the last byte.
-        max_retries: how often a question is asked again whose answer came broken (four times as often where the server
-            asks for a pause while it answers others), and how often in a row a server may fail before it is left out.
+        max_retries: how often a question is asked again whose answer came broken (bounds.pauses times as often where
+            the server asks for a pause while it answers others), and how often in a row a server may fail before it is
+            left out.
         max_requests: a cap on the requests that one command sends, retries included, of each process; none for no cap.
         max_tokens: a cap on the tokens of prompts and answers that one command pays for, of each process, as the server
             counts them; what is on its way when it is reached still comes. None for no cap.
@@ -72,6 +71,7 @@ class Server(VLM):
         max_count: the largest number of tokens of a prompt or answer that is believed; a larger or impossible one is
             recorded as 0 tokens, and as it is in the log of attempts.
         images: how images are decoded, and which are too large.
+        bounds: waits between tries, and how many failures are taken.
     """
 
     def __init__(
@@ -92,9 +92,10 @@ class Server(VLM):
         max_body: int = 16 * 2**20,
         max_count: int = 10_000_000,
         images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
+        bounds: Bounds = Bounds(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        self.images = images
+        self.images, self.bounds = images, bounds
         self.hosts = hosts_at(addresses)
         for name, text in (("model", model), ("system", system)):
             if text.encode("utf-8", "ignore").decode() != text:
@@ -207,6 +208,7 @@ class Server(VLM):
             self._key(),
             self.api_key_variable,
             self.timeout,
+            self.bounds.connect,
             self.max_body,
             self.max_count,
             self.concurrency,
@@ -257,8 +259,8 @@ class Server(VLM):
             return generation
         if self.halted is None:
             self.unanswered_in_a_row += 1
-            if self.unanswered_in_a_row >= IN_A_ROW:
-                self.pool.stop(f"vlm: {IN_A_ROW} questions in a row got no answer, the last: {reason}")
+            if self.unanswered_in_a_row >= self.bounds.failures_in_a_row:
+                self.pool.stop(f"vlm: {self.unanswered_in_a_row} questions in a row got no answer, the last: {reason}")
         return reason
 
     def _messages(self, question: Question, image: str) -> list[dict[str, Any]]:
@@ -323,7 +325,8 @@ class Server(VLM):
             if outcome.by_server:
                 pauses += self.pool.answered > answered  # the server answers others meanwhile
                 answered = self.pool.answered
-                if not self.pool.rest(host, question, outcome, begun) or pauses > PAUSES * (self.max_retries + 1):
+                most = self.bounds.pauses * (self.max_retries + 1)
+                if not self.pool.rest(host, question, outcome, begun) or pauses > most:
                     raise unanswered
                 continue
             tries += 1
@@ -368,7 +371,8 @@ class Server(VLM):
 
     def _back_off(self, failures: int) -> float:
         """Seconds to wait after so many failures: twice as long each time, scattered."""
-        return min(FIRST_WAIT * 2.0 ** min(failures - 1, 60), LONGEST_WAIT) * self._jitter.uniform(0.5, 1)
+        seconds = min(self.bounds.first_wait * 2.0 ** min(failures - 1, 60), self.bounds.longest_wait)
+        return seconds * self._jitter.uniform(0.5, 1)
 
     def _key(self) -> str | None:
         """The key; it is read where it is needed, and kept nowhere."""

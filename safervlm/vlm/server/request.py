@@ -16,8 +16,6 @@ from safervlm.vlm.server.outcomes import Outcome, Passing, Refused, Untaken, mea
 from safervlm.vlm.server.reading import Completion, Unnamed, parsed, read_completion
 from safervlm.vlm.server.transport import BodyError, BodyTooLargeError, client_for
 
-CONNECT = 10.0  # seconds that a server may take to be reached
-
 
 class Requests:
     """Sends the requests of a batch. It holds the key, and is discarded with the batch.
@@ -27,6 +25,7 @@ class Requests:
         key: None for none.
         variable: the environment variable of the key, for messages.
         timeout: seconds that a whole answer may take.
+        connect: seconds that a server may take to be reached.
         max_body: bytes of a response's body.
         max_count: the largest number of tokens that is believed.
         concurrency: connections to keep.
@@ -39,6 +38,7 @@ class Requests:
         key: str | None,
         variable: str,
         timeout: float,
+        connect: float,
         max_body: int,
         max_count: int,
         concurrency: int,
@@ -50,7 +50,7 @@ class Requests:
             host.client = openai.AsyncOpenAI(
                 base_url=host.address,
                 api_key=key or "none",
-                timeout=openai.Timeout(timeout, connect=min(CONNECT, timeout)),
+                timeout=openai.Timeout(timeout, connect=min(connect, timeout)),
                 max_retries=0,
                 http_client=client_for(host.address, max_body, concurrency),
             )
