@@ -65,18 +65,18 @@ OVERALL, CATEGORY, PICTOGRAMS, ALIKE = "overall", "category", "pictograms", "ind
 
 # What is simulated: part, name, images of each concept, questions an image.
 DESIGNS: tuple[tuple[str, str, Sequence[int], int], ...] = (
-    (OVERALL, "test part, overall", [n for sizes in TEST.values() for n in sizes], 1),
-    (OVERALL, "test part, overall", [n for sizes in TEST.values() for n in sizes], 5),
+    (OVERALL, "test split, overall", [n for sizes in TEST.values() for n in sizes], 1),
+    (OVERALL, "test split, overall", [n for sizes in TEST.values() for n in sizes], 5),
     (OVERALL, "all images, overall", [n for sizes in IMAGES.values() for n in sizes], 1),
     (OVERALL, "all images, overall", [n for sizes in IMAGES.values() for n in sizes], 5),
-    (CATEGORY, "test part, Hate", TEST["Hate"], 1),
-    (CATEGORY, "test part, Self-harm", TEST["Self-harm"], 1),
-    (CATEGORY, "test part, Self-harm", TEST["Self-harm"], 5),
-    (CATEGORY, "test part, Public and personal health", TEST["Public and personal health"], 1),
-    (CATEGORY, "test part, Public and personal health", TEST["Public and personal health"], 5),
+    (CATEGORY, "test split, Hate", TEST["Hate"], 1),
+    (CATEGORY, "test split, Self-harm", TEST["Self-harm"], 1),
+    (CATEGORY, "test split, Self-harm", TEST["Self-harm"], 5),
+    (CATEGORY, "test split, Public and personal health", TEST["Public and personal health"], 1),
+    (CATEGORY, "test split, Public and personal health", TEST["Public and personal health"], 5),
     (CATEGORY, "all images, Public and personal health", IMAGES["Public and personal health"], 5),
-    (CATEGORY, "names of Public and personal health, 5 answers each", [5] * 2, 1),
-    (OVERALL, "names, overall, 5 answers each", [5] * 75, 1),
+    (CATEGORY, "names of Public and personal health, 5 responses each", [5] * 2, 1),
+    (OVERALL, "names, overall, 5 responses each", [5] * 75, 1),
     (PICTOGRAMS, "27 concepts of 8 images (pictograms)", [8] * 27, 1),
 )
 PAIRED = (DESIGNS[0], DESIGNS[2], DESIGNS[-1])
@@ -180,9 +180,9 @@ def share(
 def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
     """The tables of the shares."""
     columns = list(product(RATES, CORRELATIONS))
-    yield "Shares of the answers. Columns: accuracy, intra-concept correlation."
+    yield "Shares of the responses. Columns: accuracy, intra-concept correlation."
     yield ""
-    yield header("clusters", "questions an image", "varies", *(f"{rate:g}, {c:g}" for rate, c in columns))
+    yield header("clusters", "questions per image", "sampling unit", *(f"{rate:g}, {c:g}" for rate, c in columns))
     for part, name, sizes, questions in DESIGNS:
         cells = np.array([repeat(repetitions, share, sizes, questions, *column, rng) for column in columns])
         found[NAMES_WITHIN if name.startswith("names") else WITHIN, part] += cells[:, 0].tolist()
@@ -195,7 +195,7 @@ def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator
     yield "Nearer to 1. Columns as before."
     yield ""
     columns = list(product((0.99,), CORRELATIONS))
-    yield header("clusters", "questions an image", "varies", *(f"{rate:g}, {c:g}" for rate, c in columns))
+    yield header("clusters", "questions per image", "sampling unit", *(f"{rate:g}, {c:g}" for rate, c in columns))
     for part, name, sizes, questions in DESIGNS:
         if part == OVERALL:
             cells = np.array([repeat(repetitions, share, sizes, questions, *column, rng) for column in columns])
@@ -204,7 +204,7 @@ def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator
             for varies, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
                 yield f"| {name} | {questions} | {varies} | " + " | ".join(map(cell, of)) + " |"
     yield ""
-    yield "Images without concepts, as of SMID or NSFW: one concept that holds all. Columns: accuracy."
+    yield "Images without concepts, as in SMID or NSFW: one concept for all images. Columns: accuracy."
     yield ""
     yield header("images", "questions an image", *(f"{rate:g}" for rate in RATES))
     for images, questions in product((100, 1000), (1, 5)):
@@ -226,7 +226,7 @@ def gap(
 
 def gaps(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
     """The table of the modality gap."""
-    yield "The modality gap: accuracy on names, on images; rates of a concept drawn apart / tied."
+    yield "The modality gap: accuracy on names, on images; the two rates of a concept sampled independently / tied."
     yield ""
     yield header("clusters", "names, images", *(f"correlation {c:g}" for c in CORRELATIONS))
     for (part, name, sizes, _), (text, image) in product(PAIRED, ((0.97, 0.3), (0.8, 0.5), (0.97, 0.97))):
@@ -274,11 +274,11 @@ def sum_of_means(
 def sums(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
     """The table of MME's sums of means."""
     columns = [*product((0.5, 0.8, 0.9, 0.97), (0.0, 2.0)), (0.0, 0.0)]
-    yield "MME: sums of the tasks' means, 200 a task at most. Columns: accuracy, and how far the tasks lie from it (on"
-    yield 'the logit scale). "yes": one of the two answers right for nearly every image.'
+    yield "MME: sums of the tasks' means, 200 a task at most. Columns: accuracy, and the tasks' deviation from it (on"
+    yield 'the logit scale). "yes": one of the two responses right for nearly every image.'
     yield ""
     names = [f"{accuracy:g}, +-{spread:g}" if accuracy else "yes" for accuracy, spread in columns]
-    yield header("tasks", "correlation of the two answers", *names)
+    yield header("tasks", "correlation of the two responses", *names)
     for (name, tasks), correlation in product(TASKS.items(), (0.0, 0.3)):
         cells = []
         for accuracy, spread in columns:
@@ -408,7 +408,7 @@ def runs(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[s
         yield f"| {name} | {first:g}, {second:g} | " + " | ".join(map(cell, cells)) + " |"
     yield ""
     yield "The same for images without concepts, clustered by image, and for items of one question each (Tango)."
-    yield "Columns: accuracies, and the chance that a question's luck is the same for both."
+    yield "Columns: accuracies, and the probability that both runs share a question's random effect."
     yield ""
     columns = list(product((*pairs, (0.99, 0.99)), (0.5, 0.9)))
     yield header("images", "questions an image", "method", *(f"{a:g}, {b:g}; {alike:g}" for (a, b), alike in columns))
@@ -422,7 +422,7 @@ def runs(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[s
             found[differences.SHARES_BY_ITEM, ALIKE] += cells[:, 2].tolist()
             yield f"| {images} | {questions} | by item | " + " | ".join(cell(x[2:], 3) for x in cells) + " |"
     yield ""
-    yield "The difference of two runs' sums of means (MME; tasks +-1, the two answers of an image correlated by .3)."
+    yield "The difference of two runs' sums of means (MME; tasks +-1, the two responses of an image correlated by .3)."
     yield "Columns as before."
     yield ""
     yield header("tasks", *(f"{a:g}, {b:g}; {alike:g}" for (a, b), alike in columns))

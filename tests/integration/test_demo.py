@@ -1,4 +1,4 @@
-"""The whole line, as the demo plays it: measure, judge, align, measure again."""
+"""The whole pipeline, as the demo runs it: measure, judge, align, measure again."""
 
 import json
 import re
@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from documents import TEXTS, commands
 
 from safervlm.cli.demo import OBJECTIVES, command_lines, demo, margins
 from safervlm.cli.main import main
-from safervlm.recipes import CONFIGS
 from safervlm.results.runs import load_run
 from safervlm.results.scores import compare, scores
 from safervlm.run import finished, read_manifest
-
-README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -110,28 +108,23 @@ def test_a_second_demo_reuses_what_is_there(played: Path, world: Path, monkeypat
 
 
 @pytest.mark.slow
-def test_the_readmes_objective_trains(world: Path, tmp_path: Path) -> None:
+def test_the_documented_objective_trains(world: Path, tmp_path: Path) -> None:
 
-    (source,) = re.findall(r"```python\n(# first_word.py\n.*?)```", README, re.DOTALL)
-    (line,) = re.findall(r"    safervlm (fit .* --model first_word.FirstWord .*)\n", README)
+    page = TEXTS["docs/objectives.md"]
+    (source,) = re.findall(r"```python\n(# first_word.py\n.*?)```", page, re.DOTALL)
+    (command,) = (command for command in commands(page) if "--model first_word.FirstWord" in command)
     (tmp_path / "first_word.py").write_text(source)
     (tmp_path / "pictograms").symlink_to(world)
-    main([*shlex.split(line), "--trainer.max_epochs", "1", "--data.limit", "52"])
+    main([*shlex.split(command)[1:], "--trainer.max_epochs", "1", "--data.limit", "52"])
     metrics = pd.read_csv(tmp_path / "runs" / "first-word" / "metrics.csv")
     losses = metrics[metrics.metric == "train/loss"].value
     assert losses.iloc[-1] < losses.iloc[0]
 
 
-def test_the_readme_shows_the_demos_own_commands() -> None:
-    """Every command of the demo stands in the README, but for the run's name."""
-    documented = [shlex.split(line)[:5] for line in re.findall(r"^    safervlm (.*)$", README, re.MULTILINE)]
+def test_the_quickstart_shows_the_demos_own_commands() -> None:
+    """Every command of the demo is in the quickstart, but for the run's name."""
+    documented = [shlex.split(command)[1:6] for command in commands(TEXTS["docs/quickstart.md"])]
     for line in command_lines(Path("runs/demo"), 0):
         command = shlex.split(line)
         if command[0] in ("fit", "predict"):
             assert command[:5] in documented, line
-
-
-def test_every_recipe_that_the_readme_names_exists() -> None:
-    names = set(re.findall(r"configs/[\w/-]+\.yaml", README))
-    assert names
-    assert all((CONFIGS.parent / name).is_file() for name in names), names

@@ -611,7 +611,7 @@ def test_the_shipped_model_answers(folder: Path, examples: list[Example]) -> Non
 
 @pytest.mark.slow
 def test_the_command_line_trains_and_measures_it(folder: Path, tmp_path: Path, tiny_sets: Path) -> None:
-    """As docs/vlms.md says it; the answers are not judged."""
+    """As docs/models.md says it; the answers are not judged."""
     vlm = [
         "--model.vlm=configs/vlm/cogvlm-chat.yaml",
         f"--model.vlm.model={folder}",

@@ -449,7 +449,7 @@ def test_a_shipped_model_answers(
 
 @pytest.mark.slow
 def test_the_command_line_measures_and_trains_such_a_model(tmp_path: Path, tiny_sets: Path) -> None:
-    """As docs/vlms.md says it; the answers are not judged."""
+    """As docs/models.md says it; the answers are not judged."""
     (tmp_path / "vlm").mkdir()
     families.qwen2_vl(tmp_path / "vlm")
     vlm = ["--model.vlm=safervlm.vlm.auto.Transformers", f"--model.vlm.model={tmp_path / 'vlm'}"]

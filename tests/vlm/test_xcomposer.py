@@ -854,7 +854,7 @@ def test_the_shipped_model_answers(folder: Path, examples: list[Example]) -> Non
 
 @pytest.mark.slow
 def test_the_command_line_trains_and_measures_it(folder: Path, tmp_path: Path, tiny_sets: Path) -> None:
-    """As docs/vlms.md says it."""
+    """As docs/models.md says it."""
     vlm = ["--model.vlm=configs/vlm/internlm-xcomposer2-vl-7b.yaml", f"--model.vlm.model={folder}"]
     families.check_command_line(vlm, tmp_path, tiny_sets)
 
