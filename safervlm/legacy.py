@@ -6,7 +6,7 @@ up in today's modules; :func:`today` rewrites a dotted name, so that settings of
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -82,6 +82,18 @@ def today(path: str) -> str:
             return path
         return f"{found.__module__}.{name}"
     return path
+
+
+def with_todays_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Rewrites the class names in the recorded settings of a run.
+
+    Args:
+        settings: flat: dotted keys with their values.
+    """
+    return {
+        key: today(value) if key.rpartition(".")[2] == "class" and isinstance(value, str) else value
+        for key, value in settings.items()
+    }
 
 
 class OldModules(MetaPathFinder, Loader):

@@ -34,6 +34,7 @@ from safervlm.io.reading import read_object
 from safervlm.io.settings import flat
 from safervlm.io.signals import apart, asked_to_end, observe, pass_safe_point, together, wait_for_safe_point
 from safervlm.io.tables import say
+from safervlm.legacy import with_todays_names
 from safervlm.provenance import PACKAGES, git_commit
 from safervlm.records import FAILED
 
@@ -80,7 +81,7 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
         raise RecordError(
             f"{run / MANIFEST}: damaged ({stage} has no settings); restore it, or name another run folder"
         )
-    before, now = dict(flat(there["settings"])), dict(flat(json.loads(json.dumps(settings))))
+    before, now = with_todays_names(dict(flat(there["settings"]))), dict(flat(json.loads(json.dumps(settings))))
     if "trainer" not in settings:  # validating what was fitted: how it was trained is none of its settings
         before = {key: value for key, value in before.items() if not key.startswith("trainer.")}
     both = set.intersection(

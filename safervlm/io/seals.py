@@ -21,6 +21,7 @@ from torch import Tensor
 from safervlm.errors import RecordError, first_line
 from safervlm.io.reading import parse_json
 from safervlm.io.settings import flat
+from safervlm.legacy import with_todays_names
 from safervlm.provenance import PACKAGES
 
 SEAL = "safervlm.json"
@@ -197,7 +198,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Itera
         now: of the run.
         ignore: dotted names of settings that may differ, with those below them.
     """
-    there, here = dict(flat(before)), dict(flat(json.loads(json.dumps(now))))
+    there, here = with_todays_names(dict(flat(before))), dict(flat(json.loads(json.dumps(now))))
     passed = set(ignore)
     for key in there:
         if key.endswith(".weights") and there[key] is not None and here.get(key) is not None:
