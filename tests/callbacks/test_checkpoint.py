@@ -146,7 +146,7 @@ def test_before_a_validation(monkeypatch, tmp_path):
     ("arguments", "message"),
     [
         ({"every_n_batches": 0}, "every_n_batches: at least 1, got 0"),
-        *(({"long_step": value}, "long_step: more than 0 seconds") for value in (0, -1, math.inf, math.nan)),
+        *(({"long_step": value}, "long_step: above 0") for value in (0, -1, math.inf, math.nan)),
     ],
 )
 def test_an_impossible_argument_is_rejected(arguments, message):

@@ -99,7 +99,7 @@ def test_every_argument_of_the_commands_is_explained(only_built: list[SaferCLI],
         assert not unexplained(parser), name
     for function in plain_commands().values():
         parser = ArgumentParser()
-        parser.add_function_arguments(function, fail_untyped=True)
+        parser.add_function_arguments(function, skip={"play"}, fail_untyped=True)  # no argument, see demo
         assert not unexplained(parser), function
 
 
