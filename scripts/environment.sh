@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${SAFERVLM_VENV:-.venv}"
 extras="$1"
 stamp="$venv/.installed-$extras"
-if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ scripts/constraints.txt -nt "$stamp" ]; then
   python="${PYTHON:-python3}"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "SaferVLM needs Python 3.11 or newer; $python is $("$python" --version). Set PYTHON to a newer one." >&2
@@ -14,9 +14,8 @@ if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   echo "Setting up $venv (once) ..."
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --upgrade pip
-  # First and pinned: newer releases of torch bring several GB of CUDA packages where there is no GPU.
-  if ! command -v nvidia-smi >/dev/null; then "$venv/bin/python" -m pip install --quiet "torch==2.13.0"; fi
-  "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
+  # Exact versions, so that a result can be repeated; the package itself allows a range.
+  "$venv/bin/python" -m pip install --quiet --constraint scripts/constraints.txt --editable ".[$extras]"
   touch "$stamp"
 fi
 PATH="$(cd "$venv/bin" && pwd):$PATH"

@@ -409,7 +409,7 @@ def test_a_defect_is_one_line_and_keeps_its_traceback(
         run_folder.set(tmp_path)
         int("x")
 
-    monkeypatch.setattr("safervlm.cli.plain", library)
+    monkeypatch.setattr("safervlm.cli.main.plain", library)
     with pytest.raises(SystemExit) as caught:
         main(["report"])
     assert caught.value.code == 1
@@ -427,7 +427,7 @@ def test_the_traceback_of_a_plain_command_is_in_the_folder_that_it_names(
         raise KeyError("x")
 
     name = line.split()[0]
-    monkeypatch.setattr("safervlm.cli.plain_commands", lambda: {name: read})
+    monkeypatch.setattr("safervlm.cli.main.plain_commands", lambda: {name: read})
     with pytest.raises(SystemExit) as caught:
         main(line.format(tmp_path).split())
     assert caught.value.code == 1
