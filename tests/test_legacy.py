@@ -9,24 +9,62 @@ import safervlm
 from safervlm.legacy import MOVED, SPLIT, find, today, with_todays_names
 
 # Every class path in the recipes and saved configurations of version 0.1, and what its users import.
-CLASS_PATHS = """
-    callbacks.adapter_export.AdapterExport callbacks.attempt_log.AttemptLog callbacks.checkpoint.LastCheckpoint
-    callbacks.first_implementation.FirstImplementationFiles callbacks.generation_check.GenerationCheck
-    callbacks.judge_responses.JudgeResponses callbacks.metrics_csv.MetricsCSV callbacks.rate_responses.RateResponses
-    callbacks.record_writer.RecordWriter callbacks.rollout_log.RolloutLog callbacks.score_table.ScoreTable
-    safervlm.data.alignment.DPOData safervlm.data.alignment.OwnData safervlm.data.alignment.PPOData
-    safervlm.data.alignment.SFTData safervlm.data.benchmarks.Benchmark safervlm.data.contexts.Contexts
-    safervlm.data.labelled.LabelledAnswers safervlm.data.responses.SavedResponses safervlm.data.suite.Suite
-    safervlm.data.unsafe_concepts.UnsafeConcepts safervlm.judge.Judge safervlm.judge.Panel safervlm.measure.Measure
-    safervlm.objectives.DPO safervlm.objectives.PPO safervlm.objectives.SFT safervlm.objectives.dpo.DPO
-    safervlm.objectives.ppo.PPO safervlm.objectives.sft.SFT safervlm.vlm.api.Server safervlm.vlm.cogvlm.CogVLM
-    safervlm.vlm.llava.Llava safervlm.vlm.llava_original.LlavaOriginal safervlm.vlm.lora.LoRA
-    safervlm.vlm.sampling.Sampling safervlm.vlm.transformers.Transformers safervlm.vlm.xcomposer.XComposer2
-    safervlm.data.base.Parts safervlm.data.base.SaferData safervlm.functional.dpo_loss safervlm.functional.gae
-    safervlm.images.open_image safervlm.intervals.coverage safervlm.rules.yes_or_no safervlm.scoring.load_run
-    safervlm.scoring.scores safervlm.scoring.compare safervlm.records.Question safervlm.records.RecordError
-    safervlm.rating.Rating safervlm.evaluation.evaluate safervlm.demo.demo safervlm.verify.verify
-""".split()
+CLASS_PATHS = [
+    "callbacks.adapter_export.AdapterExport",
+    "callbacks.attempt_log.AttemptLog",
+    "callbacks.checkpoint.LastCheckpoint",
+    "callbacks.first_implementation.FirstImplementationFiles",
+    "callbacks.generation_check.GenerationCheck",
+    "callbacks.judge_responses.JudgeResponses",
+    "callbacks.metrics_csv.MetricsCSV",
+    "callbacks.rate_responses.RateResponses",
+    "callbacks.record_writer.RecordWriter",
+    "callbacks.rollout_log.RolloutLog",
+    "callbacks.score_table.ScoreTable",
+    "safervlm.data.alignment.DPOData",
+    "safervlm.data.alignment.OwnData",
+    "safervlm.data.alignment.PPOData",
+    "safervlm.data.alignment.SFTData",
+    "safervlm.data.benchmarks.Benchmark",
+    "safervlm.data.contexts.Contexts",
+    "safervlm.data.labelled.LabelledAnswers",
+    "safervlm.data.responses.SavedResponses",
+    "safervlm.data.suite.Suite",
+    "safervlm.data.unsafe_concepts.UnsafeConcepts",
+    "safervlm.judge.Judge",
+    "safervlm.judge.Panel",
+    "safervlm.measure.Measure",
+    "safervlm.objectives.DPO",
+    "safervlm.objectives.PPO",
+    "safervlm.objectives.SFT",
+    "safervlm.objectives.dpo.DPO",
+    "safervlm.objectives.ppo.PPO",
+    "safervlm.objectives.sft.SFT",
+    "safervlm.vlm.api.Server",
+    "safervlm.vlm.cogvlm.CogVLM",
+    "safervlm.vlm.llava.Llava",
+    "safervlm.vlm.llava_original.LlavaOriginal",
+    "safervlm.vlm.lora.LoRA",
+    "safervlm.vlm.sampling.Sampling",
+    "safervlm.vlm.transformers.Transformers",
+    "safervlm.vlm.xcomposer.XComposer2",
+    "safervlm.data.base.Parts",
+    "safervlm.data.base.SaferData",
+    "safervlm.functional.dpo_loss",
+    "safervlm.functional.gae",
+    "safervlm.images.open_image",
+    "safervlm.intervals.coverage",
+    "safervlm.rules.yes_or_no",
+    "safervlm.scoring.load_run",
+    "safervlm.scoring.scores",
+    "safervlm.scoring.compare",
+    "safervlm.records.Question",
+    "safervlm.records.RecordError",
+    "safervlm.rating.Rating",
+    "safervlm.evaluation.evaluate",
+    "safervlm.demo.demo",
+    "safervlm.verify.verify",
+]
 
 
 @pytest.mark.parametrize("path", CLASS_PATHS)
