@@ -13,7 +13,19 @@ SOURCES = sorted([*(ROOT / "safervlm").rglob("*.py"), *(ROOT / "callbacks").rglo
 
 # Lower first. A package may import from its own layer where that makes no circle.
 LAYERS = (
-    ("errors", "failures", "finite", "hashing", "legacy", "limits", "protocol", "provenance", "ranges", "recipes"),
+    (
+        "errors",
+        "failures",
+        "finite",
+        "hashing",
+        "legacy",
+        "limits",
+        "plugins",
+        "protocol",
+        "provenance",
+        "ranges",
+        "recipes",
+    ),
     ("io", "statistics"),
     ("records",),
     ("run", "vlm", "data"),

@@ -257,7 +257,8 @@ def training(folder: Path, r: int, target_modules: str) -> Finding:
         needed = training_memory(folder, r, target_modules) / GIB
     except (ValueError, KeyError, OSError) as error:
         return Finding("warning", "training memory", f"can't be told for this model ({str(error).splitlines()[0]})")
-    return Finding("ok", "training memory", f"{needed:.2f} GiB of adapters and optimizer, activations on top (README)")
+    text = f"{needed:.2f} GiB of adapters and optimizer, activations on top (docs/scaling.md)"
+    return Finding("ok", "training memory", text)
 
 
 def training_memory(folder: Path, r: int, target_modules: str) -> int:
