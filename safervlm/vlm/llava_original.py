@@ -46,7 +46,7 @@ NAMES = (
 )
 # Version of the converted format. Increase it with every change, so that older conversions are not reused.
 FORMAT = "2"
-DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # buffers that the model computes; older versions stored them
+DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # computed buffers that older versions stored
 
 
 class LlavaOriginal(Llava):

@@ -78,7 +78,7 @@ class Finite:
     """
 
     def __init__(self) -> None:
-        self.bad: Tensor | None = None  # (B,) True for rows that had non-finite logits at any step
+        self.bad: Tensor | None = None  # (B,) True for rows with non-finite logits so far
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """Sets all (B, V) scores of a row to 0 if it has NaN or plus infinity, or only minus infinity."""

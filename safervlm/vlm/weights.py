@@ -179,7 +179,7 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
-            values = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # aminmax doesn't support 8-bit types
+            values = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # 8-bit: no aminmax
             low, high = torch.aminmax(values)  # both are NaN if any value is; nothing is copied
             if not torch.isfinite(torch.stack([low, high]).float()).all():
                 return name
