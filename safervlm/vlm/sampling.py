@@ -82,7 +82,7 @@ class Finite:
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """Sets all (B, V) scores of a row to 0 if it has NaN or plus infinity, or only minus infinity."""
-        bad = ~torch.isfinite(scores.amax(-1))  # amax propagates NaN; a model may exclude single tokens by minus infinity
+        bad = ~torch.isfinite(scores.amax(-1))  # amax propagates NaN; single tokens may be minus infinity
         self.bad = bad if self.bad is None else self.bad | bad
         return scores.masked_fill(bad[:, None], 0)
 
