@@ -1,1 +1,1 @@
-"""The vision-language models: one surface (:mod:`safervlm.vlm.base`), one file a family."""
+"""Vision-language models: the abstract interface (:mod:`safervlm.vlm.base`) and one module per model family."""

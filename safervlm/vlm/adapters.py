@@ -1,4 +1,4 @@
-"""PEFT adapter folders: found, loaded and proven to have an effect, exported with a seal."""
+"""PEFT adapter folders: finds, loads and validates adapters, and exports them with a seal."""
 
 import warnings
 from collections.abc import Mapping
@@ -22,11 +22,19 @@ from safervlm.vlm.lora import active, switched
 from safervlm.vlm.weights import must_be_finite, read_tensors, reading
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first one that is there is read, as PEFT does
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in order of preference, as in PEFT
 
 
 def patterns_of(settings: Mapping[str, Any]) -> set[str]:
-    """The regular expressions in an adapter's configuration, as PEFT matches them with the names of modules."""
+    """Returns the regular expressions that PEFT matches with module names, taken from an adapter's configuration.
+
+    Args:
+        settings: Content of ``adapter_config.json``.
+
+    Returns:
+        The patterns of ``target_modules`` and ``exclude_modules`` as they are, and those that PEFT matches with a part
+        of a name (``rank_pattern`` and others), extended so that they match the whole name.
+    """
     whole = [settings.get(name) for name in ("target_modules", "exclude_modules")]
     parts: list[Any] = []
     for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern", "target_parameters"):
@@ -37,10 +45,13 @@ def patterns_of(settings: Mapping[str, Any]) -> set[str]:
 
 
 def adapter_weights(folder: str | Path) -> Path:
-    """The file of an adapter's weights.
+    """Returns the path of an adapter's weight file.
+
+    Args:
+        folder: PEFT folder of the adapter.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: The folder contains no weight file.
     """
     found = next((Path(folder) / name for name in WEIGHTS if (Path(folder) / name).is_file()), None)
     if found is None:
@@ -51,10 +62,13 @@ def adapter_weights(folder: str | Path) -> Path:
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:
-    """The configuration of an adapter.
+    """Returns the content of an adapter's ``adapter_config.json``.
+
+    Args:
+        folder: PEFT folder of the adapter.
 
     Raises:
-        ArgumentError: it is missing, damaged, or names no kind of adapter.
+        ArgumentError: The file is missing or damaged, or has no ``peft_type``.
     """
     argument = f"vlm.adapter: {str(folder)!r}"
     try:
@@ -67,22 +81,33 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def adapter_fingerprint(folder: str) -> str:
-    """The fingerprint of an adapter's weights and configuration."""
+    """Returns the fingerprint of an adapter's weights and configuration.
+
+    Args:
+        folder: PEFT folder of the adapter.
+
+    Raises:
+        ArgumentError: The folder contains no weight file.
+    """
     return fingerprint(Path(folder) / CONFIG, adapter_weights(folder))
 
 
 def load_adapter(base: PreTrainedModel, folder: str, weights: str | None = None) -> PeftModel:
-    """The model with the adapter of a PEFT folder, which is certain to fit, and to have an effect.
+    """Loads the adapter of a PEFT folder into a base model, and verifies that it fits and has an effect.
 
     Args:
-        base: the model.
-        folder: of the adapter, ours or another program's.
-        weights: the fingerprint of the base's weights, to be compared with the one that the adapter was trained on.
+        base: The base model; PEFT adds the adapter layers to it.
+        folder: PEFT folder of the adapter, exported by SaferVLM or by another program.
+        weights: Fingerprint of the base weights. It is compared with the fingerprint in the adapter's seal, if both
+            exist.
+
+    Returns:
+        The model with the adapter.
 
     Raises:
-        ArgumentError: a file is damaged; the adapter is of a kind that can't be switched on and off; a key or shape
-            doesn't fit the model (PEFT would load it without effect and only warn); a number is not finite; the
-            adapter changes nothing.
+        ArgumentError: A file is damaged; the adapter is of a kind that can't be switched on and off; the base weights
+            are not those that the adapter was trained on; a key or shape doesn't fit the model (PEFT would load the
+            adapter without effect and only warn); a value is not finite; the adapter changes no output.
     """
     argument = f"vlm.adapter: {folder!r}"
     sealed = verify_folder(Path(folder), "vlm.adapter")
@@ -139,13 +164,16 @@ def load_adapter(base: PreTrainedModel, folder: str, weights: str | None = None)
 def check_base(origin: Mapping[str, Any], base: PreTrainedModel, weights: str | None, argument: str) -> None:
     """Rejects a base model whose weights are not those that the adapter was trained on.
 
-    Fingerprints are comparable where both models are folders, or both are on the Hub.
+    Fingerprints are comparable if both models are folders, or if both are on the Hub. Otherwise nothing is checked.
 
     Args:
-        origin: what the adapter's seal says of its training.
-        base: the model.
-        weights: its fingerprint.
-        argument: and the adapter's folder, for the error.
+        origin: Provenance of the adapter, from its seal.
+        base: The base model.
+        weights: Fingerprint of the base weights; None if unknown.
+        argument: Name of the argument and the adapter's folder; the beginning of the error message.
+
+    Raises:
+        ArgumentError: The fingerprints are comparable and differ.
     """
     trained_on = origin.get("vlm", {})
     there = trained_on.get("weights")
@@ -159,19 +187,19 @@ def check_base(origin: Mapping[str, Any], base: PreTrainedModel, weights: str | 
 
 @torch.no_grad()
 def has_effect(model: nn.Module) -> bool:
-    """Whether the policy's adapter changes what any of its layers computes.
+    """Returns whether the policy adapter changes the output of any layer.
 
-    Each layer is tried with random inputs, with the adapter and without, until one differs; where a layer takes other
-    inputs than a tensor of its own width, any non-zero number among the adapter's second factors counts.
+    Each layer is applied to random inputs with and without the adapter, until one output differs. For layers whose
+    input is not a tensor of the layer's own width, a non-zero value in a LoRA B matrix counts as an effect.
 
     Args:
-        model: with adapters in its layers.
+        model: A model with adapter layers.
     """
     return any(_changes(layer) for layer in switched(model))
 
 
 def _changes(layer: nn.Module) -> bool:
-    """Whether a layer computes with its adapter anything but what it computes without."""
+    """Returns whether a layer's output with the policy adapter differs from its output without it."""
     if isinstance(layer, AuxiliaryTrainingWrapper) and hasattr(layer, "modules_to_save"):
         original = layer.original_module.state_dict()
         copies = [copy.state_dict() for copy in layer.modules_to_save.values()]
@@ -181,7 +209,7 @@ def _changes(layer: nn.Module) -> bool:
     if isinstance(base, nn.Embedding):
         inputs = torch.arange(base.num_embeddings, device=base.weight.device)
     elif isinstance(weight, torch.Tensor) and (weight.ndim == 1 or isinstance(base, nn.Linear)):
-        width = weight.shape[-1]  # of a linear layer's input, or of a normalisation's
+        width = weight.shape[-1]  # input width of a linear or normalisation layer
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(4, width, generator=generator).to(weight.device, weight.dtype)
     else:
@@ -199,15 +227,15 @@ def _changes(layer: nn.Module) -> bool:
 
 
 def export_adapter(model: PeftModel, folder: Path, origin: Mapping[str, Any]) -> None:
-    """Writes the policy as a PEFT folder that ``PeftModel.from_pretrained`` loads.
+    """Writes the policy adapter as a PEFT folder that ``PeftModel.from_pretrained`` loads.
 
     Args:
-        model: with the trained adapter.
-        folder: to write; an adapter that is there is replaced.
-        origin: the settings that made the adapter, for its seal.
+        model: Model with the trained adapter.
+        folder: Folder to write. An existing adapter in it is replaced.
+        origin: Provenance for the seal: the settings that the adapter was trained with.
 
     Raises:
-        ArgumentError: a number of the adapter is not finite, or the adapter changes nothing.
+        ArgumentError: A value of the adapter is not finite, or the adapter changes no output.
     """
     trained = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
     must_be_finite(trained.items(), "model: the trained adapter")
@@ -222,6 +250,6 @@ def export_adapter(model: PeftModel, folder: Path, origin: Mapping[str, Any]) ->
         model.save_pretrained(str(aside), selected_adapters=["default"], safe_serialization=True)
         seal_folder(aside, origin)
         folder.mkdir(exist_ok=True)
-        # The seal comes last: until then a folder that holds an older adapter's seal is rejected, never half read.
+        # The seal is moved last: until then, a folder with an older adapter's seal is rejected, never partly loaded.
         for file in sorted(aside.iterdir(), key=lambda file: file.name == SEAL):
             file.replace(folder / file.name)

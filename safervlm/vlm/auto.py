@@ -1,9 +1,10 @@
 """Any vision-language model that transformers loads with ``AutoModelForImageTextToText``.
 
-Each question is encoded by the model's own processor, whatever the model does with images, and every score is one plain
-forward pass, a row a completion. What the questions about an image have in common is computed once (:mod:`~.rows`).
+Each question is encoded by the model's own processor, independently of how the model represents images. Scoring is one
+plain forward pass with one row per completion. The common prefix of the questions about an image is computed once
+(:mod:`safervlm.vlm.prefix`).
 
-Shapes: B questions of a batch, C completions, T tokens of the longest, N response tokens, H hidden units.
+Shapes: B questions of a batch, C completions, T tokens of the longest completion, N response tokens, H hidden units.
 """
 
 from collections.abc import Iterator
@@ -43,7 +44,11 @@ from safervlm.vlm.weights import load_model, reading
 
 
 def switch_off_dropout(config: Any) -> None:
-    """Sets every probability of dropping something to 0, in the parts of a configuration, too."""
+    """Sets every dropout probability of a configuration to 0, including those of nested configurations.
+
+    Args:
+        config: A configuration of transformers; changed in place.
+    """
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
             switch_off_dropout(value)
@@ -52,7 +57,16 @@ def switch_off_dropout(config: Any) -> None:
 
 
 def read_processor(name: str, revision: str | None, config: Any) -> ProcessorMixin:
-    """The model's processor, its images handled by PIL, its videos not at all: that part needs torchvision."""
+    """Loads a model's processor with the PIL image backend and without its video part, which needs torchvision.
+
+    Args:
+        name: Name on the Hugging Face Hub, or folder, of the model.
+        revision: Branch, tag or commit of a model on the Hub.
+        config: The model's configuration; its class determines the processor's class.
+
+    Raises:
+        ArgumentError: transformers has no processor for this type of model.
+    """
     processor_class: Any = PROCESSOR_MAPPING.get(type(config), None)
     if processor_class is None:
         raise ArgumentError(f"vlm.model: {name!r} is a {config.model_type}, for which transformers has no processor")
@@ -62,32 +76,37 @@ def read_processor(name: str, revision: str | None, config: Any) -> ProcessorMix
         def get_attributes(cls) -> list[str]:
             return [part for part in super().get_attributes() if part != "video_processor"]
 
-    ImagesAlone.__name__ = processor_class.__name__  # it is compared with the name that the folder gives
+    ImagesAlone.__name__ = processor_class.__name__  # from_pretrained compares it with the class name in the folder
     parameter = signature(processor_class.__init__).parameters.get("video_processor")
     no_videos = {"video_processor": None} if parameter and parameter.default is parameter.empty else {}
     processor = ImagesAlone.from_pretrained(
         name, revision=revision, backend="pil", trust_remote_code=False, **no_videos
     )
     processor.__class__ = processor_class  # a local class can't be pickled
-    if no_videos:  # where it has to be there, it is also asked for its settings, videos or not
+    if no_videos:  # a processor that requires the part reads its settings even without videos
         processor.video_processor = SimpleNamespace(num_frames=None, fps=None)
     return processor
 
 
 class Transformers(LocalVLM):
-    """Any vision-language model of transformers with a chat template; a plain text ``template`` does instead.
+    """Any vision-language model of transformers with a chat template, or with a plain text ``template`` instead.
 
     Args:
-        model: name on the Hugging Face Hub, or folder, of the model and its processor.
-        revision: branch, tag or commit of a model on the Hub; a commit makes a run repeatable.
-        adapter: PEFT folder of the adapter to measure with, for example ``runs/ppo/adapter``; none for the base model.
-        lora: the adapter that training makes.
-        dtype: of the base weights; the adapter's stay in float32.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        system: the conversation's system prompt; empty for none.
-        template: for a model without a chat template, the text around ``{question}``, for example ``Question:
-            {question} Answer:``; none for the chat template.
-        images: how images are decoded, and which are too large.
+        model: Name on the Hugging Face Hub, or folder, of the model and its processor.
+        revision: Branch, tag or commit of a model on the Hub. A commit makes a run reproducible.
+        adapter: PEFT folder of the adapter to measure, for example ``runs/ppo/adapter``. None for the base model.
+        lora: Settings of the LoRA adapters that training creates.
+        dtype: Data type of the base weights. Adapter weights stay in float32.
+        gradient_checkpointing: Recompute activations in the backward pass. Takes less memory and about a third more
+            time.
+        system: System prompt of the conversation; empty for none.
+        template: Prompt text with the placeholder ``{question}``, for a model without a chat template, for example
+            ``Question: {question} Answer:``. None for the chat template.
+        images: How images are decoded, and the size limits above which they are rejected.
+
+    Raises:
+        ArgumentError: ``template`` has other placeholders than ``{question}``, or the adapter or model folder is
+            missing.
     """
 
     def __init__(
@@ -109,7 +128,10 @@ class Transformers(LocalVLM):
 
     @cached_property
     def config(self) -> Any:
-        """The model's configuration, without dropout: LoRA has its own, and the reference has to be one model."""
+        """The model's configuration with all dropout set to 0.
+
+        LoRA has its own dropout, and the reference must be deterministic.
+        """
         with reading(self.name):
             config = AutoConfig.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
@@ -129,13 +151,13 @@ class Transformers(LocalVLM):
 
     @cached_property
     def processor(self) -> ProcessorMixin:
-        """The model's."""
+        """The model's processor."""
         with reading(self.name):
             return read_processor(self.name, self.revision, self.config)
 
     @cached_property
     def collator(self) -> ProcessorCollator:
-        """Reads the processor when it is first asked for."""
+        """The collator; the processor is loaded on first access."""
         if self.template is None and self.processor.chat_template is None:
             raise ArgumentError(
                 f"vlm.model: {self.name!r} has no chat template; give vlm.template, the text around {{question}}"
@@ -149,7 +171,7 @@ class Transformers(LocalVLM):
             getattr(text, "max_position_embeddings", 2**31),
             self.config.qformer_config.max_position_embeddings if hasattr(self.processor, "qformer_tokenizer") else 0,
             images=self.images,
-            # A placeholder may be beyond the embeddings: the image's features stand in its place.
+            # A placeholder id may exceed the embedding table, because image features replace its embedding.
             words=max(getattr(text, "vocab_size", 2**31), *(token + 1 for token in self.image_token_ids), 0),
         )
         if self.template is None:
@@ -158,7 +180,7 @@ class Transformers(LocalVLM):
         else:
             try:
                 encoded = collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
-                # Before transformers 5.23 not every processor counts the places of images in a text.
+                # Before transformers 5.23, not every processor counts the image placeholders of a text.
                 if self.image_token_ids and not self.image_token_ids & set(encoded["input_ids"].flatten().tolist()):
                     raise ValueError("the encoded text has no place for it")
             except ValueError as error:
@@ -170,11 +192,11 @@ class Transformers(LocalVLM):
         return collator
 
     def describe(self) -> dict[str, Any]:
-        """What of the VLM decides an answer."""
+        """Returns the settings of the VLM that determine a response."""
         return super().describe() | {"system": self.system, "template": self.template} | self.images.describe()
 
     def load_base(self) -> PreTrainedModel:
-        """Reads the base weights, from safetensors only."""
+        """Loads the base weights, from safetensors only."""
         model = load_model(
             AutoModelForImageTextToText,
             self.name,
@@ -186,26 +208,41 @@ class Transformers(LocalVLM):
         return self.prepare(model)
 
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A model as it was read, made to see an image once and to have no habits of its own."""
+        """Deduplicates image encoding and resets the generation configuration of a loaded model.
+
+        Args:
+            model: The loaded model; changed in place.
+
+        Returns:
+            The same model.
+        """
         encoder = self.image_encoder(model)
-        if encoder not in (model, model.base_model):  # which the library gives where it knows of no encoder
+        if encoder not in (model, model.base_model):  # transformers returns one of these if it knows no encoder
             encoder.forward = EachOnce(encoder.forward)
-        # The model's own habits, such as a repetition penalty, would join the settings of ``sampling``.
+        # The model's own defaults, such as a repetition penalty, would be combined with ``sampling``.
         model.generation_config = GenerationConfig()
         return model
 
     def image_encoder(self, model: PreTrainedModel) -> nn.Module:
-        """What of the model goes through the pixels of an image, whatever is asked about it."""
+        """Returns the submodule that encodes the pixels of an image, independently of the question.
+
+        Args:
+            model: The loaded model.
+        """
         return model.get_encoder(modality="image")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The processor's."""
+        """The processor's tokenizer."""
         return self.processor.tokenizer
 
     @cached_property
     def eos_token_ids(self) -> list[int]:
-        """The tokenizer's end token, then what the generation settings name, else the configuration."""
+        """End tokens of a response.
+
+        The tokenizer's comes first, then those of the generation configuration, or of the model configuration if there
+        is no generation configuration.
+        """
         with reading(self.name):
             try:
                 settings = GenerationConfig.from_pretrained(self.name, revision=self.revision)
@@ -222,25 +259,41 @@ class Transformers(LocalVLM):
 
     @property
     def image_token_ids(self) -> set[int]:
-        """The placeholders that the configuration names."""
+        """Image and video placeholder ids in the model's configuration."""
         names = ("image_token_id", "image_token_index", "video_token_id", "boi_token_index", "eoi_token_index")
         found = (getattr(self.config, name, None) for name in names)
         return {token for token in found if token is not None}
 
     @cached_property
     def suppressed(self) -> Tensor:
-        """Tokens that an answer never contains, of those that the head knows: some placeholders are beyond them."""
+        """Tokens that a response never contains.
+
+        Only ids that the head can output are included: some placeholder ids are larger.
+        """
         never = {*super().suppressed.tolist(), *special_tokens(self.tokenizer)} - set(self.eos_token_ids)
         return torch.tensor(sorted(never & set(range(self.base.get_output_embeddings().out_features))))
 
     @property
     def pad_token_id(self) -> int:
-        """Whatever: the attention mask hides it."""
+        """Padding token id; falls back to an end token (padding is hidden by the attention mask)."""
         pad = self.tokenizer.pad_token_id
         return self.eos_token_ids[0] if pad is None else pad
 
     def response_states(self, batch: EncodedBatch, adapter: Adapter) -> tuple[Targets, Tensor]:
-        """The response tokens, and the (N, H) hidden states that predict them; a row a completion."""
+        """Computes the hidden states that predict the response tokens, with one row per completion.
+
+        Args:
+            batch: Encoded questions, each with at least one completion.
+            adapter: Which adapter is active.
+
+        Returns:
+            The response tokens, and the (N, H) hidden states that predict them.
+
+        Raises:
+            ValueError: A question has no completion.
+            ArgumentError: The model transforms the logits after its head (caps or scales them), so that scores computed
+                from the hidden states would be wrong.
+        """
         if not all(batch.completions):
             raise ValueError("the batch has no completions to score")
         pairs = [(e, answer) for e, those in zip(batch.encodings, batch.completions, strict=True) for answer in those]
@@ -258,7 +311,7 @@ class Transformers(LocalVLM):
 
         def keep(head: Any, states: tuple[Tensor]) -> tuple[Tensor]:
             kept.append(states[0])
-            return (states[0][:, :1],)  # the model's own head has nothing to do
+            return (states[0][:, :1],)  # saves the model's own head from computing all logits
 
         hook = self.base.get_output_embeddings().register_forward_pre_hook(keep)
         try:
@@ -276,23 +329,37 @@ class Transformers(LocalVLM):
         return Targets(target, mask), kept[0][rows[mask], source[mask]]
 
     def written(self, encoding: Encoding) -> Encoding:
-        """What the model's own ``generate`` notes of a token that it writes, (1, 1, ...).
+        """Returns the values that the model's own ``generate`` appends to the inputs for each generated token.
 
-        The attention mask has it, and whatever the family has beside it: token types, what the token looks at.
+        Besides the attention mask, these are family-specific inputs such as token types.
+
+        Args:
+            encoding: Encoding of one prompt.
+
+        Returns:
+            Tensors of shape (1, 1, ...), for the inputs that grow with the tokens.
         """
         grown = grown_inputs(self.base, dict(encoding))
         return {name: grown[name][:, -1:] for name, tensor in encoding.items() if grown[name].shape != tensor.shape}
 
     @cached_property
     def sharing(self) -> Sharing:
-        """Of what the questions about an image begin with."""
+        """Prefix sharing between questions about the same image."""
         return Sharing(self.base, self.pad_token_id, self.image_token_ids, self.dtype)
 
     def without_room(self, batch: EncodedBatch, sampling: Sampling) -> dict[int, str]:
-        """The questions whose answers may need positions that the model hasn't learnt, and the reason for each."""
+        """Returns the questions whose responses may exceed the learned position embeddings, with the reason for each.
+
+        Args:
+            batch: Encoded questions.
+            sampling: Decoding settings; ``max_new_tokens`` is used.
+
+        Returns:
+            Row of the question -> reason. Empty for models that compute positions, which have no such limit.
+        """
         learned = (part for name, part in self.base.get_decoder().named_modules() if name.endswith("embed_positions"))
         if not any(isinstance(part, nn.Embedding) for part in learned):
-            return {}  # it computes positions, as many as there are
+            return {}  # positions are computed, without a limit
         limit, new = self.collator.max_length, sampling.max_new_tokens
         lengths = [encoding["input_ids"].shape[1] for encoding in batch.encodings]
         return {
@@ -306,7 +373,20 @@ class Transformers(LocalVLM):
     def generate(
         self, batch: EncodedBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy"
     ) -> list[Generation]:
-        """Answers the questions of a batch; those about one image share what they begin with, where they can."""
+        """Generates a response to each question of a batch.
+
+        Questions about one image share the computation of their common prefix, where the model supports it.
+
+        Args:
+            batch: Encoded questions; completions are ignored.
+            sampling: Decoding settings.
+            seed: The sampling noise of a record depends on (seed, record id, step) and nothing else.
+            adapter: Which adapter is active. Without adapters, every choice is the base model.
+
+        Raises:
+            Unanswered: A prompt with its response may exceed the learned positions, or logits were not finite. It holds
+                the responses to the other questions.
+        """
         if reasons := self.without_room(batch, sampling):
             some = torch.tensor([row for row in range(len(batch)) if row not in reasons])
             answers: Iterator[Generation | str]
@@ -323,7 +403,7 @@ class Transformers(LocalVLM):
         if sampling.temperature > 0:
             chain.append(KeyedNoise([seed_for(seed, question.id) for question in batch.questions]))
         training = self.training
-        self.eval()  # no dropout, and a cache also where gradients are checkpointed
+        self.eval()  # disables dropout, and allows a cache with gradient checkpointing
         with active(self.base, adapter):
             sharing, asked = self.sharing, batch.encodings
             inputs = sharing.inputs(asked, tokenwise) or sharing.alone(asked, tokenwise)

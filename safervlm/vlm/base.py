@@ -1,9 +1,9 @@
-"""The surface that measurement and objectives see of a vision-language model.
+"""Abstract interface of vision-language models (VLMs).
 
-Measuring needs :class:`VLM`, which answers; training needs :class:`safervlm.vlm.local.LocalVLM`, whose weights are
-here.
+Measurement needs :class:`VLM`, which generates responses. Training needs :class:`safervlm.vlm.local.LocalVLM`, whose
+weights are loaded in this process.
 
-Shapes: B questions of a batch, C completions in all, T tokens of the longest completion, V words of the vocabulary, H
+Shapes: B questions of a batch, C completions in all, T tokens of the longest completion, V tokens of the vocabulary, H
 hidden units.
 """
 
@@ -21,21 +21,22 @@ from safervlm.records import Example, Question
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
 
-CHARACTERS = 64  # of a token, on average over a text: more than in any text that people read
+CHARACTERS = 64  # upper bound on the mean number of characters per token; natural text stays below it
 
 
 def tokenizable_example(example: Example, max_length: int) -> Example:
-    """Replaces halves of surrogate pairs in the question and the completions of an example; its id stays.
+    """Replaces unpaired surrogates in the question and the completions of an example; its id is kept.
 
     Args:
-        example: as the dataset has it.
-        max_length: tokens that the model takes.
+        example: The example as the dataset provides it.
+        max_length: Number of tokens that the model accepts.
 
     Returns:
-        The example as a tokenizer takes it.
+        A copy of the example whose texts a tokenizer accepts.
 
     Raises:
-        RecordError: a text is so long that it can't fit, which is known without the minutes of tokenising it.
+        RecordError: A text has more than :data:`CHARACTERS` characters per accepted token. It can't fit, and tokenising
+            it could take minutes.
     """
     for text in (example.question.prompt, *example.completions):
         if len(text) > CHARACTERS * max_length:
@@ -48,13 +49,13 @@ def tokenizable_example(example: Example, max_length: int) -> Example:
 
 
 class Batch(ABC):
-    """What a collator makes of examples: the questions, and the tensors that a family needs.
+    """Questions of a batch with the tensors that a model family needs; made by the family's collator.
 
-    No dataclass: where Lightning converts a batch (DeepSpeed, or a true half precision) it would go into one, down to
-    the questions, which are frozen. The VLM converts what it reads.
+    It is no dataclass on purpose: where Lightning converts a batch (DeepSpeed, true half precision), it would descend
+    into a dataclass, down to the questions, which are frozen. The VLM converts the tensors itself.
 
     Args:
-        questions: the B questions.
+        questions: The B questions.
     """
 
     def __init__(self, questions: list[Question]) -> None:
@@ -64,28 +65,32 @@ class Batch(ABC):
         return len(self.questions)
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device; Lightning calls it."""
+        """Returns the batch on another device; called by Lightning.
+
+        Args:
+            device: The target device.
+        """
         return self
 
     @abstractmethod
     def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
-        """Some of the questions, each with its generated answer as its one completion.
+        """Returns a batch of some of the questions, each with its generated response as its only completion.
 
         Args:
-            rows: the numbers of the questions.
-            answers: the tokens of the answer to each of the B questions; none to generate.
+            rows: Indices of the questions to keep, in the order of the new batch.
+            answers: Token ids of the response to each of the B questions; None for a batch without completions.
         """
 
 
 @dataclass
 class Scores:
-    """What :meth:`VLM.score` says of C completions, at response positions only.
+    """Per-token scores of C completions, returned by :meth:`safervlm.vlm.local.LocalVLM.score`.
 
     Attributes:
-        logprobs: (C, T) log-probability of each response token, 0 where there is none.
+        logprobs: (C, T) log-probability of each response token, in nats; 0 outside the mask.
         mask: (C, T) True at response tokens.
-        entropy: (C, T) of the next-token distribution, in nats; None unless asked for.
-        hidden: (C, T, H) the hidden states that predict the tokens; None unless asked for.
+        entropy: (C, T) entropy of the next-token distribution, in nats; None unless requested.
+        hidden: (C, T, H) hidden states that predict the tokens; None unless requested.
     """
 
     logprobs: Tensor
@@ -96,15 +101,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer as it was generated.
+    """A generated response.
 
     Attributes:
-        token_ids: the generated tokens, the end token included; a server tells only how many there are, and 0 stands
-            for a number that is not known.
-        text: without special tokens.
-        finish_reason: ``stop`` when the VLM ended the answer, ``length`` when the limit did; ``refusal`` when a server
-            marks the text as one, ``content_filter`` when its filter cut the answer, mostly to nothing. Any other is a
-            server's own word for an answer that ended by itself.
+        token_ids: Generated tokens, including the end token. For a server, only the length is meaningful, and 0 stands
+            for an unknown length.
+        text: Decoded text without special tokens.
+        finish_reason: ``stop`` if the VLM ended the response, ``length`` if the token limit did, ``refusal`` if a
+            server marks the text as a refusal, ``content_filter`` if the server's filter cut the response (often to an
+            empty text). Any other value is the server's own word for a response that ended by itself.
     """
 
     token_ids: Sequence[int]
@@ -112,11 +117,17 @@ class Generation:
     finish_reason: str
 
 
-class Unanswered(RecordError):  # noqa: N818 (what happened, not what is wrong)
-    """A question got no answer; of a whole batch, it comes when all others have theirs.
+class Unanswered(RecordError):  # noqa: N818 (names an event, not an error)
+    """Raised when questions of a batch could not be answered; ``answers`` holds the results of the others.
+
+    It is raised after all other questions of the batch are finished.
+
+    Args:
+        reason: Why a question has no response, in one line; the exception's message.
+        answers: One entry per question of the batch, in order: the response, or the reason why there is none.
 
     Attributes:
-        answers: one a question of the batch, in its order: the answer, or a line that says why there is none.
+        answers: The same entries as a list; empty if the exception concerns a single question.
     """
 
     def __init__(self, reason: str, answers: Sequence[Generation | str] = ()) -> None:
@@ -130,15 +141,15 @@ NOT_FINITE = (
 
 
 def answered(questions: Sequence[Question], generations: Sequence[Generation], bad: Sequence[bool]) -> list[Generation]:
-    """The answers of a batch, if the logits of all of them were finite.
+    """Returns the responses of a batch if the logits of all of them were finite.
 
     Args:
-        questions: the B questions.
-        generations: the B answers.
-        bad: of each question, whether a logit was NaN or infinite.
+        questions: The B questions.
+        generations: The B responses.
+        bad: For each question, whether NaN or infinite logits occurred.
 
     Raises:
-        Unanswered: some weren't; it holds the other answers.
+        Unanswered: Some logits were not finite. It holds the responses to the other questions.
     """
     if not any(bad):
         return list(generations)
@@ -153,28 +164,31 @@ Collator = Callable[[Sequence[Example]], Any]
 
 
 class VLM(nn.Module, ABC):
-    """A vision-language model that answers questions about images."""
+    """Abstract base class of vision-language models that answer questions about images."""
 
     @property
     @abstractmethod
     def collator(self) -> Collator:
-        """Makes a batch of examples; picklable, and holds no weights."""
+        """Callable that makes a batch of examples; picklable, and without weights."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What of the VLM decides an answer, as plain JSON values."""
+        """Returns the settings of the VLM that determine a response, as plain JSON values."""
 
     @abstractmethod
     def load(self) -> None:
-        """Gets ready to answer; a second call does nothing."""
+        """Prepares the VLM for generation; a second call does nothing."""
 
     @abstractmethod
     def generate(self, batch: Any, sampling: Sampling, seed: int, adapter: Adapter = "policy") -> list[Generation]:
-        """Answers the questions of a batch.
+        """Generates a response to each question of a batch.
 
         Args:
-            batch: its completions, if any, are not looked at.
-            sampling: how to draw.
-            seed: the noise of a record's answer is drawn from (seed, record id, step) and nothing else.
-            adapter: which weights answer; without adapters every choice is the base model.
+            batch: A batch made by :attr:`collator`; completions, if any, are ignored.
+            sampling: Decoding settings.
+            seed: The sampling noise of a record depends on (seed, record id, step) and nothing else.
+            adapter: Which adapter is active. Without adapters, every choice is the base model.
+
+        Returns:
+            The B responses, in the order of the questions.
         """

@@ -1,9 +1,9 @@
-"""A cache of keys and values with room at its end: a step writes what is new; the library's copies all that is old.
+"""KV cache with spare capacity: appends in place instead of re-allocating at every step.
 
-Of a large batch those copies are much of a step's work, and on a GPU each is a little larger than every piece of memory
-that was freed before.
+The library's cache copies all keys and values at every step. For a large batch, these copies are much of the work of a
+step, and on a GPU each copy is slightly larger than any block of memory that was freed before.
 
-Shapes: R rows, A attention heads that have keys, K cached positions, D the width of a head.
+Shapes: R rows, A key/value heads, K cached positions, D head dimension.
 """
 
 from torch import Tensor
@@ -12,21 +12,33 @@ from transformers.cache_utils import DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):
-    """The keys and values of a layer: views of buffers that are longer."""
+    """Keys and values of one layer, stored as views of longer buffers."""
 
     buffers: tuple[Tensor, Tensor]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Begins with no position and no room."""
+        """Initialises empty keys and values without spare capacity.
+
+        Args:
+            key_states: (R, A, K, D) keys, for their shape, data type and device.
+            value_states: (R, A, K, D) values, for the same.
+        """
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = self.buffers = (key_states[:, :, :0], value_states[:, :, :0])
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Writes (R, A, new, D) keys and values behind the others; gives all of them."""
+        """Appends keys and values, and returns all cached ones.
+
+        Args:
+            key_states: (R, A, new, D) keys to append.
+            value_states: (R, A, new, D) values to append.
+            *_: Further arguments of the library; ignored.
+            **__: Further arguments of the library; ignored.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        # What else the library does to a cache leaves other tensors than these views.
+        # Other operations of the library on a cache replace these views by other tensors.
         if end > self.buffers[0].shape[2] or self.keys.data_ptr() != self.buffers[0].data_ptr():
             self.buffers = (longer(self.keys, end), longer(self.values, end))
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
@@ -35,13 +47,28 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some of the rows, and lets go of the memory of the others."""
+        """Keeps some of the rows, and frees the memory of the others.
+
+        Args:
+            indices: Rows to keep, in their new order.
+        """
         super().batch_select_indices(indices)
         self.buffers = (self.keys, self.values)
 
 
 def longer(cached: Tensor, length: int) -> Tensor:
-    """(R, A, K, D) with room for ``length`` positions and a quarter more: few copies, little that stays empty."""
+    """Copies cached states into a buffer with spare capacity.
+
+    The capacity is ``length`` and the larger of 64 positions and a quarter of ``length``: few copies, little unused
+    memory.
+
+    Args:
+        cached: (R, A, K, D) keys or values.
+        length: Number of positions that are needed now, at least K.
+
+    Returns:
+        (R, A, capacity, D) the buffer; positions after the first K are uninitialised.
+    """
     rows, heads, positions, width = cached.shape
     buffer = cached.new_empty(rows, heads, length + max(64, length // 4), width)
     buffer[:, :, :positions] = cached
@@ -49,11 +76,11 @@ def longer(cached: Tensor, length: int) -> Tensor:
 
 
 def roomy(config: PreTrainedConfig | None = None) -> DynamicCache:
-    """An empty cache.
+    """Returns an empty cache with spare capacity.
 
     Args:
-        config: of a language model, some of whose layers may keep something else: they are the library's. Without it
-            every layer keeps everything.
+        config: Configuration of a language model, some of whose layers may need another kind of cache layer; those stay
+            the library's. Without it, every layer caches all positions.
     """
     cache = DynamicCache(config=config)
     if config is None:

@@ -1,7 +1,7 @@
-"""What differs between transformers releases, and the library's private names that the VLMs need.
+"""Differences between transformers releases, and private names of libraries that the VLMs need.
 
-Everything here has a condition under which it can go ("Remove when"). No other module of the package asks for a version
-or imports a private name of transformers or torch.
+Each entry states the condition under which it can be removed ("Remove when"). No other module of the package checks a
+version or imports a private name of transformers or torch.
 """
 
 from inspect import signature
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map  # Remove when torch.utils.pytree is public in the oldest release.
 from transformers import GenerationMixin, LlamaModel, PreTrainedModel
 from transformers.modeling_utils import local_torch_dtype  # Remove when CogVLM and XComposer2 are no longer supported.
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING  # Remove when AutoProcessor says its class.
-from transformers.models.auto.tokenization_auto import get_tokenizer_config  # Remove together with vlm/remote.py.
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING  # Remove when AutoProcessor exposes it.
+from transformers.models.auto.tokenization_auto import get_tokenizer_config  # Remove together with vlm/remote/.
 from transformers.utils import ModelOutput
 
 __all__ = [
@@ -33,38 +33,38 @@ CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "pas
 
 
 def checkpoint_activations(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Turns on activation checkpointing, which was called gradient checkpointing.
+    """Turns on activation checkpointing, formerly called gradient checkpointing.
 
     Remove when transformers>=5.23 is required.
 
     Args:
-        model: a Hugging Face model.
-        settings: arguments of :func:`torch.utils.checkpoint.checkpoint`.
+        model: A Hugging Face model.
+        settings: Keyword arguments of :func:`torch.utils.checkpoint.checkpoint`.
     """
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": settings})
 
 
 def takes_a_plain_cache(model: PreTrainedModel) -> bool:
-    """Whether a model keeps its state in a ``DynamicCache`` and can leave out the logits of a prompt.
+    """Returns whether a model keeps its state in a ``DynamicCache`` and can skip the logits of prompt tokens.
 
     Remove when the two properties are public.
 
     Args:
-        model: that generates.
+        model: A generative model.
     """
     return bool(model._supports_default_dynamic_cache() and model._supports_logits_to_keep())
 
 
 def position_ids(model: GenerationMixin, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """The position ids that ``generate`` would compute for a batch.
+    """Returns the position ids that ``generate`` would compute for a batch.
 
     Remove when ``generate`` accepts a cache of several prompts that share a prefix.
 
     Args:
-        model: that generates.
-        input_ids: (rows, tokens).
-        inputs: the model's other inputs, such as the sizes of the images.
+        model: A generative model.
+        input_ids: (rows, tokens) token ids.
+        inputs: The model's other inputs, such as the sizes of the images.
 
     Returns:
         (rows, tokens), with a leading dimension for models whose positions have several coordinates.
@@ -74,13 +74,13 @@ def position_ids(model: GenerationMixin, input_ids: Tensor, inputs: dict[str, An
 
 
 def grown_inputs(model: GenerationMixin, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a model after one generated token: masks and token types are one longer.
+    """Returns the inputs of a model after one generated token: masks and token types are one token longer.
 
-    Remove when a public function of ``generate`` does this.
+    Remove when ``generate`` has a public function for this.
 
     Args:
-        model: that generates.
-        inputs: of the prompt.
+        model: A generative model.
+        inputs: Inputs of the prompt.
     """
     grown: dict[str, Any] = model._update_model_kwargs_for_generation(ModelOutput(), inputs, is_encoder_decoder=False)
     return grown

@@ -1,4 +1,4 @@
-"""Questions and completions through a Hugging Face processor: texts and images to tensors."""
+"""Encodes questions and completions with a Hugging Face processor: texts and images to tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,16 +15,17 @@ from safervlm.records import Example, Question
 from safervlm.vlm.base import CHARACTERS, Batch, tokenizable_example
 from safervlm.vlm.prefix import Encoding
 
-LONGEST = 100_000  # tokens of a conversation, where a model names no limit
+LONGEST = 100_000  # upper bound on the tokens of a conversation; it caps the limit that a model declares
 
 
 class EncodedBatch(Batch):
-    """Questions as the model's processor encodes them, one by one.
+    """Questions that the model's processor has encoded one by one.
 
     Args:
-        questions: the B questions.
-        encodings: of each question, what the processor gives: ``input_ids`` (1, prompt tokens) and whatever else.
-        completions: of each question, its completions' tokens; empty to generate.
+        questions: The B questions.
+        encodings: For each question, the processor's output: ``input_ids`` (1, prompt tokens) and family-specific
+            inputs.
+        completions: For each question, the token ids of its completions; empty for generation.
     """
 
     def __init__(
@@ -34,14 +35,23 @@ class EncodedBatch(Batch):
         self.encodings, self.completions = encodings, completions
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device; Lightning calls it."""
+        """Returns the batch on another device; called by Lightning.
+
+        Args:
+            device: The target device.
+        """
         encodings: list[Encoding] = [
             {name: tensor.to(device) for name, tensor in encoding.items()} for encoding in self.encodings
         ]
         return type(self)(self.questions, encodings, self.completions)
 
     def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
-        """Some of the questions, each with its generated answer as its one completion."""
+        """Returns a batch of some of the questions, each with its generated response as its only completion.
+
+        Args:
+            rows: Indices of the questions to keep.
+            answers: Token ids of the response to each of the B questions; None for a batch without completions.
+        """
         chosen = rows.tolist()
         return type(self)(
             [self.questions[row] for row in chosen],
@@ -51,24 +61,28 @@ class EncodedBatch(Batch):
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The special tokens by their ids; a tokenizer's own list leaves out those that have no role in it."""
+    """Returns the special tokens by id, including those without a role, which the tokenizer's own list omits.
+
+    Args:
+        tokenizer: The model's tokenizer.
+    """
     added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 @dataclass
 class ProcessorCollator:
-    """Examples -> :class:`EncodedBatch` by the model's processor; picklable, without weights.
+    """Makes an :class:`EncodedBatch` of examples with the model's processor; picklable, without weights.
 
     Attributes:
-        processor: the model's.
-        template: the text around a question, for a model without a chat template; None for the chat template.
-        system: the conversation's system prompt; empty for none.
-        eos_token_ids: the tokens that end an answer.
-        max_length: a longer prompt with its completion is refused, never cut.
-        question_length: the same of a question that is read a second time, by a Q-Former; 0 where none does.
-        images: how images are decoded.
-        words: tokens that the model has embeddings for; a tokenizer may have more.
+        processor: The model's processor.
+        template: Prompt text with ``{question}``, for a model without a chat template; None for the chat template.
+        system: System prompt of the conversation; empty for none.
+        eos_token_ids: Tokens that end a response.
+        max_length: Maximum number of tokens of a prompt with its completion. Longer ones are rejected, never truncated.
+        question_length: Maximum number of tokens of the question for a Q-Former; 0 for models without one.
+        images: How images are decoded.
+        words: Number of tokens that the model has embeddings for; a tokenizer may have more.
     """
 
     processor: ProcessorMixin
@@ -82,11 +96,16 @@ class ProcessorCollator:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The processor's."""
+        """The processor's tokenizer."""
         return self.processor.tokenizer
 
     def __call__(self, examples: Sequence[Example]) -> EncodedBatch:
-        """Reads the images and encodes prompts and completions."""
+        """Decodes the images and encodes prompts and completions.
+
+        Raises:
+            RecordError: A text contains a special token, is too long, or has a token without an embedding; or the
+                processor or the image decoder rejects the image.
+        """
         encodings, completions = [], []
         questions = [example.question for example in examples]
         examples = [tokenizable_example(example, self.max_length) for example in examples]
@@ -101,7 +120,7 @@ class ProcessorCollator:
                 encoding = self.encode(example.question)
             except RecordError:
                 raise
-            except ValueError as error:  # of an image of another shape than it can handle, for example
+            except ValueError as error:  # for example, an unsupported image shape
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise RecordError(f"{name}: the model's processor can't take it ({reason})") from error
             answers = [self.completion_ids(encoding, text.strip()) for text in example.completions]
@@ -120,20 +139,25 @@ class ProcessorCollator:
         return EncodedBatch(questions, encodings, completions)
 
     def messages(self, question: str, image: Any = None) -> list[dict[str, Any]]:
-        """The conversation up to the answer."""
+        """Returns the conversation up to the response, in the format of chat templates.
+
+        Args:
+            question: Text of the question.
+            image: The image; None for a placeholder without pixels.
+        """
         shown = {"type": "image"} if image is None else {"type": "image", "image": image}
         system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
         return [*system, {"role": "user", "content": [shown, {"type": "text", "text": question}]}]
 
     def written(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        """What the chat template, a program that comes with the model, makes of a conversation.
+        """Renders a conversation with the chat template, a program that comes with the model, within limits.
 
         Args:
-            messages: the conversation.
-            add_generation_prompt: whether it ends with the beginning of an answer.
+            messages: The conversation.
+            add_generation_prompt: Whether to append the beginning of a response.
 
         Raises:
-            ArgumentError: the template computes for too long, or writes too much.
+            ArgumentError: The template takes too long, or its output is too long.
         """
         remedy = "give vlm.template in its place, or use another model"
         with computing_limit(f"vlm.model: its chat template computes for too long; {remedy}"):
@@ -144,14 +168,25 @@ class ProcessorCollator:
         return text
 
     def encode(self, question: Question) -> Encoding:
-        """One question with its image, as the model's processor encodes it; a blank image stands for none."""
+        """Encodes one question and its image with the model's processor; a question without an image gets a blank one.
+
+        Args:
+            question: The question, with the path of its image.
+
+        Returns:
+            The processor's output, each tensor with a leading dimension of 1.
+
+        Raises:
+            RecordError: The image can't be decoded.
+            ArgumentError: The chat template exceeds its limits.
+        """
         path = question.image_path
         image = BLANK if path is None else open_image(path, question.id, self.images)
         if self.template is not None:
             text = self.template.format(question=question.prompt)
             encoding = dict(self.processor(images=image, text=text, return_tensors="pt"))
         else:
-            self.written(self.messages(question.prompt), add_generation_prompt=True)  # within its limits
+            self.written(self.messages(question.prompt), add_generation_prompt=True)  # raises beyond the limits
             encoding = dict(
                 self.processor.apply_chat_template(
                     self.messages(question.prompt, image),
@@ -161,11 +196,20 @@ class ProcessorCollator:
                     return_tensors="pt",
                 )
             )
-        encoding.pop("labels", None)  # of a prompt
+        encoding.pop("labels", None)  # a prompt has no labels
         return encoding
 
     def completion_ids(self, prompt: Encoding, answer: str) -> list[int]:
-        """The tokens of an answer, the end token included, as they follow its prompt."""
+        """Returns the token ids of a response as they follow its prompt, including the end token.
+
+        Args:
+            prompt: Encoding of the prompt.
+            answer: Text of the response.
+
+        Raises:
+            ArgumentError: The chat template writes a given response differently from a generated one, or the tokenizer
+                merges the end of the prompt with the beginning of the response.
+        """
         if self.template is not None:
             stem = self.tokenizer.decode(prompt["input_ids"][0, -1:])
             whole = f"{stem}{answer}" if stem[-1:].isspace() else f"{stem} {answer}"
@@ -186,6 +230,6 @@ class ProcessorCollator:
             raise ArgumentError(
                 f"the tokenizer merges the prompt with the answer {answer[:40]!r}; its family needs its own file"
             )
-        # The end that the template writes, else the first that the model knows.
+        # The end token that the template writes, or else the model's first end token.
         last = next((token for token in behind if token in self.eos_token_ids), self.eos_token_ids[0])
         return [*ids[len(before) :], last]

@@ -27,22 +27,25 @@ from safervlm.vlm.lora import LoRA
 from safervlm.vlm.packed import PackedBatch, PackedVLM, pack
 from safervlm.vlm.weights import load_model, reading
 
-ROWS_AT_ONCE = 64  # of an image that is padded and resized
+ROWS_AT_ONCE = 64  # number of pixel rows that are padded and resized together
 
 
 def shrunk_square(
     image: Image.Image, side: int, colour: tuple[int, ...], resample: Image.Resampling | int
 ) -> Image.Image:
-    """An image padded to a square of its longer side and resized; the square itself is never made.
+    """Pads an image to a square and resizes it, without allocating the padded square.
 
     Pillow resizes rows, then columns, and rounds to 8 bits in between. So rows can be padded and resized a few at a
-    time, and columns be padded after that: the result is the same bit for bit, in memory for the image alone.
+    time, and columns can be padded after that. The result is bit-identical, and needs memory for the image alone.
 
     Args:
-        image: in RGB.
-        side: of the result, in pixels.
-        colour: of the padding.
-        resample: the filter.
+        image: RGB image; it is padded to a square of its longer side.
+        side: Side of the result, in pixels.
+        colour: Padding colour.
+        resample: Pillow's resampling filter.
+
+    Returns:
+        The (side, side) image.
     """
     width, height = image.size
     long = max(width, height)
@@ -58,17 +61,17 @@ def shrunk_square(
 
 @dataclass
 class LlavaCollator:
-    """Examples -> :class:`PackedBatch` in LLaVA's conversation; picklable, without weights.
+    """Makes a :class:`PackedBatch` of examples in LLaVA's conversation format; picklable, without weights.
 
     Attributes:
-        tokenizer: the model's.
-        image_processor: the model's, on PIL images.
-        image_tokens: the number of placeholders of an image.
-        image_token_id: the placeholder.
-        system: the conversation's system prompt; empty for none.
-        max_length: a longer prompt with its completion is refused, never cut.
-        images: how images are decoded.
-        words: tokens that the model has embeddings for; a tokenizer may have more.
+        tokenizer: The model's tokenizer.
+        image_processor: The model's image processor, with the PIL backend.
+        image_tokens: Number of placeholder tokens per image.
+        image_token_id: Id of the placeholder token.
+        system: System prompt of the conversation; empty for none.
+        max_length: Maximum number of tokens of a prompt with its completion. Longer ones are rejected, never truncated.
+        images: How images are decoded.
+        words: Number of tokens that the model has embeddings for; a tokenizer may have more.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -81,7 +84,12 @@ class LlavaCollator:
     words: int = 2**31
 
     def __call__(self, examples: Sequence[Example]) -> PackedBatch:
-        """Reads the images, once each, and tokenises prompts and completions."""
+        """Decodes each different image once, and tokenises prompts and completions.
+
+        Raises:
+            RecordError: A text contains the image placeholder, is too long, or has a token without an embedding; or an
+                image can't be decoded.
+        """
         rows: dict[str | None, int] = {}
         pixels: list[Tensor] = []
         for question in (example.question for example in examples):
@@ -113,19 +121,32 @@ class LlavaCollator:
         )
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """(1, 3, height, width) what the image processor makes of an image.
+        """Returns the pixel values that the image processor computes for an image.
 
-        It would pad to a square of the longer side before it shrinks that; this gives the same bits in less memory.
+        The processor would pad to a square of the longer side before it resizes; this returns the same bits with less
+        memory.
+
+        Args:
+            image: RGB image.
+
+        Returns:
+            (1, 3, height, width) pixel values.
         """
         size = self.image_processor.size
         if self.image_processor.do_pad and self.image_processor.do_resize and size.shortest_edge:
-            # The processor's padding, its own way to round included.
+            # The processor's padding colour, rounded as it rounds.
             colour = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
             image = shrunk_square(image, size.shortest_edge, colour, self.image_processor.resample)
         return self.image_processor([image], return_tensors="pt")["pixel_values"]
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The conversation up to the answer; the texts on both sides of the image are tokenised apart, as published."""
+        """Returns the token ids of the conversation up to the response.
+
+        The texts before and after the image are tokenised separately, as in the published code.
+
+        Args:
+            prompt: Text of the question.
+        """
         before = self.tokenizer(f"{self.system} USER: ".lstrip()).input_ids
         behind = self.tokenizer(f"\n{prompt} ASSISTANT:").input_ids
         if behind[0] == self.tokenizer.bos_token_id:
@@ -133,7 +154,14 @@ class LlavaCollator:
         return [*before, *[self.image_token_id] * self.image_tokens, *behind]
 
     def completion_ids(self, text: str) -> list[int]:
-        """The tokens that follow ``ASSISTANT:`` when the answer is ``text``, the end token included."""
+        """Returns the token ids that follow ``ASSISTANT:``, including the end token.
+
+        Args:
+            text: Text of the response.
+
+        Raises:
+            ArgumentError: The tokenizer merges ``ASSISTANT:`` with the beginning of the response.
+        """
         stem = self.tokenizer("ASSISTANT:").input_ids
         whole = self.tokenizer(f"ASSISTANT: {text}").input_ids
         if whole[: len(stem)] != stem:
@@ -147,16 +175,17 @@ class Llava(PackedVLM):
     """LLaVA-1.5 in the Hugging Face format.
 
     Args:
-        model: name on the Hugging Face Hub, or folder, of the model and its processor.
-        revision: branch, tag or commit of a model on the Hub; a commit makes a run repeatable.
-        adapter: PEFT folder of the adapter to measure with, for example ``runs/ppo/adapter``; none for the base model.
-        lora: the adapter that training makes.
-        dtype: of the base weights; the adapter's stay in float32.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        image_fit: how an image becomes a square: ``pad`` with the mean colour (the published training and evaluation of
-            trained models), or ``crop`` its centre (the published measurement).
-        system: the conversation's system prompt; empty for none.
-        images: how images are decoded, and which are too large.
+        model: Name on the Hugging Face Hub, or folder, of the model and its processor.
+        revision: Branch, tag or commit of a model on the Hub. A commit makes a run reproducible.
+        adapter: PEFT folder of the adapter to measure, for example ``runs/ppo/adapter``. None for the base model.
+        lora: Settings of the LoRA adapters that training creates.
+        dtype: Data type of the base weights. Adapter weights stay in float32.
+        gradient_checkpointing: Recompute activations in the backward pass. Takes less memory and about a third more
+            time.
+        image_fit: How an image is made square. ``pad`` pads with the mean colour (the published training, and the
+            published evaluation of trained models); ``crop`` crops the centre (the published measurement).
+        system: System prompt of the conversation; empty for none.
+        images: How images are decoded, and the size limits above which they are rejected.
     """
 
     def __init__(
@@ -176,7 +205,7 @@ class Llava(PackedVLM):
 
     @cached_property
     def collator(self) -> LlavaCollator:
-        """Reads the tokenizer and the image processor when it is first asked for."""
+        """The collator; the tokenizer and the image processor are loaded on first access."""
         with reading(self.name):
             config = AutoConfig.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
             if not isinstance(config, LlavaConfig):
@@ -200,43 +229,50 @@ class Llava(PackedVLM):
         )
 
     def describe(self) -> dict[str, Any]:
-        """What of the VLM decides an answer."""
+        """Returns the settings of the VLM that determine a response."""
         return super().describe() | {"image_fit": self.image_fit, "system": self.system} | self.images.describe()
 
     def load_base(self) -> PreTrainedModel:
-        """Reads the base weights, from safetensors only."""
+        """Loads the base weights, from safetensors only."""
         return load_model(
             LlavaForConditionalGeneration,
             self.name,
             revision=self.revision,
             dtype=self.dtype,
             use_safetensors=True,
-            # The mask of shared prompts is boolean; eager attention would add it to the scores.
+            # Packed rows use a boolean attention mask; eager attention would add it to the scores.
             attn_implementation="sdpa",
         )
 
     def language_model(self) -> PreTrainedModel:
-        """The Llama inside."""
+        """Returns the Llama model inside LLaVA."""
         return self.base.model.language_model
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """(I, 3, height, width) -> (I, image tokens, H)."""
+        """Encodes images with the vision tower and the projector.
+
+        Args:
+            pixel_values: (I, 3, height, width) pixel values.
+
+        Returns:
+            (I, image tokens, H) image features.
+        """
         features = self.base.get_image_features(pixel_values.to(self.base.dtype), return_dict=True).pooler_output
         return torch.stack(list(features))
 
     @property
     def image_token_id(self) -> int:
-        """``<image>``."""
+        """Id of ``<image>``."""
         return self.collator.image_token_id
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's."""
+        """The model's tokenizer."""
         return self.collator.tokenizer
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """``</s>``."""
+        """Id of ``</s>``, as a list."""
         if self.tokenizer.eos_token_id is None:
             raise ArgumentError(
                 f"vlm.model: the tokenizer of {self.name!r} names no token that ends an answer (eos_token)"

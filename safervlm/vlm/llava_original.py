@@ -1,7 +1,8 @@
-"""LLaVA-1.5 in its authors' format, for example ``liuhaotian/llava-v1.5-7b``: converted once, then a :class:`Llava`.
+"""LLaVA-1.5 in its authors' format, for example ``liuhaotian/llava-v1.5-7b``.
 
-The original holds a Llama and a projector under other names, no image token, and mostly no vision tower: that is CLIP's
-from the Hub. Logits are the same before and after.
+A model is converted once, then used as :class:`Llava`. The original format stores a Llama and a projector under other
+names, has no image token, and usually has no vision tower, which is then CLIP's from the Hub. The conversion doesn't
+change the logits.
 """
 
 import re
@@ -36,34 +37,35 @@ from safervlm.vlm.weights import (
     weights_fingerprint,
 )
 
-# Names of the original -> names of a llava-hf checkpoint, in which transformers has its own way of reading them.
+# Weight names of the original -> names of a llava-hf checkpoint, which transformers maps to its own on loading.
 NAMES = (
     (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
     (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
     (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"^(model|lm_head)\.", r"language_model.\1."),
 )
-# Of what is written; a change of it needs another number, so that older conversions are not used.
+# Version of the converted format. Increase it with every change, so that older conversions are not reused.
 FORMAT = "2"
-DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # computed by the model, stored by older versions of it
+DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")  # computed buffers that older versions stored
 
 
 class LlavaOriginal(Llava):
-    """LLaVA-1.5 in its authors' format, and its adapters; both are converted once, into the cache.
+    """LLaVA-1.5 in its authors' format, with its adapters; both are converted once, into a cache folder.
 
     Args:
-        model: name on the Hugging Face Hub, or folder, of the model in the original format.
-        revision: branch, tag or commit of a model on the Hub; a commit makes a run repeatable.
-        adapter: PEFT folder of an adapter, ours or one that was trained on the original; none for the base model.
-        lora: the adapter that training makes.
-        dtype: of the base weights; the adapter's stay in float32.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        image_fit: how an image becomes a square: ``pad`` with the mean colour (the published training and evaluation of
-            trained models), or ``crop`` its centre (the published measurement).
-        system: the conversation's system prompt; empty for none.
-        vision: name on the Hub, or folder, of the vision tower, and of its image processor.
-        cache_dir: where what is converted is kept; as large as the model.
-        images: how images are decoded, and which are too large.
+        model: Name on the Hugging Face Hub, or folder, of the model in the original format.
+        revision: Branch, tag or commit of a model on the Hub. A commit makes a run reproducible.
+        adapter: PEFT folder of an adapter, exported by SaferVLM or trained on the original. None for the base model.
+        lora: Settings of the LoRA adapters that training creates.
+        dtype: Data type of the base weights. Adapter weights stay in float32.
+        gradient_checkpointing: Recompute activations in the backward pass. Takes less memory and about a third more
+            time.
+        image_fit: How an image is made square. ``pad`` pads with the mean colour (the published training, and the
+            published evaluation of trained models); ``crop`` crops the centre (the published measurement).
+        system: System prompt of the conversation; empty for none.
+        vision: Name on the Hub, or folder, of the vision tower and its image processor.
+        cache_dir: Folder for converted models. A conversion is as large as the model.
+        images: How images are decoded, and the size limits above which they are rejected.
     """
 
     def __init__(
@@ -87,31 +89,34 @@ class LlavaOriginal(Llava):
 
     @cached_property
     def collator(self) -> LlavaCollator:
-        """Converts the model when it is first asked for."""
+        """The collator; the model is converted on first access."""
         self.name = str(convert(self.original, self.revision, self.vision, self.cache))
         self.revision = None
         return super().collator
 
     def describe(self) -> dict[str, Any]:
-        """What of the VLM decides an answer; the weights' fingerprint is that of the converted ones."""
+        """Returns the settings of the VLM that determine a response; the weights' fingerprint is of the conversion."""
         return super().describe() | {"model": self.original, "vision": self.vision}
 
 
 def convert(name: str, revision: str | None, vision: str, cache: Path) -> Path:
-    """Writes a model in the original format as ``save_pretrained`` writes a LLaVA, unless it is in the cache.
+    """Converts a model from the original format to the Hugging Face format, unless the conversion is in the cache.
 
-    The name of its folder is a hash of all that decides what it contains: the original's weights, configuration and
-    tokenizer, the vision tower (its files, or its commit on the Hub), :data:`FORMAT`, and the version of transformers,
-    which converts the tokenizer.
+    The name of the converted folder is a hash of everything that determines its content: the original's weights,
+    configuration and tokenizer, the vision tower (its files, or its commit on the Hub), :data:`FORMAT`, and the version
+    of transformers, which converts the tokenizer.
 
     Args:
-        name: of the original, on the Hub or a folder.
-        revision: on the Hub.
-        vision: the vision tower, on the Hub or a folder.
-        cache: the folder to write into.
+        name: Name on the Hub, or folder, of the original model.
+        revision: Branch, tag or commit on the Hub.
+        vision: Name on the Hub, or folder, of the vision tower.
+        cache: Folder of converted models.
 
     Returns:
-        The folder of the converted model, made before or now.
+        The folder of the converted model.
+
+    Raises:
+        ArgumentError: The model or the vision tower can't be read, is not in the original format, or lacks weights.
     """
     with reading(name):
         wanted = ["*.json", "*.safetensors", "*.bin", "tokenizer.model"]
@@ -122,7 +127,7 @@ def convert(name: str, revision: str | None, vision: str, cache: Path) -> Path:
         raise ArgumentError(f"vlm.model: {name!r} is no LLaVA in the original format; use safervlm.vlm.llava.Llava")
     if not weight_files(source):
         raise ArgumentError(f"vlm.model: no weights (*.safetensors, pytorch_model*.bin) in {source}")
-    # Of the files, not of the commit: an interrupted download lacks some of them.
+    # Hashes the files, not the commit: an interrupted download lacks some of them.
     original = weights_fingerprint(str(source), None)
     tower = weights_fingerprint(vision, None, "vlm.vision")
     folder = cache / fingerprint(FORMAT, version("transformers"), str(original), str(tower))
@@ -134,11 +139,14 @@ def write_converted(out: Path, name: str, source: Path, raw: dict[str, Any], vis
     """Writes the converted model.
 
     Args:
-        out: an empty folder.
-        name: the original's, for errors.
-        source: its folder.
-        raw: its configuration.
-        vision: the vision tower, on the Hub or a folder.
+        out: An empty folder.
+        name: Name of the original model, for error messages.
+        source: Folder of the original model.
+        raw: Content of the original's ``config.json``.
+        vision: Name on the Hub, or folder, of the vision tower.
+
+    Raises:
+        ArgumentError: A weight is missing, unknown or not finite, or the tokenizer and the embeddings differ in size.
     """
     with reading(name):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -182,7 +190,14 @@ def write_converted(out: Path, name: str, source: Path, raw: dict[str, Any], vis
 
 
 def renamed(key: str) -> str:
-    """A weight's name in a llava-hf checkpoint."""
+    """Returns the name of a weight in a llava-hf checkpoint.
+
+    Args:
+        key: Name of the weight in the original format.
+
+    Raises:
+        ArgumentError: The name is none of LLaVA-1.5 in the original format.
+    """
     for pattern, name in NAMES:
         key, count = re.subn(pattern, name, key)
         if count:
@@ -191,11 +206,19 @@ def renamed(key: str) -> str:
 
 
 def convert_adapter(folder: Path, cache: Path) -> Path:
-    """An adapter of the original, with the names of the converted model; PEFT would load it without effect.
+    """Converts an adapter of the original model to the weight names of the converted model.
+
+    Without the conversion, PEFT would load the adapter without effect.
 
     Args:
-        folder: the adapter's PEFT folder; one that needs no conversion is given back as it is.
-        cache: the folder to write into.
+        folder: PEFT folder of the adapter.
+        cache: Folder of converted models and adapters.
+
+    Returns:
+        The folder of the converted adapter, or ``folder`` itself if it needs no conversion.
+
+    Raises:
+        ArgumentError: The adapter can't be read, or its training also changed the projector.
     """
     weights = adapter_weights(folder)
     state = read_tensors(weights, "vlm.adapter")

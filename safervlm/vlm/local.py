@@ -1,7 +1,7 @@
-"""A vision-language model whose weights are here: loading, LoRA adapters, log-probabilities of completions.
+"""Locally loaded vision-language models: weights, LoRA adapters, and log-probabilities of completions.
 
-Shapes: C completions, T tokens of the longest completion, N response tokens in all, V words of the vocabulary, H hidden
-units.
+Shapes: C completions, T tokens of the longest completion, N response tokens in all, V tokens of the vocabulary, H
+hidden units.
 """
 
 from abc import abstractmethod
@@ -29,10 +29,10 @@ from safervlm.vlm.weights import weights_fingerprint
 
 @dataclass
 class Targets:
-    """The response tokens of C completions.
+    """Response tokens of C completions.
 
     Attributes:
-        target: (C, T) the tokens, 0 where there is none.
+        target: (C, T) token ids; 0 outside the mask.
         mask: (C, T) True at response tokens.
     """
 
@@ -41,17 +41,21 @@ class Targets:
 
 
 class LocalVLM(VLM):
-    """A vision-language model with LoRA adapters; a family fills in how it is loaded and how it sees an image.
+    """Abstract VLM with LoRA adapters; a subclass defines how weights are loaded and how images are represented.
 
-    Building one costs nothing: the weights are read by :meth:`load`, the processor by the first use of ``collator``.
+    The constructor is cheap: weights are loaded by :meth:`load`, and the processor on first access of ``collator``.
 
     Args:
-        model: name on the Hugging Face Hub, or folder, of the model and its processor.
-        revision: branch, tag or commit of a model on the Hub; a commit makes a run repeatable.
-        adapter: PEFT folder of the adapter to measure with, for example ``runs/ppo/adapter``; none for the base model.
-        lora: the adapter that training makes.
-        dtype: of the base weights; the adapter's stay in float32.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        model: Name on the Hugging Face Hub, or folder, of the model and its processor.
+        revision: Branch, tag or commit of a model on the Hub. A commit makes a run reproducible.
+        adapter: PEFT folder of the adapter to measure, for example ``runs/ppo/adapter``. None for the base model.
+        lora: Settings of the LoRA adapters that training creates.
+        dtype: Data type of the base weights. Adapter weights stay in float32.
+        gradient_checkpointing: Recompute activations in the backward pass. Takes less memory and about a third more
+            time.
+
+    Raises:
+        ArgumentError: The adapter folder is incomplete, or the model is a path that doesn't exist.
     """
 
     def __init__(
@@ -82,46 +86,54 @@ class LocalVLM(VLM):
 
     @abstractmethod
     def load_base(self) -> PreTrainedModel:
-        """Reads the base weights."""
+        """Loads the base weights."""
 
     @property
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's."""
+        """The model's tokenizer."""
 
     @property
     @abstractmethod
     def eos_token_ids(self) -> list[int]:
-        """The tokens that end an answer."""
+        """Tokens that end a response."""
 
     @abstractmethod
     def response_states(self, batch: Any, adapter: Adapter) -> tuple[Targets, Tensor]:
-        """The N response tokens of a batch with completions, and the (N, H) hidden states that predict them."""
+        """Computes the hidden states that predict the response tokens of a batch.
+
+        Args:
+            batch: A batch with completions, made by the VLM's collator.
+            adapter: Which adapter is active.
+
+        Returns:
+            The response tokens, and the (N, H) hidden states that predict them, in the order of the mask.
+        """
 
     @property
     @abstractmethod
     def image_token_ids(self) -> set[int]:
-        """The placeholders that stand for images."""
+        """Ids of the placeholder tokens of images."""
 
     @cached_property
     def suppressed(self) -> Tensor:
-        """Tokens that an answer never contains: special ones but for the end, and those without a text."""
+        """Tokens that a response never contains: special tokens except the end tokens, and ids without a text."""
         special = set(self.tokenizer.all_special_ids) | self.image_token_ids
         words = self.words
         never = (special | set(range(len(self.tokenizer), words))) - set(self.eos_token_ids)
-        # A tokenizer may have more words than the head, after fine-tuning for example: what it can't say needs no ban.
+        # A tokenizer may have more tokens than the head, for example after fine-tuning; those need no suppression.
         return torch.tensor(sorted(token for token in never if token < words), dtype=torch.long)
 
     @property
     def words(self) -> int:
-        """V, the number of rows of the head."""
+        """V, the number of rows of the output head."""
         return int(self.base.get_output_embeddings().out_features)
 
     def describe(self) -> dict[str, Any]:
-        """What of the VLM decides an answer."""
+        """Returns the settings of the VLM that determine a response."""
         return {
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
-            "model": str(Path(self.name)),  # ./folder and folder are one
+            "model": str(Path(self.name)),  # ./folder and folder are the same
             "revision": self.revision,
             "weights": weights_fingerprint(self.name, self.revision),
             "adapter": self.adapter and {"folder": self.adapter, "sha256": adapter_fingerprint(self.adapter)},
@@ -129,11 +141,16 @@ class LocalVLM(VLM):
         }
 
     def load(self, train: Sequence[Adapter] = (), seed: int = 0) -> None:
-        """Reads the weights and adds the adapters; a second call does nothing.
+        """Loads the weights and adds the adapters; a second call does nothing.
 
         Args:
-            train: the adapters to train, new ones; none to measure with the ``adapter`` of the settings.
-            seed: the new adapters' first weights are drawn from it.
+            train: Adapters to create for training; the first must be ``policy``. Empty to measure, with the adapter of
+                the settings if there is one.
+            seed: Seed of the initial weights of the new adapters.
+
+        Raises:
+            ArgumentError: The adapter can't be loaded; ``train`` is given together with an adapter, or doesn't begin
+                with ``policy``; or ``lora.target_modules`` is not usable with this model.
         """
         if self.model is not None:
             return
@@ -149,7 +166,7 @@ class LocalVLM(VLM):
                 f"vlm.adapter: {self.adapter!r} is given, but training starts from the base model, which is also the "
                 "reference; leave it out (to go on with a run, or to validate it, name its folder as --run)"
             )
-        # Drawn on the CPU, wherever the base is: a seed gives one adapter on every device.
+        # Initialised on the CPU, wherever the base is: a seed determines the same adapter on every device.
         with torch.random.fork_rng(), torch.device("cpu"):
             torch.manual_seed(seed_for(seed, "lora"))
             policy, *others = train
@@ -167,13 +184,13 @@ class LocalVLM(VLM):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         self.model = model
-        self.train()  # the base comes in eval mode, and Lightning leaves modes as they are
+        self.train()  # the base is loaded in eval mode, and Lightning doesn't change modes
         if self.gradient_checkpointing:
             checkpoint_gradients(base)
 
     @property
     def base(self) -> PreTrainedModel:
-        """The Hugging Face model, with whatever adapters stand in its layers."""
+        """The Hugging Face model, including any adapter layers."""
         if self.model is None:
             raise RuntimeError("the weights are not loaded: call load() first")
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -184,14 +201,16 @@ class LocalVLM(VLM):
         return int(self.base.get_output_embeddings().in_features)
 
     def save_adapter(self, folder: Path, origin: Mapping[str, Any] | None = None) -> None:
-        """Writes the policy as a PEFT folder that ``PeftModel.from_pretrained`` loads.
+        """Writes the policy adapter as a PEFT folder that ``PeftModel.from_pretrained`` loads.
 
         Args:
-            folder: to write; an adapter that is there is replaced.
-            origin: the settings that made the adapter; by default those of the VLM alone.
+            folder: Folder to write. An existing adapter in it is replaced.
+            origin: Provenance for the adapter's seal: the settings of the training. By default the settings of the VLM
+                alone.
 
         Raises:
-            ArgumentError: the adapter holds NaN or infinities, or is as it was at the start.
+            ArgumentError: The adapter has NaN or infinite values, or is unchanged since its initialisation.
+            TypeError: The VLM was loaded without an adapter.
         """
         if not isinstance(self.model, PeftModel):
             raise TypeError("there is no adapter to save: the VLM was loaded without one")
@@ -205,15 +224,19 @@ class LocalVLM(VLM):
         entropy: bool = False,
         hidden: bool = False,
     ) -> Scores:
-        """How likely the completions of a batch are.
+        """Computes the log-probabilities of the completions of a batch.
 
         Args:
-            batch: with completions.
-            adapter: which weights answer; ``reference`` is the base model.
-            sampling: None for the model's own distribution; with it, the one that :meth:`generate` draws from (the
-                temperature, and what it suppresses; top_p has to be 1, a cut-off has no gradient).
-            entropy: also give the entropies.
-            hidden: also give the hidden states.
+            batch: A batch with completions.
+            adapter: Which adapter is active; ``reference`` is the base model.
+            sampling: Distribution to score. None for the model's own; otherwise the one that :meth:`generate` samples
+                from, with temperature and suppressed tokens. ``top_p`` must be 1, because a cut-off has no gradient.
+            entropy: Also compute the entropy of each next-token distribution.
+            hidden: Also return the hidden states.
+
+        Raises:
+            ArgumentError: ``sampling.top_p`` is below 1.
+            NotFiniteError: A log-probability is not finite. Checked only where gradients are disabled.
         """
         if sampling is not None and sampling.top_p < 1:
             raise ArgumentError(f"sampling.top_p: scoring needs 1, got {sampling.top_p}")
@@ -223,12 +246,12 @@ class LocalVLM(VLM):
             logits = Suppress(self.suppressed)(None, logits) / sampling.temperature
         logprobs = logits.log_softmax(-1)
         chosen = logprobs.gather(-1, targets.target[targets.mask][:, None])[:, 0]
-        # With a gradient it is the loss that is looked at, by all processes together.
+        # With gradients, the loss is checked instead, by all processes together.
         if not torch.is_grad_enabled() and not bool(torch.isfinite(chosen).all()):
             raise NotFiniteError(f"vlm: {NOT_FINITE}, the first of them {batch.questions[0].id}")
         scores = Scores(_unflatten(chosen, targets.mask), targets.mask)
         if entropy:
-            # 0 log 0 is 0, also for suppressed tokens.
+            # 0 log 0 = 0, also for suppressed tokens.
             flat = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
             scores.entropy = _unflatten(flat, targets.mask)
         if hidden:
@@ -236,12 +259,24 @@ class LocalVLM(VLM):
         return scores
 
     def hidden(self, batch: Any, adapter: Adapter) -> Tensor:
-        """(C, T, H) the hidden states that predict the response tokens, 0 where there is none; no head is run."""
+        """Computes the hidden states that predict the response tokens, without the output head.
+
+        Args:
+            batch: A batch with completions.
+            adapter: Which adapter is active.
+
+        Returns:
+            (C, T, H) hidden states; 0 outside the mask of response tokens.
+        """
         targets, states = self.response_states(batch, adapter)
         return _unflatten(states, targets.mask)
 
     def generation(self, tokens: list[int]) -> Generation:
-        """Generated tokens, cut behind the first one that ends an answer."""
+        """Decodes generated tokens, truncated after the first end token.
+
+        Args:
+            tokens: Generated token ids; anything may follow an end token.
+        """
         end = next((place for place, token in enumerate(tokens) if token in self.eos_token_ids), None)
         if end is not None:
             tokens = tokens[: end + 1]
@@ -250,6 +285,6 @@ class LocalVLM(VLM):
 
 
 def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
-    """(N, ...) values at the N true places of a (C, T) mask -> (C, T, ...), 0 elsewhere."""
+    """Scatters (N, ...) values to the N true places of a (C, T) mask: (C, T, ...), 0 elsewhere."""
     index = mask.nonzero(as_tuple=True)
     return flat.new_zeros(*mask.shape, *flat.shape[1:]).index_put(index, flat)

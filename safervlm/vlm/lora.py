@@ -1,8 +1,8 @@
-"""LoRA: its settings, where it goes, and which adapter is at work.
+"""LoRA: settings, target layers, and switching of the active adapter.
 
-PEFT's own ``set_adapter`` and ``disable_adapter`` also change ``requires_grad``: a policy forward, then
-``set_adapter("value")``, then one joint backward leaves the policy without a gradient, and says nothing. Here
-``requires_grad`` is set once, and switching changes nothing but the adapter that the layers read.
+PEFT's own ``set_adapter`` and ``disable_adapter`` also change ``requires_grad``: a policy forward pass, then
+``set_adapter("value")``, then one joint backward pass leaves the policy without a gradient, without an error. Here
+``requires_grad`` is set once, and switching changes only the active adapter of the layers.
 """
 
 import re
@@ -21,23 +21,28 @@ from safervlm.ranges import in_range
 from safervlm.vlm.compat import checkpoint_activations
 
 Adapter = Literal["policy", "value", "reference"]
-# PEFT writes the adapter called "default" into the folder itself, and others into sub-folders of it.
+# PEFT saves the adapter named "default" into the folder itself, and others into subfolders.
 PEFT_NAMES: dict[Adapter, list[str]] = {"policy": ["default"], "value": ["value"], "reference": []}
 
-# Bare names such as q_proj, or PEFT's "all-linear", would also hit the vision tower.
+# Bare names such as q_proj, or PEFT's "all-linear", would also match the vision tower.
 LANGUAGE_LAYERS = r".*\b(language_model|text_model)\.((model|decoder)\.)*layers\.\d+\.(\w+\.)*(\w+_proj|fc[12])"
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adaptation (arXiv:2106.09685) of the language model's linear layers; the defaults are the paper's.
+    """Low-rank adaptation (arXiv:2106.09685) of the language model's linear layers.
+
+    The defaults are those of the published training (arXiv:2507.11155).
 
     Args:
-        r: rank of the update.
-        alpha: the update is scaled by alpha / r.
-        dropout: probability of dropping an input of the update while training.
-        target_modules: regular expression that a module's whole name has to match; the default is every linear layer
-            of the language model and none of the vision tower.
+        r: Rank of the update.
+        alpha: Scale of the update, which is multiplied by alpha / r.
+        dropout: Probability of dropping an input of the update during training.
+        target_modules: Regular expression that must match the full name of a module. By default, every linear layer of
+            the language model and none of the vision tower.
+
+    Raises:
+        ArgumentError: A value is out of range, or ``target_modules`` is no regular expression.
     """
 
     r: int = 128
@@ -46,7 +51,7 @@ class LoRA:
     target_modules: str = LANGUAGE_LAYERS
 
     def __post_init__(self) -> None:
-        """Refuses values that PEFT would only trip over later."""
+        """Rejects values that PEFT would fail on later."""
         in_range("lora", least=1, r=self.r, alpha=self.alpha)
         in_range("lora", least=0, below=1, dropout=self.dropout)
         try:
@@ -57,22 +62,30 @@ class LoRA:
             ) from None
 
     def to_peft(self) -> LoraConfig:
-        """PEFT's configuration."""
+        """Returns the settings as PEFT's configuration."""
         return LoraConfig(
             r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.target_modules
         )
 
 
 def switched(model: nn.Module) -> list[nn.Module]:
-    """The modules whose adapter :func:`active` chooses: tuner layers, and the modules that PEFT saves whole."""
+    """Returns the modules whose adapter :func:`active` selects: tuner layers, and fully trained modules of PEFT.
+
+    Args:
+        model: A model, with or without adapters.
+    """
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
 
 @contextmanager
 def active(model: nn.Module, adapter: Adapter) -> Iterator[None]:
-    """Within it, ``model`` computes with ``adapter``; ``reference`` is the base model, no adapter at all.
+    """Context manager that makes a model compute with one adapter; the previous one is restored afterwards.
 
-    ``requires_grad`` stays as it is, so the graphs of several adapters can be joined in one backward.
+    ``requires_grad`` is not changed, so the graphs of several adapters can be joined in one backward pass.
+
+    Args:
+        model: A model with adapter layers.
+        adapter: The adapter to activate; ``reference`` is the base model, without an adapter.
     """
     layers: list[Any] = switched(model)
     before = [layer._active_adapter for layer in layers]
@@ -86,13 +99,13 @@ def active(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
-    """Recomputes a layer's activations in the backward pass, with the adapter that its forward pass used.
+    """Turns on gradient checkpointing that recomputes each layer with the adapter of its forward pass.
 
-    The recomputation happens at backward time, when another adapter may be at work: plain gradient checkpointing then
-    gives wrong gradients.
+    The recomputation happens during the backward pass, when another adapter may be active. Plain gradient checkpointing
+    then returns wrong gradients.
 
     Args:
-        model: the Hugging Face model; its own ``activation_checkpointing_enable`` is called.
+        model: The Hugging Face model with its adapters; its own ``activation_checkpointing_enable`` is called.
     """
     layers: list[Any] = switched(model)
 

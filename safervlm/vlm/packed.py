@@ -1,13 +1,13 @@
-"""Packed rows: what stands before completions, or before the questions about an image, is computed once for all.
+"""Packed rows: the common prefix of completions, or of the questions about an image, is computed once.
 
-A row is ``beginning | continuation 1 | continuation 2 | padding``. A continuation sees the beginning and itself, and
-its positions go on from the beginning's end, as if it stood alone. Scoring packs the completions of a prompt;
-generating packs the questions about an image, whose answers grow side by side over keys and values that are never
-copied. It fits a language model with causal attention and rotary positions.
+A row is ``beginning | continuation 1 | continuation 2 | padding``. A continuation attends to the beginning and to
+itself, and its positions continue from the end of the beginning, as if it were alone. Scoring packs the completions of
+a prompt. Generation packs the questions about an image, whose responses are decoded in parallel over one KV cache that
+is never copied per question. It requires a language model with causal attention and rotary positions.
 
 Shapes: B questions of a batch, I different images, R packed rows, Q questions of the longest row, K cached positions of
-a row, C completions in all, T tokens of the longest completion, L tokens of the longest row, V words of the vocabulary,
-H hidden units.
+a row, C completions in all, T tokens of the longest completion, L tokens of the longest row, V tokens of the
+vocabulary, H hidden units.
 """
 
 from abc import abstractmethod
@@ -30,21 +30,21 @@ from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, active
 from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
 
-# Questions about one image in a row: each also computes attention over its neighbours' tokens, only to mask it.
+# Maximum number of questions per row. Each question also computes attention to its neighbours' tokens, then masked.
 ROW = 8
 
 
 @dataclass
 class Packed(Targets):
-    """Beginnings with their continuations, a row a beginning.
+    """Beginnings with their continuations, one row per beginning.
 
     Attributes:
-        input_ids: (R, L) tokens, padded on the right.
+        input_ids: (R, L) token ids, padded on the right.
         segments: (R, L) 0 for the beginning, k for its k-th continuation, -1 for padding.
-        position_ids: (R, L) each continuation's positions go on from the beginning's end.
-        rows: (C,) the row of each continuation; a row's continuations stand one after the other.
-        source: (C, T) the position in the row whose hidden state predicts each token of the continuation.
-        ends: (C,) the position in the row of the continuation's last token.
+        position_ids: (R, L) positions; each continuation's positions continue from the end of the beginning.
+        rows: (C,) row of each continuation; the continuations of a row are contiguous.
+        source: (C, T) position in the row whose hidden state predicts each token of the continuation.
+        ends: (C,) position in the row of the continuation's last token.
     """
 
     input_ids: Tensor
@@ -55,21 +55,26 @@ class Packed(Targets):
     ends: Tensor
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+        """Returns the packed rows on another device.
+
+        Args:
+            device: The target device.
+        """
         return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
 
     def attention_mask(self) -> Tensor | None:
-        """(R, 1, L, L), True where a query may see a key: the beginning and its own continuation, up to itself.
+        """Returns the attention mask: each token attends to the beginning and its own continuation, up to itself.
 
-        None where each row holds one continuation: the padding comes last, so causal attention alone is right, and the
-        fastest kernels take no mask.
+        Returns:
+            (R, 1, L, L) True where a query may attend to a key. None if each row holds one continuation: padding comes
+            last, so causal attention alone is correct, and the fastest kernels take no mask.
         """
         if len(self.rows) == len(self.input_ids):
             return None
         query, key = self.segments[:, :, None], self.segments[:, None, :]
         length = self.input_ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        # Padding sees itself: attention over nothing would be NaN.
+        # Padding attends to itself: attention to no key would be NaN.
         allowed = causal & ((key == 0) | (key == query))
         return (allowed | torch.eye(length, dtype=torch.bool, device=query.device))[:, None]
 
@@ -78,8 +83,8 @@ def pack(beginnings: Sequence[Sequence[int]], continuations: Sequence[Sequence[S
     """Packs each beginning with its continuations into one row.
 
     Args:
-        beginnings: R beginnings' tokens.
-        continuations: for each of them, the tokens of its continuations (at least one, none of them empty).
+        beginnings: Token ids of the R beginnings, none of them empty.
+        continuations: For each beginning, the token ids of its continuations (at least one, none of them empty).
     """
     ids, segments, positions, rows, source, target, ends = [], [], [], [], [], [], []
     for row, (beginning, following) in enumerate(zip(beginnings, continuations, strict=True)):
@@ -87,7 +92,7 @@ def pack(beginnings: Sequence[Sequence[int]], continuations: Sequence[Sequence[S
         row_positions = list(range(len(beginning)))
         for number, tokens in enumerate(following, 1):
             start = len(row_ids)
-            # The beginning's last token predicts the first token; each token predicts the next.
+            # The last token of the beginning predicts the first token; each token predicts the next.
             source.append(torch.tensor([len(beginning) - 1, *range(start, start + len(tokens) - 1)]))
             target.append(torch.tensor(tokens))
             rows.append(row)
@@ -112,15 +117,15 @@ def pack(beginnings: Sequence[Sequence[int]], continuations: Sequence[Sequence[S
 
 
 class PackedBatch(Batch):
-    """What a packing family's collator makes of examples.
+    """Batch of a family that packs rows, made by its collator.
 
     Args:
-        questions: the B questions.
-        prompt_ids: the B prompts' tokens, image placeholders included, unpadded.
+        questions: The B questions.
+        prompt_ids: Token ids of the B prompts, including image placeholders, without padding.
         pixel_values: (I, 3, height, width) the different images of the batch.
-        image_rows: (B,) the image of each question.
-        packed: the prompts with their completions; None where there is nothing to score.
-        features: (I, image tokens, H) the encoded images, filled by the VLM when it first needs them.
+        image_rows: (B,) index of the image of each question.
+        packed: The prompts with their completions; None if there are no completions to score.
+        features: (I, image tokens, H) the encoded images; the VLM computes them on first use.
     """
 
     def __init__(
@@ -138,17 +143,26 @@ class PackedBatch(Batch):
         self.packed, self.features = packed, features
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device; Lightning calls it."""
+        """Returns the batch on another device; called by Lightning.
+
+        Args:
+            device: The target device.
+        """
         parts = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor | Packed)}
         return type(self)(**vars(self) | parts)
 
     def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
-        """Some of the questions, each with its generated answer as its one completion."""
+        """Returns a batch of some of the questions, each with its generated response as its only completion.
+
+        Args:
+            rows: Indices of the questions to keep.
+            answers: Token ids of the response to each of the B questions; None for a batch without completions.
+        """
         chosen = rows.tolist()
         prompts = [self.prompt_ids[row] for row in chosen]
         packed = answers and pack(prompts, [[answers[row]] for row in chosen]).to(self.image_rows.device)
         pixel_values, image_rows = self.pixel_values, self.image_rows[rows.to(self.image_rows.device)]
-        if self.features is None:  # what is encoded already is kept whole, to be shared
+        if self.features is None:  # features that are already encoded are kept whole, and shared
             used, image_rows = image_rows.unique(return_inverse=True)
             pixel_values = pixel_values[used]
         return type(self)(
@@ -162,30 +176,46 @@ class PackedBatch(Batch):
 
 
 class PackedVLM(LocalVLM):
-    """A VLM whose language model takes packed rows."""
+    """Abstract VLM whose language model accepts packed rows."""
 
     @abstractmethod
     def language_model(self) -> PreTrainedModel:
-        """The part whose layers LoRA adapts: embeddings in, hidden states out."""
+        """Returns the submodule whose layers LoRA adapts: embeddings in, hidden states out."""
 
     @abstractmethod
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """(I, 3, height, width) -> (I, image tokens, H): the images as the language model sees them."""
+        """Encodes images as input embeddings of the language model.
+
+        Args:
+            pixel_values: (I, 3, height, width) pixel values.
+
+        Returns:
+            (I, image tokens, H) image features.
+        """
 
     @property
     @abstractmethod
     def image_token_id(self) -> int:
-        """The placeholder that an image's features replace."""
+        """Id of the placeholder token that image features replace."""
 
     @property
     def image_token_ids(self) -> set[int]:
-        """The one placeholder."""
+        """Set of the one placeholder id."""
         return {self.image_token_id}
 
     def embed(self, input_ids: Tensor, image_rows: Tensor, batch: PackedBatch) -> Tensor:
-        """(R, L) tokens -> (R, L, H) embeddings, the features of each row's image in the place of its placeholders."""
+        """Embeds tokens, and replaces the placeholders of each row by the features of its image.
+
+        Args:
+            input_ids: (R, L) token ids.
+            image_rows: (R,) index of the image of each row.
+            batch: The batch; its images are encoded on first use.
+
+        Returns:
+            (R, L, H) embeddings.
+        """
         if batch.features is None:
-            # LoRA is on the language layers alone: no gradient flows into the vision tower.
+            # LoRA adapts the language layers only: the vision tower needs no gradient.
             with torch.no_grad():
                 batch.features = self.encode_images(batch.pixel_values)
         embeddings = self.base.get_input_embeddings()(input_ids)
@@ -196,7 +226,17 @@ class PackedVLM(LocalVLM):
     def forward_packed(
         self, packed: Packed, image_rows: Tensor, batch: PackedBatch, cache: DynamicCache | None = None
     ) -> Tensor:
-        """(R, L, H) hidden states of packed rows; their keys and values go into the cache, if there is one."""
+        """Computes the hidden states of packed rows.
+
+        Args:
+            packed: The packed rows.
+            image_rows: (R,) index of the image of each row.
+            batch: The batch with the images.
+            cache: KV cache to write to; None for none.
+
+        Returns:
+            (R, L, H) hidden states.
+        """
         mask = packed.attention_mask()
         return self.language_model()(
             inputs_embeds=self.embed(packed.input_ids, image_rows, batch),
@@ -207,7 +247,18 @@ class PackedVLM(LocalVLM):
         ).last_hidden_state
 
     def response_states(self, batch: PackedBatch, adapter: Adapter) -> tuple[Packed, Tensor]:
-        """The response tokens, and the (N, H) hidden states that predict them."""
+        """Computes the hidden states that predict the response tokens.
+
+        Args:
+            batch: A batch with completions.
+            adapter: Which adapter is active.
+
+        Returns:
+            The response tokens, and the (N, H) hidden states that predict them, for N response tokens in all.
+
+        Raises:
+            ValueError: The batch has no completions.
+        """
         packed = batch.packed
         if packed is None:
             raise ValueError("the batch has no completions to score")
@@ -220,16 +271,26 @@ class PackedVLM(LocalVLM):
     def generate(
         self, batch: PackedBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy"
     ) -> list[Generation]:
-        """Answers the questions of a batch, those about one image together."""
+        """Generates a response to each question of a batch; questions about one image are decoded together.
+
+        Args:
+            batch: The questions with their images; completions are ignored.
+            sampling: Decoding settings.
+            seed: The sampling noise of a record depends on (seed, record id, step) and nothing else.
+            adapter: Which adapter is active. Without adapters, every choice is the base model.
+
+        Raises:
+            Unanswered: The logits of some questions were not finite. It holds the responses to the other questions.
+        """
         training = self.training
-        self.eval()  # no dropout, and a cache also where gradients are checkpointed
+        self.eval()  # disables dropout, and allows a cache with gradient checkpointing
         with active(self.base, adapter):
             answers, bad = self._decode(batch, sampling, seed)
         self.train(training)
         return answered(batch.questions, [self.generation(tokens) for tokens in answers], bad)
 
     def _decode(self, batch: PackedBatch, sampling: Sampling, seed: int) -> tuple[list[list[int]], list[bool]]:
-        """The tokens of each question's answer, and whether its logits were not finite, which ends it."""
+        """Returns the tokens of each response, and whether its logits were not finite (which ends it)."""
         rows = questions_of_rows(batch.image_rows.tolist())
         starts = [common_beginning([batch.prompt_ids[question] for question in row]) for row in rows]
         rests = [[batch.prompt_ids[q][len(start) :] for q in row] for row, start in zip(rows, starts, strict=True)]
@@ -237,13 +298,13 @@ class PackedVLM(LocalVLM):
         cache = roomy()
         states = self.forward_packed(packed, batch.image_rows[[row[0] for row in rows]], batch, cache)
 
-        # What the next token of each question that is still being answered comes from.
+        # State of each question that is still being decoded: noise, row, hidden state, slot and position.
         asked = [question for row in rows for question in row]
         noise = KeyedNoise([seed_for(seed, batch.questions[question].id) for question in asked])
         row, states = packed.rows, states[packed.rows, packed.ends]
         slot = packed.segments[row, packed.ends] - 1
         position = packed.position_ids[row, packed.ends]
-        # Each step has a column, a slot, for each question of a row; it sees the beginning and what it wrote itself.
+        # Each step appends one column (slot) per question of a row. A slot attends to the beginning and its own tokens.
         segments = packed.segments
         slots = torch.arange(1, max(map(len, rows)) + 1, device=row.device).expand(len(rows), -1)
         itself = torch.eye(slots.shape[1], dtype=torch.bool, device=row.device)
@@ -254,7 +315,7 @@ class PackedVLM(LocalVLM):
         while True:
             finite = Finite()
             scores = score(None, finite(None, head(states).float()))
-            assert finite.bad is not None  # noqa: S101 (it was just called; for the type checker)
+            assert finite.bad is not None  # noqa: S101 (it was just called; narrows the type)
             tokens = (noise(None, scores) if sampling.temperature > 0 else scores).argmax(-1)
             for question, token, wrong in zip(asked, tokens.tolist(), finite.bad.tolist(), strict=True):
                 answers[question].append(token)
@@ -271,7 +332,7 @@ class PackedVLM(LocalVLM):
             asked, noise = [asked[place] for place in going], noise.select(going)
             row, slot, position, tokens = row[going], slot[going], position[going] + 1, tokens[going]
             needed = row.unique()
-            if 2 * len(needed) <= len(segments):  # so that copying the cache costs less than it saves
+            if 2 * len(needed) <= len(segments):  # otherwise copying the cache costs more than it saves
                 cache.batch_select_indices(needed)
                 segments, slots, row = segments[needed], slots[: len(needed)], torch.searchsorted(needed, row)
 
@@ -289,7 +350,14 @@ class PackedVLM(LocalVLM):
 
 
 def questions_of_rows(image_rows: Sequence[int]) -> list[list[int]]:
-    """The questions of each packed row: about one image, at most :data:`ROW`."""
+    """Groups questions into packed rows: questions about one image, at most :data:`ROW` per row.
+
+    Args:
+        image_rows: For each question, the index of its image.
+
+    Returns:
+        The indices of the questions of each row.
+    """
     about: dict[int, list[int]] = {}
     for question, image in enumerate(image_rows):
         about.setdefault(image, []).append(question)
@@ -297,6 +365,10 @@ def questions_of_rows(image_rows: Sequence[int]) -> list[list[int]]:
 
 
 def common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that all prompts begin with; at least the last one of each is left over."""
+    """Returns the longest common prefix of all prompts that leaves at least one token of each prompt.
+
+    Args:
+        prompts: Token ids of the prompts.
+    """
     together = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, together)]

@@ -1,4 +1,4 @@
-"""Rows of encoded questions: joined to a batch, gone on with, and what those about one image have in common shared."""
+"""Batches processor encodings: pads them, appends completions, and shares common prefixes."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
@@ -16,18 +16,18 @@ from safervlm.vlm.packed import common_beginning
 
 Encoding = Mapping[str, Tensor]
 
-# Of the spread of numbers, how far two ways to compute them may lie apart; bfloat16 rounds by some hundredths of it. Of
-# other kinds they have to be equal.
+# Tolerated root-mean-square difference between two ways to compute the same values, relative to their standard
+# deviation. Rounding to bfloat16 causes some hundredths. Values of other types must be equal.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def extend(encoding: Encoding, completion: Sequence[int], written: Encoding) -> dict[str, Tensor]:
-    """A prompt's encoding with a completion behind it.
+    """Appends a completion to the encoding of a prompt.
 
     Args:
-        encoding: of the prompt.
-        completion: its tokens.
-        written: what stands for each token of an answer in the inputs that go with the tokens, (1, 1, ...).
+        encoding: Encoding of the prompt.
+        completion: Token ids of the completion.
+        written: (1, 1, ...) values to append per token to the other inputs that grow with the tokens.
     """
     rest = {name: value.expand(-1, len(completion), *value.shape[2:]) for name, value in written.items()}
     rest["input_ids"] = torch.tensor([completion], device=encoding["input_ids"].device)
@@ -37,13 +37,13 @@ def extend(encoding: Encoding, completion: Sequence[int], written: Encoding) -> 
 def join(
     encodings: Sequence[Encoding], pad_token_id: int, dtype: torch.dtype, left: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """One batch of encodings: everything is padded at its end, with zeros.
+    """Joins encodings of single questions into a batch, padded with zeros at the end of each dimension.
 
     Args:
-        encodings: of single questions, all of the same model.
-        pad_token_id: for the tokens, which the attention mask hides.
-        dtype: of the weights, and so of images.
-        left: names of those that are padded on the left instead, as generating needs the tokens.
+        encodings: Encodings of single questions by the same model.
+        pad_token_id: Padding token of ``input_ids``, which the attention mask hides.
+        dtype: Data type of the weights; floating-point inputs (images) are converted to it.
+        left: Names of the inputs that are padded on the left instead, as generation requires for tokens.
     """
     joined = {}
     for name, first in encodings[0].items():
@@ -60,10 +60,14 @@ def join(
 
 
 def equals(rows: Sequence[Sequence[Tensor]]) -> tuple[list[int], list[int]]:
-    """The places of the rows that differ from all before them, and of each row the one of those that it equals.
+    """Finds duplicate rows.
 
     Args:
-        rows: of tensors, as many in each.
+        rows: Rows of tensors, with the same number of tensors in each.
+
+    Returns:
+        The indices of the rows that differ from all rows before them, and for each row, the place in that list of the
+        row it equals.
     """
     firsts: list[int] = []
     number: list[int] = []
@@ -79,7 +83,14 @@ def equals(rows: Sequence[Sequence[Tensor]]) -> tuple[list[int], list[int]]:
 
 
 def agree(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two ways to compute something, in the precision of ``dtype``, differ by rounding alone."""
+    """Returns whether two results differ by rounding only, in the precision of ``dtype``.
+
+    Args:
+        one: The first result.
+        other: The second result.
+        dtype: Data type in which they were computed. For types without an entry in :data:`ROUNDING`, and for different
+            shapes, only exact equality counts.
+    """
     if one.shape != other.shape or dtype not in ROUNDING:
         return torch.equal(one, other)
     apart = (one.float() - other.float()).square().mean().sqrt()
@@ -87,12 +98,13 @@ def agree(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 
 
 class EachOnce:
-    """An image encoder that encodes an image once, however many rows show it.
+    """Wraps an image encoder, and encodes identical images of a batch once.
 
-    The first time that it can, it does both and compares: an encoder may lay all of its images into one row.
+    The first time a batch has duplicates, the batch is encoded both ways and the results are compared: some encoders
+    pack all images into one row, and deduplication is then switched off.
 
     Args:
-        encode: the encoder's forward pass.
+        encode: Forward pass of the encoder.
     """
 
     def __init__(self, encode: Callable[..., Any]) -> None:
@@ -100,10 +112,10 @@ class EachOnce:
         self.works: bool | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the encoder gives for tensors that have a row an image."""
+        """Returns the encoder's output, computed from distinct rows if all tensors have one row per image."""
         given = [*args, *kwargs.values()]
         tensors = [value for value in given if isinstance(value, Tensor)]
-        # A list, of the images' sizes for example, may have a row an image, too.
+        # A list, for example of image sizes, may also have one entry per image.
         listed = any(isinstance(value, Sequence | Mapping) and not isinstance(value, str) for value in given)
         if self.works is False or listed or len({tensor.shape[:1] for tensor in tensors}) != 1 or not tensors[0].dim():
             return self.encode(*args, **kwargs)
@@ -131,24 +143,24 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class Sharing:
-    """Computes what the prompts about an image begin with once, for the library's ``generate`` to go on with.
+    """Prefix sharing: computes the common prefix of prompts about one image once, and reuses its KV cache.
 
-    Where that changes no answer: where a token looks back alone, at all that stands before it. The first time it is
-    done on few questions in both ways, and the logits are compared.
+    It is used only where it doesn't change the responses: for models whose tokens attend to all tokens before them and
+    to none after them. The first time, a few questions are computed both ways and their logits are compared.
 
     Args:
-        model: a causal one.
-        pad_token_id: for tokens that the attention mask hides.
-        image_token_ids: what stands in an image's places.
-        dtype: of the base weights.
+        model: A causal model.
+        pad_token_id: Padding token, which the attention mask hides.
+        image_token_ids: Placeholder tokens of images.
+        dtype: Data type of the base weights.
     """
 
     def __init__(
         self, model: PreTrainedModel, pad_token_id: int, image_token_ids: set[int], dtype: torch.dtype
     ) -> None:
         self.model, self.pad_token_id, self.image_token_ids, self.dtype = model, pad_token_id, image_token_ids, dtype
-        # Not where a layer forgets (a sliding window, a recurrent state), the code is older than the library's caches,
-        # or the model has a ``generate`` of its own (a Q-Former).
+        # Excludes layers that don't keep all positions (sliding window, recurrent state), code older than the library's
+        # caches, and models that override ``generate`` (Q-Former).
         self.plain = (
             type(model).generate is GenerationMixin.generate
             and takes_a_plain_cache(model)
@@ -157,20 +169,21 @@ class Sharing:
         self.works: bool | None = None if self.plain else False
 
     def cache(self) -> DynamicCache:
-        """An empty one."""
+        """Returns an empty KV cache for the model."""
         return roomy(self.model.config.get_text_config())
 
     def inputs(self, encodings: Sequence[Encoding], tokenwise: Collection[str]) -> dict[str, Any] | None:
-        """The inputs of ``generate``: whole prompts, and the cache of what they begin with.
+        """Returns the inputs of ``generate`` with prefix sharing: whole prompts, and the KV cache of their prefixes.
 
         Args:
-            encodings: of the questions.
-            tokenwise: the names of the inputs that go with the tokens.
+            encodings: Encodings of the questions.
+            tokenwise: Names of the inputs that grow with the tokens.
 
         Returns:
-            None where each question is to be computed alone: no two are about one image, an image stands behind the
-            question, or a token has more beside it than the mask and whether it is an image's. Such an input (a token's
-            type, which images it looks at) stands for attention that doesn't look back alone.
+            The inputs, or None if each question has to be computed alone. This is so if no two questions are about one
+            image, if the common prefix contains no image or is followed by one, or if tokens have further inputs
+            besides the attention mask and the image token types. Such inputs (token types, which images a token attends
+            to) imply attention that is not purely causal.
         """
         if self.works is False or not {*tokenwise} <= {"input_ids", "attention_mask", "mm_token_type_ids"}:
             return None
@@ -190,7 +203,7 @@ class Sharing:
             self.works = self._agrees(encodings, image_of, tokenwise)
             return self.inputs(encodings, tokenwise)
 
-        # A row is ``padding | beginning | padding | rest``: the beginnings end in one column, and so do the prompts.
+        # A row is ``padding | beginning | padding | rest``: all beginnings end in one column, and so do all prompts.
         before, behind = (
             self._join(
                 [{name: e[name][:, side] for name in tokenwise} for e, side in zip(encodings, sides, strict=True)]
@@ -199,7 +212,7 @@ class Sharing:
         )
         whole = {name: torch.cat([before[name], behind[name]], dim=1) for name in tokenwise}
         images = self._join([encodings[question] for question in firsts])
-        # Places in an image may have positions in two dimensions, by the sizes of the images; words go on from them.
+        # Image tokens may have two-dimensional positions, which depend on the image sizes; text continues from them.
         sizes = self._join([{n: e[n] for n in e if not e[n].is_floating_point()} for e in encodings])
         positions = position_ids(self.model, whole["input_ids"], sizes | whole)
         cache = self.model(
@@ -210,11 +223,16 @@ class Sharing:
             logits_to_keep=1,
         )[CACHE]
         cache.batch_select_indices(torch.tensor(image_of, device=positions.device))
-        whole.pop("mm_token_type_ids", None)  # it was for the positions
+        whole.pop("mm_token_type_ids", None)  # only needed for the positions
         return whole | {"position_ids": positions, CACHE: cache}
 
     def alone(self, encodings: Sequence[Encoding], tokenwise: Collection[str]) -> dict[str, Any]:
-        """The inputs of ``generate`` where each question is computed by itself."""
+        """Returns the inputs of ``generate`` without prefix sharing.
+
+        Args:
+            encodings: Encodings of the questions.
+            tokenwise: Names of the inputs that grow with the tokens; these are padded on the left.
+        """
         inputs = join(encodings, self.pad_token_id, self.dtype, tokenwise)
         return {**inputs, CACHE: self.cache()} if self.plain else inputs
 
@@ -223,7 +241,7 @@ class Sharing:
         return join(encodings, self.pad_token_id, self.dtype, left)
 
     def _agrees(self, encodings: Sequence[Encoding], image_of: list[int], tokenwise: Collection[str]) -> bool:
-        """Whether two questions about one image, and one about another, have the same logits in both ways."""
+        """Returns whether a few questions have the same logits with and without prefix sharing."""
         image = next(number for number in image_of if image_of.count(number) > 1)
         of_it = [place for place, number in enumerate(image_of) if number == image]
         others = [place for place, number in enumerate(image_of) if number != image]
@@ -240,7 +258,7 @@ class Sharing:
             for inputs in (trial.inputs(few, tokenwise) or {}, self._join(few))
         )
         same = agree(alone.logits[0], shared.logits[0], self.dtype)
-        # The second token's, too, where the first is the same: by rounding it may be another one.
+        # Also compares the second token's logits where the first token is the same (rounding may change it).
         rows = alone.sequences[:, -2] == shared.sequences[:, -2]
         if rows.any():
             same = same and agree(alone.logits[1][rows], shared.logits[1][rows], self.dtype)

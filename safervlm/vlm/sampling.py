@@ -1,4 +1,4 @@
-"""How answers are drawn: the settings, and noise that belongs to a record alone."""
+"""Sampling settings and per-record, batch-invariant Gumbel noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,16 @@ from safervlm.ranges import in_range
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; the defaults are the published measurement's.
+    """Decoding settings; the defaults are those of the published measurement (arXiv:2507.11155).
 
     Args:
-        temperature: the logits are divided by it; 0 takes the most probable token (greedy).
-        top_p: draws from the smallest set of tokens whose probabilities sum to at least this (arXiv:1904.09751).
-        max_new_tokens: an answer that has not ended after so many tokens is cut.
+        temperature: Divisor of the logits; 0 selects the most probable token (greedy decoding).
+        top_p: Nucleus sampling: samples from the smallest set of tokens whose probabilities sum to at least this value
+            (arXiv:1904.09751).
+        max_new_tokens: Maximum number of tokens of a response; longer ones are truncated.
+
+    Raises:
+        ArgumentError: A value is out of range.
     """
 
     temperature: float = 1.0
@@ -27,34 +31,38 @@ class Sampling:
     max_new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        """Refuses values that draw nothing."""
+        """Rejects values out of range."""
         in_range("sampling", least=0, temperature=self.temperature)
         in_range("sampling", above=0, most=1, top_p=self.top_p)
         in_range("sampling", least=1, max_new_tokens=self.max_new_tokens)
 
 
 class KeyedNoise:
-    """Turns argmax into sampling: adds Gumbel noise drawn from (seed, record id), one draw a step.
+    """Logits processor that turns argmax into sampling, by adding Gumbel noise keyed by (seed, record id, step).
 
-    ``argmax(logits + Gumbel noise)`` is a draw from ``softmax(logits)``. Each record has its own generator: what is
-    drawn for it depends neither on its neighbours nor on the batch, the order or the number of processes. The noise is
-    drawn on the CPU, so that it doesn't depend on the device either.
+    ``argmax(logits + Gumbel noise)`` is a sample from ``softmax(logits)``. Each record has its own generator, so its
+    noise doesn't depend on the other records, the batch, the order or the number of processes. The noise is generated
+    on the CPU, so it doesn't depend on the device either.
 
     Args:
-        seeds: one a row of the batch.
+        seeds: One seed per row of the batch.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def select(self, rows: Sequence[int]) -> Self:
-        """Goes on with some of the rows."""
+        """Returns the noise of some of the rows; the generators, with their states, are shared.
+
+        Args:
+            rows: Indices of the rows to keep.
+        """
         rest = type(self)([])
         rest.generators = [self.generators[row] for row in rows]
         return rest
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
-        """Adds the next step's noise to (B, V) scores."""
+        """Adds the noise of the next step to (B, V) scores."""
         uniform = torch.stack(
             [torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64) for generator in self.generators]
         )
@@ -63,38 +71,44 @@ class KeyedNoise:
 
 
 class Finite:
-    """Notes which rows have had logits that are not finite, and lets them go on with others: no answer comes of them.
+    """Logits processor that records which rows had non-finite logits, and replaces these logits.
 
-    It stands before all other processors, which would spread a NaN or hide it.
+    It must come before all other processors, which would spread a NaN or hide it. Recorded rows are reported as
+    unanswered.
     """
 
     def __init__(self) -> None:
-        self.bad: Tensor | None = None  # (B,), True where one has been seen
+        self.bad: Tensor | None = None  # (B,) True for rows with non-finite logits so far
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
-        """Puts 0 in the place of all (B, V) scores of a row that holds NaN or plus infinity, or nothing else."""
-        bad = ~torch.isfinite(scores.amax(-1))  # NaN is the largest; a model may forbid single tokens by minus infinity
+        """Sets all (B, V) scores of a row to 0 if it has NaN or plus infinity, or only minus infinity."""
+        bad = ~torch.isfinite(scores.amax(-1))  # amax propagates NaN; single tokens may be minus infinity
         self.bad = bad if self.bad is None else self.bad | bad
         return scores.masked_fill(bad[:, None], 0)
 
 
 class Suppress:
-    """Makes tokens impossible.
+    """Logits processor that excludes tokens.
 
     Args:
-        token_ids: the tokens that an answer must not contain.
+        token_ids: Tokens that a response must not contain.
     """
 
     def __init__(self, token_ids: Tensor) -> None:
         self.token_ids = token_ids
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
-        """Sets their scores, in the last dimension, to minus infinity."""
+        """Sets the scores of the tokens, in the last dimension, to minus infinity."""
         return scores.float().index_fill(-1, self.token_ids.to(scores.device), -torch.inf)
 
 
 def processors(sampling: Sampling, suppressed: Tensor) -> LogitsProcessorList:
-    """What turns (B, V) logits into the scores that are drawn from: suppressed tokens, temperature, top_p."""
+    """Returns the logits processors before sampling: suppression, then temperature and top_p unless greedy.
+
+    Args:
+        sampling: Decoding settings.
+        suppressed: Tokens that a response must not contain.
+    """
     chain = LogitsProcessorList([Suppress(suppressed)])
     if sampling.temperature > 0:
         chain += [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p)]

@@ -1,6 +1,6 @@
-"""What a model's weights have to be: complete, of the right shapes, finite; and what is said where they aren't.
+"""Validation of model weights: complete, of the right shapes, finite; otherwise a one-line error.
 
-Every loader uses it: the VLMs, their adapters and the judges.
+Used by all loaders: VLMs, their adapters, and judges.
 """
 
 import logging
@@ -23,33 +23,38 @@ from safervlm.hashing import fingerprint
 from safervlm.io.boundary import warn
 from safervlm.io.reading import read_object
 
-# What of a model's folder decides an answer, besides its weights.
+# Files of a model folder that affect its responses, besides the weights.
 DECIDES = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
     *("chat_template.*", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.*", "merges.txt", "*.model"),  # of tokenizers that have no tokenizer.json
+    *("vocab.*", "merges.txt", "*.model"),  # for tokenizers without tokenizer.json
 )
-# Names that PEFT gives to the weights of an adapter: a model that ignores them is measured without its adapter.
+# Names of adapter weights in PEFT. A model that ignores them would be measured without its adapter.
 ADAPTER_KEYS = re.compile(r"\b(lora_\w+|base_layer|modules_to_save|original_module|ia3_l|hada_\w+|oft_\w+)\b")
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust has panicked: its exception is no ``Exception``."""
+    """Returns whether an exception is a panic of a Rust library, which is no subclass of ``Exception``.
+
+    Args:
+        error: The exception.
+    """
     return type(error).__name__ == "PanicException"
 
 
 @contextmanager
 def reading(name: str, argument: str = "vlm.model") -> Iterator[None]:
-    """Within it, whatever a library raises about a model that it can't read becomes one line.
+    """Context manager that turns any exception of a library that reads a model into a one-line error.
 
     A damaged or foreign file makes transformers, tokenizers and safetensors raise nearly every kind of exception.
 
     Args:
-        name: the model's folder, or its name on the Hub.
-        argument: that names it.
+        name: Folder of the model, or its name on the Hub.
+        argument: Name of the argument, for the error message.
 
     Raises:
-        ArgumentError: in place of the library's exception. Running out of memory is not the model's fault, and passes.
+        ArgumentError: Replaces the library's exception. Out-of-memory errors are not the model's fault, and are passed
+            through.
     """
     try:
         yield
@@ -76,7 +81,7 @@ def reading(name: str, argument: str = "vlm.model") -> Iterator[None]:
 
 @contextmanager
 def without_report() -> Iterator[None]:
-    """Within it, transformers doesn't print its table of missing weights: :func:`checked` says it in one line."""
+    """Context manager that silences transformers' table of missing weights, which :func:`checked` reports."""
     library = logging.getLogger("transformers.modeling_utils")
 
     def nothing(record: logging.LogRecord) -> bool:
@@ -92,18 +97,18 @@ def without_report() -> Iterator[None]:
 def load_model(
     kind: Any, name: str, argument: str = "vlm.model", whole: bool = True, **settings: Any
 ) -> PreTrainedModel:
-    """``kind.from_pretrained``, for a model that has to be complete; code that its folder brings is not run.
+    """Loads a model with ``from_pretrained`` and validates its weights; code in its folder is not run.
 
     Args:
-        kind: a class of transformers with ``from_pretrained``.
-        name: the model's folder, or its name on the Hub.
-        argument: that names it.
-        whole: the folder is expected to hold this model and no more; otherwise weights that are not read are normal,
-            as where the vision tower alone of a CLIP is read.
-        settings: of ``from_pretrained``.
+        kind: A class of transformers with ``from_pretrained``.
+        name: Folder of the model, or its name on the Hub.
+        argument: Name of the argument, for error messages.
+        whole: Whether the folder should hold exactly this model. If False, unused weights are expected, for example
+            where only the vision tower of a CLIP is loaded.
+        **settings: Keyword arguments of ``from_pretrained``.
 
     Raises:
-        ArgumentError: it can't be read; a weight is missing, has another shape, or is not finite.
+        ArgumentError: The model can't be read; or a weight is missing, has another shape, or is not finite.
     """
     with reading(name, argument), without_report():
         model, found = kind.from_pretrained(
@@ -113,17 +118,24 @@ def load_model(
 
 
 def checked(model: PreTrainedModel, found: Mapping[str, Any], name: str, argument: str, whole: bool) -> PreTrainedModel:
-    """A model as it was loaded, if its folder provides every weight.
+    """Validates that the folder of a loaded model provided every weight.
 
-    Weights that transformers itself doesn't expect in a file (tied weights, buffers that the model computes) are not
-    among the missing ones. Weights in the file that the model has no place for are named in a warning.
+    Weights that transformers itself doesn't expect in a file (tied weights, computed buffers) don't count as missing.
+    Unused weights in the file cause a warning.
 
     Args:
-        model: the loaded model.
-        found: what ``from_pretrained`` gives with ``output_loading_info``.
-        name: the model's folder, or its name on the Hub.
-        argument: that names it.
-        whole: see :func:`load_model`.
+        model: The loaded model.
+        found: Loading information of ``from_pretrained`` (``output_loading_info``).
+        name: Folder of the model, or its name on the Hub.
+        argument: Name of the argument, for error messages.
+        whole: Whether to warn about unused weights; see :func:`load_model`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ArgumentError: A weight is missing, has another shape, or is not finite; the folder holds adapter weights; or
+            loading reported an error.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ArgumentError(
@@ -154,46 +166,49 @@ def checked(model: PreTrainedModel, found: Mapping[str, Any], name: str, argumen
             f"{argument}: {name!r} holds {len(unread)} weights that {type(model).__name__} has no place for, for "
             f"example {unread[0]}; they are not used"
         )
-    # Not the buffers: some (rotary frequencies) are computed after loading, and hold anything until then.
+    # Buffers are not checked: some (rotary frequencies) are computed after loading, and uninitialised until then.
     must_be_finite(model.named_parameters(), f"{argument}: {name!r}")
     return model
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor that holds NaN or an infinity; None if there is none.
+    """Returns the name of the first tensor with NaN or infinite values; None if there is none.
 
     Args:
-        tensors: names and tensors; those of whole numbers and those without storage are passed over.
+        tensors: Names and tensors. Integer tensors and tensors without storage are skipped.
     """
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
-            values = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # 8 bits have no aminmax
-            low, high = torch.aminmax(values)  # both are NaN where one number is; nothing is copied
+            values = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # 8-bit: no aminmax
+            low, high = torch.aminmax(values)  # both are NaN if any value is; nothing is copied
             if not torch.isfinite(torch.stack([low, high]).float()).all():
                 return name
     return None
 
 
 def must_be_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
-    """Rejects NaN and infinities in weights.
+    """Rejects weights with NaN or infinite values.
 
     Args:
-        tensors: names and tensors.
-        what: has them, beginning with the argument.
+        tensors: Names and tensors.
+        what: Owner of the weights, beginning with the argument's name, for the error message.
+
+    Raises:
+        ArgumentError: A value is not finite.
     """
     if (name := not_finite(tensors)) is not None:
         raise ArgumentError(f"{what} holds NaN or infinite numbers in {name}; its file is damaged, get it again")
 
 
 def read_tensors(file: Path, argument: str) -> dict[str, Tensor]:
-    """The tensors in a file of weights, which is never trusted to run code.
+    """Loads the tensors of a weight file, without running code from it.
 
     Args:
-        file: a ``.safetensors``, or what ``torch.save`` made of a plain state dict.
-        argument: that names it.
+        file: A ``.safetensors`` file, or a plain state dict saved by ``torch.save``.
+        argument: Name of the argument, for error messages.
 
     Raises:
-        ArgumentError: the file is damaged, or holds anything but names with tensors.
+        ArgumentError: The file is damaged, or is not a mapping of names to tensors.
     """
     try:
         state = (
@@ -215,14 +230,14 @@ def read_tensors(file: Path, argument: str) -> dict[str, Tensor]:
 
 
 def model_config(folder: Path, argument: str = "vlm.model") -> dict[str, Any]:
-    """The ``config.json`` of a model's folder.
+    """Returns the content of a model's ``config.json``.
 
     Args:
-        folder: of the model.
-        argument: that names it.
+        folder: Folder of the model.
+        argument: Name of the argument, for error messages.
 
     Raises:
-        ArgumentError: it is missing, damaged, or no JSON object.
+        ArgumentError: The file is missing, damaged, or no JSON object.
     """
     try:
         return read_object(folder / "config.json", "give a folder that save_pretrained wrote")
@@ -231,7 +246,11 @@ def model_config(folder: Path, argument: str = "vlm.model") -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a model's weights: those that transformers prefers, where there are two kinds."""
+    """Returns the weight files of a model: safetensors if there are any, otherwise PyTorch files.
+
+    Args:
+        folder: Folder of the model.
+    """
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
@@ -241,19 +260,22 @@ def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def weights_fingerprint(name: str, revision: str | None, argument: str = "vlm.model") -> str | None:
-    """What tells a model's weights, and what else in its folder decides an answer, from others under the same name.
+    """Returns a fingerprint of a model's weights and of the other files in its folder that affect its responses.
 
     Args:
-        name: a folder, whose files are hashed, or a name on the Hub, whose commit is returned.
-        revision: on the Hub.
-        argument: that names it.
+        name: Folder of the model, whose files are hashed, or its name on the Hub, whose commit is returned.
+        revision: Branch, tag or commit on the Hub.
+        argument: Name of the argument, for error messages.
+
+    Returns:
+        The hash or the commit; None if the commit is unknown.
     """
     folder = Path(name)
     if folder.is_dir():
         with reading(name, argument):
             found = [file for kind in DECIDES for file in sorted(folder.glob(kind))]
-            files = [*dict.fromkeys(found), *weight_files(folder)]  # tokenizer.model is found twice
-            # Gigabytes are hashed once a process, as long as the files stay as they are.
+            files = [*dict.fromkeys(found), *weight_files(folder)]  # tokenizer.model matches two patterns
+            # Gigabytes are hashed once per process, as long as the files are unchanged.
             return _hash(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
     with reading(name, argument):
         return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)

@@ -1,1 +1,1 @@
-"""Models whose code comes with their weights."""
+"""Models whose Python code comes with their weights."""

@@ -1,7 +1,7 @@
-"""Models whose code comes with their weights: it is asked for, at a commit that was read, and run as it is.
+"""Models whose code comes with their weights; it runs unmodified, with the user's consent, at a fixed commit.
 
-What has changed in transformers since that code was written is put right around it: nothing of it is copied, and no
-file of it is changed.
+Incompatibilities with current transformers are worked around from the outside: no remote code is copied, and no file of
+it is changed.
 
 Shapes: B rows, L tokens, A attention heads, D units of a head.
 """
@@ -38,22 +38,27 @@ from safervlm.vlm.weights import load_model, reading
 
 
 class Absent(ModuleType):
-    """Stands for a package that remote code imports; whatever it takes from it is this again."""
+    """Stub of a package that remote code imports but doesn't need; every attribute and call returns the stub itself."""
 
     def __getattr__(self, name: str) -> Self:
-        """Anything but what the import machinery looks for."""
+        """Returns the stub, except for dunder names, which the import machinery looks up."""
         if name.startswith("__"):
             raise AttributeError(name)
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Self:
-        """A decorator or a constructor."""
+        """Returns the stub, for use as a decorator or a constructor."""
         return self
 
 
 @contextmanager
 def standing_in(names: Iterable[str], module: ModuleType) -> Iterator[None]:
-    """Within it, packages that remote code needs by name only can be imported, installed or not."""
+    """Context manager that makes packages importable as a stub, installed or not; the previous modules are restored.
+
+    Args:
+        names: Full names of the modules to replace.
+        module: The stub.
+    """
     before = {name: sys.modules[name] for name in names if name in sys.modules}
     sys.modules.update(dict.fromkeys(names, module))
     try:
@@ -65,14 +70,20 @@ def standing_in(names: Iterable[str], module: ModuleType) -> Iterator[None]:
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, inplace: bool = False) -> Tensor:
-    """Rotary positions (arXiv:2104.09864).
+    """Applies rotary positions (arXiv:2104.09864); used in place of functions of the remote code.
 
     Args:
         states: (B, A, L, D) queries or keys.
-        cos: (B, L, D / 2) of each place.
-        sin: the same.
-        interleaved: whether pairs stand side by side, which no model here uses.
-        inplace: may overwrite ``states``, which this doesn't.
+        cos: (B, L, D / 2) cosines of each position.
+        sin: (B, L, D / 2) sines of each position.
+        interleaved: Whether the two coordinates of a pair are adjacent. Not supported, and used by no model here.
+        inplace: Whether ``states`` may be overwritten; ignored, they never are.
+
+    Returns:
+        (B, A, L, D) the rotated states.
+
+    Raises:
+        NotImplementedError: ``interleaved`` is set.
     """
     if interleaved:
         raise NotImplementedError("interleaved rotary positions")
@@ -82,7 +93,10 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, 
 
 
 class Tuples:
-    """What a model class of transformers 4 is given before its own: its layers read and write tuples as a cache."""
+    """Mixin for remote model classes of transformers 4, whose layers use tuples as a KV cache.
+
+    It precedes the model class in the bases, so that its methods override the model's.
+    """
 
     supports_gradient_checkpointing = True
 
@@ -91,29 +105,34 @@ class Tuples:
         return False
 
     def _prepare_position_ids_for_generation(self, *args: Any) -> None:
-        """The library would count in its own way; the model counts itself."""
+        """Does nothing: the model counts positions itself, differently from the library."""
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """What a step of ``generate`` computes with; the code knows the cache by its former name."""
+        """Returns the inputs of a generation step, with the KV cache under the former name that remote code uses.
+
+        Args:
+            input_ids: (B, L) token ids.
+            **kwargs: The other inputs, with the cache under the library's name.
+        """
         former = {"past_key_values": kwargs.pop(CACHE, None)}
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs, **former)  # type: ignore[misc]
         return inputs
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        # A remote one calls what is no longer there.
+        # The remote override calls a function that no longer exists.
         return GenerationMixin._update_model_kwargs_for_generation(self, *args, **kwargs)
 
 
 @dataclass
 class RemoteCollator(ProcessorCollator):
-    """Examples -> ``EncodedBatch`` for a model that comes with a tokenizer and no processor.
+    """Makes an ``EncodedBatch`` of examples for a model that comes with a tokenizer and no processor.
 
     Attributes:
-        processor: the tokenizer.
-        template: the text around a question.
-        image_size: the side of the square that every image is stretched to, in pixels.
-        image_tokens: the number of an image's places.
-        image_token_id: what stands in them.
+        processor: The tokenizer.
+        template: Prompt text with ``{question}``.
+        image_size: Side of the square that every image is resized to, ignoring its aspect ratio, in pixels.
+        image_tokens: Number of placeholder tokens per image.
+        image_token_id: Id of the placeholder token.
     """
 
     processor: Any
@@ -124,11 +143,21 @@ class RemoteCollator(ProcessorCollator):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's."""
+        """The model's tokenizer."""
         return self.processor
 
     def pixels(self, question: Question) -> Tensor:
-        """(3, image_size, image_size) of the image; a blank one stands for none."""
+        """Returns the normalised pixel values of a question's image; a question without an image gets a blank one.
+
+        Args:
+            question: The question, with the path of its image.
+
+        Returns:
+            (3, image_size, image_size) pixel values, normalised with CLIP's mean and standard deviation.
+
+        Raises:
+            RecordError: The image can't be decoded.
+        """
         path = question.image_path
         image = BLANK if path is None else open_image(path, question.id, self.images)
         pixels = np.asarray(image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC), np.float32)
@@ -137,19 +166,28 @@ class RemoteCollator(ProcessorCollator):
 
 
 class Remote(Transformers):
-    """A model that runs by the code in its own repository.
+    """Abstract VLM that runs the code in its own repository.
 
     Args:
-        model: name on the Hugging Face Hub, or folder, of the model and its code.
-        revision: the full commit (40 hexadecimal digits) of a model on the Hub.
-        trust_remote_code: run the Python code that comes with the model.
-        adapter: PEFT folder of the adapter to measure with; none for the base model.
-        lora: the adapter that training makes.
-        dtype: of the base weights; the adapter's stay in float32.
-        gradient_checkpointing: recompute activations in the backward pass.
-        system: the conversation's system prompt; empty for none.
-        template: the text around ``{question}``.
-        images: how images are decoded, and which are too large.
+        model: Name on the Hugging Face Hub, or folder, of the model and its code.
+        revision: Full commit (40 hexadecimal digits) of a model on the Hub.
+        trust_remote_code: Run the Python code that comes with the model; must be true.
+        adapter: PEFT folder of the adapter to measure. None for the base model.
+        lora: Settings of the LoRA adapters that training creates.
+        dtype: Data type of the base weights. Adapter weights stay in float32.
+        gradient_checkpointing: Recompute activations in the backward pass. Takes less memory and about a third more
+            time.
+        template: Prompt text with the placeholder ``{question}``.
+        system: System prompt of the conversation; empty for none.
+        images: How images are decoded, and the size limits above which they are rejected.
+
+    Attributes:
+        family: Name of the model family, for error messages.
+        absent: Modules that the remote code imports but doesn't need; they are replaced while it is imported.
+        stand_in: The stub that replaces them.
+
+    Raises:
+        ArgumentError: ``trust_remote_code`` is false, or a model on the Hub has no full commit as its revision.
     """
 
     family: ClassVar[str]
@@ -182,7 +220,10 @@ class Remote(Transformers):
             )
 
     def describe(self) -> dict[str, Any]:
-        """What of the VLM decides an answer; on the Hub, code and weights are the revision's."""
+        """Returns the settings of the VLM that determine a response.
+
+        The code of a model on the Hub is identified by its revision, that of a folder by a hash.
+        """
         folder = Path(self.name)
         if not folder.is_dir():
             return super().describe() | {"code": self.revision}
@@ -193,22 +234,25 @@ class Remote(Transformers):
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
-        """The configuration as it stands in its file; today's library drops some of it and rewrites some."""
+        """Content of ``config.json``, unmodified; the library drops and rewrites some entries."""
         with reading(self.name):
             return PreTrainedConfig.get_config_dict(self.name, revision=self.revision)[0]
 
     def remote_class(self, name: str) -> Any:
-        """Runs the file of a class that the repository names, and gives the class.
+        """Imports a class of the model's repository, which runs the file that defines it.
 
         Args:
-            name: as the ``auto_map`` of the configuration, or of the tokenizer's, has it.
+            name: Key in the ``auto_map`` of the model's configuration, or ``AutoTokenizer`` for the tokenizer's.
+
+        Raises:
+            ArgumentError: The repository has no such class, refers to another repository, or can't be imported.
         """
         settings = self.raw_config
         if name == "AutoTokenizer":
             with reading(self.name):
                 settings = get_tokenizer_config(self.name, revision=self.revision)
         reference = settings.get("auto_map", {}).get(name) or ""
-        if isinstance(reference, list):  # a tokenizer's, then its fast one's
+        if isinstance(reference, list):  # the slow tokenizer, then the fast one
             reference = reference[0]
         if not reference or "--" in reference:
             raise ArgumentError(
@@ -228,19 +272,23 @@ class Remote(Transformers):
     @cached_property
     @abstractmethod
     def collator(self) -> RemoteCollator:
-        """Made after one question that the model's own code lays out, and compared with it."""
+        """The collator, checked against one prompt that the model's own code encodes."""
 
     @property
     def image_token_ids(self) -> set[int]:
-        """What stands in the image's places."""
+        """Set of the one placeholder id."""
         return {self.collator.image_token_id}
 
     @abstractmethod
     def adapt(self, remote: Any) -> Any:
-        """The remote model class as today's transformers and any device can run it."""
+        """Returns the remote model class, adapted to current transformers and to any device.
+
+        Args:
+            remote: The model class of the repository.
+        """
 
     def load_base(self) -> PreTrainedModel:
-        """Reads the base weights: from safetensors, else with ``weights_only``."""
+        """Loads the base weights, from safetensors, or else from PyTorch files with ``weights_only``."""
         adapted = self.adapt(self.remote_class("AutoModelForCausalLM"))
         model: Any = load_model(
             adapted, self.name, revision=self.revision, config=self.config, dtype=self.dtype, weights_only=True
@@ -252,4 +300,8 @@ class Remote(Transformers):
 
     @abstractmethod
     def image_encoder(self, model: PreTrainedModel) -> nn.Module:
-        """What of the model goes through the pixels of an image: the code has its own name for it."""
+        """Returns the submodule that encodes the pixels of an image; its name depends on the remote code.
+
+        Args:
+            model: The loaded model.
+        """

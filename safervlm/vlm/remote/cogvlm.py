@@ -1,6 +1,6 @@
 """CogVLM (arXiv:2311.03079), whose code comes with its weights: ``THUDM/cogvlm-chat-hf``.
 
-That code was written for transformers 4 on a GPU; :mod:`safervlm.vlm.remote.base` says how it is run.
+That code was written for transformers 4 on a GPU; :mod:`safervlm.vlm.remote.base` describes how it is run.
 
 Shapes: B rows, L tokens, A attention heads, D units of a head.
 """
@@ -25,27 +25,47 @@ from safervlm.vlm.remote.base import Absent, Remote, RemoteCollator, Tuples, rot
 from safervlm.vlm.weights import reading
 
 TEMPLATES = {"chat": "Question: {question} Answer:", "vqa": "Question: {question} Short answer:"}
-# Every linear layer that words go through; the experts beside them, for the image's places, stay as they are.
+# All linear layers for text tokens; the parallel vision experts, for image tokens, are not adapted.
 LANGUAGE_EXPERTS = (
     r".*\blayers\.\d+\.(self_attn\.language_expert_(query_key_value|dense)|mlp\.language_mlp\.(gate|up|down)_proj)"
 )
 
 
 class Kernels(Absent):
-    """Stands for xformers, too."""
+    """Stub that also replaces xformers."""
 
     @staticmethod
     def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Xformers' only function that is used, in the vision tower: (B, L, A, D) each -> (B, L, A, D)."""
+        """Computes attention as xformers does; its only function that is used, in the vision tower.
+
+        Args:
+            query: (B, L, A, D) queries.
+            key: (B, L, A, D) keys.
+            value: (B, L, A, D) values.
+            scale: Factor of the attention scores.
+
+        Returns:
+            (B, L, A, D) attention output.
+        """
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).contiguous()
 
 
 class CogVLMCollator(RemoteCollator):
-    """Examples -> ``EncodedBatch`` as the model's own ``build_conversation_input_ids`` lays them out."""
+    """Makes an ``EncodedBatch`` of examples, in the format of the model's own ``build_conversation_input_ids``."""
 
     def encode(self, question: Question) -> Encoding:
-        """Beginning, image, question; images is (1, 1, 3, image_size, image_size)."""
+        """Encodes one question: start token, image placeholders, text.
+
+        Args:
+            question: The question, with the path of its image.
+
+        Returns:
+            Token ids, token types and attention mask, (1, L) each, and images (1, 1, 3, image_size, image_size).
+
+        Raises:
+            RecordError: The image can't be decoded.
+        """
         text = self.tokenizer.encode(self.template.format(question=question.prompt), add_special_tokens=False)
         tokens = [self.tokenizer.bos_token_id, *[self.image_token_id] * self.image_tokens, *text]
         types = [0, *[1] * self.image_tokens, *[0] * len(text)]
@@ -57,25 +77,31 @@ class CogVLMCollator(RemoteCollator):
         }
 
     def completion_ids(self, prompt: Encoding, answer: str) -> list[int]:
-        """The tokens of an answer, which the model tokenises apart, and the end token."""
+        """Returns the token ids of a response, which the model tokenises separately from its prompt, and the end token.
+
+        Args:
+            prompt: Encoding of the prompt; ignored.
+            answer: Text of the response.
+        """
         return [*self.tokenizer.encode(answer, add_special_tokens=False), self.eos_token_ids[0]]
 
 
 class CogVLM(Remote):
-    """CogVLM, by the code in its own repository, which runs only when you say so.
+    """CogVLM, run by the code in its own repository, which requires consent (``trust_remote_code``).
 
     Args:
-        model: name on the Hugging Face Hub, or folder, of the model and its code.
-        revision: the full commit (40 hexadecimal digits) of a model on the Hub: the code that was looked at is the code
-            that runs.
-        trust_remote_code: run the Python code that comes with the model, with all of your rights.
-        tokenizer: name on the Hugging Face Hub, or folder, of the tokenizer, which the model comes without.
-        adapter: PEFT folder of the adapter to measure with, for example ``runs/ppo/adapter``; none for the base model.
-        lora: the adapter that training makes, by default on the layers that words go through.
-        dtype: of the base weights; the adapter's stay in float32.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        template: the published text around a question: ``chat``, or ``vqa`` for short answers.
-        images: how images are decoded, and which are too large.
+        model: Name on the Hugging Face Hub, or folder, of the model and its code.
+        revision: Full commit (40 hexadecimal digits) of a model on the Hub, so that the code that was reviewed is the
+            code that runs.
+        trust_remote_code: Run the Python code that comes with the model, with all rights of the user.
+        tokenizer: Name on the Hugging Face Hub, or folder, of the tokenizer, which the model's repository lacks.
+        adapter: PEFT folder of the adapter to measure, for example ``runs/ppo/adapter``. None for the base model.
+        lora: Settings of the LoRA adapters that training creates; by default on the layers for text tokens.
+        dtype: Data type of the base weights. Adapter weights stay in float32.
+        gradient_checkpointing: Recompute activations in the backward pass. Takes less memory and about a third more
+            time.
+        template: Published prompt format: ``chat``, or ``vqa`` for short answers.
+        images: How images are decoded, and the size limits above which they are rejected.
     """
 
     family = "CogVLM"
@@ -109,12 +135,15 @@ class CogVLM(Remote):
         self.tokenizer_name, self.layout = tokenizer, template
 
     def describe(self) -> dict[str, Any]:
-        """What of the VLM decides an answer."""
+        """Returns the settings of the VLM that determine a response."""
         return super().describe() | {"tokenizer": self.tokenizer_name}
 
     @cached_property
     def config(self) -> Any:
-        """The model's configuration, without dropout: LoRA has its own, and the reference has to be one model."""
+        """The model's configuration with all dropout set to 0.
+
+        LoRA has its own dropout, and the reference must be deterministic.
+        """
         config = self.remote_class("AutoConfig").from_pretrained(self.name, revision=self.revision)
         switch_off_dropout(config)
         config.vision_config = {**config.vision_config, "dropout_prob": 0.0}
@@ -122,16 +151,16 @@ class CogVLM(Remote):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The one that the model was trained with."""
+        """The tokenizer that the model was trained with."""
         with reading(self.tokenizer_name):
             tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
         if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.unk_token  # stands in the image's places, and is overwritten
+            tokenizer.pad_token = tokenizer.unk_token  # placeholder of image tokens, replaced by image features
         return tokenizer
 
     @cached_property
     def collator(self) -> CogVLMCollator:
-        """Made after one question that the model's own code lays out, and compared with it."""
+        """The collator, checked against one prompt that the model's own code encodes."""
         own = self.remote_class("AutoModelForCausalLM").build_conversation_input_ids(
             SimpleNamespace(config=self.config),
             self.tokenizer,
@@ -157,22 +186,26 @@ class CogVLM(Remote):
         return collator
 
     def adapt(self, remote: Any) -> Any:
-        """The remote model class as today's transformers and any device can run it."""
+        """Returns the remote model class, adapted to current transformers and to any device.
+
+        Args:
+            remote: The model class of the repository.
+        """
         module: Any = sys.modules[remote.__module__]
         if hasattr(module, "FastRotaryEmbedding"):
             sys.modules[module.FastRotaryEmbedding.__module__].apply_rotary_emb_func = rotate  # type: ignore[attr-defined]
         if hasattr(module, "checkpoint"):
-            # CogVLM2 always recomputes its layers, with whatever adapter is at work at backward time: wrong gradients.
+            # CogVLM2 always recomputes its layers, with the adapter active during the backward pass: wrong gradients.
             module.checkpoint = lambda function, *args, **_: function(*args)
 
-        class Adapted(Tuples, remote, GenerationMixin):  # models no longer generate unless they say so
+        class Adapted(Tuples, remote, GenerationMixin):  # PreTrainedModel no longer inherits from GenerationMixin
             _keys_to_ignore_on_load_missing = (r"\.inv_freq$",)
 
             def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
                 inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
                 mask = kwargs.get("attention_mask")
                 if mask is not None:
-                    # Behind padding the model counts from 1, else from 0: a row would depend on its neighbours.
+                    # After padding the model counts from 1, otherwise from 0: a row would depend on its neighbours.
                     inputs["position_ids"] = (inputs["position_ids"] - (mask[:, :1] == 0).long()).clamp(min=0)
                 return inputs
 
@@ -180,14 +213,18 @@ class CogVLM(Remote):
         return Adapted
 
     def image_encoder(self, model: PreTrainedModel) -> nn.Module:
-        """What of the model goes through the pixels of an image, the projection included."""
+        """Returns the submodule that encodes the pixels of an image, including the projection.
+
+        Args:
+            model: The loaded model.
+        """
         return model.get_submodule("model.vision")
 
     def load_base(self) -> PreTrainedModel:
-        """Reads the base weights, and computes what they come without."""
+        """Loads the base weights, and computes the rotary frequencies, which are not among them."""
         model = super().load_base()
         for module in model.modules():
             if hasattr(module, "_compute_inv_freq"):  # the library leaves the frequencies uninitialised
-                with local_torch_dtype(self.dtype):  # in which the constructor computes them
+                with local_torch_dtype(self.dtype):  # the data type used by the constructor
                     module.inv_freq = module._compute_inv_freq(module.inv_freq.device)
         return model

@@ -1,10 +1,11 @@
 """InternLM-XComposer2-VL (arXiv:2401.16420), whose code comes with its weights: ``internlm/internlm-xcomposer2-vl-7b``.
 
-That code was written for transformers 4 on a GPU; :mod:`safervlm.vlm.remote.base` says how it is run. Its linear layers
-have a low-rank part of their own, which the image's places alone go through (``Plora_A``, ``Plora_B``); it is part of
-the base model and stays as it is. LoRA goes beside it, for words and image alike, as in the authors' own fine-tuning.
+That code was written for transformers 4 on a GPU; :mod:`safervlm.vlm.remote.base` describes how it is run. The linear
+layers contain a built-in low-rank branch that is applied to image tokens only (``Plora_A``, ``Plora_B``). It belongs to
+the base model and is not trained. LoRA is added beside it, for text and image tokens alike, as in the authors' own
+fine-tuning.
 
-Shapes: B rows, L tokens, A attention heads, D units of a head, P places of an image, S pixels of its side.
+Shapes: B rows, L tokens, A attention heads, D units of a head, P tokens of an image, S side of the image in pixels.
 """
 
 import inspect
@@ -39,12 +40,12 @@ from safervlm.vlm.remote.base import Remote, RemoteCollator, Tuples, rotate
 IMAGE, END = "<ImageHere>", "[UNUSED_TOKEN_145]"
 SYSTEM = "[UNUSED_TOKEN_146]system\n{system}[UNUSED_TOKEN_145]\n"
 TEMPLATE = "[UNUSED_TOKEN_146]user\n<ImageHere>{question}[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n"
-# What the model marks turns with, and their like: words to the tokenizer, which lists none of them as special.
+# Markers of turns and similar tokens; the tokenizer lists none of them as special.
 MARKS = re.compile(r"<ImageHere>|\[UNUSED_TOKEN_\d+\]")
 LANGUAGE_LAYERS = r".*\blayers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.w[123])"
-# The parameters of interleav_wrap_chat; later models of the authors have others, or no one size of an image.
+# Parameters of interleav_wrap_chat. Later models of the authors have others, or no fixed image size.
 WRAP = ["self", "tokenizer", "query", "image", "history", "meta_instruction"]
-# openai/clip-vit-large-patch14-336 but for the size of the image, whose positions the checkpoint brings.
+# openai/clip-vit-large-patch14-336, except for the image size; the checkpoint contains its position embeddings.
 CLIP: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -55,10 +56,10 @@ CLIP: dict[str, Any] = {
 
 
 class Tower(nn.Module):
-    """CLIP's vision tower with the name that its weights have in the checkpoint, a level deeper than the library's.
+    """CLIP's vision tower with the weight names of the checkpoint, which are one level deeper than the library's.
 
     Args:
-        image_size: S.
+        image_size: S, side of the image in pixels.
     """
 
     def __init__(self, image_size: int) -> None:
@@ -67,38 +68,53 @@ class Tower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Data type of the weights."""
         return self.vision_model.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return self.vision_model.device
 
     def forward(self, images: Tensor, output_hidden_states: bool) -> Any:
-        """(B, 3, S, S) -> the library's output, with the hidden states of all layers."""
+        """Encodes images.
+
+        Args:
+            images: (B, 3, S, S) pixel values.
+            output_hidden_states: Whether the output includes the hidden states of all layers.
+
+        Returns:
+            The output of the library's ``CLIPVisionModel``.
+        """
         return self.vision_model(images, output_hidden_states=output_hidden_states)
 
 
 def rotate_rows(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary positions of each row's own count; the remote function counts columns, padding included.
+    """Applies rotary positions, counted per row; the remote function counts columns, including padding.
 
     Args:
-        query: (B, A, L, D).
-        key: the same, of fewer heads.
-        cos: of each position, its two halves alike.
-        sin: the same.
-        position_ids: (B, L), or (1, L).
+        query: (B, A, L, D) queries.
+        key: Keys, of the same shape with fewer heads.
+        cos: (positions, D) cosines of each position; the two halves of D are equal.
+        sin: (positions, D) sines of each position, likewise.
+        position_ids: (B, L) or (1, L) positions.
+
+    Returns:
+        The rotated queries and keys.
     """
     cos, sin = (table[position_ids, : table.shape[-1] // 2] for table in (cos, sin))
     return rotate(query, cos, sin), rotate(key, cos, sin)
 
 
 class XComposer2Collator(RemoteCollator):
-    """Examples -> ``EncodedBatch`` as the model's own ``chat`` lays them out, the image before the question."""
+    """Makes an ``EncodedBatch`` of examples in the format of the model's own ``chat``; the image comes first."""
 
     def __call__(self, examples: Sequence[Example]) -> EncodedBatch:
-        """Reads the images and encodes prompts and completions."""
+        """Decodes the images and encodes prompts and completions.
+
+        Raises:
+            RecordError: A text contains a marker token, or any reason of :class:`ProcessorCollator`.
+        """
         for example in examples:
             for text in (example.question.prompt, *example.completions):
                 if found := MARKS.search(text):
@@ -108,7 +124,17 @@ class XComposer2Collator(RemoteCollator):
         return super().__call__(examples)
 
     def encode(self, question: Question) -> Encoding:
-        """What the model is told first, image, question; im_mask is (1, L), True in the image's places."""
+        """Encodes one question: system prompt, image placeholders, text.
+
+        Args:
+            question: The question, with the path of its image.
+
+        Returns:
+            Token ids, ``im_mask`` (True at image tokens) and attention mask, (1, L) each, and images (1, 3, S, S).
+
+        Raises:
+            RecordError: The image can't be decoded.
+        """
         prompt = SYSTEM.format(system=self.system) if self.system else ""
         prompt += self.template.format(question=question.prompt)
         before, behind = (self.tokenizer(part).input_ids for part in prompt.split(IMAGE))
@@ -124,19 +150,21 @@ class XComposer2Collator(RemoteCollator):
 
 
 class XComposer2(Remote):
-    """InternLM-XComposer2-VL, by the code in its own repository, which runs only when you say so.
+    """InternLM-XComposer2-VL, run by the code in its own repository, which requires consent (``trust_remote_code``).
 
     Args:
-        model: name on the Hugging Face Hub, or folder, of the model, its code and its tokenizer.
-        revision: the full commit (40 hexadecimal digits) of a model on the Hub: the code that was looked at is the code
-            that runs.
-        trust_remote_code: run the Python code that comes with the model, with all of your rights.
-        adapter: PEFT folder of the adapter to measure with, for example ``runs/ppo/adapter``; none for the base model.
-        lora: the adapter that training makes, by default on the language model's linear layers.
-        dtype: of the base weights; the adapter's stay in float32.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        system: what the model is told first; none for the words of its own ``chat``, empty for nothing.
-        images: how images are decoded, and which are too large.
+        model: Name on the Hugging Face Hub, or folder, of the model, its code and its tokenizer.
+        revision: Full commit (40 hexadecimal digits) of a model on the Hub, so that the code that was reviewed is the
+            code that runs.
+        trust_remote_code: Run the Python code that comes with the model, with all rights of the user.
+        adapter: PEFT folder of the adapter to measure, for example ``runs/ppo/adapter``. None for the base model.
+        lora: Settings of the LoRA adapters that training creates; by default on the language model's linear layers.
+        dtype: Data type of the base weights. Adapter weights stay in float32.
+        gradient_checkpointing: Recompute activations in the backward pass. Takes less memory and about a third more
+            time.
+        system: System prompt of the conversation. None for the default of the model's own ``chat``, empty for no
+            prompt.
+        images: How images are decoded, and the size limits above which they are rejected.
     """
 
     family = "InternLM-XComposer2-VL"
@@ -169,11 +197,18 @@ class XComposer2(Remote):
         self.own_words = system is None
 
     def describe(self) -> dict[str, Any]:
-        """What of the VLM decides an answer; its own words are part of the code."""
+        """Returns the settings of the VLM that determine a response; the default system prompt is part of the code."""
         return super().describe() | {"system": None if self.own_words else self.system}
 
     def remote_class(self, name: str) -> Any:
-        """Runs the file of a class that the repository names, and gives the class."""
+        """Imports a class of the model's repository, and checks that the model class is of the supported version.
+
+        Args:
+            name: Key in the ``auto_map`` of the model's configuration, or ``AutoTokenizer`` for the tokenizer's.
+
+        Raises:
+            ArgumentError: The class can't be imported, or the model encodes prompts differently.
+        """
         remote = super().remote_class(name)
         if name == "AutoModelForCausalLM":
             wrap = getattr(remote, "interleav_wrap_chat", None)
@@ -183,26 +218,26 @@ class XComposer2(Remote):
         return remote
 
     def another(self) -> ArgumentError:
-        """Says that the code is not the one that this file is for."""
+        """Returns the error to raise for a model that encodes prompts differently from the supported version."""
         return ArgumentError(f"vlm.model: {self.name!r} lays its questions out otherwise than {self.family}; name one")
 
     @cached_property
     def config(self) -> Any:
-        """The model's configuration, as its code wants it."""
+        """The model's configuration with all dropout set to 0, restored to the values that the remote code expects."""
         config = self.remote_class("AutoConfig").from_pretrained(self.name, revision=self.revision)
         switch_off_dropout(config)
-        config.rope_parameters = self.raw_config["rope_scaling"]  # also none, which the library fills
+        config.rope_parameters = self.raw_config["rope_scaling"]  # None stays None; the library would fill it
         config.max_length = self.raw_config["max_length"]
         return config
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's, by its own code."""
+        """The model's tokenizer, by the code in its repository."""
         return self.remote_class("AutoTokenizer").from_pretrained(self.name, revision=self.revision)
 
     @cached_property
     def eos_token_ids(self) -> list[int]:
-        """The end of a turn, which the model was trained to write, and the tokenizer's end."""
+        """The end of a turn, which the model was trained to generate, and the tokenizer's end token."""
         end = self.tokenizer.convert_tokens_to_ids(END)
         if end == self.tokenizer.unk_token_id:
             raise ArgumentError(f"vlm.model: the tokenizer of {self.name!r} has no {END}; name a {self.family}")
@@ -210,7 +245,7 @@ class XComposer2(Remote):
 
     @cached_property
     def collator(self) -> XComposer2Collator:
-        """Made after one question that the model's own code lays out, and compared with it."""
+        """The collator, checked against one prompt that the model's own code encodes."""
         remote = self.remote_class("AutoModelForCausalLM")
         system = self.system
         if self.own_words:
@@ -242,32 +277,43 @@ class XComposer2(Remote):
 
     @cached_property
     def suppressed(self) -> Tensor:
-        """Tokens that an answer never contains, the marks of turns among them."""
+        """Tokens that a response never contains, including the markers of turns."""
         marks = {number for token, number in self.tokenizer.get_vocab().items() if MARKS.fullmatch(token)}
         return torch.tensor(sorted({*super().suppressed.tolist(), *marks} - set(self.eos_token_ids)))
 
     def generation(self, tokens: list[int]) -> Generation:
-        """Generated tokens, cut behind the first one that ends an answer, which is a word to the tokenizer."""
+        """Decodes generated tokens, truncated after the first end token, whose text the tokenizer doesn't skip.
+
+        Args:
+            tokens: Generated token ids; anything may follow an end token.
+        """
         answer = super().generation(tokens)
         return replace(answer, text=answer.text.removesuffix(END).strip())
 
     def adapt(self, remote: Any) -> Any:
-        """The remote model class as today's transformers and any device can run it."""
+        """Returns the remote model class, adapted to current transformers and to any device.
+
+        Args:
+            remote: The model class of the repository.
+        """
         module: Any = sys.modules[remote.__module__]
         sys.modules[module.InternLM2Model.__module__].apply_rotary_pos_emb = rotate_rows  # type: ignore[attr-defined]
         image_size = self.raw_config["img_size"]
 
         def load_model(tower: Any) -> None:
-            """The remote one downloads CLIP, whose weights the checkpoint has again, in another size."""
+            """Replaces the remote method, which downloads CLIP.
+
+            The checkpoint contains the tower's weights, for another image size.
+            """
             tower.vision_tower = Tower(image_size).requires_grad_(False)
             tower.is_loaded = True
 
         sys.modules[module.build_vision_tower.__module__].CLIPVisionTower.load_model = load_model
 
-        class Adapted(Tuples, remote, GenerationMixin):  # models no longer generate unless they say so
+        class Adapted(Tuples, remote, GenerationMixin):  # PreTrainedModel no longer inherits from GenerationMixin
             def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
                 PreTrainedModel._set_gradient_checkpointing(self, *args, **kwargs)
-                # The remote one would recompute around that, in a way that loses gradients behind frozen embeddings.
+                # The remote checkpointing would wrap this one, and lose gradients because the embeddings are frozen.
                 self.get_decoder().gradient_checkpointing = False
 
             def forward(
@@ -310,17 +356,21 @@ class XComposer2(Remote):
         return Adapted
 
     def image_encoder(self, model: PreTrainedModel) -> nn.Module:
-        """What of the model goes through the pixels of an image."""
+        """Returns the submodule that encodes the pixels of an image.
+
+        Args:
+            model: The loaded model.
+        """
         return model.get_submodule("vit")
 
     def load_base(self) -> PreTrainedModel:
-        """Reads the base weights, and computes what they come without."""
+        """Loads the base weights, and computes the rotary tables, which are not among them."""
         model = super().load_base()
-        del model.config.max_length  # the library takes it for a setting of generate, and would not save it
+        del model.config.max_length  # a generation setting to the library, which would not save the configuration
         for module in model.modules():
-            if hasattr(module, "_init_rope"):  # the library leaves its tables uninitialised
-                with local_torch_dtype(self.dtype):  # in which the constructor computes them
+            if hasattr(module, "_init_rope"):  # the library leaves the rotary tables uninitialised
+                with local_torch_dtype(self.dtype):  # the data type used by the constructor
                     module._init_rope()
-            elif isinstance(module, nn.Dropout):  # of Plora: the reference has to be one model
+            elif isinstance(module, nn.Dropout):  # of Plora: the reference must be deterministic
                 module.p = 0.0
         return model

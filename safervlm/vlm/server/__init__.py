@@ -1,1 +1,1 @@
-"""A VLM behind an OpenAI-compatible server: requests, their retries, and reading what comes back."""
+"""A VLM behind an OpenAI-compatible server: requests, retries, and parsing of responses."""

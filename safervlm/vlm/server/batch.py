@@ -1,4 +1,4 @@
-"""Questions for a server, each with its image as a data URL."""
+"""Batches of questions for a server, with each image as a data URL."""
 
 import base64
 import io
@@ -16,12 +16,12 @@ from safervlm.vlm.base import Batch
 
 
 class ServerBatch(Batch):
-    """Questions, and each image once as the data URL that is sent.
+    """Questions, and each different image once as the data URL that is sent.
 
     Args:
-        questions: the B questions.
-        images: data URLs.
-        image_rows: which of them each question is about.
+        questions: The B questions.
+        images: Data URLs of the different images.
+        image_rows: For each question, the index of its image.
     """
 
     def __init__(self, questions: list[Question], images: list[str], image_rows: list[int]) -> None:
@@ -29,7 +29,12 @@ class ServerBatch(Batch):
         self.images, self.image_rows = images, image_rows
 
     def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
-        """Some of the questions; a server scores no answers, so there are none to take along."""
+        """Returns a batch of some of the questions.
+
+        Args:
+            rows: Indices of the questions to keep.
+            answers: Ignored, because a server doesn't score completions.
+        """
         chosen = rows.tolist()
         return type(self)(
             [self.questions[row] for row in chosen], self.images, [self.image_rows[row] for row in chosen]
@@ -38,16 +43,20 @@ class ServerBatch(Batch):
 
 @dataclass(frozen=True)
 class ServerCollator:
-    """Examples -> :class:`ServerBatch`; picklable.
+    """Makes a :class:`ServerBatch` of examples; picklable.
 
     Attributes:
-        settings: how images are decoded.
+        settings: How images are decoded.
     """
 
     settings: ImageSettings = field(default=ImageSettings())
 
     def __call__(self, examples: Sequence[Example]) -> ServerBatch:
-        """Reads the images, once each; a blank one stands for none."""
+        """Encodes each different image once; questions without an image get a blank one.
+
+        Raises:
+            RecordError: An image is missing, damaged, too large or not an image.
+        """
         rows: dict[str | None, int] = {}
         images: list[str] = []
         for question in (example.question for example in examples):
@@ -60,33 +69,42 @@ class ServerCollator:
 
 
 def data_url(path: str, record: str, settings: ImageSettings = ImageSettings()) -> str:  # noqa: B008 (frozen)
-    """An image as a data URL: the file as it is where every server sees the same pixels in it as we do, else a PNG.
+    """Returns an image as a data URL: the unmodified file if every decoder sees the same pixels in it, else a PNG.
 
     Args:
-        path: the image's file.
-        record: the id of the record that it belongs to, for the error.
-        settings: how the image is decoded.
+        path: Path of the image file.
+        record: Id of the record that the image belongs to, for error messages.
+        settings: How the image is decoded.
 
     Raises:
-        RecordError: the file is missing, damaged, too large or not an image.
+        RecordError: The file is missing, damaged, too large or not an image.
     """
     decoded = decode(path, record, settings)
     return as_url(decoded.content, decoded.format) if decoded.plain else png_url(decoded.image)
 
 
 def png_url(image: Image.Image) -> str:
-    """An image as the data URL of a PNG."""
+    """Returns an image as the data URL of a PNG.
+
+    Args:
+        image: The image.
+    """
     file = io.BytesIO()
     image.save(file, "PNG")
     return as_url(file.getvalue(), "PNG")
 
 
 def as_url(content: bytes, kind: str) -> str:
-    """The data URL of an image file of a format that Pillow names."""
+    """Returns the data URL of an image file.
+
+    Args:
+        content: Bytes of the file.
+        kind: Pillow's name of the file format, for example ``PNG``.
+    """
     return f"data:{Image.MIME[kind]};base64,{base64.b64encode(content).decode()}"
 
 
 @cache
 def blank_url() -> str:
-    """The blank image, encoded once."""
+    """Returns the data URL of the blank image, encoded once."""
     return png_url(BLANK)

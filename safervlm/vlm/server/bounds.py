@@ -1,4 +1,4 @@
-"""How long a server is waited for, and how often it is tried again."""
+"""Back-off times and failure limits for requests to servers."""
 
 import math
 from dataclasses import dataclass
@@ -8,15 +8,18 @@ from safervlm.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Bounds:
-    """Waits between tries, and how many failures are taken; none of them decides an answer.
+    """Back-off times and failure limits; none of them affects a response.
 
     Args:
-        connect: seconds that a server may take to be reached; never more than ``timeout``.
-        first_wait: seconds before a question is asked again, or a server that failed is; each time twice as long.
-        longest_wait: seconds of the longest such wait. A pause that a server asks for is bounded by ``max_wait``.
-        failures_in_a_row: so many questions without an answer, none in between, stop the run: they are not at fault.
-        pauses: a question may meet a server's request for a pause, while the server answers others, so many times
-            ``max_retries`` + 1 times.
+        connect: Maximum time to connect to a server, in seconds; never more than ``timeout``.
+        first_wait: First back-off time, in seconds, before a question is retried or a failed server is used again. It
+            doubles with each further failure.
+        longest_wait: Maximum back-off time, in seconds. Pauses that a server requests are limited by ``max_wait``
+            instead.
+        failures_in_a_row: Number of consecutive questions without a response that stops the run, because the questions
+            are then unlikely to be the cause.
+        pauses: Factor of the retry limit for requested pauses. A question may meet a server's request for a pause,
+            while the server answers others, this many times ``max_retries`` + 1 times.
     """
 
     connect: float = 10.0
@@ -26,10 +29,11 @@ class Bounds:
     pauses: int = 4
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Validates the values.
 
         Raises:
-            ArgumentError: a wait that is not positive and finite, a number below 1, or a longest wait below the first.
+            ArgumentError: A wait is not positive and finite, a count is below 1, or the longest wait is below the
+                first.
         """
         for name in ("connect", "first_wait", "longest_wait"):
             if not 0 < getattr(self, name) < math.inf:

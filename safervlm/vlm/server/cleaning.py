@@ -1,4 +1,4 @@
-"""What a server says, made safe for terminals and files: without the key, without images, in one short line."""
+"""Makes messages of a server safe for terminals and files: one short line without the API key and without images."""
 
 import base64
 import re
@@ -6,18 +6,21 @@ from urllib.parse import quote
 
 from safervlm.io.escape import for_terminal
 
-SHORTEST = 8  # characters of a key that are recognised; fewer may be a word
-CERTAIN = 16  # characters of a key that no answer contains by accident
-SHOWN = 300  # characters of a message
-EXAMINED = 100_000  # characters of a message that are looked at for more than the whole key
+SHORTEST = 8  # minimum length of a recognised part of a key, in characters; shorter parts may be words
+CERTAIN = 16  # minimum length of a key that no response contains by chance, in characters
+SHOWN = 300  # maximum length of a shown message, in characters
+EXAMINED = 100_000  # characters of a message that are searched for parts of the key; the rest is dropped
 IMAGE = re.compile(r"data:[\w/.+-]*;base64,[\w+/=-]*")
 
 
 def forms(key: str) -> list[str]:
-    """A key as it is, percent-encoded, in hexadecimal and in base64.
+    """Returns the encodings under which a key is recognised: plain, percent-encoded, hexadecimal and base64.
 
-    In base64 three bytes become four characters, so there are three forms, by what stands before the key; the first
-    and last characters of each, which depend on the neighbours, are left out.
+    Base64 encodes three bytes as four characters, so there are three forms, depending on the offset of the key. The
+    first and last characters of each form depend on the neighbouring bytes, and are omitted.
+
+    Args:
+        key: The API key.
     """
     content = key.encode()
     found = [key, quote(key, safe=""), content.hex(), content.hex().upper()]
@@ -29,27 +32,37 @@ def forms(key: str) -> list[str]:
 
 
 class Cleaner:
-    """Cleans what a server says.
+    """Removes secrets, images and control characters from text of a server.
 
     Args:
-        key: the key that it was sent; None for none.
+        key: The API key that the server was sent; None for none.
     """
 
     def __init__(self, key: str | None) -> None:
         self.forms = sorted(forms(key), key=len, reverse=True) if key else []
         self.long = [form for form in self.forms if len(form) >= CERTAIN]
         pieces = {form[start : start + SHORTEST] for form in self.forms for start in range(len(form) - SHORTEST + 1)}
-        # Overlapping pieces: each match of the lookahead covers SHORTEST characters.
+        # A lookahead, so that matches may overlap; each covers SHORTEST characters.
         self.pieces = re.compile("(?=" + "|".join(map(re.escape, sorted(pieces))) + ")") if pieces else None
 
     def answer(self, text: str) -> str:
-        """A model's answer: as it is, but for a key of at least 16 characters."""
+        """Returns a model's response without the key; only forms of the key with at least 16 characters are removed.
+
+        Args:
+            text: The response.
+        """
         for form in self.long:
             text = text.replace(form, "(key)")
         return text
 
     def line(self, message: object) -> str:
-        """A server's message: one line of at most 300 characters, without the key or a part of it, and escaped."""
+        """Returns a server's message as one escaped line of at most 300 characters, without the key or parts of it.
+
+        A longer message is truncated, and ends in an ellipsis. Images are replaced by ``(image)``.
+
+        Args:
+            message: The message; converted to a string.
+        """
         text = str(message)
         for form in self.forms:
             text = text.replace(form, "(key)")
@@ -58,7 +71,7 @@ class Cleaner:
         return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
     def _without_parts(self, text: str) -> str:
-        """The text without any run of 8 characters or more of the key."""
+        """Replaces any run of 8 or more characters of the key."""
         if self.pieces is None:
             return text
         shown: list[str] = []

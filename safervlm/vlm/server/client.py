@@ -1,9 +1,9 @@
-"""Any server that speaks OpenAI's chat completions: models of that API, vLLM, SGLang, ``transformers serve``.
+"""VLMs behind an OpenAI-compatible chat completions API: OpenAI, vLLM, SGLang, ``transformers serve``.
 
-Requests are sent concurrently. What may pass is tried again, with back-off: a server that can't be reached, or asks for
-a pause (429, 502, 503), rests, and other servers take over; a question whose answer came broken (a time-out, a cut
+Requests are sent concurrently. Transient failures are retried with back-off. A server that is unreachable or requests a
+pause (429, 502, 503) backs off, and other servers take over. A question whose response was broken (time-out, truncated
 body, 500) is asked again, by another server if there is one. Nothing else is ever sent twice. A refusal or a content
-filter is an answer to be measured, not an error. Whatever happens to one question is recorded as its failure.
+filter is a response to be measured, not an error. Any failure of one question is recorded as its failure.
 """
 
 import asyncio
@@ -35,43 +35,53 @@ if TYPE_CHECKING:
 
 __all__ = ["Server", "ServerBatch", "Unanswered", "seconds_to_wait"]
 
-POLL = 0.25  # seconds between two looks at whether the command is asked to end
+POLL = 0.25  # seconds between two checks whether the command is asked to end
 ENDING = "the command is asked to end; what is answered is kept, the same command resumes"
 
 
 class Server(VLM):
-    """A model behind one or several servers with OpenAI's chat completions; needs the extra ``api``.
+    """A model behind one or more servers with OpenAI's chat completions API; needs the extra ``api``.
 
-    A proxy of the environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY) is used, but never for this machine's own addresses.
+    Proxies of the environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY) are used, except for addresses of this machine.
     Redirects are never followed.
 
     Args:
-        model: the name that the servers know it by.
-        addresses: base URLs of the servers, for example http://localhost:8000/v1; several share the work, and one that
-            dies is left out. A user name, password, query or fragment is rejected.
-        api_key_variable: the environment variable that holds the key, which is sent to each of the addresses; a server
-            of your own needs none.
-        system: the conversation's system prompt; empty for none.
-        blank: shows a blank white image with a question that has none; without, such a question is text alone.
-        concurrency: requests on their way at the same time, over all servers, of each process; a batch holds no more
-            than data.batch_size of them.
-        timeout: seconds that a whole answer may take, from the request to the last byte.
-        max_retries: how often a question is asked again whose answer came broken (bounds.pauses times as often where
-            the server asks for a pause while it answers others), and how often in a row a server may fail before it is
-            left out.
-        max_requests: a cap on the requests that one command sends, retries included, of each process; none for no cap.
-        max_tokens: a cap on the tokens of prompts and answers that one command pays for, of each process, as the server
-            counts them; what is on its way when it is reached still comes. None for no cap.
-        dry_run: says what there is to ask, and ends before the first request.
-        max_wait: seconds of the longest pause that a server may ask for (Retry-After); one that asks for more is left
-            out.
-        question_timeout: seconds that a question may take, retries and pauses included; then it counts as unanswered.
-        max_body: bytes of the largest response that is read, compressed and decompressed; a larger one is discarded,
-            and its question counts as unanswered.
-        max_count: the largest number of tokens of a prompt or answer that is believed; a larger or impossible one is
-            recorded as 0 tokens, and as it is in the log of attempts.
-        images: how images are decoded, and which are too large.
-        bounds: waits between tries, and how many failures are taken.
+        model: Name of the model on the servers.
+        addresses: Base URLs of the servers, for example http://localhost:8000/v1. Several servers share the work, and
+            one that fails permanently is excluded. A user name, password, query or fragment is rejected.
+        api_key_variable: Environment variable with the API key, which is sent to each of the addresses. A local server
+            needs none.
+        system: System prompt of the conversation; empty for none.
+        blank: Send a blank white image with a question that has no image. If false, such a question is sent as text
+            only.
+        concurrency: Maximum number of concurrent requests over all servers, per process. A batch has at most
+            data.batch_size of them.
+        timeout: Maximum time for one request, in seconds, from sending it to the last byte of the response.
+        max_retries: Maximum number of retries of a question whose response was broken (about bounds.pauses times as
+            many if the server requests pauses while it answers others). A server is excluded after more than this many
+            consecutive failures.
+        max_requests: Maximum number of requests per command and process, including retries. None for no limit.
+        max_tokens: Maximum number of prompt and response tokens per command and process, as counted by the server.
+            Requests in progress are completed when it is reached. None for no limit.
+        dry_run: Print an estimate of the work, and stop before the first request.
+        max_wait: Longest pause that a server may request (Retry-After), in seconds. A server that requests more is
+            excluded.
+        question_timeout: Maximum time for one question, in seconds, including retries and pauses; then it counts as
+            unanswered.
+        max_body: Maximum size of a response body, in bytes, compressed and decompressed. A larger one is discarded, and
+            its question counts as unanswered.
+        max_count: Largest plausible number of tokens of a prompt or response. A larger or impossible number is recorded
+            as 0 tokens, and unchanged in the request log.
+        images: How images are decoded, and the size limits above which they are rejected.
+        bounds: Back-off times and failure limits.
+
+    Attributes:
+        on_attempt: Callback that receives the log entry of each request.
+        requests: Number of requests so far.
+        tokens: Number of tokens so far, as counted by the servers.
+
+    Raises:
+        ArgumentError: A value is out of range, can't be sent, or is no base URL.
     """
 
     def __init__(
@@ -119,22 +129,26 @@ class Server(VLM):
 
     @property
     def halted(self) -> str | None:
-        """Why nothing more is sent; None while something is."""
+        """Reason why no more requests are sent; None while they are."""
         return self.pool.halted
 
     @property
     def collator(self) -> ServerCollator:
-        """Makes a data URL of each image."""
+        """Collator that encodes each image as a data URL."""
         return ServerCollator(self.images)
 
     def describe(self) -> dict[str, Any]:
-        """What decides an answer; where the model is served doesn't."""
+        """Returns the settings that determine a response; the addresses are not among them."""
         kind = type(self)
         described = {"class": f"{kind.__module__}.{kind.__qualname__}", "model": self.name, "system": self.system}
         return (described if self.blank else described | {"blank": False}) | self.images.describe()
 
     def load(self) -> None:
-        """Looks at what is needed here; no server is asked."""
+        """Checks that the openai package is installed and the API key is valid text; no request is sent.
+
+        Raises:
+            ArgumentError: The package is missing, or the key has characters that no key has.
+        """
         try:
             import openai  # noqa: F401
         except ImportError:
@@ -142,11 +156,14 @@ class Server(VLM):
         self._key()
 
     def estimate(self, questions: Sequence[Question], max_new_tokens: int) -> str:
-        """What asking would take; nothing is sent, and no image is read.
+        """Estimates the work for a list of questions; no request is sent and no image is decoded.
 
         Args:
-            questions: all of them.
-            max_new_tokens: of an answer.
+            questions: All questions.
+            max_new_tokens: Maximum number of tokens of a response.
+
+        Returns:
+            One line of text.
         """
         sizes: dict[str | None, int] = {None: len(blank_url())}
         for path in {question.image_path for question in questions} - {None}:
@@ -167,20 +184,21 @@ class Server(VLM):
     def generate(
         self, batch: ServerBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy"
     ) -> list[Generation]:
-        """Asks the questions of a batch, side by side.
+        """Sends the questions of a batch concurrently, and returns the responses.
 
-        When the command is asked to end (:func:`safervlm.io.signals.asked_to_end`), what is on its way is given up
+        When the command is asked to end (:func:`safervlm.io.signals.asked_to_end`), requests in progress are cancelled
         within a second.
 
         Args:
-            batch: the questions.
-            sampling: how to draw.
-            seed: each request's is drawn from (seed, record id); whether the server keeps to it is its affair.
-            adapter: all alike: a server has one model.
+            batch: The questions.
+            sampling: Decoding settings, sent with each request.
+            seed: Each request's seed is derived from (seed, record id). Whether it makes responses reproducible depends
+                on the server.
+            adapter: Ignored, because a server has one model.
 
         Raises:
-            Unanswered: some questions got no answer; it contains the answers of the others.
-            ArgumentError: nothing can be asked any more.
+            Unanswered: Some questions have no response. It holds the responses to the others.
+            ArgumentError: No more requests can be sent, or ``dry_run`` is set.
         """
         if self.dry_run:
             raise ArgumentError(
@@ -198,7 +216,7 @@ class Server(VLM):
         return good
 
     async def _answer_all(self, batch: ServerBatch, sampling: Sampling, seed: int) -> list[Generation | str]:
-        """To each question its answer, or why there is none."""
+        """Returns for each question its response, or the reason why there is none."""
         from safervlm.vlm.server.request import Requests
 
         slots = asyncio.Semaphore(self.concurrency)
@@ -236,7 +254,7 @@ class Server(VLM):
     async def _answer(
         self, requests: "Requests", question: Question, image: str, sampling: Sampling, seed: int
     ) -> Generation | str:
-        """The answer to a question, or why there is none, whatever went wrong with it."""
+        """Returns the response to a question, or the reason why there is none, for any kind of failure."""
         try:
             request = {
                 "model": self.name,
@@ -264,10 +282,10 @@ class Server(VLM):
         return reason
 
     def _messages(self, question: Question, image: str) -> list[dict[str, Any]]:
-        """The conversation up to the answer.
+        """Returns the conversation up to the response.
 
         Raises:
-            Unanswered: the question can't be encoded.
+            Unanswered: The question can't be encoded as UTF-8.
         """
         try:
             question.prompt.encode()
@@ -283,10 +301,10 @@ class Server(VLM):
         return [*system, {"role": "user", "content": [shown, {"type": "text", "text": question.prompt}]}]
 
     async def _ask(self, requests: "Requests", question: str, request: Mapping[str, Any]) -> Generation:
-        """One question, as often as it takes.
+        """Sends one question, with as many retries as are allowed.
 
         Raises:
-            Unanswered: it was asked often enough, or nothing can be asked any more.
+            Unanswered: The retries are exhausted, or no more requests can be sent.
         """
         tries, pauses, answered, last = 0, 0, self.pool.answered, None
         while True:
@@ -323,7 +341,7 @@ class Server(VLM):
                 f"{outcome.reason}"
             )
             if outcome.by_server:
-                pauses += self.pool.answered > answered  # the server answers others meanwhile
+                pauses += self.pool.answered > answered  # a server has answered other questions meanwhile
                 answered = self.pool.answered
                 most = self.bounds.pauses * (self.max_retries + 1)
                 if not self.pool.rest(host, question, outcome, begun) or pauses > most:
@@ -335,12 +353,12 @@ class Server(VLM):
             await self.pool.wait(max(self._back_off(tries), outcome.pause or 0.0))
 
     async def _free_host(self, last: Host | None, question: str) -> Host:
-        """A server that isn't resting; the request to it is counted.
+        """Waits for a server that is not backing off, and counts the request to it.
 
-        Nothing is awaited between the look at the caps and the count, so that they hold.
+        Nothing is awaited between the check of the caps and the count, so the caps are exact.
 
         Raises:
-            Unanswered: nothing can be asked any more.
+            Unanswered: No more requests can be sent.
         """
         while True:
             for name, used, cap, what in (
@@ -361,7 +379,7 @@ class Server(VLM):
             await self.pool.wait(found)
 
     def _tell(self, attempt: dict[str, Any]) -> None:
-        """Tells :attr:`on_attempt`; an answer that came is not lost because its log can't be written."""
+        """Calls :attr:`on_attempt`; an error in it doesn't lose the response."""
         try:
             self.on_attempt(attempt)
         except Exception as error:
@@ -370,12 +388,12 @@ class Server(VLM):
             self._untold = True
 
     def _back_off(self, failures: int) -> float:
-        """Seconds to wait after so many failures: twice as long each time, scattered."""
+        """Returns the back-off time in seconds: exponential in the number of failures, with random jitter."""
         seconds = min(self.bounds.first_wait * 2.0 ** min(failures - 1, 60), self.bounds.longest_wait)
         return seconds * self._jitter.uniform(0.5, 1)
 
     def _key(self) -> str | None:
-        """The key; it is read where it is needed, and kept nowhere."""
+        """Returns the API key; it is read from the environment on each use, and never stored."""
         key = os.environ.get(self.api_key_variable, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise ArgumentError(

@@ -1,4 +1,4 @@
-"""One of the servers that share the work."""
+"""State of one server."""
 
 import ipaddress
 import math
@@ -13,20 +13,20 @@ from safervlm.io.escape import for_terminal
 
 @dataclass
 class Host:
-    """One of the servers, and its state.
+    """One server, and its state.
 
     Attributes:
-        address: its base URL.
-        client: speaks to it; made anew for each batch.
-        left_out: parameters that it refused, to be sent under another name or not at all.
-        busy: requests on their way.
-        sent: requests so far.
-        answered: answers so far.
-        failures: in a row, counted once a rest.
-        failing: the questions that met them.
-        rested: when the last rest began, and
-        ready: when it ends, by the monotonic clock.
-        out: left out for good.
+        address: Base URL.
+        client: HTTP client; created anew for each batch.
+        left_out: Parameters that the server rejected; sent under another name or not at all.
+        busy: Number of requests in progress.
+        sent: Number of requests so far.
+        answered: Number of responses so far.
+        failures: Number of consecutive failures, counted once per back-off period.
+        failing: Ids of the questions that met these failures.
+        rested: Start of the last back-off period, by the monotonic clock.
+        ready: End of the last back-off period, by the monotonic clock.
+        out: Whether the server is permanently excluded.
     """
 
     address: str
@@ -42,22 +42,25 @@ class Host:
     out: bool = False
 
     def succeed(self) -> None:
-        """An answer came."""
+        """Records a response, and resets the failures."""
         self.answered += 1
         self.recover()
 
     def recover(self) -> None:
-        """What failed before says nothing about the server any more."""
+        """Resets the consecutive failures."""
         self.failures = 0
         self.failing.clear()
 
 
 def hosts_at(addresses: Sequence[str]) -> list[Host]:
-    """The servers at base URLs.
+    """Validates base URLs, and returns a server for each.
+
+    Args:
+        addresses: Base URLs, for example http://localhost:8000/v1.
 
     Raises:
-        ArgumentError: an address is no base URL, or contains more than one; a user name, password, query or fragment,
-            which may be secret, is not repeated.
+        ArgumentError: An address is no base URL, or has a user name, password, query or fragment. These may be secret,
+            and are not repeated in the message.
     """
     if not addresses or isinstance(addresses, str):
         raise ArgumentError(f"vlm.addresses: a list of base URLs, got {addresses!r}")

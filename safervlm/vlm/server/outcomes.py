@@ -1,4 +1,4 @@
-"""What may become of a request besides an answer, and which of it a failure's status and body mean."""
+"""Outcomes of a request other than a response, and their derivation from the status and body of a failure."""
 
 import math
 import re
@@ -28,13 +28,13 @@ EXAMINED = 10_000  # characters of a body in which a parameter's name is looked 
 
 @dataclass(frozen=True)
 class Passing:
-    """What went wrong may pass: the question is asked again.
+    """A transient failure: the question is asked again.
 
     Attributes:
-        reason: in one line.
-        by_server: whether it would have happened to any question: the server rests, others take over.
-        said: whether the server said so itself, rather than being out of reach.
-        pause: seconds that the server asks for; None if it doesn't say.
+        reason: Reason in one line.
+        by_server: Whether any question would have failed: the server backs off, and others take over.
+        said: Whether the server itself reported the failure, as opposed to being unreachable.
+        pause: Pause that the server requests, in seconds; None if it states none.
     """
 
     reason: str
@@ -45,11 +45,11 @@ class Passing:
 
 @dataclass(frozen=True)
 class Untaken:
-    """The server doesn't take a parameter; the question is asked again at once without it.
+    """The server rejects a parameter; the question is asked again at once without it.
 
     Attributes:
-        name: the parameter's.
-        reason: in one line.
+        name: Name of the parameter.
+        reason: Reason in one line.
     """
 
     name: str
@@ -58,10 +58,10 @@ class Untaken:
 
 @dataclass(frozen=True)
 class Useless:
-    """The server can answer no question: it is left out, others take over.
+    """The server can't answer any question: it is excluded, and others take over.
 
     Attributes:
-        reason: in one line.
+        reason: Reason in one line.
     """
 
     reason: str
@@ -69,10 +69,10 @@ class Useless:
 
 @dataclass(frozen=True)
 class Hopeless:
-    """No server can answer any question before the user corrects something: nothing more is sent.
+    """No server can answer any question before the user corrects something: no more requests are sent.
 
     Attributes:
-        reason: in one line, beginning with the argument to correct.
+        reason: Reason in one line, beginning with the argument to correct.
     """
 
     reason: str
@@ -83,17 +83,17 @@ Outcome = Generation | Passing | Untaken | Useless | Hopeless | Unanswered
 
 @dataclass(frozen=True)
 class Refused:
-    """A response whose status is 300 or above, or an error that came with status 200.
+    """A response with a status of 300 or above, or an error object in a response with status 200.
 
     Attributes:
-        status: of HTTP.
-        code: the server's name for what is wrong, and
-        kind: for its kind, and
-        param: for the parameter that is at fault; all empty where it names none.
-        message: in one line, cleaned.
-        said: the beginning of the whole body.
-        location: the host that a redirect points to; empty for none.
-        pause: seconds that the server asks for; None if it doesn't say.
+        status: HTTP status.
+        code: Error code of the server; empty if it states none.
+        kind: Error type of the server; empty if it states none.
+        param: Name of the parameter at fault; empty if the server states none.
+        message: Message in one line, cleaned.
+        said: Beginning of the whole body.
+        location: Host that a redirect points to; empty for none.
+        pause: Pause that the server requests, in seconds; None if it states none.
     """
 
     status: int
@@ -109,14 +109,14 @@ class Refused:
 def refused(
     status: int, body: object, headers: Mapping[str, str], message: str, clean: Callable[[object], str]
 ) -> Refused:
-    """Reads a failure; whatever is not of the documented type counts as absent.
+    """Parses a failed response; fields that are not of the documented type count as absent.
 
     Args:
-        status: of HTTP.
-        body: the error object, or the text.
-        headers: of the response.
-        message: to show where the body has none.
-        clean: makes one line of what a server says.
+        status: HTTP status.
+        body: Error object or text.
+        headers: Headers of the response.
+        message: Message to show if the body has none.
+        clean: Function that makes one safe line of a server's text.
     """
     given = body if isinstance(body, Mapping) else {}
     texts = {name: str(given[name]) for name in ("code", "type", "param") if isinstance(given.get(name), str | int)}
@@ -144,15 +144,15 @@ def _text(body: object) -> str:
 def meaning(
     refusal: Refused, question: str, address: str, sent: Mapping[str, Any], variable: str, has_key: bool
 ) -> Outcome:
-    """What a failure means for the question and for the server.
+    """Returns what a failed response means for the question and the server.
 
     Args:
-        refusal: what came.
-        question: the id.
-        address: the server's.
-        sent: the request's parameters.
-        variable: the environment variable of the key, and
-        has_key: whether it holds one.
+        refusal: The failed response.
+        question: Id of the question.
+        address: Base URL of the server.
+        sent: Parameters of the request.
+        variable: Name of the environment variable of the API key.
+        has_key: Whether that variable holds a key.
     """
     status, message, model = refusal.status, refusal.message, sent["model"]
     if status == 400 and FILTERS & {refusal.code, refusal.kind}:
@@ -188,7 +188,7 @@ def meaning(
 
 
 def _of_the_question(refusal: Refused, question: str, address: str, sent: Mapping[str, Any]) -> Outcome:
-    """What it means that a server can't take a request: a parameter, or the question, is at fault."""
+    """Returns the outcome of a request that the server rejects: a parameter or the question is at fault."""
     message = refusal.message
     named = refusal.param if refusal.param in SETTINGS and refusal.param in sent else None
     if UNKNOWN.search(refusal.said):
@@ -206,7 +206,11 @@ def _of_the_question(refusal: Refused, question: str, address: str, sent: Mappin
 
 
 def host_of(location: str) -> str:
-    """The host that a Location header names, and nothing else of it, which may contain secrets."""
+    """Returns only the host of a Location header; the rest may contain secrets.
+
+    Args:
+        location: Value of the header.
+    """
     try:
         return urlsplit(location).hostname or "another path of the same host"
     except ValueError:
@@ -214,7 +218,14 @@ def host_of(location: str) -> str:
 
 
 def seconds_to_wait(retry_after: str | None) -> float | None:
-    """A Retry-After header: seconds, or a date. None where there is none, or no finite number."""
+    """Parses a Retry-After header.
+
+    Args:
+        retry_after: Value of the header, in seconds or as a date; None if there is none.
+
+    Returns:
+        Seconds to wait, at least 0; None if there is no header or no finite number.
+    """
     if retry_after is None:
         return None
     try:

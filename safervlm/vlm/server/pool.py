@@ -1,4 +1,4 @@
-"""Several servers that share the work: which is asked next, which rests, which is left out, and when all is over."""
+"""Scheduling over several servers: which one is used next, which backs off, which is excluded, and when to stop."""
 
 import asyncio
 import random
@@ -10,54 +10,65 @@ from safervlm.vlm.base import Unanswered
 from safervlm.vlm.server.host import Host
 from safervlm.vlm.server.outcomes import Passing, Untaken
 
-LONG = 60.0  # seconds of a pause that is worth a line
+LONG = 60.0  # pauses longer than this, in seconds, are reported
 
 
 class Pool:
-    """The servers, and whether anything can be asked at all.
+    """The servers, and whether any request can be sent at all.
 
     Args:
-        hosts: the servers.
-        max_retries: how often in a row one may fail before it is left out.
-        max_wait: seconds of the longest pause that one may ask for.
-        back_off: seconds to wait after so many failures.
+        hosts: The servers.
+        max_retries: Number of consecutive failures that a server may have; one more excludes it.
+        max_wait: Longest pause that a server may request, in seconds.
+        back_off: Function that returns the back-off time in seconds for a number of consecutive failures.
 
     Attributes:
-        halted: why nothing more is sent, in one line; None while something is.
+        halted: Reason why no more requests are sent, in one line; None while they are.
     """
 
     def __init__(self, hosts: list[Host], max_retries: int, max_wait: float, back_off: Callable[[int], float]) -> None:
         self.hosts, self.max_retries, self.max_wait, self.back_off = hosts, max_retries, max_wait, back_off
         self.halted: str | None = None
-        self._halt: asyncio.Event | None = None  # of the batch at work: wakes those that wait
+        self._halt: asyncio.Event | None = None  # of the current batch; set to wake waiting questions
         self._jitter = random.Random()
 
     def begin(self) -> None:
-        """A batch begins, in an event loop of its own."""
+        """Prepares for a batch, which runs in its own event loop."""
         self._halt = asyncio.Event()
 
     def end(self) -> None:
-        """The batch is over."""
+        """Cleans up after a batch."""
         self._halt = None
 
     @property
     def answered(self) -> int:
-        """Answers so far."""
+        """Number of responses so far, over all servers."""
         return sum(host.answered for host in self.hosts)
 
     def ready(self, last: Host | None) -> Host | float:
-        """The least busy server that isn't resting, rather another one than the last; or seconds until one is ready."""
+        """Returns the least busy available server, or the time until one is available.
+
+        Args:
+            last: Server that the question was sent to last; others are preferred. None for none.
+
+        Returns:
+            The server, or the seconds until the first server is available, with some jitter.
+        """
         now = time.monotonic()
         there = [host for host in self.hosts if not host.out]
         ready = [host for host in there if host.ready <= now]
         if ready:
             return min(ready, key=lambda host: (host is last, host.busy, host.sent))
-        # A little apart, so that a server isn't met by all at once.
+        # Jitter, so that not all questions are sent at once.
         return min(host.ready for host in there) - now + self._jitter.uniform(0, 0.1)
 
     async def wait(self, seconds: float) -> None:
-        """Sleeps, unless there is nothing to wait for any more."""
-        assert self._halt is not None  # noqa: S101 (set before any question is asked; for the type checker)
+        """Sleeps, or returns early when no more requests can be sent.
+
+        Args:
+            seconds: Time to sleep.
+        """
+        assert self._halt is not None  # noqa: S101 (set before any question is asked; narrows the type)
         try:
             async with asyncio.timeout(seconds):
                 await self._halt.wait()
@@ -65,20 +76,21 @@ class Pool:
             pass
 
     def rest(self, host: Host, question: str, failure: Passing, begun: float) -> bool:
-        """Leaves a server alone for a while, or for good if it failed too often in a row.
+        """Makes a server back off after a failure, or excludes it after too many consecutive failures.
 
         Args:
-            host: the server.
-            question: the id of the one that met the failure.
-            failure: what happened.
-            begun: when the request was sent, by the monotonic clock.
+            host: The server.
+            question: Id of the question that met the failure.
+            failure: The failure.
+            begun: When the request was sent, by the monotonic clock.
 
         Returns:
-            Whether the question may be asked again; not where it alone met a failing server that had answered others.
+            Whether the question may be asked again. False if this question alone met the failures of a server that had
+            answered others.
         """
         now = time.monotonic()
         if begun < host.rested or host.out:
-            return True  # sent before the rest began: it is no news
+            return True  # sent before the current back-off began: already counted
         host.failures += 1
         host.failing.add(question)
         host.rested = now
@@ -95,7 +107,12 @@ class Pool:
         return True
 
     def leave_out(self, host: Host, reason: str) -> None:
-        """Asks a server no more; without any other, nothing more is sent."""
+        """Excludes a server permanently; stops the run if no other server remains.
+
+        Args:
+            host: The server.
+            reason: Reason in one line.
+        """
         if host.out:
             return
         host.out = True
@@ -109,7 +126,12 @@ class Pool:
             )
 
     def leave_out_parameter(self, host: Host, untaken: Untaken) -> None:
-        """Sends a parameter no more, or under its old name."""
+        """Stops sending a parameter to a server, or sends it under its old name, and reports this once.
+
+        Args:
+            host: The server.
+            untaken: The parameter, and the reason.
+        """
         instead = {"max_completion_tokens": "max_tokens is sent instead", "seed": "its answers can't be repeated"}
         if untaken.name not in host.left_out:
             host.left_out.add(untaken.name)
@@ -117,7 +139,14 @@ class Pool:
             say(f"{host.address} doesn't take {untaken.name} ({untaken.reason}): {said}")
 
     def stop(self, reason: str) -> Unanswered:
-        """Nothing more is sent; what is on its way may come."""
+        """Stops sending requests; requests in progress may finish.
+
+        Args:
+            reason: Reason in one line. The reason of an earlier stop is kept.
+
+        Returns:
+            The exception to raise for a question that is not asked.
+        """
         self.halted = self.halted or reason
         if self._halt is not None:
             self._halt.set()

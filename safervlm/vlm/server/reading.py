@@ -1,4 +1,4 @@
-"""The answer in the body of a chat completion. Nothing that a server says is trusted to be of its type or size."""
+"""Parses the body of a chat completion. No field of a server's response is trusted to have the right type or size."""
 
 import json
 import math
@@ -6,35 +6,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-UNNAMED = -1  # a token of an answer: a server says how many there are, not which
-UNKNOWN = "unknown"  # the finish_reason of an answer whose server names none
+UNNAMED = -1  # unknown token id: a server states the number of tokens, not their ids
+UNKNOWN = "unknown"  # finish_reason of a response for which the server states none
 
-# What servers call it when they cut an answer because it is as long as was asked for,
+# Finish reasons of servers: the response reached the token limit.
 LENGTH = {"length", "max_length", "max_tokens", "max_new_tokens", "max_output_tokens", "length_limit", "token_limit"}
-# when their filter cut it or took it away,
+# A filter truncated or removed the response.
 FILTERED = {
     *("content_filter", "content_filtered", "filtered", "safety", "image_safety", "blocked", "blocklist"),
     *("prohibited_content", "sensitive", "spii", "guardrail_intervened"),
 }
-# when the model declined,
+# The model refused.
 REFUSED = {"refusal", "refused"}
-# and when the answer did not end at all: it is asked for again.
+# The response is incomplete; the question is asked again.
 BROKEN = {
     *("abort", "aborted", "cancel", "cancelled", "canceled", "error", "failed", "failure", "timeout"),
     *("network_error", "insufficient_system_resource"),
 }
-# Keys whose value decides what is read; one of them twice in an object leaves open which value is meant.
+# Keys that affect the result. A duplicate of one of them in an object would be ambiguous.
 READ = {"error", "choices", "message", "content", "refusal", "finish_reason", "usage"}
 READ |= {"prompt_tokens", "completion_tokens"}
-TEXTS = (None, "text", "output_text")  # types of parts that are read; a thought is no part of the answer
+TEXTS = (None, "text", "output_text")  # types of content parts that belong to the response; reasoning doesn't
 
 
 @dataclass(frozen=True)
 class Unnamed(Sequence[int]):
-    """The tokens of an answer of which only the number is known; takes no memory, whatever a server says.
+    """Tokens of a response of which only the number is known; takes constant memory, whatever number a server states.
 
     Attributes:
-        length: how many there are.
+        length: Number of tokens.
     """
 
     length: int
@@ -55,15 +55,15 @@ class Unnamed(Sequence[int]):
 
 @dataclass(frozen=True)
 class Completion:
-    """What a chat completion says.
+    """Parsed chat completion.
 
     Attributes:
-        text: the answer, without surrounding white space.
-        finish_reason: ``stop``, ``length``, ``refusal`` or ``content_filter``; any other word is the server's own.
-        named: the server's own word for it.
-        model: what the server says answered; empty where it doesn't say.
-        counts: ``prompt_tokens`` and ``completion_tokens``; None where the server says nothing, or nothing possible.
-        impossible: what it said instead, by the same names.
+        text: The response, without surrounding white space.
+        finish_reason: ``stop``, ``length``, ``refusal`` or ``content_filter``; otherwise the server's own word.
+        named: The server's own word for the finish reason.
+        model: Name of the model according to the server; empty if it states none.
+        counts: ``prompt_tokens`` and ``completion_tokens``; None if the server states none, or an impossible number.
+        impossible: The impossible numbers, by the same names.
     """
 
     text: str
@@ -75,14 +75,14 @@ class Completion:
 
 
 def parsed(content: bytes, encoding: str | None = None) -> Any:
-    """The JSON of a body.
+    """Parses the JSON of a response body.
 
     Args:
-        content: UTF-8, UTF-16 or UTF-32, as JSON allows.
-        encoding: what the header says, for a body that is none of these.
+        content: Body, in UTF-8, UTF-16 or UTF-32, as JSON allows.
+        encoding: Charset in the header, for a body in none of these; None if there is none.
 
     Raises:
-        ValueError: no JSON, or none that can be read: too deeply nested, or with an important key twice.
+        ValueError: The body is no JSON, is nested too deeply, or has a duplicate of a key that affects the result.
     """
     try:
         text = content.decode(json.detect_encoding(content), "surrogatepass")
@@ -110,25 +110,30 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _number(digits: str) -> int | float:
-    return int(digits) if len(digits) <= 20 else float(digits)  # of 6,000 digits Python makes no int
+    return int(digits) if len(digits) <= 20 else float(digits)  # int() rejects very long digit strings
 
 
 def read_count(value: object, most: int) -> int | None:
-    """A number of tokens; None for what is none: not whole, negative, no number, or more than the limit."""
+    """Returns a number of tokens; None for anything but an integral number within the limit.
+
+    Args:
+        value: Value in the body.
+        most: Largest plausible number.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        return None  # NaN compares with nothing
+        return None  # comparisons with NaN are false
     return int(value) if math.floor(value) == value else None
 
 
 def read_completion(body: Any, max_count: int) -> Completion:
-    """What a chat completion says; of several choices the first is read.
+    """Parses a chat completion; of several choices, the first is used.
 
     Args:
-        body: as parsed.
-        max_count: the largest number of tokens that is possible.
+        body: The parsed JSON.
+        max_count: Largest plausible number of tokens.
 
     Raises:
-        ValueError: it contains no answer, or one that did not end.
+        ValueError: The body contains no response, or an incomplete one.
     """
     if not isinstance(body, Mapping):
         raise ValueError(f"a {type(body).__name__} in place of an object")
@@ -158,19 +163,19 @@ def read_completion(body: Any, max_count: int) -> Completion:
 
 
 def read_answer(message: Mapping[str, Any], reason: object) -> tuple[str, str, str]:
-    """The text of a message, how it ended, and the server's own word for that.
+    """Returns the text of a message, its finish reason, and the server's own word for that.
 
-    An answer that ended by itself is one, whatever the server calls its end: an unknown word stays as it is. A filter
-    and the limit of tokens may leave no text; without text, anything else is no answer.
+    A response that ended by itself is valid under any finish reason: an unknown word is kept. A filter and the token
+    limit may leave no text. Otherwise, a message without text is no response.
 
     Args:
-        message: of the model.
-        reason: the finish_reason.
+        message: The model's message.
+        reason: The finish_reason.
 
     Raises:
-        ValueError: there is no answer, or it did not end.
+        ValueError: There is no response, or an incomplete one.
     """
-    if isinstance(reason, Mapping):  # {"type": "stop"}, of engines that pass on their own form
+    if isinstance(reason, Mapping):  # {"type": "stop"}, from engines that forward their own format
         reason = reason.get("type")
     named = str(reason).strip()[:80] if isinstance(reason, str | int | float) else ""
     word = named.lower()
@@ -193,7 +198,14 @@ def read_answer(message: Mapping[str, Any], reason: object) -> tuple[str, str, s
 
 
 def read_text(content: object) -> str | None:
-    """The text of a message's content, a text or a list of parts; None where there is none."""
+    """Returns the text of a message's content.
+
+    Args:
+        content: A string, or a list of parts.
+
+    Returns:
+        The text without surrounding white space; None if there is none.
+    """
     if isinstance(content, str):
         return content.strip()
     if not isinstance(content, list):

@@ -1,4 +1,4 @@
-"""One request to a server, and what became of it. Needs the extra ``api``."""
+"""One request to a server, and its outcome. Needs the extra ``api``."""
 
 import asyncio
 import time
@@ -18,18 +18,18 @@ from safervlm.vlm.server.transport import BodyError, BodyTooLargeError, client_f
 
 
 class Requests:
-    """Sends the requests of a batch. It holds the key, and is discarded with the batch.
+    """Sends the requests of a batch. It holds the API key, and is discarded with the batch.
 
     Args:
-        hosts: the servers; they get their clients.
-        key: None for none.
-        variable: the environment variable of the key, for messages.
-        timeout: seconds that a whole answer may take.
-        connect: seconds that a server may take to be reached.
-        max_body: bytes of a response's body.
-        max_count: the largest number of tokens that is believed.
-        concurrency: connections to keep.
-        tell: is told the history of each request.
+        hosts: The servers; their HTTP clients are created here.
+        key: API key; None for none.
+        variable: Name of the environment variable of the key, for messages.
+        timeout: Maximum time for a request, in seconds.
+        connect: Maximum time to connect to a server, in seconds.
+        max_body: Maximum size of a response body, in bytes.
+        max_count: Largest plausible number of tokens.
+        concurrency: Number of connections to keep alive.
+        tell: Callback that receives the log entry of each request.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class Requests:
                 await client.close()
 
     async def send(self, host: Host, question: str, request: Mapping[str, Any]) -> tuple[Outcome, int | None]:
-        """One request, whose history is told.
+        """Sends one request, and reports its log entry to ``tell``.
 
         Args:
-            host: the server.
-            question: the id.
-            request: the parameters.
+            host: The server.
+            question: Id of the question.
+            request: Parameters of the request.
 
         Returns:
-            What became of it, and the tokens that it cost; None where no completion came.
+            The outcome, and the number of prompt and response tokens; None if there is no completion.
         """
         sent = dict(request)
         for name in host.left_out:
@@ -109,7 +109,7 @@ class Requests:
     def _read(
         self, host: Host, sent: Mapping[str, Any], response: Any, told: dict[str, Any]
     ) -> tuple[Outcome, int | None]:
-        """What a body that came with 200 says: mostly the answer."""
+        """Returns the outcome of a response with status 200, usually a completion."""
         clean = self.cleaner.line
         try:
             body = parsed(response.content, response.charset_encoding)
@@ -123,7 +123,7 @@ class Requests:
         return self._answer(sent, completion, told), sum(count or 0 for count in completion.counts.values())
 
     def _answer(self, sent: Mapping[str, Any], completion: Completion, told: dict[str, Any]) -> Outcome:
-        """The answer, unless it is longer than was asked for."""
+        """Returns the response, unless it is longer than requested."""
         clean = self.cleaner.line
         reason = clean(completion.finish_reason)
         told |= {"model": clean(completion.model), **completion.counts, "result": reason}
@@ -138,7 +138,7 @@ class Requests:
         return Generation(Unnamed(count), self.cleaner.answer(completion.text), reason)
 
     def _error_inside(self, host: Host, sent: Mapping[str, Any], error: object, told: dict[str, Any]) -> Outcome:
-        """What an error means that came with the status 200: the same as with the status that it names as its code."""
+        """Returns the outcome of an error object in a response with status 200, as if its code were the status."""
         code = error.get("code") if isinstance(error, Mapping) else None
         status = code if isinstance(code, int) and 400 <= code <= 599 else 500
         refusal = refused(status, error, {}, "an error that came with the status 200", self.cleaner.line)
@@ -147,7 +147,7 @@ class Requests:
     def _refused(
         self, host: Host, sent: Mapping[str, Any], refusal: Refused, kind: str, told: dict[str, Any]
     ) -> Outcome:
-        """What a failure that the server names means."""
+        """Returns the outcome of a failure that the server reported."""
         told |= {"result": self.cleaner.line(refusal.code or kind), "detail": refusal.message}
         if refusal.pause is not None:
             told["retry_after"] = refusal.pause
@@ -159,7 +159,7 @@ class Requests:
         return outcome
 
     def _broken(self, error: Exception, told: dict[str, Any]) -> Outcome:
-        """What it means that no whole response came."""
+        """Returns the outcome of a request without a complete response."""
         cause = error.__cause__ or error
         kind = type(cause).__name__
         told["detail"] = "" if isinstance(error, TimeoutError) else self.cleaner.line(cause)

@@ -1,6 +1,6 @@
-"""The HTTP connection to a server: bounded bodies, no redirects, and no proxy for this machine.
+"""HTTP transport to a server: bounded bodies, no redirects, and no proxy for this machine.
 
-Needs the extra ``api`` (httpx2 comes with openai), so it is imported where the first request is sent.
+Needs the extra ``api`` (httpx2 comes with openai), so it is imported only before the first request.
 """
 
 import zlib
@@ -14,22 +14,22 @@ CHANGED = (b"content-encoding", b"content-length", b"transfer-encoding")  # head
 
 
 class BodyError(Exception):
-    """A body can't be read."""
+    """Raised when a body can't be decoded."""
 
 
 class BodyTooLargeError(BodyError):
-    """A body is larger than the limit."""
+    """Raised when a body exceeds the size limit."""
 
 
 class Bounded(httpx2.AsyncBaseTransport):
-    """Reads each body whole, up to a limit that holds before and after decompression.
+    """HTTP transport that limits the size of a body, before and after decompression.
 
-    httpx decompresses a chunk without a limit, so that a few kilobytes become gigabytes. No compression is asked for;
-    gzip and deflate are read nevertheless, as some proxies compress whatever they pass on.
+    httpx decompresses a chunk without a limit, so a few kilobytes may become gigabytes. No compression is requested,
+    but gzip and deflate are accepted, because some proxies compress every response.
 
     Args:
-        inner: sends the requests.
-        max_body: bytes of a body.
+        inner: Transport that sends the requests.
+        max_body: Maximum size of a body, in bytes.
     """
 
     def __init__(self, inner: httpx2.AsyncBaseTransport, max_body: int) -> None:
@@ -38,8 +38,11 @@ class Bounded(httpx2.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Sends a request and reads the response.
 
+        Args:
+            request: The request; its Accept-Encoding is replaced.
+
         Raises:
-            BodyError: the body can't be decoded, or is too large.
+            BodyError: The body can't be decoded, or is too large.
         """
         request.headers["Accept-Encoding"] = "identity"
         response = await self.inner.handle_async_request(request)
@@ -64,15 +67,15 @@ class Bounded(httpx2.AsyncBaseTransport):
 
 
 def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
-    """A body without its Content-Encoding.
+    """Removes the Content-Encoding of a body.
 
     Args:
-        body: as it was sent.
-        encoding: the header's value; empty where there is none.
-        limit: bytes that may come of it.
+        body: Body as it was sent.
+        encoding: Value of the Content-Encoding header; empty if there is none.
+        limit: Maximum size after decompression, in bytes.
 
     Raises:
-        BodyError: another encoding than gzip or deflate, a damaged body, or one that exceeds the limit.
+        BodyError: The encoding is neither gzip nor deflate, the body is damaged, or it exceeds the limit.
     """
     encoding = encoding.strip().lower()
     if encoding in ("", "identity") or not body:
@@ -81,7 +84,7 @@ def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
         raise BodyError(f"the body has the Content-Encoding {encoding[:40]!r}, which was not asked for")
     content, rest = bytearray(), body
     while rest:  # gzip allows several members
-        # 47: the header says whether it is gzip or zlib; -15: deflate without a header, which some servers send.
+        # 47: detects gzip or zlib by the header; -15: deflate without a header, which some servers send.
         plain = encoding == "deflate" and rest[0] & 0x0F != 8
         stream = zlib.decompressobj(-15 if plain else 47)
         try:
@@ -97,7 +100,11 @@ def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a host's name or address means this machine."""
+    """Returns whether a host name or address refers to this machine.
+
+    Args:
+        host: Host name or IP address.
+    """
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -107,9 +114,12 @@ def is_this_machine(host: str) -> bool:
 
 
 def proxy_for(address: str) -> str | None:
-    """The proxy that the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) names for an address.
+    """Returns the proxy that the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) names for an address.
 
-    None for this machine's own addresses, whatever the environment says: a question to them must not leave it.
+    It is None for addresses of this machine, whatever the environment says: requests to them must not leave it.
+
+    Args:
+        address: Base URL of the server.
     """
     url = urlsplit(address)
     host = url.hostname or ""
@@ -120,12 +130,12 @@ def proxy_for(address: str) -> str | None:
 
 
 def client_for(address: str, max_body: int, concurrency: int) -> httpx2.AsyncClient:
-    """What sends requests to a server. It follows no redirect: questions and images go to the named address alone.
+    """Returns an HTTP client that follows no redirects, so that questions and images go only to the named address.
 
     Args:
-        address: the base URL.
-        max_body: bytes of a response's body.
-        concurrency: connections to keep.
+        address: Base URL of the server.
+        max_body: Maximum size of a response body, in bytes.
+        concurrency: Number of connections to keep alive.
     """
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
     inner = httpx2.AsyncHTTPTransport(proxy=proxy_for(address), limits=limits)
