@@ -173,7 +173,8 @@ def validation_batches(examples: int, batch_size: int, rank: int = 0, world_size
 
     Args:
         examples: Number of held-out examples.
-        batch_size: Number of examples per batch of one process. Batches may exceed it if there are few examples.
+        batch_size: Number of examples per batch of one process. With batch size 1 and several processes, a batch may
+            have two examples, to keep the numbers of batches equal.
         rank: Rank of this process.
         world_size: Number of processes.
 
@@ -181,7 +182,7 @@ def validation_batches(examples: int, batch_size: int, rank: int = 0, world_size
         The row numbers of the examples in each batch.
 
     Raises:
-        RecordError: There are fewer examples than processes.
+        RecordError: There are several processes and fewer examples than processes, or there are no examples.
     """
     if examples < world_size:
         raise RecordError(f"{examples} validation examples for {world_size} processes: hold out more, or none")
