@@ -182,7 +182,7 @@ def validation_batches(examples: int, batch_size: int, rank: int = 0, world_size
         The row numbers of the examples in each batch.
 
     Raises:
-        RecordError: There are several processes and fewer examples than processes, or there are no examples.
+        RecordError: There are fewer examples than processes.
     """
     if examples < world_size:
         raise RecordError(f"{examples} validation examples for {world_size} processes: hold out more, or none")

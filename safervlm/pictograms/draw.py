@@ -40,9 +40,9 @@ def glyph(code_point: int) -> Image.Image:
 
 
 def draw_pictogram(code_point: int, seed: int) -> Image.Image:
-    """Draws a pictogram, randomly flipped, rotated, scaled and placed on a light gradient, with random contrast and tint.
+    """Draws a pictogram, randomly flipped, rotated, scaled and placed on a light gradient.
 
-    One image in four is not square.
+    Contrast and tint of the image are random, too. One image in four is not square.
 
     Args:
         code_point: Unicode character to draw.

@@ -129,7 +129,7 @@ DOUBTS = (
 
 
 def statement(label: str, rng: random.Random) -> str:
-    """Samples a response that states a label, in the wording of the base model, of an aligned response, or in other words.
+    """Samples a response that states a label, worded like the base model, like an aligned response, or otherwise.
 
     The first sentence determines the label: an aligned response followed by the other label's remark keeps its own
     label.
