@@ -371,8 +371,7 @@ def train_language(
         return ids, targets, states.hidden_states[2], states.last_hidden_state
 
     def answer_loss(targets: Tensor, states: Tensor, first: float, rest: float) -> Tensor:
-        """Computes the weighted mean cross entropy of the response tokens; ``first`` is the weight of the first ones.
-        """
+        """Computes the weighted mean cross entropy of response tokens; ``first`` is the weight of the first ones."""
         learnt = targets[:, 1:] != IGNORED
         losses = F.cross_entropy(model.lm_head(states[:, :-1][learnt]), targets[:, 1:][learnt], reduction="none")
         starts = (targets[:, :-1] == IGNORED)[learnt]
