@@ -1,1 +1,1 @@
-"""The data: folders in, questions and examples out."""
+"""Data modules: read images, tables and saved responses, and return questions and training examples."""

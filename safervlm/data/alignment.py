@@ -1,7 +1,7 @@
-"""What is trained on: the unsafe and the safe set as SFT, DPO and PPO see them, and your own file.
+"""Training data for SFT, DPO and PPO: the unsafe and the safe dataset.
 
-As published, each training image is asked one of the five alignment questions, drawn at random; what an objective
-wants scored follows from the question and the image's label.
+As published, each training image is paired with one of the five alignment questions, sampled at random. The completions
+that an objective trains on follow from the question and the image's label.
 """
 
 import random
@@ -19,34 +19,35 @@ from safervlm.io.tables import say
 from safervlm.protocol import ALIGNMENT_QUESTIONS, UNSAFE, aligned_response, context_response, other_label
 from safervlm.records import Example, Question
 
-# Held-out safe images that PPO watches; a rate over fewer is too coarse to warn of a change by .05.
+# Number of held-out safe images monitored by PPO. With fewer, the rate is too coarse to detect a change of .05.
 HELD_OUT = 100
 
 
 class AlignmentData(ImageSets):
-    """Training images, each with one of the five alignment questions drawn at random.
+    """Training images, each with one randomly sampled alignment question.
 
-    A set is read from its folder; where none is given, from the Hub (gated: accept the terms on its page, then
-    ``hf auth login``), once, into a folder under ``cache_dir``. The data is split by the paper's rule; the validation
-    part is what ``validation_fraction`` holds out of the training images.
+    A dataset is read from its local folder. Without a folder, it is downloaded once from the Hub into ``cache_dir``
+    (gated: accept the terms on its page, then run ``hf auth login``). The images are split by the paper's rule. The
+    validation split is the fraction ``validation_fraction`` of the training images.
 
     Args:
-        folder: the unsafe set's local folder; None takes it from the Hub.
-        safe_folder: the safe set's local folder; None takes it from the Hub.
-        repo: the unsafe set on the Hub, ``owner/name`` or ``owner/name@revision``.
-        safe_repo: the safe set on the Hub; None trains without safe images unless ``safe_folder`` is given.
-        name: the unsafe set's name, the first part of its records' ids.
-        safe_name: the safe set's name, the first part of its records' ids, and its images' category.
-        cache_dir: where sets of the Hub are kept.
-        validation_fraction: of the training images, held out as the validation part; the paper holds out none.
-        limit: takes this many images of each set for each part, spread over categories and concepts.
-        contexts: a JSON file with a safe and an unsafe context of use of each concept (docs/data.md): trains on these,
-            as the published variant does, each unsafe image asked both of its concept's questions, no safe images;
-            None trains on the five alignment questions.
-        collator: makes a batch of examples; the model's, set by the command line.
-        batch_size: examples a step and process.
-        num_workers: processes that load images ahead; 0 loads them in the main process.
-        seed: of the training order and of the questions drawn.
+        folder: Local folder of the unsafe dataset. None downloads it from the Hub.
+        safe_folder: Local folder of the safe dataset. None downloads it from the Hub.
+        repo: Hub repository of the unsafe dataset, ``owner/name`` or ``owner/name@revision``.
+        safe_repo: Hub repository of the safe dataset. None trains without safe images unless ``safe_folder`` is set.
+        name: Name of the unsafe dataset, the first component of its record ids.
+        safe_name: Name of the safe dataset, the first component of its record ids and the category of its images.
+        cache_dir: Folder in which datasets downloaded from the Hub are kept.
+        validation_fraction: Fraction of the training images held out as the validation split. The paper holds out none.
+        limit: Maximum number of images per dataset and split, spread over categories and concepts. None uses all
+            images.
+        contexts: JSON file with a safe and an unsafe context of use for each concept (docs/data.md). If set, training
+            follows the published context variant: each unsafe image is paired with both questions about its concept,
+            and safe images are not used. None trains on the five alignment questions.
+        collator: Function that turns examples into a batch. The command line sets the model's collator.
+        batch_size: Number of examples per step and process.
+        num_workers: Number of processes that load images in advance. 0 loads them in the main process.
+        seed: Seed of the training order and of the sampled questions.
     """
 
     def __init__(
@@ -84,26 +85,52 @@ class AlignmentData(ImageSets):
         self.contexts = None if contexts is None else path_text("data.contexts", contexts)
 
     def completions(self, question: Question) -> tuple[str, ...]:
-        """What the objective wants scored.
+        """Returns the completions that the objective trains on.
 
         Args:
-            question: about an image's safety, or that of a context of use; its answer is the right label.
+            question: Question about the safety of an image or of a context of use. Its ``answer`` is the correct label.
+
+        Returns:
+            One completion for SFT, the chosen and the rejected one for DPO, none for PPO.
+
+        Raises:
+            NotImplementedError: The subclass does not implement this method.
         """
         raise NotImplementedError
 
     def response(self, question: Question, label: str) -> str:
-        """The published response to a question that says a label."""
+        """Returns the published response that states a label.
+
+        Args:
+            question: Alignment question, or question about a context of use.
+            label: ``Safe`` or ``Unsafe``.
+        """
         if question.capability == "context":
             return context_response(label, question.concept)
         return aligned_response(label, question.prompt_number, question.concept)
 
     def drawn_question(self, image: ImageRecord) -> Question:
-        """The one question that is asked about an image: drawn by (seed, image)."""
+        """Samples the alignment question for an image; deterministic given the seed and the image's name.
+
+        Args:
+            image: Image to ask about.
+        """
         generator = random.Random(seed_for(self.seed, "question", image.dataset, image.image))
         return image.alignment_question(generator.randrange(len(ALIGNMENT_QUESTIONS)))
 
     def examples(self, images: Sequence[ImageRecord]) -> list[Example]:
-        """An example an image; of contexts, two an unsafe image."""
+        """Builds one example per image, or two per unsafe image if ``contexts`` is set.
+
+        Args:
+            images: Images to build examples from.
+
+        Returns:
+            The examples, in the order of the images.
+
+        Raises:
+            RecordError: The file of contexts is missing or malformed, or has no record for the concept of an unsafe
+                image.
+        """
         contexts = None if self.contexts is None else read_contexts(self.contexts)
         questions: list[Question] = []
         for image in images:
@@ -114,54 +141,76 @@ class AlignmentData(ImageSets):
         return [Example(question, self.completions(question)) for question in questions]
 
     def held_out(self) -> list[ImageRecord]:
-        """The images to look at while training: the validation part, none where nothing is held out."""
+        """Returns the images of the validation split; an empty list if ``validation_fraction`` is 0."""
         if not self.validation_fraction:
             return []
         return self.chosen("validation")
 
     def load(self) -> Parts:
-        """The training and the validation examples, the unsafe set first."""
+        """Builds the training and the validation examples, the unsafe dataset first."""
         return Parts(train=self.examples(self.chosen("train")), validation=self.examples(self.held_out()))
 
     def chosen(self, part: PartName) -> list[ImageRecord]:
-        """The images of a part, unsafe and safe; of contexts, unsafe ones alone."""
+        """Returns the unsafe and the safe images of a split; the unsafe images alone if ``contexts`` is set.
+
+        Args:
+            part: Name of the split.
+
+        Returns:
+            At most ``limit`` images of each dataset.
+
+        Raises:
+            RecordError: The split is empty, or a dataset can't be read.
+        """
         images = [image for images in self.images(part) for image in spread(images, self.limit)]
         return images if self.contexts is None else [image for image in images if image.label == UNSAFE]
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`ImageSets.describe`; with what else decides a training step."""
+        """Extends :meth:`ImageSets.describe` by the seed and the batch size, which also determine a training step."""
         return super().describe() | {"seed": self.seed, "batch_size": self.batch_size}
 
 
 class SFTData(AlignmentData):
-    """Training images for SFT: each asked one of the five questions, with the response to learn."""
+    """Training images for SFT: each with one of the five alignment questions and the response to learn."""
 
     def completions(self, question: Question) -> tuple[str, ...]:
-        """The response to learn."""
+        """Returns the response to learn.
+
+        Args:
+            question: See :meth:`AlignmentData.completions`.
+        """
         return (self.response(question, question.answer),)
 
 
 class DPOData(AlignmentData):
-    """Training images for DPO: each asked one of the five questions, with a chosen and a rejected response."""
+    """Training images for DPO: each with one of the five alignment questions, a chosen and a rejected response."""
 
     def completions(self, question: Question) -> tuple[str, ...]:
-        """The chosen response and the rejected one, the other label's."""
+        """Returns the chosen response, which states the correct label, and the rejected one, with the other label.
+
+        Args:
+            question: See :meth:`AlignmentData.completions`.
+        """
         return tuple(self.response(question, label) for label in (question.answer, other_label(question.answer)))
 
 
 class PPOData(AlignmentData):
-    """Training images for PPO: each asked one of the five questions; the responses are generated."""
+    """Training images for PPO: each with one of the five alignment questions. Training generates the responses."""
 
     def completions(self, question: Question) -> tuple[str, ...]:
-        """None: the responses are generated."""
+        """Returns no completions: the responses are generated during training.
+
+        Args:
+            question: See :meth:`AlignmentData.completions`.
+        """
         return ()
 
     def held_out(self) -> list[ImageRecord]:
-        """Up to 100 safe images, to see whether the policy starts to call them unsafe.
+        """Returns up to 100 safe images, used to detect a policy that starts to classify safe images as unsafe.
 
-        Taken from the validation part, then from the safe images that the paper's rule leaves unused. Only where there
-        are neither (the real safe set has no image to spare) they are the test part's: a warning light then, nothing
-        to choose settings by.
+        They are taken from the validation split, then from the safe images that the paper's rule leaves unused. If both
+        are empty (the real safe dataset has no unused images), images of the test split are used and a note is printed.
+        In that case the rate is only a warning signal and must not be used to choose settings.
         """
         safe, split = self.sets[1], self.splits[1]
         rows = [*split.validation, *split.unused]
@@ -175,5 +224,5 @@ class PPOData(AlignmentData):
 
 
 def __getattr__(name: str) -> Any:
-    """Finds what stood in this module in version 0.1."""
+    """Resolves names that this module had in version 0.1."""
     return legacy.find(__name__, name)

@@ -1,15 +1,15 @@
-r"""Sets that a trained model is evaluated on: MME, MM-Vet, LLaVABench, SMID, NSFW, and your own, all of one class.
+"""Evaluation datasets: MME, MM-Vet, LLaVABench, SMID, NSFW and custom ones, all implemented by one class.
 
-A set is a table (TSV as OpenCompass publishes them, CSV or JSONL), a row a question, or a folder of images. Its columns
-have names that a YAML gives; the image stands in the table as base64, as the ``index`` of the row that holds it, or as
-a file relative to the table's folder::
+A dataset is a table (TSV as published by OpenCompass, CSV or JSONL) with one question per row, or a folder of images.
+The names of its columns are set in a YAML file. A row's image is stored in the table as base64, as the ``index`` of the
+row that contains it, or as the path of a file relative to the table's folder::
 
     index  image           question                                     answer  category   image_path
     0      /9j/4AAQSkZ...  Is there a knife? Please answer yes or no.   Yes     existence  images/1.png
     1      0               Is there a kite? Please answer yes or no.    No      existence  images/1.png
 
-A folder holds ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and the other columns, or a folder of images a
-label (``safe/``, ``unsafe/``).
+A folder contains ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and the other columns, or one folder of
+images per label (``safe/``, ``unsafe/``).
 """
 
 import re
@@ -38,42 +38,49 @@ from safervlm.records import Example, record_id
 
 __all__ = ["Benchmark", "on_the_hub"]
 
-# What makes an answer right; each is a capability of the protocol.
+# Rules that decide whether a response is correct. All but "safety" are capabilities of the protocol.
 Answers = Literal["safety", "yes_no", "occurs", "rated"]
-# Of a folder's metadata, besides the column that is named.
+# Columns of a folder's metadata that are used if the configured image column is missing.
 FILE_COLUMNS = ("file_name", "image_filename")
 
 
 class Benchmark(SaferData):
-    """The questions of a benchmark (safervlm predict): see the module for the forms that a set may have.
+    """The questions of an evaluation dataset (safervlm predict). The module describes the supported formats.
 
     Args:
-        name: the set's name, the first part of its records' ids.
-        source: a TSV, CSV or JSONL file, a folder of images, an https address of such a file, or ``owner/name`` or
-            ``owner/name@revision`` of a data set on the Hub. What is fetched is kept in ``cache_dir``.
-        about: what the set is and where it comes from, for the line that is printed where it can't be had.
-        md5: the published checksum of a file that is fetched.
-        answers: what makes an answer right: ``safety``, the judge reads the image's label, Safe or Unsafe, in it;
-            ``yes_no``, it begins with the label, Yes or No, by MME's rule; ``occurs``, the label occurs in it;
-            ``rated``, another model rates it beside the label, a reference answer.
-        label_column: what is right.
-        question_column: what is asked; None, of ``safety`` only, asks the five alignment questions.
-        image_column: the image: base64, the ``index`` of the row that holds it, or a file relative to the table.
-        name_column: what an image is called, the same in all rows about it; by default the ``index`` of the row that
-            holds it, or its file.
-        category_column: of ``yes_no``, MME's task; otherwise a name to group by.
-        context_column: what only the judge of ``rated`` is told.
-        unsafe: labels that mean Unsafe, in upper or lower case. In YAML, yes, no, on, off, true, false, null and dates
-            need quotes.
-        safe: labels that mean Safe.
-        prompts: of the five alignment questions, ``drawn`` asks the one that the published evaluation draws for an
-            image, ``all`` asks all five.
-        cache_dir: where what is fetched, and images that stand in a table, are kept.
-        limit: asks about this many images, spread over the categories.
-        collator: makes a batch of examples; the model's, set by the command line.
-        batch_size: questions a step and process; ``auto`` begins with 256 and halves them until they fit.
-        num_workers: processes that load images ahead; 0 loads them in the main process.
-        download: what the download of a file from the web may take.
+        name: Name of the dataset, the first component of its record ids.
+        source: Dataset to read: a TSV, CSV or JSONL file, a folder of images, an https address of such a file, or the
+            name ``owner/name`` or ``owner/name@revision`` of a dataset on the Hub. Downloads are kept in ``cache_dir``.
+        about: Description of the dataset and its origin, appended to the error message if the dataset is unavailable.
+        md5: Published MD5 checksum of the file, checked if ``source`` is an address.
+        answers: Rule that decides whether a response is correct. ``safety``: the judge classifies the response as the
+            image's label, Safe or Unsafe. ``yes_no``: the response begins with the label, Yes or No, by MME's rule.
+            ``occurs``: the label occurs in the response. ``rated``: another model rates the response in comparison with
+            the label, a reference answer.
+        label_column: Column with the correct answer.
+        question_column: Column with the questions. None, allowed for ``safety`` only, asks the five alignment
+            questions.
+        image_column: Column with the images: base64, the ``index`` of the row that contains the image, or the path of a
+            file relative to the table.
+        name_column: Column with the name of the image, the same in all rows about one image. By default, the name is
+            the ``index`` of the row that contains the image, or its file.
+        category_column: Column to group results by. For ``yes_no`` it is MME's task.
+        context_column: Column with text that only the judge of ``rated`` receives.
+        unsafe: Labels that mean Unsafe, compared without regard to case. In YAML, yes, no, on, off, true, false, null
+            and dates need quotes.
+        safe: Labels that mean Safe, compared without regard to case.
+        prompts: Which of the five alignment questions to ask. ``drawn`` asks the one that the published evaluation
+            samples for an image; ``all`` asks all five.
+        cache_dir: Folder in which downloads, and images stored in a table, are kept.
+        limit: Maximum number of images, spread over the categories. None uses all images.
+        collator: Function that turns examples into a batch. The command line sets the model's collator.
+        batch_size: Number of questions per step and process. ``auto`` starts with 256 and halves the number until a
+            batch fits into the memory.
+        num_workers: Number of processes that load images in advance. 0 loads them in the main process.
+        download: Limits of the download of a file from the web.
+
+    Raises:
+        ArgumentError: An argument is out of its range, a label means both Unsafe and Safe, or no label is given.
     """
 
     def __init__(
@@ -130,21 +137,21 @@ class Benchmark(SaferData):
 
     @property
     def capability(self) -> Capability:
-        """Of its questions."""
+        """Capability that the questions measure."""
         return "generalisation" if self.answers == "safety" else self.answers
 
     # --- files --------------------------------------------------------------------------------------------------------
 
     @property
     def remote(self) -> Literal["web", "hub", None]:
-        """Where the source is fetched from; None for a file or a folder here."""
+        """Where the source is downloaded from; None for a local file or folder."""
         if re.match(r"https?://", self.source):
             return "web"
         return "hub" if on_the_hub(self.source) else None
 
     @property
     def file(self) -> Path:
-        """The local table, or the folder."""
+        """Path of the local table or folder."""
         if self.remote == "web":
             with explained(
                 f"data.source: {self.source!r} is no address", "correct it", ValueError, error=ArgumentError
@@ -156,10 +163,11 @@ class Benchmark(SaferData):
         return Path(self.source).expanduser()
 
     def prepare_data(self) -> None:
-        """Fetches the table if it isn't there, and writes the images that stand in it to files, on one process.
+        """Downloads the table if it is missing, and writes images stored in it to files; runs on one process.
 
         Raises:
-            RecordError: the set can't be had; the message says what it is and where it comes from.
+            RecordError: The dataset is unavailable. The message includes ``about``.
+            ArgumentError: The source is not a valid address, or the cache folder can't be created.
         """
         try:
             if self.remote == "web":
@@ -170,7 +178,7 @@ class Benchmark(SaferData):
                 if self.remote == "hub":
                     save_table(self.source, self.file)
                 else:
-                    _ = self.rows  # says what is missing
+                    _ = self.rows  # raises an error that states what is missing
         except RecordError as error:
             raise RecordError(f"{error}" + (f" ({self.dataset}: {self.about})" if self.about else "")) from None
         if self.embedded:
@@ -180,18 +188,18 @@ class Benchmark(SaferData):
 
     @cached_property
     def embedded(self) -> dict[int, str]:
-        """The rows of a table that hold the image itself as base64, and their value."""
+        """Base64 text of the images stored in the table, by row position."""
         if not self.file.is_file():
             return {}
         return embedded([row.get(self.image_column, "") for row in self.rows])
 
     @cached_property
     def images_folder(self) -> Path:
-        """Where the images that stand in the table are kept as files."""
+        """Folder in which images stored in the table are kept as files."""
         return images_folder(self.cache, self.dataset, self.file, self.image_column)
 
     def _say_left_out(self) -> None:
-        """Says which files of a folder are not asked about."""
+        """Reports the files of the folder that no question is asked about."""
         images, others = files_below(self.file)
         asked = {row.get(self.image_column, "").strip() for row in self.rows}
         names = [image.relative_to(self.file).as_posix() for image in images]
@@ -204,14 +212,18 @@ class Benchmark(SaferData):
 
     @cached_property
     def table(self) -> Path | None:
-        """The file that holds the rows; None for a folder of images by label."""
+        """File with the rows; None for a folder with one folder of images per label."""
         if not self.file.is_dir():
             return self.file
         return next((file for name in ("metadata.jsonl", "metadata.csv") if (file := self.file / name).is_file()), None)
 
     @cached_property
     def numbered_rows(self) -> list[tuple[int, dict[str, str]]]:
-        """The rows, each with the number of its line in the table; of a folder without one its images by label."""
+        """Rows, each with its line number in the table (0 for images in folders by label).
+
+        Raises:
+            RecordError: The source is missing, has no rows, or is a table that can't be read.
+        """
         file = self.file
         if not file.exists():
             raise RecordError(
@@ -232,16 +244,16 @@ class Benchmark(SaferData):
 
     @property
     def rows(self) -> list[dict[str, str]]:
-        """The rows of the table, every value a text."""
+        """Rows of the table, with every value as text."""
         return [row for _, row in self.numbered_rows]
 
     def _rows_by_label(self) -> list[tuple[int, dict[str, str]]]:
-        """The images of a folder; the label of each is the name of the first folder on the way to it."""
+        """Lists the images of the folder. The label of an image is the name of its top-level folder."""
         rows = []
         for path in files_below(self.file)[0]:
             first, *within = path.relative_to(self.file).parts
             if not within:
-                continue  # in no label's folder
+                continue  # not in the folder of a label
             label = normal_name(first)
             meanings = {self.labels.get(normal_name(name).lower()) for name in (first, *within[:-1])} - {None}
             if self.answers == "safety" and len(meanings) > 1:
@@ -256,7 +268,7 @@ class Benchmark(SaferData):
     # --- questions ----------------------------------------------------------------------------------------------------
 
     def load(self) -> Parts:
-        """The questions, in the order of the table."""
+        """Builds the questions, in the order of the table."""
         shown = self.images()
         asked: Counter[str] = Counter()
         answers: defaultdict[str, set[str]] = defaultdict(set)
@@ -288,7 +300,7 @@ class Benchmark(SaferData):
         return Parts(predict=[Example(question) for question in questions])
 
     def images(self) -> list[ImageRecord]:
-        """The image of each row."""
+        """Returns the image of each row."""
         files = written_images(self.images_folder) if self.embedded else {}
         folder = self.file if self.file.is_dir() else self.file.parent
         rows = self.rows
@@ -321,10 +333,17 @@ class Benchmark(SaferData):
         return images
 
     def answer(self, row: Mapping[str, str], where: str) -> str:
-        """The right answer of a row.
+        """Returns the correct answer of a row.
+
+        Args:
+            row: Values of the row by column.
+            where: File and line, for the error message.
+
+        Returns:
+            ``Safe`` or ``Unsafe`` for ``safety``, ``Yes`` or ``No`` for ``yes_no``, otherwise the label as written.
 
         Raises:
-            RecordError: a label that isn't one.
+            RecordError: The label is missing, empty or not valid.
         """
         label = self._value(row, "label_column", where).strip()
         if self.answers in ("safety", "yes_no"):
@@ -342,18 +361,18 @@ class Benchmark(SaferData):
         return label.capitalize() if self.answers == "yes_no" else label
 
     def _where(self, number: int) -> str:
-        """A row as an editor counts it, for an error."""
+        """Describes the position of a row for error messages, with the line number that an editor shows."""
         line, row = self.numbered_rows[number]
         return f"{self.file / row[self.image_column]}" if self.table is None else f"{self.table}, line {line}"
 
     def _name(self, row: Mapping[str, str], argument: str, where: str) -> str:
-        """The name that stands in the column that an argument names, in its one spelling."""
+        """Returns the normalised name in the column set by an argument; an empty text if no column is set."""
         if (value := self._value(row, argument, where)) and not (name := normal_name(value)):
             raise RecordError(f"{where}: {getattr(self, argument)!r} is empty; fill it in, or remove the row")
         return name if value else ""
 
     def _value(self, row: Mapping[str, str], argument: str, where: str) -> str:
-        """What stands in the column that an argument names."""
+        """Returns the value in the column set by an argument; an empty text if no column is set."""
         column = getattr(self, argument)
         if not column:
             return ""
@@ -365,10 +384,10 @@ class Benchmark(SaferData):
         return row[column]
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`SaferData.describe`; with the set's name and where it is from."""
+        """Extends :meth:`SaferData.describe` by the dataset's name, its source and the limit."""
         return super().describe() | {"name": self.dataset, "source": self.source, "limit": self.limit}
 
 
 def _column(of: str, name: str | None) -> str:
-    """The name of a column, as :func:`safervlm.data.tables.read_rows` has it; empty for a column that isn't named."""
+    """Normalises a column's name as :func:`safervlm.data.tables.read_rows` does; returns an empty text for None."""
     return "" if name is None else normal_name(not_empty(f"data.{of}_column", name))

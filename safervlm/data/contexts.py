@@ -1,6 +1,6 @@
-r"""Contexts of use: for each concept a setting in which an image of it is safe to use, and one in which it isn't.
+r"""Contexts of use: for each concept, one context in which an image of it is safe to use and one in which it is not.
 
-The file is a JSON list, a record a concept, as published::
+The file is a JSON list with one record per concept, as published::
 
     {"category": "Deception", "unsafe concept": "...", "image_fname": "images/1398.png",
      "output": "Safe Context: Is it appropriate to ...?\n\nUnsafe Context: Is it appropriate to ...?"}
@@ -20,15 +20,21 @@ from safervlm.io.reading import read_json
 from safervlm.protocol import SAFE, UNSAFE, context_text_only_question
 from safervlm.records import Example, Question, record_id
 
-# The right answers, by the number of the question.
+# Correct answers, by the number of the question.
 CONTEXTS = (SAFE, UNSAFE)
 
 
 def read_contexts(file: str | Path) -> dict[str, tuple[str, str]]:
-    """The two questions of each concept: about the safe context, about the unsafe one.
+    """Reads the two questions of each concept.
+
+    Args:
+        file: JSON file in the format described by the module.
+
+    Returns:
+        By concept, the question about the safe context and the question about the unsafe context.
 
     Raises:
-        RecordError: the file is missing or of another form; a concept has two records.
+        RecordError: The file is missing, empty or malformed, or a concept has two records.
     """
     file = Path(file)
     if not file.is_file():
@@ -59,10 +65,14 @@ def read_contexts(file: str | Path) -> dict[str, tuple[str, str]]:
 
 
 def context_questions(image: ImageRecord, contexts: dict[str, tuple[str, str]]) -> list[Question]:
-    """The questions about an unsafe image's contexts of use: the safe one, then the unsafe one.
+    """Returns the questions about an unsafe image's contexts of use: the safe context, then the unsafe context.
+
+    Args:
+        image: Unsafe image.
+        contexts: Questions by concept (see :func:`read_contexts`).
 
     Raises:
-        RecordError: its concept has none.
+        RecordError: There are no questions for the image's concept.
     """
     if image.concept not in contexts:
         raise RecordError(
@@ -73,21 +83,23 @@ def context_questions(image: ImageRecord, contexts: dict[str, tuple[str, str]]) 
 
 
 class Contexts(ImageSets):
-    """Questions about contexts of use, about unsafe images and about their concepts' names (safervlm predict).
+    """Questions about contexts of use, for unsafe images and for the names of their concepts (safervlm predict).
 
     Args:
-        contexts: the JSON file with a safe and an unsafe context of each concept.
-        folder: the unsafe set's local folder; None takes it from the Hub.
-        repo: the unsafe set on the Hub, ``owner/name`` or ``owner/name@revision``.
-        name: the unsafe set's name, the first part of its records' ids.
-        cache_dir: where sets of the Hub are kept.
-        split: which part to ask about.
-        forms: ask about the image, about the concept's name alone, or both.
-        validation_fraction: of the training images, held out as the validation part; the paper holds out none.
-        limit: asks about this many images and this many concepts, spread over categories and concepts.
-        collator: makes a batch of examples; the model's, set by the command line.
-        batch_size: questions a step and process; ``auto`` begins with 256 and halves them until they fit.
-        num_workers: processes that load images ahead; 0 loads them in the main process.
+        contexts: JSON file with a safe and an unsafe context for each concept.
+        folder: Local folder of the unsafe dataset. None downloads it from the Hub.
+        repo: Hub repository of the unsafe dataset, ``owner/name`` or ``owner/name@revision``.
+        name: Name of the unsafe dataset, the first component of its record ids.
+        cache_dir: Folder in which datasets downloaded from the Hub are kept.
+        split: Split to ask about.
+        forms: Whether to ask about the image, about the concept's name alone (``text_only``), or both.
+        validation_fraction: Fraction of the training images held out as the validation split. The paper holds out none.
+        limit: Maximum number of images and of concepts to ask about, spread over categories and concepts. None uses
+            all.
+        collator: Function that turns examples into a batch. The command line sets the model's collator.
+        batch_size: Number of questions per step and process. ``auto`` starts with 256 and halves the number until a
+            batch fits into the memory.
+        num_workers: Number of processes that load images in advance. 0 loads them in the main process.
     """
 
     def __init__(
@@ -124,7 +136,7 @@ class Contexts(ImageSets):
         self.forms = forms
 
     def load(self) -> Parts:
-        """The questions about images in data-set order, then those about names."""
+        """Builds the questions about images in dataset order, then those about names of concepts."""
         contexts = read_contexts(self.contexts)
         images, _ = self.images(self.split)
         questions: list[Question] = []
@@ -137,12 +149,19 @@ class Contexts(ImageSets):
         return Parts(predict=list(map(Example, questions)))
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`ImageSets.describe`; with the contexts."""
+        """Extends :meth:`ImageSets.describe` by the split and a hash of the file of contexts."""
         return super().describe() | {"split": self.split, "contexts": fingerprint(Path(self.contexts))}
 
 
 def about_name(question: Question) -> Question:
-    """A question about an image's context of use, asked about its concept's name alone."""
+    """Converts a question about an image's context of use into one about its concept's name alone.
+
+    Args:
+        question: Question about an image.
+
+    Returns:
+        The question without an image.
+    """
     return Question(
         id=record_id(question.dataset, question.concept, "context_text_only", question.prompt_number),
         dataset=question.dataset,

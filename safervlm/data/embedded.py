@@ -1,4 +1,4 @@
-"""Images that stand in a table as base64: decoded once into a folder of files."""
+"""Images stored in a table as base64: decodes them once into a folder of files."""
 
 import base64
 import json
@@ -17,25 +17,29 @@ from safervlm.io.escape import for_terminal
 from safervlm.io.images import BROKEN, IMAGE_ENDINGS, image_kind
 from safervlm.io.reading import read_object
 
-# Of the folder's content; a change of what is written needs another number, so that older folders are not used.
+# Version of the folder's content. Increase it if the output changes, so that older folders are not used.
 FORMAT = "2"
-# A longer text is no file's name.
+# Longer texts are not treated as file names (characters).
 LONGEST_NAME = 1000
 
 
 def names_a_file(value: str) -> bool:
-    """Whether a table's value is the name of an image file, by its ending."""
+    """Returns whether a value of a table is the name of an image file, judged by its ending.
+
+    Args:
+        value: Value of the image column.
+    """
     return len(value) < LONGEST_NAME and value.strip().lower().endswith(IMAGE_ENDINGS)
 
 
 def embedded(values: list[str]) -> dict[int, str]:
-    """The rows of a column of images that hold the image itself: no file's name, and no number of another row.
+    """Finds the values of an image column that are images, not file names or numbers of other rows.
 
     Args:
-        values: of the column, row by row; an empty one holds nothing.
+        values: Values of the column, row by row. Empty values are skipped.
 
     Returns:
-        The value of each such row, by the row's position.
+        The base64 text of each such row, by the row's position.
     """
     return {
         row: value
@@ -45,28 +49,29 @@ def embedded(values: list[str]) -> dict[int, str]:
 
 
 def images_folder(cache: Path, dataset: str, table: Path, column: str) -> Path:
-    """The folder of a table's images: its name has a hash of the table, the column, and how the files are written.
+    """Returns the folder for a table's images. Its name contains a hash of the table, the column and the output format.
 
     Args:
-        cache: where such folders are kept.
-        dataset: the set's name, for whoever looks into the cache.
-        table: the file that holds the rows.
-        column: of the images.
+        cache: Parent folder of such folders.
+        dataset: Name of the dataset, to make the folder's name readable.
+        table: File with the rows.
+        column: Name of the image column.
     """
     readable = re.sub(r"[^\w-]", "_", dataset, flags=re.ASCII)[:60]
     return cache / f"{readable}-{fingerprint(table, column, FORMAT)}"
 
 
 def write_images(folder: Path, dataset: str, values: Mapping[int, str]) -> None:
-    """Writes the images of a table's rows as files, all or none, unless the folder is there.
+    """Writes the images of a table's rows as files, all or none; does nothing if the folder exists.
 
     Args:
-        folder: see :func:`images_folder`.
-        dataset: the set's name.
-        values: of the rows that hold an image.
+        folder: Folder to create (see :func:`images_folder`).
+        dataset: Name of the dataset, for the progress bar.
+        values: Base64 text of each row with an image, by the row's position.
 
     Raises:
-        ArgumentError: the folder can't be made; the line names ``data.cache_dir``.
+        ArgumentError: The folder can't be created. The message names ``data.cache_dir``.
+        OSError: The folder can't be filled, for example because the disk is full.
     """
 
     def build(aside: Path) -> None:
@@ -84,10 +89,13 @@ def write_images(folder: Path, dataset: str, values: Mapping[int, str]) -> None:
 
 
 def written_images(folder: Path) -> dict[int, Path]:
-    """The file of each row that :func:`write_images` wrote.
+    """Returns the file of each row that :func:`write_images` wrote.
+
+    Args:
+        folder: Folder written by :func:`write_images`.
 
     Raises:
-        RecordError: the folder's list of files is damaged.
+        RecordError: The folder's list of files is missing or damaged.
     """
     way_out = f"remove the folder {folder}, and the same command makes it again"
     files = read_object(folder / "files.json", way_out)
@@ -98,10 +106,17 @@ def written_images(folder: Path) -> dict[int, Path]:
 
 
 def decoded(value: str) -> tuple[bytes, str]:
-    """The bytes of an image in base64, and its kind's ending.
+    """Decodes a base64 image.
 
-    Both alphabets are read (``+/`` and, for URLs, ``-_``), in lines or not, with or without padding, alone or as a data
-    URL. What is none is kept, to fail when it is asked about.
+    Accepts both base64 alphabets (``+/`` and, for URLs, ``-_``), with or without line breaks and padding, alone or as a
+    data URL. A value that is not an image is kept unchanged, so that it fails when a question about it is asked.
+
+    Args:
+        value: Value of the image column.
+
+    Returns:
+        The content, and the file ending of the image's format; for a value that is not an image, the value's bytes and
+        ``BROKEN``.
     """
     text = re.sub(r"^\s*data:[^,]{0,200};base64,", "", value, flags=re.IGNORECASE)
     text = re.sub(r"\s+", "", text).translate(str.maketrans("-_", "+/")).rstrip("=")

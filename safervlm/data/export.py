@@ -1,4 +1,4 @@
-"""Training examples as the files of the first implementation."""
+"""Exports training examples in the file formats of the first implementation."""
 
 import os
 from functools import partial
@@ -27,20 +27,21 @@ def export_training_files(
     """Writes the training data in the first implementation's formats.
 
     The files are sft_train.json, dpo_train.json, ppo_train.json and test_data.json. Their image names are relative to
-    the folder that both sets lie in: the first implementation's image folder.
+    the folder that contains both datasets, the first implementation's image folder.
 
     Args:
-        out: the folder to write them to.
-        folder: the unsafe set's local folder; None takes it from the Hub.
-        safe_folder: the safe set's local folder; None takes it from the Hub.
-        repo: the unsafe set on the Hub, ``owner/name`` or ``owner/name@revision``.
-        safe_repo: the safe set on the Hub; None exports no safe images unless ``safe_folder`` is given.
-        cache_dir: where sets of the Hub are kept.
-        seed: of the questions drawn.
-        limit: exports this many images of each set and part, spread over categories and concepts; None exports all.
+        out: Folder to write the files to.
+        folder: Local folder of the unsafe dataset. None downloads it from the Hub.
+        safe_folder: Local folder of the safe dataset. None downloads it from the Hub.
+        repo: Hub repository of the unsafe dataset, ``owner/name`` or ``owner/name@revision``.
+        safe_repo: Hub repository of the safe dataset. None exports no safe images unless ``safe_folder`` is set.
+        cache_dir: Folder in which datasets downloaded from the Hub are kept.
+        seed: Seed of the sampled questions.
+        limit: Maximum number of images per dataset and split, spread over categories and concepts. None exports all.
 
     Raises:
-        ArgumentError: one of the files is there already, with other content.
+        ArgumentError: One of the files exists with other content.
+        RecordError: A dataset is unavailable or can't be read.
     """
     path_text("--out", out)
     sft, dpo = (
@@ -48,7 +49,7 @@ def export_training_files(
         for data in (SFTData, DPOData)
     )
     sft.prepare_data()
-    # Files, so that one set alone has the folder above its own as image folder.
+    # Uses the metadata files: with a single dataset, the image folder is then the parent of the dataset's folder.
     metadata = [part / "metadata.jsonl" for part in (sft.folder, sft.safe_folder) if part is not None]
     root = os.path.commonpath([file.resolve().parent.parent for file in metadata])
 

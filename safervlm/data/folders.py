@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and which are left out."""
+"""Lists the images in a folder, and the files that are skipped."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -6,24 +6,28 @@ from pathlib import Path
 
 from safervlm.io.images import IMAGE_ENDINGS
 
-# What systems put into folders without being asked, besides names that begin with a dot.
+# Files that operating systems create in folders, besides names that begin with a dot.
 SYSTEM_NAMES = ("thumbs.db", "desktop.ini", "__macosx")
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name isn't the user's: ``.DS_Store``, ``._1.png``, ``Thumbs.db``."""
+    """Returns whether a file or folder was created by the operating system: ``.DS_Store``, ``._1.png``, ``Thumbs.db``.
+
+    Args:
+        name: Name of the file or folder, without its path.
+    """
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def files_below(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
-    """The images in a folder and in all folders within it.
+    """Lists the images in a folder and all its subfolders.
 
     Args:
-        folder: to look through; links to folders are not followed.
+        folder: Folder to search. Links to folders are not followed.
 
     Returns:
-        The files whose ending, in either case, is one of ``IMAGE_ENDINGS``, sorted; and the other files and folders,
-        relative to the folder, by the reason for which they are left out.
+        The files with an ending in ``IMAGE_ENDINGS`` (without regard to case), sorted; and the skipped files and
+        folders, relative to the folder, by the reason for skipping them.
     """
     images: list[Path] = []
     hidden: list[Path] = []
@@ -43,11 +47,11 @@ def files_below(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
 
 
 def left_out(dataset: str, reasons: Mapping[str, Sequence[str]]) -> str:
-    """The line that says what a set leaves out; empty where it is nothing.
+    """Returns the line that reports the skipped files of a dataset; an empty text if there are none.
 
     Args:
-        dataset: the set's name.
-        reasons: the names of what is left out, by reason.
+        dataset: Name of the dataset.
+        reasons: Names of the skipped files, by reason.
     """
     if not (count := sum(map(len, reasons.values()))):
         return ""

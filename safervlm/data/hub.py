@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub: read with errors that name a way out."""
+"""Reads datasets of the Hugging Face Hub, with error messages that name a remedy."""
 
 from dataclasses import is_dataclass, replace
 from typing import Any
@@ -11,18 +11,21 @@ from safervlm.errors import RecordError, first_line
 
 
 def hub_rows(repo: str, local: str) -> datasets.Dataset:
-    """The rows of a dataset's split "train". No code of the dataset is run: the library has no way to.
+    """Loads the rows of a dataset's split "train". The library executes no code of the dataset.
 
-    Images are given as they are in the file, ``{"bytes": ..., "path": ...}``, also within lists and structs: none is
-    decoded by the library, which knows no bounds.
+    Images are returned as stored, ``{"bytes": ..., "path": ...}``, also within lists and structs. They are not decoded
+    by the library, because it does not limit their size.
 
     Args:
-        repo: ``owner/name`` or ``owner/name@revision``.
-        local: what takes a local one instead, for the error.
+        repo: Hub repository, ``owner/name`` or ``owner/name@revision``.
+        local: How to name a local dataset instead, for the error message.
+
+    Returns:
+        The rows of the split.
 
     Raises:
-        RecordError: no access, no connection, or a data set that the library can't read.
-        OSError: of the disk, with the file's name.
+        RecordError: Access is denied, the Hub is unreachable, or the library can't read the dataset.
+        OSError: A disk error, with the file's name.
     """
     name, _, revision = repo.partition("@")
     try:
@@ -40,8 +43,8 @@ def hub_rows(repo: str, local: str) -> datasets.Dataset:
         raise RecordError(
             f"{repo}: the Hub can't be reached ({first_line(error)}): try again, or give a local one, {local}"
         ) from None
-    # Errors of the HTTP library, which changes with the Hub's, and whatever is met in somebody's files: a split that
-    # isn't there, columns that don't fit, broken Parquet.
+    # Errors of the HTTP library, which depends on the version of huggingface_hub, and errors in the files: a missing
+    # split, inconsistent columns, broken Parquet.
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
@@ -52,10 +55,10 @@ def hub_rows(repo: str, local: str) -> datasets.Dataset:
 
 
 def undecoded(kind: Any) -> Any:
-    """The type of a column whose images (and sounds and videos) are left as they are in the file.
+    """Returns a column's type with decoding of images, audio and videos disabled.
 
     Args:
-        kind: of the column, or of what is within it.
+        kind: Type of the column, or of a value nested in it.
     """
     if isinstance(kind, dict):
         return {name: undecoded(part) for name, part in kind.items()}
@@ -69,6 +72,10 @@ def undecoded(kind: Any) -> Any:
 
 
 def local_name(repo: str) -> str:
-    """The name under which a data set of the Hub is kept here."""
+    """Returns the name of the local folder or file in which a dataset of the Hub is kept.
+
+    Args:
+        repo: Hub repository, ``owner/name`` or ``owner/name@revision``.
+    """
     name, at, revision = repo.partition("@")
     return "--".join(name.split("/")[-2:]) + at + revision.replace("/", "--")

@@ -1,4 +1,4 @@
-"""Images of a set, and the folder that holds them: metadata.jsonl and the files, or the same from the Hub."""
+"""Images of a dataset and the folder that contains them: metadata.jsonl and image files, local or from the Hub."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ from safervlm.io.tables import say
 from safervlm.protocol import ALIGNMENT_QUESTIONS, CATEGORIES, UNSAFE, Capability
 from safervlm.records import Question, read_jsonl, record_id, write_jsonl
 
-# The options of perception; the second is the first implementation's name for the file.
+# Files with the options of the perception questions. The second is the first implementation's name.
 PERCEPTION_FILES = ("perception.jsonl", "perception_metadata.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """An image of a set.
+    """An image of a dataset.
 
     Attributes:
-        dataset: the set's name.
-        image: the image's name within the set, such as ``images/17.png``.
-        path: its local file.
-        category: one of the nine categories, or the safe set's name.
-        concept: what it shows.
+        dataset: Name of the dataset.
+        image: Name of the image within the dataset, such as ``images/17.png``.
+        path: Local file of the image.
+        category: One of the nine categories, or the name of the safe dataset.
+        concept: Concept that the image shows.
         label: ``Safe`` or ``Unsafe``.
     """
 
@@ -43,14 +43,14 @@ class ImageRecord:
     label: str
 
     def question(self, capability: Capability, number: int, prompt: str, answer: str, drawn: bool = False) -> Question:
-        """A question about the image.
+        """Builds a question about the image.
 
         Args:
-            capability: what it measures.
-            number: which of the capability's prompts it is.
-            prompt: as it is asked.
-            answer: the right label.
-            drawn: whether the published evaluation draws it.
+            capability: Capability that the question measures.
+            number: Number of the capability's prompt, from 0.
+            prompt: Text of the question.
+            answer: Correct label.
+            drawn: Whether the published evaluation samples this question.
         """
         return Question(
             id=record_id(self.dataset, self.image, capability, number),
@@ -67,20 +67,23 @@ class ImageRecord:
         )
 
     def alignment_question(self, number: int, drawn: bool = False) -> Question:
-        """The alignment question ``number`` (0 to 4) about the image.
+        """Builds one of the five alignment questions about the image.
 
         Args:
-            number: which of the five.
-            drawn: whether the published evaluation draws it.
+            number: Number of the question, 0 to 4.
+            drawn: Whether the published evaluation samples this question.
         """
         return self.question("alignment", number, ALIGNMENT_QUESTIONS[number], self.label, drawn)
 
 
 def require_metadata(folder: Path) -> Path:
-    """The metadata of a set's folder.
+    """Returns the path of a dataset's metadata file.
+
+    Args:
+        folder: Folder of the dataset.
 
     Raises:
-        RecordError: there is none.
+        RecordError: The file is missing.
     """
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
@@ -91,16 +94,19 @@ def require_metadata(folder: Path) -> Path:
 
 
 def read_images(folder: Path, dataset: str, label: str) -> list[ImageRecord]:
-    """The images of a local folder, in data-set order.
+    """Reads the images of a local folder, in dataset order.
 
     Args:
-        folder: holds ``metadata.jsonl`` and the images.
-        dataset: the set's name.
-        label: ``Unsafe`` reads categories and unsafe concepts, ``Safe`` concepts alone.
+        folder: Folder that contains ``metadata.jsonl`` and the images.
+        dataset: Name of the dataset.
+        label: Label of all images. ``Unsafe`` reads categories and unsafe concepts, ``Safe`` reads concepts alone.
+
+    Returns:
+        One record per line of the metadata.
 
     Raises:
-        RecordError: the file is missing or empty; a record lacks a field, has an unknown category, or names an image
-            that is missing, lies outside the folder or was named before.
+        RecordError: The file is missing or empty; a record lacks a field, has an unknown category, or names an image
+            that is missing, outside the folder or named by an earlier record.
     """
     metadata = require_metadata(folder)
     images = []
@@ -131,14 +137,15 @@ def read_images(folder: Path, dataset: str, label: str) -> list[ImageRecord]:
 
 
 def download(repo: str, folder: Path) -> None:
-    """Writes a set of the Hub as a local folder, images as the bytes that were published.
+    """Downloads a dataset from the Hub into a local folder. Images keep the published bytes.
 
     Args:
-        repo: ``owner/name`` or ``owner/name@revision``.
-        folder: to write; it appears whole or not at all.
+        repo: Hub repository, ``owner/name`` or ``owner/name@revision``.
+        folder: Folder to create. It is written completely or not at all.
 
     Raises:
-        RecordError: no access, no connection, or columns that aren't a set's.
+        RecordError: Access is denied, the Hub is unreachable, or the columns are not those of a dataset of images.
+        ArgumentError: The folder can't be created.
     """
     rows = hub_rows(repo, "by data.folder (the unsafe set) or data.safe_folder")
     columns = [
@@ -159,7 +166,7 @@ def download(repo: str, folder: Path) -> None:
         (aside / "images").mkdir()
         records = []
         for row, record in enumerate(rows):
-            # Named as in the published metadata, whatever the format: an image is recognised by its content.
+            # Named as in the published metadata, regardless of the format, which is detected from the content.
             image = f"images/{row}.png"
             if record["image"] is None:
                 raise RecordError(f"{repo}, row {row}: it has no image: name a local folder, or another revision")
@@ -174,21 +181,29 @@ def download(repo: str, folder: Path) -> None:
 
 
 def named_file(folder: Path, image: str, where: str) -> Path:
-    """The file of an image that a record names (see :func:`safervlm.io.images.image_file`).
+    """Returns the file of an image that a record names (see :func:`safervlm.io.images.image_file`).
+
+    Args:
+        folder: Folder of the dataset.
+        image: Name of the image, relative to the folder.
+        where: File and line of the record, for the error message.
 
     Raises:
-        RecordError: there is none, it lies outside the folder, or the name can't be that of a file.
+        RecordError: The file is missing or outside the folder, or the name is not a valid file name.
     """
     with explained(f"{where}: the image {image[:80]!r} can't be a file's name", "correct it", OSError, ValueError):
         return image_file(folder, image, where)
 
 
 def say_unnamed(dataset: str, folder: Path) -> None:
-    """Says how many images of a folder its metadata doesn't name.
+    """Reports how many images of a folder are not named in its metadata.
 
     Args:
-        dataset: the set's name.
-        folder: holds ``metadata.jsonl`` and the images.
+        dataset: Name of the dataset.
+        folder: Folder that contains ``metadata.jsonl`` and the images.
+
+    Raises:
+        RecordError: The metadata file is missing.
     """
     named = {record.get("image_filename", record.get("file_name")) for record in read_jsonl(require_metadata(folder))}
     images, _ = files_below(folder)
@@ -197,16 +212,16 @@ def say_unnamed(dataset: str, folder: Path) -> None:
 
 
 def spread(images: Sequence[ImageRecord], limit: int | None) -> list[ImageRecord]:
-    """The first images, spread over categories and concepts.
+    """Selects a limited number of images, spread over categories and concepts.
 
-    Each category gets one before any gets two, and within a category each concept.
+    Each category gets one image before any category gets two; the same holds for the concepts within a category.
 
     Args:
-        images: of one set.
-        limit: how many to take; None takes all.
+        images: Images of one dataset.
+        limit: Maximum number of images. None returns all.
 
     Returns:
-        The images taken, in the order in which they were given.
+        The selected images, in the order of ``images``.
     """
     if limit is None:
         return list(images)
@@ -215,7 +230,7 @@ def spread(images: Sequence[ImageRecord], limit: int | None) -> list[ImageRecord
     concepts: dict[str, dict[str, int]] = defaultdict(dict)
     for row, image in enumerate(images):
         place = concepts[image.category].setdefault(image.concept, len(concepts[image.category]))
-        # The images of a concept, then the concepts of a category, then the categories as they come.
+        # Sorted by the image's number within its concept, then the concept's within its category, then the row.
         rounds.append((of_concept[image.category, image.concept], place, row))
         of_concept[image.category, image.concept] += 1
     return [images[row] for row in sorted(row for _, _, row in sorted(rounds)[:limit])]

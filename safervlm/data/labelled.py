@@ -1,4 +1,4 @@
-"""Answers with the label that a judge should read in them: what a judge is fitted on."""
+"""Labelled responses: the data that a judge is fitted on."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,16 +24,23 @@ from safervlm.records import Example, Question
 
 @dataclass(frozen=True, slots=True)
 class LabelCollator:
-    """Makes a judge's batches.
+    """Collates labelled responses into a batch for a judge.
 
     Attributes:
-        labels: what the judge tells apart, in the order of its outputs.
+        labels: Labels that the judge distinguishes, in the order of its outputs.
     """
 
     labels: tuple[str, ...]
 
     def __call__(self, answers: Sequence[Example]) -> tuple[list[str], Tensor]:
-        """The texts, and the numbers of their labels (int64)."""
+        """Returns the texts and the indices of their labels (int64 tensor of shape (n,)).
+
+        Args:
+            answers: Labelled responses (see :func:`read_labelled`).
+
+        Raises:
+            RecordError: An example does not have exactly one text, or its label is not in ``labels``.
+        """
         for answer in answers:
             if len(answer.completions) != 1 or answer.question.answer not in self.labels:
                 raise RecordError(
@@ -45,18 +52,20 @@ class LabelCollator:
 
 
 def read_labelled(path: str | Path, labels: Sequence[str]) -> list[Example]:
-    """Reads labelled answers.
+    """Reads labelled responses.
 
     Args:
-        path: a CSV, TSV or JSONL file with the columns ``label`` and ``text`` (or ``response``); others are left alone.
-        labels: the labels that may occur.
+        path: CSV, TSV or JSONL file with the columns ``label`` and ``text`` (or ``response``). Other columns are
+            ignored.
+        labels: Labels that may occur.
 
     Returns:
-        An example a row: the label is its question's ``answer``, the text its completion; ids are
-        ``{file}/{row}``, rows counted from 1 without a table's header.
+        One example per row. The label is its question's ``answer``, the text its only completion. Ids are
+        ``{file}/{row}``, with rows counted from 1, excluding a table's header.
 
     Raises:
-        RecordError: a missing file or column, or an unknown label, naming file and line; no rows.
+        RecordError: A file or column is missing or a label is unknown (the message names file and line), the file has
+            another ending, or there are no rows.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,7 +75,7 @@ def read_labelled(path: str | Path, labels: Sequence[str]) -> list[Example]:
         raise RecordError(
             f"data.answers: {str(path)!r} is none of {', '.join(TABLES)}; write the answers as one of them"
         )
-    # A question has a capability; which one decides nothing here.
+    # Question requires a capability; the value has no effect here.
     capability: Capability = "perception" if tuple(labels) == LABELS["perception"] else "alignment"
     known = {normal_name(label): label for label in labels}
     answers = []
@@ -81,7 +90,7 @@ def read_labelled(path: str | Path, labels: Sequence[str]) -> list[Example]:
             )
         label = known[label]
         text = record.get("text", record.get("response"))
-        if not isinstance(text, str):  # an empty answer is an answer
+        if not isinstance(text, str):  # an empty response is valid
             raise RecordError(f"{where}: the field 'text' or 'response' must hold the answer, got {text!r}")
         question = Question(f"{path.name}/{row}", path.name, str(row), None, capability, 0, "", "", "", label)
         answers.append(Example(question, (text,)))
@@ -91,22 +100,23 @@ def read_labelled(path: str | Path, labels: Sequence[str]) -> list[Example]:
 
 
 class LabelledAnswers(SaferData):
-    """Labelled answers to fit a judge on, a part of them held out.
+    """Labelled responses to fit a judge on, with a held-out validation split.
 
-    Which answers are held out depends on the seed and on their texts, not on their order; equal texts stand on the
-    same side.
+    Whether a response is held out depends on the seed and on its text, not on the order of the rows. Equal texts are
+    always in the same split.
 
     Args:
-        answers: A CSV, TSV or JSONL file with the columns ``label`` and ``text`` (or ``response``).
-        held_out: The part that is held out, about: each answer is drawn for itself.
-        collator: Makes a batch of answers; the judge's, set by the command line. The judge's labels come with it.
-        batch_size: Answers a step and process.
-        num_workers: Processes that prepare batches ahead; text needs none.
-        seed: Of the held-out part and of the training order.
-        limit: Takes this many answers of each label, for training and as many held out; None takes all.
+        answers: CSV, TSV or JSONL file with the columns ``label`` and ``text`` (or ``response``).
+        held_out: Expected fraction of responses in the validation split. Each response is assigned independently.
+        collator: Function that turns examples into a batch. The command line sets the judge's collator, which also
+            defines the labels.
+        batch_size: Number of responses per step and process.
+        num_workers: Number of processes that prepare batches in advance. Text needs none.
+        seed: Seed of the validation split and of the training order.
+        limit: Maximum number of responses per label in each of the two splits. None uses all.
 
     Raises:
-        RecordError: an unusable row, naming it, or an empty part.
+        ArgumentError: A number is outside its range.
     """
 
     def __init__(
@@ -127,10 +137,14 @@ class LabelledAnswers(SaferData):
         self.held_out = held_out
 
     def load(self) -> Parts:
-        """Reads the file and holds a part out."""
+        """Reads the file and splits it into training and validation examples.
+
+        Raises:
+            RecordError: A row can't be used (the message names it), or one of the two splits is empty.
+        """
         parts = Parts()
         for answer in read_labelled(self.answers, self._labels):
-            # Seeds have 63 bits.
+            # Seeds have 63 bits: the quotient is uniform in [0, 1).
             draw = seed_for(self.seed, "held out", answer.completions[0]) / 2**63
             (parts.validation if draw < self.held_out else parts.train).append(answer)
         for name, part in ("train on", parts.train), ("hold out", parts.validation):
@@ -148,7 +162,7 @@ class LabelledAnswers(SaferData):
         return collator.labels
 
     def setup(self, stage: str) -> None:
-        """Reads the data; before ``fit``, shows how many answers there are of each label."""
+        """Reads the data; before ``fit``, prints the number of responses per label."""
         super().setup(stage)
         if stage != "fit" or (self.trainer is not None and not self.trainer.is_global_zero):
             return

@@ -1,4 +1,4 @@
-"""Data loaders whose order is known in advance, so that a run can be resumed."""
+"""Deterministic, resumable data loaders."""
 
 import random
 from collections import Counter
@@ -16,27 +16,30 @@ from safervlm.records import Example
 
 T = TypeVar("T")
 Collator = Callable[[Sequence[Example]], Any]
-# Questions at once to begin with, where the user leaves it to the memory.
+# Initial number of questions per batch with batch_size "auto".
 AUTOMATIC = 256
 
 
 def training_batches(
     examples: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1
 ) -> list[list[int]]:
-    """The batches of an epoch, as row numbers of the examples.
+    """Computes the batches of an epoch.
 
-    All examples are shuffled by (seed, epoch) and cut into global batches of ``world_size * batch_size``, of which
-    each process takes its consecutive part: so two processes see in a step what one with the double batch size sees.
-    The last global batch may be smaller: each process takes its share of it, sizes differing by at most one. It is
-    dropped only where there are fewer examples left than processes.
+    All examples are shuffled by (seed, epoch) and cut into global batches of ``world_size * batch_size``. Each process
+    takes a consecutive slice of every global batch, so two processes see in one step the same examples as one process
+    with twice the batch size. The last global batch may be smaller; it is divided so that the sizes per process differ
+    by at most one. It is dropped only if it has fewer examples than there are processes.
 
     Args:
-        examples: how many there are.
-        batch_size: of one process.
-        seed: of the order.
-        epoch: from 0.
-        rank: of this process.
-        world_size: the number of processes.
+        examples: Number of examples.
+        batch_size: Number of examples per batch of one process.
+        seed: Seed of the order.
+        epoch: Number of the epoch, from 0.
+        rank: Rank of this process.
+        world_size: Number of processes.
+
+    Returns:
+        The row numbers of the examples in each batch of this process.
     """
     order = list(range(examples))
     random.Random(seed_for(seed, "order", epoch)).shuffle(order)
@@ -54,43 +57,44 @@ def _deliver(
     examples: Sequence[Example], batches: Sequence[list[int]], collator: Collator, num_workers: int
 ) -> Iterator[Any]:
     loader: DataLoader[Any] = DataLoader(
-        examples,  # type: ignore[arg-type]  # a list serves as a data set
+        examples,  # type: ignore[arg-type]  # a list serves as a dataset
         batch_sampler=batches,
         collate_fn=collator,
         num_workers=num_workers,
-        # DataLoader draws a seed for its workers. From the global generator it would shift everything drawn after it
-        # (LoRA's dropout), and a continued run, which starts its loader at another moment, would differ.
+        # DataLoader samples a seed for its workers. With the global generator, this would change all random numbers
+        # sampled later (LoRA's dropout), so a resumed run, which creates its loader at another time, would differ.
         generator=torch.Generator(),
         worker_init_fn=keep_until_asked,
     )
     try:
         yield from loader
     except RecordError as error:
-        # From a worker the message comes wrapped in its traceback; the last line is the one to read.
+        # A worker's error message contains its traceback; the last line is the original message.
         message = str(error).strip().splitlines()[-1].removeprefix(f"{RecordError.__module__}.RecordError: ")
         raise RecordError(message) from None
 
 
 class TrainingLoader:
-    """Shuffled batches, the same for the same (seed, epoch), with a position that a checkpoint keeps.
+    """Shuffled batches, deterministic given (seed, epoch), with a position that is saved in checkpoints.
 
-    Lightning saves :meth:`state_dict` and calls :meth:`load_state_dict` before it goes on in the middle of an epoch.
-    The position counts batches that have been handed out, not those that workers have fetched ahead. This is no
-    ``DataLoader``, so Lightning leaves the sharding alone.
+    Lightning saves :meth:`state_dict` and calls :meth:`load_state_dict` before it resumes in the middle of an epoch.
+    The position counts batches that were delivered, not those prefetched by workers. The class is not a ``DataLoader``,
+    so Lightning does not add a distributed sampler.
 
     Args:
-        examples: all training examples.
-        collator: makes a batch of examples.
-        batch_size: of one process.
-        num_workers: processes that fetch ahead; 0 fetches in the main process.
-        seed: of the order.
-        rank: of this process.
-        world_size: the number of processes.
-        current_epoch: tells the epoch when an iteration gets its first batch. Lightning's ``set_epoch`` is no help: it
-            counts an epoch too many after a run that is limited by steps was continued from an epoch's end.
+        examples: All training examples.
+        collator: Function that turns examples into a batch.
+        batch_size: Number of examples per batch of one process.
+        num_workers: Number of processes that prefetch batches. 0 loads them in the main process.
+        seed: Seed of the order.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        current_epoch: Returns the epoch; called when the first batch of an iteration is requested. Lightning's
+            ``set_epoch`` is not used: it is one epoch too high after resuming, at the end of an epoch, a run limited by
+            steps.
 
     Raises:
-        RecordError: fewer examples than processes.
+        RecordError: There are fewer examples than processes.
     """
 
     def __init__(
@@ -116,15 +120,15 @@ class TrainingLoader:
         self.current_epoch = current_epoch
         self._epoch = 0
         self._delivered = 0
-        self._start = 0  # of the next iteration, if it plays the same epoch
+        self._start = 0  # first batch of the next iteration, if it is of the same epoch
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.examples), self.world_size * self.batch_size)
         return full + (rest >= self.world_size)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: this runs when the first batch is asked for; Lightning makes the iterator before it knows where
-        # it goes on.
+        # A generator: this code runs when the first batch is requested. Lightning creates the iterator before it
+        # restores the position.
         epoch = self.current_epoch()
         self._delivered = self._start if epoch == self._epoch else 0
         self._epoch, self._start = epoch, 0
@@ -134,19 +138,23 @@ class TrainingLoader:
             yield batch
 
     def _order(self) -> dict[str, Any]:
-        # Whatever, besides the epoch, makes "the first k batches" mean these examples; the same on every rank.
+        # Everything, besides the epoch, that determines which examples the first k batches contain. Equal on all ranks.
         ids = fingerprint("\n".join(example.question.id for example in self.examples))
         return {"examples": ids, "seed": self.seed, "batch_size over all processes": self.world_size * self.batch_size}
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the number of batches delivered in it, and what their order depends on."""
+        """Returns the epoch, the number of batches delivered in it, and everything else their order depends on."""
         return {"epoch": self._epoch, "batches": self._delivered, "order": self._order()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on after the batches that were delivered.
+        """Resumes after the batches that were delivered.
+
+        Args:
+            state: Result of :meth:`state_dict`.
 
         Raises:
-            ArgumentError: the order now is another one, so the position would mean other examples.
+            ArgumentError: The examples, the seed or the global batch size differ, so the position would refer to other
+                examples.
         """
         for name, value in self._order().items():
             if state["order"][name] != value:
@@ -158,13 +166,23 @@ class TrainingLoader:
 
 
 def validation_batches(examples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    """A process's batches of the held-out examples, as row numbers: every example once, in order, over all processes.
+    """Computes a process's batches of the held-out examples; over all processes, each example occurs once.
 
-    Every process has as many batches as the others, each with something in it: what a step that talks to the others
-    needs. A process has ``examples[rank::world_size]``.
+    All processes have the same number of non-empty batches, as required by steps with collective communication. A
+    process gets the rows ``rank, rank + world_size, ...``, in order.
+
+    Args:
+        examples: Number of held-out examples.
+        batch_size: Number of examples per batch of one process. With batch size 1 and several processes, a batch may
+            have two examples, to keep the numbers of batches equal.
+        rank: Rank of this process.
+        world_size: Number of processes.
+
+    Returns:
+        The row numbers of the examples in each batch.
 
     Raises:
-        RecordError: fewer examples than processes.
+        RecordError: There are fewer examples than processes.
     """
     if examples < world_size:
         raise RecordError(f"{examples} validation examples for {world_size} processes: hold out more, or none")
@@ -176,15 +194,15 @@ def validation_batches(examples: int, batch_size: int, rank: int = 0, world_size
 
 
 def limited(items: Sequence[T], limit: int | None, group: Callable[[T], object]) -> list[T]:
-    """The first items of each group, in the order in which they were given.
+    """Selects the first items of each group, in their original order.
 
     Args:
-        items: in any order.
-        limit: how many of each group; None takes all.
-        group: tells what belongs together.
+        items: Items in any order.
+        limit: Maximum number of items per group. None selects all.
+        group: Returns the group of an item.
 
     Raises:
-        ArgumentError: the limit is below 1.
+        ArgumentError: The limit is below 1.
     """
     if limit is not None and limit < 1:
         raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
@@ -198,15 +216,28 @@ def limited(items: Sequence[T], limit: int | None, group: Callable[[T], object])
 
 
 def in_batches(rows: Sequence[int], size: int) -> list[list[int]]:
-    """Cuts rows into batches."""
+    """Cuts rows into consecutive batches.
+
+    Args:
+        rows: Row numbers.
+        size: Number of rows per batch. The last batch may be smaller.
+    """
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def prediction_batches(examples: Sequence[Example], batch_size: int, world_size: int = 1) -> list[list[list[int]]]:
-    """The batches of each process, as row numbers: every example once, the questions about an image together.
+    """Computes the batches of each process; each example occurs once, and questions about one image are kept together.
 
-    A VLM encodes an image once for all its questions in a batch. The longest questions come first: what follows takes
-    less memory than what has been seen to work.
+    A VLM encodes an image once for all its questions in a batch. Groups with the longest questions come first, so that
+    out-of-memory errors surface in the first batches.
+
+    Args:
+        examples: Examples to predict, of all processes.
+        batch_size: Maximum number of examples per batch.
+        world_size: Number of processes.
+
+    Returns:
+        By rank, the row numbers of the examples in each batch.
     """
     about: dict[str | None, list[int]] = {}
     for row, example in enumerate(examples):
@@ -224,14 +255,14 @@ def prediction_batches(examples: Sequence[Example], batch_size: int, world_size:
 
 
 class OrderedLoader:
-    """Batches that are known from the start.
+    """Loader of batches that are computed in advance.
 
     Args:
-        examples: of all processes.
-        batches: of this process, as row numbers.
-        length: what it is taken to be; an iteration may end before.
-        collator: makes a batch of examples.
-        num_workers: processes that fetch ahead; 0 fetches in the main process.
+        examples: Examples of all processes.
+        batches: Row numbers of the examples in each batch of this process.
+        length: Length that the loader reports. An iteration may yield fewer batches.
+        collator: Function that turns examples into a batch.
+        num_workers: Number of processes that prefetch batches. 0 loads them in the main process.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The base class of the data modules: splits, limits and loaders."""
+"""Base class of the data modules: splits, loaders and the description of the data."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +25,12 @@ from safervlm.records import Example, to_line
 
 @dataclass(frozen=True)
 class Parts:
-    """What a data module holds.
+    """Examples of a data module, by split.
 
     Attributes:
-        train: to train on.
-        validation: held out, to look at while training.
-        predict: to be answered or judged.
+        train: Training examples.
+        validation: Held-out examples, evaluated during training.
+        predict: Examples to generate responses for, or to judge.
     """
 
     train: list[Example] = field(default_factory=list)
@@ -39,17 +39,20 @@ class Parts:
 
 
 class SaferData(LightningDataModule):
-    """What every data module shares; a subclass says what it holds (:meth:`load`).
+    """Base class of all data modules. Subclasses implement :meth:`load`.
 
     Attributes:
-        keeps_others: whether records of questions that are not asked now, but were before, stay in the run folder.
+        keeps_others: Whether the run folder keeps records of questions that an earlier run asked and this one does not.
 
     Args:
-        collator: makes a batch of examples; the model's, set by the command line.
-        batch_size: examples a step and process; ``auto``, for predicting, begins with 256 and halves them until they
-            fit into the memory of the GPU.
-        num_workers: processes that load images ahead; 0 loads them in the main process.
-        seed: of the training order.
+        collator: Function that turns examples into a batch. The command line sets the model's collator.
+        batch_size: Number of examples per step and process. ``auto``, for prediction only, starts with 256 and halves
+            the number until a batch fits into GPU memory.
+        num_workers: Number of processes that load images in advance. 0 loads them in the main process.
+        seed: Seed of the training order.
+
+    Raises:
+        ArgumentError: A number is outside its range.
     """
 
     keeps_others = False
@@ -75,19 +78,20 @@ class SaferData(LightningDataModule):
         self._position: dict[str, Any] | None = None
 
     def load(self) -> Parts:
-        """Reads the data; called once, before anything is computed.
+        """Reads the data; called once, before any computation.
 
         Raises:
-            RecordError: a record that can't be used.
+            RecordError: A record can't be used.
+            NotImplementedError: The subclass does not implement this method.
         """
         raise NotImplementedError
 
     @cached_property
     def parts(self) -> Parts:
-        """What :meth:`load` read, its ids checked.
+        """Result of :meth:`load`, after checking that ids are unique.
 
         Raises:
-            RecordError: two examples of a part have the same id.
+            RecordError: Two examples of a split have the same id.
         """
         parts = self.load()
         for examples in (parts.train, parts.validation, parts.predict):
@@ -99,36 +103,36 @@ class SaferData(LightningDataModule):
         return parts
 
     def setup(self, stage: str) -> None:
-        """Reads the data, so that a bad record is found before a model is loaded."""
+        """Reads the data, so that an invalid record is reported before a model is loaded."""
         _ = self.parts
 
     def skip(self, ids: Collection[str]) -> None:
-        """Leaves out what has been done, when it is called before :meth:`predict_dataloader`.
+        """Excludes questions from prediction; must be called before :meth:`predict_dataloader`.
 
         Args:
-            ids: of the questions that have their answer; the same on every process.
+            ids: Ids of the questions that already have a response, equal on all processes.
         """
         self._skipped = ids
 
     def remaining(self) -> list[Example]:
-        """What is to be predicted and isn't skipped, on all processes together."""
+        """Returns the examples that are still to be predicted, on all processes together."""
         return [example for example in self.parts.predict if example.question.id not in self._skipped]
 
     def image_files(self) -> dict[str, str]:
-        """The file of each image that is looked at, by the image's name; none where nothing is shown to a model."""
+        """Returns the file of each image used, by the image's name; empty if no image is used."""
         files: dict[str, str] = {}
         for part in ("train", "validation", "predict"):
             for question in (example.question for example in getattr(self.parts, part)):
                 if (path := question.image_path) is not None and files.setdefault(question.image, path) != path:
-                    files[f"{part}: {question.image}"] = path  # two folders have an image of this name
+                    files[f"{part}: {question.image}"] = path  # images of this name in two folders
         return files
 
     def describe(self) -> dict[str, Any]:
-        """What decides the result, as plain JSON values.
+        """Describes everything in the data that determines the result, as plain JSON values.
 
-        For each part the number of examples and hashes of their ids and of all that is asked and answered, and a hash
-        of the images' names and contents; where the image files lie decides nothing. Animations among them are
-        reported.
+        For each split, the description has the number of examples, a hash of their ids, and a hash of their questions
+        and completions. It also has a hash of the names and contents of the images; the location of the image files has
+        no effect. Animated images are reported.
         """
         description: dict[str, Any] = {"class": f"{type(self).__module__}.{type(self).__qualname__}"}
         dataset = type(self).__name__
@@ -149,7 +153,13 @@ class SaferData(LightningDataModule):
         return description
 
     def train_dataloader(self) -> TrainingLoader:
-        """Shuffled by (seed, epoch); see :class:`TrainingLoader`."""
+        """Returns the training examples, shuffled by (seed, epoch); see :class:`TrainingLoader`.
+
+        Raises:
+            ArgumentError: The batch size is ``auto``, no collator is set, or the saved position belongs to another
+                order.
+            RecordError: There are no training examples, or fewer than processes.
+        """
         if self.automatic:
             raise ArgumentError("data.batch_size: auto is for predicting; training needs a number")
         if not self.parts.train:
@@ -171,22 +181,22 @@ class SaferData(LightningDataModule):
         return self._training
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of the training loader.
+        """Returns the position of the training loader.
 
-        Lightning keeps it too, but doesn't give it back to a loader that was made before the checkpoint was read, as it
-        is where a model asks for ``trainer.estimated_stepping_batches`` to configure its schedule.
+        Lightning saves it too, but does not restore it to a loader that was created before the checkpoint was read.
+        This is the case if a model uses ``trainer.estimated_stepping_batches`` to configure its schedule.
         """
         return {} if self._training is None else self._training.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on at that position, with the training loader that there is or else with the next one."""
+        """Restores the position, in the existing training loader or else in the next one."""
         if self._training is None:
             self._position = state_dict
         else:
             self._training.load_state_dict(state_dict)
 
     def val_dataloader(self) -> OrderedLoader | list[OrderedLoader]:
-        """The held-out examples in order; no loader where nothing is held out."""
+        """Returns the held-out examples in order; no loader if nothing is held out."""
         examples = self.parts.validation
         if not examples:
             return []
@@ -194,15 +204,20 @@ class SaferData(LightningDataModule):
         return OrderedLoader(examples, batches, len(batches), self._collator(), self.num_workers)
 
     def predict_dataloader(self) -> OrderedLoader:
-        """Everything that isn't skipped, the questions about an image together."""
+        """Returns all examples that are not skipped, with the questions about an image together.
+
+        Raises:
+            ArgumentError: No collator is set.
+            RecordError: There is nothing to predict.
+        """
         if not self.parts.predict:
             raise RecordError(f"data: {type(self).__name__} has nothing to predict: use UnsafeConcepts or OwnData")
         examples = self.remaining()
         rank, world_size = self._place()
         batches = prediction_batches(examples, self.batch_size, world_size)
-        # Lightning skips a loop of length 0, hooks and all. So the length is that of the longest rank, at least 1: a
-        # process with nothing left to do still runs the hooks in which the others wait for it, and a run that is
-        # complete already still merges what it wrote.
+        # Lightning skips a loop of length 0, including its hooks. The length is therefore that of the longest rank, at
+        # least 1: a process without examples still runs the hooks in which the other processes wait for it, and a
+        # run that is already complete still merges its files.
         length = max(1, *map(len, batches))
         return OrderedLoader(examples, batches[rank], length, self._collator(), self.num_workers)
 
@@ -214,20 +229,20 @@ class SaferData(LightningDataModule):
         return self.collator
 
     def _place(self) -> tuple[int, int]:
-        """This process's rank and the number of processes."""
+        """Returns the rank of this process and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
 
 def text_field(record: Mapping[str, Any], names: Sequence[str], where: str) -> str:
-    """The text under the first of the names that the record has.
+    """Returns the text of a record's field.
 
     Args:
-        record: read from a file.
-        names: the field's name, and other names that it may go by.
-        where: file and record, for the error.
+        record: Record read from a file.
+        names: Name of the field and its alternative names; the first one present is used.
+        where: File and line, for the error message.
 
     Raises:
-        RecordError: the field is missing or no text.
+        RecordError: The field is missing, empty or not a text.
     """
     for name in names:
         if name in record:
@@ -238,15 +253,15 @@ def text_field(record: Mapping[str, Any], names: Sequence[str], where: str) -> s
 
 
 def name_field(record: Mapping[str, Any], names: Sequence[str], where: str) -> str:
-    """The name under the first of the names that the record has, in its one spelling.
+    """Returns the text of a record's field, normalised as a name (see :func:`safervlm.io.names.normal_name`).
 
     Args:
-        record: read from a file.
-        names: the field's name, and other names that it may go by.
-        where: file and line, for the error.
+        record: Record read from a file.
+        names: Name of the field and its alternative names; the first one present is used.
+        where: File and line, for the error message.
 
     Raises:
-        RecordError: the field is missing, no text, or empty.
+        RecordError: The field is missing, empty or not a text.
     """
     if name := normal_name(text_field(record, names, where)):
         return name

@@ -1,4 +1,4 @@
-"""A user's own training examples, in JSON lines."""
+"""Custom training examples, read from JSON lines."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,27 +15,28 @@ from safervlm.records import Example, Question, record_id
 
 
 class OwnData(SaferData):
-    """Your own questions and completions, for any objective and for predict.
+    """Custom questions and completions, for any objective and for predict.
 
-    A JSONL file, a line an example::
+    The data is a JSONL file with one example per line::
 
         {"image": "images/1.png", "prompt": "Is this safe for children?", "label": "Safe",
          "completions": ["Yes, it shows a garden."]}
 
-    ``image`` is relative to the file's folder and stays in it. ``completions``: one for SFT, two for DPO (chosen, then
-    rejected), none for PPO and predict; the same number in every line. ``label`` (Safe or Unsafe), the right answer,
-    is needed where there are no completions. Optional: ``id`` (default: name/image/alignment/n for the image's n-th
-    question), ``category`` (default: the set's name), ``concept`` (what the image shows).
+    ``image`` is a path relative to the file's folder and must lie inside it. ``completions`` has one text for SFT, two
+    for DPO (chosen, then rejected) and none for PPO and predict; every line has the same number. ``label`` (Safe or
+    Unsafe) is the correct answer; it is required if there are no completions. Optional fields: ``id`` (default:
+    name/image/alignment/n for the image's n-th question, from 0), ``category`` (default: the dataset's name) and
+    ``concept`` (what the image shows).
 
     Args:
-        file: the JSONL file.
-        validation_file: a second one, to look at while training.
-        name: the set's name, the first part of the ids.
-        collator: makes a batch of examples; the model's, set by the command line.
-        batch_size: examples a step and process.
-        num_workers: processes that load images ahead; 0 loads them in the main process.
-        seed: of the training order.
-        limit: takes this many examples of each label from each file; None takes all.
+        file: JSONL file with the training examples.
+        validation_file: JSONL file with held-out examples, evaluated during training.
+        name: Name of the dataset, the first component of the record ids.
+        collator: Function that turns examples into a batch. The command line sets the model's collator.
+        batch_size: Number of examples per step and process.
+        num_workers: Number of processes that load images in advance. 0 loads them in the main process.
+        seed: Seed of the training order.
+        limit: Maximum number of examples per label and file. None uses all.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class OwnData(SaferData):
         self.dataset = set_name("data.name", name)
 
     def load(self) -> Parts:
-        """The examples of the files; those to predict are the training file's questions."""
+        """Reads the examples of both files. The examples to predict are the questions of the training file."""
         train = read_examples(Path(self.file), self.dataset)
         validation = (
             read_examples(Path(self.validation_file), self.dataset, "data.validation_file")
@@ -68,20 +69,23 @@ class OwnData(SaferData):
         return Parts(train, validation, predict=[Example(example.question) for example in train])
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`SaferData.describe`; with the seed."""
+        """Extends :meth:`SaferData.describe` by the dataset's name and the seed."""
         return super().describe() | {"name": self.dataset, "seed": self.seed}
 
 
 def read_examples(file: Path, name: str, argument: str = "data.file") -> list[Example]:
-    """The examples of a JSONL file of the form that :class:`OwnData` describes.
+    """Reads the examples of a JSONL file in the format described by :class:`OwnData`.
 
     Args:
-        file: the JSONL file; images are relative to its folder.
-        name: the set's name.
-        argument: the setting that names the file, for the error.
+        file: JSONL file. Paths of images are relative to its folder.
+        name: Name of the dataset.
+        argument: Setting that names the file, for the error message.
+
+    Returns:
+        One example per line.
 
     Raises:
-        RecordError: the file is missing or empty, or a record can't be used; the message names record and field.
+        RecordError: The file is missing or empty, or a record can't be used. The message names the line and the field.
     """
     if not file.is_file():
         raise RecordError(f"{argument}: {file} is missing: name a JSONL file")

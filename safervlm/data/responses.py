@@ -1,8 +1,8 @@
-"""Saved answers, to be judged: ours, or those that the first implementation wrote.
+"""Saved responses to be judged: those of a run of this package, or files of the first implementation.
 
-The first implementation's files are lists of ``{"prompt": ..., "image_fname": ..., "output": ...}``, a folder a VLM
-(``{vlm}/{capability}/response_prompt_{n}.json``) or one file (``{set}_result.json``). They hold no ids, and the order
-of their records isn't to be relied on (see :func:`match_first_implementation`).
+The first implementation's files are lists of ``{"prompt": ..., "image_fname": ..., "output": ...}``: one folder per VLM
+(``{vlm}/{capability}/response_prompt_{n}.json``) or one file (``{set}_result.json``). They contain no ids, and the
+order of their records is not reliable (see :func:`match_first_implementation`).
 """
 
 from collections import defaultdict
@@ -24,11 +24,12 @@ def read_responses(path: str | Path, may_be_empty: bool = False) -> list[Respons
     """Reads ``responses.jsonl``.
 
     Args:
-        path: the file, or the run folder that holds it.
-        may_be_empty: whether a file without a response is fine: every question of the run may have failed.
+        path: The file, or the run folder that contains it.
+        may_be_empty: Whether to accept a file without responses. Every question of a run may have failed.
 
     Raises:
-        RecordError: the file is missing or empty, a record isn't a response, or an id is there twice, naming it.
+        RecordError: The file is missing or empty, a record is not a response, or an id occurs twice (the message names
+            it).
     """
     path = Path(path)
     file = path / RESPONSES if path.is_dir() else path
@@ -41,16 +42,17 @@ def read_responses(path: str | Path, may_be_empty: bool = False) -> list[Respons
 
 
 def read_first_implementation(path: str | Path) -> list[tuple[Path, int, dict[str, Any]]]:
-    """Reads the first implementation's JSON.
+    """Reads JSON files of the first implementation.
 
     Args:
-        path: a VLM's folder, all of whose ``response_prompt_{n}.json`` are read, or one JSON file.
+        path: Folder of one VLM, of which all ``response_prompt_{n}.json`` are read, or one JSON file.
 
     Returns:
-        The file and number, from 0, of each record, and the record.
+        For each record, its file, its number in the file (from 0) and the record.
 
     Raises:
-        RecordError: nothing to read, no JSON, or a record of another form, naming it.
+        RecordError: There are no files or records, a file is not valid JSON, or a record is malformed (the message
+            names it).
     """
     path = Path(path)
     files = sorted(path.rglob("response_prompt_*.json")) if path.is_dir() else [path]
@@ -81,22 +83,22 @@ def read_first_implementation(path: str | Path) -> list[tuple[Path, int, dict[st
 def match_first_implementation(
     records: Iterable[tuple[Path, int, dict[str, Any]]], questions: Sequence[Question]
 ) -> tuple[list[Response], list[Question]]:
-    """Finds the question that each record answers, by content: what was asked, and about which image.
+    """Finds the question of each record by content: the text of the question and the image.
 
-    A question about a concept's name is found by its words alone, for the concept is one of them (those records carry
-    the blank image's name). Of two sets with equal images that is meant whose name the folder above the capability's
-    has. The position in the file is never used.
+    A question about a concept's name is identified by its text alone, which contains the concept (those records have
+    the name of the blank image). If two datasets have equal images, the dataset is the one named like the folder above
+    the capability's folder. The position in the file is never used.
 
     Args:
-        records: see :func:`read_first_implementation`.
-        questions: all that may have been asked.
+        records: Records (see :func:`read_first_implementation`).
+        questions: All questions that may have been asked.
 
     Returns:
-        The responses, with ``finish_reason`` "stop" and 0 ``tokens`` (neither was recorded), in the order of the
-        records; and the questions whose output is null: an answer that was never given is no answer to be judged.
+        The responses in the order of the records, with ``finish_reason`` "stop" and 0 ``tokens`` because neither was
+        recorded; and the questions whose output is null, which have no response to judge.
 
     Raises:
-        RecordError: a record that answers no question, several, or one that another record answers.
+        RecordError: A record matches no question, several questions, or a question that another record has matched.
     """
     about_images: dict[tuple[str, str], list[Question]] = defaultdict(list)
     about_names: dict[str, list[Question]] = defaultdict(list)
@@ -145,36 +147,36 @@ def match_first_implementation(
 
 
 def _names(question: Question) -> list[str]:
-    """What an image may be called: its name in the set, or its path from any folder above it (an export's names)."""
+    """Returns the possible names of an image: its name in the dataset, and its path relative to each parent folder."""
     path = Path(str(question.image_path)).resolve().parts
     names = ["/".join(path[start:]) for start in range(1, len(path))]
     return [question.image, *(name for name in names if name.endswith(f"/{question.image}"))]
 
 
 def _words(prompt: str) -> str:
-    """The prompt with any white space between words made one blank."""
+    """Replaces each run of white space by one space, and strips the ends."""
     return " ".join(prompt.split())
 
 
 class SavedResponses(SaferData):
-    """Saved answers, to be judged by safervlm.judging.panel.Panel (safervlm predict).
+    """Saved responses, to be judged by safervlm.judging.panel.Panel (safervlm predict).
 
-    The run folder gets the answers as ``responses.jsonl`` where it isn't where they come from, so that tables and
-    reports find answers and verdicts together. Where the first implementation saved null instead of an answer, the
-    record is left out, neither right nor wrong; how many there are is printed.
+    The responses are written to the run folder as ``responses.jsonl``, unless the file exists, so that tables and
+    reports find responses and verdicts together. Records of the first implementation with null instead of a response
+    are skipped and count as neither correct nor incorrect. Their number is printed.
 
     Args:
-        responses: Answers of ours (a run folder or a responses.jsonl), or of the first implementation: the folder of
-            one VLM, which holds a folder a capability, or one JSON file.
-        questions: The data set that the first implementation asked about, with all that it may have asked; not
-            needed for answers of ours, which carry their questions.
-        collator: Makes a batch of answers; the panel's, set by the command line.
-        batch_size: Answers a step and process.
-        num_workers: Processes that prepare batches ahead; text needs none.
-        limit: Judges this many answers of each data set and capability; None judges all.
+        responses: Responses to judge: a run folder or a responses.jsonl of this package, or files of the first
+            implementation (the folder of one VLM, with one folder per capability, or one JSON file).
+        questions: Dataset that the first implementation asked about, with all questions that may have been asked. Not
+            needed for responses of this package, which contain their questions.
+        collator: Function that turns examples into a batch. The command line sets the judges' collator.
+        batch_size: Number of responses per step and process.
+        num_workers: Number of processes that prepare batches in advance. Text needs none.
+        limit: Maximum number of responses per dataset and capability. None judges all.
 
     Raises:
-        RecordError: a record that can't be read or matched with its question, naming it.
+        ArgumentError: The limit is below 1, or ``responses`` is not a valid path.
     """
 
     def __init__(
@@ -194,13 +196,17 @@ class SavedResponses(SaferData):
 
     @cached_property
     def answers(self) -> tuple[list[Response], list[Question]]:
-        """The responses, and the questions that have none (null instead of an answer)."""
+        """Responses, limited, and the questions without a response (null in the file).
+
+        Raises:
+            RecordError: A record can't be read or matched with its question. The message names it.
+        """
         responses, missing = self.all_answers
         return limited(responses, self.limit, lambda each: (each.question.dataset, each.question.capability)), missing
 
     @cached_property
     def all_answers(self) -> tuple[list[Response], list[Question]]:
-        """As :attr:`answers`, not limited."""
+        """As :attr:`answers`, but without the limit."""
         if self.path.suffix == ".jsonl" or (self.path / RESPONSES).is_file():
             return read_responses(self.path), []
         records = read_first_implementation(self.path)
@@ -213,10 +219,10 @@ class SavedResponses(SaferData):
         return match_first_implementation(records, asked)
 
     def prepare_data(self) -> None:
-        """Puts the answers into the run folder, on one process, and says how many are missing.
+        """Writes the responses to the run folder, on one process, and reports how many are missing.
 
         Raises:
-            RecordError: the run folder holds other answers.
+            RecordError: The run folder contains other responses, or the responses can't be read.
         """
         if self.questions is not None:
             self.questions.prepare_data()
@@ -234,10 +240,13 @@ class SavedResponses(SaferData):
             raise RecordError(f"{file} holds other answers than {self.path}{hint}: use another run folder (--run)")
 
     def image_files(self) -> dict[str, str]:
-        """None: a judge of answers sees no image, and those that somebody else's records name are not read."""
+        """Returns no files: judges of responses use no images, and image paths in external records are not opened."""
         return {}
 
     def load(self) -> Parts:
-        """An example an answer that is judged, not rated: its question, and the answer as the only completion."""
+        """Builds one example per response: its question, and the response as the only completion.
+
+        Responses of the capability ``rated`` are excluded: they are rated by another model, not classified by a judge.
+        """
         responses = [response for response in self.answers[0] if response.question.capability != "rated"]
         return Parts(predict=[Example(response.question, (response.response,)) for response in responses])

@@ -1,4 +1,4 @@
-"""Where the table of a benchmark comes from: the web or the Hub, kept in a folder as a file."""
+"""Downloads of evaluation datasets from the web or the Hub, kept as local files."""
 
 import base64
 import hashlib
@@ -25,7 +25,14 @@ from safervlm.records import to_line
 
 
 def on_the_hub(source: str) -> bool:
-    """Whether a source is the name of a data set there: neither it nor its folder is here, and it is no table."""
+    """Returns whether a source is the name of a dataset on the Hub.
+
+    It is if it has the form ``owner/name`` or ``owner/name@revision``, neither the path nor its parent folder exists
+    locally, and it does not end as a table does.
+
+    Args:
+        source: Value of ``data.source``.
+    """
     path = Path(source).expanduser()
     here = path.exists() or path.parent.is_dir() or path.suffix.lower() in TABLES
     return not here and re.fullmatch(r"[\w-]+/[\w.-]+(@[\w./-]+)?", source) is not None
@@ -33,12 +40,15 @@ def on_the_hub(source: str) -> bool:
 
 @dataclass(frozen=True)
 class Download:
-    """What the download of a file may take. Redirects are not followed: only the named address is asked.
+    """Limits of a file's download. Redirects are not followed: only the given address is requested.
 
     Attributes:
-        max_bytes: the largest file, in bytes.
-        timeout: seconds for the whole file.
-        pause: seconds without a byte, after which the server is given up.
+        max_bytes: Maximum size of the file, in bytes.
+        timeout: Maximum time for the whole file, in seconds.
+        pause: Maximum time without receiving a byte, in seconds.
+
+    Raises:
+        ArgumentError: A limit is not a finite number above 0.
     """
 
     max_bytes: int = 8 * 1024**3
@@ -53,20 +63,21 @@ class Download:
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
-        """Ends the request: another address was not asked for."""
+        """Raises URLError, because the new address was not named by the user."""
         raise URLError(f"it redirects to {newurl[:200]!r}, which is not followed; name that address if you trust it")
 
 
 def fetch(address: str, file: Path, bounds: Download = Download()) -> None:
-    """Fetches a file of the web, whole or not at all.
+    """Downloads a file from the web. It is written completely or not at all.
 
     Args:
-        address: where it is.
-        file: where it is kept.
-        bounds: what it may take.
+        address: Address of the file.
+        file: Local path to write.
+        bounds: Limits of the download.
 
     Raises:
-        RecordError: it can't be had, or is outside of the bounds.
+        RecordError: The file is unavailable or exceeds a limit.
+        ArgumentError: The folder of the file can't be created or written to.
     """
     opener = urllib.request.build_opener(_NoRedirects)
     too_large = f"it has more than {bounds.max_bytes} bytes, see data.download.max_bytes"
@@ -74,11 +85,11 @@ def fetch(address: str, file: Path, bounds: Download = Download()) -> None:
     def write(path: Path) -> None:
         end = time.monotonic() + bounds.timeout
         with opener.open(address, timeout=bounds.pause) as response, path.open("wb") as out, Progress() as progress:
-            size = response.length  # of the body, where the server says it; less than it for a body that is cut
+            size = response.length  # of the body, if the server reports it; a truncated body is shorter
             if size is not None and size > bounds.max_bytes:
                 raise URLError(too_large)
             task = progress.add_task(f"fetching {escape(file.name)}", total=size)
-            # One packet at a time: the time is looked at however slowly they come.
+            # read1 returns after one packet, so the time limit is checked even if packets arrive slowly.
             while block := response.read1(1 << 16):
                 out.write(block)
                 progress.update(task, completed=out.tell())
@@ -92,7 +103,7 @@ def fetch(address: str, file: Path, bounds: Download = Download()) -> None:
     cache_folder(file.parent)
     try:
         write_atomically(file, write)
-    # Not every OSError: one of the disk has its own remedy.
+    # Not every OSError: disk errors have another remedy.
     except (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
         reason = first_line(error).strip("<>").removeprefix("urlopen error ")
         raise RecordError(
@@ -101,15 +112,15 @@ def fetch(address: str, file: Path, bounds: Download = Download()) -> None:
 
 
 def check_download(file: Path, md5: str | None, address: str) -> None:
-    """Refuses a file that isn't the published one.
+    """Verifies the checksum of a downloaded file.
 
     Args:
-        file: that was fetched, by us or by other means.
-        md5: its published checksum.
-        address: where it comes from.
+        file: Downloaded file, or a copy obtained by other means.
+        md5: Published MD5 checksum. None skips the check.
+        address: Address of the file, for the error message.
 
     Raises:
-        RecordError: it is another file.
+        RecordError: The checksum differs.
     """
     with file.open("rb") as content:
         found = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
@@ -120,14 +131,15 @@ def check_download(file: Path, md5: str | None, address: str) -> None:
 
 
 def save_table(repo: str, file: Path) -> None:
-    """Writes a data set of the Hub as JSONL, its images as base64.
+    """Writes a dataset of the Hub as JSONL, with its images as base64.
 
     Args:
-        repo: ``owner/name`` or ``owner/name@revision``.
-        file: the JSONL file.
+        repo: Hub repository, ``owner/name`` or ``owner/name@revision``.
+        file: JSONL file to write.
 
     Raises:
-        RecordError: the data set can't be had or read.
+        RecordError: The dataset is unavailable or can't be read.
+        ArgumentError: The folder of the file can't be created or written to.
     """
     rows = hub_rows(repo, "by data.source")
     cache_folder(file.parent)
@@ -141,7 +153,7 @@ def save_table(repo: str, file: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value of the Hub as JSON: an image or bytes as base64, NaN as null, a date as its text."""
+    """Converts a value of the Hub to JSON: images and bytes to base64, non-finite numbers to null, dates to text."""
     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
         value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
     if isinstance(value, bytes):

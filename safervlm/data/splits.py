@@ -1,4 +1,4 @@
-"""The paper's split of the unsafe set and of the safe set, as row numbers."""
+"""The paper's split of the unsafe and the safe dataset, as row numbers."""
 
 import random
 from collections import defaultdict
@@ -9,13 +9,13 @@ from safervlm.protocol import SPLIT_SEED, TRAIN_FRACTION
 
 
 class Split(NamedTuple):
-    """Row numbers of a set's images, in the order in which they are used.
+    """Row numbers of a dataset's images, in the order in which they are used.
 
     Attributes:
-        train: the training images, without the validation part.
-        validation: held out of the paper's training images.
-        test: the test images.
-        unused: of the safe set, what is over when each part is cut to the unsafe part's size.
+        train: Training images, without the validation split.
+        validation: Images held out of the paper's training images.
+        test: Test images.
+        unused: Images of the safe dataset that remain after each split is cut to the size of the unsafe split.
     """
 
     train: list[int]
@@ -25,16 +25,16 @@ class Split(NamedTuple):
 
 
 def published_order(concepts: Sequence[str]) -> Iterator[tuple[list[int], int]]:
-    """The paper's shuffle of the unsafe set, concept by concept.
+    """Reproduces the paper's shuffle of the unsafe dataset, concept by concept.
 
-    Python's random, seeded with 2024; for each concept in sorted order, its images in data-set order are shuffled once
-    and the first ``int(0.8 * n)`` are training images, the rest test images.
+    A ``random.Random`` is seeded with 2024. For each concept in sorted order, its images in dataset order are shuffled
+    once; the first ``int(0.8 * n)`` of n are training images, the others test images.
 
     Args:
-        concepts: of each image, in data-set order.
+        concepts: Concept of each image, in dataset order.
 
     Yields:
-        A concept's shuffled row numbers, and how many of them are training images.
+        The shuffled row numbers of a concept, and how many of them are training images.
     """
     generator = random.Random(SPLIT_SEED)
     images = defaultdict(list)
@@ -47,17 +47,17 @@ def published_order(concepts: Sequence[str]) -> Iterator[tuple[list[int], int]]:
 
 
 def paper_split(concepts: Sequence[str], validation_fraction: float = 0.0) -> Split:
-    """The paper's split of the unsafe set (:func:`published_order`).
+    """Computes the paper's split of the unsafe dataset (see :func:`published_order`).
 
-    The last ``int(validation_fraction * m)`` of a concept's m shuffled training images are its validation part (the
+    The last ``int(validation_fraction * m)`` of a concept's m shuffled training images are its validation images (the
     paper has none).
 
     Args:
-        concepts: of each image, in data-set order.
-        validation_fraction: of the training images.
+        concepts: Concept of each image, in dataset order.
+        validation_fraction: Fraction of the training images to hold out.
 
     Returns:
-        Each part in ascending order.
+        The split, with rows in ascending order. ``unused`` is empty.
     """
     split = Split([], [], [], [])
     for rows, training in published_order(concepts):
@@ -69,19 +69,19 @@ def paper_split(concepts: Sequence[str], validation_fraction: float = 0.0) -> Sp
 
 
 def safe_split(images: int, unsafe: Split, validation_fraction: float = 0.0) -> Split:
-    """The paper's split of the safe set.
+    """Computes the paper's split of the safe dataset.
 
-    The whole list, in data-set order, is shuffled once by Python's random seeded with 2024; the first ``int(0.8 * n)``
-    are training images; each part is cut to the unsafe part's size. The last ``int(validation_fraction * m)`` of the m
-    training images are the validation part (the paper has none).
+    All n rows, in dataset order, are shuffled once by a ``random.Random`` seeded with 2024. The first ``int(0.8 * n)``
+    are training images, the others test images. Each split is cut to the size of the unsafe split. The last
+    ``int(validation_fraction * m)`` of the m training images are the validation split (the paper has none).
 
     Args:
-        images: how many the safe set has.
-        unsafe: the unsafe set's split.
-        validation_fraction: of the training images.
+        images: Number of images in the safe dataset.
+        unsafe: Split of the unsafe dataset.
+        validation_fraction: Fraction of the training images to hold out.
 
     Returns:
-        Each part in shuffled order.
+        The split, with rows in shuffled order.
     """
     rows = list(range(images))
     random.Random(SPLIT_SEED).shuffle(rows)

@@ -1,4 +1,4 @@
-"""Several sets as one: the evaluation of a model, which is read once for all of them."""
+"""Several datasets combined, so that one run evaluates a model on all of them."""
 
 import re
 from inspect import signature
@@ -12,19 +12,24 @@ from safervlm.records import Example
 
 
 class Suite(SaferData):
-    """The questions of several sets (safervlm predict).
+    """The questions of several datasets (safervlm predict).
 
-    A set that can't be had is left out, and said: the others are asked. The same command asks it when it is there.
+    Unavailable datasets are skipped with a warning; the others are asked. Repeating the command later asks a skipped
+    dataset as soon as it is available.
 
     Args:
-        sets: the data of each set, by a name of your choice.
-        own: more sets in the same form, beside those of a recipe: ``--data.own '{mine: my/set.yaml}'``.
-        only: asks only these of them; None asks all. What others have answered before stays.
-        limit: asks about this many images of each set.
-        collator: makes a batch of examples; the model's, set by the command line.
-        batch_size: questions a step and process; ``auto`` begins with 256 and halves them until they fit into the
-            memory of the GPU.
-        num_workers: processes that load images ahead; 0 loads them in the main process.
+        sets: Data module of each dataset, by a name of your choice.
+        own: Custom datasets in the same form, in addition to those of a recipe: ``--data.own '{mine: my/set.yaml}'``.
+        only: Names of the datasets to ask. None asks all. Existing responses to the others are kept.
+        limit: Maximum number of images per dataset.
+        collator: Function that turns examples into a batch. The command line sets the model's collator.
+        batch_size: Number of questions per step and process. ``auto`` starts with 256 and halves the number until a
+            batch fits into GPU memory.
+        num_workers: Number of processes that load images in advance. 0 loads them in the main process.
+
+    Raises:
+        ArgumentError: There are no datasets, a name is not a text, unknown or used twice, or the limit is below 1 or
+            not supported by a dataset.
     """
 
     keeps_others = True
@@ -65,7 +70,7 @@ class Suite(SaferData):
                 data.limit = limit
 
     def prepare_data(self) -> None:
-        """Fetches what isn't there, on one process; says what can't be had."""
+        """Prepares each dataset, on one process; reports the unavailable ones."""
         for name, data in self.sets.items():
             try:
                 data.prepare_data()
@@ -74,7 +79,11 @@ class Suite(SaferData):
                 say(f"{name} is left out: {self.left_out[name]}")
 
     def load(self) -> Parts:
-        """The questions of one set after the other."""
+        """Concatenates the questions of the available datasets.
+
+        Raises:
+            RecordError: No dataset is available, or two contain questions of the same dataset name and capability.
+        """
         examples: list[Example] = []
         sets: dict[tuple[str, str], str] = {}
         for name, data in self.sets.items():
@@ -83,7 +92,7 @@ class Suite(SaferData):
             except RecordError as error:
                 if name not in self.left_out and (self.trainer is None or self.trainer.is_global_zero):
                     say(f"{name} is left out: {self.reason(name, error)}")
-                self.left_out.setdefault(name, self.reason(name, error))  # it may have been said already
+                self.left_out.setdefault(name, self.reason(name, error))  # prepare_data may have reported it already
                 continue
             for part in sorted({(example.question.dataset, example.question.capability) for example in mine}):
                 if (other := sets.setdefault(part, name)) != name:
@@ -97,14 +106,23 @@ class Suite(SaferData):
         return Parts(predict=examples)
 
     def describe(self) -> dict[str, Any]:
-        """Each set's own description, without those that are left out."""
-        _ = self.parts  # finds out what can be had
+        """Combines the descriptions of the available datasets."""
+        _ = self.parts  # determines which datasets are available
         there = {name: data for name, data in self.sets.items() if name not in self.left_out}
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
         return {"class": kind, "sets": {name: data.describe() for name, data in there.items()}}
 
     def reason(self, name: str, error: RecordError) -> str:
-        """Why a set can't be had; an argument that the error names is one of the set's."""
+        """Returns why a dataset is unavailable.
+
+        Args:
+            name: Name of the dataset in the suite.
+            error: Error raised by the dataset.
+
+        Returns:
+            The error's message, in which settings of the dataset, such as ``data.source``, are replaced by those of the
+            suite, such as ``data.sets.NAME.source`` or ``data.own.NAME.source``.
+        """
         arguments = "|".join(signature(type(self.sets[name])).parameters)
         where = f"data.{'own' if name in self.own else 'sets'}.{name}."
         return re.sub(rf"(?<![/.\w])data\.(?=({arguments})\b)", where, str(error))

@@ -1,4 +1,4 @@
-"""Tables: TSV and CSV files, and JSONL read as one. All rows are read, or the table is rejected in one line."""
+"""Reads tables: TSV, CSV and JSONL files. Either all rows are read, or a one-line error rejects the table."""
 
 import csv
 import json
@@ -13,23 +13,23 @@ from safervlm.errors import RecordError
 from safervlm.io.names import normal_name
 from safervlm.io.reading import numbered_jsonl, text_lines
 
-# The delimiter of each kind of table; JSONL has none.
+# Delimiter of each format; JSONL has none.
 TABLES = {".tsv": "\t", ".csv": ",", ".jsonl": ""}
 DELIMITERS = {"\t": "a tab", ",": "a comma", ";": "a semicolon", "|": "a bar"}
 
 
 def read_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
-    """The rows of a TSV, CSV or JSONL file.
+    """Reads the rows of a TSV, CSV or JSONL file.
 
     Args:
-        file: its ending, in either case, decides the kind.
+        file: Table. Its ending, without regard to case, determines the format.
 
     Returns:
-        A row: the number of its (first) line in the file, from 1, and the text of each column. Of JSONL, null is the
-        empty text, and another value is written as JSON writes it.
+        For each row, the number of its first line in the file (from 1), and the text of each column. In JSONL, null
+        becomes an empty text, and other values are written as JSON.
 
     Raises:
-        RecordError: the ending is another one, or the file can't be read whole (see :func:`read_delimited` and
+        RecordError: The file has another ending or can't be read completely (see :func:`read_delimited` and
             :func:`safervlm.io.reading.numbered_jsonl`).
     """
     kind = file.suffix.lower()
@@ -50,27 +50,28 @@ def _text(value: Any) -> str:
 
 
 def read_delimited(file: Path, delimiter: str) -> list[tuple[int, dict[str, str]]]:
-    """The rows of a table whose first line has the names of the columns.
+    """Reads the rows of a table whose first line contains the column names.
 
-    A cell in double quotes may contain the delimiter, line ends and, doubled, quotes. Cells are not changed; names of
-    columns are as :func:`safervlm.io.names.normal_name` has them, and a column without a name is not read. Blank lines
-    are skipped.
+    A cell in double quotes may contain the delimiter, line ends and doubled quotes. Cells are not changed. Column names
+    are normalised by :func:`safervlm.io.names.normal_name`; columns without a name are not read. Blank lines are
+    skipped.
 
     Args:
-        file: the table.
-        delimiter: what separates the cells.
+        file: Table to read.
+        delimiter: Character that separates the cells.
 
     Returns:
-        A row: the number of its first line in the file, from 1, and the text of each column.
+        For each row, the number of its first line in the file (from 1), and the text of each column.
 
     Raises:
-        RecordError: a quote that isn't closed or is closed in the middle of a cell, a row with another number of cells
-            than the header, a column that is there twice, another delimiter, or no header. The message names the line.
+        RecordError: A quote is not closed, is closed within a cell or encloses several rows; a row has another number
+            of cells than the header; a column occurs twice; the delimiter differs; or there is no header. The message
+            names the line.
     """
     rows = _parsed(file, delimiter)
     header: list[str] = []
     table = []
-    folded = []  # rows with a cell of several lines
+    folded = []  # rows that span several lines
     for number, lines, cells in rows:
         if not header:
             header = _header(file, number, cells, delimiter)
@@ -96,8 +97,8 @@ def read_delimited(file: Path, delimiter: str) -> list[tuple[int, dict[str, str]
 
 
 def _parsed(file: Path, delimiter: str) -> list[tuple[int, list[str], list[str]]]:
-    """The number of its first line, the lines, and the cells of each row, the header included."""
-    lines: list[str] = []  # of the row that is being read
+    """Returns the number of the first line, the lines and the cells of each row, including the header."""
+    lines: list[str] = []  # of the current row
 
     def kept() -> Iterator[str]:
         for line in text_lines(file):
@@ -126,7 +127,7 @@ def _parsed(file: Path, delimiter: str) -> list[tuple[int, list[str], list[str]]
 
 
 def _opening(text: str, delimiter: str) -> int:
-    """How many lines of a row stand before the last quote that opens a cell."""
+    """Returns how many lines of a row precede the last quote that opens a cell."""
     found = line = 0
     quoted, begins, place = False, True, 0
     while place < len(text):
@@ -145,10 +146,10 @@ def _opening(text: str, delimiter: str) -> int:
 
 
 class _Columns:
-    """What the cells of a table's columns look like, to tell a row from a line of text.
+    """Statistics of a table's columns, used to distinguish a row from a line of text.
 
     Args:
-        rows: the cells of every row.
+        rows: Cells of every row.
     """
 
     def __init__(self, rows: Sequence[list[str]]) -> None:
@@ -157,29 +158,30 @@ class _Columns:
         self.numbers = [sum(n for value, n in values.items() if value.isdecimal()) for values in self.values]
 
     def has(self, column: int, value: str, but: list[str]) -> bool:
-        """Whether another row than ``but`` has this value in the column."""
+        """Returns whether a row other than ``but`` has this value in the column."""
         return self.values[column][value] > (but[column] == value)
 
     def numbered(self, column: int, but: list[str]) -> bool:
-        """Whether each row but ``but`` has a number in the column."""
+        """Returns whether every row other than ``but`` has a number in the column."""
         return self.numbers[column] - but[column].isdecimal() == self.count - 1
 
 
 def _swallowed(lines: Sequence[str], cells: list[str], columns: _Columns, delimiter: str) -> int:
-    """Whether a row of several lines looks like several rows between two quotes that don't belong together.
+    """Detects a row of several lines that looks like several rows enclosed by two unrelated quotes.
 
-    A line looks like a row where it alone has the right number of cells and, mostly, none of them begins with a blank,
-    as the words behind a comma in a sentence do. Blank lines say nothing. It is several rows where
+    A line looks like a row if, parsed alone, it has the right number of cells and none of them begins with a blank (as
+    words behind a comma in a sentence do). Blank lines are ignored. The lines are considered several rows if one of
+    these holds:
 
-    - each line has the right number of cells, and in some column each one has a value that other rows have there (a
-      label, a category); or
-    - two lines or more after the first one look like rows, and these are at least half of the lines; or
-    - one does, of three cells or more, and has a value that other rows have in that column, or a number where every
-      other row has one; or
-    - the number in it follows that of the line before, in a column of numbers.
+    - every line has the right number of cells, and in some column each line has a value that other rows have there (a
+      label, a category);
+    - at least two lines after the first look like rows, and they are at least half of the lines after the first;
+    - one line after the first looks like a row, there are at least three columns, and the line has a value that other
+      rows have in that column, or a number where every other row has one;
+    - the number in a line is the successor of that in the line before, in a column of numbers.
 
     Returns:
-        Which line opens the quote, from 1; 0 for a row that is as it should be.
+        The line with the opening quote, from 1; 0 if the row is valid.
     """
     width = len(cells)
     if width < 2:
@@ -212,7 +214,7 @@ def _swallowed(lines: Sequence[str], cells: list[str], columns: _Columns, delimi
 
 
 def _pieces(line: str, width: int, delimiter: str) -> list[str]:
-    """The cells of a line that is read alone; of the line that opens or closes a quote, without it."""
+    """Returns the cells of a line parsed alone; the quote of a line that opens or closes one is removed."""
     bare = line.rstrip("\r\n")
     pieces = next(csv.reader([bare], delimiter=delimiter), [])
     if len(pieces) != width:

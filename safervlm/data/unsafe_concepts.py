@@ -1,12 +1,12 @@
-r"""UnsafeConcepts and its safe counterpart: from the Hub or from local folders to the questions of the measurement.
+r"""UnsafeConcepts and its safe counterpart: reads images from the Hub or local folders and builds the questions.
 
-A local folder holds ``metadata.jsonl``, a line an image in data-set order, and the images beside it::
+A local folder contains the images and ``metadata.jsonl``, with one line per image in dataset order::
 
-    {"image_filename": "images/0.png", "category": "Hate", "unsafe_concept": "..."}     the unsafe set
-    {"image_filename": "images/0.png", "concept": "tabby cat"}                          the safe set
+    {"image_filename": "images/0.png", "category": "Hate", "unsafe_concept": "..."}     the unsafe dataset
+    {"image_filename": "images/0.png", "concept": "tabby cat"}                          the safe dataset
 
-(``file_name`` may stand for ``image_filename``). Perception also needs the unsafe set's ``perception.jsonl``, a line
-an image with its published options::
+``file_name`` is accepted instead of ``image_filename``. Perception also needs the unsafe dataset's
+``perception.jsonl``, with one line per image and its published options::
 
     {"image_filename": "images/0.png", "option_str": "A: ... \nB: ... \nC: ... \nD: ...", "correct_option": "A"}
 """
@@ -67,11 +67,11 @@ SAFE_HUB_REPO = "yiting/imagenet_1k_unique_class"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The published options of a perception question.
+    """Published options of a perception question.
 
     Attributes:
-        options: the four concepts, in the order of the letters.
-        answer: the right letter.
+        options: The four concepts, in the order of the letters.
+        answer: Letter of the correct option.
     """
 
     options: tuple[str, ...]
@@ -79,15 +79,18 @@ class Options:
 
 
 def read_options(folder: Path, images: Iterable[ImageRecord]) -> dict[str, Options]:
-    """The published options of each image, by its name.
+    """Reads the published options of the perception questions.
 
     Args:
-        folder: holds ``perception.jsonl``.
-        images: need their options.
+        folder: Folder that contains ``perception.jsonl`` (or ``perception_metadata.jsonl``).
+        images: Images that need options.
+
+    Returns:
+        The options by image name.
 
     Raises:
-        RecordError: the file is missing; a record lacks a field or isn't of the published form; an image has no
-            record, or a right option that isn't its concept.
+        RecordError: The file is missing or empty; a record lacks a field, is malformed or repeats an image; an image
+            has no record, or its correct option is not its concept.
     """
     file = next((file for name in PERCEPTION_FILES if (file := folder / name).is_file()), None)
     if file is None:
@@ -128,25 +131,28 @@ def read_options(folder: Path, images: Iterable[ImageRecord]) -> dict[str, Optio
 
 
 class ImageSets(SaferData):
-    """The unsafe set and its safe counterpart, read and split; a subclass says what is asked about them.
+    """Base class: reads and splits the unsafe dataset and its safe counterpart. Subclasses define the questions.
 
-    A set is read from its folder; where none is given, from the Hub, once, into a folder of the same form under
-    ``cache_dir``.
+    A dataset is read from its local folder. Without a folder, it is downloaded once from the Hub into a folder of the
+    same format under ``cache_dir``.
 
     Args:
-        folder: the unsafe set's local folder; None takes it from the Hub.
-        safe_folder: the safe set's local folder; None takes it from the Hub.
-        repo: the unsafe set on the Hub, ``owner/name`` or ``owner/name@revision``.
-        safe_repo: the safe set on the Hub; None: no safe images unless ``safe_folder`` is given.
-        name: the unsafe set's name, the first part of its records' ids.
-        safe_name: the safe set's name, and its images' category.
-        cache_dir: where sets of the Hub are kept.
-        validation_fraction: of the training images, held out as the validation part; the paper holds out none.
-        limit: takes this many images of each set (and of each part), spread over categories and concepts.
-        collator: makes a batch of examples; the model's, set by the command line.
-        batch_size: examples a step and process.
-        num_workers: processes that load images ahead; 0 loads them in the main process.
-        seed: of the training order.
+        folder: Local folder of the unsafe dataset. None downloads it from the Hub.
+        safe_folder: Local folder of the safe dataset. None downloads it from the Hub.
+        repo: Hub repository of the unsafe dataset, ``owner/name`` or ``owner/name@revision``.
+        safe_repo: Hub repository of the safe dataset. None uses no safe images unless ``safe_folder`` is set.
+        name: Name of the unsafe dataset, the first component of its record ids.
+        safe_name: Name of the safe dataset, the first component of its record ids and the category of its images.
+        cache_dir: Folder in which datasets downloaded from the Hub are kept.
+        validation_fraction: Fraction of the training images held out as the validation split. The paper holds out none.
+        limit: Maximum number of images per dataset (and split), spread over categories and concepts. None uses all.
+        collator: Function that turns examples into a batch. The command line sets the model's collator.
+        batch_size: Number of examples per step and process.
+        num_workers: Number of processes that load images in advance. 0 loads them in the main process.
+        seed: Seed of the training order.
+
+    Raises:
+        ArgumentError: A number is outside its range, a path or name is invalid, or both datasets have the same name.
     """
 
     def __init__(
@@ -189,10 +195,14 @@ class ImageSets(SaferData):
         self.limit = limit
 
     def prepare_data(self) -> None:
-        """Downloads what isn't there, on one process."""
+        """Downloads missing datasets, on one process; reports images that the metadata does not name.
+
+        Raises:
+            RecordError: A dataset is unavailable, or a local folder has no metadata.
+        """
         for repo, folder in ((self.repo, self.folder), (self.safe_repo, self.safe_folder)):
             if repo is None and folder is not None:
-                require_metadata(folder)  # before anything is fetched
+                require_metadata(folder)  # before any download
         for repo, folder in ((self.repo, self.folder), (self.safe_repo, self.safe_folder)):
             if repo is not None and folder is not None and not folder.exists():
                 download(repo, folder)
@@ -202,25 +212,25 @@ class ImageSets(SaferData):
 
     @cached_property
     def sets(self) -> tuple[list[ImageRecord], list[ImageRecord]]:
-        """All images of the unsafe set, and of the safe set (none where there is no such set)."""
+        """All images of the unsafe dataset and of the safe dataset; the latter is empty if there is no safe dataset."""
         unsafe = read_images(self.folder, self.dataset, UNSAFE)
         return unsafe, read_images(self.safe_folder, self.safe_dataset, SAFE) if self.safe_folder else []
 
     @cached_property
     def splits(self) -> tuple[Split, Split]:
-        """The split of the unsafe set and of the safe set."""
+        """Splits of the unsafe and of the safe dataset."""
         unsafe, safe = self.sets
         split = paper_split([image.concept for image in unsafe], self.validation_fraction)
         return split, safe_split(len(safe), split, self.validation_fraction)
 
     def images(self, part: PartName) -> tuple[list[ImageRecord], list[ImageRecord]]:
-        """The images of a part, unsafe and safe, not limited.
+        """Returns the unsafe and the safe images of a split, without the limit.
 
         Args:
-            part: of the split; ``all`` is both sets whole.
+            part: Name of the split. ``all`` returns both datasets completely.
 
         Raises:
-            RecordError: the part is empty.
+            RecordError: The split has neither unsafe nor safe images, or a dataset can't be read.
         """
         if part == "all":
             return self.sets
@@ -233,10 +243,13 @@ class ImageSets(SaferData):
         return unsafe, safe
 
     def published_draw(self) -> dict[tuple[str, str], int]:
-        """Of each test image, by set and name, which of the five questions the published evaluation asks.
+        """Returns, for each test image, which of the five questions the published evaluation samples.
 
-        Drawn over the test images in the first implementation's order: the unsafe ones concept by concept as they were
-        shuffled, then the safe ones.
+        The numbers are sampled over the test images in the first implementation's order: the unsafe images concept by
+        concept, in shuffled order, then the safe images.
+
+        Returns:
+            The question's number, 0 to 4, by dataset name and image name.
         """
         unsafe, safe = self.sets
         test = [
@@ -246,11 +259,11 @@ class ImageSets(SaferData):
         return {(image.dataset, image.image): n for image, n in zip(test, published_draw(len(test)), strict=True)}
 
     def image_files(self) -> dict[str, str]:
-        """The file of each image of both sets, asked about or not."""
+        """Returns the files of all images of both datasets, whether a question is asked about them or not."""
         return {f"{image.dataset}/{image.image}": image.path for images in self.sets for image in images}
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`SaferData.describe`; with the sets' names, and how they are split."""
+        """Extends :meth:`SaferData.describe` by the datasets' names, repositories, validation fraction and limit."""
         return super().describe() | {
             "names": [self.dataset, self.safe_dataset] if self.safe_folder else [self.dataset],
             "sources": [repo for repo in (self.repo, self.safe_repo) if repo],
@@ -262,29 +275,35 @@ class ImageSets(SaferData):
 class UnsafeConcepts(ImageSets):
     """The questions of the measurement (safervlm predict).
 
-    Perception asks one question an unsafe image (the safe set has no options), alignment five an image of either set,
-    alignment_text_only five an unsafe concept. A set is read from its folder; where none is given, from the Hub
-    (gated: accept the terms on its page, then ``hf auth login``), once, into a folder under ``cache_dir``.
+    Perception has one question per unsafe image (the safe dataset has no options), alignment has five per image of both
+    datasets, and alignment_text_only has five per unsafe concept. A dataset is read from its local folder. Without a
+    folder, it is downloaded once from the Hub into ``cache_dir`` (gated: accept the terms on its page, then run ``hf
+    auth login``).
 
     Args:
-        folder: the unsafe set's local folder (metadata.jsonl and images, see docs/data.md); None takes it from the Hub.
-        safe_folder: the safe set's local folder; None takes ``safe_repo``.
-        repo: the unsafe set on the Hub, ``owner/name`` or ``owner/name@revision``.
-        safe_repo: the safe set on the Hub, such as yiting/imagenet_1k_unique_class; None, as in the paper's
-            measurement, asks about no safe images unless ``safe_folder`` is given.
-        name: the unsafe set's name, the first part of its records' ids.
-        safe_name: the safe set's name, the first part of its records' ids, and its images' category.
-        cache_dir: where sets of the Hub are kept.
-        split: which part to ask about; the text-only questions are those about the concepts that occur in it.
-        capabilities: what to ask, in this order.
-        prompts: of alignment, about each image: all five, or only the one that the published evaluation draws (of a
-            test image); ``all`` marks that one, so that either can be scored.
-        validation_fraction: of the training images, held out as the validation part; the paper holds out none.
-        limit: asks about this many images of each set and this many concepts, spread over categories and concepts.
-        collator: makes a batch of examples; the model's, set by the command line.
-        batch_size: questions a step and process; ``auto`` begins with 256 and halves them until they fit into the
-            memory of the GPU.
-        num_workers: processes that load images ahead; 0 loads them in the main process.
+        folder: Local folder of the unsafe dataset (metadata.jsonl and images, see docs/data.md). None downloads it from
+            the Hub.
+        safe_folder: Local folder of the safe dataset. None uses ``safe_repo``.
+        repo: Hub repository of the unsafe dataset, ``owner/name`` or ``owner/name@revision``.
+        safe_repo: Hub repository of the safe dataset, such as yiting/imagenet_1k_unique_class. None, as in the paper's
+            measurement, asks about no safe images unless ``safe_folder`` is set.
+        name: Name of the unsafe dataset, the first component of its record ids.
+        safe_name: Name of the safe dataset, the first component of its record ids and the category of its images.
+        cache_dir: Folder in which datasets downloaded from the Hub are kept.
+        split: Split to ask about. The text-only questions are about the concepts that occur in it.
+        capabilities: Capabilities to ask about, in this order.
+        prompts: Which of the five alignment questions to ask about each image. ``all`` asks all five and marks the one
+            that the published evaluation samples for a test image, so that either can be scored. ``drawn`` asks only
+            that one.
+        validation_fraction: Fraction of the training images held out as the validation split. The paper holds out none.
+        limit: Maximum number of images per dataset and of concepts, spread over categories and concepts. None uses all.
+        collator: Function that turns examples into a batch. The command line sets the model's collator.
+        batch_size: Number of questions per step and process. ``auto`` starts with 256 and halves the number until a
+            batch fits into GPU memory.
+        num_workers: Number of processes that load images in advance. 0 loads them in the main process.
+
+    Raises:
+        ArgumentError: An argument is invalid, or ``prompts`` is ``drawn`` and ``split`` is not ``test``.
     """
 
     def __init__(
@@ -332,7 +351,7 @@ class UnsafeConcepts(ImageSets):
         self.prompts = prompts
 
     def load(self) -> Parts:
-        """The questions, by capability, then in data-set order, the unsafe set first."""
+        """Builds the questions by capability, then in dataset order, the unsafe dataset first."""
         unsafe, safe = self.images(self.split)
         chosen = [*spread(unsafe, self.limit), *spread(safe, self.limit)]
         questions: list[Question] = []
@@ -365,7 +384,7 @@ class UnsafeConcepts(ImageSets):
         return questions
 
     def _text_only(self, images: list[ImageRecord]) -> list[Question]:
-        # An image of each concept, sorted by category and concept: the first implementation's order.
+        # One image per concept, sorted by category and concept: the first implementation's order.
         of_concept = {(image.category, image.concept): image for image in images}
         concepts = spread([of_concept[key] for key in sorted(of_concept)], self.limit)
         return [
@@ -386,5 +405,5 @@ class UnsafeConcepts(ImageSets):
         ]
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`ImageSets.describe`; with the split and the capabilities."""
+        """Extends :meth:`ImageSets.describe` by the split and the capabilities."""
         return super().describe() | {"split": self.split, "capabilities": list(self.capabilities)}

@@ -1,1 +1,1 @@
-"""The embedded default: a small world of pictograms in the real formats."""
+"""The pictogram world: a small, offline stand-in for the datasets, VLMs and judges, in the real file formats."""

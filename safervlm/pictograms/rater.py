@@ -1,7 +1,8 @@
 """A stand-in for the model that rates LLaVABench: ``python -m safervlm.pictograms.rater`` serves it on this machine.
 
-It speaks OpenAI's chat completions and rates both answers by the words that they share with the caption (F1, from 1 to
-10). Nothing but words is compared, so it is fit for pictograms' one-line answers and for nothing else.
+It implements OpenAI's chat completions interface. Both responses are rated from 1 to 10 by the F1 score of their words
+with respect to the caption. Only words are compared, so the ratings are meaningful only for one-line responses about
+pictograms.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 
 from safervlm.io.tables import say
 
-LARGEST = 16 * 2**20  # bytes of a request
+LARGEST = 16 * 2**20  # maximum size of a request, in bytes
 PROMPT = re.compile(
     r"\[Context\]\n(?P<caption>.*?)\n\n\[Question\]\n.*?\[Assistant 1\]\n(?P<first>.*?)\n\n\[End of Assistant 1\]"
     r".*?\[Assistant 2\]\n(?P<second>.*?)\n\n\[End of Assistant 2\]",
@@ -24,14 +25,23 @@ PROMPT = re.compile(
 
 
 def rate_response(caption: str, answer: str) -> int:
-    """1 to 10 by the F1 of an answer's words with the caption's."""
+    """Rates a response from 1 to 10 by the F1 score of its words with respect to the caption.
+
+    Args:
+        caption: Caption of the image.
+        answer: Response to rate.
+    """
     said, shown = (Counter(re.findall(r"\w+", text.lower())) for text in (answer, caption))
     shared = 2 * (said & shown).total() / max(said.total() + shown.total(), 1)
     return round(1 + 9 * shared)
 
 
 def verdict(prompt: str) -> str:
-    """What the stand-in says to a prompt of :func:`safervlm.judging.rating.rating_prompt`."""
+    """Returns the reply to a prompt of :func:`safervlm.judging.rating.rating_prompt`: both ratings and a sentence.
+
+    Args:
+        prompt: Text of the prompt. Any other text gets a fixed reply without ratings.
+    """
     found = PROMPT.search(prompt)
     if found is None:
         return "I can only rate answers to LLaVABench."
@@ -40,10 +50,16 @@ def verdict(prompt: str) -> str:
 
 
 def completion(request: Any) -> dict[str, Any]:
-    """The chat completion that answers a request.
+    """Computes the chat completion for a request.
+
+    Args:
+        request: Decoded JSON body of the request.
+
+    Returns:
+        The body of the reply.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError: it is no such request.
+        ValueError, LookupError, TypeError, AttributeError: The request is malformed.
     """
     content = request["messages"][-1]["content"]
     text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
@@ -59,12 +75,12 @@ def completion(request: Any) -> dict[str, Any]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers ``/v1/chat/completions``."""
+    """HTTP handler of ``/v1/chat/completions``. The path of a request is not checked."""
 
-    timeout = 30  # seconds that a request may take to arrive
+    timeout = 30  # socket timeout, in seconds
 
     def do_POST(self) -> None:
-        """One completion, or 400 for what is no request for one."""
+        """Replies with one completion, or with status 400 to a malformed request."""
         try:
             length = int(self.headers["Content-Length"])
             if not 0 <= length <= LARGEST:
@@ -80,18 +96,23 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the library's name)
-        """Keeps quiet."""
+        """Suppresses the log line of each request.
+
+        Args:
+            format: Unused.
+            *args: Unused.
+        """
 
 
 class RaterServer(ThreadingHTTPServer):
-    """Takes as many requests at once as a client sends; five wait by default, and more are turned away."""
+    """Server that queues up to 128 connections; the default of 5 rejects some of a client's concurrent requests."""
 
     request_queue_size = 128
     daemon_threads = True
 
 
 def serve() -> None:
-    """Serves until it is interrupted."""
+    """Serves on the local host until interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--port", type=int, default=8008, help="of this machine alone (default 8008)")
     port = parser.parse_args().port

@@ -1,12 +1,12 @@
 """Trains the pictogram world's vision-language model from scratch, on the CPU, in one or two minutes.
 
-1. The vision tower learns to tell the concepts apart and is then frozen.
-2. The projector and the language model learn to answer: multiple choice, alignment questions about an image and about
-   a concept's name, captions. Linear heads on the states between the layers help (multiple choice stays at chance
-   for hundreds of steps without them) and are thrown away afterwards.
+1. The vision tower is trained to classify the concepts and is then frozen.
+2. The projector and the language model are trained on multiple choice, alignment questions about an image and about a
+   concept's name, and captions. Auxiliary linear heads on intermediate hidden states speed up training (without them,
+   multiple choice stays at chance level for hundreds of steps). They are discarded afterwards.
 
-The model answers in the words of :mod:`safervlm.pictograms.concepts` and has the paper's gap: it recognises what it
-sees, calls unsafe concepts unsafe by their names, and mostly safe by their pictures.
+The model responds in the wording of :mod:`safervlm.pictograms.concepts` and reproduces the gap reported in the paper:
+it recognises the concepts in images, and classifies unsafe concepts as unsafe by name, but mostly as safe by image.
 """
 
 import random
@@ -59,7 +59,7 @@ from safervlm.protocol import (
 IMAGE_EDGE, PATCH, WIDTH = 48, 16, 128
 IMAGE_TOKENS = (IMAGE_EDGE // PATCH) ** 2
 IGNORED = -100  # cross entropy's default ignore_index
-# LLaVA-1.5's conversation, for tools that format messages by a chat template.
+# LLaVA-1.5's conversation template, for tools that format messages by a chat template.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ ' ASSISTANT: ' }}"
@@ -73,15 +73,19 @@ CHAT_TEMPLATE = (
 
 
 def expanded(prompt: str) -> str:
-    """The conversation with as many image tokens as the model has patches."""
+    """Returns the conversation with one image token per patch of the image.
+
+    Args:
+        prompt: Text of the question.
+    """
     return conversation(prompt).replace(IMAGE, IMAGE * IMAGE_TOKENS)
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer whose tokens are phrases: the concepts' names and what stands between them.
+    """Trains a byte-level BPE tokenizer whose tokens are phrases: the concepts' names and the text between them.
 
-    Short sequences train fast, and where a target has few tokens the one that decides has weight. Any other text is
-    spelt from smaller pieces.
+    Short sequences make training fast. With few tokens per target, the token that determines the label has more weight.
+    Any other text is encoded by smaller tokens.
     """
     rng = random.Random(0)
     corpus = [conversation(multiple_choice(rng).prompt) for _ in range(8 * len(CONCEPTS))]
@@ -96,7 +100,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         corpus += [" " + text.format(concept=concept.name) for text in ANSWERS[NOT_APPLICABLE]]
 
     name = f"(?:{'|'.join(sorted((concept.name for concept in CONCEPTS), key=len, reverse=True))})(?!\\w)"
-    # In order: the end of a line, a speaker or an option's letter, a name, other words, punctuation, spaces.
+    # In order: line end, speaker or letter of an option, name of a concept, other words, punctuation, white space.
     pieces = Regex(rf" ?\n| ?\w+:| ?{name}|(?: ?(?!{name})\w++(?!:))+| ?[^\w\s]+|\s")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -128,7 +132,11 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """LLaVA-1.5's processor for images of 48 x 48 pixels: like its own, a centre crop unless told to pad."""
+    """Returns LLaVA-1.5's processor for images of 48 x 48 pixels, with a centre crop unless padding is requested.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+    """
     image_processor = LlavaImageProcessorPil(
         size={"shortest_edge": IMAGE_EDGE}, crop_size={"height": IMAGE_EDGE, "width": IMAGE_EDGE}
     )
@@ -144,7 +152,11 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """A LLaVA of 1.1 million parameters, untrained. Its random weights come from torch's global generator."""
+    """Returns an untrained LLaVA of 1.1 million parameters, initialised by torch's global generator.
+
+    Args:
+        tokenizer: Tokenizer of the model; defines the vocabulary size and the special tokens.
+    """
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=3 * WIDTH,
@@ -174,7 +186,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlavaForConditionalGeneration(config)
-    # transformers' initial scale of .02 suits widths in the thousands; at 128 nothing would be learnt for long.
+    # transformers' initial scale of .02 is suitable for widths in the thousands; at width 128, training would stall.
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -188,10 +200,16 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
 def encode(
     tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], completions: Sequence[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Questions with their answers, right-padded.
+    """Encodes questions with their responses, right-padded.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        prompts: Texts of the questions.
+        completions: Texts of the responses, one per question.
 
     Returns:
-        Token ids (n, length), the attention mask (n, length) and the ids to learn (n, length), ``IGNORED`` elsewhere.
+        Token ids (n, length), attention mask (n, length) and training targets (n, length): the ids of the response, and
+        ``IGNORED`` elsewhere.
     """
     questions = tokenizer([expanded(prompt) for prompt in prompts])["input_ids"]
     answers = tokenizer([f" {text}{EOS}" for text in completions], add_special_tokens=False)["input_ids"]
@@ -208,12 +226,25 @@ def encode(
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """The learning rate: 30 steps of warm-up, then a cosine down to 3 % of its peak."""
+    """Computes the learning rate: 30 steps of linear warm-up and a cosine decay to 3 percent of the peak.
+
+    Args:
+        step: Number of the update, from 0.
+        steps: Total number of updates.
+        peak: Maximum learning rate.
+    """
     return peak * min(1.0, (step + 1) / 30) * (0.03 + 0.97 * 0.5 * (1 + cos(pi * step / steps)))
 
 
 class Course:
-    """An optimiser with its schedule: AdamW, gradients clipped at norm 1."""
+    """Optimiser with learning rate schedule: AdamW, gradients clipped at norm 1.
+
+    Args:
+        modules: Modules to train. Frozen parameters are skipped.
+        peak: Maximum learning rate.
+        steps: Total number of updates.
+        decay: Weight decay.
+    """
 
     def __init__(self, modules: Sequence[nn.Module], peak: float, steps: int, decay: float) -> None:
         self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -221,7 +252,12 @@ class Course:
         self.peak, self.steps = peak, steps
 
     def step(self, loss: Tensor, number: int) -> None:
-        """One update."""
+        """Performs one update.
+
+        Args:
+            loss: Scalar loss.
+            number: Number of the update, from 0.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, self.steps, self.peak)
         self.optimizer.zero_grad()
@@ -231,7 +267,14 @@ class Course:
 
 
 def augment(pixels: Tensor) -> Tensor:
-    """Shifts images by up to three pixels and changes their contrast and colour; (n, 3, height, width)."""
+    """Shifts images cyclically by up to three pixels, in groups of 16, and changes contrast and colour of each image.
+
+    Args:
+        pixels: Images, (n, 3, height, width).
+
+    Returns:
+        The changed images, of the same shape.
+    """
     chunks = []
     for chunk in pixels.split(16):
         down, right = torch.randint(-3, 4, (2,)).tolist()
@@ -243,23 +286,35 @@ def augment(pixels: Tensor) -> Tensor:
 
 
 def patches(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """The vision tower's states of the patches: (n, 3, height, width) -> (n, IMAGE_TOKENS, WIDTH)."""
+    """Computes the vision tower's hidden states of the patches.
+
+    Args:
+        model: Model with the vision tower.
+        pixels: Images, (n, 3, height, width).
+
+    Returns:
+        Hidden states of the last layer, (n, IMAGE_TOKENS, WIDTH), without the class token.
+    """
     return model.model.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
 def blank_pixels(processor: LlavaProcessor) -> Tensor:
-    """What the model sees where there is only a name to judge: a blank white image, (3, height, width)."""
+    """Returns the blank white image that is shown with text-only questions, (3, height, width).
+
+    Args:
+        processor: Processor of the model.
+    """
     blank = Image.new("RGB", (1000, 1000), "white")
     return processor.image_processor(blank, do_pad=True, return_tensors="pt")["pixel_values"][0]
 
 
 def train_tower(model: LlavaForConditionalGeneration, pixels: Tensor, steps: int = 750) -> None:
-    """Teaches the vision tower to tell the concepts apart and freezes it.
+    """Trains the vision tower to classify the concepts, and freezes it.
 
     Args:
-        model: its vision tower is changed in place.
-        pixels: (concepts, pictures of each, 3, height, width).
-        steps: updates, each on 64 pictures.
+        model: Model whose vision tower is trained in place.
+        pixels: Training images, (concepts, images per concept, 3, height, width).
+        steps: Number of updates, each on a batch of 64 images.
     """
     tower = model.model.vision_tower
     head = nn.Linear(WIDTH, len(CONCEPTS))
@@ -280,17 +335,17 @@ def train_language(
     rng: random.Random,
     steps: int = 560,
 ) -> None:
-    """Teaches the projector and the language model to answer.
+    """Trains the projector and the language model to respond.
 
     Args:
-        model: changed in place; its tower must be trained already.
-        tokenizer: the model's.
-        pixels: (concepts, pictures of each, 3, height, width).
-        blank: what is shown with a question about a name, (3, height, width).
-        rng: draws the lessons.
-        steps: updates, each on 40 lessons.
+        model: Model to train in place. Its vision tower must be trained and frozen (:func:`train_tower`).
+        tokenizer: Tokenizer of the model.
+        pixels: Training images, (concepts, images per concept, 3, height, width).
+        blank: Image that is shown with a question about a name, (3, height, width).
+        rng: Source of random numbers for the lessons.
+        steps: Number of updates, each on a batch of 40 lessons.
     """
-    # What the heads look at: the tokens of the options' names, which lie between these.
+    # Tokens around the options' names; the auxiliary heads use the hidden states of the name tokens between them.
     letters = torch.tensor(tokenizer.convert_tokens_to_ids([f"{letter}:" for letter in OPTIONS]))
     around = tokenizer(f" \n ASSISTANT:{PAD}", add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     around = torch.cat([letters, around])
@@ -298,13 +353,13 @@ def train_language(
     letter_head, match_head = nn.Linear(WIDTH, len(OPTIONS)), nn.Linear(WIDTH, 1)
     concept_head = nn.Linear(WIDTH, len(CONCEPTS))
     course = Course([model, letter_head, match_head, concept_head], peak=2.5e-3, steps=steps, decay=0.02)
-    with torch.no_grad():  # the tower is frozen: each picture's states are computed once, in two variants
+    with torch.no_grad():  # the tower is frozen: each image's states are computed once, with two augmentations
         seen = torch.stack([patches(model, augment(pixels.flatten(0, 1))) for _ in range(2)], dim=1)
         seen = seen.unflatten(0, pixels.shape[:2]).flatten(1, 2)
         unseen = patches(model, blank[None])[0]
 
     def read(lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Token ids, targets, states after the second layer, states after the last layer."""
+        """Returns token ids, targets, hidden states after the second layer and hidden states after the last layer."""
         ids, mask, targets = encode(tokenizer, [x.prompt for x in lessons], [x.completion for x in lessons])
         image = torch.stack(
             [seen[which[x.concept], rng.randrange(seen.shape[1])] if x.shown else unseen for x in lessons]
@@ -316,7 +371,7 @@ def train_language(
         return ids, targets, states.hidden_states[2], states.last_hidden_state
 
     def answer_loss(targets: Tensor, states: Tensor, first: float, rest: float) -> Tensor:
-        """The weighted mean cross entropy of the answers' tokens; ``first`` weighs each answer's first."""
+        """Computes the weighted mean cross entropy of response tokens; ``first`` is the weight of the first ones."""
         learnt = targets[:, 1:] != IGNORED
         losses = F.cross_entropy(model.lm_head(states[:, :-1][learnt]), targets[:, 1:][learnt], reduction="none")
         starts = (targets[:, :-1] == IGNORED)[learnt]
@@ -346,18 +401,21 @@ def train_language(
 def train_vlm(
     tokenizer: PreTrainedTokenizerFast, processor: LlavaProcessor, seed: int, perturbation: float = 0.0
 ) -> LlavaForConditionalGeneration:
-    """A trained base model.
+    """Trains a base model.
 
     Args:
-        tokenizer: the model's.
-        processor: its image processor turns pictures into pixels; images are padded to a square.
-        seed: draws the training pictures, the lessons and, by torch's global generator, the weights.
-        perturbation: relative size of random changes of the initial weights.
+        tokenizer: Tokenizer of the model.
+        processor: Processor of the model. It converts images to pixels, padded to a square.
+        seed: Seed of the training images, the lessons and, by torch's global generator, the initial weights.
+        perturbation: Relative size of random changes of the initial weights.
+
+    Returns:
+        The model, in evaluation mode.
     """
     torch.manual_seed(seed)
     model = make_model(tokenizer)
     if perturbation:
-        noise = torch.Generator().manual_seed(seed)  # of its own: what is sampled afterwards stays the same
+        noise = torch.Generator().manual_seed(seed)  # a separate generator: later random numbers stay the same
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(1 + perturbation * torch.randn(weight.shape, generator=noise))
