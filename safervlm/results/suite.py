@@ -348,7 +348,7 @@ def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimat
         column: the column.
 
     Returns:
-        Pairs of a sampling unit (empty if there is no interval) and the estimate; at least one.
+        Pairs of a sampling unit (empty for diversity, and if not measured) and the estimate; at least one.
 
     Raises:
         RecordError: MME's rule can't be applied, see :func:`safervlm.results.mme.mme_images`.

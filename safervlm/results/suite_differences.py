@@ -81,7 +81,7 @@ class Comparison:
 
     Attributes:
         difference: the number with its interval and p-value.
-        varies: the interval's sampling unit; empty if there is none.
+        varies: the interval's sampling unit; empty for diversity, and if there is no difference.
         method: name of the interval's method, or the reason why there is no interval or no difference.
         items: number of items that both answered.
         lost: regressions: items that only the original has right; of ratings, those that decreased.
