@@ -154,7 +154,7 @@ def proportion(hits: Floats, answers: Floats, counts: Counts, varies: str, units
     if not len(answers):
         return Estimate(np.nan, np.nan, np.nan, _NOTHING)
     value = float(hits.sum() / answers.sum())
-    _, first, concept = np.unique(concept, return_index=True, return_inverse=True)  # numbers without holes
+    _, first, concept = np.unique(concept, return_index=True, return_inverse=True)  # indices without gaps
     strata = np.unique(dataset[first], return_inverse=True)[1]
     if varies == THESE_CONCEPTS:
         return Estimate(value, *interval_these_concepts(hits, answers, concept), _WITHIN.format(units))
