@@ -1,1 +1,1 @@
-"""From a response to a verdict: classifiers, rules, and the panel that assigns them."""
+"""Judging of responses: classifiers, rules, ratings, and the panel that selects among them."""

@@ -1,4 +1,4 @@
-"""The judges: what a VLM's answer says, read by a RoBERTa classifier from the answer's text alone."""
+"""Judges: RoBERTa classifiers that assign a label to a VLM's response from its text alone."""
 
 import csv
 import re
@@ -31,48 +31,48 @@ from safervlm.ranges import in_range
 from safervlm.vlm.weights import load_model, must_be_finite, read_tensors, reading, weights_fingerprint
 
 WEIGHTS = "model.safetensors"
-# Keys that a checkpoint may hold and this model does not: older versions of transformers saved the positions, which
-# are 0, 1, 2, ... for every RoBERTa; the pooler stands behind a classifier that reads the first token itself.
+# Keys that a checkpoint may contain although this model does not. Older versions of transformers saved the position
+# ids, which are 0, 1, 2, ... for every RoBERTa. The pooler is not used: the classifier takes the first token's state.
 UNREAD_KEYS = frozenset({"roberta.embeddings.position_ids", "roberta.pooler.dense.weight", "roberta.pooler.dense.bias"})
-BATCH_SIZE = 64  # answers read at once, where nothing else is said
-# Log-probabilities this close could change places by rounding, which moves them by about 1e-7.
+BATCH_SIZE = 64  # default number of responses in a forward pass
+# Log-probabilities closer than this could change their order by rounding, which changes them by about 1e-7.
 NEAR_TIE = 1e-4
 
 
 class Judge(LightningModule):
-    """A classifier of answers: RoBERTa and a linear layer on the first token's last hidden state.
+    """A classifier of responses: RoBERTa with a linear layer on the first token's last hidden state.
 
-    It reads the answer's text alone, neither question nor image. A text longer than the model's positions (512 tokens
-    for roberta-base) is cut there, as the published classifiers cut it. An empty text is judged like any other: the
-    verdict is what the model says.
+    It classifies the response's text alone, without question or image. A text longer than the model's positions (512
+    tokens for roberta-base) is truncated, as by the published classifiers. An empty text is classified like any other.
 
     As a judge of a :class:`Panel` or the reward of an objective it is frozen: always in eval mode, without gradients,
-    in float32 whatever the precision around it. Only ``fit`` of the judge itself trains it. The weights are loaded at
+    in float32 whatever the surrounding precision. Only ``fit`` of the judge itself trains it. The weights are loaded at
     first use.
 
-    After ``fit`` the run folder holds ``judge/`` (see :meth:`save_pretrained`) and ``confusion.csv``, the held-out
-    answers' confusion matrix: a row a true label, a column a read one.
+    After ``fit`` the run folder contains ``judge/`` (see :meth:`save_pretrained`) and ``confusion.csv``, the confusion
+    matrix on held-out responses: rows are true labels, columns predicted ones.
 
     Args:
-        checkpoint: The weights: a plain state dict in the published classifiers' form (``epoch_10.pt``), here or on
-            the Hub as ``owner/name:file`` (``yiting/alignment_classifier:epoch_10.pt``), or a folder that ``fit``
-            exported. Nothing to fit a new judge on the weights of ``base``.
-        labels: What the judge tells apart, in the order of its outputs. The default is the alignment judge's;
-            perception's is A, B, C, D, N/A.
-        base: The RoBERTa underneath, a folder or a name on the Hub: configuration and tokenizer, and the weights too
-            where there is no checkpoint. A folder as checkpoint brings its own.
-        lr: ``fit``: AdamW's highest learning rate.
-        weight_decay: ``fit``: AdamW's weight decay.
-        warmup: ``fit``: the part of all steps in which the learning rate rises, before it falls to 0, both linearly.
-        label_smoothing: ``fit``: how much of the target goes to all labels alike; it bounds the judge's confidence,
-            and with it the reward that PPO gets from it.
-        max_characters: A longer text is cut there before it is tokenized, which takes time for each megabyte. The
-            default is 128 characters, the longest token of roberta-base, for each of its 512 positions, so that it
-            changes no token that the model sees.
+        checkpoint: The weights: a plain state dict in the published classifiers' format (``epoch_10.pt``), local or on
+            the Hub as ``owner/name:file`` (``yiting/alignment_classifier:epoch_10.pt``), or a folder exported by
+            ``fit``. None fits a new judge, initialised with the weights of ``base``.
+        labels: The labels that the judge distinguishes, in the order of its outputs. The default is the alignment
+            judge's; perception's is A, B, C, D, N/A.
+        base: The underlying RoBERTa, a folder or a name on the Hub: configuration and tokenizer, and also the weights
+            if there is no checkpoint. Ignored if ``checkpoint`` is a folder, which contains its own.
+        lr: AdamW's peak learning rate in ``fit``.
+        weight_decay: AdamW's weight decay in ``fit``.
+        warmup: Fraction of all optimizer steps in ``fit`` during which the learning rate rises linearly, before it
+            decays linearly to 0.
+        label_smoothing: Probability mass of the target that ``fit`` spreads evenly over all labels. It bounds the
+            judge's confidence, and with it the reward that PPO receives from the judge.
+        max_characters: Longer texts are truncated to this many characters before tokenization, which takes time for
+            each megabyte. The default is 128 characters, the longest token of roberta-base, for each of its 512
+            positions, so it changes no token that the model receives.
 
     Raises:
-        ArgumentError: a number is out of its range; at first use, for a checkpoint that is missing, unreadable, or not
-            exactly this model's.
+        ArgumentError: a number is out of range or the labels are not at least two different ones; at first use, the
+            checkpoint is missing, unreadable, or does not match this model exactly.
     """
 
     def __init__(
@@ -110,11 +110,14 @@ class Judge(LightningModule):
         self.train(False)
 
     def must_tell(self, labels: Sequence[str], name: str) -> None:
-        """Refuses to stand for a judge of other labels.
+        """Rejects the judge if its labels are not exactly the given ones.
 
         Args:
-            labels: what it has to tell apart, in this order.
-            name: the argument that names the judge, for the error.
+            labels: the required labels, in the required order.
+            name: the argument that configures the judge, for the error message.
+
+        Raises:
+            ArgumentError: the labels or their order differ.
         """
         if self.labels != tuple(labels):
             raise ArgumentError(f"{name}: it tells {', '.join(self.labels)}; name a judge of {', '.join(labels)}")
@@ -122,30 +125,37 @@ class Judge(LightningModule):
     # Loading and saving
 
     def configure_callbacks(self) -> list[Callback]:
-        """Stops the judge's own ``fit`` where a number is not finite."""
+        """Stops the judge's own ``fit`` if a loss, gradient or weight is not finite."""
         return [TrainingGuard()]
 
     def setup(self, stage: str) -> None:
-        """Thaws the judge for its own ``fit``: Lightning calls this for the module it runs, not for modules within."""
+        """Makes the judge trainable in its own ``fit``. Lightning calls this only for the module it runs."""
         self._fitting = stage == "fit"
 
     def teardown(self, stage: str) -> None:
-        """Freezes it again."""
+        """Freezes the judge again."""
         self._fitting = False
         self.requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> "Judge":
-        """Stays in eval mode unless the judge itself is being fitted."""
+        """Sets training mode; the judge stays in eval mode unless it is itself being fitted.
+
+        Args:
+            mode: True requests training mode, which is ignored outside the judge's own ``fit``.
+
+        Returns:
+            The judge.
+        """
         return super().train(mode and self._fitting)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Judge":
-        # Everything that moves or converts a module ends here. The judge follows to another device and stays in
-        # float32: rounded weights would be another judge than the one whose fingerprint its verdicts carry.
+        # All moves and conversions of a module end here. The judge is moved to another device but stays in float32:
+        # rounded weights would make a different judge from the one whose fingerprint its verdicts contain.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def configure_model(self) -> None:
-        """Loads the weights, once; freezes them unless the judge itself is being fitted."""
+        """Loads the weights on the first call; freezes them unless the judge itself is being fitted."""
         if not hasattr(self, "classifier"):
             parts = self._load()
             self.roberta, self.classifier = parts["roberta"], parts["classifier"]
@@ -170,7 +180,7 @@ class Judge(LightningModule):
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: number for number, label in enumerate(self.labels)}
         if weights is None:
-            # A masked language model's head isn't read.
+            # The base is a masked language model, whose head is not used.
             roberta: Any = load_model(
                 RobertaModel,
                 base,
@@ -182,7 +192,7 @@ class Judge(LightningModule):
             )
         else:
             roberta = RobertaModel(config, add_pooling_layer=False)
-        # float32 whatever the trainer's precision: rounded weights would be another judge.
+        # float32 whatever the trainer's precision: rounded weights would make a different judge.
         model = nn.ModuleDict({"roberta": roberta, "classifier": nn.Linear(config.hidden_size, len(self.labels))})
         model = model.float()
         if weights is not None:
@@ -194,17 +204,17 @@ class Judge(LightningModule):
 
     @property
     def _weights(self) -> Path | None:
-        """The file of the checkpoint's weights."""
+        """The file with the checkpoint's weights; None without a checkpoint."""
         return None if self.checkpoint is None else _checkpoint_file(self.checkpoint)
 
     @property
     def _base(self) -> str:
-        """Where configuration and tokenizer are: a folder that was exported brings its own."""
+        """Source of configuration and tokenizer: the checkpoint if it is an exported folder, else ``base``."""
         folder = self.checkpoint is not None and Path(self.checkpoint).is_dir()
         return str(self.checkpoint) if folder else self.base
 
     def _checked_state(self, file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict in ``file``, which must be ``expected``'s to the key and the shape."""
+        """Reads the state dict in ``file`` and rejects it unless keys and shapes equal those of ``expected``."""
         tensors = read_tensors(file, "checkpoint")
         state = {key: value for key, value in tensors.items() if key not in UNREAD_KEYS}
         problems = [f"{key} is missing" for key in expected if key not in state]
@@ -229,7 +239,11 @@ class Judge(LightningModule):
 
     @property
     def fingerprint(self) -> str:
-        """What tells this judge from another: a hash of weights, configuration and labels, 16 hexadecimal digits."""
+        """Identifier of this judge: a hash of weights, configuration and labels, 16 hexadecimal digits.
+
+        Raises:
+            ArgumentError: there is no checkpoint, or it can't be found.
+        """
         if self._fingerprint is None:
             weights = self._weights
             if weights is None:
@@ -238,10 +252,10 @@ class Judge(LightningModule):
         return self._fingerprint
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder that :class:`Judge` takes as ``checkpoint``: weights, configuration, labels, tokenizer.
+        """Writes a folder that :class:`Judge` accepts as ``checkpoint``: weights, configuration, labels, tokenizer.
 
         Args:
-            folder: is made if it is missing. The weights are written last: a folder that holds them is whole.
+            folder: created if it is missing. The weights are written last, so a folder that contains them is complete.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -256,7 +270,11 @@ class Judge(LightningModule):
         self._fingerprint = fingerprint(folder / WEIGHTS, _config_file(str(folder)), "\n".join(self.labels))
 
     def describe(self) -> dict[str, Any]:
-        """What decides the result of ``fit``; of a judge in use that is its :attr:`fingerprint` alone."""
+        """Returns the settings that determine the result of ``fit``.
+
+        If fitting starts from a checkpoint, its fingerprint replaces the base. A judge that is only used for judging is
+        described by its :attr:`fingerprint` alone (:meth:`safervlm.judging.panel.Panel.describe`).
+        """
         return {
             "judge": None if self.checkpoint is None else self.fingerprint,
             "base": self._base if self.checkpoint is None else None,
@@ -272,19 +290,23 @@ class Judge(LightningModule):
 
     @torch.no_grad()
     def judge(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
-        """Classifies answers.
+        """Classifies responses.
 
-        Texts of similar length are computed together, so that little is computed for padding. On one machine the
-        neighbours of a text never change its most probable label, and its probabilities by less than 1e-5: matrices
-        of another shape are rounded differently. Where the two most probable labels are closer than rounding could
-        decide (:data:`NEAR_TIE`), the text is computed once more by itself.
+        Texts of similar length are batched together to reduce padding. On one machine, the other texts of a batch never
+        change a text's most probable label, and change its probabilities by less than 1e-5, as matrices of another
+        shape are rounded differently. If the two most probable labels are so close that rounding could decide between
+        them (:data:`NEAR_TIE`), the text is classified once more by itself.
 
         Args:
-            texts: the answers.
-            batch_size: how many are computed at once.
+            texts: the responses.
+            batch_size: number of texts in a forward pass.
 
         Returns:
             Natural log-probabilities of the labels, float32 of shape (texts, labels), on the judge's device.
+
+        Raises:
+            ArgumentError: the weights can't be loaded.
+            RecordError: a log-probability is not finite.
         """
         result = torch.empty(len(texts), len(self.labels), device=self.device, dtype=torch.float32)
         if not texts:
@@ -308,7 +330,7 @@ class Judge(LightningModule):
         return result
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """The labels' logits, of shape (texts, labels)."""
+        """Returns the logits of the labels, of shape (texts, labels)."""
         return self._logits(self._tokenize(texts))
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -319,7 +341,7 @@ class Judge(LightningModule):
         rows = [torch.tensor(row) for row in tokens]
         input_ids = pad_sequence(rows, batch_first=True, padding_value=self.config.pad_token_id).to(self.device)
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        # By length, not by id: a text may spell the padding token out.
+        # Mask by length, not by token id: a text may contain the padding token literally.
         mask = torch.arange(input_ids.shape[1], device=self.device) < lengths[:, None]
         states = self.roberta(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
         return self.classifier(states[:, 0])
@@ -327,25 +349,28 @@ class Judge(LightningModule):
     # Fitting
 
     def training_step(self, batch: tuple[list[str], Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy, with label smoothing."""
+        """Returns the cross-entropy loss of a batch, with label smoothing."""
         texts, targets = batch
         loss = F.cross_entropy(self(texts), targets, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(texts))
         return loss
 
     def validation_step(self, batch: tuple[list[str], Tensor], batch_idx: int) -> None:
-        """Counts the held-out answers."""
+        """Adds a batch of held-out responses to the confusion matrix and logs the loss, without smoothing."""
         texts, targets = batch
         logits = self(texts)
         self.confusion.update(logits.argmax(dim=-1), targets)
         self.log("validation/loss", F.cross_entropy(logits, targets), sync_dist=True, batch_size=len(texts))
 
     def on_validation_epoch_start(self) -> None:
-        """Starts counting; here, for what Lightning's inference mode resets can't be counted on outside of it."""
+        """Resets the confusion matrix, in the same mode as the updates that follow.
+
+        Tensors that a reset creates under Lightning's inference mode can't be updated outside of it.
+        """
         self.confusion.reset()
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``validation/accuracy``, of all held-out answers."""
+        """Logs ``validation/accuracy`` over all held-out responses."""
         counts = self.confusion.compute()
         if not self.trainer.sanity_checking:
             self._held_out = counts
@@ -355,7 +380,7 @@ class Judge(LightningModule):
                 self.print(f"epoch {self.current_epoch}: held-out accuracy {accuracy:.3f}")
 
     def on_fit_end(self) -> None:
-        """Exports the judge, and reports the held-out answers' confusion matrix."""
+        """Exports the judge, and writes and prints the confusion matrix of the held-out responses."""
         must_be_trained(self.trainer, self)
         if not self.trainer.is_global_zero:
             return
@@ -383,7 +408,7 @@ class Judge(LightningModule):
         show_table(table)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW; the learning rate rises over the first ``warmup`` of the steps and falls to 0, linearly."""
+        """Returns AdamW with linear warmup over the fraction ``warmup`` of all steps and linear decay to 0."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_linear_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
@@ -395,7 +420,7 @@ def _config_file(base: str) -> Path:
 
 
 def _checkpoint_file(checkpoint: str) -> Path:
-    """The local file of a checkpoint's weights, fetched from the Hub where it is named there."""
+    """Returns the local file of a checkpoint's weights, downloaded if the checkpoint is on the Hub."""
     path = Path(checkpoint)
     if path.is_file():
         return path

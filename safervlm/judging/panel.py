@@ -1,4 +1,4 @@
-"""The classifiers and rules of a measurement, each for the responses of its capability."""
+"""The panel of classifiers and rules that judge a measurement, each for the responses of its capability."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,13 +15,13 @@ from safervlm.records import Example, Failure, Question, Response, Verdict
 
 
 class Answers:
-    """A batch of saved answers.
+    """A batch of saved responses.
 
-    A class of its own: Lightning, which moves batches to devices, refuses to look into frozen records, and does not
-    look into this.
+    It is a class of its own because of Lightning's transfer of batches to devices: that fails on frozen records, and
+    does not look into instances of this class.
 
     Args:
-        answers: each the question and the answer's text.
+        answers: pairs of a question and the response's text.
     """
 
     def __init__(self, answers: Sequence[tuple[Question, str]]) -> None:
@@ -29,19 +29,27 @@ class Answers:
 
 
 class Panel(LightningModule):
-    """Which judge reads which answer.
+    """Routes each response to the classifier or rule of its capability.
 
-    Yes or no, and whether an expected answer occurs, is read by a rule (:mod:`safervlm.judging.rules`). An answer
-    without a word, such as a content filter leaves, is N/A by rule too.
+    Yes/no questions, and questions whose expected answer has to occur in the response, are judged by a rule
+    (:mod:`safervlm.judging.rules`). A response without any non-whitespace text, such as one removed by a content
+    filter, is N/A without being classified.
 
     Args:
-        alignment: The judge of all that is answered Safe or Unsafe, whose labels are Safe, Unsafe, N/A.
-        perception: The judge of perception, whose labels are A, B, C, D, N/A.
+        alignment: The judge of all questions that are answered Safe or Unsafe, with labels Safe, Unsafe, N/A.
+        perception: The judge of perception, with labels A, B, C, D, N/A.
+
+    Raises:
+        ArgumentError: a judge has other labels.
     """
 
     @staticmethod
     def collator(examples: Sequence[Example]) -> Answers:
-        """Makes a batch of saved answers: questions whose only completion is the answer."""
+        """Makes a batch of saved responses.
+
+        Args:
+            examples: questions whose only completion is the response.
+        """
         return Answers([(example.question, example.completions[0]) for example in examples])
 
     def __init__(self, alignment: Judge, perception: Judge) -> None:
@@ -58,10 +66,13 @@ class Panel(LightningModule):
         self.perception = perception
 
     def judge_of(self, capability: Capability) -> Judge | None:
-        """The judge that reads a capability's answers; None where a rule does.
+        """Returns the judge that classifies a capability's responses; None if a rule judges them.
+
+        Args:
+            capability: the capability of the question.
 
         Raises:
-            ArgumentError: they are rated, not judged.
+            ArgumentError: the capability is ``rated``, whose responses are rated, not judged.
         """
         if capability == "rated":
             raise ArgumentError("LLaVABench's answers are rated, not judged: see callbacks.rate_responses")
@@ -70,38 +81,53 @@ class Panel(LightningModule):
         return self.perception if capability == "perception" else self.alignment
 
     def reader(self, capability: Capability) -> str:
-        """What stands as judge in the verdicts of a capability: a judge's fingerprint, or a rule."""
+        """Returns the value of ``judge`` in a capability's verdicts: a judge's fingerprint, or the name of a rule.
+
+        Args:
+            capability: the capability of the question.
+
+        Raises:
+            ArgumentError: the capability is ``rated``, or the judge has no checkpoint.
+        """
         judge = self.judge_of(capability)
         return RULES[capability] if judge is None else judge.fingerprint
 
     def configure_model(self) -> None:
-        """Loads both judges, once."""
+        """Loads the weights of both judges on the first call."""
         self.alignment.configure_model()
         self.perception.configure_model()
 
     def judge(self, responses: Sequence[Response], batch_size: int = BATCH_SIZE) -> list[Verdict]:
-        """Reads answers to questions of any capability but ``rated``.
+        """Judges responses to questions of any capability but ``rated``.
 
         Args:
-            responses: the answers.
-            batch_size: how many are read at once.
+            responses: the responses.
+            batch_size: number of responses in a forward pass.
 
         Returns:
-            A verdict a response, in the order given.
+            One verdict per response, in the given order.
+
+        Raises:
+            ArgumentError: a capability is ``rated``, or a judge's weights can't be loaded.
+            RecordError: a judge's probabilities for a text are not finite.
         """
         return self._read([(response.question, response.response) for response in responses], batch_size)
 
     def judged(self, answers: Sequence[tuple[Question, str]], batch_size: int = BATCH_SIZE) -> list[Verdict | Failure]:
-        """Reads answers as :meth:`judge` does; one that raises an exception ends nothing.
+        """Judges responses as :meth:`judge` does, but returns a failure for each response that raises an exception.
 
         Args:
-            answers: each the question and the answer's text.
-            batch_size: how many are read at once.
+            answers: pairs of a question and the response's text.
+            batch_size: number of responses in a forward pass.
 
         Returns:
-            One an answer, in the order given: the verdict, or why there is none.
+            One record per response, in the given order: its verdict, or a failure with the reason why there is none.
+
+        Raises:
+            ArgumentError: a capability is ``rated``, or a judge's weights can't be loaded.
+            BaseException: requests to end the run, see :func:`safervlm.failures.reason_of`.
         """
-        # Weights that can't be loaded are no answer's fault.
+        # An error while loading weights concerns the run, not a single response: raise it before any is judged.
         for judge in {self.judge_of(question.capability) for question, _ in answers}:
             if judge is not None:
                 judge.configure_model()
@@ -115,21 +141,25 @@ class Panel(LightningModule):
         return [records[place] for place in range(len(answers))]
 
     def valid(self, record: Mapping[str, Any], example: Example) -> bool:
-        """Whether a verdict of before still holds: it is by this judge, and on this text.
+        """Whether an earlier verdict is still valid: it is by the current judge, and on the current text.
 
         Args:
-            record: of ``verdicts.jsonl``.
-            example: the question, with the answer as its only completion.
+            record: a record of ``verdicts.jsonl``; one that can't be parsed is not valid, so the response is judged
+                again.
+            example: the question, with the response as its only completion.
+
+        Raises:
+            ArgumentError: the capability is ``rated``, or the judge has no checkpoint.
         """
         try:
             verdict = Verdict.from_dict(record)
         except (KeyError, TypeError, ValueError):
-            return False  # judged again
+            return False
         text = example.completions[0]
         return verdict.judge == self.reader(example.question.capability) and verdict.is_of(text)
 
     def predict_step(self, batch: Answers, batch_idx: int) -> list[Verdict | Failure]:
-        """The verdicts of a batch of saved answers, and the answers that can't be judged."""
+        """Returns the verdicts of a batch of saved responses, and failures for those that can't be judged."""
         return self.judged(batch.answers)
 
     def _read(self, answers: Sequence[tuple[Question, str]], batch_size: int) -> list[Verdict]:
@@ -154,5 +184,5 @@ class Panel(LightningModule):
         return verdicts
 
     def describe(self) -> dict[str, Any]:
-        """Which judges read."""
+        """Returns the fingerprints of the two judges."""
         return {"alignment": self.alignment.fingerprint, "perception": self.perception.fingerprint}

@@ -1,8 +1,8 @@
-"""LLaVABench's rating: another model rates a response beside a reference answer, each from 1 to 10.
+"""LLaVABench's rating: a model rates a response next to a reference answer, each from 1 to 10.
 
-The prompt is a stimulus of the experiment, so it stands exactly as published: by LLaVA (arXiv:2304.08485) for
-LLaVA-Bench, put together as VLMEvalKit does it (``vlmeval/dataset/utils/llavabench.py``), where the judge reads text
-alone: a caption stands for the image. There a verdict that can't be read counts as -1; here it is none.
+The prompt is a stimulus of the experiment and is kept exactly as published: by LLaVA (arXiv:2304.08485) for
+LLaVA-Bench, assembled as in VLMEvalKit (``vlmeval/dataset/utils/llavabench.py``), where the judge receives text alone:
+a caption replaces the image. There, a rating that can't be parsed counts as -1; here it is missing.
 """
 
 import json
@@ -27,10 +27,10 @@ RULE = (
     "In the subsequent line, please provide a comprehensive explanation of your evaluation, avoiding any potential "
     "bias and ensuring that the order in which the responses were presented does not affect your judgment."
 )
-# In a run folder: what the judge gave.
+# File name of the ratings in a run folder.
 RATINGS = "ratings.jsonl"
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.2, 1.0, 1024
-SEED = 0  # of a rating's first request; each that follows takes the next
+SEED = 0  # seed of a rating's first request; each further request uses the next one
 
 NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -38,14 +38,14 @@ TWO_NUMBERS = re.compile(rf"{NUMBER}(?: +| *, *){NUMBER}")
 
 
 def rating_prompt(response: Response, swapped: bool = False) -> str:
-    """What the judge is asked about a response.
+    """Returns the prompt that asks the judge to rate a response.
 
     Args:
-        response: to a question with ``capability`` "rated".
-        swapped: puts the response first and the reference second; published is the reference first.
+        response: to a question with capability ``rated``, whose ``answer`` is the reference.
+        swapped: puts the response first and the reference second; the published order is the reference first.
 
     Returns:
-        The prompt; half of a surrogate pair, which can't be sent, is replaced by U+FFFD, as every viewer shows it.
+        The prompt. An unpaired surrogate, which can't be sent, is replaced by U+FFFD, as viewers display it.
     """
     question = response.question
     first, second = question.answer, response.response
@@ -60,14 +60,13 @@ def rating_prompt(response: Response, swapped: bool = False) -> str:
 
 
 def read_ratings(text: str) -> tuple[float, float] | None:
-    """The ratings of Assistant 1 and 2 in a judge's answer.
+    """Parses the ratings of Assistant 1 and 2 from a judge's reply.
 
     Args:
-        text: the answer; its first line has to hold two numbers from 1 to 10, with spaces or a comma in between, and
-            nothing else.
+        text: the reply. Its first line must consist of two numbers from 1 to 10, separated by spaces or a comma.
 
     Returns:
-        None for any other answer: it is never read as a score.
+        The two ratings; None for any other reply.
     """
     found = TWO_NUMBERS.fullmatch(text.split("\n", 1)[0].strip())
     if found is None:
@@ -77,12 +76,15 @@ def read_ratings(text: str) -> tuple[float, float] | None:
 
 
 def rating_key(judge: Mapping[str, Any], name: str, prompt: str) -> str:
-    """What tells a rating from another: the judge, how it draws, and what it is asked.
+    """Identifies a rating by everything that determines it: the judge, its sampling settings and the prompt.
 
     Args:
-        judge: its description (see :meth:`safervlm.vlm.server.client.Server.describe`).
-        name: the id that the judge's question has; with SEED it gives the request's seed.
+        judge: the judge's description (see :meth:`safervlm.vlm.server.client.Server.describe`).
+        name: the id of the question that the judge is asked; with SEED it determines the request's seed.
         prompt: see :func:`rating_prompt`.
+
+    Returns:
+        A fingerprint of 16 hexadecimal digits.
     """
     sampling = [TEMPERATURE, TOP_P, MAX_NEW_TOKENS, SEED]
     return fingerprint(json.dumps([dict(judge), sampling], sort_keys=True), name, prompt)
@@ -90,17 +92,17 @@ def rating_key(judge: Mapping[str, Any], name: str, prompt: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """What a judge gave a response and its reference.
+    """A judge's ratings of a response and of its reference.
 
     Attributes:
         id: the question's id.
-        swapped: whether the response stood first; False as published.
-        reference: the reference's rating, and
-        response: the response's; both None where there is none.
-        reason: why there is none, in one line; empty where there is one.
-        judge: the name by which the judge was asked.
-        model: what the server says answered; empty where it doesn't say.
-        text: the judge's whole answer.
+        swapped: whether the response came first in the prompt; False is the published order.
+        reference: the reference's rating, 1 to 10; None if there is none.
+        response: the response's rating, 1 to 10; None if there is none.
+        reason: why there is no rating, in one line; empty if there is one.
+        judge: the model name that was requested.
+        model: the model name that the server reported; empty if it reported none.
+        text: the judge's complete reply.
         key: see :func:`rating_key`.
     """
 
@@ -115,15 +117,19 @@ class Rating:
     key: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The record of ``ratings.jsonl``."""
+        """Returns the record for ``ratings.jsonl``."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote.
+        """Parses a record of ``ratings.jsonl``.
+
+        Args:
+            record: as returned by :meth:`to_dict`.
 
         Raises:
-            RecordError: a field is missing, unknown or of another type, or a number is no rating.
+            RecordError: a field is missing, unknown or of another type; or a rating is not a number from 1 to 10, or is
+                None without a reason.
         """
         try:
             rating = cls(**record)

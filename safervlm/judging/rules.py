@@ -1,53 +1,63 @@
-"""Answers that a rule reads, where the paper's classifiers don't: yes or no, and whether the expected answer occurs."""
+"""Rules for responses that the paper's classifiers do not judge: yes or no, and occurrence of the expected answer."""
 
 from typing import Literal
 
 from safervlm.protocol import NOT_APPLICABLE, Capability
 
 YES, NO = "Yes", "No"
-# What stands as judge in a verdict.
+# Value of the field ``judge`` in the verdicts of each rule.
 RULES: dict[Capability, str] = {"yes_no": "rule: MME's yes or no", "occurs": "rule: the expected answer occurs"}
 
 
 def yes_or_no(response: str) -> Literal["Yes", "No", "N/A"]:
-    """What MME's evaluation reads in an answer.
+    """Classifies a response as Yes, No or N/A, as MME's evaluation does.
 
-    In lower case: "yes" or "no" itself; else whether its first four characters hold "yes", then whether they hold "no"
-    ("None" and "not" are a no, "I know" is neither); else neither, which is wrong.
+    The first four characters decide, in lower case: Yes if they contain "yes", else No if they contain "no" ("None" and
+    "not" are No, "I know" is neither), else N/A, which counts as wrong.
 
-    Source: ``parse_pred_ans`` of ``calculation.py`` in MME's ``tools/eval_tool.zip``, the one version of it there is
+    Source: ``parse_pred_ans`` of ``calculation.py`` in MME's ``tools/eval_tool.zip``, of which only one version exists
     (https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation, commit 1c1d69e, July 2023;
-    arXiv:2306.13394). The answers of LaVIN that lie beside it score the same here and there, task by task.
+    arXiv:2306.13394). The responses of LaVIN that it includes have the same scores with both, task by task.
+
+    Args:
+        response: the model's response.
     """
     begin = response.lower()[:4]
     return YES if "yes" in begin else NO if "no" in begin else NOT_APPLICABLE  # type: ignore[return-value]
 
 
 def occurs(expected: str, response: str) -> bool:
-    """The published shortcut: right if the expected answer occurs in the response, letter by letter.
+    """Whether the expected answer occurs in the response as a substring, case-sensitively: the published shortcut.
 
     Source: the first implementation's evaluation of what it calls MME (arXiv:2507.11155). It finds "No" in "Not sure".
+
+    Args:
+        expected: the right answer.
+        response: the model's response.
     """
     return expected in response
 
 
 def labels_of_rule(capability: Capability, expected: str) -> tuple[str, ...]:
-    """What a rule may say of an answer.
+    """Returns the labels that a rule can assign.
 
     Args:
         capability: ``yes_no`` or ``occurs``.
-        expected: the right answer.
+        expected: the right answer; used for ``occurs`` only.
     """
     return (YES, NO, NOT_APPLICABLE) if capability == "yes_no" else (expected, NOT_APPLICABLE)
 
 
 def apply_rule(capability: Capability, expected: str, response: str) -> dict[str, float]:
-    """The probabilities of a verdict by rule, all 0 or 1.
+    """Judges a response by the rule of its capability.
 
     Args:
-        capability: ``yes_no`` or ``occurs``, whose labels are the expected answer and N/A.
-        expected: the right answer.
-        response: the model's.
+        capability: ``yes_no``, with labels Yes, No and N/A, or ``occurs``, with the expected answer and N/A as labels.
+        expected: the right answer; used for ``occurs`` only.
+        response: the model's response.
+
+    Returns:
+        Label -> probability, each 0 or 1.
     """
     if capability == "yes_no":
         label = yes_or_no(response)

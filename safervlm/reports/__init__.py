@@ -1,1 +1,1 @@
-"""Scores as tables, plots, pages, workbooks and LaTeX."""
+"""Presents scores as tables, plots, pages, workbooks and LaTeX."""

@@ -1,6 +1,7 @@
-"""Evaluations of several models -> one table: on the terminal, as CSV, Excel and LaTeX, and as a page.
+"""Compares evaluations of several models in one table: on the terminal, as CSV, Excel and LaTeX, and as a page.
 
-The page shows differences from the original with their bounds, and answers that flipped, images blurred.
+The page shows differences from the original with their bounds, and responses that changed between right and wrong, with
+blurred images.
 """
 
 import sys
@@ -37,27 +38,28 @@ from safervlm.results.suite import GROUPS, Column, Evaluation, columns, estimate
 from safervlm.results.suite_differences import compare_suites, flips
 from safervlm.run import refuse_while_at_work
 
-FOLDER = "evaluation"  # of a run, where its model's evaluation is
-FLIPS = 6  # of each direction, run and group of sets, that the page shows
+FOLDER = "evaluation"  # subfolder of a run that contains its model's evaluation
+FLIPS = 6  # number shown on the page per direction, run and group of datasets
 
 
 def evaluation(runs: list[Path], out: Path | None = None) -> Path:
-    """One table of the evaluations of several models: the original, and what was made of it.
+    """Compares the evaluations of several models in one table, the first being the original.
 
-    Beside FILE.html it writes FILE.csv (every number with its intervals), FILE_differences.csv (from the first run),
+    Next to FILE.html it writes FILE.csv (every number with its intervals), FILE_differences.csv (from the first run),
     FILE_table.csv (the runs side by side), FILE.xlsx and FILE.tex.
 
     Args:
-        runs: Run folders with an evaluation in them (scripts/eval.sh), or the folders of evaluations; the first is the
-            original, which the others are compared with.
+        runs: Run folders that contain an evaluation (scripts/eval.sh), or the folders of evaluations. The first is the
+            original, with which the others are compared.
         out: The HTML file to write; by default evaluation.html in the first run's folder.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        ArgumentError: no runs, one named twice, ``out`` is no HTML file, or something else than an evaluation is there.
-        RecordError: an evaluation that can't be read.
+        ArgumentError: there are no runs, one is named twice, ``out`` is not an HTML file, or a file other than an
+            evaluation exists there.
+        RecordError: no evaluation can be read, or nothing was evaluated.
         SystemExit: with exit code 3 at the end, if some of the runs can't be read.
     """
     if not runs:
@@ -87,7 +89,7 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
     write_csv(out.with_name(f"{out.stem}_table.csv"), wide, index=True)
     sheets = {"table": wide.reset_index(), "evaluation": long}
     beside = out.with_name(f"{out.stem}_differences.csv")
-    beside.unlink(missing_ok=True)  # of runs before
+    beside.unlink(missing_ok=True)  # from an earlier call
     if len(differences):
         write_csv(beside, differences)
         sheets["differences"] = differences
@@ -106,10 +108,17 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
 
 
 def read_suites(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[Evaluation], list[str]]:
-    """The evaluations that can be read, and a line on each that can't.
+    """Loads the evaluations that can be read, and reports those that can't.
+
+    Args:
+        paths: the run folders.
+        names: the runs' names, in the same order; the first is the original.
+
+    Returns:
+        The evaluations, and a sentence on each run that is excluded.
 
     Raises:
-        RecordError: none can.
+        RecordError: none can be read.
     """
     loaded: list[Evaluation] = []
     unread = []
@@ -120,7 +129,7 @@ def read_suites(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[Evalu
             each = load_suite(folder, name)
             for column in columns([each]):
                 if column.measure == "mme":
-                    estimates(each, column)  # its rule can't score every set
+                    estimates(each, column)  # raises for a dataset that MME's rule can't score
             loaded.append(each)
         except RecordError as error:
             if len(paths) == 1:
@@ -133,10 +142,13 @@ def read_suites(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[Evalu
 
 
 def folder_of(run: Path) -> Path:
-    """The folder of a run's evaluation: within it, or itself.
+    """Returns the folder of a run's evaluation: its subfolder ``evaluation`` if there is one, else the folder itself.
+
+    Args:
+        run: the run folder.
 
     Raises:
-        RecordError: nothing was evaluated there.
+        RecordError: it contains no evaluation.
     """
     folder = run / FOLDER if (run / FOLDER).is_dir() else run
     if not (folder / "responses.jsonl").is_file():
@@ -153,7 +165,21 @@ def render_suite(
     manifests: Sequence[tuple[str, Summary]],
     out: Path,
 ) -> str:
-    """The page; ``out`` is its file, from which images are linked."""
+    """Renders the page.
+
+    Args:
+        evaluations: the models; the first is the original, if it could be read.
+        wanted: of :func:`safervlm.results.suite.columns`.
+        long: of :func:`safervlm.results.suite.evaluate`, for all models.
+        differences: of :func:`safervlm.results.suite_differences.compare_suites`, for all models but the original; may
+            be empty.
+        said: remarks on the numbers, a sentence each.
+        manifests: name and manifest of each model.
+        out: the page's file, from which images are linked.
+
+    Returns:
+        The HTML text.
+    """
     settings = [(name, shown_settings(manifest)) for name, manifest in manifests]
     found = {(row["run"], row["column"]): row for row in records(long)}
     every = {
@@ -187,7 +213,19 @@ def render_suite(
 def flipped(
     each: Evaluation, original: Evaluation, wanted: Sequence[Column], out: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Answers that turned right or wrong, by group of sets; which are shown depends on their ids alone."""
+    """Selects responses that changed between right and wrong, by group of datasets, for display.
+
+    The selection of at most :data:`FLIPS` depends on the questions' ids alone.
+
+    Args:
+        each: the model.
+        original: the model that it is compared with.
+        wanted: the columns.
+        out: the page's file, from which images are linked.
+
+    Returns:
+        Title -> cards for the template, each with the question, its image and both responses.
+    """
     shown_cards: dict[str, list[dict[str, Any]]] = {}
     for group in GROUPS:
         parts = [

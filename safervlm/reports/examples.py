@@ -1,4 +1,4 @@
-"""Examples of responses and their images, which are blurred."""
+"""Example responses for a report, with blurred images."""
 
 import base64
 import io
@@ -21,9 +21,9 @@ from safervlm.io.trust import may_read
 from safervlm.reports.runs import Run
 from safervlm.results.scores import category_order
 
-EXAMPLES = {"alignment": 2, "alignment_text_only": 1, "perception": 1}  # that the page shows of each category
+EXAMPLES = {"alignment": 2, "alignment_text_only": 1, "perception": 1}  # images per category on the page
 
-GRAIN = 5  # colours along the longer side of a blurred image: all that is left of it
+GRAIN = 5  # colours along the longer side of a blurred image
 THUMBNAIL = 160  # pixels along its longer side
 
 
@@ -31,14 +31,17 @@ THUMBNAIL = 160  # pixels along its longer side
 
 
 def examples(runs: Sequence[Run], out: Path) -> dict[str, list[dict[str, Any]]]:
-    """Questions with every run's answer, by capability.
+    """Selects questions with every run's response, by capability.
 
-    The choice looks at the question's id alone: it doesn't depend on what was answered, and stays the same from report
-    to report. Questions that every run was asked come first.
+    The selection depends on the question's id alone, not on the responses, so it is the same in all reports. Questions
+    that every run answered come first.
 
     Args:
-        runs: the first one's questions are shown.
+        runs: the runs; questions are selected from the first one's.
         out: the page's file, from which images are linked.
+
+    Returns:
+        Capability -> cards for the template, each with the question, its image and the responses.
     """
     answers = [run.frame.set_index("id", drop=False) for run in runs]
     shared = set.intersection(*(set(frame.index) for frame in answers))
@@ -93,16 +96,20 @@ def _card(
 
 
 def picture(path: str, record: str, out: Path, run: Path) -> dict[str, Any]:
-    """An image's blur as a ``data:`` URI and a link to the file; the reason instead, where it can't be shown.
+    """Returns an image's blur as a ``data:`` URI with a link to the file, or the reason why it can't be shown.
 
-    Only images of the run's own data are read (:func:`safervlm.io.trust.may_read`): the records of a folder that
-    somebody else made may name any file.
+    Only images of the run's configured datasets are read (:func:`safervlm.io.trust.may_read`): the records of a folder
+    from someone else may name any file.
 
     Args:
         path: the image's file.
-        record: the id of the question that it belongs to, for the reason.
+        record: the id of its question, for error messages.
         out: the page's file; the link is relative to its folder.
         run: the run folder whose record names the image.
+
+    Returns:
+        ``blur``, ``width``, ``height`` (pixels of the blur) and ``original`` (the quoted link); or ``blur`` and
+        ``original`` None with ``reason``.
     """
     if not may_read(run, path):
         reason = f"{Path(path).name} is not shown: it lies outside the datasets that the run's configuration names"
@@ -114,7 +121,7 @@ def picture(path: str, record: str, out: Path, run: Path) -> dict[str, Any]:
     buffer = io.BytesIO()
     blur.save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    # A browser takes `..` out of an address before links are followed: so does abspath.
+    # Resolve `..` without following links, as a browser does: abspath, not resolve.
     link = os.path.relpath(os.path.abspath(path), os.path.abspath(out.parent))  # noqa: PTH100
     return {
         "blur": Markup("data:image/png;base64,") + data,
@@ -125,14 +132,17 @@ def picture(path: str, record: str, out: Path, run: Path) -> dict[str, Any]:
 
 
 def blurred(image: Image.Image) -> Image.Image:
-    """An image of which nothing is left but the broad colours.
+    """Reduces an image to its coarse colours.
 
-    It is first reduced to at most 5 x 5 colours (the means of its fifths: nothing that is smaller survives, however
-    cleverly one deconvolves), then enlarged and blurred to look soft. Only pixels are kept: no EXIF data, whose preview
-    would show it all.
+    It is first averaged to at most 5 x 5 colours, so that all smaller structures are lost and no deconvolution can
+    recover them, then enlarged and blurred to look smooth. Only pixels are kept, no EXIF data, which may contain a
+    preview of the image.
 
     Args:
-        image: in RGB.
+        image: any mode; it is converted to RGB.
+
+    Returns:
+        An RGB image whose longer side has :data:`THUMBNAIL` pixels.
     """
     scale = max(image.size)
     coarse = [max(1, round(GRAIN * side / scale)) for side in image.size]

@@ -1,4 +1,4 @@
-"""The plots of a report."""
+"""Plots of a report, as SVG."""
 
 import io
 import re
@@ -21,9 +21,9 @@ from safervlm.reports.tables import records
 from safervlm.results.measures import COLUMNS, OVERALL, THESE_CONCEPTS, concept_gaps, modality_gap
 from safervlm.results.scores import by_category, category_order, overall
 
-WIDTH = 11.0  # inches of every plot
+WIDTH = 11.0  # width of every plot in inches
 
-# Matplotlib takes colours, the page has light and dark ones: each of these stands for a variable of its style.
+# Placeholder colours for Matplotlib: :func:`svg` replaces each by a CSS variable of the page's light or dark theme.
 INK, GRID = "#010203", "#010204"
 MARKERS = "osD^vP"
 RUN_COLOURS = [f"#0102{10 + index}" for index in range(len(MARKERS))]
@@ -59,7 +59,14 @@ STYLE: dict[Any, Any] = {
 
 
 def figures(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """The page's plots, by name: title, description (also for those who don't see it) and SVG; those with data."""
+    """Draws the page's plots; plots without data are omitted.
+
+    Args:
+        runs: the runs, in the order of their colours.
+
+    Returns:
+        Name -> title, description (also the text alternative) and svg.
+    """
     drawn: dict[str, dict[str, Any]] = {}
     plots: dict[str, tuple[str, str, Callable[[Sequence[Run]], Figure | None]]] = {
         "overall": (
@@ -90,18 +97,25 @@ def figures(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 def svg(figure: Figure) -> Markup:
-    """A figure for the inside of a page, in the page's colours and fonts; the same figure gives the same text."""
+    """Converts a figure to SVG to be embedded in a page, with the page's colours and fonts.
+
+    Args:
+        figure: drawn with :data:`STYLE`, whose colours are replaced by the page's CSS variables.
+
+    Returns:
+        The SVG element; identical for identical figures.
+    """
     buffer = io.StringIO()
     empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with python_warnings.catch_warnings():
-        # Matplotlib's font may lack a name's characters; the browser draws them with its own fonts.
+        # Matplotlib's font may lack characters of a name; the browser renders them with its own fonts.
         python_warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         python_warnings.filterwarnings("ignore", "Matplotlib currently does not support .* natively", UserWarning)
         figure.savefig(buffer, format="svg", metadata=empty)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     colours = {INK: "ink", GRID: "grid"} | {colour: f"run-{index}" for index, colour in enumerate(RUN_COLOURS)}
-    # Matplotlib numbers what it defines anew in every figure.
+    # Matplotlib reuses the same ids in every figure; a prefix makes them unique within the page.
     prefix = f"f{fingerprint(text)[:6]}-"
 
     def adapted(tag: re.Match[str]) -> str:
@@ -117,7 +131,7 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _dots(axes: Axes, index: int, count: int, rows: Sequence[tuple[int, float, float, float]]) -> None:
-    """One run's estimates: (line, value, low, high) in shares; the runs' dots of a line stand above each other."""
+    """Draws one run's estimates: (line, value, low, high) in shares; the runs' dots of a line are offset vertically."""
     shift = 0.62 * ((index + 0.5) / count - 0.5)
     for line, _, low, high in rows:
         if not np.isnan(low):
@@ -129,7 +143,7 @@ def _dots(axes: Axes, index: int, count: int, rows: Sequence[tuple[int, float, f
 
 
 def _lines(axes: Axes, labels: Sequence[str]) -> None:
-    """Labels the lines of a plot from top to bottom, and its percent axis."""
+    """Labels the lines of a plot from top to bottom, and sets the range of its percent axis."""
     axes.set_yticks(range(len(labels)), [for_figure(label) for label in labels])
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlim(-2, 102)
@@ -144,7 +158,14 @@ def _legend(figure: Figure, runs: Sequence[Run]) -> None:
 
 
 def plot_overall(runs: Sequence[Run]) -> Figure | None:
-    """The four accuracies, overall."""
+    """Plots the four overall accuracies with their intervals.
+
+    Args:
+        runs: the runs, in the order of their colours.
+
+    Returns:
+        The figure; None if no accuracy was measured.
+    """
     columns = ["perception", "text_only_unsafe", "image_unsafe", "image_safe"]
     columns = [column for column in columns if any(overall(run.scores, column) is not None for run in runs)]
     if not columns:
@@ -162,7 +183,14 @@ def plot_overall(runs: Sequence[Run]) -> Figure | None:
 
 
 def plot_categories(runs: Sequence[Run]) -> Figure | None:
-    """Accuracy on unsafe concepts by category; a panel for names, one for images."""
+    """Plots the accuracy on unsafe concepts by category, with a panel for names and one for images.
+
+    Args:
+        runs: the runs, in the order of their colours.
+
+    Returns:
+        The figure; None if neither was measured.
+    """
     tables = [by_category(run.scores) for run in runs]
     tables = [table[(table["side"] == "unsafe") & (table["varies"] == THESE_CONCEPTS)] for table in tables]
     everything = pd.concat(tables)
@@ -195,7 +223,14 @@ def plot_categories(runs: Sequence[Run]) -> Figure | None:
 
 
 def plot_gap(runs: Sequence[Run]) -> Figure | None:
-    """The gap of every concept, a line of dots a run, with the mean and its interval."""
+    """Plots the modality gap of every concept, one line of dots per run, with the mean and its interval.
+
+    Args:
+        runs: the runs, in the order of their colours.
+
+    Returns:
+        The figure; None if no run has concepts with both names and images.
+    """
     gaps = [(run, concept_gaps(run.frame)["gap"].to_numpy(float), modality_gap(run.frame)) for run in runs]
     gaps = [(run, points, mean) for run, points, mean in gaps if len(points)]
     if not gaps:
@@ -217,7 +252,7 @@ def plot_gap(runs: Sequence[Run]) -> Figure | None:
 
 
 def _spread(points: np.ndarray) -> np.ndarray:
-    """Heights from 0 to 1 that set points with the same value apart, (n,)."""
+    """Returns vertical offsets from 0 to 1 that separate points with the same value, (n,)."""
     heights = np.zeros(len(points))
     for value in np.unique(points.round(2)):
         same = np.flatnonzero(points.round(2) == value)

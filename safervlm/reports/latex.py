@@ -16,7 +16,12 @@ from safervlm.statistics.diversity import SUBSAMPLES, TEXTS
 
 
 def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
-    """The overall table and each run's accuracies by category, for the booktabs package."""
+    """Returns the overall table and each run's accuracies by category, for the booktabs package.
+
+    Args:
+        runs: the runs.
+        comparison: of :func:`safervlm.results.scores.compare`, for the same runs.
+    """
     side_by_side = pd.DataFrame(
         {
             str(name): {COLUMNS[column][0]: shown(COLUMNS[column][1], row[column]) for column in COLUMNS}
@@ -50,14 +55,17 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
 
 
 def latex_table(table: pd.DataFrame, columns: str, caption: str, index: bool, escape: bool = True) -> str:
-    """A table for the booktabs package.
+    """Formats a table for the booktabs package.
 
     Args:
         table: of texts.
-        columns: LaTeX's specification of them.
-        caption: as it is read.
+        columns: LaTeX's column specification, including the row names' column if ``index``.
+        caption: plain text, which is escaped.
         index: whether the row names are a column.
-        escape: whether the texts are as they are read; False where they are LaTeX.
+        escape: whether the table's texts are plain and to be escaped; False if they are LaTeX already.
+
+    Returns:
+        A LaTeX table environment.
     """
     written = escaped(table, for_latex) if escape else table
     return written.to_latex(escape=False, column_format=columns, caption=for_latex(caption), index=index)

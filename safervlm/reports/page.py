@@ -1,10 +1,10 @@
-"""Runs -> one self-contained HTML page, and the same tables as CSV, Excel and LaTeX.
+"""Writes a self-contained HTML report of one or several runs, and the same tables as CSV, Excel and LaTeX.
 
-The page loads nothing: style, plots and thumbnails stand in it, it runs no script, and its content security policy
-forbids both. Whatever comes from a model or a data set is escaped (:mod:`safervlm.io.escape`), and of a text at most
-4,000 characters are shown. Unsafe images are shown as a blur of a few dozen colours, which is all that is left of them;
-the original is one deliberate click away, in the local file, and never in the page. The page names no absolute path:
-images are linked relative to it, of other paths the last part is shown.
+The page loads nothing: style, plots and thumbnails are embedded, it contains no script, and its content security policy
+forbids both loading and scripts. All text from models or datasets is escaped (:mod:`safervlm.io.escape`), and at most
+4,000 characters of a text are shown. Unsafe images are shown as a blur of a few dozen colours; the original is only
+linked, as a local file, and opens on a deliberate click. The page contains no absolute path: images are linked relative
+to it, and of other paths only the last component is shown.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ CAPABILITY_TITLES = {
     "perception": "Perception: what does the image show?",
 }
 
-# Of a workbook, on its last sheet.
+# Notes on the last sheet of a workbook.
 NOTES = (
     "Accuracies, over-flagging and the gap are shares of 1; N/A is counted as wrong unless said.",
     JUDGE_NOTE,
@@ -60,22 +60,24 @@ NOTES = (
 
 
 def report(runs: list[Path], out: Path | None = None) -> Path:
-    """One page, tables and plots of one or several runs.
+    """Writes a report of one or several runs: a page with tables and plots.
 
-    Beside FILE.html it writes FILE.csv (every score), FILE_overall.csv (the runs side by side), FILE.xlsx and FILE.tex.
+    Next to FILE.html it writes FILE.csv (every score), FILE_overall.csv (the runs side by side), FILE.xlsx and
+    FILE.tex.
 
     Args:
-        runs: Run folders that hold responses.jsonl and verdicts.jsonl; the first is the one the others are compared
-            with.
+        runs: Run folders that contain responses.jsonl and verdicts.jsonl. The first is the baseline, with which the
+            others are compared.
         out: The HTML file to write; by default report.html in the first run's folder.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        ArgumentError: no runs, ``out`` is no HTML file, or something else than a report is there.
-        RecordError: a run that can't be read (:func:`safervlm.results.runs.load_run`), or where another command is at
-        work.
+        ArgumentError: there are no runs, one is named twice, ``out`` is not an HTML file, or a file other than a report
+            exists there.
+        RecordError: a run can't be read (:func:`safervlm.results.runs.load_run`), has no responses to the protocol's
+            questions, or is being written by another command.
     """
     if not runs:
         raise ArgumentError("runs: a report needs at least one run folder, for example runs/base")
@@ -109,12 +111,15 @@ def report(runs: list[Path], out: Path | None = None) -> Path:
 
 
 def render(runs: Sequence[Run], comparison: pd.DataFrame, out: Path) -> str:
-    """The page.
+    """Renders the page.
 
     Args:
-        runs: the first is the baseline.
+        runs: the runs; the first is the baseline.
         comparison: of :func:`safervlm.results.scores.compare`.
         out: the page's file, from which images are linked.
+
+    Returns:
+        The HTML text.
     """
     manifests = [(run.name, shown_settings(run.manifest)) for run in runs]
     return template("report.html.j2").render(
@@ -147,7 +152,11 @@ def render(runs: Sequence[Run], comparison: pd.DataFrame, out: Path) -> str:
 
 
 def template(name: str) -> jinja2.Template:
-    """A page's template; whatever is put into it is escaped: invisible characters first, then markup."""
+    """Loads a page's template; all inserted texts are escaped: invisible characters first, then markup.
+
+    Args:
+        name: the file's name in ``templates``.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -161,7 +170,14 @@ def template(name: str) -> jinja2.Template:
 
 
 def headline(comparison: pd.DataFrame) -> list[str]:
-    """The findings in a sentence or two, from what was measured."""
+    """Summarises the measured findings in at most three sentences.
+
+    Args:
+        comparison: of :func:`safervlm.results.scores.compare`.
+
+    Returns:
+        At most two paragraphs: the first run's accuracies and gap, and the other runs' accuracies on images.
+    """
     first, *others = records(comparison.reset_index())
     lines = []
     if not np.isnan([first["text_only_unsafe"], first["image_unsafe"], first["modality_gap"]]).any():
@@ -179,7 +195,18 @@ def headline(comparison: pd.DataFrame) -> list[str]:
 
 
 def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, Any]:
-    """The overall table: headings, and of every run its cells."""
+    """Prepares the overall table for the template.
+
+    A difference from the first run is shown only if both runs were asked the same questions, and, except for diversity,
+    judged by the same judges.
+
+    Args:
+        runs: the runs; the first is the baseline.
+        comparison: of :func:`safervlm.results.scores.compare`, for the same runs.
+
+    Returns:
+        ``headings``: pairs of a column and its heading; ``rows``: per run its name, cells, na (share of N/A) and n.
+    """
     columns = [column for column in COLUMNS if not column.endswith(("_na_left_out", "_published"))]
     values = records(comparison)
     rows = []
@@ -214,7 +241,17 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, An
 
 
 def paired(run: Run, base: Run, column: str) -> str:
-    """The 95 % interval of a run's difference from the first one, new concepts; empty where it can't be had."""
+    """Formats the 95 % interval of a run's difference from a base run over new concepts, in percentage points.
+
+    Args:
+        run: the run.
+        base: the run that is subtracted, with the same questions in this column.
+        column: a key of :data:`COLUMNS`.
+
+    Returns:
+        The interval; empty if it is unavailable, or the column is neither an accuracy with N/A as wrong nor
+        over-flagging.
+    """
     if COLUMNS[column][1] not in (ACCURACY_NA_WRONG, OVER_FLAGGING):
         return ""
     estimate = paired_difference(run.frame, base.frame, column)
@@ -222,25 +259,44 @@ def paired(run: Run, base: Run, column: str) -> str:
 
 
 def about(frame: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The answers that a column of the overall table is about."""
+    """Returns the responses that a column of the overall table is about.
+
+    Args:
+        frame: of :func:`safervlm.results.runs.load_run`.
+        column: a key of :data:`COLUMNS`.
+    """
     _, _, capability, side = COLUMNS[column]
     return frame[frame["capability"].isin(capability.split(" - ")) & ((frame["side"] == side) | (side == BOTH))]
 
 
 def asked(frame: pd.DataFrame, column: str | None = None) -> frozenset[tuple[str, str, str]]:
-    """The questions that a column of the overall table is about, or all: id, words, and right answer."""
+    """Returns the questions that a column of the overall table is about: id, prompt and right answer.
+
+    Args:
+        frame: of :func:`safervlm.results.runs.load_run`.
+        column: a key of :data:`COLUMNS`; None for all questions.
+    """
     part = frame if column is None else about(frame, column)
     return frozenset(zip(part["id"], part["prompt"], part["answer"], strict=True))
 
 
 def judges(frame: pd.DataFrame, column: str | None = None) -> frozenset[tuple[str, str]]:
-    """Who read the answers that a column of the overall table is about, or all: capability and judge."""
+    """Returns the judges of the responses that a column of the overall table is about: capability and judge.
+
+    Args:
+        frame: of :func:`safervlm.results.runs.load_run`.
+        column: a key of :data:`COLUMNS`; None for all responses.
+    """
     part = frame if column is None else about(frame, column)
     return frozenset(zip(part["capability"], part["judge"], strict=True))
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """What forbids to compare the runs' numbers, in a sentence each."""
+    """Lists the reasons why the runs' numbers are not, or not fully, comparable, in a sentence each.
+
+    Args:
+        runs: the runs; the first is the baseline.
+    """
     first, *others = runs
     said = [
         f"{run.name} answered other questions than {first.name}: where they differ, no difference is shown."
@@ -265,13 +321,24 @@ def warnings(runs: Sequence[Run]) -> list[str]:
 
 
 def missing(run: Run) -> int:
-    """How many questions a run lists as unanswered, or their answers as not judged, and has not mended since."""
+    """Returns the number of questions that are listed as unanswered or not judgeable and not answered since.
+
+    Args:
+        run: the run.
+    """
     files = [file for file in (run.folder / FAILED, run.folder / UNJUDGED) if file.is_file()]
     return len({each.id for file in files for each in read_records(file, Failure)} - {*run.frame["id"]})
 
 
 def side_by_side(runs: Sequence[Run]) -> dict[str, list[dict[str, Any] | None]]:
-    """Category -> for each run its row of unsafe images (None where it has none)."""
+    """Tabulates the runs' accuracies on unsafe images by category.
+
+    Args:
+        runs: the runs.
+
+    Returns:
+        Category -> for each run its row of :func:`safervlm.results.scores.by_category`; None if it has none.
+    """
     tables = []
     for run in runs:
         table = by_category(run.scores)
@@ -282,6 +349,10 @@ def side_by_side(runs: Sequence[Run]) -> dict[str, list[dict[str, Any] | None]]:
 
 
 def other_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Over-flagging, gap and diversity of a run, each with a title."""
+    """Returns the rows on over-flagging, modality gap and diversity of a run, each with a title.
+
+    Args:
+        table: of :func:`safervlm.results.scores.scores`.
+    """
     rows = table[(table["category"] == OVERALL) & ~table["measure"].isin(["accuracy", ACCURACY_NA_WRONG])]
     return [row | {"title": MEASURES[row["measure"]]} for row in records(rows)]

@@ -23,12 +23,12 @@ from safervlm.run import refuse_while_at_work
 
 @dataclass(frozen=True)
 class Run:
-    """A run as the report sees it.
+    """A run with its scores.
 
     Attributes:
-        name: in every table, unique.
-        folder: where it is.
-        frame: its answers and verdicts, of :func:`safervlm.results.runs.load_run`.
+        name: unique name, used in all tables.
+        folder: the run folder.
+        frame: its responses and verdicts, of :func:`safervlm.results.runs.load_run`.
         scores: of :func:`safervlm.results.scores.scores`.
         manifest: stage -> dotted key -> value; empty without ``manifest.json``.
     """
@@ -41,7 +41,16 @@ class Run:
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads and scores runs."""
+    """Loads and scores runs.
+
+    Args:
+        folders: the run folders.
+
+    Raises:
+        ArgumentError: a folder is named twice.
+        RecordError: a run can't be read, has no responses to the protocol's questions, or is being written by another
+            command.
+    """
     paths = [Path(folder) for folder in folders]
     runs = []
     for path, name in zip(paths, run_names(paths), strict=True):
@@ -62,7 +71,10 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """What runs are called: by their folder, with as many folders above it as tell them apart.
+    """Names runs by their folders, with as many parent folders as are needed to make the names unique.
+
+    Args:
+        paths: the run folders.
 
     Raises:
         ArgumentError: a folder is named twice.
@@ -74,12 +86,12 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     for own in parts:
         above = next(n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in parts) == 1)
         names.append(visible("/".join(own[-above:])))
-    # Two names may look the same once their control characters are visible.
+    # Two names may become equal when their control characters are made visible.
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
 
 
 def read_summary(path: Path) -> dict[str, dict[str, str]]:
-    """What made a run: stage -> dotted key -> value, as texts; empty where there is no manifest.
+    """Reads a run's settings and provenance: stage -> dotted key -> value, as texts; empty if there is no manifest.
 
     Args:
         path: ``manifest.json``.
@@ -100,7 +112,15 @@ def _as_text(value: Any) -> str:
 
 
 def interval_row(table: pd.DataFrame, column: str) -> "pd.Series[Any] | None":
-    """The overall row of a column whose interval is shown: new concepts' if it can be had, else these concepts'."""
+    """Returns the overall row of a column: over new concepts if it has an interval, else over these concepts.
+
+    Args:
+        table: of :func:`safervlm.results.scores.scores`.
+        column: a key of :data:`safervlm.results.measures.COLUMNS`.
+
+    Returns:
+        The row; None if the column was not measured.
+    """
     new = overall(table, column, NEW_CONCEPTS)
     if new is None or not np.isnan(new["low"]):
         return new
@@ -109,7 +129,11 @@ def interval_row(table: pd.DataFrame, column: str) -> "pd.Series[Any] | None":
 
 
 def shown_settings(manifest: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """A manifest of :func:`read_summary` as a page shows it: without absolute paths, which may name a user."""
+    """Returns a manifest for display, without absolute paths, which may contain a user's name.
+
+    Args:
+        manifest: of :func:`read_summary`.
+    """
     return {
         without_folders(stage): {without_folders(key): without_folders(value) for key, value in entries.items()}
         for stage, entries in manifest.items()
@@ -117,10 +141,13 @@ def shown_settings(manifest: Mapping[str, Mapping[str, str]]) -> dict[str, dict[
 
 
 def settings_that_differ(manifests: Sequence[Mapping[str, Mapping[str, str]]]) -> list[tuple[str, list[str]]]:
-    """The settings in which runs differ: (stage and key, a value for each run).
+    """Lists the settings in which runs differ.
 
     Args:
-        manifests: of :func:`read_summary`.
+        manifests: of :func:`read_summary`, one per run.
+
+    Returns:
+        Pairs of ``stage: key`` and its value in each run; an empty text if the run doesn't have it.
     """
     settings = [
         {f"{stage}: {key}": value for stage, entry in manifest.items() for key, value in entry.items()}

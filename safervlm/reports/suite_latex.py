@@ -1,4 +1,4 @@
-"""The tables of an evaluation in LaTeX."""
+"""The tables of an evaluation suite in LaTeX."""
 
 import textwrap
 from collections.abc import Sequence
@@ -16,7 +16,15 @@ from safervlm.results.suite import GROUPS
 
 
 def suite_latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Sequence[str]) -> str:
-    """A table a group, rows are runs, as in the paper, then one of the differences; for the booktabs package."""
+    """Returns a table per group, then one of the differences, for the booktabs package.
+
+    The group tables have runs as rows, as in the paper; the table of differences has runs as columns.
+
+    Args:
+        long: of :func:`safervlm.results.suite.evaluate`, for all runs.
+        differences: of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
+        names: the runs' names, in the order of the rows; the first is the original.
+    """
     found = {(row["run"], row["column"], row["varies"]): row for row in records(long)}
     tables = []
     for group in GROUPS:
@@ -64,7 +72,7 @@ def suite_latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Seq
 
 
 def _stack(parts: Sequence[str], small: bool = False) -> str:
-    """Texts above each other, as LaTeX; all but the first one small if asked."""
+    """Stacks texts vertically in LaTeX; all but the first in a smaller font if ``small``."""
     first, *rest = map(for_latex, parts)
     rest = [f"{{\\scriptsize {part}}}" if small else f"{{{part}}}" for part in rest if part]
     return "\\shortstack[r]{" + r"\\".join([first, *rest]) + "}" if rest else first

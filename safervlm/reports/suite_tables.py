@@ -1,4 +1,4 @@
-"""The tables of an evaluation, for the terminal and a page."""
+"""The tables of an evaluation suite, for the terminal and a page."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,9 +19,9 @@ DIVERSITY_NOTE = (
     f"1 - self-BLEU: mean over {SUBSAMPLES} subsamples of {TEXTS} texts (of all, if there are fewer); the published "
     "form is of all texts."
 )
-OFTEN = 0.1  # the share of N/A from which the terminal says it; the page says it of each
+OFTEN = 0.1  # share of N/A from which a remark reports it; the page reports every share
 
-# A manifest as the page shows it; see safervlm.reports.runs.read_summary.
+# A manifest as stage -> dotted key -> value; see safervlm.reports.runs.read_summary.
 Summary = Mapping[str, Mapping[str, str]]
 
 
@@ -29,7 +29,13 @@ Summary = Mapping[str, Mapping[str, str]]
 
 
 def shown_estimate(unit: str, value: float, signed: bool = False) -> str:
-    """A number as the tables show it: shares and ratios in percent, MME's points, self-BLEU with three decimals."""
+    """Formats a number for tables: shares and ratios in percent, MME in points, self-BLEU with three decimals.
+
+    Args:
+        unit: of :attr:`safervlm.results.suite.Column.unit`.
+        value: the number; shares and ratios relative to 1. NaN becomes a dash.
+        signed: whether positive numbers have a plus sign.
+    """
     if np.isnan(value):
         return "-"
     number, digits = (100 * value, 1) if unit == "%" else (value, 1 if unit == "points" else 3)
@@ -38,23 +44,38 @@ def shown_estimate(unit: str, value: float, signed: bool = False) -> str:
 
 
 def interval(row: dict[str, Any], signed: bool = False) -> str:
-    """The interval of a row, ``[90.2, 97.0]``; empty where there is none."""
+    """Formats the interval of a row, ``[90.2, 97.0]``; empty if there is none.
+
+    Args:
+        row: with unit, low and high.
+        signed: whether positive numbers have a plus sign.
+    """
     if np.isnan(row["low"]):
         return ""
     return "[" + ", ".join(shown_estimate(row["unit"], row[end], signed) for end in ("low", "high")) + "]"
 
 
 def estimate_with_interval(row: dict[str, Any]) -> str:
-    """A number and its interval, ``94.1 [90.2, 97.0]``, and how many answers or ratings are missing, if some are."""
+    """Formats a number with its interval, ``94.1 [90.2, 97.0]``, and how many responses or ratings are missing.
+
+    Args:
+        row: of :func:`safervlm.results.suite.evaluate`.
+    """
     missing = f"({row['missing']} missing)" if row["missing"] else ""
     return " ".join(filter(None, (shown_estimate(row["unit"], row["value"]), interval(row), missing)))
 
 
 def lines(long: pd.DataFrame) -> list[dict[str, Any]]:
-    """The lines of the table, without details: group, column, heading, varies, and whether it is a column's first.
+    """Returns the lines of the table, without details.
 
-    A column has a line with its number and the interval for new concepts or new images, and, where there is one, a
+    A column has a line with its number and the interval for new concepts or new images, and, if available, a second
     line with the interval for these concepts.
+
+    Args:
+        long: of :func:`safervlm.results.suite.evaluate`, for all runs.
+
+    Returns:
+        Per line: group, column, heading, varies, and first (whether it is the column's first line).
     """
     measured = long.groupby("column")["method"].transform(lambda methods: (methods != NOT_MEASURED).any())
     rows = long[~long["detail"] & ~(measured & (long["method"] == NOT_MEASURED))]
@@ -65,7 +86,15 @@ def lines(long: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def texts(long: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
-    """Heading of a line -> its cell for each run."""
+    """Formats the table's cells.
+
+    Args:
+        long: of :func:`safervlm.results.suite.evaluate`, for all runs.
+        names: the runs' names, in the order of the cells.
+
+    Returns:
+        Heading of a line -> its cell for each run.
+    """
     found = {(row["run"], row["column"], row["varies"]): row for row in records(long)}
     table = {}
     for line in lines(long):
@@ -77,12 +106,25 @@ def texts(long: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def shown_side_by_side(long: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """A row a run, a column a line of the table; in each cell the number and its interval; what these exclude."""
+    """Tabulates runs as rows and the table's lines as columns, each cell with the number and its interval.
+
+    Args:
+        long: of :func:`safervlm.results.suite.evaluate`, for all runs.
+        names: the runs' names, in the order of the rows.
+
+    Returns:
+        Index ``run``; a column per line, and ``excludes``, what the intervals do not include.
+    """
     return pd.DataFrame(texts(long, names), pd.Index(names, name="run")).assign(excludes=EXCLUDED)
 
 
 def evaluation_table(long: pd.DataFrame, names: Sequence[str]) -> TextTable:
-    """The table for the terminal, one column a run (it fits where one row a run doesn't)."""
+    """Returns the table for the terminal, with one column per run (narrower than one row per run).
+
+    Args:
+        long: of :func:`safervlm.results.suite.evaluate`, for all runs.
+        names: the runs' names, in the order of the columns.
+    """
     caption = (
         "in %, MME in points, N/A counted as wrong\n95 % intervals for new concepts or new images, else as said\n"
         f"{JUDGE_NOTE}\n{DIVERSITY_NOTE}"
@@ -104,7 +146,12 @@ def evaluation_table(long: pd.DataFrame, names: Sequence[str]) -> TextTable:
 
 
 def difference_table(differences: pd.DataFrame, original: str) -> TextTable:
-    """What a run differs in from the original, for the terminal, without details."""
+    """Returns the table of a run's differences from the original for the terminal, without details.
+
+    Args:
+        differences: of :func:`safervlm.results.suite_differences.compare_suites`, for one run.
+        original: the name of the original.
+    """
     caption = f"95 % intervals; p by Holm over the columns; * below {LEVEL:g}\n{JUDGE_NOTE}"
     title = f"{differences['run'].iloc[0]} minus {original}"
     printed = TextTable(title=title, caption=caption, box=SIMPLE_HEAD)
@@ -130,10 +177,21 @@ def remarks(
     wanted: Sequence[Column],
     manifests: Sequence[tuple[str, Summary]],
 ) -> list[str]:
-    """What a reader has to know of the numbers.
+    """Lists remarks that are needed to interpret the numbers.
 
-    What is missing, how much is N/A, why there is no interval or no difference where it isn't plain, whether the runs
-    are of one model, and how often each kind of interval holds.
+    They state unfinished evaluations, missing responses, the share of N/A, diversity of few texts, unexpected reasons
+    why an interval or a difference is missing, runs of other base models, and the simulated coverage of each interval
+    method.
+
+    Args:
+        long: of :func:`safervlm.results.suite.evaluate`, for all runs.
+        differences: of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
+        evaluations: the runs.
+        wanted: the columns.
+        manifests: name and manifest of each run.
+
+    Returns:
+        A sentence each.
     """
     said = [
         f"{name}: the evaluation isn't finished; the same command goes on"
@@ -141,7 +199,7 @@ def remarks(
         if summary.get("measure", {}).get("finished", "true").lower() == "false"
     ]
     table = long[~long["detail"]].drop_duplicates(["run", "column"])
-    # Parts of a set are as often N/A as the whole, more or less.
+    # Only columns over a whole dataset: the share of N/A is similar in its parts.
     shares = {c.key for c in wanted if not c.side and (c.measure == "share" or len(c.tasks) == len(ALL_TASKS))}
     for each in evaluations:
         mine = table[table["run"] == each.name]
@@ -174,12 +232,16 @@ def remarks(
 
 
 def other_models(manifests: Sequence[tuple[str, Summary]]) -> list[str]:
-    """A line on each run whose base model isn't the first one's."""
+    """Returns a sentence on each run whose base model differs from the first one's.
+
+    Args:
+        manifests: name and manifest of each run; at least one.
+    """
 
     def base(summary: Summary) -> tuple[str | None, ...]:
         measured = summary.get("measure", {})
         name, weights = measured.get("settings.model.vlm.model"), measured.get("settings.model.vlm.weights")
-        # A server tells nothing of its weights.
+        # Without known weights, as with a server, compare the model's name and revision.
         return (weights,) if weights not in (None, "", "None") else (name, measured.get("settings.model.vlm.revision"))
 
     (first, original), *others = manifests
@@ -196,7 +258,14 @@ def _model(summary: Summary) -> str:
 
 
 def held(table: pd.DataFrame) -> list[str]:
-    """How often the intervals of a table held the truth, a line a method, with the groups or columns that it makes."""
+    """Reports the simulated coverage of each interval method in a table, with the groups or columns that use it.
+
+    Args:
+        table: of :func:`safervlm.results.suite.evaluate` or :func:`safervlm.results.suite_differences.compare_suites`.
+
+    Returns:
+        A sentence per sampling unit and method.
+    """
     simulated = table[table["coverage"].notna() & ~table["detail"]]
     lines = []
     for (varies, method), part in simulated.groupby(["varies", "method"], sort=False):
@@ -213,7 +282,15 @@ def held(table: pd.DataFrame) -> list[str]:
 
 
 def bounds(differences: pd.DataFrame, wanted: Sequence[Column]) -> list[str]:
-    """What of the general ability, and of what is rightly called safe, may be lost: a sentence a run and column."""
+    """States how much may be lost, with 95 % confidence, of general ability and of accuracy on safe images.
+
+    Args:
+        differences: of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
+        wanted: the columns.
+
+    Returns:
+        A sentence per run and column that has an interval.
+    """
     watched = {c.key for c in wanted if c.group == "General ability" or (c.side == "safe" and c.measure == "share")}
     lines = []
     for row in records(differences):

@@ -16,10 +16,10 @@ from safervlm.statistics.intervals import coverage
 
 
 def comparison_table(comparison: pd.DataFrame) -> TextTable:
-    """A table of :func:`compare` for the terminal, one column a run (it fits where one row a run doesn't).
+    """Returns the comparison of runs for the terminal, with one column per run (narrower than one row per run).
 
     Args:
-        comparison: of :func:`compare`.
+        comparison: of :func:`safervlm.results.scores.compare`.
     """
     caption = (
         f"in %, N/A counted as wrong unless said\n{GAP_WEIGHTS}\n"
@@ -37,11 +37,11 @@ def comparison_table(comparison: pd.DataFrame) -> TextTable:
 
 
 def accuracy_table(table: pd.DataFrame, title: str = "Accuracy") -> TextTable:
-    """The accuracies of a run for the terminal, each with its interval.
+    """Returns the accuracies of a run for the terminal, each with its interval.
 
     Args:
-        table: of :func:`scores`.
-        title: the line above it.
+        table: of :func:`safervlm.results.scores.scores`.
+        title: the table's title.
     """
     rows = records(by_category(table))
     caption = "\n".join(["95 % intervals", *methods(table), JUDGE_NOTE])
@@ -66,11 +66,11 @@ def accuracy_table(table: pd.DataFrame, title: str = "Accuracy") -> TextTable:
 
 
 def other_table(table: pd.DataFrame, title: str = "Gap, over-flagging, diversity") -> TextTable:
-    """What a run's table holds beside accuracies, overall, for the terminal.
+    """Returns the overall measures of a run other than accuracies, for the terminal.
 
     Args:
-        table: of :func:`scores`.
-        title: the line above it.
+        table: of :func:`safervlm.results.scores.scores`.
+        title: the table's title.
     """
     rows = records(table[~table["measure"].isin(_ACCURACIES) & (table["category"] == OVERALL)])
     about = [", ".join(filter(None, (MEASURES[row["measure"]], row["varies"]))) for row in rows]
@@ -93,16 +93,22 @@ def other_table(table: pd.DataFrame, title: str = "Gap, over-flagging, diversity
 
 
 def with_coverage(method: str, part: str = OVERALL) -> str:
-    """A method's name, and how often its intervals held the truth in simulations of the real set's clusters."""
+    """Returns a method's name with the simulated coverage of its intervals, if known.
+
+    Args:
+        method: name of the method, as in a table.
+        part: ``overall`` or ``category``; if this was not simulated for the method, the range over all simulations is
+            used.
+    """
     held = coverage(method, part) or coverage(method)
     return method if held is None else f"{method}; held the truth in {held} of simulated studies"
 
 
 def methods(table: pd.DataFrame) -> list[str]:
-    """How the intervals of a table were made, a line each.
+    """Lists the interval methods of a table with their simulated coverage, one line per sampling unit and method.
 
     Args:
-        table: of :func:`scores`.
+        table: of :func:`safervlm.results.scores.scores`.
     """
     found: dict[str, None] = {}
     for row in records(table[table["method"] != ""]):
@@ -113,22 +119,41 @@ def methods(table: pd.DataFrame) -> list[str]:
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a table as dictionaries."""
+    """Returns the rows of a table as dictionaries.
+
+    Args:
+        table: any data frame.
+    """
     return cast(list[dict[str, Any]], table.to_dict("records"))
 
 
 def percent(value: float) -> str:
-    """A share in percent with one decimal; a dash for NaN."""
+    """Formats a share in percent with one decimal; a dash for NaN.
+
+    Args:
+        value: the share, relative to 1.
+    """
     return "-" if np.isnan(value) else f"{100 * value:.1f}"
 
 
 def shown(measure: str, value: float) -> str:
-    """A number as the tables show it: in percent, self-BLEU with three decimals; a dash for NaN."""
+    """Formats a number for tables: in percent, self-BLEU with three decimals; a dash for NaN.
+
+    Args:
+        measure: a key of :data:`safervlm.results.measures.MEASURES`.
+        value: the number, relative to 1.
+    """
     if measure in DIVERSITIES and not np.isnan(value):
         return f"{value:.3f}"
     return percent(value)
 
 
 def with_interval(value: float, low: float, high: float) -> str:
-    """A share in percent with its interval, ``94.1 [90.2, 97.0]``; without brackets where there is no interval."""
+    """Formats a share in percent with its interval, ``94.1 [90.2, 97.0]``; without brackets if there is no interval.
+
+    Args:
+        value: the share, relative to 1.
+        low: the interval's lower end; NaN if there is none.
+        high: the interval's upper end.
+    """
     return percent(value) if np.isnan(low) else f"{percent(value)} [{percent(low)}, {percent(high)}]"

@@ -1,4 +1,4 @@
-"""What a table of scores contains: accuracies, the modality gap and their intervals."""
+"""The measures of a score table: accuracies, over-flagging and the modality gap, with their intervals."""
 
 from dataclasses import dataclass, fields
 from typing import Self
@@ -18,12 +18,12 @@ from safervlm.statistics.intervals import (
     interval_these_concepts,
 )
 
-# What a row of `scores` measures.
-ACCURACY = "accuracy"  # N/A left out
+# Values of the column ``measure`` of `scores`.
+ACCURACY = "accuracy"  # N/A excluded
 ACCURACY_NA_WRONG = "accuracy_na_wrong"  # N/A counted as wrong
-OVER_FLAGGING = "over_flagging"  # share of the answers to safe images that say Unsafe
+OVER_FLAGGING = "over_flagging"  # share of the responses to safe images with the label Unsafe
 MODALITY_GAP = "modality_gap"  # accuracy on names minus accuracy on images
-DIVERSITY = "one_minus_self_bleu_100"  # of 100 texts: the mean over subsamples
+DIVERSITY = "one_minus_self_bleu_100"  # mean over subsamples of 100 texts
 DIVERSITY_PUBLISHED = "one_minus_self_bleu"  # of all texts
 DIVERSITIES = (DIVERSITY, DIVERSITY_PUBLISHED)
 MEASURES = {
@@ -35,20 +35,20 @@ MEASURES = {
     DIVERSITY_PUBLISHED: "1 - self-BLEU, all texts",
 }
 
-# What the modality gap and the accuracies beside it are averages of.
+# Note on the averages: the modality gap weights concepts, the accuracies next to it weight responses.
 GAP_WEIGHTS = (
     "The modality gap is text-only minus image accuracy, averaged over concepts, each with the same weight; accuracies "
     "are averaged over answers, so their difference is not the gap."
 )
 
-# What varies from one making of the experiment to the next.
+# Sampling unit of an interval: what is considered random (column ``varies``).
 THESE_CONCEPTS = "these concepts"
 NEW_CONCEPTS = "new concepts"
 
 TEXT_ONLY = "alignment_text_only"
-CONCEPT = ["dataset", "category", "concept"]  # what tells a concept from another
+CONCEPT = ["dataset", "category", "concept"]  # columns that identify a concept
 OVERALL = "overall"
-BOTH = "both"  # the safe and the unsafe side together
+BOTH = "both"  # the safe and the unsafe side combined
 NO_SIDE = "-"  # perception
 
 
@@ -65,10 +65,10 @@ class Estimate:
     """A number with its 95 % interval.
 
     Attributes:
-        value: the estimate; NaN where nothing counts.
-        low: the interval's lower end; NaN where there is no interval.
-        high: its upper end.
-        method: how the interval was made, or why there is none.
+        value: the estimate; NaN if no response counts.
+        low: the interval's lower end; NaN if there is no interval.
+        high: the interval's upper end; NaN if there is no interval.
+        method: name of the interval's method, or ``none: `` with the reason why there is no interval.
     """
 
     value: float
@@ -82,19 +82,19 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Answers counted by unit: by image, or one by one for questions about names, which have no images to draw anew.
+    """Responses counted per unit: per image, or one by one for questions about names, which have no images to sample.
 
     Every array is (units,).
 
     Attributes:
-        asked: all answers of a unit.
-        answered: those that aren't N/A.
-        right: the right ones.
-        flagged: those that say Unsafe.
-        dataset: which set it is of, as a number.
-        image: which image (or name) it is, as a number.
-        concept: which concept it is about, as a number.
-        category: the concept's category.
+        asked: number of all responses of a unit.
+        answered: number of responses that aren't N/A.
+        right: number of right responses.
+        flagged: number of responses with the label Unsafe.
+        dataset: index of the unit's dataset.
+        image: index of its image (or name).
+        concept: index of the concept it is about.
+        category: name of the concept's category.
     """
 
     asked: Floats
@@ -108,7 +108,11 @@ class Counts:
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Self:
-        """Counts rows of :func:`load_run`."""
+        """Counts the responses of a data frame.
+
+        Args:
+            frame: rows of :func:`~safervlm.results.runs.load_run`.
+        """
         label = frame["label"]
         unit = frame["image"].where(~frame["capability"].isin([TEXT_ONLY, "context_text_only"]), frame["id"])
         counts = frame[["dataset", "category", "concept", "image"]].assign(
@@ -126,27 +130,31 @@ class Counts:
         return cls(asked, answered, right, flagged, dataset, image, concept, counts["category"].to_numpy(object))
 
     def of_category(self, category: str) -> Self:
-        """The units of a category."""
+        """Returns the units of a category.
+
+        Args:
+            category: name of the category.
+        """
         mask = self.category == category
         return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
 def proportion(hits: Floats, answers: Floats, counts: Counts, varies: str, units: str = "images") -> Estimate:
-    """A share of the answers, with its interval.
+    """Computes a share of the responses, with its interval.
 
     Args:
-        hits: (units,) what is counted of each unit.
-        answers: (units,) out of how many; units without one don't count.
-        counts: the units; new concepts are drawn within the unsafe and within the safe set.
-        varies: :data:`THESE_CONCEPTS` or :data:`NEW_CONCEPTS`.
-        units: what they are, for the method's name.
+        hits: (units,) number of responses that are counted, of each unit.
+        answers: (units,) number of responses that they are a share of; units with 0 are excluded.
+        counts: the units; new concepts are sampled within each dataset (unsafe and safe).
+        varies: the interval's sampling unit, :data:`THESE_CONCEPTS` or :data:`NEW_CONCEPTS`.
+        units: what a unit is, for the method's name.
     """
     there = answers > 0
     hits, answers, concept, dataset = hits[there], answers[there], counts.concept[there], counts.dataset[there]
     if not len(answers):
         return Estimate(np.nan, np.nan, np.nan, _NOTHING)
     value = float(hits.sum() / answers.sum())
-    _, first, concept = np.unique(concept, return_index=True, return_inverse=True)  # numbers without holes
+    _, first, concept = np.unique(concept, return_index=True, return_inverse=True)  # indices without gaps
     strata = np.unique(dataset[first], return_inverse=True)[1]
     if varies == THESE_CONCEPTS:
         return Estimate(value, *interval_these_concepts(hits, answers, concept), _WITHIN.format(units))
@@ -156,13 +164,13 @@ def proportion(hits: Floats, answers: Floats, counts: Counts, varies: str, units
 
 
 def concept_gaps(frame: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy of every unsafe concept by its name and by its images, N/A counted as wrong.
+    """Computes the accuracy on every unsafe concept by name and by image, with N/A counted as wrong.
 
     Args:
-        frame: of :func:`load_run`.
+        frame: of :func:`~safervlm.results.runs.load_run`.
 
     Returns:
-        One row a concept of a data set that was asked about in both ways: dataset, category, concept, text, image
+        One row per concept of a dataset that was asked about in both ways: dataset, category, concept, text, image
         (accuracies) and gap = text - image.
     """
     unsafe = frame[frame["side"] == "unsafe"].assign(right=lambda rows: rows["label"] == rows["answer"])
@@ -175,10 +183,12 @@ def concept_gaps(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def modality_gap(frame: pd.DataFrame) -> Estimate:
-    """Accuracy on unsafe concepts' names minus accuracy on their images, averaged over concepts, N/A as wrong.
+    """Computes accuracy on unsafe concepts' names minus accuracy on their images, averaged over concepts.
+
+    N/A counts as wrong. The interval is over new concepts.
 
     Args:
-        frame: of :func:`load_run`.
+        frame: of :func:`~safervlm.results.runs.load_run`.
     """
     gaps = concept_gaps(frame)["gap"].to_numpy(float)
     if not len(gaps):
@@ -190,12 +200,15 @@ def modality_gap(frame: pd.DataFrame) -> Estimate:
 
 
 def paired_difference(frame: pd.DataFrame, base: pd.DataFrame, column: str) -> Estimate:
-    """What a run differs in from another one that was asked the same questions, paired by concept.
+    """Computes the difference of a measure between two runs with the same questions, paired by concept.
 
     Args:
-        frame: of :func:`load_run`.
-        base: the run to compare with, asked the same in this column.
-        column: of :data:`COLUMNS`: an accuracy with N/A as wrong, or over-flagging.
+        frame: the run, of :func:`~safervlm.results.runs.load_run`.
+        base: the run to subtract, with the same questions in this column.
+        column: a key of :data:`COLUMNS`: an accuracy with N/A as wrong, or over-flagging.
+
+    Returns:
+        The difference, with an interval over new concepts.
     """
     _, measure, capability, side = COLUMNS[column]
     hits = []

@@ -1,4 +1,4 @@
-"""The scores of MME, from the answers to its two questions about an image."""
+"""MME's scores, computed from the responses to its two questions per image."""
 
 import pandas as pd
 
@@ -12,16 +12,18 @@ ALL_TASKS = (*PERCEPTION_TASKS, *COGNITION_TASKS)
 
 
 def mme_images(part: pd.DataFrame) -> pd.DataFrame:
-    """What each image brings to MME's score: 100 for two right answers out of two, and 100 more for both.
+    """Computes each image's contribution to MME's score.
+
+    It is the percentage of right responses to its two questions, plus 100 if both are right.
 
     Args:
-        part: answers, and questions without one, whose label is missing: they are wrong.
+        part: responses, and unanswered questions, whose label is missing: they count as wrong.
 
     Returns:
-        One row an image: category, image, value (0, 50 or 200), both (1 if both are right).
+        One row per image: category, image, value (0, 50 or 200), both (1 if both are right, else 0).
 
     Raises:
-        RecordError: an image that isn't asked about twice.
+        RecordError: an image does not have exactly two questions.
     """
     right = (part["label"] == part["answer"]) if "label" in part else pd.Series(False, index=part.index)
     images = part.assign(right=right.astype(float)).groupby(["category", "image"])["right"].agg(["mean", "min", "size"])
@@ -38,5 +40,9 @@ def mme_images(part: pd.DataFrame) -> pd.DataFrame:
 
 
 def mme_score(images: pd.DataFrame) -> float:
-    """The sum over the tasks of their images' mean."""
+    """Computes MME's score: the sum over the tasks of the mean of their images' values.
+
+    Args:
+        images: of :func:`mme_images`.
+    """
     return float(images.groupby("category")["value"].mean().sum())

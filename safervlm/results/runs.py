@@ -1,4 +1,4 @@
-"""A run folder as a data frame: responses and verdicts joined by id."""
+"""Loads a run folder as a data frame: responses and verdicts joined by id."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -19,20 +19,22 @@ Record = TypeVar("Record", Response, Verdict)
 
 
 def load_run(run: str | Path) -> pd.DataFrame:
-    """The answers of a run with their verdicts, joined by id.
+    """Loads the responses of a run with their verdicts, joined by id.
 
     Args:
-        run: the run's folder, with ``responses.jsonl`` and ``verdicts.jsonl``.
+        run: the run's folder, with ``responses.jsonl`` and ``verdicts.jsonl`` (not needed if all responses are rated).
 
     Returns:
-        One row an answer, in the order of ``responses.jsonl``: id, dataset, image, image_path (None for a question
+        One row per response, in the order of ``responses.jsonl``: id, dataset, image, image_path (None for a question
         about a name), capability, prompt_number, prompt, category, concept, answer (the right label), response, label
-        (the verdict's; empty for answers that are rated), probabilities (label -> probability), judge, side:
+        (the verdict's; empty for responses that are rated), probabilities (label -> probability), judge, side:
         ``unsafe`` or ``safe`` by the right label, else ``-``, and drawn (see :class:`safervlm.records.Question`).
+        Responses that are listed as not judgeable are excluded with a message.
 
     Raises:
-        RecordError: a file that is missing or empty; an id that is there twice, that has no verdict, or whose response
-            is missing; a label that the capability doesn't have. The message names file and id.
+        RecordError: a file is missing, empty or unreadable; an id occurs twice, has no verdict, or has a verdict but no
+            response; a verdict is about another text; a label is not one of the capability's; or no response could be
+            judged. The message names file and id.
     """
     run = Path(run)
     responses = _by_id(run / RESPONSES, Response, f"measure with `safervlm predict ... --run {run}`")
@@ -91,7 +93,7 @@ def load_run(run: str | Path) -> pd.DataFrame:
                 "capability": question.capability,
                 "prompt_number": question.prompt_number,
                 "prompt": question.prompt,
-                # Its rows must not be taken for those of all categories.
+                # A category of this name must be distinct from the rows over all categories.
                 "category": _arrow(question.category) if question.category != OVERALL else f"{OVERALL} (a category)",
                 "concept": _arrow(question.concept),
                 "answer": question.answer,
@@ -103,14 +105,14 @@ def load_run(run: str | Path) -> pd.DataFrame:
                 "drawn": question.drawn,
             }
         )
-    # Objects: None stays None, and a text may hold what Arrow's strings refuse (half a surrogate pair).
+    # dtype object keeps None, and texts that Arrow's strings reject (unpaired surrogates).
     return pd.DataFrame(rows, dtype=object).astype({"prompt_number": int, "drawn": bool})
 
 
 def _check_labels(run: Path, question: Question, verdict: Verdict) -> None:
-    """Rejects a verdict, and a right answer, that the question's capability doesn't have.
+    """Rejects a verdict, or a right answer, with a label that the question's capability doesn't have.
 
-    N/A is no right answer: an answer would be right because no judge can read it.
+    N/A is not allowed as the right answer: a response would be right because no judge can classify it.
     """
     by_rule = question.capability in rules.RULES
     labels = rules.labels_of_rule(question.capability, question.answer) if by_rule else LABELS[question.capability]
@@ -128,7 +130,7 @@ def _check_labels(run: Path, question: Question, verdict: Verdict) -> None:
 
 
 def _arrow(name: str) -> str:
-    """A name that pandas can group by: Arrow's strings reject half a surrogate pair, which is written as its escape."""
+    """Returns a name that pandas can group by; unpaired surrogates, which Arrow's strings reject, become escapes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -1,13 +1,14 @@
-"""The evaluation of a model as numbers: every set of a suite, with intervals, and what differs from the original model.
+"""Scores of an evaluation suite: every dataset, with intervals.
 
-:func:`load` reads the run folder of an evaluation, :func:`evaluate` makes its long table, and :func:`compare` sets a
-model beside the original on the same items. N/A counts as wrong, as in the published evaluation. What an interval is
-about (*these concepts*, *new concepts*, *new images*) stands beside it, as in :mod:`safervlm.results.scores`.
+:func:`load_suite` loads the run folder of an evaluation, :func:`evaluate` computes its long table, and
+:func:`safervlm.results.suite_differences.compare_suites` compares a model with the original one on the same items. N/A
+counts as wrong, as in the published evaluation. The sampling unit of each interval (*these concepts*, *new concepts*,
+*new images*) is reported with it, as in :mod:`safervlm.results.scores`.
 
-MME by the official rule (arXiv:2306.13394, ``eval_tool/calculation.py``): of each task the percentage of right answers
-plus the percentage of images whose two questions are both right, summed over the ten tasks of perception (at most 2000)
-and the four of cognition (at most 800); a question without an answer is wrong. LLaVABench (arXiv:2304.08485): the sum
-of the model's ratings divided by the sum of the reference's.
+MME follows the official rule (arXiv:2306.13394, ``eval_tool/calculation.py``): for each task the percentage of right
+responses plus the percentage of images whose two questions are both right, summed over the ten tasks of perception (at
+most 2000) and the four of cognition (at most 800); a question without a response is wrong. LLaVABench
+(arXiv:2304.08485): the sum of the model's ratings divided by the sum of the reference's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ from safervlm.statistics.intervals import (
 NEW_IMAGES = "new images"
 SHARE_BY_IMAGE = "Korn-Graubard, images"
 NOT_MEASURED = "none: not measured"
-# What a damaged or foreign JSON file raises when it is read as records.
+# Exceptions raised when a damaged or foreign JSON file is parsed as records.
 _BROKEN = (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionError)
 
 Measure = Literal["share", "occurs", "diversity", "diversity_published", "mme", "both", "ratio"]
@@ -59,16 +60,17 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model answered.
+    """The responses of a model to an evaluation suite.
 
     Attributes:
-        name: of the model, in every table.
+        name: the model's name in all tables.
         folder: the run folder.
-        answers: of :func:`safervlm.results.runs.load_run`.
-        unanswered: id, dataset, capability, category, image, reason of the questions without an answer, or with one
-            that no judge could read.
-        ratings: id, dataset, category, image, prompt, answer (the reference), reference, response (their ratings) and
-            judge of the rated answers, a row a question; both orders averaged where both were asked. NaN: missing.
+        answers: judged responses, of :func:`safervlm.results.runs.load_run`.
+        unanswered: id, dataset, capability, category, image, answer, drawn, reason and side of the questions without a
+            response, or with one that could not be judged.
+        ratings: id, dataset, capability, category, image, prompt, answer (the reference), side, drawn, reference and
+            response (their ratings) and judge of the rated responses, one row per question; averaged over both orders
+            if both were requested. NaN: missing.
     """
 
     name: str
@@ -85,14 +87,14 @@ class Column:
     Attributes:
         key: its name in files.
         heading: its name on a page.
-        group: of :data:`GROUPS`.
+        group: one of :data:`GROUPS`.
         measure: how it is computed.
-        dataset: the set it is about; empty for the unsafe and the safe set together.
-        capability: the questions it is about.
+        dataset: its dataset; empty for the unsafe and the safe dataset together.
+        capability: the capability of its questions.
         side: ``safe`` or ``unsafe`` by the right label; empty for both.
-        drawn: whether it is about the published draw only, one question an image.
-        tasks: of MME, those that are summed.
-        detail: whether it is part of another column, and stands only in the files and at the end of the page.
+        drawn: whether it is restricted to the published draw, one question per image.
+        tasks: the tasks of MME that are included; empty for all categories.
+        detail: whether it is part of another column, and shown only in the files and at the end of the page.
     """
 
     key: str
@@ -108,11 +110,18 @@ class Column:
 
     @property
     def unit(self) -> str:
-        """Of its numbers: shares are shown in percent."""
+        """Unit of its numbers: shares and ratios in percent, MME in points, self-BLEU without a unit."""
         return {"mme": "points", "diversity": "", "diversity_published": "", "ratio": "%"}.get(self.measure, "%")
 
     def part(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The rows of a frame (answers, unanswered, ratings) that it is about."""
+        """Returns the rows of a frame that the column is about.
+
+        For ``occurs`` the labels of responses are replaced: by the right answer if it occurs in the response, else by
+        N/A.
+
+        Args:
+            frame: ``answers``, ``unanswered`` or ``ratings`` of an :class:`Evaluation`.
+        """
         chosen = frame["capability"] == self.capability
         if self.dataset:
             chosen &= frame["dataset"] == self.dataset
@@ -133,19 +142,20 @@ class Column:
 
 
 def load_suite(folder: str | Path, name: str) -> Evaluation:
-    """Reads the run folder of an evaluation.
+    """Loads the run folder of an evaluation.
 
     Args:
-        folder: holds ``responses.jsonl``, ``verdicts.jsonl``, and ``ratings.jsonl`` if LLaVABench was rated.
-        name: of the model.
+        folder: contains ``responses.jsonl``, ``verdicts.jsonl``, and ``ratings.jsonl`` if LLaVABench was rated.
+        name: the model's name in all tables.
 
     Raises:
-        RecordError: see :func:`safervlm.results.runs.load_run`.
+        RecordError: see :func:`safervlm.results.runs.load_run`; or a file of failures or ratings, or the manifest,
+            can't be read.
     """
     folder = Path(folder)
     answers = load_run(folder)
     nameless = answers[(answers["capability"] == "alignment") & (answers["concept"] == "")]["dataset"].unique()
-    # Images of one's own, whose concepts nobody knows, don't belong to the unsafe concepts and their counterpart.
+    # Custom images without concepts are not part of the unsafe concepts and their safe counterpart.
     own = (answers["capability"] == "alignment") & answers["dataset"].isin(nameless)
     answers["capability"] = answers["capability"].mask(own, "generalisation")
     judged = answers["capability"] != "rated"
@@ -165,10 +175,17 @@ def load_suite(folder: str | Path, name: str) -> Evaluation:
 
 
 def load_ratings(folder: Path, rated: pd.DataFrame) -> pd.DataFrame:
-    """The ratings of the rated answers, a row a question; see :class:`Evaluation`.
+    """Loads the ratings of the rated responses, one row per question; see :class:`Evaluation`.
 
-    Those of the judge that the manifest names, in the orders that were asked for. A process that was killed may have
-    left older ones beside them, and a line that isn't whole.
+    Only ratings by the judge in the manifest, in the requested orders, are used. If a process was killed, the file may
+    also contain older ratings and an incomplete last line.
+
+    Args:
+        folder: the run folder.
+        rated: the rows of :func:`safervlm.results.runs.load_run` with capability ``rated``.
+
+    Raises:
+        RecordError: the ratings or the manifest can't be read.
     """
     settings = _settings(folder, "ratings")
     judge = settings.get("judge", {}).get("model")
@@ -177,12 +194,12 @@ def load_ratings(folder: Path, rated: pd.DataFrame) -> pd.DataFrame:
     if (folder / RATINGS).exists():
         with explained(f"{folder / RATINGS}: it can't be read", "rate again with the same command", *_BROKEN):
             ratings = read_records(folder / RATINGS, Rating, torn=True)
-    # The last line counts: what couldn't be read was asked again.
+    # The last record of a rating is used: replies that could not be parsed were requested again.
     found = {(rating.id, rating.swapped): rating for rating in ratings if rating.judge == judge}
     rows = []
     for name in rated["id"]:
         pair = [found[name, swapped] for swapped in orders if (name, swapped) in found]
-        # Without one of its orders a mean would hold the bias that the other order is asked to take out.
+        # Without one of the orders, a mean would contain the position bias that the other order cancels.
         values = np.array([(rating.reference, rating.response) for rating in pair if not rating.reason], float)
         reference, response = values.mean(axis=0) if len(values) == len(orders) else (np.nan, np.nan)
         rows.append((reference, response, f"{judge}, {'both orders' if settings.get('both_orders') else 'one order'}"))
@@ -192,7 +209,7 @@ def load_ratings(folder: Path, rated: pd.DataFrame) -> pd.DataFrame:
 
 
 def _settings(folder: Path, stage: str) -> dict[str, Any]:
-    """The settings of a stage by the manifest; empty without one."""
+    """Returns the settings of a stage from the manifest; empty without one."""
     what = f"{folder / MANIFEST}: no manifest of a run"
     with explained(what, "move it away to do without", *_BROKEN):
         return dict(read_manifest(folder)["stages"].get(stage, {}).get("settings", {}))
@@ -203,7 +220,11 @@ def _settings(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def columns(evaluations: Sequence[Evaluation]) -> list[Column]:
-    """The columns for which there is something, in the order of the paper's tables."""
+    """Returns the columns for which any model has responses or ratings, in the order of the paper's tables.
+
+    Args:
+        evaluations: the models that are compared.
+    """
     frames = [frame for e in evaluations for frame in (e.answers, e.ratings, e.unanswered) if len(frame)]
     asked = pd.concat([frame[["dataset", "capability", "category", "drawn"]] for frame in frames])
     asked = asked.drop_duplicates()
@@ -232,7 +253,7 @@ def _all_columns(asked: pd.DataFrame) -> Iterator[Column]:
 
 
 def _diversities(heading: str) -> list[tuple[Measure, str]]:
-    """The two forms of self-BLEU with their headings: of 100 texts, and of all as published."""
+    """Returns the two forms of self-BLEU with their headings: of 100 texts, and of all texts as published."""
     return [("diversity", heading), ("diversity_published", f"{heading}, all texts")]
 
 
@@ -271,13 +292,20 @@ def _benchmark_columns(capability: str, dataset: str, tasks: set[str]) -> Iterat
 
 
 def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
-    """The long table of a model: a row a column and what varies.
+    """Computes the long table of a model: one row per column and sampling unit.
+
+    Args:
+        evaluation: the model's responses.
+        wanted: of :func:`columns`.
 
     Returns:
         The columns run, group, column, heading, detail, unit, value, low, high, varies, method (as in
-        :func:`safervlm.results.scores.scores`), coverage (of such intervals, simulated), n (answers), images,
-        na_rate (the share of N/A among them), missing (questions without an answer, or without a rating) and excludes
-        (what the interval does not include: the judge's error).
+        :func:`safervlm.results.scores.scores`), coverage (simulated, of the method), n (responses), images, na_rate
+        (the share of N/A among them), missing (questions without a response, or without a rating) and excludes (what
+        the interval does not include: the judge's error).
+
+    Raises:
+        RecordError: MME's rule can't be applied, see :func:`safervlm.results.mme.mme_images`.
     """
     rows = []
     for column in wanted:
@@ -313,7 +341,18 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
 
 
 def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimate]]:
-    """A column's value with an interval for each thing that may vary."""
+    """Computes a column's value with an interval for each sampling unit.
+
+    Args:
+        evaluation: the model's responses.
+        column: the column.
+
+    Returns:
+        Pairs of a sampling unit (empty for diversity, and if not measured) and the estimate; at least one.
+
+    Raises:
+        RecordError: MME's rule can't be applied, see :func:`safervlm.results.mme.mme_images`.
+    """
     part = column.part(evaluation.ratings if column.measure == "ratio" else evaluation.answers)
     if column.measure in ("mme", "both"):
         part = pd.concat([part, column.part(evaluation.unanswered)])
@@ -363,8 +402,12 @@ def _estimate(value: float, interval: tuple[float, float] | None, method: str) -
 
 
 def how_often(method: str) -> str | None:
-    """How often a method's intervals held the truth in simulations; None where it wasn't simulated."""
-    # Images that stand for themselves are simulated as those of one concept.
+    """Returns the simulated coverage of a method's intervals; None if it was not simulated.
+
+    Args:
+        method: name of the method, as in a table.
+    """
+    # Images without concepts are simulated as independent images of one concept.
     as_one = ("Korn-Graubard, images within concepts", "independent images")
     name, part = as_one if method == SHARE_BY_IMAGE else (method, "overall")
     return coverage(name, part) or coverage(name)

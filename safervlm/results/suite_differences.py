@@ -1,4 +1,4 @@
-"""Differences between the evaluations of two models, paired by what both were asked."""
+"""Differences between the evaluations of two models, paired by the items that both were asked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,14 +29,22 @@ from safervlm.statistics.intervals import FEWEST_CONCEPTS
 
 
 def compare_suites(evaluation: Evaluation, original: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
-    """What a model differs in from the original on the same items: a row a column.
+    """Compares a model with the original one on the same items: one row per column.
+
+    Args:
+        evaluation: the model.
+        original: the model that is subtracted.
+        wanted: of :func:`safervlm.results.suite.columns`.
 
     Returns:
-        The columns run, group, column, heading, unit, difference (the original's number subtracted from the model's),
-        low, high (95 % interval), p (two-sided), p_holm (Holm's, over the model's columns without details), varies,
-        method, coverage (of such intervals, simulated), n (of the items that both answered), lost and gained (of them,
-        those that turned wrong, and right; of ratings those that fell, and rose), excludes (what the interval does not
-        include: the judge's error).
+        The columns run, group, column, heading, detail, unit, difference (the model's number minus the original's),
+        low, high (95 % interval), p (two-sided), p_holm (Holm's, over the model's columns without details), varies (the
+        interval's sampling unit), method, coverage (simulated, of the method), n (items that both answered), lost and
+        gained (regressions and improvements: items that turned wrong, and right; for ratings those that decreased, and
+        increased), excludes (what the interval does not include: the judge's error).
+
+    Raises:
+        RecordError: a manifest can't be read, or MME's rule can't be applied (:func:`safervlm.results.mme.mme_images`).
     """
     rows = []
     for column in wanted:
@@ -69,15 +77,15 @@ def compare_suites(evaluation: Evaluation, original: Evaluation, wanted: Sequenc
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A difference, and what it is about.
+    """The difference of a column between two models.
 
     Attributes:
-        difference: the number with its interval and p.
-        varies: what the interval is about.
-        method: how it was made, or why there is none.
-        items: that both answered.
-        lost: items that the original has right and the model hasn't.
-        gained: the reverse.
+        difference: the number with its interval and p-value.
+        varies: the interval's sampling unit; empty for diversity, and if there is no difference.
+        method: name of the interval's method, or the reason why there is no interval or no difference.
+        items: number of items that both answered.
+        lost: regressions: items that only the original has right; of ratings, those that decreased.
+        gained: improvements: items that only the model has right; of ratings, those that increased.
     """
 
     difference: Difference
@@ -127,12 +135,12 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
     else:
         clusters = change.groupby([first["dataset"], first["image"]])
         varies, method, units = NEW_IMAGES, SHARES_BY_IMAGE, "images"
-        if len(clusters) == len(items):  # nothing repeats
+        if len(clusters) == len(items):  # one question per image: independent items
             return Comparison(
                 difference_of_items(lost, gained, len(items)), varies, SHARES_BY_ITEM, len(items), lost, gained
             )
     sums = clusters.sum()
-    strata = pd.factorize(sums.index.get_level_values(0))[0]  # new concepts are drawn within the two sets
+    strata = pd.factorize(sums.index.get_level_values(0))[0]  # new concepts are sampled within each dataset
     answered = np.asarray(clusters.size(), np.float64)
     difference = difference_of_shares(np.asarray(sums, np.float64), answered, strata)
     return _with_method(difference, varies, method, units, len(items), lost, gained)
@@ -141,7 +149,7 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
 def _incomparable(
     evaluation: Evaluation, original: Evaluation, column: Column, now: pd.DataFrame, before: pd.DataFrame
 ) -> str | None:
-    """Why the two must not be subtracted; None where they may."""
+    """Returns the reason why the two must not be subtracted; None if they are comparable."""
     asked = [{*part["id"], *column.part(e.unanswered)["id"]} for part, e in ((now, evaluation), (before, original))]
     if asked[0] != asked[1]:
         return "they were asked other questions"
@@ -158,9 +166,9 @@ def _incomparable(
 
 
 def _images(evaluation: Evaluation, datasets: set[str], capability: str) -> dict[str, str]:
-    """What the images of data sets are by the manifest: name in the suite -> hash of their names and sizes."""
+    """Returns the image hashes of the datasets in the manifest: name in the suite -> hash of names and sizes."""
     if capability == "context_text_only":
-        return {}  # shown to nobody
+        return {}  # the images are not shown
     data = _settings(evaluation.folder, "measure").get("data", {})
     return {
         name: described["images"]
@@ -193,10 +201,16 @@ def _with_method(
 
 
 def flips(evaluation: Evaluation, original: Evaluation, column: Column) -> pd.DataFrame:
-    """The questions of a column that the original and the model answer differently, right and wrong.
+    """Returns the questions of a column that one of the two models answers right and the other wrong.
+
+    Args:
+        evaluation: the model.
+        original: the model that it is compared with.
+        column: the column.
 
     Returns:
-        The model's rows of the answers, with response_before, label_before, and gained: whether it turned right.
+        The model's rows of the responses, with response_before and label_before of the original, and gained: whether
+        the response turned right.
     """
     now, before = (column.part(e.answers) for e in (evaluation, original))
     pairs = now.merge(before[["id", "response", "label"]], on="id", suffixes=("", "_before"))

@@ -1,1 +1,1 @@
-"""Intervals, differences and diversity: functions of arrays, which know nothing of runs or models."""
+"""Intervals, differences and diversity: functions of arrays, independent of runs and models."""

@@ -1,6 +1,6 @@
-"""Differences between two runs that were asked the same: 95 % intervals, p-values, and Holm's correction.
+"""Paired differences between two runs on the same questions: 95 % intervals, p-values, and Holm's correction.
 
-How often the intervals hold the truth: ``scripts/coverage.py``, docs/intervals.md.
+Simulated coverage of the intervals: ``scripts/coverage.py``, docs/intervals.md.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from safervlm.statistics.intervals import (
     t_interval,
 )
 
-# How an interval was made, for a table's caption; ``intervals.coverage`` knows them.
+# Names of interval methods, for table captions; ``intervals.coverage`` looks them up.
 SHARES_BY_CONCEPT = "paired t, concepts"
 SHARES_BY_IMAGE = "paired t, images"
 SHARES_BY_ITEM = "Tango, items; p: McNemar, exact"
@@ -33,13 +33,13 @@ RATIOS_BY_IMAGE = "paired t, images (CR2)"
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What a run differs in from another one.
+    """The difference between two runs, with its interval and p-value.
 
     Attributes:
-        value: the other run's number subtracted from this one's.
-        low: the 95 % interval's lower end; NaN where there is none.
-        high: its upper end.
-        p: two-sided, for no difference; NaN where it can't be told.
+        value: this run's number minus the other run's.
+        low: lower end of the 95 % interval; NaN if there is none.
+        high: upper end of the 95 % interval; NaN if there is none.
+        p: two-sided p-value of no difference; NaN if it can't be computed.
     """
 
     value: float
@@ -49,19 +49,22 @@ class Difference:
 
 
 def difference_of_shares(differences: Floats, answers: Floats, strata: Numbers | None = None) -> Difference:
-    """The difference of two shares, ``sum(differences) / sum(answers)``, over other clusters (concepts, or images).
+    """Computes the difference of two shares, ``sum(differences) / sum(answers)``, over new clusters.
 
-    Student's, with the variance CR2 and the degrees of freedom
-    :func:`~safervlm.statistics.intervals.effective_freedom`, but no wider than the share of clusters that differ at all
-    can be (Clopper and Pearson 1934, Biometrika 26): that holds where none differs, too. Where all differ by the same
-    amount, the share of those that don't is bounded so, and they may differ by anything.
-
-    Fewer than 10 clusters: no interval, no p.
+    Clusters are concepts or images. The interval is Student's t, with the CR2 variance and the degrees of freedom of
+    :func:`~safervlm.statistics.intervals.effective_freedom`. It is limited to plus and minus the upper bound of the
+    share of clusters that differ at all (Clopper and Pearson 1934, Biometrika 26), which is also valid if none differs.
+    If all clusters differ by the same amount, the share of clusters that do not is bounded in the same way, and those
+    may differ by any amount.
 
     Args:
-        differences: (clusters,) right answers of the one run minus those of the other.
-        answers: (clusters,) answers of each run about each cluster, at least 1.
-        strata: (clusters,) the kind of each, unsafe or safe, as a number from 0: new clusters are of the same kinds.
+        differences: (clusters,) right responses of the one run minus those of the other.
+        answers: (clusters,) number of responses of each run about each cluster, at least 1.
+        strata: (clusters,) the stratum of each (unsafe or safe), as a number from 0: new clusters are sampled from the
+            same strata. None is a single stratum.
+
+    Returns:
+        The difference; without interval and p-value for fewer than 10 clusters.
     """
     value = float(differences.sum() / answers.sum())
     if len(answers) < FEWEST_CONCEPTS:
@@ -70,7 +73,7 @@ def difference_of_shares(differences: Floats, answers: Floats, strata: Numbers |
     squares = ratio_squares(differences, answers, strata)
     if squares.sum() < 1e-15:
         other = most_differ(0.0, clusters)
-        p = min(2 * (1 + abs(value)) ** -clusters, 1.0)  # where the interval's end is 0
+        p = min(2 * (1 + abs(value)) ** -clusters, 1.0)  # the level at which an end of the interval is 0
         return Difference(value, value - other * (1 + value), value + other * (1 - value), p)
     freedom = effective_freedom(squares)
     low, high = t_interval(value, squares.sum(), freedom)
@@ -79,20 +82,22 @@ def difference_of_shares(differences: Floats, answers: Floats, strata: Numbers |
 
 
 def difference_of_sums_of_means(differences: Floats, strata: Numbers, span: float = 200.0) -> Difference:
-    """The difference of two sums over strata of means, paired by image, over other images of the same strata.
+    """Computes the difference of two sums over strata of means, paired by image, over new images of the same strata.
 
-    The stratified t of ``interval_sum_of_means``, with 1/(2k) made-up images that lose all and as many that gain all in
-    each of k strata: half of what Bonett and Price add to a stratum of changes between wrong and right (2012, Adjusted
-    Wald confidence interval for a difference of binomial proportions based on paired data, Journal of Educational and
-    Behavioral Statistics 37), as few images change by all. Where no image differs, the interval is the exact bound of
-    :func:`bound_of_sums`.
-
-    A stratum of fewer than 10 images: no interval, no p.
+    The interval is the stratified t of :func:`~safervlm.statistics.intervals.interval_sum_of_means`, with 1/(2k)
+    pseudo-images that change from the greatest to the least value, and as many that change the other way, added to each
+    of k strata. That is half of what Bonett and Price add to a stratum of changes between wrong and right (2012,
+    Adjusted Wald confidence interval for a difference of binomial proportions based on paired data, Journal of
+    Educational and Behavioral Statistics 37), because few images change by the full amount. If no image differs, the
+    interval is the exact bound of :func:`bound_of_sums`.
 
     Args:
-        differences: (images,) the value of each with the one run minus that with the other.
-        strata: (images,) the stratum (task) of each, as a number from 0 without holes.
-        span: the largest difference there can be.
+        differences: (images,) the value of each image in the one run minus that in the other.
+        strata: (images,) the stratum (task) of each, as a number from 0 without gaps.
+        span: the largest possible difference of an image, in the unit of ``differences``.
+
+    Returns:
+        The difference; without interval and p-value if a stratum has fewer than 10 images.
     """
     images = np.bincount(strata)
     value = float((np.bincount(strata, differences) / images).sum())
@@ -116,21 +121,23 @@ def difference_of_ratios(
     clusters: Numbers,
     span: float = 9.0,
 ) -> Difference:
-    """The difference of two ratios of sums over the same questions, over other clusters (images).
+    """Computes the difference of two ratios of sums over the same questions, over new clusters (images).
 
-    Both ratios are linearised, and their residuals subtracted within a cluster; degrees of freedom as in
-    :func:`difference_of_shares`. Where no question differs, the bound says by how much the ratio differs if as many
-    clusters as can be (:func:`most_differ`) differ by the whole span.
-
-    Fewer than 10 clusters: no interval, no p.
+    Both ratios are linearised, and their residuals are subtracted within each cluster; degrees of freedom as in
+    :func:`difference_of_shares`. If no question differs, the interval is the change of the ratio if the largest
+    plausible share of clusters (:func:`most_differ`) differed by the whole span.
 
     Args:
-        numerators: (questions,) such as the model's scores.
-        denominators: (questions,) such as the reference's scores, positive.
-        base_numerators: (questions,) the same of the run it is compared with.
-        base_denominators: (questions,) the same.
-        clusters: (questions,) such as the image of each, as a number from 0 without holes.
-        span: the largest difference that two scores can have.
+        numerators: (questions,) for example the model's ratings.
+        denominators: (questions,) for example the reference's ratings, positive.
+        base_numerators: (questions,) the numerators of the run that is compared with.
+        base_denominators: (questions,) the denominators of the run that is compared with.
+        clusters: (questions,) the cluster of each, for example its image, as a number from 0 without gaps.
+        span: the largest possible difference of two ratings.
+
+    Returns:
+        The difference; without interval and p-value for fewer than 10 clusters, or if the variance is 0 although
+        questions differ.
     """
     questions = (numerators, denominators, base_numerators, base_denominators)
     above, below, base_above, base_below = (np.bincount(clusters, x).astype(np.float64) for x in questions)
@@ -150,24 +157,24 @@ def difference_of_ratios(
 
 
 def difference_of_items(lost: int, gained: int, items: int) -> Difference:
-    """The difference of two shares of the same independent items, ``(gained - lost) / items``.
+    """Computes the difference of two shares of the same independent items, ``(gained - lost) / items``.
 
     The interval is Tango's score interval (1998, Equivalence test and confidence interval for the difference in
-    proportions for the paired-sample design, Statistics in Medicine 17), which holds where no item differs, too; p is
-    McNemar's.
+    proportions for the paired-sample design, Statistics in Medicine 17), which is also valid if no item differs. The
+    p-value is McNemar's.
 
     Args:
-        lost: the items that the other run had right and this one has not.
-        gained: those that this run has right and the other one had not.
-        items: all of them, at least one.
+        lost: regressions: number of items that only the other run has right.
+        gained: improvements: number of items that only this run has right.
+        items: number of all items, at least one.
     """
     value = (gained - lost) / items
 
     def score(difference: float) -> float:
-        """The score statistic of that difference, falling in it; the normal quantiles are its interval's ends."""
+        """Score statistic of a difference; it decreases, and equals +-1.96 at the interval's ends."""
         if abs(difference - value) < 1e-12:
-            return 0.0  # where the variance may be 0, too
-        # The share of lost items by maximum likelihood, given the difference: the larger root of 2 n q^2 + b q + c.
+            return 0.0  # also where the variance is 0
+        # Maximum likelihood share q of regressions given the difference: the larger root of 2 n q^2 + b q + c.
         b = (2 * items - gained + lost) * difference - gained - lost
         c = -lost * difference * (1 - difference)
         q = (np.sqrt(b * b - 8 * items * c) - b) / (4 * items)
@@ -180,11 +187,13 @@ def difference_of_items(lost: int, gained: int, items: int) -> Difference:
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """The exact two-sided p of McNemar's test (1947, Psychometrika 12): items change as often one way as the other.
+    """Returns the exact two-sided p-value of McNemar's test (1947, Psychometrika 12).
+
+    The null hypothesis is that an item changes from right to wrong with the same probability as from wrong to right.
 
     Args:
-        lost: the items that changed from right to wrong.
-        gained: those that changed from wrong to right.
+        lost: regressions: number of items that changed from right to wrong.
+        gained: improvements: number of items that changed from wrong to right.
     """
     return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
@@ -193,11 +202,11 @@ def holm(p_values: Sequence[float] | Floats) -> Floats:
     """Holm's adjusted p-values (1979, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6).
 
     Args:
-        p_values: (tests,); NaN stays NaN and doesn't count as a test.
+        p_values: (tests,); NaN stays NaN and is not counted as a test.
 
     Returns:
-        (tests,) those below .05 are the differences that can be claimed together, at most 5 % of such claims holding a
-        wrong one.
+        (tests,) adjusted p-values. If all differences below .05 are claimed, the probability of any false claim
+        (family-wise error rate) is at most 5 %.
     """
     adjusted = np.array(p_values, np.float64)
     tests = np.flatnonzero(~np.isnan(adjusted))
@@ -208,28 +217,35 @@ def holm(p_values: Sequence[float] | Floats) -> Floats:
 
 
 def p_value(value: float, variance: float, freedom: float) -> float:
-    """Student's two-sided p of no difference: below .05 exactly where the t interval leaves 0 out."""
+    """Returns Student's two-sided p-value of no difference; it is below .05 exactly if the 95 % t interval excludes 0.
+
+    Args:
+        value: the estimated difference.
+        variance: the estimated variance of ``value``, positive.
+        freedom: the degrees of freedom of ``variance``.
+    """
     return float(2 * stdtr(freedom, -abs(value) / np.sqrt(variance)))
 
 
 def most_differ(share: float, clusters: float) -> float:
-    """The upper end of Clopper and Pearson's 95 % interval of the share of clusters that differ, "none of n" included.
+    """Upper end of Clopper and Pearson's 95 % interval for the share of clusters that differ, also if none does.
 
     Args:
-        share: of the clusters found to differ.
-        clusters: how many there are.
+        share: the observed share of clusters that differ, 0 to 1.
+        clusters: number of clusters; may be an effective number.
     """
     return float(betaincinv(share * clusters + 1, (1 - share) * clusters, 0.975)) if share < 1 else 1.0
 
 
 def bound_of_sums(images: Numbers) -> float:
-    """The largest sum over strata of the share of images that differ, if none of those drawn does (at 97.5 %).
+    """Upper bound (97.5 %) of the sum over strata of the share of images that differ, if no sampled image does.
 
-    Shares q for which the chance of that, the product of ``(1 - q) ** n``, isn't below 2.5 %: the sum is largest where
-    every stratum has ``1 - q = n c`` with one c for all, and q = 0 where ``n c`` would exceed 1.
+    It is the maximum of the sum over all shares q for which the probability of observing no difference, the product of
+    ``(1 - q) ** n``, is at least 2.5 %. At the maximum every stratum has ``1 - q = n c`` with a common c, or q = 0
+    where ``n c`` would exceed 1.
 
     Args:
-        images: (strata,) the images of each.
+        images: (strata,) number of images of each.
     """
 
     def excess(log_c: float) -> float:

@@ -1,8 +1,8 @@
 """Diversity of texts: 1 - self-BLEU, on a fixed number of texts and in the published form.
 
-Self-BLEU compares each text with all others, so that it rises with their number: of one run, 1 - self-BLEU was .49,
-.27, .21 and .17 at 26, 104, 260 and 520 texts. :func:`diversity` is the mean over seeded subsamples of 100 texts; runs
-with different numbers of texts can be compared by it. The published form is about all texts.
+Self-BLEU compares each text with all others, so it increases with their number: for one run, 1 - self-BLEU was .49,
+.27, .21 and .17 with 26, 104, 260 and 520 texts. :func:`diversity` is the mean over seeded subsamples of 100 texts, so
+it is comparable between runs with different numbers of texts. The published form uses all texts.
 
 References:
     Papineni et al. (2002), BLEU: a method for automatic evaluation of machine translation, ACL.
@@ -17,10 +17,10 @@ import numpy.typing as npt
 from safervlm.hashing import seed_for
 from safervlm.statistics.intervals import Floats
 
-TEXTS = 100  # of a subsample
+TEXTS = 100  # texts per subsample
 SUBSAMPLES = 50
 
-# How a number was computed. There is no interval: each text is compared with the others.
+# Names of the methods. There is no interval, as each text is compared with the others.
 NO_INTERVAL = "none: texts compared with each other"
 BY_SUBSAMPLES = f"{NO_INTERVAL}; mean over {SUBSAMPLES} subsamples of {TEXTS} texts"
 ALL_TEXTS = f"{NO_INTERVAL}; all texts"
@@ -28,17 +28,21 @@ TOO_FEW = f"{NO_INTERVAL}; all texts, fewer than {TEXTS}"
 
 
 def diversity(texts: Sequence[str], ids: Sequence[str]) -> tuple[float, str]:
-    """1 - self-BLEU of 100 texts: the mean over 50 seeded subsamples without replacement.
+    """Computes 1 - self-BLEU of 100 texts: the mean over 50 seeded subsamples without replacement.
 
-    It depends neither on the number of texts nor on their order. Runs with the same ids have the same subsamples.
+    It is independent of the order of the texts, and its expectation of their number. Runs with the same ids have the
+    same subsamples.
 
     Args:
-        texts: the answers.
-        ids: of their questions.
+        texts: the responses.
+        ids: the ids of their questions, in the same order; they determine the subsamples.
 
     Returns:
-        The mean and how it was computed. With fewer than 100 texts all of them are taken, and the method says so; NaN
-        for fewer than two.
+        The mean, and the name of the method. With fewer than 100 texts all of them are used, and the method states
+        this; NaN for fewer than two texts.
+
+    Raises:
+        ValueError: the numbers of texts and ids differ.
     """
     if len(texts) != len(ids):
         raise ValueError(f"{len(texts)} texts and {len(ids)} ids")
@@ -53,10 +57,13 @@ def diversity(texts: Sequence[str], ids: Sequence[str]) -> tuple[float, str]:
 
 
 def published_diversity(texts: Sequence[str]) -> tuple[float, str]:
-    """1 - self-BLEU of all texts, the published form; it falls with their number.
+    """Computes 1 - self-BLEU of all texts, the published form; it decreases with their number.
+
+    Args:
+        texts: the responses.
 
     Returns:
-        The number, NaN for fewer than two texts, and how it was computed.
+        The value, NaN for fewer than two texts, and the name of the method.
     """
     return 1 - self_bleu(texts), ALL_TEXTS
 
@@ -65,16 +72,16 @@ def self_bleu(responses: Sequence[str], order: int = 4) -> float:
     """Mean sentence BLEU of each response against all others; lower is more diverse.
 
     Equal to NLTK's ``sentence_bleu`` with whitespace tokens, uniform weights and smoothing method 1 (a precision of 0
-    becomes 0.1 / n), without comparing any two responses: a response's n-gram counts are clipped by the largest count
-    in another response, which is the largest of all, or the second largest where the largest is its own. A response
-    without a word counts as 0, as NLTK has it; the first implementation leaves it out.
+    becomes 0.1 / n), but computed without pairwise comparisons: a response's n-gram counts are clipped by the largest
+    count in any other response, which is the largest of all, or the second largest if the largest is the response's
+    own. A response without a word scores 0, as in NLTK; the first implementation excludes it.
 
     Args:
         responses: the texts.
-        order: the longest n-gram.
+        order: length of the longest n-grams.
 
     Returns:
-        The mean, 0 to 1; NaN for fewer than two responses, which have no others.
+        The mean, 0 to 1; NaN for fewer than two responses.
     """
     count = len(responses)
     if count < 2:
@@ -87,12 +94,12 @@ def self_bleu(responses: Sequence[str], order: int = 4) -> float:
     end = np.repeat(np.cumsum(lengths), lengths)
 
     log_precision = np.zeros(count)
-    grams = words  # the number of the n-gram that starts at each position
+    grams = words  # index of the n-gram that starts at each position
     unigram_matches = np.zeros(count)
     for n in range(1, order + 1):
         start = np.flatnonzero(np.arange(len(words)) + n <= end)
         if n > 1:
-            # Numbered anew for each n, so that the numbers stay small: (n-1)-gram, next word.
+            # Pairs of (n-1)-gram and next word, renumbered for each n to keep the numbers small.
             pairs = grams[start] * len(vocabulary) + words[start + n - 1]
             grams = np.zeros_like(words)
             grams[start] = np.unique(pairs, return_inverse=True)[1]
@@ -104,15 +111,15 @@ def self_bleu(responses: Sequence[str], order: int = 4) -> float:
     reference = _closest_other_length(lengths)
     with np.errstate(divide="ignore"):
         brevity = np.exp(np.minimum(1 - reference / np.maximum(lengths, 1), 0))
-    # Without a common word NLTK answers 0, smoothing or not (the empty response is such a case).
+    # Without a common word NLTK returns 0 even with smoothing; this includes empty responses.
     return float(np.where(unigram_matches > 0, brevity * np.exp(log_precision), 0.0).mean())
 
 
 def _clipped_matches(grams: npt.NDArray[np.int64], owner: npt.NDArray[np.int64], count: int) -> tuple[Floats, Floats]:
-    """Of every response: its n-grams found in another response (clipped), and all its n-grams; both (count,)."""
+    """Returns, per response, the clipped number of n-grams found in another response and of all n-grams; (count,)."""
     if not len(grams):
         return np.zeros(count), np.zeros(count)
-    keys, times = np.unique(grams * count + owner, return_counts=True)  # one a (gram, response), by gram
+    keys, times = np.unique(grams * count + owner, return_counts=True)  # unique (gram, response), sorted by gram
     gram, who = keys // count, keys % count
     ranked = np.lexsort((-times, gram))  # within each gram the most frequent first
     first = np.flatnonzero(np.diff(gram, prepend=-1))
@@ -126,7 +133,7 @@ def _clipped_matches(grams: npt.NDArray[np.int64], owner: npt.NDArray[np.int64],
 
 
 def _closest_other_length(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Of every response, the length among the others that is closest to its own; of two, the shorter; (count,)."""
+    """Returns, per response, the closest length among the others, the shorter of two equally close; (count,)."""
     order = np.argsort(lengths, kind="stable")
     ascending = lengths[order]
     far = int(lengths.max()) * 3 + 3

@@ -1,7 +1,7 @@
-"""95 % intervals for clustered answers: over other images of the same concepts or tasks, or over other concepts.
+"""95 % intervals for clustered responses: over new images of the same concepts or tasks, or over new concepts.
 
-How often they hold the truth is simulated on the data sets' clusters: ``scripts/coverage.py``, docs/intervals.md, and
-:func:`coverage` for a table's caption. Differences between runs: :mod:`safervlm.statistics.differences`.
+Their coverage is simulated on the datasets' clusters: ``scripts/coverage.py``, docs/intervals.md, and :func:`coverage`
+for table captions. Differences between runs: :mod:`safervlm.statistics.differences`.
 """
 
 import csv
@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv, stdtrit
 
-FEWEST_CONCEPTS = 10  # that an interval for new concepts takes (and images, for other images of a task)
+FEWEST_CONCEPTS = 10  # minimum number of concepts for an interval over new concepts; also of images of a task
 
-# How an interval was made, for a table's caption; :func:`coverage` knows them and ``safervlm.results.measures``'s.
+# Names of interval methods, for table captions; :func:`coverage` also knows those of ``safervlm.results.measures``.
 BY_TASK = "stratified t (Price-Bonett), images within tasks"
 BY_IMAGE = "Wilson, effective number of images"
 RATIO_BY_IMAGE = "t, images (CR2)"
@@ -29,18 +29,22 @@ Numbers = npt.NDArray[np.integer]
 def effective_interval(share: float, variance: float, freedom: float, least: float, most: float) -> tuple[float, float]:
     """Korn and Graubard's 95 % interval of a proportion from a clustered sample.
 
-    The effective sample size ``share (1 - share) / variance``, shrunk by the squared ratio of the normal to the t
-    quantile because the variance is itself an estimate, goes into Clopper and Pearson's exact interval.
+    The effective sample size is ``share (1 - share) / variance``, multiplied by the squared ratio of the normal to the
+    t quantile because the variance is itself an estimate. Clopper and Pearson's exact interval is computed for this
+    size.
 
     Args:
         share: the proportion, 0 to 1.
-        variance: the estimated variance of ``share``; 0 says nothing, the clusters may be alike by luck.
-        freedom: the degrees of freedom of ``variance``; 0 where it can't be estimated.
-        least: the least effective size there can be, :func:`effective_clusters`: as if all answers of a cluster were
-            the same. It stands in where the variance says nothing (a share of 0 or 1, or no degrees of freedom), and
-            the interval is then valid still: clusters of one size vary at most as that binomial does (Hoeffding
-            1956).
-        most: the greatest size that is believed.
+        variance: the estimated variance of ``share``. A value of 0 is not used, as the clusters may be alike by chance.
+        freedom: the degrees of freedom of ``variance``; 0 if it can't be estimated.
+        least: lower bound of the effective size, :func:`effective_clusters`: as if all responses of a cluster were the
+            same. It is used if the variance is uninformative (a share of 0 or 1, or no degrees of freedom). The
+            interval is still valid then: the variance of clusters of equal size is at most that of this binomial
+            (Hoeffding 1956).
+        most: upper bound of the effective size.
+
+    Returns:
+        Lower and upper end.
     """
     size = least
     if 0 < share < 1 and freedom > 0 and variance > 1e-15:
@@ -53,27 +57,27 @@ def effective_interval(share: float, variance: float, freedom: float, least: flo
 
 
 def effective_clusters(answers: Floats) -> float:
-    """The number of equally large clusters that would carry as much as these, ``(sum n)^2 / sum n^2``.
+    """Returns the number of clusters of equal size with the same information, ``(sum n)^2 / sum n^2``.
 
     Args:
-        answers: (clusters,) the answers n of each.
+        answers: (clusters,) number of responses n of each.
     """
     return float(answers.sum() ** 2 / (answers**2).sum())
 
 
 def effective_freedom(squares: Floats, last: float | None = None) -> float:
-    """Satterthwaite's degrees of freedom of a sum of squares, by the squares themselves.
+    """Satterthwaite's degrees of freedom of a sum of squares, estimated from the squares themselves.
 
-    ``2 (sum s)^2 / sum s^2 - 1``: 1 where a single cluster carries all the variance, 3 where two do, so it stays honest
-    where a few concepts make all the errors. It lies half-way between Satterthwaite's plain ratio, which is a third of
-    what it should be for normal clusters as every square is estimated with one degree of freedom (intervals cover .96
-    to 1), and the ratio without that bias, ``3 (sum s)^2 / sum s^2 - 2`` (von Davier 2025, An improved Satterthwaite
-    effective degrees of freedom estimator, arXiv 2503.22080; by simulation Johnson and Rust 1992, Journal of
-    Educational Statistics 17), with which intervals of shares near 1 cover .91.
+    ``2 (sum s)^2 / sum s^2 - 1``: 1 if a single cluster contributes all the variance, 3 if two do, so intervals remain
+    valid if a few concepts account for all errors. It lies half-way between two estimators. Satterthwaite's plain ratio
+    is a third of the true value for normal clusters, as every square is estimated with one degree of freedom; its
+    intervals have coverage .96 to 1. The ratio without that bias, ``3 (sum s)^2 / sum s^2 - 2`` (von Davier 2025, An
+    improved Satterthwaite effective degrees of freedom estimator, arXiv 2503.22080; by simulation Johnson and Rust
+    1992, Journal of Educational Statistics 17), gives intervals of shares near 1 with coverage .91.
 
     Args:
         squares: (clusters,) each cluster's contribution to the variance, not negative.
-        last: the most there can be; the number of clusters less one if not given.
+        last: upper bound of the degrees of freedom; None is the number of clusters less one.
     """
     last = float(len(squares) - 1) if last is None else float(last)
     total = squares.sum()
@@ -81,16 +85,20 @@ def effective_freedom(squares: Floats, last: float | None = None) -> float:
 
 
 def ratio_squares(numerators: Floats, denominators: Floats, strata: Numbers | None = None) -> Floats:
-    """Each cluster's contribution to the variance of ``sum(numerators) / sum(denominators)``, linearised.
+    """Returns each cluster's contribution to the linearised variance of ``sum(numerators) / sum(denominators)``.
 
-    It is Bell and McCaffrey's CR2 (2002, Survey Methodology 28) of a mean: a square is enlarged by the share that its
-    cluster has in the ratio it is measured from, that of its stratum.
+    It is Bell and McCaffrey's CR2 (2002, Survey Methodology 28) of a mean: each squared residual is divided by one
+    minus the cluster's share in the denominator of its stratum.
 
     Args:
         numerators: (clusters,) the sum over each cluster.
         denominators: (clusters,) the sum over each cluster, positive.
-        strata: (clusters,) the stratum of each, as a number from 0 without holes, where new clusters are drawn within
-            strata (unsafe and safe concepts); one of a single cluster has no variance to be told.
+        strata: (clusters,) the stratum of each, as a number from 0 without gaps, if new clusters are sampled within
+            strata (unsafe and safe concepts); None is a single stratum. A stratum of one cluster contributes 0, as its
+            variance can't be estimated.
+
+    Returns:
+        (clusters,) contributions, which sum to the variance.
     """
     if strata is None:
         strata = np.zeros(len(denominators), int)
@@ -102,44 +110,50 @@ def ratio_squares(numerators: Floats, denominators: Floats, strata: Numbers | No
 
 
 def interval_these_concepts(right: Floats, answers: Floats, concepts: Numbers) -> tuple[float, float]:
-    """The 95 % interval of ``sum(right) / sum(answers)`` over other images of the same concepts.
+    """The 95 % interval of ``sum(right) / sum(answers)`` over new images of the same concepts.
 
-    The variance is the linearised one of a ratio, stratified by concept, clustered by image. Concepts with a single
-    image share one stratum (a collapsed one: its variance is too large rather than too small). Where concepts differ it
-    is smaller than that of independent answers: with an intra-concept correlation of r by the factor 1 - r. Down to a
-    half that is believed.
+    The variance is the linearised variance of a ratio, stratified by concept and clustered by image. Concepts with a
+    single image share one (collapsed) stratum, which makes their variance too large rather than too small. If concepts
+    differ, the variance is smaller than that of independent responses, by the factor 1 - r for an intra-concept
+    correlation of r. The factor is limited to at least one half.
 
     Args:
-        right: (images,) right answers to each image (or to each question about a name).
-        answers: (images,) answers to each image, at least 1.
+        right: (images,) number of right responses to each image (or to each question about a name).
+        answers: (images,) number of responses to each image, at least 1.
         concepts: (images,) the concept of each, as a number from 0.
+
+    Returns:
+        Lower and upper end.
     """
     share = right.sum() / answers.sum()
     residuals = (right - share * answers) / answers.sum()
     images = np.bincount(concepts)
-    singles = len(images)  # the number of the stratum of concepts with one image
+    singles = len(images)  # index of the stratum of all concepts with one image
     strata = np.where(images[concepts] == 1, singles, concepts)
     images = np.bincount(strata, minlength=singles + 1)
     means = np.bincount(strata, residuals, singles + 1) / np.maximum(images, 1)
     if images[singles] == 1:
-        means[singles] = 0.0  # nothing to share with: measured from the overall mean, again too large
+        means[singles] = 0.0  # a stratum of one image: residual from the overall mean, again too large a variance
     squares = (residuals - means[strata]) ** 2 * images[strata] / np.maximum(images[strata] - 1, 1)
     freedom = effective_freedom(squares, np.maximum(images - 1, 0).sum())
     return effective_interval(share, squares.sum(), freedom, effective_clusters(answers), 2 * answers.sum())
 
 
 def interval_new_concepts(right: Floats, answers: Floats, strata: Numbers | None = None) -> tuple[float, float] | None:
-    """The 95 % interval of ``sum(right) / sum(answers)`` over other concepts; None for fewer than 10.
+    """The 95 % interval of ``sum(right) / sum(answers)`` over new concepts.
 
-    The variance is CR2's (:func:`ratio_squares`). A sample of concepts is never taken to be better than independent
-    answers. Concepts of two kinds have an interval each, whose distances from the shares are added as variances are
-    (MOVER: Zou and Donner 2008, Construction of confidence limits about effect measures, Statistics in Medicine 27):
-    what the kinds differ in is no variance between concepts.
+    The variance is CR2's (:func:`ratio_squares`). The effective size is at most the number of responses, as if they
+    were independent. With several strata an interval is computed for each, and their distances from the shares are
+    added like standard errors (MOVER: Zou and Donner 2008, Construction of confidence limits about effect measures,
+    Statistics in Medicine 27): a difference between strata is not a variance between concepts.
 
     Args:
-        right: (concepts,) right answers about each concept.
-        answers: (concepts,) answers about each concept, at least 1.
-        strata: (concepts,) the kind of each, unsafe or safe, as a number from 0 without holes; 10 of each at least.
+        right: (concepts,) number of right responses about each concept.
+        answers: (concepts,) number of responses about each concept, at least 1.
+        strata: (concepts,) the stratum of each (unsafe or safe), as a number from 0 without gaps; None is a single one.
+
+    Returns:
+        Lower and upper end; None if a stratum has fewer than 10 concepts.
     """
     if strata is not None and strata.any():
         kinds = [strata == kind for kind in range(int(strata.max()) + 1)]
@@ -160,15 +174,15 @@ def interval_new_concepts(right: Floats, answers: Floats, strata: Numbers | None
 
 
 def interval_ratio(numerators: Floats, denominators: Floats, clusters: Numbers) -> tuple[float, float] | None:
-    """The 95 % t interval of ``sum(numerators) / sum(denominators)`` over other clusters.
-
-    Such as a model's scores over a reference's, for questions about images. None for fewer than 10 clusters, or if all
-    have the same ratio.
+    """The 95 % t interval of ``sum(numerators) / sum(denominators)`` over new clusters.
 
     Args:
-        numerators: (questions,) such as the model's scores.
-        denominators: (questions,) such as the reference's scores, positive.
-        clusters: (questions,) such as the image of each, as a number from 0 without holes.
+        numerators: (questions,) for example the model's ratings of questions about images.
+        denominators: (questions,) for example the reference's ratings, positive.
+        clusters: (questions,) the cluster of each, for example its image, as a number from 0 without gaps.
+
+    Returns:
+        Lower and upper end; None for fewer than 10 clusters, or if all have the same ratio.
     """
     above, below = (np.bincount(clusters, x).astype(np.float64) for x in (numerators, denominators))
     if len(below) < FEWEST_CONCEPTS:
@@ -182,22 +196,24 @@ def interval_ratio(numerators: Floats, denominators: Floats, clusters: Numbers) 
 def interval_sum_of_means(
     values: Floats, strata: Numbers, least: float = 0.0, most: float = 200.0
 ) -> tuple[float, float] | None:
-    """The 95 % interval of the sum over strata of the mean of their values, over other images of the same tasks.
+    """The 95 % interval of the sum over strata of the mean of their values, over new images of the same tasks.
 
-    Several strata: Price and Bonett's interval of a sum of proportions (2004, An improved confidence interval for a
-    linear function of binomial proportions, Computational Statistics and Data Analysis 45), here for values between two
-    bounds: each of k strata gets 2/k images at the least value and 2/k at the greatest, so one in which all are alike
-    has a variance too (:func:`smoothed_sum`). One stratum: Wilson's interval (1927) of the
-    effective number of images, at most four times what there are (a rarer value may not have been drawn).
-
-    None if a stratum has fewer than 10 images.
+    With several strata it is Price and Bonett's interval of a sum of proportions (2004, An improved confidence interval
+    for a linear function of binomial proportions, Computational Statistics and Data Analysis 45), generalised to
+    bounded values: 2/k pseudo-images at the least value and 2/k at the greatest are added to each of k strata, so a
+    stratum of equal values has a variance, too (:func:`smoothed_sum`). With one stratum it is Wilson's interval (1927)
+    of the effective number of images, which is at most four times the actual number (a rarer value may not have been
+    sampled).
 
     Args:
-        values: (images,) each from ``least`` to ``most``; for MME 100 for the accuracy of its two questions and 100 if
-            both are right.
-        strata: (images,) the task of each, as a number from 0 without holes.
-        least: the least value there can be.
-        most: the greatest.
+        values: (images,) each from ``least`` to ``most``. For MME: the percentage of right responses to the image's two
+            questions, plus 100 if both are right.
+        strata: (images,) the task of each, as a number from 0 without gaps.
+        least: the least possible value.
+        most: the greatest possible value.
+
+    Returns:
+        Lower and upper end; None if a stratum has fewer than 10 images.
     """
     images = np.bincount(strata)
     if images.min() < FEWEST_CONCEPTS:
@@ -221,14 +237,17 @@ def interval_sum_of_means(
 def smoothed_sum(
     values: Floats, strata: Numbers, least: float, most: float, extra: float
 ) -> tuple[float, float, float]:
-    """The sum of the strata's means, its variance and Satterthwaite's degrees of freedom, with made-up values added.
+    """Computes a sum of stratum means after adding pseudo-values at both bounds to each stratum.
 
     Args:
         values: (images,) each from ``least`` to ``most``.
-        strata: (images,) the stratum of each, as a number from 0 without holes; two images each at least.
-        least: the least value there can be.
-        most: the greatest.
-        extra: how many values of each of these two are added to a stratum.
+        strata: (images,) the stratum of each, as a number from 0 without gaps; at least two images in each.
+        least: the least possible value.
+        most: the greatest possible value.
+        extra: number of pseudo-values added to each stratum at ``least``, and as many at ``most``; may be a fraction.
+
+    Returns:
+        The sum of the means, its variance and Satterthwaite's degrees of freedom.
     """
     counted = np.bincount(strata)
     images = counted + 2 * extra
@@ -240,16 +259,28 @@ def smoothed_sum(
 
 
 def t_interval(value: float, variance: float, freedom: float) -> tuple[float, float]:
-    """Student's 95 % interval."""
+    """Computes Student's 95 % interval.
+
+    Args:
+        value: the estimate.
+        variance: its estimated variance.
+        freedom: the degrees of freedom of ``variance``.
+
+    Returns:
+        Lower and upper end.
+    """
     half = float(stdtrit(freedom, 0.975) * np.sqrt(variance))
     return value - half, value + half
 
 
 def interval_paired(differences: Floats) -> tuple[float, float] | None:
-    """The 95 % t interval of a mean of differences, one a concept; None for fewer than 10, or if all are the same.
+    """The 95 % t interval of a mean of differences, one per concept.
 
     Args:
         differences: (concepts,) each between -1 and 1.
+
+    Returns:
+        Lower and upper end; None for fewer than 10 concepts, or if all differences are the same.
     """
     if len(differences) < FEWEST_CONCEPTS or np.ptp(differences) < 1e-12:
         return None
@@ -267,18 +298,17 @@ def _coverage() -> tuple[tuple[str, str, float, float], ...]:
 
 
 def coverage(method: str, part: str | None = None) -> str | None:
-    """How often intervals made this way held the truth in simulations, such as ".94 to .98"; None if not simulated.
+    """Returns the simulated coverage of an interval method, such as ".94 to .98"; None if it was not simulated.
 
     Args:
-        method: what the table names; :data:`BY_TASK` and its like here and in :mod:`safervlm.statistics.differences`,
-        and the
-            methods of ``safervlm.results.measures``.
-        part: ``overall``, or ``category`` for the few concepts of one; all that was simulated if not given.
+        method: name of the method as stated in tables: a constant such as :data:`BY_TASK` of this module or of
+            :mod:`safervlm.statistics.differences`, or a method of ``safervlm.results.measures``.
+        part: ``overall``, or ``category`` for the few concepts of a category; None is the range over all simulations.
     """
     found = [row[2:] for row in _coverage() if row[0] == method and part in (None, row[1])]
     if not found:
         return None
-    # Outward: a rounded range must not promise more than was found.
+    # Round outward, so that the rounded range contains all simulated coverages.
     lowest = floor(100 * min(low for low, _ in found) + 1e-9) / 100
     highest = ceil(100 * max(high for _, high in found) - 1e-9) / 100
     return " to ".join(f"{end:.2f}".removeprefix("0") for end in (lowest, highest))
