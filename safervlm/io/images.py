@@ -58,7 +58,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT, STRIP_BYTES, TILE_BYTES = 258, 262,
 WHITE_IS_ZERO, SIGNED = 0, 2  # values of PHOTOMETRIC and of SAMPLE_FORMAT
 NO_DATA = "image file is truncated: it has no data for some of its rows"
 
-# Formats that every decoder decodes to the same pixels, if nothing in the file requires interpretation.
+# Formats that every server decodes to the same pixels, if nothing in the file requires interpretation.
 COMMON_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 SRGB_GAMMA = 1 / 2.2
 
@@ -295,7 +295,7 @@ def check_size(image: Image.Image, what: str, settings: ImageSettings) -> None:
 
 
 def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSettings) -> Decoded:
-    """Decodes an image that Pillow has opened; exceptions of Pillow propagate.
+    """Decodes an opened image; raises Pillow's exceptions, UnsupportedPixelsError, or OSError if rows have no data.
 
     Args:
         image: Opened image, not loaded.
