@@ -1,4 +1,4 @@
-"""``python -m safervlm``."""
+"""Entry point of ``python -m safervlm``."""
 
 from safervlm.cli.main import main
 

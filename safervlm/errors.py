@@ -1,30 +1,31 @@
-"""Expected failures: what the user can correct, in one line."""
+"""User errors: failures that the user can correct, each reported in one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """An expected failure.
+    """An expected failure that the user can correct.
 
     The message is one line: the argument or file (with its line number), the value, and how to correct it. The command
-    line prints the message alone and ends with exit code 2; any other exception is a defect, and its traceback is kept.
+    line prints only the message and exits with code 2. Any other exception is treated as a defect, and its traceback is
+    kept.
     """
 
 
 class ArgumentError(UserError):
-    """An argument can't be used; the message begins with the argument's name."""
+    """Raised for an invalid argument; the message begins with the argument's name."""
 
 
 class RecordError(UserError):
-    """A record of a data file or run folder can't be used; the message names the record or file."""
+    """Raised for an invalid record of a data file or run folder; the message names the record or file."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that is not empty, or else the name of its class.
+    """Returns the first non-empty line of an exception's message, or its class name if there is none.
 
     Args:
-        error: of a library, which may explain itself over a page.
+        error: Exception, usually raised by a library; its message may span many lines.
     """
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
@@ -34,16 +35,16 @@ def first_line(error: BaseException) -> str:
 def explained(
     what: str, remedy: str, *kinds: type[BaseException], error: type[UserError] = RecordError
 ) -> Iterator[None]:
-    """Within it, a library's exception becomes a line: ``WHAT (REASON); REMEDY``.
+    """Context manager that converts a library's exceptions to a one-line error: ``WHAT (REASON); REMEDY``.
 
     Args:
-        what: is wrong, beginning with the argument or file, for example ``vlm.adapter: 'x' can't be read``.
-        remedy: how to correct it.
-        kinds: the exceptions that the library raises for a damaged or missing file.
-        error: the class of the line.
+        what: What is wrong, beginning with the argument or file, for example ``vlm.adapter: 'x' can't be read``.
+        remedy: How to correct it.
+        *kinds: Exception classes that the library raises for a damaged or missing file.
+        error: Class of the error to raise.
 
     Raises:
-        UserError: one of the exceptions was raised. A UserError passes unchanged.
+        UserError: One of ``kinds`` was raised inside the block. A UserError passes unchanged.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""One bad record never ends a run: an exception that it raises becomes its reason, and the others go on."""
+"""Per-record failure handling: a record that raises is stored with its reason, and the run proceeds without it."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -10,19 +10,20 @@ from safervlm.errors import RecordError, UserError, first_line
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
-# These end a run, whatever record they come with.
+# Exceptions that end the run, whichever record was being processed.
 ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit, SIGTERMException)
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a record failed, in one line.
+    """Returns the reason why a record failed, in one line of at most 500 characters.
 
     Args:
-        error: what it raised. Not every one is an ``Exception``: a panic of the tokenizers library is not.
+        error: Exception raised while processing the record. It need not be an ``Exception``: a panic of the tokenizers
+            library derives directly from ``BaseException``.
 
     Raises:
-        BaseException: the error itself, where it concerns the run and not the record: a request to end, or an
-            argument that can't be used.
+        BaseException: ``error`` itself, if it concerns the run and not the record: a request to end, or a UserError
+            that is not a RecordError, such as an invalid argument.
     """
     if isinstance(error, ENDS) or (isinstance(error, UserError) and not isinstance(error, RecordError)):
         raise error
@@ -35,17 +36,17 @@ def reason_of(error: BaseException) -> str:
 def in_halves(
     items: Sequence[Item], make: Callable[[Sequence[Item]], Made]
 ) -> tuple[list[Made], list[tuple[Item, str]]]:
-    """Makes something of all items together; in halves where that raises an exception, to find the one to blame.
+    """Processes all items together; if that raises, splits them in halves recursively to isolate the failing items.
 
     Args:
-        items: any number of them.
-        make: what is done with some of them.
+        items: Items to process; may be empty.
+        make: Function that processes several items at once.
 
     Returns:
-        What was made, mostly one thing; and the items for which nothing was, each with its reason.
+        The results of the successful calls (one if no item failed), and the failed items, each with its reason.
 
     Raises:
-        BaseException: see :func:`reason_of`.
+        BaseException: See :func:`reason_of`.
     """
     if not items:
         return [], []
@@ -53,7 +54,7 @@ def in_halves(
         return [make(items)], []
     except BaseException as error:
         reason = reason_of(error)
-    # Only here is what the failed attempt held free again.
+    # Memory held by the failed attempt is released only after the except block.
     if len(items) == 1:
         return [], [(items[0], reason)]
     middle = len(items) // 2

@@ -1,4 +1,4 @@
-"""Training stops where a loss, a gradient or a weight is not finite, and where nothing was trained."""
+"""Training guards: stop on a non-finite loss, gradient or weight, and reject a run that trained nothing."""
 
 import math
 from collections.abc import Sequence
@@ -19,29 +19,30 @@ REMEDY = (
 
 
 class NotFiniteError(UserError):
-    """A number of the training is NaN or infinite."""
+    """Raised if a loss, gradient or weight is NaN or infinite during training."""
 
 
 class TrainingGuard(Callback):
-    """Watches every training: the base class of the objectives, and the judge, bring it along.
+    """Callback that stops a training run on non-finite numbers. The base class of objectives and the judge add it.
 
-    All processes decide together, so that none waits for another.
+    All processes make each decision collectively, so that none blocks waiting for another.
 
-    - A loss that is back-propagated, or a gradient at an optimizer step, that is not finite stops the run before the
-      step. With a loss scaler (float16), which itself skips steps with such gradients, ``SKIPPED_IN_A_ROW`` skipped
-      steps in a row stop it.
-    - A loss of held-out records that is not finite stops it.
+    - A non-finite back-propagated loss, or a non-finite gradient at an optimizer step, stops the run before the step.
+      With a loss scaler (float16), which skips steps with such gradients, the run stops after ``SKIPPED_IN_A_ROW``
+      consecutive skipped steps.
+    - A non-finite validation loss stops the run.
     - A run without any optimizer step ends with an error.
     """
 
     def __init__(self) -> None:
-        self._loss: Tensor | None = None  # whether one since the last step was not finite; no number leaves its device
-        self._skipped = 0  # in a row
-        self.skipped = 0  # in all
-        self._engine_skipped = 0  # what DeepSpeed says to have skipped
+        # Whether a loss since the last step was not finite. Kept on the device, so that no step synchronises for it.
+        self._loss: Tensor | None = None
+        self._skipped = 0  # consecutive skipped steps
+        self.skipped = 0  # total of skipped steps
+        self._engine_skipped = 0  # skipped steps reported by DeepSpeed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Rejects a run of no steps, before any weight is read."""
+        """Rejects a run of zero epochs or steps before any weight is loaded."""
         if stage != "fit":
             return
         for name in ("max_epochs", "max_steps"):
@@ -49,16 +50,16 @@ class TrainingGuard(Callback):
                 raise ArgumentError(f"trainer.{name}: 0 trains nothing; give at least 1, or leave it out")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins to count."""
+        """Resets the counters."""
         self._loss, self._skipped, self.skipped, self._engine_skipped = None, 0, 0, 0
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Notes whether the loss is finite."""
+        """Records whether the loss is finite."""
         bad = ~torch.isfinite(loss.detach()).all()
         self._loss = bad if self._loss is None else self._loss | bad
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Looks at the loss and the gradients, before they are clipped."""
+        """Checks the loss and the gradients before gradient clipping."""
         bad_loss = self._loss is not None and bool(self._loss)
         self._loss = None
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -81,7 +82,7 @@ class TrainingGuard(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """DeepSpeed has its gradients to itself: it says what their norm was, and how many steps it skipped."""
+        """Checks DeepSpeed's gradient norm and skipped steps: DeepSpeed does not expose the gradients themselves."""
         if not isinstance(trainer.strategy, DeepSpeedStrategy):
             return
         engine = trainer.strategy.deepspeed_engine
@@ -96,13 +97,13 @@ class TrainingGuard(Callback):
             raise self._error(trainer, "the gradients' norm is not finite (NaN or infinite)")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the losses of held-out records, the same on all processes."""
+        """Checks the validation losses, which are the same on all processes."""
         for name, value in trainer.callback_metrics.items():
             if name.startswith("val") and name.endswith("loss") and not torch.isfinite(value).all():
                 raise self._error(trainer, f"{name} is not finite (NaN or infinite)")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rejects what was not trained."""
+        """Rejects a run that made no optimizer step or has non-finite weights."""
         must_be_trained(trainer, pl_module)
 
     @staticmethod
@@ -114,15 +115,19 @@ class TrainingGuard(Callback):
 
 
 def must_be_trained(trainer: Trainer, module: LightningModule) -> None:
-    """Rejects to take a module for trained: what an export calls first, whatever the order of the callbacks.
+    """Rejects a module that was not trained. Exports call it first, so the order of callbacks does not matter.
+
+    Args:
+        trainer: Trainer of the fit; its global step is compared with the steps skipped by its TrainingGuard.
+        module: Trained module.
 
     Raises:
-        ArgumentError: no optimizer step was made.
-        NotFiniteError: a trained weight is NaN or infinite.
+        ArgumentError: No optimizer step was made.
+        NotFiniteError: A trained weight is NaN or infinite.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     skipped = sum(callback.skipped for callback in callbacks if isinstance(callback, TrainingGuard))
-    if trainer.global_step <= skipped:  # steps of before a run was resumed are among the global ones
+    if trainer.global_step <= skipped:  # global_step includes the steps made before the run was resumed
         raise ArgumentError(
             "trainer: no optimizer step was made, so nothing was trained; raise trainer.max_epochs, trainer.max_steps "
             "or trainer.limit_train_batches, or give more data"
@@ -131,10 +136,13 @@ def must_be_trained(trainer: Trainer, module: LightningModule) -> None:
 
 
 def must_have_finite_weights(module: LightningModule) -> None:
-    """Rejects NaN and infinities among the trained weights.
+    """Rejects NaN and infinite values among the trainable weights.
+
+    Args:
+        module: Module; its parameters with ``requires_grad`` are checked.
 
     Raises:
-        NotFiniteError: names the weight.
+        NotFiniteError: A weight is not finite; the message names it.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if not all_finite(list(trained.values())):
@@ -144,7 +152,11 @@ def must_have_finite_weights(module: LightningModule) -> None:
 
 @torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no number is NaN or infinite; the device is waited for once."""
-    # NaN is the extreme of whatever holds one; nothing is copied.
+    """Returns whether all values of all tensors are finite; synchronises with the device once.
+
+    Args:
+        tensors: Tensors of any shape; empty ones are skipped.
+    """
+    # aminmax returns NaN for a tensor that contains NaN, so the two extremes suffice and no copy is made.
     extremes = [torch.stack(torch.aminmax(tensor)).float() for tensor in tensors if tensor.numel()]
     return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())

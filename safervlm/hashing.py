@@ -1,14 +1,21 @@
-"""Hashes that are the same on every machine: fingerprints of contents, seeds by name."""
+"""Machine-independent hashes: fingerprints of contents, and seeds derived from names."""
 
 import hashlib
 from pathlib import Path
 
-# Half a surrogate pair is hashed as what it is.
+# Error handler of str.encode that also encodes lone surrogates.
 HALVES = "surrogatepass"
 
 
 def fingerprint(*parts: str | bytes | Path) -> str:
-    """A short hash of texts, bytes and files (by content), in order: 16 hexadecimal digits of SHA-256."""
+    """Computes a short hash of texts, bytes and files, in order.
+
+    Args:
+        *parts: Texts, bytes, or paths; a path stands for the content of its file.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256 over the SHA-256 digests of the parts.
+    """
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -21,6 +28,10 @@ def fingerprint(*parts: str | bytes | Path) -> str:
 
 
 def seed_for(*names: str | int) -> int:
-    """A 63-bit seed drawn from names, for example ``seed_for(seed, record.id)``: the same on every machine."""
+    """Derives a 63-bit seed from names, for example ``seed_for(seed, record.id)``; the same on every machine.
+
+    Args:
+        *names: Texts and integers; their order matters.
+    """
     digest = hashlib.sha256("\x1f".join(map(str, names)).encode(errors=HALVES)).digest()
     return int.from_bytes(digest[:8], "little") >> 1

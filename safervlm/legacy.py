@@ -1,8 +1,9 @@
-"""Module names of version 0.1 and where their contents are today.
+"""Module names of version 0.1, mapped to the modules that hold their contents now.
 
 A class path in a saved ``fit.yaml`` or ``predict.yaml``, a manifest, or a user's own ``import`` may still name a module
-of version 0.1. :data:`MOVED` is the only table of these names. Importing one returns a module that looks its attributes
-up in today's modules; :func:`today` rewrites a dotted name, so that settings of old and new runs can be compared.
+of version 0.1. :data:`MOVED` is the only table of these names. Importing one returns a module that looks up its
+attributes in the current modules; :func:`today` rewrites a dotted name, so that settings of old and new runs can be
+compared.
 """
 
 import sys
@@ -42,21 +43,21 @@ MOVED: dict[str, tuple[str, ...]] = {
     "safervlm.vlm.transformers": ("safervlm.vlm.auto",),
     "safervlm.vlm.xcomposer": ("safervlm.vlm.remote.xcomposer",),
 }
-# Modules that still exist, but not with all that they had.
+# Modules that still exist, but some of whose contents moved elsewhere.
 SPLIT: dict[str, tuple[str, ...]] = {
     "safervlm.data.alignment": ("safervlm.data.own", "safervlm.data.export"),
 }
 
 
 def find(module: str, name: str) -> Any:
-    """Looks an attribute of an old module up in today's modules.
+    """Looks up an attribute of an old module in the current modules.
 
     Args:
-        module: a key of :data:`MOVED` or :data:`SPLIT`.
-        name: the attribute.
+        module: Key of :data:`MOVED` or :data:`SPLIT`.
+        name: Name of the attribute.
 
     Raises:
-        AttributeError: none of today's modules has it.
+        AttributeError: No current module has the attribute.
     """
     for place in (*MOVED.get(module, ()), *SPLIT.get(module, ())):
         found = vars(import_module(place)).get(name)
@@ -66,13 +67,13 @@ def find(module: str, name: str) -> Any:
 
 
 def today(path: str) -> str:
-    """Rewrites the dotted name of a class from version 0.1.
+    """Rewrites the dotted name of a class of version 0.1 to its current name.
 
     Args:
-        path: such as ``safervlm.judge.Judge``.
+        path: Dotted name, such as ``safervlm.judge.Judge``.
 
     Returns:
-        The name as it is today, ``safervlm.judging.classifier.Judge``; another text comes back unchanged.
+        The current name, here ``safervlm.judging.classifier.Judge``; any other text is returned unchanged.
     """
     module, _, name = path.rpartition(".")
     if module in MOVED or module in SPLIT:
@@ -85,10 +86,10 @@ def today(path: str) -> str:
 
 
 def with_todays_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Rewrites the class names in the recorded settings of a run.
+    """Returns recorded settings of a run with the class names of version 0.1 rewritten to current ones.
 
     Args:
-        settings: flat: dotted keys with their values.
+        settings: Flat settings (dotted key -> value); only keys whose last part is ``class`` are rewritten.
     """
     return {
         key: today(value) if key.rpartition(".")[2] == "class" and isinstance(value, str) else value
@@ -97,20 +98,30 @@ def with_todays_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class OldModules(MetaPathFinder, Loader):
-    """Imports the modules of :data:`MOVED`; installed behind all other finders."""
+    """Import hook for the modules of :data:`MOVED`; it must come after all other finders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Finds an old module; None for any other."""
+        """Returns the spec of an old module; None for any other module.
+
+        Args:
+            fullname: Dotted name of the module to import.
+            path: Ignored; part of the interface of ``MetaPathFinder``.
+            target: Ignored; part of the interface of ``MetaPathFinder``.
+        """
         return ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Makes a module whose attributes are looked up when they are asked for."""
+        """Sets up a module whose attributes are looked up lazily, by :func:`find`.
+
+        Args:
+            module: The new, empty module.
+        """
         module.__getattr__ = lambda name: find(module.__name__, name)  # type: ignore[method-assign]
 
 
 def install_old_names() -> None:
-    """Lets the old names be imported; called once, by the package itself."""
+    """Registers the import hook for the old names; called once, when the package is imported."""
     if not any(isinstance(finder, OldModules) for finder in sys.meta_path):
         sys.meta_path.append(OldModules())

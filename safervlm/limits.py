@@ -1,4 +1,4 @@
-"""A limit on what somebody else's text may compute: a model's chat template, an adapter's regular expression."""
+"""CPU-time limits for untrusted text that is executed: chat templates of models, regular expressions of adapters."""
 
 import re
 import signal
@@ -9,22 +9,22 @@ from types import FrameType
 
 from safervlm.errors import ArgumentError
 
-SECONDS = 10.0  # of computing; a template and an expression take milliseconds
+SECONDS = 10.0  # of CPU time; templates and expressions normally take milliseconds
 
 
 @contextmanager
 def computing_limit(message: str, seconds: float | None = None) -> Iterator[None]:
-    """Ends what is computed within it after some seconds of the process's CPU time, whatever else the machine does.
+    """Context manager that raises after a number of seconds of the process's CPU time, whatever else the machine runs.
 
-    It reaches loops of Python and the search for a match of a regular expression. Outside of the main thread, and
-    within another limit, it does nothing.
+    It interrupts Python loops and the matching of regular expressions. It does nothing outside the main thread or
+    inside another limit.
 
     Args:
-        message: the line to raise, beginning with the argument.
-        seconds: of CPU time; None for ``SECONDS``.
+        message: Message of the error, one line that begins with the argument.
+        seconds: Limit in seconds of CPU time; None for ``SECONDS``.
 
     Raises:
-        ArgumentError: it took longer.
+        ArgumentError: The block exceeded the limit.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_VIRTUAL)[0]:
         yield
@@ -37,7 +37,7 @@ def computing_limit(message: str, seconds: float | None = None) -> Iterator[None
     try:
         signal.setitimer(
             signal.ITIMER_VIRTUAL, SECONDS if seconds is None else seconds, 1.0
-        )  # again and again: the code within may catch one
+        )  # repeats every second of CPU time: the code within may catch a single exception
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
@@ -45,16 +45,16 @@ def computing_limit(message: str, seconds: float | None = None) -> Iterator[None
 
 
 def must_match_soon(patterns: Iterable[str], names: Iterable[str], what: str, seconds: float | None = None) -> None:
-    """Rejects regular expressions that go through too many ways to match one of some names.
+    """Rejects regular expressions that take too long to match (catastrophic backtracking).
 
     Args:
-        patterns: the expressions; one that is none is passed over.
-        names: that will be matched.
-        what: has the expressions, beginning with the argument.
-        seconds: of CPU time that each may take; None for ``SECONDS``.
+        patterns: Regular expressions; invalid ones are skipped.
+        names: Texts that the expressions will be matched against.
+        what: Source of the expressions for the error message, beginning with the argument.
+        seconds: Limit in seconds of CPU time per expression; None for ``SECONDS``.
 
     Raises:
-        ArgumentError: it took longer.
+        ArgumentError: An expression exceeded the limit.
     """
     names = list(names)
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""Measuring a VLM: a predict loop whose step generates."""
+"""Measurement of a VLM: a Lightning module whose predict step generates responses."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,34 +18,38 @@ from safervlm.vlm.sampling import Sampling
 
 @dataclass
 class Asked:
-    """A batch of questions, without those that can't be asked.
+    """A batch of questions, without those that could not be collated.
 
     Attributes:
-        batches: what the VLM's collator made of the others; mostly one, several where they can't be collated together,
-            none where no question is left.
-        failed: the questions that can't be asked, and why.
+        batches: Batches made by the VLM's collator: usually one; several if the questions can't be collated together;
+            none if no question remains.
+        failed: Questions that could not be collated, with their reasons.
     """
 
     batches: list[Any]
     failed: list[Failure]
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device; Lightning calls it."""
+        """Returns a copy with its batches on another device; called by Lightning.
+
+        Args:
+            device: Target device.
+        """
         return type(self)([batch.to(device) for batch in self.batches], self.failed)
 
 
 @dataclass
 class AskCollator:
-    """Sets aside the questions for which a VLM's collator raises an exception: one of them must not end a run.
+    """Fault-tolerant collator: records the questions that the VLM's collator can't process, so that none ends a run.
 
     Attributes:
-        collator: the VLM's.
+        collator: Collator of the VLM.
     """
 
     collator: Collator
 
     def __call__(self, examples: Sequence[Example]) -> Asked:
-        """Collates them together, and one by one where that fails, to find the one to blame."""
+        """Collates the examples together; if that raises, one by one, to isolate the failing ones."""
         try:
             return Asked([self.collator(examples)], [])
         except BaseException as error:
@@ -57,23 +61,23 @@ class AskCollator:
                 good.append(example)
             except BaseException as error:
                 failed.append(Failure(example.question, reason_of(error)))
-        # What can be collated one by one need not fit into memory together.
+        # Examples that can be collated one by one may still exceed the memory together.
         batches, more = in_halves(good, self.collator)
         return Asked(batches, failed + [Failure(example.question, reason) for example, reason in more])
 
 
 class Measure(L.LightningModule):
-    """Asks a VLM the questions of the data and gives its answers.
+    """Generates a VLM's responses to the questions of the data.
 
     Args:
-        vlm: the model to measure, with or without an adapter.
-        sampling: how answers are drawn; the default is the published measurement's.
-        seed: an answer's randomness is drawn from (seed, record id, step): neither the batch, the order nor the number
-            of processes changes an answer in float32.
-        failures_in_a_row: A question that raises an unexpected exception is recorded as failed. After so many of them
-            without an answer in between the run stops, as its questions are not to blame. A question that the VLM
-            itself leaves unanswered (no finite logits, a server that doesn't take it) or that doesn't fit into memory
-            neither counts nor ends the count.
+        vlm: Model to measure, with or without an adapter.
+        sampling: Sampling settings of the responses. The default is that of the published measurement.
+        seed: Seed of the sampling. The noise of a response depends only on (seed, record id, step): in float32, neither
+            batch size nor order nor number of processes changes a response.
+        failures_in_a_row: Number of consecutive questions with unexpected exceptions after which the run stops. Each
+            such question is recorded as failed; after so many without a response in between, the questions are not the
+            cause. Questions that the VLM itself leaves unanswered (no finite logits, rejected by a server) or that
+            don't fit into memory neither count nor reset the count.
 
     Raises:
         ArgumentError: ``failures_in_a_row`` is less than 1.
@@ -90,38 +94,41 @@ class Measure(L.LightningModule):
         in_range("model", least=1, failures_in_a_row=failures_in_a_row)
         self.vlm, self.sampling, self.seed, self.failures_in_a_row = vlm, sampling, seed, failures_in_a_row
         self._in_a_row = 0
-        self.largest: int | None = None  # batch that fits into memory, once a larger one didn't
+        self.largest: int | None = None  # batch size used after a larger batch ran out of memory
 
     @property
     def collator(self) -> AskCollator:
-        """Makes the batches; the CLI hands it to the data."""
+        """Collator of the batches; the command line passes it to the data module."""
         return AskCollator(self.vlm.collator)
 
     def describe(self) -> dict[str, Any]:
-        """What decides an answer."""
+        """Returns the settings that determine the responses, for the manifest."""
         return {"vlm": self.vlm.describe(), "sampling": asdict(self.sampling), "seed": self.seed}
 
     def configure_model(self) -> None:
-        """Reads the weights, if there is anything left to ask."""
-        data = getattr(self._trainer, "datamodule", None)  # none where a loader alone is asked
+        """Loads the weights, unless no question remains to be asked."""
+        data = getattr(self._trainer, "datamodule", None)  # None if the trainer was given a data loader only
         if data is None or data.remaining():
             self.vlm.load()
 
     def predict_step(self, asked: Asked, batch_idx: int) -> list[Response | Failure]:
-        """One answer a question, or the reason why there is none."""
+        """Returns one response per question, or a failure with its reason."""
         records: list[Response | Failure] = [*asked.failed]
         for batch in asked.batches:
             records += map(self.record, batch.questions, self.answer(batch))
         return records
 
     def answer(self, batch: Any) -> list[Generation | str]:
-        """Generates; in halves where the whole doesn't fit into memory or raises an exception.
+        """Generates the responses of a batch; splits it in halves if it exceeds the memory or raises an exception.
+
+        Args:
+            batch: Batch made by the VLM's collator, with ``len`` and ``select``.
 
         Returns:
-            One a question: the answer, or a line that says why there is none.
+            One entry per question, in order: the generation, or a line that states why there is none.
 
         Raises:
-            UserError: ``failures_in_a_row`` questions raised exceptions, with no answer in between.
+            UserError: ``failures_in_a_row`` consecutive questions raised exceptions.
         """
         if self.largest is not None and len(batch) > self.largest:
             return self._in_parts(batch, self.largest)
@@ -138,7 +145,7 @@ class Measure(L.LightningModule):
         else:
             self._in_a_row = 0
             return answers
-        # Only here is what the failed attempt held free again.
+        # Memory held by the failed attempt is released only after the except block.
         if full and torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(batch) == 1:
@@ -161,7 +168,12 @@ class Measure(L.LightningModule):
 
     @staticmethod
     def record(question: Question, answer: Generation | str) -> Response | Failure:
-        """What is written down of an answer."""
+        """Converts a generation or a failure reason to its record.
+
+        Args:
+            question: Question that was asked.
+            answer: Generation of the VLM, or the reason why there is none.
+        """
         if isinstance(answer, str):
             return Failure(question, answer)
         return Response(question, answer.text, answer.finish_reason, len(answer.token_ids))

@@ -1,4 +1,4 @@
-"""What made an output: versions of packages, the commit, flat settings."""
+"""Provenance of an output: versions of packages and the commit of the source tree."""
 
 import subprocess
 from pathlib import Path
@@ -7,7 +7,10 @@ PACKAGES = ("safervlm", "torch", "lightning", "transformers", "peft", "tokenizer
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree that the package is run from, ``-dirty`` if it was changed; None outside one."""
+    """Returns the commit of the source tree that the package runs from; None outside a repository.
+
+    The commit ends in ``-dirty`` if the tree has uncommitted changes.
+    """
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603

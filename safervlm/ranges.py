@@ -1,4 +1,4 @@
-"""The ranges of numbers that are arguments: checked where they are given, before anything is read."""
+"""Range checks of numeric arguments, made where the arguments are given and before any data is loaded."""
 
 import math
 
@@ -14,18 +14,18 @@ def in_range(
     below: float | None = None,
     **values: float | None,
 ) -> None:
-    """Rejects numbers outside a range; NaN and infinities are outside of every one.
+    """Rejects numbers outside a range; NaN and infinities are outside every range.
 
     Args:
-        where: what the arguments are of (``model``, ``sampling``), for the error.
-        least: the smallest number that is allowed.
-        above: or the number that they have to be larger than.
-        most: the largest number that is allowed.
-        below: or the number that they have to be smaller than.
-        values: name -> number; None is an argument that isn't given.
+        where: Prefix of the arguments' names for the error message, such as ``model`` or ``sampling``.
+        least: Inclusive lower bound.
+        above: Exclusive lower bound.
+        most: Inclusive upper bound.
+        below: Exclusive upper bound.
+        **values: Name -> number; None stands for an argument that was not given and is accepted.
 
     Raises:
-        ArgumentError: names the first number outside.
+        ArgumentError: A number is outside the range; the message names the first one.
     """
     for name, value in values.items():
         if value is None or (

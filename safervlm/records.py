@@ -1,9 +1,9 @@
-"""What the stages hand to each other: questions, responses and verdicts, each a line of JSON with a stable id.
+"""Record types exchanged between stages: questions, responses and verdicts, stored as JSON lines with stable ids.
 
-The id of a question is written ``{data set}/{image}/{capability}/{prompt number}``, for example
-``UnsafeConcepts/images/17.png/alignment/3``; about a concept's name alone the concept stands in the image's place
-(``UnsafeConcepts/Swastika/alignment_text_only/0``). A response and a verdict carry the id of the question they belong
-to. Nothing is ever matched by position.
+The id of a question has the form ``{dataset}/{image}/{capability}/{prompt number}``, for example
+``UnsafeConcepts/images/17.png/alignment/3``. For a question about a concept's name the concept replaces the image
+(``UnsafeConcepts/Swastika/alignment_text_only/0``). A response and a verdict have the id of their question. Records are
+matched by id, never by position.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,15 +17,15 @@ from safervlm.io.files import write_atomically
 from safervlm.io.reading import json_text, numbered_jsonl, parse_json
 from safervlm.protocol import Capability
 
-# In a run folder: the answers.
+# Files of a run folder. The responses:
 RESPONSES = "responses.jsonl"
-# The questions that have no answer, and why.
+# The questions without a response, with the reason.
 FAILED = "responses-failed.jsonl"
-# What the judges read in the answers.
+# The judges' classifications of the responses.
 VERDICTS = "verdicts.jsonl"
-# The answers that no judge could classify, and why.
+# The responses that no judge could classify, with the reason.
 UNJUDGED = "verdicts-failed.jsonl"
-# JSON's kinds of values in words.
+# Names of JSON's types in error messages.
 KINDS = {
     str: "a text",
     int: "an integer",
@@ -37,15 +37,22 @@ KINDS = {
 
 
 def record_id(dataset: str, image: str, capability: str, prompt_number: int) -> str:
-    """The id of a question (see the module's docstring for the scheme)."""
+    """Returns the id of a question; the module's docstring defines the form.
+
+    Args:
+        dataset: Name of the dataset.
+        image: Name of the image within the dataset, or a concept.
+        capability: Capability that the question measures.
+        prompt_number: Index of the prompt among the capability's prompts, from 0.
+    """
     return f"{dataset}/{image}/{capability}/{prompt_number}"
 
 
 def _check(record: Mapping[str, Any], /, **kinds: type | tuple[type, ...]) -> None:
-    """Raises a KeyError for a field that a record lacks, and a RecordError for a value of another type."""
+    """Raises a KeyError for a missing field and a RecordError for a value of another type."""
     for name, kind in kinds.items():
         value = record[name]
-        # True is no number, although Python's bool is an int.
+        # bool is a subclass of int in Python, but JSON's true is no number.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             allowed = kind if isinstance(kind, tuple) else (kind,)
             expected = " or ".join(KINDS.get(each, "null") for each in allowed)
@@ -57,20 +64,20 @@ class Question:
     """One question about one image, or about a concept's name.
 
     Attributes:
-        id: see :func:`record_id`.
-        dataset: the data set's name, the first part of the id.
-        image: the image's name within the data set (``images/17.png``); the concept for a question about its name.
-        image_path: the local file that holds the image; None for a question about a name (a VLM that needs an image
-            is shown a blank white one).
-        capability: what the question measures.
-        prompt_number: which of the capability's prompts it is, from 0.
-        prompt: the question as the VLM is asked it, without any conversation template.
-        category: one of the nine categories, or the name of the safe set.
-        concept: what the image shows.
-        answer: the right label: ``Safe`` or ``Unsafe``, a letter for perception, ``Yes`` or ``No`` for ``yes_no``; the
+        id: See :func:`record_id`.
+        dataset: Name of the dataset, the first part of the id.
+        image: Name of the image within the dataset (``images/17.png``); the concept for a question about its name.
+        image_path: Path of the local image file; None for a question about a name (a VLM that requires an image is
+            given a blank white one).
+        capability: Capability that the question measures.
+        prompt_number: Index of the prompt among the capability's prompts, from 0.
+        prompt: Text of the question as the VLM is asked it, without any conversation template.
+        category: One of the nine categories, or the name of the safe dataset.
+        concept: Concept that the image shows.
+        answer: Correct label: ``Safe`` or ``Unsafe``, a letter for perception, ``Yes`` or ``No`` for ``yes_no``; the
             expected answer for ``occurs``, the reference answer for ``rated``.
-        context: what only the judge is told of the image (LLaVABench's caption).
-        drawn: whether it is the one of an image's questions that the published evaluation draws.
+        context: Description of the image that only the judge is given (LLaVABench's caption).
+        drawn: Whether this is the question about the image that the published evaluation samples.
     """
 
     id: str
@@ -87,17 +94,20 @@ class Question:
     drawn: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that say something: the last two stand only in the records of an evaluation."""
+        """Returns the fields for JSON; ``context`` and ``drawn`` only if set, as only evaluations use them."""
         record = asdict(self)
         return {name: record[name] for name in record if record[name] or name not in ("context", "drawn")}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote, among other fields.
+        """Parses a record written by :meth:`to_dict`; other fields are ignored.
+
+        Args:
+            record: Fields of the question.
 
         Raises:
-            KeyError: a field is missing.
-            RecordError: a field has a value of another type.
+            KeyError: A field is missing.
+            RecordError: A field has a value of another type, or the capability is unknown.
         """
         _check(record, image_path=(str, type(None)), prompt_number=int, capability=str)
         _check(record, **dict.fromkeys(("id", "dataset", "image", "prompt", "category", "concept", "answer"), str))
@@ -110,11 +120,11 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question with the completions that an objective wants scored.
+    """A question with the completions that a training objective scores.
 
     Attributes:
-        question: what is asked.
-        completions: none to generate (measuring, PPO), one for SFT (the target), two for DPO (chosen, rejected).
+        question: Question to ask.
+        completions: None for generation (measuring, PPO), one for SFT (the target), two for DPO (chosen, rejected).
     """
 
     question: Question
@@ -123,15 +133,15 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A VLM's answer to a question.
+    """A VLM's response to a question.
 
     Attributes:
-        question: the question, whole: a response file can be read and judged alone.
-        response: the generated text, without special tokens.
-        finish_reason: ``stop`` when the VLM ended its answer, ``length`` when the limit of new tokens did; ``refusal``
-            when a server marks the answer as one, ``content_filter`` when its filter cut the answer, mostly to nothing.
-            Any other is a server's own word (``eos``, ``end_turn``) for an answer that ended by itself.
-        tokens: the number of generated tokens, the end token included; 0 where it is not known.
+        question: The complete question, so that a response file can be judged by itself.
+        response: Generated text, without special tokens.
+        finish_reason: ``stop`` if the VLM ended its response, ``length`` if the limit of new tokens did; ``refusal`` if
+            a server marks the response as one, ``content_filter`` if its filter cut the response, usually to nothing.
+            Any other value is a server's own (``eos``, ``end_turn``) for a response that ended by itself.
+        tokens: Number of generated tokens, including the end token; 0 if unknown.
     """
 
     question: Question
@@ -141,21 +151,24 @@ class Response:
 
     @property
     def id(self) -> str:
-        """The question's id."""
+        """Id of the question."""
         return self.question.id
 
     def to_dict(self) -> dict[str, Any]:
-        """The flat record of ``responses.jsonl``."""
+        """Returns the flat record of ``responses.jsonl``."""
         answer = {"response": self.response, "finish_reason": self.finish_reason, "tokens": self.tokens}
         return self.question.to_dict() | answer
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote, among other fields.
+        """Parses a record written by :meth:`to_dict`; other fields are ignored.
+
+        Args:
+            record: Fields of the question and the response.
 
         Raises:
-            KeyError: a field is missing.
-            RecordError: a field has a value of another type.
+            KeyError: A field is missing.
+            RecordError: A field has a value of another type, or the capability is unknown.
         """
         _check(record, response=str, finish_reason=str, tokens=int)
         return cls(Question.from_dict(record), record["response"], record["finish_reason"], record["tokens"])
@@ -163,11 +176,11 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A question that has no answer.
+    """A question without a response.
 
     Attributes:
-        question: the question.
-        reason: why, in one line.
+        question: The question.
+        reason: Why there is no response, in one line.
     """
 
     question: Question
@@ -175,20 +188,23 @@ class Failure:
 
     @property
     def id(self) -> str:
-        """The question's id."""
+        """Id of the question."""
         return self.question.id
 
     def to_dict(self) -> dict[str, Any]:
-        """The record of ``responses-failed.jsonl``."""
+        """Returns the flat record of ``responses-failed.jsonl``."""
         return self.question.to_dict() | {"reason": self.reason}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote, among other fields.
+        """Parses a record written by :meth:`to_dict`; other fields are ignored.
+
+        Args:
+            record: Fields of the question, and ``reason``.
 
         Raises:
-            KeyError: a field is missing.
-            RecordError: a field has a value of another type.
+            KeyError: A field is missing.
+            RecordError: A field has a value of another type, or the capability is unknown.
         """
         _check(record, reason=str)
         return cls(Question.from_dict(record), record["reason"])
@@ -196,17 +212,16 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a judge read in a response.
+    """A judge's classification of a response.
 
     Attributes:
-        id: the question's id.
-        label: the most probable label.
-        probabilities: of every label, summing to 1.
-        judge: the fingerprint of the judge's weights (see :func:`fingerprint`).
-        answer: the fingerprint of the answer's text (:meth:`fingerprint_of`); empty in a file of version 0.1, which
-            doesn't have it. Whether such a verdict is about the text that is there now, nobody can tell: whatever
-            judges judges the text again, ``verify`` leaves the verdict out, and whatever makes tables of it says so
-            in a line.
+        id: Id of the question.
+        label: Most probable label.
+        probabilities: Label -> probability, summing to 1.
+        judge: Fingerprint of the judge's weights (see :func:`fingerprint`).
+        answer: Fingerprint of the response's text (:meth:`fingerprint_of`); empty in files of version 0.1, which do not
+            have it. Such a verdict can't be matched to the current text: judging classifies the text again, ``verify``
+            excludes the verdict, and tables of it state this in a line.
     """
 
     id: str
@@ -217,26 +232,37 @@ class Verdict:
 
     @staticmethod
     def fingerprint_of(text: str) -> str:
-        """What tells an answer's text from another; also where it can't be encoded (half a surrogate)."""
+        """Returns the fingerprint of a response's text.
+
+        Args:
+            text: Text of the response; it may contain lone surrogates.
+        """
         return fingerprint(text.encode("utf-8", "surrogatepass"))
 
     def is_of(self, text: str) -> bool:
-        """Whether the verdict is about this text; of a file of version 0.1 nobody knows."""
+        """Returns whether the verdict is about a text; always False for a verdict without a fingerprint (version 0.1).
+
+        Args:
+            text: Text of a response.
+        """
         return self.answer == self.fingerprint_of(text)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record of ``verdicts.jsonl``."""
+        """Returns the record of ``verdicts.jsonl``; ``answer`` only if set."""
         record = asdict(self)
         return record if self.answer else {name: record[name] for name in record if name != "answer"}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote.
+        """Parses a record written by :meth:`to_dict`.
+
+        Args:
+            record: Fields of the verdict.
 
         Raises:
-            KeyError: a field is missing.
-            RecordError: a field has a value of another type, or is unknown; or the verdict contradicts itself: its
-                probabilities are no numbers from 0 to 1 that sum to 1, or its label is not the most probable one.
+            KeyError: ``id``, ``label``, ``probabilities`` or ``judge`` is missing.
+            RecordError: A field is unknown or has a value of another type; or the verdict contradicts itself: its
+                probabilities are not numbers from 0 to 1 that sum to 1, or its label is not the most probable one.
         """
         names = [field.name for field in fields(cls)]
         if unknown := set(record) - set(names):
@@ -252,12 +278,12 @@ class Verdict:
         return verdict
 
     def contradiction(self) -> str | None:
-        """How the verdict contradicts itself, in one line; None where it doesn't."""
+        """Returns how the verdict contradicts itself, in one line; None if it is consistent."""
         if not self.probabilities:
             return "it has no probabilities"
         for label, value in self.probabilities.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not -1e-3 <= value <= 1 + 1e-3:  # NaN is neither
+            if not number or not -1e-3 <= value <= 1 + 1e-3:  # both comparisons are False for NaN
                 return f"the probability {value!r} of {label!r} is not a number from 0 to 1"
         if abs((total := sum(self.probabilities.values())) - 1) > 1e-3:
             return f"its probabilities sum to {total:.4g}, not 1"
@@ -268,11 +294,15 @@ class Verdict:
 
 
 class Stored(Protocol):
-    """A kind of record that a file of a run folder holds."""
+    """Type of a record stored in a file of a run folder."""
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Reads a line of the file."""
+        """Parses one line of the file.
+
+        Args:
+            record: Fields of the record.
+        """
 
 
 Kind = TypeVar("Kind", bound=Stored)
@@ -280,16 +310,16 @@ Named = TypeVar("Named", Response, Verdict)
 
 
 def read_records(path: str | Path, kind: type[Kind], torn: bool = False) -> list[Kind]:
-    """The records of a run folder's file.
+    """Reads the records of a run folder's file.
 
     Args:
-        path: the JSONL file.
-        kind: of the records, for example :class:`Response`.
-        torn: whether the last line may be cut off, as its writer may have died (:func:`read_torn_jsonl`).
+        path: JSONL file.
+        kind: Class of the records, for example :class:`Response`.
+        torn: Whether the last line may be incomplete because its writer died (:func:`read_torn_jsonl`).
 
     Raises:
-        RecordError: a line that is no such record: a field is missing, unknown or of another type. The message names
-            file and line.
+        RecordError: A line is no such record: a field is missing, unknown or of another type. The message names file
+            and line.
     """
     records = []
     for number, record in enumerate(read_torn_jsonl(Path(path)), 1) if torn else numbered_jsonl(path):
@@ -305,14 +335,14 @@ def read_records(path: str | Path, kind: type[Kind], torn: bool = False) -> list
 
 
 def by_id(path: Path, there: Iterable[Named]) -> dict[str, Named]:
-    """Records by their ids.
+    """Indexes records by their ids.
 
     Args:
-        path: the file that they are from, for the error.
-        there: the records.
+        path: File of the records, for the error message.
+        there: Records.
 
     Raises:
-        RecordError: an id is there twice; the message names file and id.
+        RecordError: An id occurs twice; the message names file and id.
     """
     records: dict[str, Named] = {}
     for record in there:
@@ -323,19 +353,26 @@ def by_id(path: Path, there: Iterable[Named]) -> dict[str, Named]:
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file (see :func:`safervlm.io.reading.numbered_jsonl`).
+    """Iterates over the records of a JSONL file (see :func:`safervlm.io.reading.numbered_jsonl`).
+
+    Args:
+        path: JSONL file.
 
     Raises:
-        RecordError: a line that is not a JSON object, naming file and line.
+        RecordError: The file can't be read, or a line is not a JSON object; the message names file and line.
     """
     return (record for _, record in numbered_jsonl(path))
 
 
 def read_torn_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file whose writer may have died in the middle of the last one.
+    """Reads the complete lines of a JSONL file; an incomplete last line, left by a writer that died, is ignored.
+
+    Args:
+        path: JSONL file.
 
     Raises:
-        RecordError: another line is damaged; the message names file and line.
+        RecordError: A complete line is not a JSON object in UTF-8; the message names file and line.
+        OSError: The file can't be read.
     """
     content = path.read_bytes()
     records = []
@@ -355,14 +392,26 @@ def read_torn_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def to_line(record: Mapping[str, Any]) -> str:
-    """The JSON line of a record, its newline included (see :func:`safervlm.io.reading.json_text`).
+    """Returns the JSON line of a record, including the newline (see :func:`safervlm.io.reading.json_text`).
+
+    Args:
+        record: Fields of the record.
 
     Raises:
-        RecordError: a number of the record is NaN or infinite; the message names its id.
+        RecordError: A number of the record is NaN or infinite; the message names its id.
     """
     return json_text(record, name=str(record.get("id", ""))) + "\n"
 
 
 def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes records as JSONL, whole or not at all."""
+    """Writes records as JSONL atomically.
+
+    Args:
+        path: File to write.
+        records: Records, in order.
+
+    Raises:
+        RecordError: A number of a record is NaN or infinite.
+        OSError: The file can't be written.
+    """
     write_atomically(path, lambda file: file.write_text("".join(map(to_line, records)), encoding="utf-8"))

@@ -1,9 +1,9 @@
-"""The run folder: where a run's files stand, and the manifest that says what made them.
+"""Run directory layout and manifest.
 
-``manifest.json`` holds an entry for each stage that ran in the folder, by the name of its module (``measure``,
-``panel``, ``sft``): ``settings``, which decide the result, and ``provenance``, which is good to know. A stage that
-comes again has to come with the same settings: then it goes on where it stopped, and ``continued`` says when, by which
-command, and what of the provenance was another.
+``manifest.json`` has one entry per stage that ran in the folder, keyed by the lower-case name of its module
+(``measure``, ``panel``, ``sft``): ``settings``, which determine the result, and ``provenance``, which documents how it
+was made. A stage that runs again in the folder must have the same settings. It then resumes, and ``continued`` records
+the time, the command, and each changed item of the provenance.
 """
 
 import fcntl
@@ -44,14 +44,17 @@ OLD_NAMES = ("manifest", "responses", "responses-failed", "verdicts", "ratings",
 
 
 class SettingsDifferError(RecordError):
-    """A run folder was made with other settings."""
+    """Raised if a run folder was made with other settings."""
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
-    """The manifest of a run folder; without one, an empty manifest.
+    """Reads the manifest of a run folder; returns an empty manifest if there is none.
+
+    Args:
+        run: Run folder.
 
     Raises:
-        RecordError: the file is damaged or something else.
+        RecordError: The file is damaged or not a manifest.
     """
     path = run / MANIFEST
     if not path.exists():
@@ -64,25 +67,31 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 
 def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
-    """Refuses to go on in a folder that was made with other settings.
+    """Rejects a run folder whose results were made with other settings.
 
-    A stage that left nothing behind is no obstacle. Where questions failed, the images may have been mended since: it
-    is the way out that a failure names. Of several sets (:class:`safervlm.data.suite.Suite`) those are compared that
-    are asked now and were asked before. An adapter is its weights, wherever they lie.
+    A folder without results is accepted. These differences are ignored: the images, if questions failed, because
+    replacing an image is the remedy that a failure names; datasets of a :class:`safervlm.data.suite.Suite` that are not
+    both asked now and asked before; and the location of an adapter, as its weights identify it.
+
+    Args:
+        run: Run folder.
+        stage: Name of the stage.
+        settings: Settings of the stage now; values must be serialisable as JSON.
 
     Raises:
-        SettingsDifferError: names the settings that differ, at most five.
+        SettingsDifferError: Settings differ; the message names at most five.
+        RecordError: The manifest is damaged.
     """
     there = read_manifest(run)["stages"].get(stage)
     if there is None or not has_results(run):
         return
-    # Through JSON: a tuple there is a list here.
+    # Settings are compared after a round trip through JSON, which turns tuples into lists.
     if not isinstance(there.get("settings"), dict):
         raise RecordError(
             f"{run / MANIFEST}: damaged ({stage} has no settings); restore it, or name another run folder"
         )
     before, now = with_todays_names(dict(flat(there["settings"]))), dict(flat(json.loads(json.dumps(settings))))
-    if "trainer" not in settings:  # validating what was fitted: how it was trained is none of its settings
+    if "trainer" not in settings:  # validation of a fitted module: the trainer's settings are not compared
         before = {key: value for key, value in before.items() if not key.startswith("trainer.")}
     both = set.intersection(
         *({key.split(".")[2] for key in each if key.startswith("data.sets.")} for each in (before, now))
@@ -96,7 +105,7 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
         and not (key.startswith("data.") and key.endswith(".images") and (run / FAILED).exists())
     ]
     if differing:
-        differing.sort(key=lambda key: key.endswith((".ids", ".content", ".images", ".sha256")))  # hashes tell least
+        differing.sort(key=lambda key: key.endswith((".ids", ".content", ".images", ".sha256")))  # hashes last
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing[:5])
         more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
         raise SettingsDifferError(
@@ -105,30 +114,43 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
 
 
 def has_results(run: Path) -> bool:
-    """Whether a run folder holds more than the settings that it was started with."""
+    """Returns whether a run folder holds results, and not only the settings that it was started with.
+
+    Args:
+        run: Run folder.
+    """
     return any(map(is_result, run.rglob("*")))
 
 
 def is_result(path: Path) -> bool:
-    """Whether a file of a run folder is more than the settings that it was started with."""
+    """Returns whether a file of a run folder is a result: non-empty, and no settings, manifest, lock or temporary file.
+
+    Args:
+        path: File or folder; a folder is no result.
+    """
     if path.suffix == ".yaml" or path.name in (MANIFEST, LOCK, "traceback.txt") or path.name.startswith(TEMPORARY):
         return False
     return path.is_file() and path.stat().st_size > 0
 
 
 def lock(run: Path) -> TextIO | None:
-    """Keeps other commands out of a run folder, until the file that is given back is closed or the process dies.
+    """Locks a run folder against other commands until the returned file is closed or the process dies.
+
+    Unfinished files of commands that died are removed.
+
+    Args:
+        run: Run folder.
 
     Returns:
-        None on a file system without locks.
+        The open lock file; None if the file can't be opened or the file system has no locks.
 
     Raises:
-        RecordError: another process has the folder.
+        RecordError: Another process holds the lock.
     """
     try:
         file = (run / LOCK).open("a+", encoding="ascii", errors="replace")
     except OSError:
-        return None  # what can't be written says so by itself
+        return None  # writing the results raises its own error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -139,7 +161,7 @@ def lock(run: Path) -> TextIO | None:
     except OSError:
         file.close()
         return None
-    with suppress(OSError):  # a full disk says so by itself
+    with suppress(OSError):  # on a full disk, writing the results raises its own error
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -148,24 +170,27 @@ def lock(run: Path) -> TextIO | None:
 
 
 def _at_work(file: TextIO) -> str:
-    """The command that has locked a file, with the number of its process, for the error."""
+    """Returns a description of the command that holds a lock, with its process id, for the error message."""
     file.seek(0)
     process = file.read(20).strip()
     return f"another command (process {process})" if process.isdecimal() else "another command"
 
 
 def refuse_while_at_work(run: Path) -> None:
-    """For commands that only read a run folder: its files need not belong together while another command writes them.
+    """Rejects reading a run folder while another command writes to it, as its files may be inconsistent.
 
-    Several may read it at the same time, and none needs to write there.
+    Any number of commands may read at the same time. No write permission is needed.
+
+    Args:
+        run: Run folder.
 
     Raises:
-        RecordError: another process has the folder.
+        RecordError: Another process holds the lock.
     """
     try:
         file = (run / LOCK).open(encoding="ascii", errors="replace")
     except OSError:
-        return  # nothing was ever at work, or it can't be told
+        return  # the folder was never locked, or its lock can't be read
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -179,10 +204,13 @@ def refuse_while_at_work(run: Path) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Within it other commands are kept out of a run folder.
+    """Context manager that locks a run folder against other commands (see :func:`lock`).
+
+    Args:
+        run: Run folder.
 
     Raises:
-        RecordError: another process has the folder.
+        RecordError: Another process holds the lock.
     """
     file = lock(run)
     try:
@@ -193,10 +221,14 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Removes what commands that died left unfinished in a run folder, which is locked; nothing else."""
+    """Removes the unfinished files that dead commands left in a run folder, and nothing else.
+
+    Args:
+        run: Run folder, which must be locked.
+    """
     for folder in (run, run / "checkpoints", run / "adapter"):
         remove_leftovers(folder)
-    # As older versions named their temporary files.
+    # Names of the temporary files of older versions.
     pattern = re.compile(rf"\.({'|'.join(OLD_NAMES)})\.\d+\.(jsonl?|csv|xlsx|tex|html)")
     for file in run.glob(".*.*"):
         if pattern.fullmatch(file.name) and file.is_file():
@@ -216,7 +248,17 @@ def remove_unfinished(run: Path) -> None:
 
 
 def write_stage(run: Path, stage: str, **entry: Any) -> None:
-    """Adds to a stage's entry of the manifest."""
+    """Merges values into a stage's entry of the manifest.
+
+    Args:
+        run: Run folder.
+        stage: Name of the stage.
+        **entry: Values to set, such as ``settings`` or ``finished``.
+
+    Raises:
+        RecordError: The existing manifest is damaged.
+        OSError: The manifest can't be written.
+    """
     manifest = read_manifest(run)
     manifest["stages"][stage] = manifest["stages"].get(stage, {}) | entry
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
@@ -224,19 +266,28 @@ def write_stage(run: Path, stage: str, **entry: Any) -> None:
 
 
 def finished(run: Path, stage: str) -> bool:
-    """Whether a stage of a run came to its end."""
+    """Returns whether a stage of a run is complete.
+
+    Args:
+        run: Run folder.
+        stage: Name of the stage.
+    """
     return bool(read_manifest(run)["stages"].get(stage, {}).get("finished"))
 
 
 def stage_name(module: LightningModule) -> str:
-    """The name of a stage in the manifest."""
+    """Returns the name of a module's stage in the manifest.
+
+    Args:
+        module: Module of the stage.
+    """
     return type(module).__name__.lower()
 
 
 class Signals(_SignalConnector):
-    """What Lightning knows of requests to end: those of :mod:`safervlm.io.signals`.
+    """Signal connector of Lightning that uses the request handling of :mod:`safervlm.io.signals`.
 
-    Lightning's own handler speaks to the other processes from within the handler, and may wait for them forever.
+    Lightning's own handler communicates with the other processes from within the handler, and may block forever.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -245,15 +296,19 @@ class Signals(_SignalConnector):
 
     @property
     def received_sigterm(self) -> bool:
-        """Whether to end now. While training it changes only where all processes agree on it, and can save."""
+        """Whether to end now. During training it changes only when all processes have agreed, and can save."""
         return asked_to_end() if self.agreed is None else self.agreed
 
     @received_sigterm.setter
     def received_sigterm(self, value: bool) -> None:
-        """Lightning begins with False."""
+        """Ignores the assignment; Lightning initialises the flag with False.
+
+        Args:
+            value: Ignored.
+        """
 
     def register_signal_handlers(self) -> None:
-        """Leaves SIGTERM to our handler; Slurm's other signals are Lightning's."""
+        """Registers Lightning's handlers, for Slurm's signals, but keeps our handler of SIGTERM."""
         ours = signal.getsignal(signal.SIGTERM)
         super().register_signal_handlers()
         if threading.current_thread() is threading.main_thread():
@@ -261,11 +316,13 @@ class Signals(_SignalConnector):
 
 
 def agree_to_end(trainer: Trainer, save: bool = False) -> tuple[bool, bool]:
-    """Whether one of the processes is asked to end, and whether one wants to save; all ask after the same step.
+    """Returns whether any process is asked to end, and whether any wants to save; a collective operation.
+
+    All processes must call it after the same step.
 
     Args:
-        trainer: of the fit; it ends after this step where the first answer is yes.
-        save: whether this process wants to, which may depend on its clock.
+        trainer: Trainer of the fit; it ends after this step if the first value is True.
+        save: Whether this process wants to save a checkpoint, which may depend on its clock.
     """
     connector = trainer._signal_connector
     here = torch.tensor([trainer.received_sigterm or asked_to_end(), save], dtype=torch.int64)
@@ -276,16 +333,16 @@ def agree_to_end(trainer: Trainer, save: bool = False) -> tuple[bool, bool]:
 
 
 class RunManifest(Callback):
-    """Writes the run's manifest, and refuses a folder made with other settings, or in which another command works."""
+    """Callback that writes the manifest and locks the run folder. It rejects a folder made with other settings."""
 
     def __init__(self) -> None:
         self._lock: TextIO | None = None
         self._waits = False
-        # Before Lightning launches other processes of the run.
+        # Must be set before Lightning launches the other processes of the run.
         subprocess_script._launch_process_observer = observe
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Runs before any weight is read."""
+        """Locks the folder, checks the settings and writes the stage's entry, before any weight is loaded."""
         run, name = Path(trainer.default_root_dir), stage_name(pl_module)
         trainer._signal_connector = Signals(trainer)
         together(trainer.global_rank)
@@ -295,7 +352,7 @@ class RunManifest(Callback):
                 self._lock = lock(run)
             except RecordError as error:
                 refusal = str(error)
-        if refusal := trainer.strategy.broadcast(refusal):  # on all processes: none may wait for another
+        if refusal := trainer.strategy.broadcast(refusal):  # raised on all processes, so that none waits
             raise RecordError(refusal)
         settings = {
             "model": pl_module.describe(),  # type: ignore[operator]
@@ -325,7 +382,7 @@ class RunManifest(Callback):
                 "world_size": trainer.world_size,
             }
             there = read_manifest(run)["stages"].get(name, {})
-            if "sets" in settings["data"]:  # those that were asked before stay on record
+            if "sets" in settings["data"]:  # keep the datasets that were asked before
                 before = there.get("settings", {}).get("data", {}).get("sets", {})
                 settings["data"]["sets"] = before | settings["data"]["sets"]
             continued: list[dict[str, Any]] = []
@@ -336,19 +393,19 @@ class RunManifest(Callback):
             write_stage(run, name, settings=settings, provenance=provenance, continued=continued, finished=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on a request to end waits for the end of the step."""
+        """Defers requests to end until the current step is complete."""
         self._wait()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What follows can be done again."""
+        """Stops deferring requests to end: what follows can be repeated."""
         self._pass()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on a request to end waits until the batch is written."""
+        """Defers requests to end until the current batch is written."""
         self._wait()
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the callbacks that merge and judge, which can be done again."""
+        """Stops deferring requests to end before callbacks that merge and judge, which can be repeated."""
         self._pass()
 
     def _wait(self) -> None:
@@ -362,8 +419,8 @@ class RunManifest(Callback):
             pass_safe_point()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Says how to resume after a request to end."""
-        with suppress(SystemExit):  # the exception says it already
+        """Releases the lock and, after a request to end, prints how to resume."""
+        with suppress(SystemExit):  # the exception at hand already ends the run
             self._pass()
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
             say("")
@@ -376,10 +433,10 @@ class RunManifest(Callback):
             self._lock = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Notes that the stage came to its end; Lightning doesn't call this where it was interrupted."""
+        """Marks the stage as finished; Lightning doesn't call this after an interruption."""
         if trainer.is_global_zero and stage != "validate":
             run = Path(trainer.default_root_dir)
-            # What has no answer, no verdict or no rating is listed in such a file.
+            # These files list questions without a response, and responses without a verdict or rating.
             complete = stage != "predict" or not any(run.glob("*-failed.jsonl"))
             write_stage(run, stage_name(pl_module), finished=complete)
             there = [path for path in run.iterdir() if path.name != LOCK]

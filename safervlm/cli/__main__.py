@@ -1,4 +1,4 @@
-"""``python -m safervlm.cli``."""
+"""Entry point of ``python -m safervlm.cli``."""
 
 from safervlm.cli.main import main
 

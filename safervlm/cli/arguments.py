@@ -1,7 +1,7 @@
-"""What is checked of a command line of Lightning's before it is parsed.
+"""Checks of a Lightning command line before it is parsed.
 
-The parser would overwrite, drop or misread these without a word: they are found in what was typed and in the files that
-it names.
+The parser would silently overwrite, drop or misinterpret the settings that are rejected here. They are searched for in
+the typed arguments and in the files that these name.
 """
 
 import os
@@ -16,9 +16,9 @@ from safervlm.errors import ArgumentError
 from safervlm.io.settings import flat, from_yaml, read_settings, read_yaml
 from safervlm.recipes import local_or_shipped
 
-# Shortened forms of what is typed most.
+# Short form -> full name, for arguments that are often typed.
 SHORT = {"limit": "data.limit"}
-# Filled in by the command line; whatever stands there would be overwritten.
+# Settings that the command line fills in, so that a given value would be overwritten -> the option to use instead.
 OVERWRITTEN = {
     "model.seed": "--seed_everything",
     "data.seed": "--seed_everything",
@@ -26,23 +26,23 @@ OVERWRITTEN = {
     "model.collator": "--model",
     "data.collator": "--model",
 }
-MAX_SEED = 2**32 - 1  # NumPy's generators take no larger one
+MAX_SEED = 2**32 - 1  # the largest seed that NumPy's generators accept
 SEEDS = {"seed", "seed_everything"}
-# An empty text is a value there: no system prompt, no description.
+# Settings for which an empty text is a valid value: no system prompt, no description.
 MAY_BE_EMPTY = {"system", "about", "template"}
-# Their value may be a file of settings, whatever it is called; elsewhere it is one if it ends in .yaml or .yml.
+# Arguments whose value may be a settings file of any name; for other arguments only .yaml and .yml files are.
 PARTS = {"config", "model", "model.vlm", "data", "data.own", "data.sets", "trainer"}
 
 
 def prepared(args: Sequence[str]) -> list[str]:
-    """The command line with shortened names written out and shipped recipes found.
+    """Returns the command line with short names expanded and shipped recipes resolved, after checking it.
 
     Args:
-        args: as typed, the command first.
+        args: Words as typed, beginning with the command.
 
     Raises:
-        ArgumentError: a setting that would be overwritten, an empty value, a seed that is none, or an unreadable
-            configuration.
+        ArgumentError: A setting would be overwritten, a value is empty, a seed is invalid, or a configuration is
+            unreadable.
     """
     words: list[str] = []
     for word in args:
@@ -50,7 +50,7 @@ def prepared(args: Sequence[str]) -> list[str]:
         short = name.startswith("--") and name[2:] in SHORT
         word = local_or_shipped(f"--{SHORT[name[2:]]}{equals}{rest}" if short else word)
         if re.fullmatch(r"-\d*\.?\d+(e[+-]?\d+)?", word, re.IGNORECASE) and words and words[-1].startswith("--"):
-            words[-1] += f"={word}"  # apart, the parser takes a negative number for an option
+            words[-1] += f"={word}"  # else the parser takes a negative number for an option
         else:
             words.append(word)
     check_words(words)
@@ -58,13 +58,13 @@ def prepared(args: Sequence[str]) -> list[str]:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Rejects what the parser of a command line would overwrite, drop or misread.
+    """Rejects arguments that the parser of a command line would overwrite, drop or misinterpret.
 
     Args:
-        words: of the command line, without the command or with it.
+        words: Words of the command line, with or without the command.
 
     Raises:
-        ArgumentError: see :func:`prepared`.
+        ArgumentError: See :func:`prepared`.
     """
     values = {number + 1 for number, word in enumerate(words) if word.startswith("--") and "=" not in word}
     for number, word in enumerate(words):
@@ -75,22 +75,26 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def plain_name(name: str) -> str:
-    """The name of a setting without what jsonargparse puts between: ``init_args``, and ``+`` to add to a list."""
+    """Returns the name of a setting without ``init_args``, ``dict_kwargs`` and the trailing ``+`` of jsonargparse.
+
+    Args:
+        name: Dotted name as typed or as in a file.
+    """
     return ".".join(part for part in name.removesuffix("+").split(".") if part not in ("init_args", "dict_kwargs"))
 
 
 def check_arguments(name: str, value: Any, where: str, folder: Path, seen: set[Path]) -> None:
-    """Looks at one setting, and at those within it: in a file that it names, or in JSON.
+    """Checks one setting and those nested in it, in a file that it names or in JSON.
 
     Args:
-        name: of the setting, plain; a file behind ``config`` holds settings of the top.
-        value: None where there is none.
-        where: it stands, for the error.
-        folder: that paths may be relative to, beside the current one.
-        seen: files that are looked at already.
+        name: Plain name of the setting; a file given as ``config`` holds top-level settings.
+        value: Value of the setting; None if it has none.
+        where: Location of the setting, for the error message.
+        folder: Folder to resolve relative paths against, besides the current one.
+        seen: Files that are already checked.
 
     Raises:
-        ArgumentError: see :func:`prepared`.
+        ArgumentError: See :func:`prepared`.
     """
     if instead := OVERWRITTEN.get(name):
         raise ArgumentError(f"{where} would be overwritten by {instead}; use {instead}")
@@ -101,7 +105,7 @@ def check_arguments(name: str, value: Any, where: str, folder: Path, seen: set[P
         return
     refuse_empty(name, value, where)
     if last in MAY_BE_EMPTY:
-        return  # a text, whatever it looks like
+        return  # free text, even if it looks like a file or JSON
     prefix = "" if name == "config" else name
     file = next((place for place in (folder / value, Path(value)) if os.path.exists(place)), None)  # noqa: PTH110 (a long text is no file, and no error)
     if file is not None:
@@ -114,25 +118,36 @@ def check_arguments(name: str, value: Any, where: str, folder: Path, seen: set[P
         except ArgumentError as error:
             raise ArgumentError(f"{where}: {error}") from None
         except (yaml.YAMLError, ValueError, RecursionError):
-            return  # a text that only looks like it, or the parser says what is wrong
+            return  # a text that only looks like JSON, or an error that the parser reports
         check_inside(settings, prefix, where, folder, seen)
 
 
 def check_inside(settings: Any, prefix: str, where: str, folder: Path, seen: set[Path]) -> None:
-    """Looks at all settings of a file or of JSON; see :func:`check`."""
+    """Checks all settings of a file or of JSON; see :func:`check_arguments`.
+
+    Args:
+        settings: Parsed settings.
+        prefix: Dotted name that the settings are nested in; empty for top-level settings.
+        where: Location of the settings, for the error message.
+        folder: Folder to resolve relative paths against.
+        seen: Files that are already checked.
+
+    Raises:
+        ArgumentError: See :func:`prepared`.
+    """
     for key, setting in flat(settings, prefix, lists=True):
         if key != prefix:
             check_arguments(plain_name(key), setting, f"{where}: {key}", folder, seen)
 
 
 def options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """The options of a command line with their values; None where there is none.
+    """Iterates over the options of a command line with their values.
 
     Args:
-        words: of the command line.
+        words: Words of the command line.
 
     Yields:
-        The name without dashes, and the value.
+        The name without dashes, and the value; None if it has none.
     """
     for number, word in enumerate(words):
         if not word.startswith("--") or word == "--":
@@ -146,14 +161,15 @@ def options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def check_seed(value: Any, where: str) -> None:
-    """Rejects a seed that the generators don't take.
+    """Rejects a seed that the random generators don't accept.
 
     Args:
-        value: as typed, or as read from a file; what is neither a number nor true or false is left to the parser.
-        where: it stands.
+        value: Value as typed, or as read from a file; other texts than numbers, true and false are left to the parser.
+        where: Location of the seed, for the error message.
 
     Raises:
-        ArgumentError: it is out of range, or true or false: the numbers would be other ones in each run.
+        ArgumentError: The seed is out of range, or is true or false, with which each run would use other random
+            numbers.
     """
     text = str(value)
     number = re.fullmatch(r"[+-]?\d+", text)
@@ -162,15 +178,15 @@ def check_seed(value: Any, where: str) -> None:
 
 
 def refuse_empty(name: str, value: str, where: str) -> None:
-    """Rejects an empty text where it isn't a value.
+    """Rejects an empty text for a setting that may not be empty.
 
     Args:
-        name: dotted.
-        value: the text.
-        where: it stands.
+        name: Dotted name of the setting.
+        value: Text.
+        where: Location of the setting, for the error message.
 
     Raises:
-        ArgumentError: the text is empty.
+        ArgumentError: The text is empty or white space.
     """
     if not value.strip() and name.rpartition(".")[2] not in MAY_BE_EMPTY:
         raise ArgumentError(f"{where}: {value!r} is empty; give a value, or leave it out")

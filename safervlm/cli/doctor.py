@@ -1,4 +1,4 @@
-"""Whether this machine has what a run needs, before the run finds out."""
+"""``safervlm doctor``: checks whether this machine meets the requirements of a run, before it is started."""
 
 import os
 import re
@@ -42,12 +42,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination.
+    """One result of the check.
 
     Attributes:
-        state: ``error`` where a run can't work.
-        what: was looked at.
-        found: there, and the way out where something is amiss.
+        state: ``error`` if a run can't work.
+        what: What was checked.
+        found: Result, with the remedy if there is a problem.
     """
 
     state: Literal["ok", "warning", "error"]
@@ -58,14 +58,20 @@ class Finding:
 def doctor(
     config: list[str] | None = None, vlm: str | None = None, online: bool = False, trust_config: bool = False
 ) -> None:
-    """Looks at Python, packages, GPU, disk, the Hub's token, and at what a recipe names; exit code 1 on an error.
+    """Checks Python, packages, GPU, disk, the Hub's token, and what a recipe names; exit code 1 on an error.
 
     Args:
-        config: The recipe, then its overlays, as safervlm predict or fit takes them.
-        vlm: A file of configs/vlm, or another, to look at in place of the recipe's VLM.
-        online: Also ask the Hub whether it gives what the recipe names; without it nothing leaves this machine.
-        trust_config: Allow classes that are not SaferVLM's in a configuration that lies in a run folder, which may be
-            somebody else's; they are imported.
+        config: The recipe, then its overlays, in the same order as for safervlm predict or fit.
+        vlm: A file of configs/vlm, or another one, to check instead of the recipe's VLM.
+        online: Also ask the Hub whether what the recipe names is accessible; otherwise nothing is sent from this
+            machine.
+        trust_config: Allow importing classes that are not SaferVLM's, if a configuration lies in a run folder, which
+            may be made by others.
+
+    Raises:
+        ArgumentError: ``vlm`` is given without ``config``, a file is missing or invalid, or a configuration of a run
+            folder names classes that are not allowed.
+        SystemExit: With exit code 1, if a check failed.
     """
     findings = [*machine(), *hub_token()]
     if vlm and not config:
@@ -81,7 +87,7 @@ def doctor(
                 named = named_in(content, Path(file).parent)
                 check_trust(Path(file), Named(code=named.code), "--config", trust_config)
         find_beside_the_shell()
-        # An overlay names no class.
+        # Overlays name no class, so the last class_path is the recipe's.
         models = [content.get("model", {}) for content in configs]
         paths = [model["class_path"] for model in models if isinstance(model, dict) and "class_path" in model]
         trains = bool(paths) and is_overridden("training_step", resolve_name(paths[-1]), LightningModule)
@@ -105,7 +111,7 @@ def doctor(
 
 
 def machine() -> Iterator[Finding]:
-    """Python, packages, GPUs, disk."""
+    """Checks Python, packages, GPUs and disk space."""
     yield Finding("ok", "Python", sys.version.split()[0])
     for text in requires("safervlm") or []:
         requirement = Requirement(text)
@@ -138,7 +144,7 @@ def machine() -> Iterator[Finding]:
 
 
 def hub_token() -> Iterator[Finding]:
-    """Whether there is a token; it is never shown."""
+    """Checks whether a token of the Hub is stored; the token is never shown."""
     if get_token():
         yield Finding("ok", "Hub token", "there is one")
     else:
@@ -146,7 +152,12 @@ def hub_token() -> Iterator[Finding]:
 
 
 def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
-    """What a recipe names: the VLM, its adapter, the data, the judges."""
+    """Checks what a recipe names: the VLM, its adapter, the data and the judges.
+
+    Args:
+        settings: Parsed settings of the command.
+        online: Whether to ask the Hub.
+    """
     named = dict(flat(settings.as_dict(), lists=True))
     trains = settings.model.class_path.startswith("safervlm.objectives.")
     for key, value in named.items():
@@ -185,7 +196,13 @@ def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
 
 
 def model(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
-    """The model: is it there, is it pinned, does it fit?"""
+    """Checks whether a model exists, is pinned to a revision, and fits into memory.
+
+    Args:
+        name: Folder, or repository of the Hub.
+        revision: Revision of the repository; None if not pinned.
+        online: Whether to ask the Hub.
+    """
     if Path(name).is_dir():
         weights = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
         if not weights:
@@ -206,7 +223,13 @@ def model(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
 
 
 def size(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
-    """The weights of a model on the Hub, as their index in its cache or, if asked, the Hub says."""
+    """Checks the size of a Hub model's weights, by its cached index or, if ``online``, by the Hub.
+
+    Args:
+        name: Repository of the Hub.
+        revision: Revision of the repository; None for the default.
+        online: Whether to ask the Hub if no index is cached.
+    """
     index = try_to_load_from_cache(name, "model.safetensors.index.json", revision=revision)
     weights = 0
     if isinstance(index, str):
@@ -231,7 +254,11 @@ def size(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
 
 
 def memory(weights: int) -> Iterator[Finding]:
-    """Whether so many bytes fit on the GPU, if there is one; answering takes some more."""
+    """Checks whether weights fit into the memory of the first GPU, if there is one; generation takes additional memory.
+
+    Args:
+        weights: Size of the weights in bytes.
+    """
     if torch.cuda.is_available():
         total = torch.cuda.mem_get_info(0)[1]
         state: Literal["ok", "error"] = "ok" if weights < total else "error"
@@ -239,7 +266,13 @@ def memory(weights: int) -> Iterator[Finding]:
 
 
 def remote_code(name: str, revision: str | None, trusted: bool) -> Iterator[Finding]:
-    """Code that comes with a model: whether it is asked for, and at a commit."""
+    """Checks whether running a model's own code is allowed, and pinned to a commit.
+
+    Args:
+        name: Folder, or repository of the Hub.
+        revision: Revision of the repository; None if not pinned.
+        trusted: Value of ``trust_remote_code``.
+    """
     if not trusted:
         yield Finding("error", "VLM's code", f"{name} runs code of its own: read it, then trust_remote_code: true")
     elif Path(name).is_dir():
@@ -252,7 +285,16 @@ def remote_code(name: str, revision: str | None, trusted: bool) -> Iterator[Find
 
 
 def training(folder: Path, r: int, target_modules: str) -> Finding:
-    """What training takes beside the base weights; activations come on top, and depend on the batch."""
+    """Estimates the memory of training besides the base weights; activations are extra, and depend on the batch.
+
+    Args:
+        folder: Folder of the model.
+        r: LoRA rank, summed over the adapters.
+        target_modules: Regular expression of the layers with adapters.
+
+    Returns:
+        A warning if the memory can't be determined for this model.
+    """
     try:
         needed = training_memory(folder, r, target_modules) / GIB
     except (ValueError, KeyError, OSError) as error:
@@ -262,17 +304,18 @@ def training(folder: Path, r: int, target_modules: str) -> Finding:
 
 
 def training_memory(folder: Path, r: int, target_modules: str) -> int:
-    """Bytes of the adapters, their gradients and AdamW's two averages, all in float32.
+    """Computes the bytes of the adapters, their gradients and AdamW's two moment estimates, all in float32.
 
     Args:
-        folder: the model's.
-        r: the rank, summed over the adapters.
-        target_modules: the regular expression of the layers that they are on.
+        folder: Folder of the model.
+        r: LoRA rank, summed over the adapters.
+        target_modules: Regular expression of the layers with adapters.
 
     Raises:
-        ArgumentError: transformers doesn't know the model, or the expression takes too long.
+        ArgumentError: Matching the regular expression takes too long.
+        ValueError: Transformers does not know the model.
     """
-    with torch.device("meta"):  # the shapes alone
+    with torch.device("meta"):  # shapes only, no memory for weights
         model = AutoModelForImageTextToText.from_config(
             AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
         )
@@ -286,7 +329,12 @@ def training_memory(folder: Path, r: int, target_modules: str) -> int:
 
 
 def server(key_variable: str, addresses: Sequence[str]) -> Iterator[Finding]:
-    """What asking a server takes: a package, and OpenAI a key."""
+    """Checks the requirements of a server: the package openai, and a key for OpenAI's own address.
+
+    Args:
+        key_variable: Environment variable of the key.
+        addresses: URLs of the servers; they are not contacted.
+    """
     if find_spec("openai") is None:
         yield Finding("error", "server", "the package openai is missing; pip install 'safervlm[api]'")
     for address in addresses:
@@ -297,7 +345,12 @@ def server(key_variable: str, addresses: Sequence[str]) -> Iterator[Finding]:
 
 
 def image_folder(argument: str, folder: str) -> Finding:
-    """A set's folder: its metadata, and whether the images that it names are there."""
+    """Checks a dataset's folder: its metadata, and whether the images that it names exist.
+
+    Args:
+        argument: Argument that names the folder.
+        folder: Path of the folder.
+    """
     metadata = Path(folder) / "metadata.jsonl"
     if not metadata.is_file():
         return Finding("error", argument, f"no {metadata}; see docs/data.md, or safervlm pictograms")
@@ -310,7 +363,13 @@ def image_folder(argument: str, folder: str) -> Finding:
 
 
 def source(argument: str, name: str, online: bool) -> Iterator[Finding]:
-    """A benchmark's table or folder: here, on the web, or on the Hub."""
+    """Checks a benchmark's table or folder: a local path, a URL, or a repository of the Hub.
+
+    Args:
+        argument: Argument that names the source.
+        name: Path, URL or repository.
+        online: Whether to ask the Hub.
+    """
     if Path(name).expanduser().exists():
         yield Finding("ok", argument, name)
     elif name.startswith("http"):
@@ -322,7 +381,12 @@ def source(argument: str, name: str, online: bool) -> Iterator[Finding]:
 
 
 def judge(checkpoint: str, online: bool) -> Iterator[Finding]:
-    """A judge's weights: a file, a folder, or REPOSITORY:FILE on the Hub."""
+    """Checks a judge's weights: a file, a folder, or REPOSITORY:FILE on the Hub.
+
+    Args:
+        checkpoint: Path, or REPOSITORY:FILE.
+        online: Whether to ask the Hub.
+    """
     if Path(checkpoint).exists():
         yield Finding("ok", "judge", checkpoint)
     elif ":" in checkpoint:
@@ -334,7 +398,15 @@ def judge(checkpoint: str, online: bool) -> Iterator[Finding]:
 def repository(
     what: str, name: str, kind: Literal["model", "dataset"], online: bool, revision: str | None = None
 ) -> Iterator[Finding]:
-    """A repository of the Hub: in the cache, or within reach."""
+    """Checks whether a repository of the Hub is cached or accessible.
+
+    Args:
+        what: What the repository is used for, shown in the table.
+        name: Repository, optionally with ``@REVISION``.
+        kind: Kind of the repository.
+        online: Whether to ask the Hub.
+        revision: Revision, unless ``name`` has one.
+    """
     repo, _, pinned = name.partition("@")
     revision = pinned or revision
     if kind == "model" and isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str):

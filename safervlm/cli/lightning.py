@@ -1,4 +1,4 @@
-"""``safervlm fit | validate | predict``: Lightning's command line with our run folder, links and one-line errors."""
+"""``safervlm fit | validate | predict``: Lightning's command line with a run folder, links and one-line errors."""
 
 import contextlib
 import logging
@@ -36,44 +36,52 @@ from safervlm.vlm.server.client import Server
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line: the argument, the value, the way out."""
+    """Argument parser whose errors are one line: argument, value and remedy."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # --trainer.max_step would pass as an abbreviation of --trainer.max_steps.
+        # Otherwise --trainer.max_step would be accepted as an abbreviation of --trainer.max_steps.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints the line and ends with exit code 2."""
+        """Prints the error in one line and exits with code 2.
+
+        Args:
+            message: Error message of jsonargparse.
+            ex: Exception that caused the error; unused.
+
+        Raises:
+            SystemExit: Always.
+        """
         known = [action.dest for action in self._actions]
         fail(one_line(message, sys.argv[1:], known))
 
 
 class ConfigInRunFolder(SaveConfigCallback):
-    """Saves the configuration in the run folder, whatever the logger: its own place would be the logger's folder."""
+    """Callback that saves the configuration in the run folder; Lightning would use the logger's folder."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes ``fit.yaml``, ``validate.yaml`` or ``predict.yaml``.
 
         Args:
-            trainer: knows the run folder.
-            pl_module: not looked at.
-            stage: not looked at.
+            trainer: Trainer, which has the path of the run folder.
+            pl_module: Unused.
+            stage: Unused.
         """
-        # With what is none: left out, it would be the default when the file is run again.
+        # Includes null values: if omitted, they would become defaults when the file is used again.
         text = self.parser.dump(self.config, skip_unset=False)
         path = Path(trainer.default_root_dir) / self.config_filename
         write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def check_trainer(command: str, settings: Namespace) -> None:
-    """Rejects what would train on nothing, before anything is read.
+    """Rejects trainer settings with which there is nothing to do, and invalid checkpoints, before data is loaded.
 
     Args:
         command: ``fit``, ``validate`` or ``predict``.
-        settings: of the command, parsed.
+        settings: Parsed settings of the command.
 
     Raises:
-        ArgumentError: zero steps, or a checkpoint that isn't there.
+        ArgumentError: Zero steps, a number out of range, or a checkpoint that is missing, empty or not applicable.
     """
     zero = {
         "fit": ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"),
@@ -98,13 +106,13 @@ def check_trainer(command: str, settings: Namespace) -> None:
 
 
 def check_bounds(trainer: Namespace) -> None:
-    """Rejects numbers that Lightning takes, and which then stop or change the training, or that it refuses late.
+    """Rejects numbers that Lightning accepts but that stop or change the training, or that Lightning rejects late.
 
     Args:
-        trainer: its settings, parsed.
+        trainer: Parsed settings of the trainer.
 
     Raises:
-        ArgumentError: a number is out of its range.
+        ArgumentError: A number is out of range.
     """
     shares = [name for name in ("train", "val", "test", "predict") if f"limit_{name}_batches" in trainer]
     for name in ("val_check_interval", "gradient_clip_val", *(f"limit_{share}_batches" for share in shares)):
@@ -125,7 +133,11 @@ def check_bounds(trainer: Namespace) -> None:
 
 
 class SaferCLI(LightningCLI):
-    """Lightning's command line with a run folder and our links."""
+    """Lightning's command line with a run folder and links between model, data and trainer.
+
+    Args:
+        args: Words of the command line, beginning with the command.
+    """
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(
@@ -138,7 +150,7 @@ class SaferCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={
                 "callbacks": [RunManifest()],
-                # The data shards itself, and the run folder holds what these would write elsewhere.
+                # The data module shards the data itself. Logs and checkpoints are written to the run folder instead.
                 "use_distributed_sampler": False,
                 "logger": False,
                 "enable_checkpointing": False,
@@ -152,7 +164,7 @@ class SaferCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The commands, and the arguments that the command line fills in by itself."""
+        """Returns the commands, each with the arguments of the trainer's method that the command line fills in."""
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
             "validate": {"model", "dataloaders", "datamodule", "weights_only"},
@@ -160,7 +172,11 @@ class SaferCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run folder, and what goes from one part to another."""
+        """Adds the run folder and the links between arguments.
+
+        Args:
+            parser: Parser of a command.
+        """
         parser.add_argument(
             "--run",
             type=str,
@@ -173,17 +189,22 @@ class SaferCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses; Lightning's own warns when it is given a line, as ``demo`` gives it many."""
+        """Parses the arguments, without Lightning's warning about arguments that are given as a list, as ``demo`` does.
+
+        Args:
+            parser: Parser with the commands.
+            args: Words of the command line.
+        """
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Passes over Lightning's reading of settings from a checkpoint: the command line and its files have them all.
+        """Skips Lightning's reading of settings from a checkpoint: the command line and its files have all settings.
 
-        A checkpoint is verified where it is loaded, and not read before.
+        A checkpoint is verified when it is loaded, and not read before.
         """
 
     def before_instantiate_classes(self) -> None:
-        """Refuses a recipe of another command before anything is read."""
+        """Rejects a recipe of another command and invalid trainer settings before anything is loaded."""
         assert self.subcommand is not None  # noqa: S101 (we always have one; for the type checker)
         path = self.config[self.subcommand]["model"]["class_path"]
         step = {"fit": "training_step", "validate": "validation_step", "predict": "predict_step"}
@@ -194,7 +215,11 @@ class SaferCLI(LightningCLI):
         self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"
 
     def instantiate_classes(self) -> None:
-        """Makes the run folder, then trainer, model and data; without these, no empty folder stays behind."""
+        """Creates the run folder, then trainer, model and data; if these fail, the empty folder is removed.
+
+        Raises:
+            ArgumentError: The folder can't be created, or see :meth:`instantiate_parts`.
+        """
         assert self.subcommand is not None  # noqa: S101 (we always have one; for the type checker)
         run = Path(self.config[self.subcommand]["run"])
         made = [folder for folder in (run, *run.parents) if not folder.exists()]
@@ -207,20 +232,22 @@ class SaferCLI(LightningCLI):
             self.instantiate_parts()
         except BaseException:
             for folder in made:
-                with contextlib.suppress(OSError):  # something lies in it
+                with contextlib.suppress(OSError):  # the folder is not empty
                     folder.rmdir()
             raise
 
     def instantiate_parts(self) -> None:
-        """Makes trainer, model and data.
+        """Creates trainer, model and data.
 
         Raises:
-            ArgumentError: a class can't be made of its arguments.
+            ArgumentError: A class can't be instantiated with its arguments.
+            SystemExit: torchrun has started another number of processes than the trainer is configured for.
         """
         try:
             super().instantiate_classes()
         except ValueError as error:
-            # jsonargparse's page about a class that can't be made; one of ours within it is said by itself.
+            # jsonargparse's long message about a class that can't be instantiated. A UserError among its causes
+            # propagates unchanged.
             page = "Problem with given class_path" in str(error) and traceback.extract_tb(error.__traceback__)[-1]
             if page and "/jsonargparse/" in page.filename and not any(isinstance(e, UserError) for e in causes(error)):
                 raise ArgumentError(one_line(str(error), sys.argv[1:])) from error
@@ -234,7 +261,7 @@ class SaferCLI(LightningCLI):
             )
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Plays the command. Ctrl-C ends with 130: Lightning's 1 tells a driver to go on with its next run."""
+        """Runs the command. Ctrl-C ends with 130, as Lightning's 1 would let a driver start its next run."""
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as end:
@@ -243,28 +270,36 @@ class SaferCLI(LightningCLI):
             raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Predictions go to files as they come; collected, they would fill the memory."""
+        """Disables collecting predictions, which are written to files and would otherwise fill the memory."""
         given = super()._prepare_subcommand_kwargs(subcommand)
-        # A checkpoint is data; it is never trusted to run code.
+        # weights_only: a checkpoint is data, and may not execute code.
         return given | ({"return_predictions": False} if subcommand == "predict" else {}) | {"weights_only": True}
 
     def before_fit(self) -> None:
-        """Goes on from the run's last checkpoint unless another one is named."""
+        """Resumes from the run's last checkpoint unless another one is named."""
         self.take_last_checkpoint("fit")
 
     def before_validate(self) -> None:
-        """Looks at the run's last checkpoint unless another one is named."""
+        """Validates the run's last checkpoint unless another one is named."""
         self.take_last_checkpoint("validate")
 
     def take_last_checkpoint(self, command: str) -> None:
-        """Makes the run's last checkpoint the one to load, if there is one and none is named."""
+        """Verifies the checkpoint to load: the one that is named, or else the run's last one, if it exists.
+
+        Args:
+            command: ``fit`` or ``validate``.
+
+        Raises:
+            RecordError: The checkpoint is damaged or was made with other settings.
+            SystemExit: An objective is to be validated without any checkpoint.
+        """
         config = self.config_init[command]
         given, last = config["ckpt_path"], Path(config["run"]) / "checkpoints" / "last.ckpt"
         if given is not None or last.exists():
             origin = origin_of(self.model)
-            # What a checkpoint is validated on need not be what it was trained by.
+            # For validation only the class, the VLM and the adapter have to match.
             ignore = set() if command == "fit" else origin.keys() - {"class", "vlm", "lora"}
-            # Where the settings are not those of the run, its manifest says so, those of the data included.
+            # If the settings differ from those of the run, the check of its manifest reports it, including the data's.
             stage = read_manifest(Path(config["run"]))["stages"].get(stage_name(self.model), {})
             of_run = stage.get("settings", {}).get("model")
             other = given is None and of_run is not None and differences(of_run, origin, {"class", *ignore})
@@ -276,7 +311,7 @@ class SaferCLI(LightningCLI):
             fail(f"--run: no {last}, so the adapter would be an untrained one; name the run of a fit, or --ckpt_path")
 
     def before_predict(self) -> None:
-        """A server's dry run says what there is to ask, and ends before anything is written."""
+        """Prints the estimate of a server's dry run and exits before anything is written."""
         vlm = getattr(self.model, "vlm", None)
         if isinstance(vlm, Server) and vlm.dry_run:
             self.datamodule.prepare_data()
@@ -285,7 +320,11 @@ class SaferCLI(LightningCLI):
             sys.exit(0)
 
     def after_predict(self) -> None:
-        """Says what has no answer, as the last thing, and in the exit code."""
+        """Reports missing responses, verdicts, ratings and datasets at the end, and exits with code 3 if there are any.
+
+        Raises:
+            SystemExit: With exit code 3, if results are missing.
+        """
         if not self.trainer.is_global_zero:
             return
         failed = Path(self.config_init["predict"]["run"]) / FAILED
@@ -309,7 +348,7 @@ class SaferCLI(LightningCLI):
         ratings = stages.get("ratings", {"finished": True})
         rated = sum(example.question.capability == "rated" for example in self.datamodule.parts.predict)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        # By its name: the callbacks stand above this layer.
+        # Compared by name: this layer may not import the callbacks.
         judged = any(type(each).__name__ == "RateResponses" for each in callbacks)
         if rated and not judged and "ratings" not in stages:
             warn(
@@ -323,11 +362,11 @@ class SaferCLI(LightningCLI):
 
 
 class IdleCLI(SaferCLI):
-    """A command line that is understood and runs nothing.
+    """Command line that is parsed but runs nothing.
 
     Args:
-        args: the words, the command first.
-        build: whether model, data and trainer are made.
+        args: Words of the command line, beginning with the command.
+        build: Whether to create model, data and trainer.
     """
 
     def __init__(self, args: Sequence[str], build: bool) -> None:
@@ -335,19 +374,23 @@ class IdleCLI(SaferCLI):
         super().__init__(args)
 
     def instantiate_classes(self) -> None:
-        """Builds what is asked for."""
+        """Creates trainer, model and data, if requested."""
         if self._build:
             super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Leaves model, data and trainer to whoever asked."""
+        """Runs nothing; the caller uses the parsed settings, or model, data and trainer."""
 
 
 @contextlib.contextmanager
 def as_command_line(args: Sequence[str]) -> Iterator[None]:
-    """Makes ``sys.argv`` the line that is played: the manifest records it, and Lightning starts more processes by it.
+    """Context manager that sets the arguments in ``sys.argv``.
 
-    The first word stays: it is the script that those processes run.
+    The manifest records them, and Lightning starts further processes with them. The first word is kept: it is the
+    script that those processes run.
+
+    Args:
+        args: Words of the command line, beginning with the command.
     """
     before = sys.argv
     sys.argv = [before[0], *args]
@@ -358,14 +401,14 @@ def as_command_line(args: Sequence[str]) -> Iterator[None]:
 
 
 def hush() -> None:
-    """Passes over what the libraries say to their developers, and what is no news to a user."""
+    """Silences known third-party warnings and log messages that are of no use to a user."""
     for message in (
-        r".*LeafSpec",  # torch to Lightning
-        r".*is_gradient_checkpointing",  # transformers to PEFT
-        r".*JsonargparseDeprecation|.*was deprecated in v4",  # jsonargparse to Lightning
-        r".*does not have many workers",  # images are small next to a VLM
-        r".*across ranks is zero",  # nothing is held out
-        r".*You passed in a `val_dataloader` but",  # GenerationCheck asks the held-out images
+        r".*LeafSpec",  # torch, about Lightning's code
+        r".*is_gradient_checkpointing",  # transformers, about PEFT's code
+        r".*JsonargparseDeprecation|.*was deprecated in v4",  # jsonargparse, about Lightning's code
+        r".*does not have many workers",  # loading images takes little time compared with a VLM
+        r".*across ranks is zero",  # no validation data
+        r".*You passed in a `val_dataloader` but",  # GenerationCheck uses the validation images
         r".*`predict_dataloader` returned 0 batches|.*eval mode at the start of training",
     ):
         warnings.filterwarnings("ignore", message)
@@ -376,14 +419,21 @@ def hush() -> None:
 
 
 def run(args: Sequence[str]) -> None:
-    """Plays one command line."""
+    """Runs one command line of fit, validate or predict.
+
+    Args:
+        args: Words of the command line, beginning with the command.
+
+    Raises:
+        SystemExit: The command was asked to end, or ended with an exit code other than 0.
+    """
     hush()
-    # A user's own objective beside the shell's folder can be named; appended, so that it never takes a package's place.
+    # Allows a custom objective in the current folder; appended, so that it never shadows a package.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     with as_command_line(args):
         try:
             SaferCLI(prepared(args))
         except SIGTERMException:
-            # Lightning ends with 0, and a driver would take the run for finished.
+            # Lightning would exit with 0, and a driver would treat the run as finished.
             raise SystemExit(exit_code()) from None

@@ -1,4 +1,4 @@
-"""The command line; ``safervlm --help`` answers at once, a command imports what it needs."""
+"""The command line: ``safervlm --help`` imports nothing else, and each command imports only what it needs."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ the embedded default, a small world of pictograms:
 
 
 def plain_commands() -> dict[str, Callable[..., Any]]:
-    """The commands that run no Lightning loop: functions, whose signatures are their arguments."""
+    """Returns the commands that run no Lightning loop, as functions whose signatures define the arguments."""
     from safervlm.cli.demo import demo
     from safervlm.cli.doctor import doctor
     from safervlm.cli.verify import verify
@@ -58,7 +58,14 @@ def plain_commands() -> dict[str, Callable[..., Any]]:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Plays a command line; None takes the shell's."""
+    """Runs a command line.
+
+    Args:
+        args: Words of the command line without the program's name; None for those of ``sys.argv``.
+
+    Raises:
+        SystemExit: The command failed or was asked to end.
+    """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(HELP, end="")
@@ -80,14 +87,18 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def plain(args: Sequence[str]) -> None:
-    """Plays one of the plain commands."""
+    """Runs one of the commands that run no Lightning loop.
+
+    Args:
+        args: Words of the command line, beginning with the command.
+    """
     from safervlm.cli.arguments import check_words
     from safervlm.cli.lightning import OneLineParser
 
     name, *rest = args
     function = plain_commands()[name]
     parser = OneLineParser(prog=f"safervlm {name}", description=(function.__doc__ or "").split("\n\n")[0])
-    own: set[str | int] = set()  # arguments that are typed as jsonargparse wouldn't take them
+    own: set[str | int] = set()  # arguments added by hand below, or supplied here
     if name == "doctor":
         own = {"config"}
         parser.add_argument("--config", action="append", help="The recipe, then its overlays, each behind a --config.")

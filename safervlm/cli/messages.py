@@ -1,4 +1,4 @@
-"""One line of the parser's pages: which argument, which value, and what was probably meant."""
+"""Condensing of the parser's error messages to one line: argument, value, and the probably intended argument."""
 
 import difflib
 import inspect
@@ -17,12 +17,12 @@ from safervlm.vlm.sampling import Sampling
 
 
 def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ()) -> str:
-    """What matters of jsonargparse's message, which repeats itself over dozens of lines for a union of types.
+    """Condenses a jsonargparse error to one line; its messages repeat themselves over dozens of lines for union types.
 
     Args:
-        message: as jsonargparse gives it; of a nested argument it names the last part alone.
-        typed: the command line, to find the whole name in.
-        known: names of arguments, for a misspelt one.
+        message: Message of jsonargparse. It names a nested argument only by its last part.
+        typed: Words of the command line, to find the full name of the argument.
+        known: Names of arguments, to suggest one for a misspelt name.
     """
 
     def find(pattern: str) -> str | None:
@@ -37,9 +37,9 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
             return f"{unknown!r} is no argument: arguments begin with two dashes, as in --config configs/measure.yaml"
         if not unknown.startswith("--"):
             return f"unknown argument {unknown}: arguments begin with two dashes; --help lists all"
-        end = unknown.lstrip("-").split("=")[0]  # of a nested argument it is the last part alone
+        end = unknown.lstrip("-").split("=")[0]  # of a nested argument only the last part
         name = argument(end, typed)
-        parts = [part for part in ("data", "model", "trainer") if part in known]  # plain commands have none
+        parts = [part for part in ("data", "model", "trainer") if part in known]  # empty for commands without Lightning
         nested = [f"{part}.{name}" for part in parts if name in parameters(part)]
         if stem := name.removesuffix(end):
             meant = did_you_mean(end, known, stem)
@@ -48,7 +48,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         return f"unknown argument --{name}{meant}; --help lists all"
     if unknown := find(r"Option '([^']+)' is not accepted"):
         whole = argument(unknown, typed)
-        if whole == unknown:  # nobody typed it
+        if whole == unknown:  # it was not typed, so it is from a file
             names = [*parameters("data"), *parameters("model")]
             if unknown not in names and (close := difflib.get_close_matches(unknown, names, 1, cutoff=0.8)):
                 return f"a config sets {unknown!r}, which its class doesn't take; did you mean {close[0]}?"
@@ -57,7 +57,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
                 "in --config configs/sft.yaml --config configs/pictograms/sft.yaml"
             )
         stem = whole.removesuffix(unknown)
-        others = [name for name in parameters(stem.split(".")[0]) if name != unknown]  # another class takes it
+        others = [name for name in parameters(stem.split(".")[0]) if name != unknown]  # only another class accepts it
         meant = did_you_mean(unknown, others, stem)
         return f"unknown argument --{whole}{meant}; --help lists all"
     if unknown := find(r"does not accept option '([^']+)'"):
@@ -67,7 +67,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         )
     key = find(r"""[Pp]arser key ["']([^"']+)["']""") or ""
     if missing := find(r"File does not exist: '?([^'\n]+)"):
-        # Of several of one name the nearest to the top.
+        # Of several files with the same name the one nearest to the top is suggested.
         files = sorted(CONFIGS.rglob("*.yaml"), key=lambda path: -len(path.parts))
         shipped = {path.stem: path.relative_to(CONFIGS.parent) for path in files}
         close = difflib.get_close_matches(Path(missing).stem, shipped, 1)
@@ -101,16 +101,24 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
 
 
 def argument(key: str, typed: Sequence[str]) -> str:
-    """The whole name of an argument of which a message gives the end."""
+    """Returns the full name of an argument of which a message has only the end.
+
+    Args:
+        key: End of the argument's name.
+        typed: Words of the command line.
+
+    Returns:
+        The first typed name that ends in ``key``; ``key`` itself if there is none.
+    """
     names = [each.lstrip("-").split("=")[0] for each in typed if each.startswith("--")]
     return next((name for name in names if name.replace("init_args.", "").endswith(key)), key)
 
 
 def parameters(part: str) -> list[str]:
-    """The names of all arguments that a part of the command line may take.
+    """Returns the names of all arguments that a section of the configuration may have.
 
     Args:
-        part: ``model`` and ``data`` stand for those of our classes that are imported; ``trainer``.
+        part: ``trainer``, ``data`` or ``model``; for the latter two, those of all imported classes of SaferVLM.
     """
     if part == "trainer":
         return list(inspect.signature(Trainer.__init__).parameters)
@@ -122,6 +130,12 @@ def parameters(part: str) -> list[str]:
 
 
 def did_you_mean(name: str, names: Sequence[str], stem: str = "") -> str:
-    """A hint at the name that was probably meant."""
+    """Returns a suggestion of the probably intended argument; empty if no name is similar.
+
+    Args:
+        name: Misspelt name.
+        names: Known names.
+        stem: Prefix of the suggested name.
+    """
     close = difflib.get_close_matches(name, names, 1, cutoff=0.6)
     return f"; did you mean --{stem}{close[0]}?" if close else ""

@@ -1,4 +1,4 @@
-"""Whether a measurement holds: a sample of its questions asked again, one by one or in another precision."""
+"""``safervlm verify``: repeats a sample of a measurement's questions, one by one or in another precision."""
 
 import random
 import sys
@@ -30,13 +30,13 @@ FLIPS = "verify.jsonl"
 
 
 class Kept(L.Callback):
-    """Keeps the answers; Lightning's own way of returning them takes frozen records apart."""
+    """Callback that collects the responses; Lightning's ``return_predictions`` would take frozen records apart."""
 
     def __init__(self) -> None:
         self.records: list[Response | Failure] = []
 
     def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *place: Any) -> None:
-        """Takes a batch's records."""
+        """Collects the records of a batch."""
         self.records += outputs
 
 
@@ -51,31 +51,31 @@ def verify(
     trust_config: bool = False,
     limit: int | None = None,
 ) -> None:
-    """Asks a sample of a run's questions again and counts the answers and the verdicts that flip.
+    """Repeats a sample of a run's questions and counts the responses and the verdicts that flip.
 
-    The answers' noise is drawn from the record's id, so what differs is arithmetic: another batch, another precision.
-    A verdict is compared with one of the same question, by the same judge, on the answer that the run has now. What
-    flipped is written to verify.jsonl in the run folder, and so is a question that has no answer this time, or whose
-    answer can't be judged, with the reason; the exit code is 3 then. The questions and their images are those of the
-    data that the run's predict.yaml names. The folder may be somebody else's: addresses, an environment variable and
-    classes that are not SaferVLM's are used only where you repeat or allow them.
+    The sampling noise of a response is derived from the record's id, so differences come from arithmetic: another batch
+    size or precision. A verdict is compared only if it is by the same judge and about the run's current response. Flips
+    are written to verify.jsonl in the run folder, as are questions without a response this time and responses that
+    can't be classified, with the reason; the exit code is then 3. The questions and images are those of the data that
+    the run's predict.yaml names. The folder may be made by others: addresses, an environment variable and classes that
+    are not SaferVLM's are used only if you repeat or allow them.
 
     Args:
         run: The folder of a finished measurement.
-        sample: How many questions to ask again, drawn at random.
-        batch_size: Of the second time; 1 asks them one by one.
-        dtype: Precision of the weights the second time; by default that of the run.
-        seed: Of the sample.
-        addresses: All addresses that the run's configuration names, repeated, to allow asking them.
-        api_key_variable: The environment variable that the run's configuration names for a server's key, repeated, to
+        sample: Number of questions to repeat, sampled at random.
+        batch_size: Batch size of the repetition; 1 asks the questions one by one.
+        dtype: Precision of the weights in the repetition; by default that of the run.
+        seed: Seed of the sample.
+        addresses: All addresses that the run's configuration names, repeated to allow contacting them.
+        api_key_variable: The environment variable that the run's configuration names for a server's key, repeated to
             allow sending its value there.
         trust_config: Allow classes and model code that the run's configuration names and that are not SaferVLM's.
-        limit: Draw the sample from the first so many questions of each dataset and capability; None from all.
+        limit: Sample only from the first so many questions of each dataset and capability; None samples from all.
 
     Raises:
-        RecordError: the run has no answers or no configuration, or its answers are not about its data.
-        ArgumentError: something in the configuration is not allowed, or an argument is out of its range.
-        SystemExit: with exit code 3 at the end, where a question has no answer or an answer no verdict.
+        RecordError: The run has no responses or no configuration, or its responses are not about its data.
+        ArgumentError: Something in the configuration is not allowed, or an argument is out of its range.
+        SystemExit: With exit code 3 at the end, if a question has no response or a response no verdict.
     """
     if not str(run).strip("."):
         raise ArgumentError(f"run: the folder of a measurement, got {str(run)!r}")
@@ -89,7 +89,7 @@ def verify(
     settings = read_config(config)
     if lacking := [name for name in ("model", "data") if not isinstance(settings.get(name), dict)]:
         raise RecordError(f"run: {config} says nothing of the {lacking[0]}; restore it, or name another measurement")
-    # Of the trainer only what an answer or a verdict depends on: loggers and plugins of a stranger's are left out.
+    # Of the trainer only the settings that affect responses and verdicts: untrusted loggers and plugins are excluded.
     trainer_settings = settings.get("trainer")
     kept_settings = trainer_settings if isinstance(trainer_settings, dict) else {}
     callbacks = kept_settings.get("callbacks")
@@ -113,8 +113,8 @@ def verify(
 
 
 def _built(run: Path, settings: dict[str, Any], dtype: str | None) -> IdleCLI:
-    """Model, data and trainer of the run."""
-    # As text, not as the file: what was checked is what is used.
+    """Creates model, data and trainer of the run."""
+    # Passed as text, not as the file, so that exactly the checked settings are used.
     line = ["predict", "--config", yaml.safe_dump(settings), "--run", str(run), "--data.num_workers", "0"]
     line += ["--model.vlm.dtype", dtype] if dtype else []
     hush()
@@ -128,7 +128,7 @@ def _built(run: Path, settings: dict[str, Any], dtype: str | None) -> IdleCLI:
 def _sample(
     run: Path, cli: IdleCLI, before: Mapping[str, Response], sample: int, limit: int | None, seed: int
 ) -> list[Example]:
-    """The questions to ask again: of the run's data, not of its answers, which may name any file as an image."""
+    """Samples the questions to repeat from the run's data: the responses' records could name any file as an image."""
     cli.datamodule.prepare_data()
     questions = {example.question.id: example.question for example in cli.datamodule.parts.predict}
     for name, response in before.items():
@@ -148,7 +148,7 @@ def _sample(
 
 
 def _ask_again(cli: IdleCLI, asked: Sequence[Example], batch_size: int) -> list[Response | Failure]:
-    """The answers of the second time."""
+    """Returns the responses, or failures, of the repetition."""
     loader: DataLoader[Example] = DataLoader(asked, batch_size, collate_fn=cli.model.collator)  # type: ignore[arg-type]
     kept = Kept()
     trainer = L.Trainer(
@@ -166,12 +166,12 @@ def _ask_again(cli: IdleCLI, asked: Sequence[Example], batch_size: int) -> list[
 
 @dataclass
 class Compared:
-    """What came of asking again.
+    """Results of the repetition.
 
     Attributes:
-        answers: question's id -> the answer of the second time.
-        verdicts: question's id -> the label before, and the second time.
-        failed: the questions without an answer, and the answers without a verdict.
+        answers: Question's id -> response of the repetition.
+        verdicts: Question's id -> label before, and label of the repetition.
+        failed: Questions without a response, and responses without a verdict.
     """
 
     answers: dict[str, Response]
@@ -180,7 +180,7 @@ class Compared:
 
 
 def _compare(run: Path, cli: IdleCLI, before: Mapping[str, Response], again: Sequence[Response | Failure]) -> Compared:
-    """Judges the answers of the second time, where the same judge has judged the first ones."""
+    """Judges the repeated responses whose first response was judged by the same judge."""
     answers = {record.id: record for record in again if isinstance(record, Response)}
     compared = Compared(answers, {}, [record for record in again if isinstance(record, Failure)])
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
@@ -212,7 +212,7 @@ def _compare(run: Path, cli: IdleCLI, before: Mapping[str, Response], again: Seq
 
 
 def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str, Response], compared: Compared) -> None:
-    """Writes and prints what flipped and what failed; ends with exit code 3 where something did."""
+    """Writes and prints the flips and failures; exits with code 3 if there are failures."""
     answers, verdicts, failed = compared.answers, compared.verdicts, compared.failed
     flips = []
     for name, response in answers.items():
@@ -238,13 +238,13 @@ def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str,
 
 
 def show(title: str, answers: Sequence[bool], verdicts: Sequence[bool], right: Sequence[tuple[bool, bool]]) -> None:
-    """Prints how many flipped, and how far the table could move.
+    """Prints the flip rates with 95 % Clopper-Pearson intervals, and a bound on the change of the run's accuracy.
 
     Args:
-        title: of the table.
-        answers: of each question, whether its answer differs.
-        verdicts: of each judged answer, whether its verdict differs.
-        right: of each judged answer, whether it was right before, and the second time.
+        title: Title of the table.
+        answers: For each question, whether its response differs.
+        verdicts: For each judged response, whether its verdict differs.
+        right: For each judged response, whether it was correct before, and in the repetition.
     """
     caption = f"95 % intervals: Clopper-Pearson; the sample is random, so they are for the run\n{JUDGE_NOTE}"
     table = TextTable(title=title, caption=caption)

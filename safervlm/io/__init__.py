@@ -1,1 +1,1 @@
-"""What enters and leaves the process: texts, images and settings, files and caches, the terminal, signals, errors."""
+"""Input and output of the process: texts, images, settings, files, caches, the terminal, signals and errors."""

@@ -1,4 +1,4 @@
-"""Where every command ends: whatever is raised becomes one line and an exit code."""
+"""Error boundary of the command line: every exception becomes one line and an exit code."""
 
 import errno
 import os
@@ -16,17 +16,17 @@ from safervlm.errors import UserError, first_line
 from safervlm.io.escape import for_terminal
 from safervlm.io.signals import why_ended
 
-# The run folder of the command at work, where there is one: the traceback of an unexpected error is kept in it.
+# Run folder of the current command, if it has one; tracebacks of unexpected errors are written to it.
 run_folder: ContextVar[Path | None] = ContextVar("run_folder", default=None)
 TRACEBACK = "traceback.txt"
 BEGINS = "Traceback (most recent call last)"
 
-# What libraries say of a disk that takes nothing more, in errors of their own that carry no errno.
+# Messages of libraries' own errors about a failed write, which have no errno.
 DISK = re.compile(
     r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error|File too large"
     r"|PytorchStreamWriter failed|unexpected pos|iostream error|os error (5|27|28|30|122)\b"
 )
-# Of the modules that our dependencies ask for when they are used: the packages that provide them.
+# Module -> package to install, for modules that our dependencies import on use.
 PACKAGES = {
     **{
         name: name
@@ -69,12 +69,16 @@ REMEDIES = {
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process with one line instead of a traceback, whatever is raised within.
+    """Context manager that ends the process with one line instead of a traceback, whatever exception is raised inside.
 
-    Exit code 2: the user can correct it. 1: a defect of ours, whose traceback is kept in a file, or another process of
-    the run died. 130: Ctrl-C.
+    Exit codes: 2 for an error that the user can correct; 1 for a defect, whose traceback is written to a file, or if
+    another process of the run died; 130 after Ctrl-C; 143 after SIGTERM; 141 if the reader of the output has ended. A
+    SystemExit raised inside passes unchanged.
+
+    Raises:
+        SystemExit: An exception was raised inside the block.
     """
-    before = run_folder.set(None)  # commands may follow each other in one process
+    before = run_folder.set(None)  # one process may run several commands
     try:
         yield
     except KeyboardInterrupt:
@@ -85,7 +89,7 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(141)
     except (SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # the one place where everything ends; a panic of a Rust library is no Exception
+    except BaseException as error:  # the outermost handler; a panic of a Rust library is no Exception
         if ended := why_ended(error):
             code, said = ended
             sys.stderr.write(f"safervlm: {said}\n" if said else "")
@@ -102,7 +106,11 @@ def one_line_errors() -> Iterator[None]:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, then those that led to it."""
+    """Iterates over an exception and its causes, as a traceback would show them.
+
+    Args:
+        error: Exception to begin with.
+    """
     seen: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in seen:
@@ -113,10 +121,10 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def explain(error: BaseException) -> str | None:
-    """The line of an expected failure; None for a defect.
+    """Returns the one-line message of an expected failure; None for a defect.
 
     Args:
-        error: whatever was raised. What led to it counts, too: libraries wrap our errors in theirs.
+        error: Exception that was raised. Its causes are examined too, as libraries wrap our errors in theirs.
     """
     chain = list(causes(error))
     for each in chain:
@@ -124,7 +132,7 @@ def explain(error: BaseException) -> str | None:
             return " ".join(str(each).split())
     for each in chain:
         kinds = {kind.__name__ for kind in type(each).__mro__}
-        if "MisconfigurationException" in kinds:  # Lightning's, which need not be imported for this
+        if "MisconfigurationException" in kinds:  # Lightning's; compared by name to avoid the import
             return trainer_line(each)
         if "OutOfMemoryError" in kinds or isinstance(each, MemoryError):
             return f"out of memory ({first_line(each)}): lower data.batch_size, or use a machine with more"
@@ -147,16 +155,20 @@ def explain(error: BaseException) -> str | None:
 
 
 def trainer_line(error: BaseException) -> str:
-    """The line of what Lightning's trainer refuses, which says what is wrong but not always what to do."""
+    """Returns the message of an error of Lightning's trainer, with a remedy, which Lightning's own message may lack.
+
+    Args:
+        error: Exception raised by Lightning.
+    """
     said = " ".join(str(error).split()).rstrip(".")
     return f"--trainer: {said}; correct that --trainer argument, or leave it out"
 
 
 def install_hint(module: str) -> str:
-    """How to get a module that is missing: packages aren't always called as their modules.
+    """Returns how to install a missing module; a package's name may differ from its module's.
 
     Args:
-        module: dotted.
+        module: Dotted name of the module.
     """
     top = module.split(".")[0]
     package = PACKAGES.get(module) or PACKAGES.get(top)
@@ -164,7 +176,11 @@ def install_hint(module: str) -> str:
 
 
 def keep_traceback(error: BaseException) -> str:
-    """Writes a traceback to the run folder, or else to a temporary file, and says where it is."""
+    """Writes a traceback to the run folder, or else to a temporary file, and returns a line that states where it is.
+
+    Args:
+        error: Exception with its traceback.
+    """
     text = "".join(traceback.format_exception(error))
     for write in (_to_run_folder, _to_temporary_file):
         with suppress(OSError):
@@ -174,11 +190,11 @@ def keep_traceback(error: BaseException) -> str:
 
 
 def _to_run_folder(text: str) -> Path | None:
-    """None where there is no run folder, or a file of the user's has the name."""
+    """Returns None if there is no run folder, or if a user's file has the name."""
     folder = run_folder.get()
     if folder is None:
         return None
-    folder.mkdir(parents=True, exist_ok=True)  # a command that failed early leaves no empty one
+    folder.mkdir(parents=True, exist_ok=True)  # a command that failed early has removed it
     file = folder / TRACEBACK
     if file.exists() and BEGINS not in file.read_text(encoding="utf-8", errors="replace"):
         return None
@@ -195,11 +211,22 @@ def _to_temporary_file(text: str) -> Path:
 
 
 def warn(line: str) -> None:
-    """Writes one line to stderr; names from data and servers in it are escaped."""
+    """Writes one line to stderr; control characters are escaped.
+
+    Args:
+        line: Text, which may contain names from data and servers.
+    """
     sys.stderr.write(f"safervlm: {for_terminal(line)}\n")
 
 
 def fail(line: str) -> NoReturn:
-    """Ends the process with one line and exit code 2."""
+    """Ends the process with one line on stderr and exit code 2.
+
+    Args:
+        line: Message; control characters are escaped.
+
+    Raises:
+        SystemExit: Always.
+    """
     sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
     sys.exit(2)

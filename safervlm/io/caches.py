@@ -1,8 +1,8 @@
-"""Files and folders that are built aside and moved into place: whole or not at all, whoever else builds them.
+"""Files and folders that are built under a temporary name and moved into place atomically, also with several processes.
 
-What is unfinished has a name that begins with :data:`TEMPORARY`, lies beside what it will become, and is locked
-(``flock``) by the process that writes it. The system releases the lock when that process dies, however it dies. So an
-unlocked entry of such a name is a leftover, and :func:`remove_leftovers` removes it.
+An unfinished file or folder has a name that begins with :data:`TEMPORARY`. It lies beside its destination and is locked
+(``flock``) by the process that writes it. The system releases the lock when that process dies, for any reason. An
+unlocked entry of such a name is therefore a leftover, and :func:`remove_leftovers` removes it.
 """
 
 import fcntl
@@ -15,27 +15,27 @@ from pathlib import Path
 
 from safervlm.errors import ArgumentError
 
-# What the names of unfinished files and folders begin with; nothing else has such a name.
+# Prefix of the names of unfinished files and folders, and of no others.
 TEMPORARY = ".tmp-safervlm-"
 
 
 def build_folder(folder: Path, build: Callable[[Path], object], argument: str = "data.cache_dir") -> None:
-    """Builds a folder whose content is decided by its name, unless it is there already.
+    """Builds a folder whose name determines its content, unless it exists.
 
-    Several processes may do this at the same time: each builds in a temporary folder of its own beside ``folder``, the
-    first one that is finished moves its own into place, and the others use that. Leftovers of dead processes beside
+    Several processes may call this at the same time: each builds in its own temporary folder beside ``folder``, the
+    first to finish moves its folder into place, and the others use that one. Leftovers of dead processes beside
     ``folder`` are removed first.
 
     Args:
-        folder: what to build. Its name must contain everything that determines the content. A folder that is there is
-            complete, and is left as it is.
-        build: is given the temporary folder, which is empty, and fills it. What it raises gets through, and nothing is
-            left behind.
-        argument: the setting that ``folder`` comes from, for the error.
+        folder: Folder to build. Its name must encode everything that determines the content. An existing folder is
+            complete, and is not changed.
+        build: Function that fills the empty temporary folder it is given. Its exceptions propagate, and the temporary
+            folder is removed.
+        argument: Setting that ``folder`` comes from, for the error message.
 
     Raises:
-        ArgumentError: the folder can't be made: no permission, a read-only disk, or a file in its place.
-        OSError: it can't be filled, for example because the disk is full.
+        ArgumentError: The folder can't be created: no permission, a read-only disk, or a file in its place.
+        OSError: The folder can't be filled, for example because the disk is full.
     """
     if folder.is_dir():
         return
@@ -54,14 +54,15 @@ def build_folder(folder: Path, build: Callable[[Path], object], argument: str = 
 
 
 def cache_folder(folder: Path, argument: str = "data.cache_dir") -> None:
-    """Makes a folder for results that are kept, and removes the leftovers of dead processes in it.
+    """Creates a cache folder and removes the leftovers of dead processes in it.
 
     Args:
-        folder: to make, if it isn't there.
-        argument: the setting that it comes from, for the error.
+        folder: Folder to create, if it does not exist.
+        argument: Setting that ``folder`` comes from, for the error message.
 
     Raises:
-        ArgumentError: it can't be made or written to: no permission, a read-only disk, or a file in its place.
+        ArgumentError: The folder can't be created or written to: no permission, a read-only disk, or a file in its
+            place.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,17 +76,20 @@ def cache_folder(folder: Path, argument: str = "data.cache_dir") -> None:
 
 @contextmanager
 def temporary(path: Path, *, directory: bool = False) -> Iterator[Path]:
-    """A temporary file or folder beside a path, to be renamed to it; what is not renamed is removed at the end.
+    """Context manager that creates a temporary file or folder beside a path, to be renamed to it.
+
+    If it has not been renamed at the end of the block, it is removed.
 
     Args:
-        path: what it will become; its folder must exist. The ending is the same: libraries choose the format by it.
-        directory: make a folder, not a file.
+        path: Destination; its folder must exist. The temporary file has the same suffix, as libraries choose the format
+            by it.
+        directory: Whether to create a folder instead of a file.
 
     Yields:
         The path of the empty file or folder.
 
     Raises:
-        OSError: it can't be made.
+        OSError: It can't be created.
     """
     aside, lock = _create(path, directory)
     try:
@@ -97,13 +101,13 @@ def temporary(path: Path, *, directory: bool = False) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Removes temporary files and folders of processes that died.
+    """Removes temporary files and folders of dead processes.
 
     Args:
-        folder: in which they lie; folders within it are not searched.
+        folder: Folder to search, without its subfolders.
 
     Returns:
-        The names of what was removed. What can't be locked or removed is left there.
+        The names of the removed entries. Entries that can't be locked or removed are skipped.
     """
     removed = []
     try:
@@ -111,7 +115,7 @@ def remove_leftovers(folder: Path) -> list[str]:
     except OSError:
         return []
     for entry in sorted(there):
-        with suppress(OSError):  # somebody else's, locked, or just gone
+        with suppress(OSError):  # another user's, locked, or already removed
             lock = _lock(entry)
             try:
                 _remove(entry)
@@ -122,7 +126,7 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 
 def _create(path: Path, directory: bool) -> tuple[Path, int]:
-    """A temporary file or folder and the descriptor that holds its lock."""
+    """Creates a temporary file or folder; returns its path and the descriptor that holds its lock."""
     while True:
         suffix = "" if directory else path.suffix
         aside = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}{suffix}")
@@ -133,7 +137,7 @@ def _create(path: Path, directory: bool) -> tuple[Path, int]:
         try:
             lock = _lock(aside)
         except (BlockingIOError, FileNotFoundError):
-            continue  # another process took it for a leftover before it was locked
+            continue  # another process removed it as a leftover before it was locked
         except OSError:
             lock = os.open(aside, os.O_RDONLY)  # a file system without locks: nothing is removed there as a leftover
         if aside.exists():
@@ -142,11 +146,11 @@ def _create(path: Path, directory: bool) -> tuple[Path, int]:
 
 
 def _lock(entry: Path) -> int:
-    """An open descriptor of a file or folder that holds its lock.
+    """Opens a file or folder and locks it; returns the descriptor that holds the lock.
 
     Raises:
-        BlockingIOError: a living process has it.
-        OSError: the file system has no locks.
+        BlockingIOError: A living process holds the lock.
+        OSError: The file system has no locks.
     """
     descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW)
     try:

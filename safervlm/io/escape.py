@@ -1,7 +1,7 @@
-"""Texts from data, models and file names, made safe for where they are shown: one function for each output format.
+"""Escaping of texts from data, models and file names: one function per output format.
 
-A category, a run's name or an answer may contain control characters, markup or half of a surrogate pair. Every output
-passes through one of these functions; HTML pages do it for every value (``safervlm.reports.page.template``).
+A category, a run's name or a response may contain control characters, markup or lone surrogates. Every output passes
+through one of these functions; HTML pages apply it to every value (``safervlm.reports.page.template``).
 """
 
 import re
@@ -13,16 +13,16 @@ from rich.text import Text
 CELL = 32_767  # the longest text of an Excel cell, in UTF-16 code units
 SHOWN = 4_000  # the longest text on a page, in characters
 TITLE = 31  # the longest title of an Excel sheet
-_JOINERS = "\u200c\u200d"  # Persian and joined emoji need them
+_JOINERS = "\u200c\u200d"  # required by Persian and by joined emoji
 _INVISIBLE = {
     "Cc",
     "Cf",
     "Cs",
     "Zl",
     "Zp",
-}  # control, format (bidirectional, too), surrogate, line and paragraph breaks
+}  # control, format (including bidirectional), surrogate, line and paragraph separators
 _PLAIN = re.compile(r"[ -~]*")
-# What spreadsheets compute (OWASP, CSV injection), the full-width forms included.
+# Texts that spreadsheets evaluate as formulas (OWASP, CSV injection), including full-width forms.
 _FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20].", re.DOTALL)
 _ABSOLUTE = re.compile(r"(?:file://)?/[^/\s]|[A-Za-z]:[/\\]")
 _QUOTED_PATH = re.compile(
@@ -30,7 +30,7 @@ _QUOTED_PATH = re.compile(
 )
 _PATH = re.compile(
     r"""(?<![\w./~:…])(?:file://)?/(?:[^/\s"']+/)*(?=[^/\s"'])"""  # /a/b/ of /a/b/c
-    r"""|(?<=:)/(?!/)(?:[^/\s"']+/)+(?=[^/\s"'])"""  # name:/a/b/c, but no address
+    r"""|(?<=:)/(?!/)(?:[^/\s"']+/)+(?=[^/\s"'])"""  # name:/a/b/c, but no URL
     r"""|(?<!\w)[A-Za-z]:[/\\](?!/)(?:[^/\\\s"']+[/\\])*(?=[^/\\\s"'])"""
 )
 _LATEX = str.maketrans(
@@ -47,14 +47,14 @@ _LATEX = str.maketrans(
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""A text without invisible characters: each is written as its Python escape, such as ``\x1b`` or ``\u202e``.
+    r"""Replaces each invisible character by its Python escape, such as ``\x1b`` or ``\u202e``.
 
-    These are control characters (C0, C1), line and paragraph separators, format characters (which reorder or hide
-    text; the joiners of emoji and Persian stay), lone surrogates and noncharacters.
+    Invisible are control characters (C0, C1), line and paragraph separators, format characters (which reorder or hide
+    text; the joiners of emoji and Persian are kept), lone surrogates and noncharacters.
 
     Args:
-        text: any text.
-        keep: invisible characters that stay, for example line breaks.
+        text: Any text.
+        keep: Invisible characters to keep, for example line breaks.
 
     Returns:
         A text that can be encoded in UTF-8.
@@ -80,40 +80,46 @@ def _escaped(character: str) -> str:
 
 
 def for_terminal(text: object, lines: bool = False) -> str:
-    """A text for the terminal, where an escape sequence would move the cursor or clear the screen.
+    """Escapes a text for the terminal, where an escape sequence could move the cursor or clear the screen.
 
     Args:
-        text: anything that can be written as a text.
-        lines: whether line breaks stay; False makes one line of it.
+        text: Object whose ``str`` is shown.
+        lines: Whether to keep line breaks; if False, the result is one line.
     """
     return visible(str(text), keep="\n" if lines else "")
 
 
 def for_rich(text: object, style: str = "", lines: bool = False) -> Text:
-    """A text for a cell, title or print of rich: brackets are no markup, ``:x:`` is no emoji.
+    """Escapes a text for rich's cells, titles and prints: brackets are no markup, ``:x:`` is no emoji.
 
     Args:
-        text: anything that can be written as a text.
-        style: of rich, such as ``bold``.
-        lines: whether line breaks stay.
+        text: Object whose ``str`` is shown.
+        style: Style of rich, such as ``bold``.
+        lines: Whether to keep line breaks.
     """
     return Text(for_terminal(text, lines), style=style)
 
 
 def for_csv(text: str) -> str:
-    """A text cell of a CSV file: one line, and nothing that a spreadsheet would run.
+    """Escapes a text cell of a CSV file: one line, not evaluated by spreadsheets.
 
     As OWASP recommends, a text that begins like a formula (``=``, ``+``, ``-``, ``@``, tab, line break) gets a leading
-    apostrophe. A single such character is no formula and stays. Numbers are not texts and don't come here.
+    apostrophe. A single such character is no formula and is not changed.
+
+    Args:
+        text: Text of the cell; numbers must not be passed.
     """
     return ("'" if _FORMULA.match(text) else "") + visible(text)
 
 
 def for_xlsx(text: str) -> str:
-    r"""A text cell of an Excel file: characters that XML rejects are visible, and at most 32,767 UTF-16 code units.
+    """Escapes a text cell of an Excel file: no characters that XML rejects, and at most 32,767 UTF-16 code units.
 
-    The cell must have the data type of a text (:func:`safervlm.io.tables.write_workbook`), which no formula has.
-    ``_x0041_`` is how Excel writes a character in its files; it is escaped so that it stays as it is.
+    The cell must have the data type of a text (:func:`safervlm.io.tables.write_workbook`), so that it is no formula.
+    ``_x0041_`` is how Excel encodes a character in its files; it is escaped so that it is shown literally.
+
+    Args:
+        text: Text of the cell; if it is too long, it is cut and marked.
     """
     text = re.sub(r"_(?=x[0-9A-Fa-f]{4}_)", "_x005F_", visible(text, keep="\n\t"))
     if _units(text) <= CELL:
@@ -123,12 +129,18 @@ def for_xlsx(text: str) -> str:
 
 
 def sheet_titles(names: list[str]) -> list[str]:
-    r"""Titles of an Excel workbook's sheets: at most 31 characters, none of ``[]:*?/\``, all different in any case."""
+    r"""Returns valid, distinct titles of an Excel workbook's sheets.
+
+    A title has at most 31 characters and none of ``[]:*?/\``. Titles differ also when compared case-insensitively.
+
+    Args:
+        names: Requested titles, in order.
+    """
     titles: list[str] = []
     for name in names:
         title = _cut(re.sub(r"[\[\]:*?/\\]", "_", visible(name)), TITLE).strip("'") or "_"
         number, unique = 1, title
-        while unique.casefold() in {"history", *(each.casefold() for each in titles)}:  # Excel keeps "History"
+        while unique.casefold() in {"history", *(each.casefold() for each in titles)}:  # Excel reserves "History"
             number += 1
             unique = _cut(title, TITLE - len(f" {number}")) + f" {number}"
         titles.append(unique)
@@ -136,37 +148,48 @@ def sheet_titles(names: list[str]) -> list[str]:
 
 
 def for_latex(text: str) -> str:
-    r"""A text in LaTeX. A leading ``[`` or ``*`` is in braces: after ``\\`` it would be an argument."""
+    r"""Escapes a text for LaTeX.
+
+    Args:
+        text: Text. A leading ``[`` or ``*`` is put in braces: after ``\\`` LaTeX would take it as an argument.
+    """
     text = visible(text).translate(_LATEX)
     return f"{{{text[0]}}}{text[1:]}" if text.startswith(("[", "*")) else text
 
 
 def for_html(text: str) -> str:
-    """A text for a page, before Jinja escapes the markup in it: at most 4,000 characters; line breaks and tabs stay."""
+    """Makes a text's invisible characters visible for a page, before Jinja escapes its markup.
+
+    Args:
+        text: Text. Line breaks and tabs are kept; beyond 4,000 characters it is cut and marked.
+    """
     mark = f" [cut: {len(text):,} characters]"
     return visible(text, keep="\n\t") if len(text) <= SHOWN else visible(text[:SHOWN], keep="\n\t") + mark
 
 
 def without_folders(text: str) -> str:
-    """A text whose absolute paths are reduced to their last part, as they may contain a user's name.
+    """Reduces the absolute paths in a text to their last component, as they may contain a user's name.
 
-    ``/home/me/runs/base`` becomes ``…/base``. Addresses and relative paths stay.
+    ``/home/me/runs/base`` becomes ``…/base``. URLs and relative paths are kept.
+
+    Args:
+        text: Text, which may be a path or contain some.
     """
     home = str(Path.home())
     if len(home) > 1:
         text = re.sub(rf"(?<![\w./]){re.escape(home)}(?![\w.-])", "~", text)
-    if _ABSOLUTE.match(text) and "\n" not in text and " /" not in text:  # a path alone, maybe with spaces
+    if _ABSOLUTE.match(text) and "\n" not in text and " /" not in text:  # the text is one path, maybe with spaces
         return "…/" + re.split(r"[/\\]", text.rstrip("/\\"))[-1]
     text = _QUOTED_PATH.sub(r"\g<quote>…/\g<last>\g<quote>", text)
     return _PATH.sub("…/", text)
 
 
 def for_figure(text: str, longest: int = 40) -> str:
-    """A label of a figure: one line that leaves room for the figure.
+    """Escapes and shortens a label of a figure to one line.
 
     Args:
-        text: the label.
-        longest: how many characters of it are shown.
+        text: Label.
+        longest: Maximum number of characters.
     """
     text = visible(text)
     return text if len(text) <= longest else text[: longest - 1] + "…"
@@ -177,5 +200,5 @@ def _units(text: str) -> int:
 
 
 def _cut(text: str, units: int) -> str:
-    """The beginning of a text, at most so many UTF-16 code units, without half a character."""
+    """Returns the longest prefix of a text with at most ``units`` UTF-16 code units, without splitting a character."""
     return text.encode("utf-16-le")[: 2 * units].decode("utf-16-le", "ignore")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes."""
 
 import os
 from collections.abc import Callable
@@ -8,16 +8,15 @@ from safervlm.io.caches import temporary
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file atomically: completely or not at all.
 
     Args:
-        path: the file to write; its folder is made if it is missing.
-        write: is given the path of a temporary file beside it (see :func:`safervlm.io.caches.temporary`), which then
-        takes
-            ``path``'s place.
+        path: File to write; its folder is created if it does not exist.
+        write: Function that writes the temporary file whose path it is given. The file lies beside ``path`` (see
+            :func:`safervlm.io.caches.temporary`) and then replaces it.
 
     Raises:
-        OSError: the file can't be written, for example because the disk is full; it names the file.
+        OSError: The file can't be written, for example because the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

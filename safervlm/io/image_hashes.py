@@ -1,4 +1,4 @@
-"""What the manifest and the terminal say about the image files of a data set: a hash of their contents, animations."""
+"""Content hashes of a dataset's image files for the manifest, and a notice about animations."""
 
 import hashlib
 import stat
@@ -13,22 +13,22 @@ from safervlm.io.tables import say
 
 
 def images_fingerprint(files: Mapping[str, str | Path | None]) -> str:
-    """A hash of images' names and contents, for the manifest; 16 hexadecimal digits.
+    """Computes a hash of images' names and contents for the manifest: 16 hexadecimal digits.
 
     Args:
-        files: the file of each image, by the image's name within the data set.
+        files: Image's name within the dataset -> its file.
     """
     return fingerprint("\n".join(f"{name} {look_at(file).digest}" for name, file in files.items()))
 
 
 def report_frames(dataset: str, files: Mapping[str, str | Path | None]) -> None:
-    """Prints how many images are animations or have several pages, of which the first frame is taken.
+    """Prints how many images are animations or have several pages, of which only the first frame is used.
 
-    The same line is printed once a process; of a run with several processes, let the first one call it.
+    The line is printed once per process. In a run with several processes, only the first one should call this.
 
     Args:
-        dataset: the data set's name.
-        files: the file of each image, by the image's name within the data set.
+        dataset: Name of the dataset.
+        files: Image's name within the dataset -> its file.
     """
     names = [name for name, file in files.items() if look_at(file).frames]
     if names:
@@ -40,17 +40,21 @@ def report_frames(dataset: str, files: Mapping[str, str | Path | None]) -> None:
 
 @cache
 def print_once(line: str) -> None:
-    """Prints a line that this process hasn't printed yet."""
+    """Prints a line, once per process.
+
+    Args:
+        line: Line to print.
+    """
     say(line)
 
 
 @dataclass(frozen=True)
 class Look:
-    """What is known of an image file without decoding it.
+    """Properties of an image file that are known without decoding it.
 
     Attributes:
-        digest: SHA-256 of its content in hexadecimal digits; empty where it can't be read.
-        frames: whether it is an animation or has several pages.
+        digest: SHA-256 of the content in hexadecimal digits; empty if the file can't be read.
+        frames: Whether it is an animation or has several pages.
     """
 
     digest: str
@@ -58,10 +62,10 @@ class Look:
 
 
 def look_at(path: str | Path | None) -> Look:
-    """Reads a file once a process, unless it has changed since.
+    """Returns the properties of an image file; the file is read once per process unless it changes.
 
     Args:
-        path: the file; one that is missing or no regular file is described as one without content.
+        path: File; if it is missing or no regular file, the digest is empty.
     """
     try:
         there = Path(str(path)).stat()

@@ -1,7 +1,7 @@
-"""Image files: where they may lie, and how they are opened. No other module opens images.
+"""Image files: where they may lie, and how they are decoded. No other module opens images.
 
-Every image that a model, a server or a page is shown goes through :func:`decode`, so all of them see the same pixels:
-those that an image viewer shows. A file is read once, whole, and only if it is a regular file.
+Every image given to a model, a server or a page is decoded by :func:`decode`, so that all use the same pixels: those
+that an image viewer shows. A file is read once, completely, and only if it is a regular file.
 """
 
 import io
@@ -21,17 +21,17 @@ from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.io.pixels import Encoding, to_srgb
 
-# What a VLM is shown with a question about a name, as published.
+# Image given to a VLM with a question about a name, as published.
 BLANK = Image.new("RGB", (1000, 1000), "white")
-# The endings of image files, in lower case. What a file is, its content decides.
+# Suffixes of image files, in lower case. The format of a file is determined by its content.
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-# The only decoders that are ever tried. JPEG includes MPO, which many phones write. Others would, for example, start
-# Ghostscript (EPS). AVIF needs Pillow 11.3.
+# The only decoders that are tried: others would, for example, start Ghostscript (EPS). JPEG includes MPO, which many
+# phones write. AVIF requires Pillow 11.3.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if find_spec("PIL.AvifImagePlugin") else []))
-# The ending of a file that holds what a table has in an image's place, and what is none.
+# Suffix of a file that stores a table's value for an image that is not an image.
 BROKEN = ".broken"
 
-# How files begin that are mistaken for images, in lower case.
+# First bytes of files that are mistaken for images, in lower case.
 MISTAKEN = (
     (b"%pdf", "a PDF"),
     (b"%!ps", "PostScript"),
@@ -44,7 +44,7 @@ MISTAKEN = (
 )
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
-ORIENTATION = 0x0112  # the EXIF tag, and what its values ask for
+ORIENTATION = 0x0112  # EXIF tag; the table has the transpositions for its values
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,24 +55,24 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT, STRIP_BYTES, TILE_BYTES = 258, 262, 339, 279, 325  # TIFF tags
-WHITE_IS_ZERO, SIGNED = 0, 2  # values of the second and the third one
+WHITE_IS_ZERO, SIGNED = 0, 2  # values of PHOTOMETRIC and of SAMPLE_FORMAT
 NO_DATA = "image file is truncated: it has no data for some of its rows"
 
-# Formats that every server decodes to the same pixels, if nothing in the file needs interpretation.
+# Formats that every server decodes to the same pixels, if nothing in the file requires interpretation.
 COMMON_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 SRGB_GAMMA = 1 / 2.2
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images are decoded, and which are too large; the bounds are checked before the pixels are decoded.
+    """Settings of image decoding, and size limits, which are checked before the pixels are decoded.
 
     Args:
-        max_pixels: width times height; an image takes 4 bytes of memory a pixel, for a moment up to 16.
-        max_side: pixels of the longer side; some models pad an image to a square of this side.
-        max_aspect_ratio: the longer side divided by the shorter one.
-        max_bytes: size of the file.
-        background: the colour behind transparent pixels: a name, or #rrggbb.
+        max_pixels: Maximum of width times height. Decoding takes 4 bytes of memory per pixel, for a moment up to 16.
+        max_side: Maximum length of the longer side in pixels; some models pad an image to a square of this side.
+        max_aspect_ratio: Maximum of the longer side divided by the shorter one.
+        max_bytes: Maximum file size in bytes.
+        background: Colour behind transparent pixels: a name, or #rrggbb.
     """
 
     max_pixels: int = 80_000_000
@@ -82,11 +82,7 @@ class ImageSettings:
     background: str = "white"
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ArgumentError: a bound below 1, or a colour that isn't one.
-        """
+        """Raises an ArgumentError for a limit below 1, or a background that is no opaque colour."""
         for name in ("max_pixels", "max_side", "max_aspect_ratio", "max_bytes"):
             if not getattr(self, name) >= 1:
                 raise ArgumentError(f"vlm.images.{name}: at least 1, got {getattr(self, name)}")
@@ -101,28 +97,28 @@ class ImageSettings:
 
     @property
     def background_rgb(self) -> tuple[int, int, int]:
-        """The background in red, green and blue, 0 to 255."""
+        """Background colour as red, green and blue, 0 to 255."""
         red, green, blue = ImageColor.getrgb(self.background)[:3]
         return red, green, blue
 
     def describe(self) -> dict[str, Any]:
-        """What of the settings decides an answer, for the manifest; nothing where it is the default.
+        """Returns the settings that determine responses, for the manifest; empty for the default background.
 
-        The bounds decide whether a question is asked, never its answer: a run can be resumed with other bounds.
+        The limits determine whether a question is asked, never its response: a run can be resumed with other limits.
         """
         return {} if self.background_rgb == (255, 255, 255) else {"images": {"background": self.background}}
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image file, decoded.
+    """A decoded image file.
 
     Attributes:
-        image: in RGB.
-        content: the bytes of the file.
+        image: Image in mode RGB.
+        content: Bytes of the file.
         format: Pillow's name of the file's format.
-        plain: whether any other decoder sees the same pixels in the file: 8 bits, opaque, one frame, no orientation, no
-            colour profile.
+        plain: Whether any other decoder returns the same pixels: 8 bits, opaque, one frame, no orientation, no colour
+            profile.
     """
 
     image: Image.Image
@@ -132,20 +128,20 @@ class Decoded:
 
 
 def image_file(folder: Path, image: str, record: str) -> Path:
-    """The file of an image that a data set names.
+    """Returns the file of an image that a dataset names.
 
     Args:
-        folder: the data set's folder; no image lies outside it, whether by ``..``, an absolute path or a link.
-        image: the image's name, relative to the folder.
-        record: the record that names it, for the error.
+        folder: The dataset's folder; images outside it are rejected, whether by ``..``, an absolute path or a link.
+        image: Name of the image, relative to the folder.
+        record: Id of the record that names it, for the error message.
 
     Raises:
-        RecordError: the file is missing or lies outside the folder.
+        RecordError: The file is missing or lies outside the folder, or its name is invalid.
     """
     try:
         file = (folder / image).resolve()
         inside, there = file.is_relative_to(folder.resolve()), file.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null character, a name that is too long
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL character, a name that is too long
         raise RecordError(
             f"{printable(record)}: the image {image[:200]!r} can't be opened ({first_line(error)}): correct its name"
         ) from None
@@ -161,15 +157,15 @@ def image_file(folder: Path, image: str, record: str) -> Path:
 
 
 def open_image(path: str | Path, record: str, settings: ImageSettings = ImageSettings()) -> Image.Image:
-    """The image in RGB, as an image viewer shows it (:func:`decode`).
+    """Returns an image in mode RGB, as an image viewer shows it (see :func:`decode`).
 
     Args:
-        path: the image's file.
-        record: the id of the record that it belongs to, for the error.
-        settings: bounds, and the colour behind transparent pixels.
+        path: Image file.
+        record: Id of its record, for the error message.
+        settings: Limits, and the colour behind transparent pixels.
 
     Raises:
-        RecordError: the file is missing, damaged, too large or not an image.
+        RecordError: See :func:`decode`.
     """
     return decode(path, record, settings).image
 
@@ -177,18 +173,17 @@ def open_image(path: str | Path, record: str, settings: ImageSettings = ImageSet
 def decode(path: str | Path, record: str, settings: ImageSettings = ImageSettings()) -> Decoded:
     """Reads and decodes an image file as an image viewer shows it.
 
-    The EXIF orientation is applied, more than 8 bits a channel are scaled to 8, colours are converted to sRGB by the
-    file's ICC profile, transparency is composited on the background, and of an animation or a file of several pages the
-    first one is taken.
+    The EXIF orientation is applied, more than 8 bits per channel are scaled to 8, colours are converted to sRGB by the
+    file's ICC profile, and transparency is composited on the background. Of an animation or a file of several pages the
+    first frame is decoded.
 
     Args:
-        path: the image's file.
-        record: the id of the record that it belongs to, for the error.
-        settings: bounds, and the colour behind transparent pixels.
+        path: Image file.
+        record: Id of its record, for the error message.
+        settings: Limits, and the colour behind transparent pixels.
 
     Raises:
-        RecordError: the file is missing, damaged, truncated, too large, no regular file or no image of one of
-            :data:`FORMATS`; in one line.
+        RecordError: The file is missing, damaged, truncated, too large, no regular file or no image of :data:`FORMATS`.
     """
     content = read_file(path, record, settings)
     what = f"{printable(record)}: the image {printable(path)}"
@@ -211,10 +206,15 @@ def decode(path: str | Path, record: str, settings: ImageSettings = ImageSetting
 
 
 def read_file(path: str | Path, record: str, settings: ImageSettings) -> bytes:
-    """The bytes of a regular file; a pipe, a device or a folder is never opened.
+    """Reads the bytes of a regular file; a pipe, a device or a folder is never opened.
+
+    Args:
+        path: File to read.
+        record: Id of its record, for the error message.
+        settings: ``max_bytes`` limits the size.
 
     Raises:
-        RecordError: the file is missing, empty, too large, or can't be read.
+        RecordError: The file is missing, empty, too large, no regular file, or can't be read.
     """
     what = f"{printable(record)}: the image {printable(path)}"
     try:
@@ -225,7 +225,7 @@ def read_file(path: str | Path, record: str, settings: ImageSettings) -> bytes:
             content = b"" if size > settings.max_bytes else file.read(settings.max_bytes + 1)
     except FileNotFoundError:
         raise RecordError(f"{what} is missing: add the file or remove the record") from None
-    except (OSError, ValueError) as error:  # a ValueError: a null character in the name
+    except (OSError, ValueError) as error:  # a ValueError: a NUL character in the name
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise RecordError(f"{what} can't be read ({reason}): correct the file or its permissions") from None
     if size > settings.max_bytes or len(content) > settings.max_bytes:
@@ -239,16 +239,20 @@ def read_file(path: str | Path, record: str, settings: ImageSettings) -> bytes:
 
 
 def open_regular(path: str | Path) -> io.BufferedReader:
-    """Opens a file for reading; if it has become a pipe since it was looked at, this doesn't wait for a writer."""
+    """Opens a file for reading without blocking, even if it has been replaced by a pipe since it was checked.
+
+    Args:
+        path: File to open.
+    """
     return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: PTH123 (a descriptor)
 
 
 @contextmanager
 def strict_pillow(max_pixels: int) -> Iterator[None]:
-    """Within it, Pillow rejects whatever is larger or cut off, and prints nothing.
+    """Context manager in which Pillow rejects oversized and truncated images, and prints no warnings.
 
     Args:
-        max_pixels: also of what is within a file, such as a frame.
+        max_pixels: Maximum of width times height, also of frames within a file.
     """
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
@@ -262,15 +266,15 @@ def strict_pillow(max_pixels: int) -> Iterator[None]:
 
 
 def check_size(image: Image.Image, what: str, settings: ImageSettings) -> None:
-    """Rejects an image that is too large, by what its header says.
+    """Rejects an image that is too large, by the size in its header.
 
     Args:
-        image: opened, not loaded.
-        what: the record and the file, for the error.
-        settings: the bounds.
+        image: Opened image, not loaded.
+        what: Record and file, for the error message.
+        settings: Limits.
 
     Raises:
-        RecordError: names the bound.
+        RecordError: A limit is exceeded; the message names it.
     """
     short, long = sorted(image.size)
     for name, value, bound, kind in (
@@ -291,20 +295,20 @@ def check_size(image: Image.Image, what: str, settings: ImageSettings) -> None:
 
 
 def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSettings) -> Decoded:
-    """Decodes an image that Pillow has opened; raises whatever Pillow raises.
+    """Decodes an opened image; raises Pillow's exceptions, UnsupportedPixelsError, or OSError if rows have no data.
 
     Args:
-        image: opened, not loaded.
-        content: the bytes of its file.
-        settings: the colour behind transparent pixels.
+        image: Opened image, not loaded.
+        content: Bytes of its file.
+        settings: Colour behind transparent pixels.
     """
     kind = str(image.format)
-    if kind == "PNG":  # the checksums, which loading doesn't look at
+    if kind == "PNG":  # verify the checksums, which loading skips
         with Image.open(io.BytesIO(content), formats=[kind]) as again:
             again.verify()
     covered = covered_box(image)
     encoding = encoding_of(image, content)
-    if kind == "TIFF" and image.info.get("compression") == "raw":  # Pillow reads on, whatever length the file gives
+    if kind == "TIFF" and image.info.get("compression") == "raw":  # Pillow ignores the length that the file gives
         tags = image.tag_v2  # type: ignore[attr-defined]
         given = sum(tags.get(STRIP_BYTES, ())) + sum(tags.get(TILE_BYTES, ()))
         if 0 < given < image.width * image.height * sum(tags.get(BITS_PER_SAMPLE, (1,))) // 8:
@@ -312,7 +316,7 @@ def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSet
     image.load()
     orientation = orientation_of(image)
     shown = to_srgb(image, encoding, settings.background_rgb)
-    if kind == "GIF" and covered != (0, 0, *image.size):  # what no frame covers is transparent
+    if kind == "GIF" and covered != (0, 0, *image.size):  # pixels outside the frame are transparent
         uncovered = Image.new("RGB", image.size, settings.background_rgb)
         uncovered.paste(shown.crop(covered), covered)
         shown = uncovered
@@ -331,34 +335,34 @@ def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSet
     )
     if orientation in TRANSPOSITIONS:
         shown = shown.transpose(TRANSPOSITIONS[orientation])
-    shown.info.clear()  # a profile or a transparent colour would be written into a PNG, and applied again
+    shown.info.clear()  # else a profile or transparent colour would be written to a PNG, and applied again
     return Decoded(shown, content, kind, plain)
 
 
 def covered_box(image: ImageFile.ImageFile) -> tuple[int, int, int, int]:
-    """What of an image the file has data for: left, top, right, bottom.
+    """Returns the part of an image that the file has data for: left, top, right, bottom.
 
     Args:
-        image: opened, not loaded.
+        image: Opened image, not loaded.
     """
     boxes = [tile.extents for tile in image.tile if tile.extents is not None]
-    if not boxes:  # of a format that is decoded as a whole
+    if not boxes:  # formats that are decoded as a whole
         return 0, 0, *image.size
     left, top, right, bottom = zip(*boxes, strict=True)
     return min(left), min(top), max(right), max(bottom)
 
 
 def encoding_of(image: ImageFile.ImageFile, content: bytes) -> Encoding:
-    """What a file says about the values of its pixels.
+    """Returns the encoding of a file's pixel values.
 
     Args:
-        image: opened, not loaded.
-        content: the bytes of its file.
+        image: Opened image, not loaded.
+        content: Bytes of its file.
     """
     profile = image.info.get("icc_profile")
     profile = profile if isinstance(profile, bytes) else b""
     if image.format == "PNG":
-        return Encoding(bits=content[24], profile=profile)  # in the header, which comes first
+        return Encoding(bits=content[24], profile=profile)  # byte 24: the bit depth in the header
     if image.format != "TIFF":
         return Encoding(profile=profile)
     tags = image.tag_v2  # type: ignore[attr-defined]
@@ -371,25 +375,25 @@ def encoding_of(image: ImageFile.ImageFile, content: bytes) -> Encoding:
 
 
 def orientation_of(image: Image.Image) -> int | None:
-    """The orientation that is still to be applied, 1 for none; None where the EXIF data doesn't say.
+    """Returns the EXIF orientation still to be applied, 1 for none; None if the EXIF data does not state a valid one.
 
     Args:
-        image: loaded; Pillow has applied that of a TIFF.
+        image: Loaded image; Pillow has applied the orientation of a TIFF.
     """
     if image.format == "TIFF":
         return 1
     try:
         orientation = image.getexif().get(ORIENTATION, None if "exif" in image.info else 1)
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, OverflowError, struct.error):
-        return None  # viewers show the image as it is
+        return None  # viewers show such an image unchanged
     return orientation if isinstance(orientation, int) else None
 
 
 def has_frames(file: BinaryIO) -> bool:
-    """Whether a file is an animation or has several pages; a second picture in a phone's JPEG (MPO) is none.
+    """Returns whether a file is an animation or has several pages; a second image in a phone's JPEG (MPO) is ignored.
 
     Args:
-        file: opened for reading.
+        file: File opened for reading in binary mode.
     """
     try:
         with strict_pillow(ImageSettings.max_pixels), Image.open(file, formats=FORMATS) as image:
@@ -399,13 +403,10 @@ def has_frames(file: BinaryIO) -> bool:
 
 
 def image_kind(content: bytes) -> str | None:
-    """The name of an image's format, in lower case: png, jpeg (MPO included), ...
+    """Returns the lower-case name of an image's format, such as png or jpeg (including MPO); None if it is no image.
 
     Args:
-        content: the bytes of a file.
-
-    Returns:
-        None where it is no image of one of :data:`FORMATS`.
+        content: Bytes of a file; only the formats of :data:`FORMATS` are recognised.
     """
     try:
         with strict_pillow(ImageSettings.max_pixels), Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -415,12 +416,12 @@ def image_kind(content: bytes) -> str | None:
 
 
 def no_image(path: str | Path, content: bytes, record: str) -> str:
-    """Why a file that no decoder takes is no image.
+    """Returns the error message for a file that no decoder accepts.
 
     Args:
-        path: the file.
-        content: its bytes.
-        record: the id of the record that it belongs to.
+        path: File.
+        content: Bytes of the file.
+        record: Id of its record.
     """
     if Path(path).suffix == BROKEN:
         there = content.decode(errors="replace")
@@ -439,6 +440,10 @@ def no_image(path: str | Path, content: bytes, record: str) -> str:
 
 
 def printable(text: str | Path) -> str:
-    """A record's id or a file's name for a line of a message; escaped where it contains control characters."""
+    """Returns a record's id or a file's name for a message; escaped if it contains unprintable characters.
+
+    Args:
+        text: Id or name.
+    """
     text = str(text)
     return text if text.isprintable() else repr(text)

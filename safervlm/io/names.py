@@ -1,7 +1,7 @@
-"""Names of categories, concepts, labels and sets: two spellings that look the same are the same name.
+"""Normalisation of names (categories, concepts, labels, datasets): two spellings that look the same are the same name.
 
-Prompts and answers are free text and are never changed. A name may contain control characters or markup: where it is
-printed or written into a page or table, that place escapes it.
+Prompts and responses are free text and are never changed. A name may contain control characters or markup; they are
+escaped wherever the name is printed or written to a page or table.
 """
 
 import unicodedata
@@ -9,20 +9,20 @@ from collections.abc import Sequence
 
 from safervlm.errors import ArgumentError
 
-# Characters that are not seen wherever they stand: soft hyphen, zero-width space, word joiner, byte order mark.
+# Characters that are invisible everywhere: soft hyphen, zero-width space, word joiner, byte order mark.
 INVISIBLE = "\u00ad\u200b\u2060\ufeff"
-# Zero-width joiners and marks of direction: within a word they decide what is seen, at its ends they don't.
+# Zero-width joiners and directional marks: they affect the display inside a word, but not at its ends.
 AT_THE_ENDS = "\u200c\u200d\u200e\u200f\u061c"
 
 
 def normal_name(text: str) -> str:
-    """The one spelling of a name.
+    """Returns the normal spelling of a name.
 
-    Unicode's composed form (NFC), without white space at either end, with plain spaces in place of non-breaking and
-    other spaces, and without characters that are not seen. Upper and lower case stay apart.
+    Unicode's composed form (NFC), without leading and trailing white space, with plain spaces instead of non-breaking
+    and other spaces, and without invisible characters. Case is kept.
 
     Args:
-        text: as it stands in a file or argument.
+        text: Name as spelled in a file or argument.
     """
     text = unicodedata.normalize("NFC", text).translate(dict.fromkeys(map(ord, INVISIBLE)))
     text = "".join(" " if unicodedata.category(character) == "Zs" else character for character in text)
@@ -32,10 +32,14 @@ def normal_name(text: str) -> str:
 
 
 def not_empty(argument: str, text: str) -> str:
-    """The text of an argument.
+    """Returns the text of an argument unchanged, if it is not empty.
+
+    Args:
+        argument: Name of the argument, for the error message.
+        text: Text of the argument.
 
     Raises:
-        ArgumentError: it is empty, or all of it is white space.
+        ArgumentError: The text is empty or only white space.
     """
     if not text.strip():
         raise ArgumentError(f"{argument}: must not be empty, got {text!r}: give a value, or leave the argument out")
@@ -43,10 +47,14 @@ def not_empty(argument: str, text: str) -> str:
 
 
 def path_text(argument: str, text: str) -> str:
-    """The text of an argument that names a file or folder.
+    """Returns the text of an argument that names a file or folder unchanged, if it can be a path.
+
+    Args:
+        argument: Name of the argument, for the error message.
+        text: Text of the argument.
 
     Raises:
-        ArgumentError: it is empty, or can't be a path.
+        ArgumentError: The text is empty, or contains a NUL character.
     """
     if "\0" in not_empty(argument, text):
         raise ArgumentError(f"{argument}: {text!r} can't be a path: remove the zero character")
@@ -54,10 +62,14 @@ def path_text(argument: str, text: str) -> str:
 
 
 def set_name(argument: str, text: str) -> str:
-    """The name of a set, the first part of its records' ids, in its one spelling.
+    """Returns the normalised name of a dataset, the first part of its records' ids.
+
+    Args:
+        argument: Name of the argument, for the error message.
+        text: Name of the dataset.
 
     Raises:
-        ArgumentError: it is empty, or would make ids ambiguous.
+        ArgumentError: The name is empty, ``.`` or ``..``, or contains a slash, which would make ids ambiguous.
     """
     name = normal_name(text)
     if "/" in name or name in ("", ".", ".."):
@@ -66,13 +78,17 @@ def set_name(argument: str, text: str) -> str:
 
 
 def label_names(argument: str, values: Sequence[object]) -> tuple[str, ...]:
-    """Labels of a YAML file as texts, each in its one spelling.
+    """Returns labels of a YAML file as normalised texts.
 
-    YAML takes ``yes``, ``no``, ``null`` and ``2024-01-01`` without quotes for something else than a text, and doesn't
-    keep what was written. A number is written as Python writes it.
+    YAML parses ``yes``, ``no``, ``null`` and ``2024-01-01`` without quotes as values of other types, and does not keep
+    the original spelling. A number is formatted by ``str``.
+
+    Args:
+        argument: Name of the argument, for the error message.
+        values: Labels as parsed by YAML.
 
     Raises:
-        ArgumentError: a value that isn't a text or number, or is an empty text.
+        ArgumentError: A value is neither a text nor a number, or is an empty text.
     """
     texts = []
     for value in values:

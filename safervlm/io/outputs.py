@@ -1,4 +1,4 @@
-"""What an output may take the place of: an earlier output of the same command, and nothing else."""
+"""Overwrite checks: an output may replace an earlier output of the same command, and no other file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,21 +7,29 @@ from safervlm.errors import ArgumentError
 
 
 def page_of(file: Path, command: str) -> bool:
-    """Whether a file is a page that a command wrote: the line above its title says so."""
+    """Returns whether an HTML file was written by a command, by the line above the page's title.
+
+    Args:
+        file: Existing file.
+        command: Name of the command, for example ``report``.
+    """
     with file.open("rb") as content:
         return f'<p class="eyebrow">SaferVLM {command}</p>'.encode() in content.read(2**16)
 
 
 def refuse_to_replace_page(page: Path, command: str, *beside: str) -> None:
-    """Lets a page take the place of an earlier one, and its tables that of the earlier page's, and of nothing else.
+    """Rejects the path of a page if writing it would replace a file that the command did not write.
+
+    An earlier page and the tables beside it may be replaced.
 
     Args:
-        page: the HTML file.
-        command: that writes it, for example ``report``.
-        beside: endings of what is written beside it, such as ``.csv`` or ``_table.csv``.
+        page: HTML file to write.
+        command: Command that writes it, for example ``report``.
+        *beside: Endings of the files written beside it, such as ``.csv`` or ``_table.csv``.
 
     Raises:
-        ArgumentError: another file is there, or without a page one of the tables: it is the user's.
+        ArgumentError: The path is a folder, a file that the command did not write is there, or there is no page but one
+            of the other files.
     """
     other = f"name another page than {page}, or move the file away"
     if page.is_dir():
@@ -36,14 +44,14 @@ def refuse_to_replace_page(page: Path, command: str, *beside: str) -> None:
 
 
 def refuse_to_replace_texts(argument: str, texts: Mapping[Path, str]) -> None:
-    """Lets files be written that aren't there yet, or hold the same already.
+    """Rejects files to be written that exist with a different content.
 
     Args:
-        argument: that names their folder.
-        texts: what is to be written, by file.
+        argument: Argument that names their folder, for the error message.
+        texts: File -> text to write.
 
     Raises:
-        ArgumentError: a file holds something else.
+        ArgumentError: A file exists and has a different content.
     """
     for file, text in texts.items():
         if file.exists() and not (file.is_file() and file.read_bytes() == text.encode()):

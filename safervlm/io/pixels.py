@@ -1,4 +1,4 @@
-"""The pixels of a decoded image of any mode -> 8 bits a channel, sRGB, as an image viewer shows them.
+"""Conversion of decoded images of any mode to 8 bits per channel in sRGB, as an image viewer shows them.
 
 Shapes: H rows and W columns of an image.
 """
@@ -10,25 +10,25 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-# The colour space that an ICC profile must have for an image of a mode.
+# Mode of an image -> colour space that its ICC profile must have.
 PROFILE_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
-# A profile that changes no colour by more than this many of 255 levels is sRGB, written by another program.
+# A profile that changes no channel by more than this many of 255 levels is treated as sRGB.
 SRGB_TOLERANCE = 2
 
 
 class UnsupportedPixelsError(ValueError):
-    """The values of an image do not say which colours they are."""
+    """Raised if the pixel values of an image do not determine colours."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a file says about the values of its pixels, beyond Pillow's mode.
+    """Encoding of the pixel values of an image file, beyond Pillow's mode.
 
     Attributes:
-        bits: of a channel.
-        signed: whether integers are signed.
-        white_is_zero: whether 0 is white in an image with more than 8 bits (Pillow inverts the others itself).
-        profile: the ICC profile; empty for none.
+        bits: Bits per channel.
+        signed: Whether integers are signed.
+        white_is_zero: Whether 0 is white in an image with more than 8 bits (Pillow inverts the others itself).
+        profile: ICC profile; empty for none.
     """
 
     bits: int = 8
@@ -38,15 +38,15 @@ class Encoding:
 
 
 def to_srgb(image: Image.Image, encoding: Encoding, background: tuple[int, int, int]) -> Image.Image:
-    """The image in mode RGB: more than 8 bits scaled, colours converted to sRGB, transparency composited.
+    """Converts an image to mode RGB: more than 8 bits scaled, colours converted to sRGB, transparency composited.
 
     Args:
-        image: of any mode that Pillow's decoders give, loaded.
-        encoding: what the file says about its values.
-        background: the colour behind transparent pixels.
+        image: Loaded image of any mode that Pillow's decoders return.
+        encoding: Encoding of the file's pixel values.
+        background: Colour behind transparent pixels: red, green and blue, 0 to 255.
 
     Raises:
-        UnsupportedPixelsError: the values can't be interpreted, for example floating point beyond 0 to 1.
+        UnsupportedPixelsError: The values can't be interpreted, for example floating point beyond 0 to 1.
     """
     colours, alpha = split_alpha(image, encoding)
     if colours.mode not in PROFILE_SPACES:
@@ -62,10 +62,17 @@ def to_srgb(image: Image.Image, encoding: Encoding, background: tuple[int, int, 
 
 
 def split_alpha(image: Image.Image, encoding: Encoding) -> tuple[Image.Image, Image.Image | None]:
-    """The colours in 8 bits a channel, and the opacity in mode L; None where every pixel is opaque.
+    """Splits an image into its colours and its opacity.
+
+    Args:
+        image: Loaded image of any mode that Pillow's decoders return.
+        encoding: Encoding of the file's pixel values.
+
+    Returns:
+        The colours with 8 bits per channel, and the opacity in mode L; None if every pixel is opaque.
 
     Raises:
-        UnsupportedPixelsError: the values can't be interpreted.
+        UnsupportedPixelsError: The values can't be interpreted.
     """
     transparent = image.info.get("transparency")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -75,7 +82,7 @@ def split_alpha(image: Image.Image, encoding: Encoding) -> tuple[Image.Image, Im
     if image.mode in ("1", "L", "RGB") and transparent is not None:
         if encoding.bits > 8:
             raise UnsupportedPixelsError("one of its colours of 16 bits a channel is transparent")
-        if image.mode == "L" and encoding.bits < 8:  # the file's value; Pillow has scaled the pixels to 8 bits
+        if image.mode == "L" and encoding.bits < 8:  # the value in the file; Pillow scaled the pixels to 8 bits
             transparent = int(transparent) * 255 // (2**encoding.bits - 1)
         colours = image.convert("L") if image.mode == "1" else image
         equal = np.asarray(colours) == np.asarray(transparent)
@@ -90,21 +97,22 @@ def split_alpha(image: Image.Image, encoding: Encoding) -> tuple[Image.Image, Im
 
 
 def eight_bits(values: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """Grey values of more than 8 bits, scaled so that black stays black and white stays white.
+    """Scales grey values of more than 8 bits to 8 bits, such that black and white are preserved.
 
     Args:
-        values: (H, W) integers, or floating point.
-        encoding: the number of bits; whether 0 is white.
+        values: (H, W) integers, or floating point from 0 to 1.
+        encoding: Number of bits, sign, and whether 0 is white.
 
     Returns:
-        (H, W) 0 to 255; of integers the highest 8 bits, which is also what Pillow keeps of 16-bit colours.
+        (H, W) uint8, 0 to 255. For integers these are the highest 8 bits, as Pillow keeps them of 16-bit colours.
 
     Raises:
-        UnsupportedPixelsError: signed integers, or floating point beyond 0 to 1, have no agreed black and white.
+        UnsupportedPixelsError: The values are signed integers or floating point beyond 0 to 1, for which no black and
+            white are defined.
     """
     if values.dtype.kind == "f":
         low, high = float(values.min()), float(values.max())
-        if not (low >= 0 and high <= 1):  # also where one of them is NaN
+        if not (low >= 0 and high <= 1):  # also True if one of them is NaN
             raise UnsupportedPixelsError(f"its floating-point values go from {low:g} to {high:g}, not from 0 to 1")
         grey = np.rint(values * 255).astype(np.uint8)
     elif encoding.signed:
@@ -116,23 +124,27 @@ def eight_bits(values: np.ndarray, encoding: Encoding) -> np.ndarray:
 
 
 def lab_to_srgb(image: Image.Image) -> Image.Image:
-    """CIE L*a*b* (D50) -> sRGB; Pillow's own ``convert`` can't."""
+    """Converts CIE L*a*b* (D50) to sRGB, which Pillow's ``convert`` does not support.
+
+    Args:
+        image: Image in mode LAB.
+    """
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    # Without a precomputed table, whose interpolation is off by up to 15 levels at the edge of the gamut.
+    # NOOPTIMIZE: the interpolation in a precomputed table is off by up to 15 levels at the edge of the gamut.
     return ImageCms.buildTransform(lab, srgb, "LAB", "RGB", flags=ImageCms.Flags.NOOPTIMIZE).apply(image)
 
 
 @lru_cache(maxsize=16)
 def profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The conversion of an ICC profile's colours to sRGB, by perceptual intent, as browsers do it.
+    """Returns the conversion from an ICC profile's colours to sRGB, by perceptual intent, as in browsers.
 
     Args:
-        profile: the ICC profile.
-        mode: RGB, L or CMYK.
+        profile: ICC profile.
+        mode: Mode of the image: RGB, L or CMYK.
 
     Returns:
-        None where there is nothing to convert: the profile is sRGB, is damaged, or is of another colour space than the
-        image. Viewers then show the values as they are.
+        None if nothing is to be converted: the profile is sRGB, is damaged, or has another colour space than the image.
+        Viewers then show the values unchanged.
     """
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -143,7 +155,7 @@ def profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform |
         return None
     if mode == "CMYK":
         return transform
-    grid = np.arange(0, 256, 15).astype(np.uint8)  # 18 values a channel, black and white among them
+    grid = np.arange(0, 256, 15).astype(np.uint8)  # 18 values per channel, including black and white
     probe = Image.fromarray(
         grid[None] if mode == "L" else np.stack(np.meshgrid(grid, grid, grid), -1).reshape(1, -1, 3)
     )

@@ -1,8 +1,9 @@
-"""How files of text, JSON and YAML are read and JSON is written: one set of rules for all files.
+"""Reading of text, JSON and YAML files and writing of JSON, by the same rules for all files.
 
-Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one; lines end in LF, CR LF or CR, and no
-other character ends a line. JSON is strict: no NaN or Infinity, no key twice in an object; nor has YAML a key twice. A
-file that can't be read is rejected in one line that names the file, the line in it, and how to correct it.
+Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one. Lines end in LF, CR LF or CR, and no
+other character ends a line. JSON is strict: NaN, Infinity and duplicate keys are rejected. YAML with duplicate keys is
+rejected too. A file that can't be read is rejected in one line that names the file, the line in it, and how to correct
+it.
 """
 
 import codecs
@@ -15,7 +16,7 @@ from typing import Any
 
 from safervlm.errors import RecordError
 
-# Byte order marks and what they announce. The mark of UTF-32 begins with that of UTF-16, and so comes first.
+# Byte order mark -> encoding. The mark of UTF-32 begins with that of UTF-16, and must come first.
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -23,7 +24,7 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# What files of other kinds begin with, and what to do about them.
+# First bytes of files of other formats -> their description and the remedy.
 OTHER_KINDS = {
     b"PK\x03\x04": "a zip archive or an Excel workbook: save it as CSV (UTF-8) or JSONL",
     b"\x1f\x8b": "compressed by gzip: unpack it by `gunzip`",
@@ -33,10 +34,13 @@ OTHER_KINDS = {
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, unchanged, their ends included.
+    """Iterates over the lines of a text file, unchanged, including their ends.
+
+    Args:
+        path: Text file.
 
     Raises:
-        RecordError: the file can't be opened, or isn't text; the message names file and line.
+        RecordError: The file can't be opened, or is no text; the message names file and line.
     """
     try:
         with path.open("rb") as file:
@@ -45,7 +49,7 @@ def text_lines(path: Path) -> Iterator[str]:
             if start.startswith(mark):
                 raise RecordError(f"{path}: not a text file, but {kind}")
         encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
-        # newline="": CR and CR LF end a line as LF does, and stay as they are (a quoted cell may contain them).
+        # newline="": CR and CR LF end a line, as LF does, and are not translated (a quoted cell may contain them).
         with path.open(encoding=encoding, newline="") as lines:
             for number, line in enumerate(lines, 1):
                 if "\0" in line:
@@ -65,7 +69,7 @@ def _about_zeros(start: bytes, path: Path) -> str:
 
 
 def _undecodable(path: Path, encoding: str) -> str:
-    """Why a file is not in the encoding that it should have, and how to convert it."""
+    """Returns why a file is not in its expected encoding, and how to convert it."""
     content = path.read_bytes()
     try:
         content.decode(encoding)
@@ -85,17 +89,17 @@ def _undecodable(path: Path, encoding: str) -> str:
 
 
 def parse_json(text: str, where: str, way_out: str = "correct it", finite: bool = True) -> Any:
-    """The value of a JSON text.
+    """Parses a JSON text.
 
     Args:
-        text: the JSON.
-        where: file and line, for the error.
-        way_out: what to do about text that is no JSON.
-        finite: whether NaN and Infinity are rejected; a setting may be infinite.
+        text: JSON text.
+        where: File and line, for the error message.
+        way_out: Remedy for a text that is not valid JSON.
+        finite: Whether to reject NaN and Infinity; settings may be infinite.
 
     Raises:
-        RecordError: it is no JSON, has a key twice, contains NaN or Infinity (``1e999`` included) or an integer of over
-            4,300 digits, or is nested too deeply.
+        RecordError: The text is not valid JSON, has a duplicate key, contains NaN or Infinity (including ``1e999``) or
+            an integer of over 4,300 digits, or is nested too deeply.
     """
     number = _finite if finite else float
     try:
@@ -104,8 +108,8 @@ def parse_json(text: str, where: str, way_out: str = "correct it", finite: bool 
         raise RecordError(f"{where}: not JSON ({error.msg}): {text[:80]!r}; {way_out}") from None
     except RecursionError:
         raise RecordError(f"{where}: JSON nested too deeply: {text[:40]!r}; {way_out}") from None
-    except ValueError as error:  # from the hooks, and of an integer that is too long
-        reason = str(error).split(";")[0]  # Python's own advice is to raise its limit
+    except ValueError as error:  # raised by the hooks, and by Python for an integer that is too long
+        reason = str(error).split(";")[0]  # without Python's advice to raise its limit
         raise RecordError(f"{where}: JSON that is not accepted ({reason}): {text[:80]!r}; {way_out}") from None
 
 
@@ -125,7 +129,7 @@ def _finite(number: str) -> float:
 
 
 def _text(path: Path, way_out: str) -> str:
-    """The text of a file; an error also says what else to do, if anything."""
+    """Returns the text of a file; ``way_out``, if any, is added to the error message."""
     try:
         return "".join(text_lines(path))
     except RecordError as error:
@@ -133,22 +137,22 @@ def _text(path: Path, way_out: str) -> str:
 
 
 def read_json(path: Path, way_out: str = "", finite: bool = True) -> Any:
-    """The value of a JSON file.
+    """Reads a JSON file.
 
     Args:
-        path: the file.
-        way_out: what to do about a file that can't be read or is no JSON.
-        finite: see :func:`parse_json`.
+        path: File to read.
+        way_out: Remedy for a file that can't be read or is not valid JSON.
+        finite: Whether to reject NaN and Infinity; see :func:`parse_json`.
 
     Raises:
-        RecordError: it can't be read or is no JSON; the message names the file.
+        RecordError: The file can't be read or is not valid JSON; the message names the file.
     """
     text = _text(path, way_out)
     way_out = way_out or "correct the file"
     if not text.strip():
         raise RecordError(f"{path}: is empty, and needs JSON; {way_out}")
     try:
-        json.loads(text)  # alone for the line, which the message of a strict reading doesn't have
+        json.loads(text)  # only for the number of the line, which the error of the strict parsing lacks
     except json.JSONDecodeError as error:
         raise RecordError(
             f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}); {way_out}"
@@ -159,10 +163,15 @@ def read_json(path: Path, way_out: str = "", finite: bool = True) -> Any:
 
 
 def read_object(path: Path, way_out: str = "", finite: bool = True) -> dict[str, Any]:
-    """The object in a JSON file; see :func:`read_json`.
+    """Reads a JSON file that contains an object; see :func:`read_json`.
+
+    Args:
+        path: File to read.
+        way_out: Remedy for a file that can't be read or is no JSON object.
+        finite: Whether to reject NaN and Infinity.
 
     Raises:
-        RecordError: it can't be read, or is no JSON object; the message names the file.
+        RecordError: The file can't be read, or is no JSON object; the message names the file.
     """
     value = read_json(path, way_out, finite)
     if not isinstance(value, dict):
@@ -171,10 +180,13 @@ def read_object(path: Path, way_out: str = "", finite: bool = True) -> dict[str,
 
 
 def numbered_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of a JSONL file, each with the number of its line in the file, from 1. Blank lines are skipped.
+    """Iterates over the records of a JSONL file with their line numbers, from 1; blank lines are skipped.
+
+    Args:
+        path: JSONL file.
 
     Raises:
-        RecordError: a line that is not a JSON object, naming file and line.
+        RecordError: The file can't be read, or a line is not a JSON object; the message names file and line.
     """
     path = Path(path)
     for number, line in enumerate(text_lines(path), 1):
@@ -182,7 +194,7 @@ def numbered_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         where = f"{path}, line {number}"
         begun = line.strip()[0]
-        # A JSON document over several lines begins like this, and so does a list of records.
+        # The first line of a JSON document over several lines, or of a list of records, also begins like this.
         way_out = "correct the line"
         if begun in "[{":
             filter_ = ".[]" if begun == "[" else "."
@@ -194,17 +206,17 @@ def numbered_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def json_text(value: Any, indent: int | None = None, name: str = "") -> str:
-    r"""The JSON of a value: every text survives it, and half a surrogate pair too (as ``\ud83d``).
+    r"""Returns the JSON of a value; lone surrogates are kept, as escapes such as ``\ud83d``.
 
-    A high half directly followed by a low one is read back as the character that the two encode, as JSON demands.
+    A high surrogate directly followed by a low one is read back as the character that the two encode, as JSON demands.
 
     Args:
-        value: of plain JSON types.
-        indent: spaces a level; None writes one line.
-        name: of the record, for the error.
+        value: Value of plain JSON types.
+        indent: Spaces per level; None writes one line.
+        name: Name of the record, for the error message.
 
     Raises:
-        RecordError: a number that is NaN or infinite.
+        RecordError: A number is NaN or infinite.
     """
     try:
         text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)

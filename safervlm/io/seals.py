@@ -1,8 +1,8 @@
-"""Seals: what made a checkpoint or an exported adapter, and a checksum; both are verified when it is loaded.
+"""Seals: provenance and checksum of a checkpoint or an exported adapter; both are verified on loading.
 
-A checkpoint that is a file carries its seal behind its content, as the comment of the zip archive that ``torch.save``
-writes: the two can't be torn apart, and the file is replaced in one move. A folder (a sharded checkpoint, an adapter)
-holds a file ``safervlm.json``.
+A checkpoint that is a single file has its seal after its content, as the comment of the zip archive that ``torch.save``
+writes: the two can't be separated, and the file is replaced in one move. A folder (a sharded checkpoint, an adapter)
+has a file ``safervlm.json``.
 """
 
 import hashlib
@@ -25,28 +25,39 @@ from safervlm.legacy import with_todays_names
 from safervlm.provenance import PACKAGES
 
 SEAL = "safervlm.json"
-END = struct.Struct("<4s4H2LH")  # the last record of a zip archive; its last number is the length of the comment
-DIGITS = 64  # of SHA-256, at the end of the comment
+END = struct.Struct("<4s4H2LH")  # last record of a zip archive; its last field is the length of the comment
+DIGITS = 64  # hexadecimal digits of SHA-256, at the end of the comment
 REMEDY = "take an earlier copy, or delete it and train again"
 
 
 def seal(origin: Mapping[str, Any]) -> dict[str, Any]:
-    """What a seal says of its maker: the settings, and the versions of the packages."""
+    """Returns the content of a seal: the settings and the versions of packages.
+
+    Args:
+        origin: Settings; values must be serialisable as JSON.
+    """
     return {"origin": json.loads(json.dumps(origin)), "versions": {name: version(name) for name in PACKAGES}}
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Computes the SHA-256 of a file, in hexadecimal digits.
+
+    Args:
+        path: File.
+    """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal_file(path: Path, origin: Mapping[str, Any]) -> None:
-    """Writes the seal behind a checkpoint that ``torch.save`` wrote.
+    """Appends the seal to a checkpoint written by ``torch.save``.
 
     Args:
-        path: the file.
-        origin: the settings that made it, as plain JSON values.
+        path: Checkpoint file.
+        origin: Settings that it was made with, as plain JSON values.
+
+    Raises:
+        ValueError: The settings do not fit into the comment of a zip archive (65,535 bytes).
     """
     text = json.dumps(seal(origin), separators=(",", ":")).encode()
     length = len(text) + DIGITS
@@ -56,7 +67,7 @@ def seal_file(path: Path, origin: Mapping[str, Any]) -> None:
         file.seek(-2, os.SEEK_END)
         file.write(struct.pack("<H", length) + text)
         file.flush()
-        digest = file_digest(path)  # of everything before it
+        digest = file_digest(path)  # of the content and the seal, up to here
         file.write(digest.encode())
         file.flush()
         os.fsync(file.fileno())
@@ -66,8 +77,8 @@ def seal_folder(folder: Path, origin: Mapping[str, Any]) -> None:
     """Writes the seal of a folder, with the checksum of each file in it.
 
     Args:
-        folder: whose files are all there.
-        origin: the settings that made it, as plain JSON values.
+        folder: Folder; all its files must be complete.
+        origin: Settings that it was made with, as plain JSON values.
     """
     files = {str(file.relative_to(folder)): file_digest(file) for file in files_of(folder)}
     text = json.dumps(seal(origin) | {"files": files}, indent=2)
@@ -79,18 +90,26 @@ def seal_folder(folder: Path, origin: Mapping[str, Any]) -> None:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a sealed folder, the seal itself left out."""
+    """Returns the files of a sealed folder, sorted, without the seal.
+
+    Args:
+        folder: Folder; subfolders are included.
+    """
     return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / SEAL)
 
 
 def verify_file(path: Path, argument: str) -> dict[str, Any] | None:
-    """What a checkpoint's seal says, after its checksum was verified.
+    """Verifies the checksum of a checkpoint file and returns the content of its seal.
+
+    Args:
+        path: Checkpoint file.
+        argument: Argument that names it, for the error message.
 
     Returns:
-        None for a checkpoint without a seal (of version 0.1): then the archive's own checksums were verified.
+        None for a checkpoint without a seal (of version 0.1), for which the archive's own checksums are verified.
 
     Raises:
-        RecordError: the file is damaged, or is no checkpoint.
+        RecordError: The file is empty, damaged, or no checkpoint.
     """
     damaged = f"{argument}: {str(path)!r} is damaged"
     try:
@@ -117,7 +136,7 @@ def verify_file(path: Path, argument: str) -> dict[str, Any] | None:
         found: dict[str, Any] = parse_json(comment[:-DIGITS].decode(), str(path), REMEDY, finite=False)
     except RecordError:
         raise
-    except Exception as error:  # zipfile and pickle raise many kinds
+    except Exception as error:  # zipfile and pickle raise many kinds of exceptions
         raise RecordError(
             f"{argument}: {str(path)!r} is damaged, or is no checkpoint ({first_line(error)}); {REMEDY}"
         ) from error
@@ -125,17 +144,17 @@ def verify_file(path: Path, argument: str) -> dict[str, Any] | None:
 
 
 def verify_folder(folder: Path, argument: str) -> dict[str, Any] | None:
-    """What a folder's seal says, after the checksums of its files were verified.
+    """Verifies the checksums of a folder's files and returns the content of its seal.
 
     Args:
-        folder: a sharded checkpoint, or an adapter.
-        argument: that names it.
+        folder: Sharded checkpoint, or adapter.
+        argument: Argument that names it, for the error message.
 
     Returns:
-        None for a folder without a seal: another program, or version 0.1, made it.
+        None for a folder without a seal, made by another program or version 0.1.
 
     Raises:
-        RecordError: a file is damaged, or missing.
+        RecordError: A file is damaged or missing.
     """
     if not (folder / SEAL).is_file():
         return None
@@ -160,16 +179,16 @@ def verify_folder(folder: Path, argument: str) -> dict[str, Any] | None:
 def verify_seal(
     path: Path, origin: Mapping[str, Any] | None, argument: str = "--ckpt_path", ignore: Iterable[str] = ()
 ) -> None:
-    """Rejects a checkpoint that is damaged, or that other settings made.
+    """Rejects a checkpoint that is damaged, or was made with other settings.
 
     Args:
-        path: a file, or the folder of a sharded checkpoint.
-        origin: the settings now, as plain JSON values; None to look at the checksums alone.
-        argument: that names the checkpoint.
-        ignore: dotted names of settings that may differ; those below them may, too.
+        path: Checkpoint file, or folder of a sharded checkpoint.
+        origin: Current settings, as plain JSON values; None to verify only the checksums.
+        argument: Argument that names the checkpoint, for the error message.
+        ignore: Dotted names of settings that may differ, including the settings nested in them.
 
     Raises:
-        RecordError: naming the file, and the settings that differ (at most five).
+        RecordError: The checkpoint is damaged, or settings differ; the message names at most five.
     """
     if path.is_dir():
         if not any(path.iterdir()):
@@ -189,14 +208,15 @@ def verify_seal(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
-    """The settings that differ, each as ``NAME: VALUE there, VALUE now``.
+    """Returns the settings that differ, each as ``NAME: VALUE there, VALUE now``.
 
-    A model is its weights, wherever they lie: its name is not compared where their fingerprints are known.
+    A model is identified by the fingerprint of its weights: its name and revision are compared only if a fingerprint is
+    unknown. If the classes differ, only the classes are reported.
 
     Args:
-        before: of the checkpoint.
-        now: of the run.
-        ignore: dotted names of settings that may differ, with those below them.
+        before: Settings of the checkpoint.
+        now: Settings of the run.
+        ignore: Dotted names of settings that may differ, including the settings nested in them.
     """
     there, here = with_todays_names(dict(flat(before))), dict(flat(json.loads(json.dumps(now))))
     passed = set(ignore)
@@ -204,7 +224,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Itera
         if key.endswith(".weights") and there[key] is not None and here.get(key) is not None:
             passed |= {f"{key.removesuffix('weights')}{part}" for part in ("model", "revision")}
     if there.get("class") != here.get("class"):
-        passed |= {key for key in {**there, **here} if key != "class"}  # of which all the others follow
+        passed |= {key for key in {**there, **here} if key != "class"}  # other differences follow from it
     return [
         f"model.{key}: {there.get(key)!r} there, {here.get(key)!r} now"
         for key in {**there, **here}
@@ -213,21 +233,25 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Itera
 
 
 def origin_of(module: Any) -> dict[str, Any]:
-    """The settings of a Lightning module that decide what it trains; its class alone where it doesn't describe them."""
+    """Returns the class of a Lightning module and the settings that its ``describe``, if any, returns.
+
+    Args:
+        module: Lightning module.
+    """
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     describe = getattr(module, "describe", None)
     return {"class": kind} | (describe() if describe is not None else {})
 
 
 def must_fit(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Rejects a checkpoint whose trained weights are not exactly a module's; loading itself would say nothing.
+    """Rejects a checkpoint whose trained weights are not exactly those of a module; loading it would not report this.
 
     Args:
-        checkpoint: as it was read, with the names of what was trained.
-        state: the module's trained weights.
+        checkpoint: Loaded checkpoint, with the names of the trained weights.
+        state: Name -> trained weight of the module.
 
     Raises:
-        RecordError: a weight is missing, is of another module, or has another shape.
+        RecordError: No objective wrote the checkpoint; or a weight is missing, unexpected or of another shape.
     """
     if "trained" not in checkpoint:
         raise RecordError("--ckpt_path: no objective wrote this checkpoint; name the last.ckpt of a fit's run folder")

@@ -1,4 +1,4 @@
-"""Settings as they stand in YAML and JSON: read strictly, and flattened to dotted keys."""
+"""Settings in YAML and JSON: strict parsing, and flattening to dotted keys."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,17 +9,17 @@ import yaml
 from safervlm.errors import ArgumentError, UserError, first_line
 from safervlm.io.reading import text_lines
 
-LARGEST = 100_000  # values of a configuration, each alias counted as what it stands for
+LARGEST = 100_000  # maximum number of values of a configuration, with aliases expanded
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, which also rejects keys that stand twice, as a value would be lost, and alias bombs."""
+    """YAML's safe loader that also rejects duplicate keys, of which one value would be lost, and alias bombs."""
 
     def get_single_node(self) -> Any:
-        """The document, before anything is built of it.
+        """Returns the root node of the document, before any object is constructed.
 
         Raises:
-            ArgumentError: its aliases stand for more than :data:`LARGEST` values, or for themselves.
+            ArgumentError: The aliases expand to more than :data:`LARGEST` values, or are recursive.
         """
         node = super().get_single_node()
         sizes: dict[int, int] = {}
@@ -28,14 +28,14 @@ class StrictLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Builds a mapping.
+        """Constructs a mapping.
 
         Args:
-            node: its YAML node.
-            deep: whether values are built at once.
+            node: YAML node of the mapping.
+            deep: Whether to construct nested values at once.
 
         Raises:
-            ArgumentError: a key stands twice.
+            ArgumentError: A key is duplicated.
         """
         seen: set[str] = set()
         for key, _ in node.value:
@@ -49,9 +49,9 @@ class StrictLoader(yaml.SafeLoader):
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """How many values a node stands for; more than the largest for one that holds itself."""
+    """Returns the number of values that a node expands to; over :data:`LARGEST` if it contains itself."""
     if id(node) not in sizes:
-        sizes[id(node)] = LARGEST + 1  # until it is known: who meets it within itself
+        sizes[id(node)] = LARGEST + 1  # until the size is known; a node that contains itself gets this value
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             inner = [each for pair in node.value for each in pair]
@@ -62,26 +62,29 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
 
 
 def from_yaml(text: str) -> Any:
-    """What a YAML or JSON text holds.
+    """Parses a YAML or JSON text.
+
+    Args:
+        text: Text of the document.
 
     Raises:
-        ArgumentError: a key stands twice, or its aliases stand for too much.
-        yaml.YAMLError: it is no YAML.
-        RecursionError: it is nested too deeply.
+        ArgumentError: A key is duplicated, or aliases expand to too many values.
+        yaml.YAMLError: The text is no YAML.
+        RecursionError: The document is nested too deeply.
     """
     return yaml.load(text, StrictLoader)  # noqa: S506 (a safe loader)
 
 
 def read_yaml(file: Path, option: str = "", error: type[UserError] = ArgumentError) -> Any:
-    """What a YAML or JSON file holds.
+    """Reads a YAML or JSON file.
 
     Args:
-        file: to read.
-        option: that names it, for the error.
-        error: the class of the error.
+        file: File to read.
+        option: Option that names the file, for the error message.
+        error: Class of the error to raise.
 
     Raises:
-        UserError: it can't be read, a key stands twice, or its aliases stand for too much.
+        UserError: The file can't be read or parsed, a key is duplicated, or aliases expand to too many values.
     """
     where = f"{option}: {file}" if option else str(file)
     if not file.is_file():
@@ -104,10 +107,15 @@ def read_yaml(file: Path, option: str = "", error: type[UserError] = ArgumentErr
 
 
 def read_settings(file: Path, option: str = "", error: type[UserError] = ArgumentError) -> dict[str, Any]:
-    """A configuration file as plain data; see :func:`read_yaml`.
+    """Reads a configuration file as a dictionary; see :func:`read_yaml`.
+
+    Args:
+        file: File to read.
+        option: Option that names the file, for the error message.
+        error: Class of the error to raise.
 
     Raises:
-        UserError: it can't be read, or is no mapping.
+        UserError: The file can't be read or parsed, or is no mapping.
     """
     settings = read_yaml(file, option, error)
     if not isinstance(settings, Mapping):
@@ -120,15 +128,15 @@ def read_settings(file: Path, option: str = "", error: type[UserError] = Argumen
 
 
 def flat(settings: Any, prefix: str = "", lists: bool = False) -> Iterator[tuple[str, Any]]:
-    """Nested settings as dotted keys with their values.
+    """Flattens nested settings to dotted keys.
 
     Args:
-        settings: mappings in mappings.
-        prefix: of all keys.
-        lists: whether the items of a list have keys of their own, which end in their number; else a list is a value.
+        settings: Nested mappings.
+        prefix: Prefix of all keys.
+        lists: Whether the items of a list get keys that end in their index; if False, a list is a value.
 
     Yields:
-        A key and its value.
+        Pairs of key and value.
     """
     inner: Any = None
     if isinstance(settings, Mapping):

@@ -1,16 +1,16 @@
 """Requests to end a command: SIGTERM and SIGINT (Ctrl-C), with one process or several.
 
-A request is met in three ways, whichever comes first:
+A request is handled in the first of these ways that applies:
 
-* Within :func:`safe_points` (the steps of training and predicting) the command completes the step at work, writes it to
+* Within :func:`safe_points` (the steps of training and prediction) the command completes the current step, writes it to
   disk and ends.
-* Anywhere else the command ends at once: ``SystemExit`` or ``KeyboardInterrupt`` is raised, which removes temporary
-  files on its way.
+* Elsewhere the command ends at once: ``SystemExit`` or ``KeyboardInterrupt`` is raised, and temporary files are removed
+  while it propagates.
 * A thread ends the process ``SAFERVLM_GRACE`` seconds after the request (an environment variable; 4 by default), even
-  while a library computes or waits outside of Python. What is on disk is consistent at any moment: records are flushed
+  while a library computes or waits outside Python. The files on disk are consistent at any moment: records are flushed
   after each batch, and other files are moved into place.
 
-Several processes of a run pass the request on to each other, and end when one of them dies.
+The processes of a run forward the request to each other, and end if one of them dies.
 """
 
 import multiprocessing
@@ -32,7 +32,7 @@ from safervlm.errors import ArgumentError, UserError, first_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE = "SAFERVLM_GRACE"
-LOST = 1  # exit code where another process of the run died
+LOST = 1  # exit code if another process of the run died
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Peer:
     """Another process of the run.
 
     Attributes:
-        rank: its number in the run.
-        pid: its process id.
-        started: when it was started, so that a later process of the same id is not taken for it.
-        host: the machine (its boot) and the name space of the process id.
+        rank: Rank of the process in the run.
+        pid: Process id.
+        started: Start time, which distinguishes it from a later process with the same id.
+        host: Machine (its boot id) and the namespace of the process id.
     """
 
     rank: int
@@ -52,19 +52,19 @@ class Peer:
     host: str
 
     def alive(self) -> bool:
-        """Whether it is still running."""
+        """Returns whether the process is still running."""
         return start_time(self.pid) == self.started
 
 
 @dataclass
 class _Requests:
-    """What this process was asked for."""
+    """State of the requests to this process."""
 
     listening: bool = False
     signum: int | None = None  # the first request
-    handled: bool = False  # the main thread has heard of it
-    safe_points: int = 0  # how many blocks wait for one
-    lost: str = ""  # which other process died
+    handled: bool = False  # whether the handler has run in the main thread
+    safe_points: int = 0  # number of open blocks that defer a request
+    lost: str = ""  # message about another process that died
     peers: list[Peer] = field(default_factory=list)
     children: Sequence["subprocess.Popen[Any]"] = ()
 
@@ -73,15 +73,15 @@ _requests = _Requests()
 
 
 def asked_to_end() -> bool:
-    """Whether this process is asked to end: whatever waits or repeats asks this, and stops."""
+    """Returns whether this process is asked to end; loops that wait or retry must check this and stop."""
     return _requests.signum is not None or bool(_requests.lost)
 
 
 def grace() -> float:
-    """Seconds between a request to end and the end of the process.
+    """Returns the seconds between a request to end and the forced end of the process.
 
     Raises:
-        ArgumentError: the environment variable is not a positive number.
+        ArgumentError: The environment variable is not a positive number.
     """
     given = os.environ.get(GRACE, "4")
     with suppress(ValueError):
@@ -92,9 +92,12 @@ def grace() -> float:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Within it, requests to end are met as this module's description says; one within another changes nothing.
+    """Context manager that handles requests to end as described in this module; a nested call has no effect.
 
-    A signal that the process ignores from its start (``nohup``, a shell's ``&``) stays ignored.
+    A signal that the process ignores from its start (``nohup``, a shell's ``&``) remains ignored.
+
+    Raises:
+        ArgumentError: The environment variable ``SAFERVLM_GRACE`` is invalid.
     """
     if _requests.listening or threading.current_thread() is not threading.main_thread():
         yield
@@ -103,7 +106,7 @@ def listening() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    # Python runs its handlers between two instructions of the main thread; this reaches the thread at any time.
+    # Python runs handlers only between instructions of the main thread; the wakeup socket notifies the thread at once.
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     _requests.listening = True
     for number, handler in before.items():
@@ -113,9 +116,9 @@ def listening() -> Iterator[None]:
     watcher.start()
     try:
         yield
-        apart()  # after an exception they stay: why_ended() asks for them
+        apart()  # not after an exception, as why_ended() uses the peers
     finally:
-        if not asked_to_end():  # else the thread stays, until the process has ended
+        if not asked_to_end():  # else the thread is needed until the process has ended
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
@@ -127,7 +130,11 @@ def listening() -> Iterator[None]:
 
 @contextmanager
 def safe_points() -> Iterator[None]:
-    """Within it a first request to end raises nothing: the code asks :func:`asked_to_end` where it can end safely."""
+    """Context manager that defers a first request to end; the code must check :func:`asked_to_end` at safe points.
+
+    Raises:
+        SystemExit: The process was asked to end inside the block; raised at its end.
+    """
     wait_for_safe_point()
     try:
         yield
@@ -138,15 +145,15 @@ def safe_points() -> Iterator[None]:
 
 
 def wait_for_safe_point() -> None:
-    """Begins what :func:`safe_points` does, where it can't be a ``with``."""
+    """Begins to defer requests to end, like :func:`safe_points`, where a ``with`` block is impossible."""
     _requests.safe_points += 1
 
 
 def pass_safe_point() -> None:
-    """Ends what :func:`wait_for_safe_point` began.
+    """Ends the deferral begun by :func:`wait_for_safe_point`.
 
     Raises:
-        SystemExit: the process was asked to end in between.
+        SystemExit: The process was asked to end in between.
     """
     _requests.safe_points = max(0, _requests.safe_points - 1)
     if not _requests.safe_points and asked_to_end():
@@ -154,20 +161,23 @@ def pass_safe_point() -> None:
 
 
 def exit_code() -> int:
-    """Of a command that was asked to end: 143 after SIGTERM, 130 after SIGINT, 1 after another process's death."""
+    """Returns the exit code of a command that was asked to end.
+
+    It is 143 after SIGTERM, 130 after SIGINT, and 1 after the death of another process.
+    """
     if _requests.signum is None and _requests.lost:
         return LOST
     return 128 + (_requests.signum or signal.SIGTERM)
 
 
 def why_ended(error: BaseException | None) -> tuple[int, str] | None:
-    """Whether an exception is how a request to end, or the death of another process, came to the main thread.
+    """Returns whether a command ended because of a request to end, or the death of another process.
 
     Args:
-        error: that ended the command.
+        error: Exception that ended the command.
 
     Returns:
-        The exit code and the line to print, which is empty after a signal; None where the error has other causes.
+        The exit code and the line to print, which is empty after a signal; None if the error has another cause.
     """
     if _requests.signum is not None:
         return exit_code(), ""
@@ -181,12 +191,12 @@ def why_ended(error: BaseException | None) -> tuple[int, str] | None:
 
 
 def together(rank: int) -> None:
-    """Makes the processes of a run known to each other; all of them call it, with their process group at work.
+    """Exchanges the process ids of a run's processes; a collective operation that requires the process group.
 
-    Those on one machine pass requests to end on, and end when one of them dies.
+    The processes on one machine then forward requests to end, and end if one of them dies.
 
     Args:
-        rank: of this process.
+        rank: Rank of this process.
     """
     import torch.distributed as dist
 
@@ -199,26 +209,29 @@ def together(rank: int) -> None:
 
 
 def apart() -> None:
-    """From here on other processes may end without this one."""
+    """Stops monitoring the other processes, which may end from now on."""
     _requests.peers, _requests.children, _requests.lost = [], (), ""
 
 
 def observe(child_processes: list["subprocess.Popen[Any]"]) -> None:
-    """Takes the place of what Lightning starts to observe the processes that it launched.
+    """Replaces Lightning's observer of the processes that it launched.
 
-    Lightning's kills this process by SIGKILL once one of them has ended, in the middle of whatever it writes.
+    Lightning's observer kills this process by SIGKILL once one of them has ended, possibly in the middle of a write.
 
     Args:
-        child_processes: the other processes of the run, which this one has started.
+        child_processes: Other processes of the run, started by this one.
     """
     _requests.children = child_processes
 
 
 def keep_until_asked(worker: int = 0) -> None:
-    """Run in a process that loads data: it outlives a signal to the whole group, so that its step can be completed.
+    """Lets a data-loading process outlive a signal to its process group, so that the current step can be completed.
 
     Args:
-        worker: its number; the form that DataLoader's ``worker_init_fn`` has.
+        worker: Index of the worker; unused, as required by DataLoader's ``worker_init_fn``.
+
+    Raises:
+        ArgumentError: The environment variable ``SAFERVLM_GRACE`` is invalid.
     """
     seconds = grace() + 1
 
@@ -230,7 +243,11 @@ def keep_until_asked(worker: int = 0) -> None:
 
 
 def start_time(pid: int) -> str:
-    """When a process was started, in the kernel's ticks; empty where there is none, or one that is dead already."""
+    """Returns when a process was started, in the kernel's clock ticks; empty if it does not exist or is a zombie.
+
+    Args:
+        pid: Process id.
+    """
     try:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -243,7 +260,7 @@ def _host() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
-        return f"unknown {os.getpid()}"  # no machine's, so that none of its processes is watched
+        return f"unknown {os.getpid()}"  # equals no other process's host, so that none is monitored
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
@@ -259,7 +276,7 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 
 def _ask(signum: int) -> None:
-    """Notes the first request and passes it on."""
+    """Records the first request and forwards it to the other processes."""
     if _requests.signum is not None:
         return
     _requests.signum = signum
@@ -273,7 +290,7 @@ def _ask(signum: int) -> None:
 
 
 def _watch(reader: socket.socket, seconds: float) -> None:
-    """The thread: hears of signals and of other processes' deaths, and ends the process when its time is over."""
+    """Body of the thread: receives signals, detects dead processes, and ends the process after the grace period."""
     gone = ""
     with selectors.DefaultSelector() as selector:
         selector.register(reader, selectors.EVENT_READ)
@@ -286,7 +303,7 @@ def _watch(reader: socket.socket, seconds: float) -> None:
                     if number in SIGNALS:
                         _ask(number)
             else:
-                # Twice: one that has come to its end as this one does may be a moment ahead.
+                # Only if found twice: at the regular end of a run another process may end a moment earlier.
                 before, gone = gone, _gone()
                 if gone and gone == before:
                     _requests.lost = _line_of_the_lost(gone)
@@ -295,7 +312,7 @@ def _watch(reader: socket.socket, seconds: float) -> None:
 
 
 def _gone() -> str:
-    """A process of the run that has ended before this one; empty while there is none."""
+    """Returns a description of a process of the run that has ended before this one; empty if there is none."""
     gone = [f"rank {peer.rank}, process {peer.pid}" for peer in _requests.peers if not peer.alive()]
     gone += [f"process {child.pid}, exit code {child.poll()}" for child in _requests.children if child.poll()]
     return gone[0] if gone else ""
@@ -306,7 +323,7 @@ def _line_of_the_lost(which: str) -> str:
 
 
 def _end() -> None:
-    """Ends the process at once. The processes that load its data end with it."""
+    """Ends the process and its data-loading processes at once."""
     if _requests.lost and _requests.signum is None:
         _say(_requests.lost)
     else:
@@ -323,14 +340,14 @@ def _say(line: str) -> None:
 
 
 def _forget() -> None:
-    """In a forked process: signals are its own, and it has no watcher."""
+    """Resets the state in a forked process, which has no watching thread and handles signals itself."""
     if not _requests.listening:
         return
     _requests.__init__()  # type: ignore[misc]
     with suppress(ValueError):
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: its parent decides
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent handles it
 
 
 os.register_at_fork(after_in_child=_forget)

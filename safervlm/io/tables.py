@@ -1,7 +1,7 @@
-"""Tables as they leave the program: on the terminal, as CSV and as Excel, their texts escaped.
+"""Output of tables on the terminal, as CSV and as Excel, with escaped texts.
 
-What the judge's error means for a table is one sentence, :data:`JUDGE_NOTE`, which every table and page with intervals
-states. In CSV and Excel the column ``excludes`` says it of each row.
+:data:`JUDGE_NOTE` states that the intervals do not include the judge's error. Every table and page with intervals shows
+it. In CSV and Excel the column ``excludes`` states it in each row.
 """
 
 import os
@@ -19,16 +19,16 @@ from safervlm.io.escape import for_csv, for_rich, for_terminal, for_xlsx, sheet_
 from safervlm.io.files import write_atomically
 
 JUDGE_NOTE = "The intervals do not include the judge's error."
-EXCLUDED = "the judge's error"  # the value of the column ``excludes``
+EXCLUDED = "the judge's error"  # value of the column ``excludes``
 
 
 class TextTable(Table):
-    """A table of rich that shows its texts as they are: brackets are no markup, control characters are visible.
+    """A table of rich whose texts are shown literally: brackets are no markup, control characters are escaped.
 
     Args:
-        title: above the table.
-        caption: below it; line breaks stay.
-        box: of rich, the lines around the cells.
+        title: Title above the table.
+        caption: Caption below the table; line breaks are kept.
+        box: Border style of rich.
     """
 
     def __init__(self, title: str = "", caption: str = "", box: Box = HEAVY_HEAD) -> None:
@@ -39,40 +39,65 @@ class TextTable(Table):
         )
 
     def add_column(self, header: object = "", *args: Any, **options: Any) -> None:
-        """Adds a column; see :meth:`rich.table.Table.add_column`."""
+        """Adds a column; see :meth:`rich.table.Table.add_column`.
+
+        Args:
+            header: Heading, which is escaped.
+            *args: Further positional arguments of rich.
+            **options: Keyword arguments of rich.
+        """
         super().add_column(for_rich(header), *args, **options)
 
     def add_row(self, *cells: object, style: Any = None, end_section: bool = False) -> None:
-        """Adds a row of texts, which a Text of :func:`safervlm.io.escape.for_rich` may be already, with its style."""
+        """Adds a row.
+
+        Args:
+            *cells: Texts, which are escaped, or Texts of :func:`safervlm.io.escape.for_rich`, which keep their style.
+            style: Style of the row.
+            end_section: Whether to add a line below the row.
+        """
         texts = (cell if isinstance(cell, Text) else for_rich(cell) for cell in cells)
         super().add_row(*texts, style=style, end_section=end_section)
 
 
 def terminal() -> Console:
-    """The terminal; a file or a pipe has no width of its own, and a table is not broken there."""
+    """Returns the console of stdout; 200 columns wide if stdout is no terminal and ``COLUMNS`` is not set."""
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=200)
 
 
 def say(text: str) -> None:
-    """Prints one line that may contain names from data."""
+    """Prints one line to stdout; control characters are escaped.
+
+    Args:
+        text: Text, which may contain names from data.
+    """
     print(for_terminal(text), flush=True)
 
 
 def show_table(table: TextTable) -> None:
-    """Prints a table."""
+    """Prints a table to stdout.
+
+    Args:
+        table: Table to print.
+    """
     terminal().print(table)
 
 
 def escaped(table: pd.DataFrame, escape: Callable[[str], str]) -> pd.DataFrame:
-    """A table whose texts (cells, headings, row names) are escaped; numbers stay numbers."""
+    """Returns a copy of a table whose texts (cells, column names, row names) are escaped; numbers are unchanged.
+
+    Args:
+        table: Table of numbers and texts.
+        escape: Function that escapes a text for the output format.
+    """
 
     def each(value: Any) -> Any:
         return escape(value) if isinstance(value, str) else value
 
     cells = {position: [each(value) for value in table.iloc[:, position]] for position in range(table.shape[1])}
     written = pd.DataFrame(cells, index=[each(name) for name in table.index])
-    # A column without a text keeps its type: 3 is not 3.0.
+    # A numeric column keeps its type: integers must not become floats.
     written = written.astype({position: kind for position, kind in enumerate(table.dtypes) if kind.kind in "iufb"})
     written.columns = pd.Index([each(name) for name in table.columns])
     written.index.name = table.index.name
@@ -80,25 +105,25 @@ def escaped(table: pd.DataFrame, escape: Callable[[str], str]) -> pd.DataFrame:
 
 
 def write_csv(path: Path, table: pd.DataFrame, index: bool = False) -> None:
-    """Writes a table as CSV, whole or not at all.
+    """Writes a table as CSV atomically.
 
     A text cell that begins like a formula gets a leading apostrophe (see :func:`safervlm.io.escape.for_csv`).
 
     Args:
-        path: the file.
-        table: numbers and texts.
-        index: whether the row names are a column.
+        path: File to write.
+        table: Table of numbers and texts.
+        index: Whether to write the row names as a column.
     """
     write_atomically(path, lambda file: escaped(table, for_csv).to_csv(file, index=index))
 
 
 def write_workbook(path: Path, sheets: Mapping[str, pd.DataFrame], notes: Sequence[str] = (JUDGE_NOTE,)) -> None:
-    """Writes tables as the sheets of an Excel file, whole or not at all; texts stay texts, whatever they begin with.
+    """Writes tables as the sheets of an Excel file atomically; texts are never interpreted as formulas.
 
     Args:
-        path: the file, ``.xlsx``.
-        sheets: title -> table.
-        notes: what a reader of the tables has to know, a line each: the last sheet.
+        path: File to write, ``.xlsx``.
+        sheets: Title -> table.
+        notes: Notes for readers of the tables, one per line of the last sheet.
     """
     tables = {**sheets, "notes": pd.DataFrame({"note": list(notes)})}
 
@@ -108,7 +133,7 @@ def write_workbook(path: Path, sheets: Mapping[str, pd.DataFrame], notes: Sequen
                 escaped(table, for_xlsx).to_excel(writer, sheet_name=title, index=False, freeze_panes=(1, 0))
                 for row in writer.sheets[title].iter_rows():
                     for cell in row:
-                        if isinstance(cell.value, str):  # openpyxl takes "=1" for a formula, "#N/A" for an error
+                        if isinstance(cell.value, str):  # else "=1" is a formula and "#N/A" an error to openpyxl
                             cell.data_type = "s"
                             cell.quotePrefix = cell.value.startswith(("=", "+", "-", "@"))
 

@@ -1,13 +1,16 @@
-"""Texts as a tokenizer takes them."""
+"""Preparation of texts for tokenizers."""
 
 import re
 
-LONE = re.compile("[\ud800-\udfff]")  # half of a pair that makes one character
+LONE = re.compile("[\ud800-\udfff]")  # lone surrogates
 
 
 def tokenizable(text: str) -> str:
-    """A text in which the replacement character U+FFFD stands for halves of surrogate pairs.
+    """Replaces lone surrogates in a text by the replacement character U+FFFD.
 
-    Tokenizers encode texts in UTF-8, which has no halves. What is stored of the text is not changed.
+    Tokenizers encode texts in UTF-8, which has no surrogates. The stored text is not changed.
+
+    Args:
+        text: Any text.
     """
     return LONE.sub("\ufffd", text)

@@ -1,8 +1,8 @@
-"""What a run folder may make a command do: it may be somebody else's.
+"""Trust in run folders: what the configuration of a folder, possibly made by others, may make a command do.
 
 A run folder holds a configuration, which names addresses, environment variables and classes, and records, which name
 image files. A command that reads the folder uses none of them unless its user has repeated or allowed them on the
-command line, and reads images only where the run's data lies.
+command line, and reads images only from the folders of the run's data.
 """
 
 import re
@@ -21,21 +21,21 @@ from safervlm.errors import ArgumentError, RecordError, UserError
 from safervlm.io.settings import from_yaml, read_settings
 
 CONFIGS = ("predict.yaml", "fit.yaml")
-# Packages whose classes a configuration may name.
+# Packages whose classes a configuration may name without the user's consent.
 OURS = ("safervlm", "callbacks", "lightning", "torch", "jsonargparse", "builtins")
-# Arguments of our data modules that are paths, whatever they are called.
+# Arguments of our data modules whose values are always paths.
 PATHS = {"folder", "safe_folder", "source", "file", "validation_file", "contexts", "responses", "answers", "cache_dir"}
 KEY_VARIABLE = "OPENAI_API_KEY"  # the default of safervlm.vlm.server.client.Server
 
 
 @dataclass
 class Named:
-    """What a configuration names outside of this machine's installed packages.
+    """Addresses, environment variables and code that a configuration names.
 
     Attributes:
         addresses: URLs that are contacted.
-        variables: environment variables whose value is sent there.
-        code: classes that are not ours, and settings that let a model's own code run.
+        variables: Environment variables whose value is sent there.
+        code: Classes of other packages, and settings that allow a model's own code to run.
     """
 
     addresses: set[str] = field(default_factory=set)
@@ -44,26 +44,32 @@ class Named:
 
 
 def find_beside_the_shell() -> None:
-    """Lets classes in the current folder be named; it is searched last, so that it never takes a package's place."""
+    """Allows importing classes from the current folder; it is searched last, so that it never shadows a package."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A configuration as plain data.
+    """Reads a configuration as plain data.
+
+    Args:
+        file: YAML file.
 
     Raises:
-        RecordError: it can't be read, is no YAML, or no mapping.
+        RecordError: The file can't be read, is no YAML, or no mapping.
     """
     return read_settings(file, error=RecordError)
 
 
 def named_in(config: Any, folder: Path) -> Named:
-    """What a configuration names, in the files too that it names for parts of itself.
+    """Finds what a configuration names, including in the files that it includes.
 
     Args:
-        config: plain data, or a part of it.
-        folder: where the configuration lies.
+        config: Configuration as plain data, or a part of it.
+        folder: Folder of the configuration, to resolve relative paths.
+
+    Raises:
+        RecordError: An included file has a duplicate key or too many aliases.
     """
     named = Named()
     _search(config, (folder, Path.cwd()), named, set())
@@ -78,18 +84,18 @@ def check_trust(
     addresses: Sequence[str] | None = None,
     api_key_variable: str | None = None,
 ) -> None:
-    """Refuses what a folder's configuration names and the user has not allowed.
+    """Rejects addresses, variables and code of a folder's configuration that the user has not allowed.
 
     Args:
-        file: the configuration, for the error.
-        named: see :func:`named_in`.
-        argument: by which the folder was named.
-        trust_config: whether classes that are not ours may be imported.
-        addresses: that the user has repeated.
-        api_key_variable: that the user has repeated.
+        file: Configuration file, for the error message.
+        named: What it names; see :func:`named_in`.
+        argument: Argument that names the folder, for the error message.
+        trust_config: Whether classes of other packages may be imported.
+        addresses: Addresses that the user has repeated.
+        api_key_variable: Environment variable that the user has repeated.
 
     Raises:
-        ArgumentError: something is not allowed, naming all of it.
+        ArgumentError: Something is not allowed; the message names all of it.
     """
     if named.code and not trust_config:
         raise ArgumentError(
@@ -110,10 +116,10 @@ def check_trust(
 
 
 def may_read(run: str | Path, image: str | Path) -> bool:
-    """Whether an image that a run's records name belongs to the run's data.
+    """Returns whether an image that a run's records name belongs to the run's data.
 
     Args:
-        run: the run folder, whose configuration says where its data lies.
+        run: Run folder, whose configuration names the locations of its data.
         image: ``image_path`` of one of its records.
     """
     path = Path(image).expanduser().resolve()
@@ -122,10 +128,12 @@ def may_read(run: str | Path, image: str | Path) -> bool:
 
 @lru_cache(maxsize=64)
 def data_folders(run: Path) -> tuple[Path, ...]:
-    """The folders that a run's configuration names for its data, and the Hub's cache; never one that holds the home.
+    """Returns the folders that a run's configuration names for its data, and the Hub's cache.
+
+    A folder that contains the user's home is excluded.
 
     Args:
-        run: the absolute path of the run folder.
+        run: Absolute path of the run folder.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -135,14 +143,14 @@ def data_folders(run: Path) -> tuple[Path, ...]:
             continue
         data = read_config(run / name).get("data", {})
         for text in _paths(data):
-            with suppress(OSError, ValueError, RuntimeError):  # no path at all
+            with suppress(OSError, ValueError, RuntimeError):  # the text is no path
                 path = Path(text).expanduser().resolve(strict=True)
                 found.add(path if path.is_dir() else path.parent)
     return tuple(folder for folder in found if not Path.home().resolve().is_relative_to(folder))
 
 
 def _paths(value: Any, key: str = "") -> Iterator[str]:
-    """The texts of a configuration that may be paths: a word such as ``test``, or nothing, is none."""
+    """Iterates over the texts of a configuration that may be paths: those of :data:`PATHS`, or with a slash."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _paths(inner, str(name))
@@ -190,12 +198,12 @@ def _search_text(text: str, folders: tuple[Path, ...], named: Named, seen: set[P
         named.addresses.add(text.strip().rstrip("/"))
         return
     top = text.split(".")[0]
-    # A class may stand as its path alone, too; a file's name, such as responses.jsonl, looks alike.
+    # A class may also be given by its path alone; a file's name, such as responses.jsonl, has the same form.
     if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", text) and top not in OURS and _importable(top):
         named.code.add(text)
     for folder in folders:
         content = None
-        with suppress(OSError, ValueError, RuntimeError):  # no part of a configuration
+        with suppress(OSError, ValueError, RuntimeError):  # no file of a configuration
             file = (folder / text).resolve(strict=True)
             if file not in seen and file.is_file() and file.stat().st_size <= 1_000_000:
                 content = file.read_text(encoding="utf-8")
@@ -204,7 +212,7 @@ def _search_text(text: str, folders: tuple[Path, ...], named: Named, seen: set[P
             continue
         try:
             part = from_yaml(content)
-        except UserError as error:  # of two keys the parser would take the one that isn't looked at here
+        except UserError as error:  # of duplicate keys, another parser may use the unchecked one
             raise RecordError(f"{file}: {error}") from None
         except (ValueError, RecursionError, yaml.YAMLError):
             continue
@@ -217,5 +225,5 @@ def _importable(top: str) -> bool:
         return True
     try:
         return find_spec(top) is not None
-    except (ImportError, ValueError):  # __main__ and its like: it is there
+    except (ImportError, ValueError):  # modules without a spec, such as __main__, exist
         return True
