@@ -262,8 +262,8 @@ class PPO(Objective):
         assert isinstance(optimizer, LightningOptimizer)  # noqa: S101 (one optimizer; for the type checker)
         generator = torch.Generator().manual_seed(seed)
         totals: dict[str, Tensor] = {}
-        # All processes take part in each step and each backward pass, so they have to agree on their number. The process
-        # with the fewest responses determines it; a process with one response more adds it to its last part.
+        # All processes take part in each step and each backward pass, so they have to agree on the number of these.
+        # The process with the fewest responses determines it; one with a response more adds it to its last part.
         here = torch.tensor(len(rollout.answers), device=self.device)
         fewest = int(self.all_gather(here).min())  # type: ignore[union-attr]
         for _ in range(self.ppo_epochs):
