@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv with everything in it, once, and puts it on the path.
+# Sourced by other scripts: creates the virtual environment .venv once and puts it on the path.
 # Set SAFERVLM_VENV to use another folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +14,7 @@ if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   echo "Setting up $venv (once) ..."
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --upgrade pip
-  # First and pinned: newer releases of torch bring several GB of CUDA packages where there is no GPU.
+  # Installed first and pinned: without a GPU, newer releases of torch install several GB of CUDA packages.
   if ! command -v nvidia-smi >/dev/null; then "$venv/bin/python" -m pip install --quiet "torch==2.13.0"; fi
   "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
   touch "$stamp"
