@@ -1,4 +1,4 @@
-"""What the README and docs/ say: every command is parsed, every file, link and name exists."""
+"""The README and docs/: every command is parsed, every file, link and name exists."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Measuring: what can't be answered is set aside with its reason, and a batch that doesn't fit is halved."""
+"""Measuring: failed questions are recorded with their reason, and a batch that does not fit is halved."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""How long a process may take to end on a machine that has other things to do."""
+"""The time that a process may take to end on a busy machine."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The files that other tools read: citation, hooks, workflows, the image for a GPU machine."""
+"""Files that other tools read: citation, pre-commit hooks, workflows, the image for a GPU machine."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Numbers that are arguments: what is out of range is one line that names argument, value and range."""
+"""Numeric arguments: a value out of range is one line that names argument, value and range."""
 
 import inspect
 import math

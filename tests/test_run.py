@@ -1,4 +1,4 @@
-"""The manifest: what made a run, and what is refused."""
+"""The manifest: the provenance of a run, and the settings that it rejects."""
 
 import json
 import os

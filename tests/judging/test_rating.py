@@ -1,4 +1,4 @@
-"""The published prompt of LLaVABench's rating, and what is read in an answer to it."""
+"""The published prompt of LLaVABench's rating, and the parsing of the judge's output."""
 
 import hashlib
 import json

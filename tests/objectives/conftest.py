@@ -1,4 +1,4 @@
-"""What the objectives' tests share: a loaded tiny LLaVA whose adapters have an effect, and a look into its training."""
+"""Fixtures of the objectives' tests: a tiny LLaVA with effective adapters, and a record of its training steps."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field

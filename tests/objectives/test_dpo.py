@@ -1,4 +1,4 @@
-"""Direct preference optimisation against TRL's trainer, and the reference that is computed once."""
+"""Direct preference optimisation against TRL's trainer, and the cached reference."""
 
 import math
 from collections.abc import Callable

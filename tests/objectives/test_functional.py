@@ -1,4 +1,4 @@
-"""The mathematics against hand computations, loops in plain Python and autograd's view of the clips."""
+"""The functions of objectives.functional against hand computations, plain Python loops and autograd."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What all objectives refuse, before any weight is read."""
+"""What all objectives reject before any weight is loaded."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""PPO against a computation by hand: plain forwards of the Hugging Face model, one answer at a time, and plain loops.
+"""PPO against a reference computation: plain forward passes of the Hugging Face model, one response each, plain loops.
 
-Nothing of the package takes part in it but the answers that were drawn and the order of the mini-batches.
+The reference uses nothing of the package except the sampled responses and the order of the mini-batches.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""TRL's own trainers on our examples: whole training runs, from text and images to the adapter after the last step."""
+"""TRL's trainers on our examples: whole training runs, from text and images to the adapter after the last step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,3 +1,5 @@
+"""Drawing of pictograms."""
+
 import numpy as np
 import pytest
 

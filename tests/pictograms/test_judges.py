@@ -1,3 +1,5 @@
+"""The pictograms' judges."""
+
 import random
 
 import pytest

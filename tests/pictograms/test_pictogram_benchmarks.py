@@ -1,3 +1,5 @@
+"""The benchmarks of the pictogram world."""
+
 import json
 import random
 from base64 import b64decode

@@ -1,3 +1,5 @@
+"""Training of the pictograms' VLM."""
+
 import random
 
 import pytest

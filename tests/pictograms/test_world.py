@@ -1,3 +1,5 @@
+"""Building of the pictogram world."""
+
 import json
 import random
 

@@ -1,4 +1,4 @@
-"""The same on any machine: nothing hangs on rounding, on the folder that is typed in, or on what ran there before."""
+"""Promise 1, machines: results do not depend on rounding, on the working directory or on earlier runs."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Promise 2, images: the model sees what an image viewer shows, or the record is rejected in one line.
 
-Every file is made on the spot, mostly byte by byte, and the expected pixels are computed from the values that were
+Every file is created in its test, mostly byte by byte. The expected pixels are computed from the values that were
 written, not with Pillow.
 """
 

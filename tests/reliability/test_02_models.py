@@ -1,4 +1,4 @@
-"""A model folder provides every weight, an adapter fits and has an effect, no foreign code runs."""
+"""Promise 2, models: a folder provides every weight, an adapter fits and has an effect, no foreign code runs."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Promise 2 in data sets: cache keys, what a folder leaves out, base64, and spellings of one name."""
+"""Promise 2, datasets: cache keys, files that a folder excludes, base64, and spellings of one name."""
 
 import base64
 import io

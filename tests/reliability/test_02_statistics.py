@@ -1,7 +1,7 @@
-"""No number is silently wrong: tables of very small and one-sided runs, and damaged run folders.
+"""Promise 2, statistics: tables of very small and one-sided runs, and damaged run folders.
 
-Small runs are where a share has no denominator and a variance no freedom. Every table of such a run comes out,
-without a warning, and shows a dash where there is no number.
+In small runs a share may have no denominator and a variance no degrees of freedom. Every table of such a run is
+written without a warning, with a dash for each undefined number.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""Promise 2: all rows of a table are read, or the table is rejected in one line that names the file and the line."""
+"""Promise 2, tables: all rows are read, or the table is rejected in one line that names file and line."""
 
 import codecs
 import json

@@ -1,4 +1,4 @@
-"""Training stops at numbers that are not finite, exports nothing of it; checkpoints are verified."""
+"""Promise 2, training: it stops at numbers that are not finite and exports none of them; checkpoints are verified."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A verdict belongs to a question, a judge and a text, and doesn't contradict itself."""
+"""Promise 2, verdicts: a verdict belongs to a question, a judge and a text, and does not contradict itself."""
 
 import json
 import shutil

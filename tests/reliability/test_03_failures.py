@@ -1,4 +1,4 @@
-"""Promise 3, in the loop that asks: whatever one question raises is its own failure, and the others are answered."""
+"""Promise 3, measuring: an error of one question is its own failure, and the others get responses."""
 
 import struct
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Promise 3: every text survives a run folder's files, and a record that was edited by hand is named."""
+"""Promise 3, records: every text survives the files of a run folder, and an invalid edited record is named."""
 
 import json
 import random

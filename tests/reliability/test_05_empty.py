@@ -1,4 +1,4 @@
-"""Promise 5: an empty text or file, or a key that is there twice, is an error that names the argument or file."""
+"""Promise 5: an empty text or file, or a duplicate key, is an error that names the argument or file."""
 
 import ast
 import json

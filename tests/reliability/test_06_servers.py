@@ -1,6 +1,6 @@
-"""Promise 6: what comes from a server is bounded, whatever it does; the other questions keep their answers.
+"""Promise 6: the replies of a server are bounded, whatever it sends; the other questions keep their responses.
 
-A raw socket plays the server, so that it can break HTTP itself. Of three questions the second one is misbehaved to.
+The server is a raw socket, so that it can violate HTTP itself. It misbehaves for the second of three questions.
 """
 
 import base64

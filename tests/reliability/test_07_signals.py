@@ -1,4 +1,4 @@
-"""Promise 7: within seconds of a signal the process has ended, and the same command ends as if nothing had happened."""
+"""Promise 7: a signal ends the process within seconds, and the same command resumes to the same result."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Promise 9: commands side by side are safe, leave nothing behind, and never delete a user's file."""
+"""Promise 9: concurrent commands are safe, leave no temporary files and never delete a user's file."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Texts are escaped: whatever a name contains, every output shows it and can be read by its own parser."""
+"""Promise 10, escaping: every output shows any name, and its own parser can read it."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Names and texts in every output: the terminal, CSV, Excel, LaTeX and the page, each read by a parser of its own."""
+"""Promise 10, outputs: names and texts in the terminal, CSV, Excel, LaTeX and HTML, each read by its own parser."""
 
 import contextlib
 import csv

@@ -1,4 +1,4 @@
-"""The table of an evaluation, wherever it is shown: the same numbers, nothing that runs, no image to be seen."""
+"""The table of an evaluation in all formats: the same numbers, no scripts, no recognisable image."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page, read as a browser shows it, and the tables beside it."""
+"""The report page as a browser shows it, and the tables beside it."""
 
 import base64
 import html.parser

@@ -1,4 +1,4 @@
-"""Scoring against counts by hand, NLTK, exact distributions and simulation."""
+"""Scores against hand counts, NLTK, exact distributions and simulation."""
 
 import io
 import json

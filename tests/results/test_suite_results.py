@@ -1,6 +1,6 @@
-"""An evaluation's numbers, recomputed by hand on answers in the real format.
+"""The scores of an evaluation, recomputed by hand on responses in the real format.
 
-What would break: MME's rule, a missing answer that vanishes, a rating that is none, pairs that aren't pairs.
+The tests detect errors in MME's rule, dropped missing responses, invalid ratings that count, and wrong pairs.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The benchmark's two sides compute the same, on shapes too small to measure anything."""
+"""scripts/benchmark.py: both sides compute the same, on shapes too small to measure time."""
 
 import importlib.util
 import math

@@ -1,4 +1,4 @@
-"""The script that runs the demo with other seeds and roundings: its tables, and the bounds that are met narrowly."""
+"""scripts/seeds.py: its tables, and bounds that are met narrowly."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The intervals: against exact ones, by hand, and by what they must not do."""
+"""The confidence intervals: against exact ones, by hand, and their invariants."""
 
 import csv
 import statistics

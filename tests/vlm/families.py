@@ -1,8 +1,7 @@
-"""Tiny random models of many families, in folders as the Hub has them: configuration, weights, processor, template.
+"""Tiny random models of many families, in folders as on the Hub: configuration, weights, processor, template.
 
-Every builder takes an empty folder and fills it. The language models have two blocks; images become a handful of
-tokens, more of them for a wide or a high one where the family does that. Behind the builders stands what is asked of
-every family (``check_*``).
+Every builder fills an empty folder. The language models have two blocks. An image becomes a handful of tokens, more for
+a wide or high image if the family does so. The checks that apply to every family (``check_*``) follow the builders.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The cache with room: whatever is done to it, it holds what the library's own does."""
+"""The KV cache with spare capacity holds the same as the library's after every operation."""
 
 import pytest
 import torch

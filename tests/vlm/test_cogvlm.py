@@ -1,7 +1,7 @@
-"""CogVLM's family: code that comes with the weights, run inside today's transformers.
+"""The CogVLM family: model code that is distributed with the weights, run with current transformers.
 
-Every test runs against a small model with code of its own, written here, and, where SAFERVLM_COGVLM_CODE names a folder
-with the published code (configuration_cogvlm.py and the files beside it), against a tiny model of that code as well.
+Every test runs on a small model whose code is written here. If SAFERVLM_COGVLM_CODE names a folder with the published
+code (configuration_cogvlm.py and the files beside it), it also runs on a tiny model of that code.
 """
 
 import json

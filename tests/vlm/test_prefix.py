@@ -1,6 +1,6 @@
-"""What rows have in common is computed once, and only where that is the same.
+"""Prefix sharing: the common prefix of rows is computed once, and only where this does not change the result.
 
-What would break: an encoder that looks at several images together, attention that looks ahead, a row with another
+The tests detect an encoder that processes several images jointly, attention that looks ahead, and a row with another
 row's image.
 """
 

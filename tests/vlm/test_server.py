@@ -1,4 +1,4 @@
-"""A server that misbehaves on loopback: nothing is lost, nothing is doubled, and the key stays where it is."""
+"""Server with a misbehaving server on loopback: no response is lost or duplicated, and the key is not disclosed."""
 
 import base64
 import io

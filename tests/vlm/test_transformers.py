@@ -1,4 +1,4 @@
-"""Any family of transformers: what is batched must equal what the library gives for one question alone."""
+"""Any model family of transformers: batched results equal those of the library for a single question."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Scoring and generating: what is shared must equal what is computed alone."""
+"""Scoring and generation: results with shared computation equal those without."""
 
 import pickle
 import shutil

@@ -1,8 +1,8 @@
-"""InternLM-XComposer2-VL's family: code that comes with the weights, run inside today's transformers.
+"""The InternLM-XComposer2-VL family: model code that is distributed with the weights, run with current transformers.
 
-Every test runs against a small model with code of its own, written here, and, where SAFERVLM_XCOMPOSER_CODE names a
-folder with the published code (modeling_internlm_xcomposer2.py and the files beside it), against a tiny model of that
-code as well. Its widths are written into it: for the tiny model they are replaced, and nothing else.
+Every test runs on a small model whose code is written here. If SAFERVLM_XCOMPOSER_CODE names a folder with the
+published code (modeling_internlm_xcomposer2.py and the files beside it), it also runs on a tiny model of that code. The
+published code has fixed widths; for the tiny model only these are replaced.
 """
 
 import io
