@@ -8,7 +8,7 @@ CACHES = {"__pycache__", ".git", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int] | None]:
-    """Size and modification time of each file in a folder, None for folders; without caches and virtual environments."""
+    """Size and modification time of each file in a folder, None for folders; no caches, no virtual environments."""
     found: dict[str, tuple[int, int] | None] = {}
     for here, folders, files in os.walk(folder):
         folders[:] = [

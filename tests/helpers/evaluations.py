@@ -39,7 +39,7 @@ def write(folder, answers, failed=(), ratings=(), both_orders=False):
 
 
 def safety(rng, right=0.7):
-    """Twelve unsafe and twelve safe concepts of two images, five questions each, one of them sampled; SMID; contexts."""
+    """12 unsafe and 12 safe concepts of two images, five questions each, one of them sampled; SMID; contexts."""
     answers = []
     for side, dataset in (("Unsafe", "U"), ("Safe", "S")):
         for concept in range(12):
