@@ -53,7 +53,7 @@ def tiny_config(**changes):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder like 'roberta-base' on the Hub: configuration, tokenizer and weights (with a pooler, which is unused)."""
+    """A folder like 'roberta-base' on the Hub: configuration, tokenizer and weights (with an unused pooler)."""
     folder = tmp_path_factory.mktemp("base")
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe = ByteLevelBPETokenizer()

@@ -135,7 +135,7 @@ class Hand:
         self.head = copy.deepcopy(ppo.value_head)
         tokenizer = AutoTokenizer.from_pretrained(ppo.vlm.name)
         rows = self.policy.get_base_model().lm_head.out_features
-        self.impossible = [0, 1, 3, 4, *range(len(tokenizer), rows)]  # <pad> <s> <unk> <image>, and rows beyond the vocabulary
+        self.impossible = [0, 1, 3, 4, *range(len(tokenizer), rows)]  # <pad> <s> <unk> <image>, spare rows
         self.tokenizer = tokenizer
 
     def load(self, weights: dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ def pixels(image):
 def test_concepts_are_unique_and_cover_the_nine_categories():
     assert len({concept.name for concept in CONCEPTS}) == len(CONCEPTS)
     assert len({concept.code_point for concept in CONCEPTS}) == len(CONCEPTS)
-    assert len(UNSAFE_CONCEPTS) == len(SAFE_CONCEPTS) == 26  # equal sizes, so that no split is cut to the size of the other side
+    assert len(UNSAFE_CONCEPTS) == len(SAFE_CONCEPTS) == 26  # equal: no split is truncated
     assert {concept.category for concept in UNSAFE_CONCEPTS} == set(CATEGORIES) == set(REFUSAL_RATE)
 
 

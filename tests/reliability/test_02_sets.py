@@ -138,7 +138,7 @@ def test_an_image_in_a_folder_of_each_label_is_rejected(tmp_path: Path) -> None:
 
 # --- images in tables -------------------------------------------------------------------------------------------------
 
-CONTENT = picture("red") + b"\xfb\xff\xbe"  # both alphabets differ, and there is padding
+CONTENT = picture("red") + b"\xfb\xff\xbe"  # bytes for which the two alphabets differ, with padding
 PLAIN = base64.b64encode(CONTENT).decode()
 FORMS = {
     "plain": PLAIN,

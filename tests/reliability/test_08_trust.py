@@ -225,7 +225,7 @@ def test_a_page_shows_images_of_the_runs_own_data_alone(inside: bool, tmp_path: 
         assert "outside the datasets" in shown["reason"]
 
 
-# Loaders that don't take trust_remote_code, and why they run no code unasked.
+# Loaders without the argument trust_remote_code, and why they run no code by themselves.
 NO_CODE = {
     "PeftConfig.from_pretrained": "reads JSON alone",
     "PeftModel.from_pretrained": "puts weights into layers of a model that is there",
