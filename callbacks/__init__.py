@@ -1,1 +1,1 @@
-"""Lightning callbacks: everything that reads or writes files while a loop runs; YAML names them by path."""
+"""Lightning callbacks that read or write files during a loop; configurations name them by class path."""

@@ -1,4 +1,4 @@
-"""The trained adapter as a PEFT folder."""
+"""Exports the trained adapter as a PEFT folder."""
 
 from pathlib import Path
 
@@ -9,13 +9,17 @@ from safervlm.io.seals import origin_of
 
 
 class AdapterExport(Callback):
-    """Writes ``adapter/`` in the run folder when training ends: ``PeftModel.from_pretrained`` loads it."""
+    """Writes ``adapter/`` into the run folder when training ends; ``PeftModel.from_pretrained`` loads it."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports on the first process; with the strategies that are supported each one holds the whole adapter.
+        """Exports on the first process; with all supported strategies each process holds the whole adapter.
 
-        Not ``on_train_end``, which Lightning passes over in a run that stands at its last step already: one that died
-        between its last checkpoint and its export. Nothing is exported that was not trained, or is not finite.
+        The hook is not ``on_train_end``: Lightning skips that one in a run that is resumed at its last step, such as a
+        run that died between its last checkpoint and its export.
+
+        Raises:
+            ArgumentError: no optimizer step was made.
+            NotFiniteError: a trained weight is NaN or infinite.
         """
         must_be_trained(trainer, pl_module)
         if trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""What asking a server took."""
+"""Request log of API-served models."""
 
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,23 @@ from safervlm.vlm.server.client import Server
 
 
 class AttemptFile:
-    """A history of requests: a line a request, as it comes.
+    """A JSONL log of requests, one line per request.
 
     Args:
-        path: goes on with the file that is there.
+        path: the file. An existing one is appended to, after a torn last line has been removed.
     """
 
     def __init__(self, path: Path) -> None:
         if path.is_file():
-            write_jsonl(path, read_torn_jsonl(path))  # a process that was killed may have left half a line
+            write_jsonl(path, read_torn_jsonl(path))  # a process that was killed may have left a torn line
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, attempt: dict[str, Any]) -> None:
-        """Appends what :attr:`safervlm.vlm.server.client.Server.on_attempt` is told."""
+        """Appends an attempt and flushes the file.
+
+        Args:
+            attempt: as :attr:`safervlm.vlm.server.client.Server.on_attempt` receives it.
+        """
         self._file.write(to_line(attempt))
         self._file.flush()
 
@@ -34,18 +38,19 @@ class AttemptFile:
 
 
 class AttemptLog(Callback):
-    """Says before the first request how much there is to ask, and keeps the history of all requests to a server.
+    """Prints an estimate of the work before the first request, and logs every request to a server.
 
-    Each process appends to its ``attempts-RANK.jsonl`` in the run folder a line a request, as it comes: the question's
-    id, when, which server, the HTTP status, what came of it and how long it took; no text, no image, no key. It stands
-    behind the RecordWriter, which finds out what has its answer already. A VLM that is no server is left alone.
+    Each process appends one line per request to its ``attempts-RANK.jsonl`` in the run folder: the question's id, the
+    time, the server, the HTTP status, the outcome and the duration. Texts, images and keys are not logged. The callback
+    must come after the RecordWriter, which determines the questions that have a response already. It does nothing for a
+    VLM that is not a server.
     """
 
     def __init__(self) -> None:
         self._file: AttemptFile | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prints the estimate."""
+        """Prints the estimate of the remaining questions."""
         vlm = getattr(pl_module, "vlm", None)
         if stage != "predict" or not isinstance(vlm, Server):
             return
@@ -55,7 +60,7 @@ class AttemptLog(Callback):
             say(vlm.estimate([example.question for example in left], sampling.max_new_tokens))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens the file."""
+        """Opens this process's log and registers it with the server."""
         vlm = getattr(pl_module, "vlm", None)
         if not isinstance(vlm, Server):
             return

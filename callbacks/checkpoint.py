@@ -1,4 +1,4 @@
-"""Checkpoints that a run continues from exactly."""
+"""Checkpoints from which a run resumes exactly."""
 
 import math
 import shutil
@@ -15,25 +15,26 @@ from safervlm.io.signals import grace
 from safervlm.ranges import in_range
 from safervlm.run import agree_to_end
 
-RECENT = 10  # batches: after a long step any of so many next ones is taken to be long
+RECENT = 10  # batches after a long step during which steps still count as long
 
 
 class LastCheckpoint(Callback):
-    """Keeps ``checkpoints/last.ckpt`` in the run folder, written at the end of a training batch and nowhere else.
+    """Writes ``checkpoints/last.ckpt`` in the run folder, only at the end of training batches.
 
-    Lightning's own ``ModelCheckpoint`` counts optimizer steps, of which a PPO rollout has several, and may save in the
-    middle of a rollout's updates, where nothing can be continued exactly. Here a rollout is one batch. The file is
-    replaced in one move, so a process that dies while saving leaves the checkpoint before.
+    Lightning's ``ModelCheckpoint`` counts optimizer steps, of which a PPO rollout has several. It may save between the
+    updates of a rollout, where a run cannot be resumed exactly. Here a rollout is one batch. The file is replaced
+    atomically, so a process that dies while saving leaves the previous checkpoint intact.
 
-    A process that is asked to end has ``SAFERVLM_GRACE`` seconds (:mod:`safervlm.io.signals`), too few for a long step.
-    So that at most the step at work is lost, a checkpoint follows each long step and the batches behind it, and
-    precedes a validation or a long :class:`GenerationCheck`. Where steps are short this costs nothing. The wait for
-    data is not counted as a part of a step.
+    A process that receives a request to end has ``SAFERVLM_GRACE`` seconds (:mod:`safervlm.io.signals`), too few for a
+    long step. To lose at most the current step, a checkpoint is written after each long step and the ten batches that
+    follow it, and before a validation or a long :class:`GenerationCheck`. Short steps cause no extra checkpoints. The
+    time spent waiting for data is not part of a step.
 
     Args:
-        every_n_batches: how often; a run that is asked to end (SIGTERM) saves at its next batch's end. Where gradients
-            are accumulated over batches, it waits for their optimizer step: a checkpoint doesn't hold gradients.
-        long_step: seconds from which on a step, with the time that saving takes, is long; None for half of
+        every_n_batches: The number of batches between checkpoints. A run that is asked to end (SIGTERM) saves at the
+            end of its current batch. If gradients are accumulated over several batches, it waits for their optimizer
+            step, because a checkpoint holds no gradients.
+        long_step: The duration in seconds, including the time of saving, above which a step is long; None for half of
             ``SAFERVLM_GRACE``.
     """
 
@@ -43,27 +44,31 @@ class LastCheckpoint(Callback):
         self.every_n_batches, self.long_step = every_n_batches, long_step
         self._saved = 0
         self._limit = math.inf
-        self._begun = self._step = self._saving = 0.0  # seconds
-        self._long_until = 0  # the batch
+        self._begun = self._step = self._saving = 0.0  # in seconds
+        self._long_until = 0  # number of a batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Goes behind all other callbacks: what they write about a batch is there before its checkpoint."""
-        # A new list: Lightning is going through the old one.
+        """Moves this callback behind all others, so that their files of a batch are written before its checkpoint."""
+        # A new list, because Lightning is iterating over the old one.
         trainer.callbacks = [other for other in trainer.callbacks if other is not self] + [self]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts from where the run goes on."""
+        """Counts from the batch at which the run resumes."""
         self._saved = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         self._limit = grace() / 2 if self.long_step is None else self.long_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts the clock, behind what the other callbacks do before the batch."""
+        """Starts the clock, after the hooks of the other callbacks."""
         self._begun = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves where it is time to."""
+        """Saves if a checkpoint is due, a step is long, or the run ends.
+
+        Raises:
+            NotFiniteError: a trained weight is NaN or infinite; no checkpoint is written.
+        """
         loop = trainer.fit_loop.epoch_loop
         batches = loop.total_batch_idx + 1
         last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
@@ -84,7 +89,7 @@ class LastCheckpoint(Callback):
             self._saving = time.monotonic() - begun
 
     def _long_work_follows(self, trainer: Trainer, batches: int) -> bool:
-        """Whether a validation, or a check that took long the last time, comes before the next batch."""
+        """Whether a validation, or a generation check that took long the last time, precedes the next batch."""
         validates = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
         if validates and sum(trainer.num_val_batches) > 0:
             return True
@@ -93,17 +98,21 @@ class LastCheckpoint(Callback):
 
 
 def save_last(trainer: Trainer, folder: Path) -> None:
-    """Writes ``last.ckpt`` in one move, with its seal (:mod:`safervlm.io.seals`).
+    """Writes ``last.ckpt`` atomically, with its seal (:mod:`safervlm.io.seals`).
 
-    A sharded strategy's checkpoint is a folder, and a folder can't be replaced in one move: there ``last.ckpt`` is a
-    link, which can.
+    The checkpoint of a sharded strategy is a folder, which cannot be replaced atomically. In that case ``last.ckpt`` is
+    a symbolic link to the folder. All processes call this function.
+
+    Args:
+        trainer: the trainer of the fit.
+        folder: the folder of the checkpoints.
     """
     last, following = folder / "last.ckpt", folder / "next.ckpt"
     before = folder / last.readlink() if last.is_symlink() else None
     if before == following:
         following = folder / "other.ckpt"
     if trainer.is_global_zero and following.is_dir():
-        shutil.rmtree(following)  # what a process that died while saving left
+        shutil.rmtree(following)  # left by a process that died while saving
     trainer.strategy.barrier("last-checkpoint-begin")
     trainer.save_checkpoint(following)
     if trainer.is_global_zero:

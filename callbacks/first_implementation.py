@@ -1,4 +1,4 @@
-"""The first implementation's response files, for whoever has scripts that read them."""
+"""Writes responses in the file format of the first implementation, for scripts that read it."""
 
 import json
 from collections import defaultdict
@@ -16,19 +16,23 @@ from safervlm.io.files import write_atomically
 class FirstImplementationFiles(Callback):
     """After ``predict``, writes ``first_implementation/SET/CAPABILITY/response_prompt_N.json`` into the run folder.
 
-    Each holds a list of prompt, image_fname and output. A data set has a folder of its own, which that implementation
-    takes for a VLM's: its files don't say which set an image is of. It stands behind the RecordWriter, which writes the
-    ``responses.jsonl`` that it reads.
+    Each file holds a list of records with the keys prompt, image_fname and output. The format has no field for the
+    dataset of an image, so each dataset has its own folder, which the first implementation takes for the folder of a
+    VLM. The callback must come after the RecordWriter, which writes the ``responses.jsonl`` that it reads.
 
     Args:
-        blank: what a question about a name carries as its image.
+        blank: The image_fname of a question about a concept's name.
     """
 
     def __init__(self, blank: str = "blank_image.png") -> None:
         self.blank = blank
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes, on one process."""
+        """Writes the files, on the first process.
+
+        Raises:
+            RecordError: the name of a dataset cannot name a folder, or ``responses.jsonl`` is damaged.
+        """
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)

@@ -1,4 +1,4 @@
-"""Judged answers while training: does the policy start to call everything unsafe?"""
+"""Measures over-flagging during training: the rate at which the policy calls held-out safe images unsafe."""
 
 import time
 import warnings
@@ -20,27 +20,29 @@ from safervlm.vlm.sampling import Sampling
 
 
 class OverFlaggingWarning(UserWarning):
-    """The policy calls more safe images unsafe than the base model did."""
+    """The share of safe images that the policy calls unsafe has risen by more than the tolerance."""
 
 
 class GenerationCheck(Callback):
-    """Asks the policy about held-out safe images before, during and after training, and has the judge classify them.
+    """Asks the policy about held-out safe images before, during and after training, and classifies the responses.
 
-    The share that is called Unsafe is logged as ``train/unsafe_rate_on_safe`` with the batch that comes next; those
-    before and after training also stand in the manifest.
+    The share of images that are called Unsafe is logged as ``train/unsafe_rate_on_safe`` with the following batch. The
+    shares before and after training are also written to the manifest.
 
-    The same images are asked with the same noise each time, so the answers are paired. A warning is given when the
-    lower end of the 95 % interval of the increase since before training exceeds ``tolerance``: Tango's score interval
-    for a difference of paired proportions (:func:`safervlm.statistics.differences.difference_of_items`), so that
-    sampling variation of a few images does not trigger it.
+    The same images are asked about with the same sampling noise each time, so the responses are paired. A warning is
+    issued if the lower end of the 95 % interval of the increase since before training exceeds ``tolerance``. The
+    interval is Tango's score interval for a difference of paired proportions
+    (:func:`safervlm.statistics.differences.difference_of_items`), so that sampling variation of a few images does not
+    trigger the warning.
 
     Args:
-        judge: the alignment judge.
-        every_n_batches: how often; the first time before training, the last time after it.
-        tolerance: increase of the share that is not warned of.
-        sampling: how answers are sampled; the same noise each time, so a change is the policy's.
-        minimum: fewer held-out safe images than this are rejected: their share would be too coarse. Under
-            ``data.limit``, which makes a run a trial, fewer are taken, and one line says so.
+        judge: The alignment judge.
+        every_n_batches: The number of batches between checks. The first check is before training, the last one after
+            it.
+        tolerance: The increase of the share above which a warning is issued.
+        sampling: The sampling of the responses. The noise is the same each time, so that a change is due to the policy.
+        minimum: The smallest number of held-out safe images; fewer are rejected, because their share would be too
+            coarse. Under ``data.limit``, which makes a run a trial, fewer are accepted, and one line reports it.
     """
 
     def __init__(
@@ -58,21 +60,25 @@ class GenerationCheck(Callback):
         judge.must_tell(LABELS["alignment"], "judge")
         self.before: dict[str, bool] | None = None
         self._trained = False
-        self.seconds = 0.0  # that the last check took
+        self.seconds = 0.0  # duration of the last check
 
     def is_due(self, batches: int) -> bool:
-        """Whether it measures after so many batches."""
+        """Whether a check is due.
+
+        Args:
+            batches: the number of training batches so far.
+        """
         return batches % self.every_n_batches == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Which images were called Unsafe before training, by question: a resumed run compares with the same ones."""
+        """Returns the baseline by question: a resumed run compares with the same responses from before training."""
         return {"before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes it back.
+        """Restores the baseline.
 
         Raises:
-            ArgumentError: the checkpoint has it not, image by image.
+            ArgumentError: the checkpoint is of an earlier version, which stored no baseline by question.
         """
         if "before" not in state_dict:
             raise ArgumentError(
@@ -82,7 +88,7 @@ class GenerationCheck(Callback):
         self.before = state_dict["before"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rejects too few images, and readies the judge.
+        """Validates the number of held-out safe images and loads the judge.
 
         Raises:
             RecordError: fewer than ``minimum`` safe images are held out, or under ``data.limit`` none.
@@ -103,10 +109,10 @@ class GenerationCheck(Callback):
         self.judge.to(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measures where it is time to.
+        """Runs a check if one is due.
 
-        Before a batch, not after one: whatever the order of the callbacks, no checkpoint stands between the measurement
-        and the row of metrics that tells it.
+        It runs before a batch, not after one: then, in any order of the callbacks, no checkpoint is written between the
+        check and the row of metrics that reports it.
         """
         if self.is_due(trainer.fit_loop.epoch_loop.total_batch_idx):
             begun = time.monotonic()
@@ -116,11 +122,11 @@ class GenerationCheck(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes that there is something new to measure."""
+        """Notes that the policy has changed."""
         self._trained = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the policy that training leaves; a run that was complete already has been measured."""
+        """Checks the trained policy; a run that was already complete has been checked before."""
         if self._trained:
             rate = self.check(trainer, pl_module)
             if trainer.is_global_zero and self.before is not None:
@@ -128,7 +134,14 @@ class GenerationCheck(Callback):
                 write_stage(Path(trainer.default_root_dir), stage_name(pl_module), unsafe_rate_on_safe=rates)
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        """The share of the images that is called Unsafe now; warns when it has risen."""
+        """Returns the share of the images that the policy calls Unsafe, and warns if it has risen.
+
+        The first call sets the baseline.
+
+        Args:
+            trainer: see :meth:`flagged`.
+            pl_module: see :meth:`flagged`.
+        """
         now = self.flagged(trainer, pl_module)
         if self.before is None:
             self.before = now
@@ -147,7 +160,15 @@ class GenerationCheck(Callback):
 
     @torch.no_grad()
     def flagged(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, bool]:
-        """Whether each held-out safe image is called Unsafe, by its question; all of them, on every process."""
+        """Asks the policy about the held-out safe images and classifies the responses.
+
+        Args:
+            trainer: the trainer; its data module provides the validation batches.
+            pl_module: the objective, whose ``vlm`` is the policy.
+
+        Returns:
+            By the question's id, whether its image is called Unsafe; all questions, on every process.
+        """
         questions = self.questions(trainer)
         place = {question: number for number, question in enumerate(questions)}
         flags = torch.zeros(len(questions), dtype=torch.float64, device=pl_module.device)
@@ -157,17 +178,25 @@ class GenerationCheck(Callback):
             for label, question in zip(labels, batch.questions, strict=True):
                 if question.answer == SAFE:
                     flags[place[question.id]] = float(self.judge.labels[label] == UNSAFE)
-        # A process asks about its part of the images, each image is asked about by one.
+        # Each process asks about its own share of the images, and each image is asked about by one process.
         flags = trainer.strategy.reduce(flags, reduce_op="sum")
         return {question: bool(flag) for question, flag in zip(questions, flags.tolist(), strict=True)}
 
     @staticmethod
     def questions(trainer: Trainer) -> list[str]:
-        """The ids of the questions about held-out safe images, of all processes."""
+        """Returns the ids of the questions about held-out safe images, of all processes.
+
+        Args:
+            trainer: the trainer; its data module has the validation split.
+        """
         held_out = trainer.datamodule.parts.validation  # type: ignore[attr-defined]
         return [example.question.id for example in held_out if example.question.answer == SAFE]
 
 
 def share_of(flags: dict[str, bool]) -> float:
-    """The share of True."""
+    """Returns the share of True values.
+
+    Args:
+        flags: at least one, by question.
+    """
     return sum(flags.values()) / len(flags)

@@ -1,4 +1,4 @@
-"""Judges the answers of a measurement as soon as they are complete."""
+"""Classifies the responses of a measurement as soon as they are complete."""
 
 from pathlib import Path
 
@@ -16,14 +16,15 @@ from safervlm.records import UNJUDGED, VERDICTS, Failure, Verdict, read_jsonl, w
 class JudgeResponses(Callback):
     """After ``predict``, writes ``verdicts.jsonl`` beside the run folder's ``responses.jsonl``.
 
-    Answers that these judges have judged already are not judged again: a verdict belongs to a question's id, a judge
-    and the answer's text. Verdicts of other judges, of other texts, or of answers that are no longer there, are
-    replaced. An answer that raises an exception is listed in ``verdicts-failed.jsonl`` with its reason, and judged
-    again by the same command. It stands behind the RecordWriter, which writes ``responses.jsonl``.
+    A verdict belongs to a question's id, a judge and the text of the response. Responses that these judges have
+    classified already are not classified again. Verdicts of other judges, on other texts, or on responses that no
+    longer exist, are removed. A response whose classification raises an exception is listed in
+    ``verdicts-failed.jsonl`` with the reason, and the same command classifies it again. The callback must come after
+    the RecordWriter, which writes ``responses.jsonl``.
 
     Args:
         panel: The judges.
-        batch_size: How many answers they read at once.
+        batch_size: The number of responses that are classified at once.
     """
 
     def __init__(self, panel: Panel, batch_size: int = 64) -> None:
@@ -32,12 +33,16 @@ class JudgeResponses(Callback):
         self.batch_size = batch_size
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judges, on one process."""
+        """Classifies the responses, on the first process.
+
+        Raises:
+            RecordError: ``responses.jsonl`` or ``verdicts.jsonl`` is damaged.
+        """
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
         responses = read_responses(run, may_be_empty=True)
-        # A rating needs another model: RateResponses.
+        # Responses to be rated need another model: see RateResponses.
         responses = [response for response in responses if response.question.capability != "rated"]
         judges = {response.id: self.panel.reader(response.question.capability) for response in responses}
         texts = {response.id: response.response for response in responses}
@@ -65,7 +70,7 @@ class JudgeResponses(Callback):
         left = [response for response in responses if response.id not in verdicts]
         failed: list[Failure] = []
         self.panel.to(trainer.strategy.root_device)
-        # Each judge sorts what it is given by length, so it is given more than a batch.
+        # Each judge sorts its texts by length, so it receives more than one batch at a time.
         size = 16 * self.batch_size
         for start in track(range(0, len(left), size), "Judging", disable=not left):
             some = [(response.question, response.response) for response in left[start : start + size]]

@@ -1,4 +1,4 @@
-"""What training logs, in a file that a continued run goes on with."""
+"""Training metrics as a CSV file to which a resumed run appends."""
 
 import csv
 from pathlib import Path
@@ -13,10 +13,10 @@ COLUMNS = ("batch", "metric", "value")
 
 
 class MetricsCSV(Callback):
-    """Writes ``metrics.csv`` in the run folder: a row for each ``train/`` metric that a training batch logged.
+    """Writes ``metrics.csv`` in the run folder: one row for each ``train/`` metric that a training batch logged.
 
-    A run that is continued from a checkpoint first drops the rows behind it: they come again, the same. Lightning's own
-    ``CSVLogger`` deletes the rows of before.
+    A run that is resumed from a checkpoint first removes the rows after it; they are written again, with the same
+    values. Lightning's ``CSVLogger`` would delete the earlier rows.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class MetricsCSV(Callback):
         rows = []
         if done and path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
-                # A row that was torn by a crash lies behind the checkpoint.
+                # A row that was torn by a crash is after the checkpoint.
                 rows = [row for row in list(csv.reader(file))[1:] if len(row) == 3 and int(row[0]) <= done]
 
         def write(temporary: Path) -> None:
@@ -47,9 +47,9 @@ class MetricsCSV(Callback):
             return
         number = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         rows = []
-        # Sorted: Lightning's order is that of the first logging, which in a continued run is another one.
+        # Sorted: Lightning's order is that of the first logging, which differs in a resumed run.
         for name, value in sorted(trainer.callback_metrics.items()):
-            # What an earlier batch logged stands there still, in the same memory; a continued run wouldn't have it.
+            # The dictionary still holds metrics of earlier batches, in the same memory; a resumed run would lack them.
             before = self._written.get(name)
             if name.startswith("train/") and (before is None or before.data_ptr() != value.data_ptr()):
                 self._written[name] = value

@@ -1,4 +1,4 @@
-"""Has another model rate the responses of LLaVABench as soon as they are complete."""
+"""Has a judge model rate the responses to LLaVABench as soon as they are complete."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -42,12 +42,12 @@ SAMPLING = Sampling(TEMPERATURE, TOP_P, MAX_NEW_TOKENS)
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A rating to ask for.
+    """A rating to request.
 
     Attributes:
-        id: of the question that was answered.
-        swapped: whether the response stands first.
-        question: what the judge is asked; the two orders of a response have ids of their own.
+        id: the id of the question that the response belongs to.
+        swapped: whether the judge sees the response before the reference.
+        question: the question to the judge; the two orders of a response have different ids.
         key: see :func:`safervlm.judging.rating.rating_key`.
     """
 
@@ -60,22 +60,22 @@ class Wanted:
 class RateResponses(Callback):
     """After ``predict``, has a judge rate the responses with capability "rated": ``ratings.jsonl`` in the run folder.
 
-    A line a response and order (see :class:`safervlm.judging.rating.Rating`), written as they come and put in the
-    responses' order at the end; a process that dies loses the batch at work and no more. What this judge has rated
-    already is not asked again; what others have rated, or this one in another way, is kept before it, for when it is
-    wanted again. A rating that doesn't come is listed as missing, with its reason, and asked for by the next run of the
-    same command; whatever went wrong with it, it ends neither the run nor the other callbacks. What the requests took
-    is in ``ratings-attempts.jsonl``. It stands behind the RecordWriter, which writes ``responses.jsonl``; a run without
-    such responses has no use for the judge, and it isn't asked.
+    The file has one line per response and order (see :class:`safervlm.judging.rating.Rating`). Lines are appended after
+    each batch and sorted in the order of the responses at the end, so a process that dies loses at most one batch.
+    Ratings that this judge has given already are not requested again. Ratings by other judges, or by this one with
+    other settings, are kept before them for later use. A missing rating is listed with its reason and requested again
+    by the next run of the same command; it ends neither the run nor the other callbacks. The requests are logged in
+    ``ratings-attempts.jsonl``. The callback must come after the RecordWriter, which writes ``responses.jsonl``. In a
+    run without such responses the judge is not asked.
 
     Args:
-        judge: The model that rates, for example configs/llavabench_judge.yaml. With its dry_run it is not asked: the
-            line says how much there is to ask.
-        both_orders: Asks a second time with the response first and the reference second: the mean of the two is free
-            of a judge's liking for either place. The published rating has the reference first, once.
-        attempts: How often the judge is asked for a rating, each time with another seed, until one can be read. The
-            next run begins with the same seeds: give it more for a server that repeats itself.
-        batch_size: How many ratings are asked for, and then written, together.
+        judge: The model that rates, for example configs/llavabench_judge.yaml. With its dry_run nothing is requested;
+            one line reports the number of ratings to request.
+        both_orders: Whether to request a second rating with the response first and the reference second. The mean of
+            the two removes a judge's preference for a position. The published rating has the reference first, once.
+        attempts: The maximum number of requests per rating, each with another seed, until the judge's output can be
+            parsed. The next run starts with the same seeds; increase it for a server that repeats its output.
+        batch_size: The number of ratings that are requested, and then written, together.
     """
 
     def __init__(self, judge: Server, both_orders: bool = False, attempts: int = 3, batch_size: int = 16) -> None:
@@ -88,7 +88,12 @@ class RateResponses(Callback):
         self.judge, self.both_orders, self.attempts, self.batch_size = judge, both_orders, attempts, batch_size
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rates, on one process."""
+        """Requests the ratings, on the first process.
+
+        Raises:
+            RecordError: ``responses.jsonl`` or ``ratings.jsonl`` is damaged.
+            SIGTERMException: the process was asked to end.
+        """
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
@@ -120,10 +125,10 @@ class RateResponses(Callback):
         if self.judge.system != SYSTEM:
             say(f"judge.system: {self.judge.system!r} is not the published prompt, and the ratings compare with none")
         if left:
-            write_jsonl(run / RATINGS, there)  # whole lines, to go on behind
+            write_jsonl(run / RATINGS, there)  # removes a torn last line; new lines are appended
             with safe_points():
                 self.rate(trainer, left, ratings)
-        # The last line of a response, judge and order counts (safervlm.results.suite).
+        # The last line of a response, judge and order is scored (safervlm.results.suite).
         write_jsonl(run / RATINGS, (rating.to_dict() for rating in [*kept, *(ratings[each.key] for each in wanted)]))
         missing = [ratings[each.key] for each in wanted if ratings[each.key].reason]
         write_stage(run, "ratings", finished=not missing)
@@ -134,7 +139,14 @@ class RateResponses(Callback):
             )
 
     def wanted(self, responses: Sequence[Response]) -> list[Wanted]:
-        """The ratings of responses, in their order."""
+        """Returns the ratings to have, in the order of the responses.
+
+        Args:
+            responses: the responses to rate.
+
+        Returns:
+            One item per response, or two with ``both_orders``.
+        """
         described = self.judge.describe()
         wanted = []
         for response in responses:
@@ -146,18 +158,18 @@ class RateResponses(Callback):
         return wanted
 
     def rate(self, trainer: Trainer, left: Sequence[Wanted], ratings: dict[str, Rating]) -> None:
-        """Asks the judge, and writes what comes behind what is there.
+        """Requests ratings and appends them to the file after each batch.
 
         Args:
-            trainer: knows the run folder, and whether the process is asked to end.
-            left: what to ask for.
-            ratings: by key; what comes is put in.
+            trainer: the trainer, for the run folder and requests to end.
+            left: the ratings to request.
+            ratings: ratings by key; new ones are added.
 
         Raises:
-            SIGTERMException: the process is asked to end.
+            SIGTERMException: the process was asked to end.
         """
         run = Path(trainer.default_root_dir)
-        models: dict[str, str] = {}  # the last to answer each question
+        models: dict[str, str] = {}  # the model of the last attempt, by the id of the judge's question
 
         def told(attempt: dict[str, Any]) -> None:
             log.write(attempt)
@@ -175,12 +187,20 @@ class RateResponses(Callback):
                     file.flush()
                     ratings |= {rating.key: rating for rating in came}
                     unread += [each for each in batch if ratings[each.key].reason == UNREADABLE]
-                    if trainer.received_sigterm:  # Lightning asks for it while it trains, not here
+                    if trainer.received_sigterm:  # Lightning checks this in training only
                         raise SIGTERMException
                 left = unread
 
     def ask(self, questions: Sequence[Question], seed: int) -> list[Generation | str]:
-        """The judge's answers, or why there is none; where it can't be asked at all, that is so of each."""
+        """Asks the judge; no error is raised.
+
+        Args:
+            questions: the questions to the judge.
+            seed: the seed of the requests.
+
+        Returns:
+            For each question the judge's output, or the reason why there is none.
+        """
         try:
             batch = self.judge.collator([Example(question) for question in questions])
             return [*self.judge.generate(batch, SAMPLING, seed)]
@@ -192,16 +212,19 @@ class RateResponses(Callback):
             return [f"{type(error).__name__}: {first_line(error)}"] * len(questions)
 
     def read(self, wanted: Wanted, answer: Generation | str, models: Mapping[str, str]) -> Rating:
-        """What the judge's answer says.
+        """Parses the output of the judge.
 
         Args:
-            wanted: the rating that was asked for.
-            answer: the judge's, or why there is none.
-            models: what answered, by the id of the judge's question.
+            wanted: the rating that was requested.
+            answer: the judge's output, or the reason why there is none.
+            models: the models that replied, by the id of the judge's question.
+
+        Returns:
+            The rating; without numbers and with a reason if the output cannot be parsed.
         """
         text, both = "", None
         if isinstance(answer, str):
-            # The server speaks of the argument by which a measurement knows it.
+            # The server names the arguments of a measurement (vlm); here they are those of the judge.
             reason = re.sub(r"(?<![\w/.'-])vlm(?=\.[a-z_]+\b|: )", "judge", answer)
             if reason.startswith("sampling."):
                 reason = f"judge.model: it doesn't take the published sampling, name another judge ({reason})"

@@ -1,4 +1,4 @@
-"""Writes what a predict loop gives, as it comes, so that nothing is lost whenever the process dies."""
+"""Writes the records of a predict loop after each batch, so that a process that dies loses at most one batch."""
 
 import time
 from contextlib import suppress
@@ -16,17 +16,17 @@ from safervlm.records import Failure, Response, read_jsonl, read_torn_jsonl, to_
 class RecordWriter(Callback):
     """Writes the records of ``predict_step`` to ``file`` in the run folder.
 
-    A module may say by ``valid(record, example)`` whether a record that is there still holds; else it is made anew.
+    Each process appends to its own shard under ``shards/``, one line per record, flushed after every batch. At the
+    start all existing shards are read (of any number of processes, with or without a torn last line), and the data
+    module skips their questions. At the end the shards are merged in the order of the data and removed. If the module
+    has a method ``valid(record, example)``, existing records for which it returns False are computed again.
 
-    Each process appends to a shard of its own under ``shards/``, a line a record, flushed after every batch. At the
-    start whatever shards there are (of any number of processes, a torn last line included) are read, and the data skips
-    what they hold; at the end they are merged in the data's order, and removed. Questions without an answer are listed
-    in a file of their own (``responses-failed.jsonl``), and asked again by the same command. Records of sets that are
-    not asked this time stay where there are several sets. A run that is asked to end
-    (SIGTERM) ends after its next batch.
+    Questions without a response are listed in a separate file (``responses-failed.jsonl``), and the same command asks
+    them again. If the data module is a suite of datasets, records of datasets that are not part of this run are kept. A
+    run that is asked to end (SIGTERM) ends after its current batch.
 
     Args:
-        file: name of the merged file in the run folder.
+        file: The name of the merged file in the run folder.
     """
 
     def __init__(self, file: str = "responses.jsonl") -> None:
@@ -35,14 +35,18 @@ class RecordWriter(Callback):
         self._failed: list[Failure] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds what is there and tells the data to skip it, on every process alike."""
+        """Reads the existing records and makes the data module skip them, identically on every process.
+
+        Raises:
+            RecordError: an existing file is damaged.
+        """
         if stage != "predict":
             return
         done = self._read(trainer)
         if (valid := getattr(pl_module, "valid", None)) is not None:
             examples = {each.question.id: each for each in trainer.datamodule.parts.predict}  # type: ignore[attr-defined]
             done = {name: each for name, each in done.items() if name not in examples or valid(each, examples[name])}
-        trainer.strategy.barrier("record-writer-read")  # nobody writes while somebody still reads
+        trainer.strategy.barrier("record-writer-read")  # no process writes while another one still reads
         trainer.datamodule.skip(done.keys())  # type: ignore[attr-defined]
         if done and trainer.is_global_zero:
             left = len(trainer.datamodule.remaining())  # type: ignore[attr-defined]
@@ -50,11 +54,11 @@ class RecordWriter(Callback):
             say(f"{self.file}: {len(done)} records are there already, {rest}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens the process's shard, once the manifest has been agreed to."""
+        """Opens this process's shard; the manifest has been checked by then."""
         shards = self._shards(trainer)
         shards.mkdir(parents=True, exist_ok=True)
         self._failed = []
-        # A new file: another run's last line may be torn, and in a container process ids come again.
+        # A new file: the last line of an old shard may be torn, and in a container process ids are reused.
         self._shard = (shards / f"{trainer.global_rank}-{time.time_ns()}.jsonl").open("xb")
 
     def on_predict_batch_end(
@@ -66,7 +70,11 @@ class RecordWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Appends a batch's records."""
+        """Appends the records of a batch.
+
+        Raises:
+            SIGTERMException: the process was asked to end.
+        """
         assert self._shard is not None  # noqa: S101 (on_predict_start opened it; for the type checker)
         lines = []
         for record in outputs:
@@ -82,11 +90,15 @@ class RecordWriter(Callback):
                 self._failed.append(Failure(record.question, reason))
         self._shard.write(b"".join(lines))
         self._shard.flush()
-        if trainer.received_sigterm:  # Lightning asks for it while it trains, not here
+        if trainer.received_sigterm:  # Lightning checks this in training only
             raise SIGTERMException
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merges the shards."""
+        """Merges the shards, on the first process.
+
+        Raises:
+            RecordError: a question has neither a record nor a reason for its failure.
+        """
         assert self._shard is not None  # noqa: S101
         self._shard.close()
         write_jsonl(self._shards(trainer) / f"{trainer.global_rank}.failed", (each.to_dict() for each in self._failed))
@@ -113,7 +125,7 @@ class RecordWriter(Callback):
             for shard in self._shards(trainer).iterdir():
                 shard.unlink()
             self._shards(trainer).rmdir()
-            with suppress(OSError):  # another kind of record has its shards there
+            with suppress(OSError):  # shards of another kind of record are there
                 self._shards(trainer).parent.rmdir()
         trainer.strategy.barrier("record-writer-merged")
 
@@ -121,7 +133,7 @@ class RecordWriter(Callback):
         return Path(trainer.default_root_dir) / "shards" / Path(self.file).stem
 
     def _read(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
-        """The records that are there, by id; what a shard holds is newer than the merged file."""
+        """Returns the existing records by id; records of a shard replace those of the merged file."""
         merged = Path(trainer.default_root_dir) / self.file
         shards = sorted(self._shards(trainer).glob("*.jsonl"))
         records: dict[str, dict[str, Any]] = {}

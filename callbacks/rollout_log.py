@@ -1,4 +1,4 @@
-"""What the policy said while PPO trained it."""
+"""Logs responses of the policy during PPO."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from safervlm.records import read_torn_jsonl, to_line, write_jsonl
 
 
 class RolloutLog(Callback):
-    """Appends some answers of every rollout to ``rollouts.jsonl`` in the run folder (text alone, no image).
+    """Appends some responses of every rollout to ``rollouts.jsonl`` in the run folder (text only, no image).
 
-    A run that is continued from a checkpoint first drops the answers behind it: they come again, the same.
+    A run that is resumed from a checkpoint first removes the responses after it; they are written again, identically.
 
     Args:
-        answers: how many of each rollout.
+        answers: The number of responses per rollout.
     """
 
     def __init__(self, answers: int = 4) -> None:
@@ -23,7 +23,7 @@ class RolloutLog(Callback):
         self.answers = answers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the answers up to the checkpoint, or starts a new file."""
+        """Keeps the responses up to the checkpoint, or starts a new file."""
         if not trainer.is_global_zero:
             return
         path, done = self._path(trainer), trainer.fit_loop.epoch_loop.total_batch_idx + 1
@@ -33,7 +33,7 @@ class RolloutLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Appends the first answers of a rollout."""
+        """Appends the first responses of a rollout."""
         if not trainer.is_global_zero:
             return
         number = trainer.fit_loop.epoch_loop.total_batch_idx + 1

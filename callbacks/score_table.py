@@ -1,4 +1,4 @@
-"""The scores of a run, written and printed once its answers have been judged."""
+"""Writes and prints the scores of a run once its responses have been classified."""
 
 from pathlib import Path
 
@@ -14,17 +14,17 @@ from safervlm.results.scores import by_category, scores
 class ScoreTable(Callback):
     """Scores the run folder after a prediction: ``scores.csv``, ``scores.xlsx``, and the tables on the terminal.
 
-    It reads ``responses.jsonl`` and ``verdicts.jsonl``, so it stands after the callbacks that write them. If no
-    question has an answer, or no answer a verdict, there is nothing to score, and it says so. Only the first process
-    works.
+    The callback reads ``responses.jsonl`` and ``verdicts.jsonl``, so it must come after the callbacks that write them.
+    If no question has a response, or no response a verdict, it prints one line and writes nothing. Only the first
+    process scores.
     """
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes and prints.
+        """Writes and prints the scores.
 
         Args:
-            trainer: its ``default_root_dir`` is the run folder.
-            pl_module: not looked at.
+            trainer: the trainer; its ``default_root_dir`` is the run folder.
+            pl_module: not used.
 
         Raises:
             RecordError: see :func:`safervlm.results.runs.load_run`.

@@ -22,7 +22,13 @@ class CallbacksFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Finds the package in the current folder, then as Python does; our folder is searched last."""
+        """Finds the package in the current folder, then as Python does; our folder is searched last.
+
+        Args:
+            fullname: name of the module that is imported.
+            path: of its parent package; not used.
+            target: not used.
+        """
         if fullname != NAME:
             return None
         found = PathFinder.find_spec(NAME, [str(Path.cwd())]) or PathFinder.find_spec(NAME)

@@ -1,16 +1,16 @@
-"""How fast a training step is beside its alternatives: both sides in one process, in turn, with equal losses.
+"""Compares the CPU time of a training step with alternative implementations that compute the same loss.
 
     python scripts/benchmark.py                      # everything
     python scripts/benchmark.py dpo sft --repeats 3
 
-The model is a random LLaVA in the proportions of LLaVA-1.5-7B: 576 image tokens, a prompt of about 605 tokens, answers
-of about 30, and a language model head with 2 % of the work. What is measured is CPU time of this process, so that other
-processes matter little; only ratios mean anything. Every repetition runs all sides one after the other (A B A B ...),
-ratios are taken within a repetition, and the sides have to agree: on the gradients before the first measurement, and on
-the loss in every repetition. Making the batches from text and images is not measured.
+The model is a random LLaVA in the proportions of LLaVA-1.5-7B: 576 image tokens, a prompt of about 605 tokens,
+responses of about 30 tokens, and a language model head with 2 % of the work. The script measures the CPU time of its
+process, so that other processes matter little; only ratios are meaningful. Every repetition runs all sides one after
+the other (A B A B ...), and ratios are taken within a repetition. The sides have to agree: on the gradients before the
+first measurement, and on the loss in every repetition. The collation of batches from text and images is not measured.
 
-TRL is taken at its best: on a GPU its head scores the answers' positions alone, on a CPU all of them; here it is made
-to do on the CPU what it does on a GPU.
+TRL is measured at its best: on a GPU its head scores only the positions of the response, on a CPU all positions. Here
+it is configured to do on the CPU what it does on a GPU.
 """
 
 import argparse
@@ -68,17 +68,20 @@ BETA = 0.1
 
 @dataclass(frozen=True)
 class Shape:
-    """The model and what it is shown; the defaults are LLaVA-1.5-7B's proportions.
+    """Sizes of the model and of its inputs; the defaults have the proportions of LLaVA-1.5-7B.
 
     Attributes:
-        hidden: of the language model, and the sizes that follow.
-        image_size: pixels; ``(image_size / patch_size) ** 2`` image tokens.
-        question: tokens of a question, from and to.
-        answer: tokens of an answer, from and to.
+        hidden: width of the language model; layers, heads, intermediate and vocabulary also belong to it.
+        vision_hidden: width of the vision tower; vision_layers and vision_heads also belong to it.
+        image_size: side of an image in pixels; it becomes ``(image_size / patch_size) ** 2`` image tokens.
+        patch_size: side of a patch in pixels.
+        rank: rank of LoRA.
+        question: minimum and maximum number of tokens of a question.
+        answer: minimum and maximum number of tokens of a response.
         pairs: examples of a DPO step.
         targets: examples of an SFT step.
-        rollouts: answers of a PPO step.
-        response_length: what the three-pass structure pads answers to.
+        rollouts: responses of a PPO step.
+        response_length: the length to which the three-pass structure pads responses.
     """
 
     hidden: int = 512
@@ -102,12 +105,12 @@ class Shape:
 
 @dataclass
 class Side:
-    """One way to make a training step.
+    """One implementation of a training step.
 
     Attributes:
         backward: computes the loss and back-propagates it.
-        trained: the adapter's parameters that all sides have, by the names of the PEFT model.
-        optimizer: over all that this side trains.
+        trained: the adapter's parameters, which all sides have, by their names in the PEFT model.
+        optimizer: optimizer of all parameters that this side trains.
         seconds: CPU time of each measured step.
     """
 
@@ -117,18 +120,18 @@ class Side:
     seconds: list[float] = field(default_factory=list)
 
     def step(self) -> float:
-        """One optimizer step; gives the loss."""
+        """Makes one optimizer step and returns the loss."""
         loss = self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
     def parameters(self) -> list[Tensor]:
-        """All that the optimizer changes."""
+        """Returns all parameters of the optimizer."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def gradients(self) -> tuple[float, Tensor]:
-        """The loss and the adapter's gradient, in one vector; no step is made."""
+        """Returns the loss and the adapter's gradient as one vector, without a step."""
         loss = self.backward()
         gradient = torch.cat([self.trained[name].grad.flatten() for name in sorted(self.trained)])  # type: ignore[union-attr]
         self.optimizer.zero_grad(set_to_none=True)
@@ -137,13 +140,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: how many times as fast ours is.
+    """A row of the table: the ratio of their time to ours.
 
     Attributes:
-        measure: what is compared.
-        theirs: seconds of each repetition.
-        ours: the same.
-        target: what the median is meant to reach; None for a figure that stands beside.
+        measure: the title of the comparison.
+        theirs: seconds of each repetition of the other implementation.
+        ours: seconds of each repetition of SaferVLM.
+        target: the target of the median ratio; None for a row without a target.
     """
 
     measure: str
@@ -152,7 +155,7 @@ class Row:
     target: float | None = None
 
     def ratios(self) -> list[float]:
-        """Of each repetition."""
+        """Returns the ratio of each repetition."""
         return [a / b for a, b in zip(self.theirs, self.ours, strict=True)]
 
     def __str__(self) -> str:
@@ -167,15 +170,23 @@ class Row:
 
 
 def say(text: str) -> None:
-    """Progress, beside the table."""
+    """Prints progress to stderr; the table goes to stdout.
+
+    Args:
+        text: one line.
+    """
     print(text, file=sys.stderr, flush=True)
 
 
 def measure(sides: dict[str, Side], repeats: int) -> None:
     """Runs all sides in turn, ``repeats`` times, after one round that is not measured.
 
+    Args:
+        sides: the implementations by name; the first one is the reference of the comparison.
+        repeats: number of measured repetitions.
+
     Raises:
-        SystemExit: the sides don't compute the same.
+        SystemExit: the sides do not compute the same gradients or losses.
     """
     first, *others = sides
     loss, gradient = sides[first].gradients()
@@ -190,7 +201,7 @@ def measure(sides: dict[str, Side], repeats: int) -> None:
         losses = {}
         gc.collect()
         for name, side in sides.items():
-            # Each step starts from the same weights: a value head on the policy and a value adapter part ways.
+            # Each step starts from the same weights: a value head on the policy and a value adapter would diverge.
             for parameter, weight in zip(side.parameters(), start_weights[name], strict=True):
                 parameter.data.copy_(weight)
             start = time.process_time()
@@ -207,7 +218,14 @@ def measure(sides: dict[str, Side], repeats: int) -> None:
 
 
 def write_model(shape: Shape, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-    """A random LLaVA with a tokenizer of whole words, as ``save_pretrained`` writes it; made on ``device``."""
+    """Writes a random LLaVA with a word-level tokenizer, in the format of ``save_pretrained``.
+
+    Args:
+        shape: the sizes of the model.
+        folder: the folder to write.
+        dtype: the type of the weights.
+        device: the device on which the weights are created.
+    """
     special = [PAD, BOS, EOS, UNK, "USER:", "ASSISTANT:"]
     words = special + [f"w{number}" for number in range(shape.vocabulary - len(special) - 1)]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNK))
@@ -247,7 +265,7 @@ def write_model(shape: Shape, folder: Path, dtype: torch.dtype = torch.float32, 
     )
     with torch.device(device):
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
-    with torch.no_grad():  # a fresh model says the same of everything
+    with torch.no_grad():  # the outputs of a freshly initialised model hardly depend on its input
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and ("language_model" in name or "lm_head" in name):
                 parameter.mul_(2)
@@ -265,7 +283,14 @@ def write_model(shape: Shape, folder: Path, dtype: torch.dtype = torch.float32, 
 
 
 def examples(shape: Shape, folder: Path, count: int, completions: int) -> list[Example]:
-    """Questions, each about an image of its own, with random answers of different lengths."""
+    """Creates questions, each about a different image, with random responses of different lengths.
+
+    Args:
+        shape: the lengths of questions and responses.
+        folder: the folder for the images.
+        count: number of questions.
+        completions: number of responses per question.
+    """
     rng = random.Random(1)
 
     def words(lengths: tuple[int, int]) -> str:
@@ -293,7 +318,13 @@ def examples(shape: Shape, folder: Path, count: int, completions: int) -> list[E
 
 
 def llava(shape: Shape, folder: Path, gradient_checkpointing: bool = False) -> Llava:
-    """The model as ours, not loaded yet."""
+    """Returns the model as a VLM of SaferVLM, not loaded yet.
+
+    Args:
+        shape: see :func:`write_model`.
+        folder: the folder of the model.
+        gradient_checkpointing: whether activations are recomputed in the backward pass.
+    """
     return Llava(
         str(folder),
         dtype="float32",
@@ -305,12 +336,23 @@ def llava(shape: Shape, folder: Path, gradient_checkpointing: bool = False) -> L
 
 
 def lora_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """The parameters of an adapter."""
+    """Returns the parameters of an adapter by their names.
+
+    Args:
+        model: the PEFT model.
+        adapter: the name of the adapter in PEFT.
+    """
     return {name: parameter for name, parameter in model.named_parameters() if f".{adapter}." in name}
 
 
 def perturb(parameters: dict[str, nn.Parameter]) -> None:
-    """The same effect for every side: LoRA's second factor starts at zero, where DPO's loss is ln 2 for all."""
+    """Sets an adapter to fixed random weights, the same for every side.
+
+    The second factor of LoRA is initialised to zero; there the loss of DPO is ln 2 whatever a side computes.
+
+    Args:
+        parameters: see :func:`lora_parameters`.
+    """
     generator = torch.Generator().manual_seed(3)
     for name in sorted(parameters):
         scale = 0.02 if ".lora_B." in name else 0.05
@@ -318,13 +360,18 @@ def perturb(parameters: dict[str, nn.Parameter]) -> None:
 
 
 class Alone:
-    """What an objective asks of its trainer."""
+    """Stand-in for the trainer of an objective: one process."""
 
     world_size = 1
 
 
 def our_side(objective: Objective, batch: PackedBatch) -> Side:
-    """A step of ours, from a batch that was just collated: its images are encoded in every step."""
+    """Returns a training step of SaferVLM; the images are encoded in every step.
+
+    Args:
+        objective: the objective, whose model is loaded here.
+        batch: a batch from the collator of the objective.
+    """
     objective.configure_model()
     objective._trainer = Alone()  # type: ignore[assignment]
     objective.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
@@ -345,7 +392,7 @@ def our_side(objective: Objective, batch: PackedBatch) -> Side:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """TRL's head on the answers' positions alone, which it does on a GPU only."""
+    """Makes TRL apply its head to the positions of the response only, which it otherwise does on a GPU only."""
     from trl.trainer import utils
 
     before = utils._use_triton
@@ -357,7 +404,13 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def trl_side(made: Sequence[Example], vlm: Llava, gradient_checkpointing: bool) -> Side:
-    """A step of TRL's SFTTrainer (one completion) or DPOTrainer (two) on the same examples."""
+    """Returns a training step of TRL on the same examples.
+
+    Args:
+        made: examples with one completion (SFTTrainer) or two (DPOTrainer).
+        vlm: settings of the model and of LoRA.
+        gradient_checkpointing: whether activations are recomputed in the backward pass.
+    """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -399,7 +452,7 @@ def trl_side(made: Sequence[Example], vlm: Llava, gradient_checkpointing: bool) 
         trainer = DPOTrainer(model, args=DPOConfig(beta=BETA, **settings), **common)
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer()
-    if gradient_checkpointing:  # TRL prepares it when it is built, and the Trainer turns it on in train()
+    if gradient_checkpointing:  # TRL prepares it in its constructor, and the Trainer enables it in train()
         trainer.model.activation_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     perturb(trained)
@@ -415,7 +468,13 @@ def trl_side(made: Sequence[Example], vlm: Llava, gradient_checkpointing: bool) 
 
 
 def benchmark_dpo(shape: Shape, folder: Path, repeats: int) -> list[Row]:
-    """DPO against TRL: the reference kept, with and without gradient checkpointing (GC)."""
+    """Compares DPO with TRL, with and without cached reference and gradient checkpointing (GC).
+
+    Args:
+        shape: see :class:`Shape`.
+        folder: the folder of the model.
+        repeats: number of measured repetitions.
+    """
     made = examples(shape, folder, shape.pairs, completions=2)
 
     def ours(gradient_checkpointing: bool, kept: bool) -> Side:
@@ -450,7 +509,15 @@ def benchmark_dpo(shape: Shape, folder: Path, repeats: int) -> list[Row]:
 
 
 def benchmark_sft(shape: Shape, folder: Path, repeats: int) -> list[Row]:
-    """SFT against TRL at the same setting: one answer a prompt and one question an image leave nothing to share."""
+    """Compares SFT with TRL at the same settings.
+
+    With one response per prompt and one question per image there is no prefix to share.
+
+    Args:
+        shape: see :class:`Shape`.
+        folder: the folder of the model.
+        repeats: number of measured repetitions.
+    """
     made = examples(shape, folder, shape.targets, completions=1)
     vlm = llava(shape, folder)
     sides = {}
@@ -470,13 +537,31 @@ def benchmark_sft(shape: Shape, folder: Path, repeats: int) -> list[Row]:
 
 
 def ppo_loss(ppo: PPO, sums: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """The loss of :meth:`safervlm.objectives.PPO.update`."""
+    """Returns the loss that :meth:`safervlm.objectives.PPO.update` minimises.
+
+    Args:
+        ppo: the coefficients.
+        sums: see :meth:`safervlm.objectives.PPO.losses`.
+        tokens: number of response tokens.
+    """
     total = sums["policy_loss"] + ppo.vf_coef * sums["value_loss"] - ppo.entropy_coef * sums["entropy"]
     return total / tokens
 
 
 def our_ppo(shape: Shape, folder: Path, value_on: Any, rollout: Rollout | None = None) -> tuple[PPO, Side, Rollout]:
-    """Our inner step; all start from one adapter, which is the value function's as well, so that all losses agree."""
+    """Returns an inner PPO step of SaferVLM.
+
+    All variants start from the same adapter weights, also those of the value adapter, so that all losses agree.
+
+    Args:
+        shape: see :class:`Shape`.
+        folder: the folder of the model.
+        value_on: see :class:`safervlm.objectives.PPO`.
+        rollout: the rollout of another variant; None to make one.
+
+    Returns:
+        The objective, the step and the rollout.
+    """
     ppo = PPO(llava(shape, folder), Judge(), value_on=value_on, response_length=shape.response_length)
     ppo.vlm.load(ppo.adapters)
     assert ppo.vlm.model is not None  # noqa: S101
@@ -500,7 +585,12 @@ def our_ppo(shape: Shape, folder: Path, value_on: Any, rollout: Rollout | None =
 
 
 def make_rollout(ppo: PPO, made: Sequence[Example]) -> Rollout:
-    """A rollout of given answers by a policy that was a little different; the images are encoded by then."""
+    """Returns a rollout of given responses by a slightly different policy, with encoded images.
+
+    Args:
+        ppo: the objective, loaded.
+        made: examples with one completion, the response.
+    """
     batch = ppo.collator(made)
     packed = batch.packed
     assert packed is not None  # noqa: S101
@@ -518,10 +608,17 @@ def make_rollout(ppo: PPO, made: Sequence[Example]) -> Rollout:
 
 
 def three_passes(shape: Shape, ppo: PPO, rollout: Rollout, reference: bool = True) -> Side:
-    """The structure of the published implementation: policy, value function and reference each see everything anew.
+    """Returns a PPO step with the structure of the published implementation: three independent forward passes.
 
-    Answers are padded to ``response_length``, the images are encoded in every pass, the reference (without gradient)
-    is asked in every step. Its head, as ours, runs on the answers' positions alone.
+    Policy, value function and reference each process images, prompts and responses. Responses are padded to
+    ``response_length``, the images are encoded in every pass, and the reference (without gradient) is evaluated in
+    every step. As in SaferVLM, the head runs on the positions of the response only.
+
+    Args:
+        shape: see :class:`Shape`.
+        ppo: the objective, loaded, with a value adapter.
+        rollout: see :func:`make_rollout`.
+        reference: whether to evaluate the reference; its output does not enter the loss.
     """
     batch, length = rollout.batch, shape.response_length
     base = ppo.vlm.base
@@ -575,7 +672,13 @@ def three_passes(shape: Shape, ppo: PPO, rollout: Rollout, reference: bool = Tru
 
 
 def benchmark_ppo(shape: Shape, folder: Path, repeats: int) -> list[Row]:
-    """PPO's inner step (forward, backward, optimizer) against three passes over padded answers."""
+    """Compares the inner step of PPO (forward, backward, optimizer) with three passes over padded responses.
+
+    Args:
+        shape: see :class:`Shape`.
+        folder: the folder of the model.
+        repeats: number of measured repetitions.
+    """
     _, on_adapter, rollout = our_ppo(shape, folder, "adapter")
     _, on_policy, _ = our_ppo(shape, folder, "policy", rollout)
     published, _, _ = our_ppo(shape, folder, "adapter", rollout)
@@ -610,10 +713,20 @@ def benchmark_ppo(shape: Shape, folder: Path, repeats: int) -> list[Row]:
 
 
 def benchmark_measure(shape: Shape, folder: Path, repeats: int, images: int = 4, tokens: int = 20) -> list[Row]:
-    """Five questions about each image, answered greedily: in one batch, and one by one by transformers' ``generate``.
+    """Compares greedy generation in one batch with ``generate`` of transformers, one question at a time.
 
-    In one batch by the LLaVA of its own, and as any model of transformers. The prompts are made beforehand, and the
-    random model is kept from ending an answer, on all sides.
+    There are five questions about each image. The batch is generated by :class:`safervlm.vlm.llava.Llava` and by
+    :class:`safervlm.vlm.auto.Transformers`. Prompts are encoded beforehand, and all sides suppress the end token.
+
+    Args:
+        shape: see :class:`Shape`.
+        folder: the folder of the model.
+        repeats: number of measured repetitions.
+        images: number of images.
+        tokens: number of new tokens per response.
+
+    Raises:
+        SystemExit: the sides generate different responses.
     """
     vlm = llava(shape, folder)
     other = Transformers(str(folder), dtype="float32", template="w1 w2 USER: <image> {question} ASSISTANT:")
@@ -644,7 +757,7 @@ def benchmark_measure(shape: Shape, folder: Path, repeats: int, images: int = 4,
         return answers
 
     def together() -> list[list[int]]:
-        batch = vlm.collator(made)  # anew: a batch keeps its encoded images
+        batch = vlm.collator(made)  # collated again, because a batch caches its encoded images
         return [generation.token_ids for generation in vlm.generate(batch, sampling, seed=0)]
 
     encoded = other.collator(made)
@@ -677,7 +790,18 @@ def benchmark_measure(shape: Shape, folder: Path, repeats: int, images: int = 4,
 
 
 def benchmark_bleu(repeats: int, count: int = 1000, sample: int = 40) -> list[Row]:
-    """Self-BLEU against NLTK, whose time is measured for some of the answers and scaled: each costs it the same."""
+    """Compares self-BLEU with NLTK.
+
+    The time of NLTK is measured for a sample of the texts and scaled, since its time per text is constant.
+
+    Args:
+        repeats: number of measured repetitions.
+        count: number of texts.
+        sample: number of texts for which NLTK is measured.
+
+    Raises:
+        SystemExit: the two values differ.
+    """
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     smoothing = SmoothingFunction().method1
@@ -720,7 +844,7 @@ def benchmark_bleu(repeats: int, count: int = 1000, sample: int = 40) -> list[Ro
 
 
 def machine() -> str:
-    """What the figures were taken on."""
+    """Describes the machine and the versions of the libraries."""
     import trl
 
     processor = platform.processor() or platform.machine()
@@ -735,12 +859,16 @@ def machine() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures what is asked for and prints a table in Markdown."""
+    """Runs the selected comparisons and prints a table in Markdown.
+
+    Args:
+        arguments: the command line; None for that of the process.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("dpo", "sft", "ppo", "measure", "bleu")
-    parser.add_argument("which", nargs="*", help=f"what to measure, of {', '.join(names)}; everything if left out")
+    parser.add_argument("which", nargs="*", help=f"what to measure: {', '.join(names)} (default: everything)")
     parser.add_argument("--repeats", type=int, default=5, help="measured repetitions (default: 5)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     options = parser.parse_args(arguments)
     wrong = set(options.which) - set(names)
     if wrong:

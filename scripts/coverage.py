@@ -1,16 +1,16 @@
-"""How often the 95 % intervals of SaferVLM hold, simulated on the real data sets' clusters.
+"""Simulates the coverage of SaferVLM's 95 % intervals on the clusters of the real datasets.
 
     python scripts/coverage.py [--repetitions 2000] [--seed 0] [--write safervlm/coverage.csv]
 
-prints Markdown tables. Each repetition draws every concept's rate from a beta distribution with the given mean and
-intra-concept correlation, asks about each image once, or five times with answers to one image correlated by .5, and
-forms the intervals as the scores do. *These concepts* is held against the drawn rates of the very concepts, weighted by
-their images (by their answers, for names); *new concepts* against the mean of the distribution. The gap's two rates of
-a concept are drawn apart, or from one quantile ("tied"); the names are asked five times, the images once. What MME's
-and LLaVABench's tables simulate stands above them.
+prints Markdown tables. Each repetition samples every concept's rate from a beta distribution with the given mean and
+intra-concept correlation. It simulates one response per image, or five with an intra-image correlation of .5, and
+computes the intervals as the scores do. For *these concepts* the true value is the mean of the sampled rates, weighted
+by the number of images (for names, of responses). For *new concepts* it is the mean of the distribution. The two rates
+of the modality gap are sampled independently or from one quantile ("tied"), with five responses per name and one per
+image. The designs of the tables of MME and LLaVABench are described above these tables.
 
-``--write`` also writes the lowest and the highest coverage of each method, for the tables' captions. 2,000 repetitions
-take about 7 minutes of one core, 200 a tenth of that.
+``--write`` also writes the lowest and the highest coverage of each method, for the captions of tables. 2,000
+repetitions take about 7 minutes on one core, 200 a tenth of that.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from safervlm.statistics.intervals import (
     interval_these_concepts,
 )
 
-# Images of every concept of UnsafeConcepts, by category.
+# Number of images of every concept of UnsafeConcepts, by category.
 IMAGES = {
     "Hate": (3, 1, 20, 1, 10, 12, 2, 27, 13, 22),
     "Harassment": (12, 45, 10, 11, 5, 3, 3, 37, 44, 11),
@@ -54,16 +54,16 @@ IMAGES = {
     "Deception": (36, 16, 4, 25, 44, 32, 14, 31, 1, 7),
     "Public and personal health": (49, 38),
 }
-# What the 80/20 split leaves of each for testing.
+# Number of images in the test split (80/20).
 TEST = {category: tuple(n - int(0.8 * n) for n in sizes) for category, sizes in IMAGES.items()}
 
-# The methods as scoring names them.
+# The methods, by the names that the scores use.
 WITHIN, NAMES_WITHIN = ("Korn-Graubard, images within concepts", "Korn-Graubard, answers within concepts")
 BY_CONCEPT = "Korn-Graubard, concepts (CR2)"
-# What a method is measured on, for `intervals.coverage`.
+# The parts of the coverage table that `intervals.coverage` looks up.
 OVERALL, CATEGORY, PICTOGRAMS, ALIKE = "overall", "category", "pictograms", "independent images"
 
-# What is simulated: part, name, images of each concept, questions an image.
+# The simulated designs: part, name, images of each concept, questions per image.
 DESIGNS: tuple[tuple[str, str, Sequence[int], int], ...] = (
     (OVERALL, "test split, overall", [n for sizes in TEST.values() for n in sizes], 1),
     (OVERALL, "test split, overall", [n for sizes in TEST.values() for n in sizes], 5),
@@ -84,7 +84,7 @@ RATES = (0.3, 0.5, 0.8, 0.97)
 CORRELATIONS = (0.0, 0.1, 0.3)
 WITHIN_IMAGE = 0.5
 
-# Images of every task of MME, each with two questions.
+# Number of images of every task of MME, each with two questions.
 PERCEPTION = {
     "existence": 30,
     "count": 30,
@@ -111,7 +111,7 @@ TASKS: dict[str, Sequence[int]] = {
     "a task of 30 images": (30,),
     "a task of 200 images": (200,),
 }
-# LLaVABench: 60 questions about 24 images; how many an image, and scores from 1 to 10 by mean and deviation.
+# LLaVABench: 60 questions about 24 images; questions per image, and mean and standard deviation of scores from 1 to 10.
 QUESTIONS: dict[str, Sequence[int]] = {
     "2 or 3": [2] * 12 + [3] * 12,
     "1 to 4": [1] * 4 + [2] * 8 + [3] * 8 + [4] * 4,
@@ -125,7 +125,13 @@ Found = defaultdict[tuple[str, str], list[float]]
 
 
 def rates(quantiles: Floats, mean: float | Floats, correlation: float) -> Floats:
-    """Beta-distributed rates with this mean and intra-cluster correlation, at the given quantiles."""
+    """Returns quantiles of the beta distribution with a given mean and intra-cluster correlation.
+
+    Args:
+        quantiles: values in [0, 1].
+        mean: the mean of the distribution; an array of the shape of ``quantiles`` for one mean each.
+        correlation: the intra-cluster correlation; 0 returns the mean.
+    """
     if correlation == 0:
         return np.broadcast_to(np.asarray(mean, float), quantiles.shape)
     total = 1 / correlation - 1
@@ -133,7 +139,15 @@ def rates(quantiles: Floats, mean: float | Floats, correlation: float) -> Floats
 
 
 def held(interval: Interval | Difference, truth: float) -> tuple[float, float]:
-    """Whether an interval holds the truth, and its length; NaN where there is none."""
+    """Checks an interval against the true value.
+
+    Args:
+        interval: the interval; None if there is none.
+        truth: the true value.
+
+    Returns:
+        1.0 if the interval contains the true value, else 0.0, and its length; NaN if there is no interval.
+    """
     if isinstance(interval, Difference):
         interval = None if np.isnan(interval.low) else (interval.low, interval.high)
     if interval is None:
@@ -142,19 +156,37 @@ def held(interval: Interval | Difference, truth: float) -> tuple[float, float]:
 
 
 def repeat(repetitions: int, study: Callable[..., tuple[float, ...]], *arguments: Any) -> Floats:
-    """Coverage and mean length of each interval of a study; NaN where there was none."""
+    """Repeats a study.
+
+    Args:
+        repetitions: number of simulated experiments.
+        study: returns pairs of coverage (0 or 1) and length, see :func:`held`.
+        *arguments: the arguments of the study.
+
+    Returns:
+        Coverage and mean length of each interval of the study; NaN if there was none.
+    """
     table = np.array([study(*arguments) for _ in range(repetitions)], float)
     counted = (~np.isnan(table)).sum(axis=0)
     return np.nansum(table, axis=0) / np.where(counted, counted, np.nan)
 
 
 def cell(values: Floats, digits: int = 2) -> str:
-    """Coverage and mean length, as a table shows them."""
+    """Formats a cell of a table.
+
+    Args:
+        values: coverage and mean length.
+        digits: decimal places of the length.
+    """
     return f"{values[0]:.3f} ({values[1]:.{digits}f})"
 
 
 def header(*columns: str) -> str:
-    """A table's head."""
+    """Formats the header of a table.
+
+    Args:
+        *columns: the column titles.
+    """
     return "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
 
 
@@ -164,7 +196,18 @@ def header(*columns: str) -> str:
 def share(
     sizes: Sequence[int], questions: int, rate: float, correlation: float, rng: np.random.Generator
 ) -> tuple[float, ...]:
-    """These concepts: whether it held, its length; new concepts: the same, NaN for fewer than 10."""
+    """Simulates the intervals of a share.
+
+    Args:
+        sizes: number of images of each concept.
+        questions: number of questions per image.
+        rate: mean accuracy.
+        correlation: intra-concept correlation.
+        rng: random generator.
+
+    Returns:
+        Coverage and length for these concepts and for new concepts; the latter are NaN for fewer than 10 concepts.
+    """
     concepts = np.repeat(np.arange(len(sizes)), sizes)
     answers = np.full(len(concepts), float(questions))
     by_concept = rates(rng.random(len(sizes)), rate, correlation)
@@ -178,7 +221,16 @@ def share(
 
 
 def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
-    """The tables of the shares."""
+    """Simulates the intervals of shares.
+
+    Args:
+        repetitions: number of simulated experiments per cell.
+        rng: random generator.
+        found: receives the coverages by method and part.
+
+    Yields:
+        The lines of the tables.
+    """
     columns = list(product(RATES, CORRELATIONS))
     yield "Shares of the responses. Columns: accuracy, intra-concept correlation."
     yield ""
@@ -188,7 +240,7 @@ def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator
         found[NAMES_WITHIN if name.startswith("names") else WITHIN, part] += cells[:, 0].tolist()
         yield f"| {name} | {questions} | these concepts | " + " | ".join(cell(x[:2]) for x in cells) + " |"
         if len(sizes) >= FEWEST_CONCEPTS:
-            if part != CATEGORY:  # no table shows new concepts of a category
+            if part != CATEGORY:  # new concepts within a category are not reported
                 found[BY_CONCEPT, part] += cells[:, 2].tolist()
             yield f"| {name} | {questions} | new concepts | " + " | ".join(cell(x[2:]) for x in cells) + " |"
     yield ""
@@ -216,7 +268,19 @@ def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator
 def gap(
     sizes: Sequence[int], text: float, image: float, correlation: float, tied: bool, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Whether the gap's interval held, and its length."""
+    """Simulates the interval of the modality gap.
+
+    Args:
+        sizes: number of images of each concept.
+        text: mean accuracy on names.
+        image: mean accuracy on images.
+        correlation: intra-concept correlation.
+        tied: whether the two rates of a concept have the same quantile.
+        rng: random generator.
+
+    Returns:
+        Coverage and length.
+    """
     images = np.asarray(sizes)
     quantiles = rng.random(len(images))
     names = rates(quantiles, text, correlation)
@@ -225,7 +289,16 @@ def gap(
 
 
 def gaps(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
-    """The table of the modality gap."""
+    """Simulates the intervals of the modality gap.
+
+    Args:
+        repetitions: number of simulated experiments per cell.
+        rng: random generator.
+        found: receives the coverages by method and part.
+
+    Yields:
+        The lines of the tables.
+    """
     yield "The modality gap: accuracy on names, on images; the two rates of a concept sampled independently / tied."
     yield ""
     yield header("clusters", "names, images", *(f"correlation {c:g}" for c in CORRELATIONS))
@@ -241,18 +314,33 @@ def gaps(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[s
 
 
 def mme(right: npt.NDArray[np.integer]) -> Floats:
-    """The value of images by how many of their two questions are right."""
+    """Returns the MME score of images: accuracy plus "accuracy+", each 0 to 100.
+
+    Args:
+        right: number of correct responses of each image, 0 to 2.
+    """
     return np.array([0.0, 50.0, 200.0])[right]
 
 
 def mme_mean(accuracy: Floats, correlation: float) -> Floats:
-    """The expected value of an image whose two answers are right with this probability and correlated so."""
+    """Returns the expected MME score of an image.
+
+    Args:
+        accuracy: probability that a response is correct.
+        correlation: correlation of the two responses of an image.
+    """
     both = accuracy**2 + correlation * accuracy * (1 - accuracy)
     return 200 * both + 50 * 2 * (accuracy - both)
 
 
 def accuracies(tasks: Sequence[int], accuracy: float, spread: float) -> Floats:
-    """One accuracy a task, spread evenly on the logit scale, in an order that has nothing to do with the sizes."""
+    """Returns one accuracy per task, evenly spaced on the logit scale, in random order.
+
+    Args:
+        tasks: number of images of each task.
+        accuracy: the accuracy in the middle.
+        spread: the largest deviation on the logit scale.
+    """
     places = np.random.default_rng(0).permutation(np.linspace(-spread, spread, len(tasks))) if len(tasks) > 1 else 0.0
     return np.atleast_1d(1 / (1 + (1 - accuracy) / accuracy * np.exp(-places)))
 
@@ -260,7 +348,18 @@ def accuracies(tasks: Sequence[int], accuracy: float, spread: float) -> Floats:
 def sum_of_means(
     tasks: Sequence[int], accuracy: float, spread: float, correlation: float, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Whether the interval of MME's sum held, and its length; accuracy 0: a model that nearly always says yes."""
+    """Simulates the interval of MME's sum of the tasks' means.
+
+    Args:
+        tasks: number of images of each task.
+        accuracy: see :func:`accuracies`; 0 simulates a model that nearly always responds yes.
+        spread: see :func:`accuracies`.
+        correlation: correlation of the two responses of an image.
+        rng: random generator.
+
+    Returns:
+        Coverage and length.
+    """
     strata = np.repeat(np.arange(len(tasks)), tasks)
     if accuracy == 0:
         right, truth = rng.choice(3, len(strata), p=(0.02, 0.96, 0.02)), len(tasks) * (0.96 * 50 + 0.02 * 200)
@@ -272,7 +371,16 @@ def sum_of_means(
 
 
 def sums(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
-    """The table of MME's sums of means."""
+    """Simulates the intervals of MME's sums of means.
+
+    Args:
+        repetitions: number of simulated experiments per cell.
+        rng: random generator.
+        found: receives the coverages by method and part.
+
+    Yields:
+        The lines of the tables.
+    """
     columns = [*product((0.5, 0.8, 0.9, 0.97), (0.0, 2.0)), (0.0, 0.0)]
     yield "MME: sums of the tasks' means, 200 a task at most. Columns: accuracy, and the tasks' deviation from it (on"
     yield 'the logit scale). "yes": one of the two responses right for nearly every image.'
@@ -291,12 +399,25 @@ def sums(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[s
 
 
 def scores(mean: float, deviation: float, own: Floats, of_image: Floats, correlation: float) -> Floats:
-    """Whole scores from 1 to 10 by normal luck, a part of which the questions of an image share."""
+    """Returns integer scores from 1 to 10: rounded and clipped normal variables.
+
+    Args:
+        mean: mean of the normal distribution.
+        deviation: standard deviation of the normal distribution.
+        own: standard normal variable of each question.
+        of_image: standard normal variable of each question's image.
+        correlation: intra-image correlation before rounding.
+    """
     return np.clip(np.rint(mean + deviation * (correlation**0.5 * of_image + (1 - correlation) ** 0.5 * own)), 1, 10)
 
 
 def scores_mean(mean: float, deviation: float) -> float:
-    """What :func:`scores` gives on average."""
+    """Returns the expected value of :func:`scores`.
+
+    Args:
+        mean: mean of the normal distribution.
+        deviation: standard deviation of the normal distribution.
+    """
     return 1 + float((1 - ndtr((np.arange(1, 10) + 0.5 - mean) / deviation)).sum())
 
 
@@ -307,9 +428,20 @@ def ratio(
     correlation: float,
     rng: np.random.Generator,
 ) -> tuple[float, ...]:
-    """LLaVABench's ratio: whether its interval held, its length; the same of the difference of two runs' ratios.
+    """Simulates the intervals of LLaVABench's ratio and of the difference of two runs' ratios.
 
-    The second run is half a point worse, shares half of the luck with the first, and its reference is scored anew.
+    The baseline run scores half a point lower. The question-specific terms of the scores of a question share half of
+    their variance. The reference is scored once per run.
+
+    Args:
+        questions: number of questions of each image.
+        model: mean and standard deviation of the model's scores.
+        reference: mean and standard deviation of the reference's scores.
+        correlation: intra-image correlation.
+        rng: random generator.
+
+    Returns:
+        Coverage and length of the ratio's interval, then of the difference's.
     """
     images = np.repeat(np.arange(len(questions)), questions)
     of_image = rng.standard_normal(len(questions))[images]
@@ -327,7 +459,16 @@ def ratio(
 
 
 def ratios(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
-    """The table of LLaVABench's ratios and their differences."""
+    """Simulates the intervals of LLaVABench's ratios and of their differences.
+
+    Args:
+        repetitions: number of simulated experiments per cell.
+        rng: random generator.
+        found: receives the coverages by method and part.
+
+    Yields:
+        The lines of the tables.
+    """
     yield "LLaVABench: the model's scores over the reference's, 60 questions about 24 images; and the difference of two"
     yield "runs. Columns: mean and deviation of the model's scores, correlation of the scores of an image."
     yield ""
@@ -348,7 +489,17 @@ def ratios(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator
 def answers_of_two(
     by_image: tuple[Floats, Floats], questions: int, alike: float, rng: np.random.Generator
 ) -> list[Floats]:
-    """(images, questions) whether two runs are right; a question's luck is the same for both with chance ``alike``."""
+    """Simulates the responses of two runs to the same questions.
+
+    Args:
+        by_image: accuracy on each image, of each run.
+        questions: number of questions per image.
+        alike: probability that both runs share the random number of a question.
+        rng: random generator.
+
+    Returns:
+        For each run (images, questions) ones where the response is correct.
+    """
     shape = (len(by_image[0]), questions)
     together, shared = rng.random(shape) < alike, rng.random(shape)
     return [(np.where(together, shared, rng.random(shape)) < rate[:, None]).astype(float) for rate in by_image]
@@ -357,9 +508,20 @@ def answers_of_two(
 def share_difference(
     sizes: Sequence[int], first: float, second: float, correlation: float, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Whether the interval of a difference between two runs held, and its length.
+    """Simulates the interval of the difference of two runs' shares, clustered by concept.
 
-    The runs share each concept's quantile (what is hard for one is hard for the other), and each image's luck by half.
+    The runs share the quantile of each concept (a concept that is hard for one run is hard for the other), and with
+    probability 1/2 the random number of an image.
+
+    Args:
+        sizes: number of images of each concept.
+        first: mean accuracy of the first run.
+        second: mean accuracy of the second run.
+        correlation: intra-concept correlation.
+        rng: random generator.
+
+    Returns:
+        Coverage and length.
     """
     concepts = np.repeat(np.arange(len(sizes)), sizes)
     quantiles = rng.random(len(sizes))
@@ -371,7 +533,19 @@ def share_difference(
 def alike_difference(
     images: int, questions: int, first: float, second: float, alike: float, rng: np.random.Generator
 ) -> tuple[float, ...]:
-    """The same for independent images, clustered by image; and by item (NaN for several questions an image)."""
+    """Simulates the intervals of the difference of two runs' shares for independent images.
+
+    Args:
+        images: number of images.
+        questions: number of questions per image.
+        first: mean accuracy of the first run.
+        second: mean accuracy of the second run.
+        alike: see :func:`answers_of_two`.
+        rng: random generator.
+
+    Returns:
+        Coverage and length of the interval clustered by image, then of Tango's by item (NaN for several questions).
+    """
     quantiles = rng.random(images)
     correlation = WITHIN_IMAGE if questions > 1 else 0.0
     by_image = (rates(quantiles, first, correlation), rates(quantiles, second, correlation))
@@ -386,7 +560,18 @@ def alike_difference(
 def sum_difference(
     tasks: Sequence[int], first: float, second: float, alike: float, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Whether the interval of the difference of two runs' sums of means held, and its length."""
+    """Simulates the interval of the difference of two runs' sums of means (MME).
+
+    Args:
+        tasks: number of images of each task.
+        first: accuracy of the first run, see :func:`accuracies`.
+        second: accuracy of the second run.
+        alike: see :func:`answers_of_two`.
+        rng: random generator.
+
+    Returns:
+        Coverage and length.
+    """
     strata = np.repeat(np.arange(len(tasks)), tasks)
     quantiles = rng.random(len(strata))
     by_task = [accuracies(tasks, accuracy, 1.0) for accuracy in (first, second)]
@@ -397,7 +582,16 @@ def sum_difference(
 
 
 def runs(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
-    """The tables of the differences between two runs."""
+    """Simulates the intervals of the differences between two runs.
+
+    Args:
+        repetitions: number of simulated experiments per cell.
+        rng: random generator.
+        found: receives the coverages by method and part.
+
+    Yields:
+        The lines of the tables.
+    """
     pairs = ((0.3, 0.9), (0.5, 0.8), (0.8, 0.8), (0.95, 0.97), (0.97, 0.97))
     yield "The difference between two runs on the same questions, one an image: accuracy of the one, of the other."
     yield ""
@@ -435,15 +629,18 @@ def runs(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[s
 def both_sides(
     unsafe: float, safe: float, correlation: float, questions: int, change: float, rng: np.random.Generator
 ) -> tuple[float, ...]:
-    """Unsafe and safe test images in one share, and its difference from a second run's, over new concepts.
+    """Simulates the share over unsafe and safe test images, and the difference of two runs, over new concepts.
 
     Args:
-        unsafe: accuracy on the 75 concepts' images.
-        safe: accuracy on as many safe images, each of a concept of its own.
-        correlation: within a concept.
-        questions: about an image.
-        change: added to both accuracies in the second run, which shares each concept's quantile.
-        rng: draws.
+        unsafe: accuracy on the images of the 75 unsafe concepts.
+        safe: accuracy on as many safe images, each of a different concept.
+        correlation: intra-concept correlation.
+        questions: number of questions per image.
+        change: added to both accuracies in the second run, which shares the quantile of each concept.
+        rng: random generator.
+
+    Returns:
+        Coverage and length of the share's interval, then of the difference's.
     """
     sizes = np.array([n for part in TEST.values() for n in part])
     sizes = np.r_[sizes, np.ones(sizes.sum(), int)]
@@ -463,7 +660,16 @@ def both_sides(
 
 
 def sides(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
-    """The table of shares of both sides together."""
+    """Simulates the intervals of shares over unsafe and safe images together.
+
+    Args:
+        repetitions: number of simulated experiments per cell.
+        rng: random generator.
+        found: receives the coverages by method and part.
+
+    Yields:
+        The lines of the tables.
+    """
     columns = list(product(((0.05, 0.97), (0.3, 0.9), (0.8, 0.8)), CORRELATIONS))
     yield "Unsafe and safe test images together, new concepts of either kind. Columns: accuracies on unsafe, on safe"
     yield "images; correlation. The second run is .02 better on both."
@@ -482,9 +688,9 @@ def sides(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=2000, help="simulated experiments a cell (default 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default 0)")
-    parser.add_argument("--write", type=Path, help="file for each method's lowest and highest coverage, CSV")
+    parser.add_argument("--repetitions", type=int, default=2000, help="simulated experiments per cell (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    parser.add_argument("--write", type=Path, help="CSV file for the lowest and highest coverage of each method")
     arguments = parser.parse_args()
     found: Found = defaultdict(list)
     repetitions, seed = arguments.repetitions, arguments.seed

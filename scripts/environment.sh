@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv with everything in it, once, and puts it on the path.
+# Sourced by other scripts: creates the virtual environment .venv once and puts it on the path.
 # Set SAFERVLM_VENV to use another folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Evaluates the original model and what was trained from it on every set, and ends in one table:
+# Evaluates the original model and models trained from it on every dataset, and writes one table:
 #   bash scripts/eval.sh RUN... [-- ARGUMENTS of safervlm predict ...]
-# Of each RUN the adapter is evaluated, into RUN/evaluation; the original, without one, into $ORIGINAL/evaluation
-# (ORIGINAL: runs/original). In the arguments {} stands for the run's name. The table is $OUT (runs/evaluation.html) with
-# .csv, .xlsx and .tex beside it. What is complete is not asked again; a failure doesn't stop the others; a set that can't
-# be had is left out and said; the same command goes on where it stopped.
+# The adapter of each RUN is evaluated into RUN/evaluation, the original model into $ORIGINAL/evaluation (default of
+# ORIGINAL: runs/original). In ARGUMENTS, {} is replaced by the name of the run. The table is $OUT (default:
+# runs/evaluation.html), with .csv, .xlsx and .tex files beside it. Complete evaluations are not repeated, a failed one
+# does not stop the others, unavailable datasets are skipped with a warning, and the same command resumes.
 set -uo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;; esac
 command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
@@ -19,7 +19,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   shift
 done
 [ $# -gt 0 ] && shift
-failed=() partial=() evaluated=("$original")  # the first is what the others are compared with, there or not
+failed=() partial=() evaluated=("$original")  # the first is the baseline of the comparison, whether it exists or not
 for run in "${runs[@]}"; do
   adapter=()
   if [ "$run" != "$original" ]; then

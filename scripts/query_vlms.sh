@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Measures VLMs one after the other: bash scripts/query_vlms.sh [VLM ...] [-- ARGUMENTS of safervlm predict ...]
-# A VLM is a file of configs/vlm without its ending, or the path of another such file; left out, all of configs/vlm are
-# measured. Each has the run folder $RUNS/VLM (RUNS: runs/query) and the log $RUNS/VLM.log. What the same command has
-# completed is skipped, a failure doesn't stop the others, and the end is a table of VLMs and capabilities; exit code 1
-# after a failure, 3 where questions have no answer.
+# Measures several VLMs: bash scripts/query_vlms.sh [VLM ...] [-- ARGUMENTS of safervlm predict ...]
+# A VLM is the name of a file in configs/vlm without its extension, or the path of another such file. The default is all
+# files in configs/vlm. Each VLM has the run folder $RUNS/VLM (default of RUNS: runs/query) and the log $RUNS/VLM.log.
+# Runs that the same command has completed are skipped, and a failure does not stop the others. At the end a table of
+# VLMs and capabilities is printed. The exit code is 1 after a failure, 3 if questions have no response.
 set -uo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;; esac
 command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }
@@ -42,10 +42,10 @@ for vlm in "${vlms[@]}"; do
   play safervlm "${line[@]}" >&"$log" 2>&1
   code=$?
   exec {log}>&-
-  wait "$tee"  # it writes the last line, which the table shows
+  wait "$tee"  # tee writes the last line of the log, which the table shows
   case "$code" in
     0) ;;
-    3) [ "$ended" = 1 ] || ended=3 ;;  # some questions have no answer; the table says how many
+    3) [ "$ended" = 1 ] || ended=3 ;;  # some questions have no response; the table shows how many
     *)
       ended=1
       echo "$vlm: failed with exit code $code, going on with the next; see $run.log" >&2

@@ -1,11 +1,11 @@
-"""Runs the demo with seeds 0, 1 and 2, or with seed 0 rounded in several ways, and writes docs/seeds.md.
+"""Runs the demo with seeds 0, 1 and 2, or with seed 0 under several kinds of rounding, and writes docs/seeds.md.
 
 python scripts/seeds.py [--roundings] [--out FOLDER] [--jobs 2]
-python scripts/seeds.py --check RUNS    # only looks at the bounds of a demo that has run, such as runs/demo
+python scripts/seeds.py --check RUNS    # only checks the bounds of a finished demo, such as runs/demo
 
-Another processor rounds floating-point numbers differently, and so its world is trained to other weights. The roundings
-imitate that on one machine. Each run of the demo has a folder of its own; what is there is reused. The tables stand
-between markers in docs/seeds.md. The exit code is 1 where a bound of the demo is met by less than 2 points.
+Another processor rounds floating-point numbers differently, so that training results in other weights. The roundings
+imitate this on one machine. Each run of the demo has its own folder; existing results are reused. The tables are
+written between markers in docs/seeds.md. The exit code is 1 if a bound of the demo is met by less than 2 points.
 """
 
 import argparse
@@ -33,7 +33,7 @@ COLUMNS = {
     "modality_gap": "gap",
     "na_rate": "N/A",
 }
-# Arguments of the demo, and environment variables.
+# Arguments of the demo, and environment variables of its process.
 Variant = tuple[tuple[str, ...], dict[str, str]]
 SEEDS: dict[str, Variant] = {str(seed): (("--seed", str(seed)), {}) for seed in (0, 1, 2)}
 ROUNDINGS: dict[str, Variant] = {
@@ -48,7 +48,15 @@ ROUNDINGS: dict[str, Variant] = {
 
 
 def play(place: Path, variant: Variant) -> pd.DataFrame:
-    """The scores of a demo in this folder, which is run unless it is there."""
+    """Runs the demo in a folder; existing results are reused.
+
+    Args:
+        place: the folder.
+        variant: arguments and environment variables of the demo.
+
+    Returns:
+        The scores, see :func:`read`.
+    """
     arguments, environment = variant
     place.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "safervlm", "demo", *arguments]
@@ -59,12 +67,21 @@ def play(place: Path, variant: Variant) -> pd.DataFrame:
 
 
 def read(demo: Path) -> pd.DataFrame:
-    """The scores of a demo that has run."""
+    """Returns the scores of a finished demo, one row per run.
+
+    Args:
+        demo: the folder with the runs of the demo.
+    """
     return compare({name: scores(load_run(demo / name)) for name in RUNS})
 
 
 def table_of(kind: str, tables: dict[str, pd.DataFrame]) -> str:
-    """The scores, the range of each, and by how much the bounds are met, as Markdown."""
+    """Formats scores, their ranges and the margins of the bounds as Markdown.
+
+    Args:
+        kind: the heading of the variants, ``seed`` or ``rounding``.
+        tables: the scores of each variant, see :func:`read`.
+    """
     lines = [f"| {kind} | run | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---:|" * len(COLUMNS)]
     for name, table in tables.items():
         for run, row in table.iterrows():
@@ -81,7 +98,15 @@ def table_of(kind: str, tables: dict[str, pd.DataFrame]) -> str:
 
 
 def write(name: str, text: str) -> None:
-    """Puts a table between its markers in docs/seeds.md."""
+    """Replaces the text between two markers in docs/seeds.md.
+
+    Args:
+        name: the name of the markers.
+        text: Markdown.
+
+    Raises:
+        SystemExit: the page does not have these markers exactly once.
+    """
     page, found = re.subn(
         rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)",
         lambda match: f"{match[1]}\n{text}\n\n{match[2]}",
@@ -94,12 +119,14 @@ def write(name: str, text: str) -> None:
 
 
 def main() -> int:
-    """Runs the demos, writes the table, and says which bounds are met too narrowly."""
+    """Runs the demos and writes the table; returns 1 if a bound is met too narrowly."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--roundings", action="store_true", help="of seed 0, in place of the seeds")
-    parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder of the demos' folders")
-    parser.add_argument("--jobs", type=int, default=1, help="demos at once, on one core each (two threads: two)")
-    parser.add_argument("--check", type=Path, help="the runs of a demo whose bounds are looked at; nothing is run")
+    parser.add_argument("--roundings", action="store_true", help="vary the rounding of seed 0 instead of the seed")
+    parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="parent folder of the demos")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="number of concurrent demos, one core each (two threads: two)"
+    )
+    parser.add_argument("--check", type=Path, help="runs of a finished demo whose bounds are checked; nothing is run")
     given = parser.parse_args()
     if given.check:
         return narrow({str(given.check): read(given.check)}, 0.0)
@@ -113,7 +140,15 @@ def main() -> int:
 
 
 def narrow(tables: dict[str, pd.DataFrame], margin: float) -> int:
-    """Says which bounds are met by less than this many points; 1 if there are any."""
+    """Prints the bounds that are met too narrowly.
+
+    Args:
+        tables: the scores of each variant, see :func:`read`.
+        margin: the smallest sufficient margin, in points.
+
+    Returns:
+        1 if there is such a bound, else 0.
+    """
     found = [
         f"{name}: {bound}: met by {points:.1f} points, {margin} are needed"
         for name, table in tables.items()

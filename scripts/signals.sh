@@ -1,5 +1,5 @@
-# Sourced by the scripts that play one command after the other. The shell hears of a signal only when a command in the
-# foreground has ended, so commands are played in the background; a signal is passed on, and ends the script.
+# Sourced by the scripts that run several commands in sequence. A shell handles a signal only after its foreground
+# command has ended, so commands run in the background. A signal is forwarded to the command and ends the script.
 child=
 pass_on() {  # pass_on CODE
   if [ -n "$child" ]; then
@@ -10,7 +10,7 @@ pass_on() {  # pass_on CODE
 }
 trap 'pass_on 130' INT
 trap 'pass_on 143' TERM
-play() {  # play COMMAND...: its exit code; a command that was asked to end ends the script
+play() {  # play COMMAND...: returns its exit code; exits if the command was ended by a signal
   "$@" &
   child=$!
   wait "$child"

@@ -1,11 +1,11 @@
-"""What LLaVA-1.5-7B takes on this GPU: seconds, and memory at its fullest.
+"""Measures time and peak memory of LLaVA-1.5-7B on this GPU.
 
     python scripts/sizes.py                      # everything; 15 GB of disk for random weights of its size
     python scripts/sizes.py measure sft --hidden 512 --layers 6
 
-The recipes are played as a user types them (configs/measure.yaml, sft.yaml, dpo.yaml, ppo.yaml), a few batches of each.
-The weights are random, so an answer never ends by itself: each is as long as it may be, and that is said in the table.
-What is measured is wall-clock time from the end of one batch to the end of the next, from the second batch on.
+The script runs a few batches of the shipped recipes (configs/measure.yaml, sft.yaml, dpo.yaml, ppo.yaml). The weights
+are random, so every response has the maximum length, which the table reports. The time is the wall-clock time from the
+end of one batch to the end of the next, from the second batch on.
 """
 
 import argparse
@@ -44,14 +44,14 @@ SEVEN = Shape(
     vision_layers=24,
     vision_heads=16,
 )
-ENDS: list[float] = []  # of the batches of the command that is played
+ENDS: list[float] = []  # end times of the batches of the current command, in seconds
 
 
 class Stopwatch(Callback):
-    """Notes when each batch ends."""
+    """Records the time at which each batch ends."""
 
     def note(self, *_: Any) -> None:
-        """What is still at work on the GPU belongs to the batch."""
+        """Waits for the GPU, so that pending work counts towards the batch, and appends to ``ENDS``."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         ENDS.append(time.perf_counter())
@@ -61,7 +61,13 @@ class Stopwatch(Callback):
 
 
 def write_data(folder: Path, unsafe: int, safe: int) -> None:
-    """Noise in the data's format."""
+    """Writes datasets of random images in the published format.
+
+    Args:
+        folder: receives ``unsafe/`` and ``safe/``.
+        unsafe: number of unsafe images.
+        safe: number of safe images.
+    """
     rng = np.random.default_rng(0)
     for name, count in (("unsafe", unsafe), ("safe", safe)):
         (folder / name).mkdir()
@@ -76,7 +82,12 @@ def write_data(folder: Path, unsafe: int, safe: int) -> None:
 
 
 def write_judge(folder: Path, model: Path) -> None:
-    """A random judge of roberta-base's size, in the published form, that reads the words of ``model``."""
+    """Writes a random judge of the size of roberta-base in the published format.
+
+    Args:
+        folder: the folder of the judge.
+        model: the folder of the VLM, whose tokenizer the judge uses.
+    """
     config = RobertaConfig(vocab_size=SEVEN.vocabulary, max_position_embeddings=514)
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
@@ -87,7 +98,16 @@ def write_judge(folder: Path, model: Path) -> None:
 
 
 def play(what: str, count: int, line: Sequence[str]) -> str:
-    """Plays a command and gives a row of the table; ``count`` is what a batch has."""
+    """Runs a command and measures its batches.
+
+    Args:
+        what: the title of the row.
+        count: number of examples of a batch.
+        line: the arguments of ``safervlm``.
+
+    Returns:
+        A row of the table in Markdown: peak memory (GiB), median seconds of a batch, examples per second.
+    """
     print(what, file=sys.stderr, flush=True)
     del ENDS[:]
     gc.collect()
@@ -105,14 +125,20 @@ def play(what: str, count: int, line: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Plays what is asked for and prints a table in Markdown."""
+    """Runs the selected recipes and prints a table in Markdown.
+
+    Args:
+        arguments: the command line; None for that of the process.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("sft", "dpo", "ppo", "measure")
-    parser.add_argument("which", nargs="*", help=f"what to play, of {', '.join(names)}; everything if left out")
+    parser.add_argument("which", nargs="*", help=f"what to run: {', '.join(names)} (default: everything)")
     parser.add_argument("--hidden", type=int, default=SEVEN.hidden, help="width of the language model (default: 4096)")
-    parser.add_argument("--layers", type=int, default=SEVEN.layers, help="of the language model (default: 32)")
-    parser.add_argument("--tokens", type=int, default=128, help="of an answer (default: 128)")
-    parser.add_argument("--batches", type=int, default=4, help="of each, the first isn't measured (default: 4)")
+    parser.add_argument("--layers", type=int, default=SEVEN.layers, help="layers of the language model (default: 32)")
+    parser.add_argument("--tokens", type=int, default=128, help="length of a response in tokens (default: 128)")
+    parser.add_argument(
+        "--batches", type=int, default=4, help="batches of each recipe; the first one is not measured (default: 4)"
+    )
     options = parser.parse_args(arguments)
     wrong = set(options.which) - set(names)
     if wrong:
@@ -167,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # The command line finds the stopwatch by its name: this module has to be that one.
+    # The command line imports sizes.Stopwatch; run the main() of that module, so that both share ENDS.
     from sizes import main as found
 
     found()

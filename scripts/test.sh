@@ -8,5 +8,5 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_
 ruff check .
 ruff format --check .
 mypy
-# A file's tests stay in one process, as they share what is slow to make.
+# All tests of a file run in one process, because they share slow fixtures.
 exec python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

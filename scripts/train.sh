@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Trains what eval.sh evaluates: bash scripts/train.sh OBJECTIVE... [-- ARGUMENTS of safervlm fit ...]
-# An objective is a file of configs without its ending (sft, dpo, ppo) or the path of such a file; each has the run folder
-# $RUNS/OBJECTIVE (RUNS: runs). In the arguments {} stands for the objective: -- --config configs/pictograms/{}.yaml
-# What is finished is left as it is, a failure doesn't stop the others, and the same command goes on where it stopped.
+# Trains the models that eval.sh evaluates: bash scripts/train.sh OBJECTIVE... [-- ARGUMENTS of safervlm fit ...]
+# An OBJECTIVE is the name of a file in configs without its extension (sft, dpo, ppo), or the path of such a file. Each
+# has the run folder $RUNS/OBJECTIVE (default of RUNS: runs). In ARGUMENTS, {} is replaced by the name of the objective:
+# -- --config configs/pictograms/{}.yaml
+# Finished runs are kept as they are, a failure does not stop the others, and the same command resumes.
 set -uo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \?//p}' "$0"; exit ;; esac
 command -v safervlm >/dev/null || { echo "safervlm isn't on the path: activate its environment" >&2; exit 1; }

@@ -1,4 +1,4 @@
-"""What several tests share: a tiny LLaVA in the real format, and questions about small images."""
+"""Fixtures shared by several tests: a tiny LLaVA in the real format, and questions about small images."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# The models are small: a second thread waits more than it works, long on a busy machine. Of started processes, too.
+# The models are so small that a second thread slows them down. Inherited by started processes.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
@@ -42,9 +42,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _checkout_unchanged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The suite reads and writes nothing where it is started, and leaves the checkout as it was.
+    """Checks that the suite neither reads nor writes its working directory, nor changes the checkout.
 
-    Fixtures of a wider scope than a test's run in a folder of their own.
+    Fixtures whose scope is wider than a test run in a temporary folder.
     """
     before, started_in = contents(CHECKOUT), Path.cwd()
     os.chdir(tmp_path_factory.mktemp("session"))
@@ -59,7 +59,7 @@ def _checkout_unchanged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test runs in a folder of its own, and so does what it starts."""
+    """Each test, with the processes that it starts, runs in a temporary folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -94,7 +94,7 @@ def byte_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random LLaVA of 4 image tokens, its tokenizer and its image processor.
 
-    The embedding has five rows more than the tokenizer has words, as the real one has.
+    As in the real model, the embedding has more rows than the tokenizer has tokens (five).
     """
     folder = tmp_path_factory.mktemp("tiny-llava")
     tokenizer = byte_tokenizer(
@@ -130,7 +130,7 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
             vision_feature_select_strategy="default",
         )
     )
-    with torch.no_grad():  # sharper than a fresh model: another image or word has to change the answer
+    with torch.no_grad():  # larger weights than at initialisation: another image or word has to change the response
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "vision_tower" not in name:
                 parameter.mul_(10)
@@ -209,7 +209,7 @@ def tiny_judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_panel(tiny_judges: Path) -> dict[str, object]:
-    """The settings of the two judges, as a configuration has them."""
+    """The settings of the two judges, as in a configuration."""
     return {
         name: {
             "class_path": "safervlm.judging.classifier.Judge",
@@ -225,7 +225,7 @@ def tiny_panel(tiny_judges: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def measuring_line(tiny_llava: Path, tiny_panel: dict[str, object]) -> Callable[[Path, Path], list[str]]:
-    """``measuring_line(run, folder)``: the command that asks a tiny LLaVA about a set's test part, and judges."""
+    """``measuring_line(run, folder)``: the command that measures a tiny LLaVA on a test split, and judges."""
     callbacks = [
         {"class_path": "callbacks.record_writer.RecordWriter"},
         {"class_path": "callbacks.judge_responses.JudgeResponses", "init_args": {"panel": tiny_panel}},
@@ -251,7 +251,7 @@ def measuring_line(tiny_llava: Path, tiny_panel: dict[str, object]) -> Callable[
 
 @pytest.fixture(scope="session")
 def make_questions(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Question]]:
-    """``make_questions(n)``: n alignment questions of different lengths; two stand together about one image."""
+    """``make_questions(n)``: n alignment questions of different lengths; two consecutive ones are about one image."""
     folder = tmp_path_factory.mktemp("images")
     sizes = [(40, 30), (28, 28), (20, 50), (33, 31)]
 

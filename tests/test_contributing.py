@@ -18,7 +18,7 @@ SECTIONS = {
     title: re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
 }
-# Smaller runs of the commands than a reader's.
+# Arguments that make the commands' runs smaller.
 SHORTER = {
     "fit": ["--trainer.max_epochs=1", "--data.limit=4", "--data.batch_size=2", "--trainer.enable_progress_bar=false"],
     "predict": ["--data.limit=2", "--model.sampling.max_new_tokens=4", "--trainer.enable_progress_bar=false"],
@@ -27,7 +27,7 @@ SHORTER = {
 
 @pytest.fixture
 def pictograms(tiny_llava: Path, tiny_sets: Path, tiny_judges: Path, tmp_path: Path) -> None:
-    """Tiny stand-ins where ``safervlm pictograms`` writes its VLM, its data and its judges."""
+    """Tiny stand-ins in the folders where ``safervlm pictograms`` writes its VLM, data and judges."""
     folder = tmp_path / "pictograms"
     folder.mkdir()
     (folder / "vlm").symlink_to(tiny_llava)
@@ -38,7 +38,7 @@ def pictograms(tiny_llava: Path, tiny_sets: Path, tiny_judges: Path, tmp_path: P
 
 @pytest.fixture
 def own_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """The current folder's modules can be imported, and are forgotten after the test."""
+    """Makes modules of the current folder importable, and unloads them after the test."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     yield
     for file in tmp_path.glob("*.py"):

@@ -1,4 +1,4 @@
-"""What the README and docs/ say: every command is parsed, every file, link and name exists."""
+"""The README and docs/: every command is parsed, every file, link and name exists."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from documents import DOCUMENTS, ROOT, TEXTS, blocks, commands, file_of, inline_
 
 from safervlm.cli.main import main
 
-# A run's name changes nothing; a placeholder for a file or a class can't be parsed.
+# The name of a run does not matter; a placeholder for a file or a class cannot be parsed.
 ALL = sorted(
     {
         re.sub(r" --run \S+", "", shlex.join(words))
@@ -25,7 +25,7 @@ ALL = sorted(
     }
 )
 LIGHTNING = [line for line in ALL if line.startswith(("fit ", "validate ", "predict "))]
-# Phrases for which the field has words of its own.
+# Phrases for which the field has established terms.
 DIALECT = (
     "can't be had", "goes on where", "held the truth", "stands behind", "told apart", "left out and said", "whole line",
     "the judge reads", "made of it", "drawn apart", "without being said", "takes it back", "has the last word",

@@ -1,4 +1,4 @@
-"""What a model's or an adapter's own text may compute."""
+"""Limits on the computation that a model's or adapter's own text may cause."""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""Measuring: what can't be answered is set aside with its reason, and a batch that doesn't fit is halved."""
+"""Measuring: failed questions are recorded with their reason, and a batch that does not fit is halved."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def measure(tiny_llava: Path) -> Measure:
 
 
 def refuse_more_than(measure: Measure, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Has the VLM run out of memory above ``most`` questions; the list fills with the sizes it was asked."""
+    """Makes the VLM run out of memory above ``most`` questions; returns the list of its batch sizes."""
     generate, asked = measure.vlm.generate, []
 
     def full(batch, sampling, seed):

@@ -1,4 +1,4 @@
-"""How long a process may take to end on a machine that has other things to do."""
+"""The time that a process may take to end on a busy machine."""
 
 import time
 
@@ -7,7 +7,7 @@ from processes import PROMISE, must_end, slowdown
 
 
 def ends_after(seconds: float, monkeypatch: pytest.MonkeyPatch):
-    """A process that ends after some seconds of a clock that only a wait turns."""
+    """A process that ends after some seconds of a fake clock, which only waiting advances."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda wait: now.__setitem__(0, now[0] + wait))

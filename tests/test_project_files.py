@@ -1,4 +1,4 @@
-"""The files that other tools read: citation, hooks, workflows, the image for a GPU machine."""
+"""Files that other tools read: citation, pre-commit hooks, workflows, the image for a GPU machine."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ def read(path: Path) -> Any:
 
 
 def missing(text: str) -> list[str]:
-    """The files and folders of the project that a shell command names and that don't exist."""
+    """The files and folders of the project that a shell command names but that do not exist."""
     words = [word.removesuffix("/") for word in shlex.split(re.sub(r"\$\{\{.*?\}\}", "", text), comments=True)]
     named = [
         word for word in words if re.fullmatch(r"(?:scripts|tests|docs|configs|safervlm|callbacks)(?:/[\w./-]+)?", word)
@@ -53,7 +53,7 @@ def test_a_workflow_names_files_that_exist(path: Path) -> None:
 def test_the_workflows_cover_versions_and_platforms() -> None:
     workflow = read(ROOT / ".github" / "workflows" / "test.yml")
     jobs = workflow["jobs"]
-    on = workflow[True]  # YAML takes the word for a truth value
+    on = workflow[True]  # YAML parses the word as a boolean
     assert {"push", "pull_request", "schedule"} <= on.keys()
     assert "schedule" in jobs["full"]["if"]
     assert [each["name"] for each in jobs["versions"]["strategy"]["matrix"]["include"]] == ["oldest", "newest"]

@@ -1,4 +1,4 @@
-"""Numbers that are arguments: what is out of range is one line that names argument, value and range."""
+"""Numeric arguments: a value out of range is one line that names argument, value and range."""
 
 import inspect
 import math
@@ -70,7 +70,7 @@ def saved(**given: Any) -> SavedResponses:
     return SavedResponses("nowhere", **given)
 
 
-# What makes each, and of its numeric arguments values that are out of range.
+# A function that builds each object, and values of its numeric arguments that are out of range.
 WRONG: dict[str, tuple[Callable[..., object], dict[str, tuple[float, ...]]]] = {
     "Judge": (
         Judge,
@@ -185,7 +185,7 @@ def test_an_argument_out_of_range_is_one_line(what: str, name: str, value: float
 
 @pytest.mark.parametrize("made", [Judge, SFT, DPO, PPO, Measure, Sampling, LoRA, Server, LabelledAnswers, OwnData])
 def test_every_number_has_a_case(made: type) -> None:
-    """But seeds, of which every one is in range."""
+    """Except seeds, all of which are in range."""
     numbers = {
         name
         for name, parameter in inspect.signature(made).parameters.items()

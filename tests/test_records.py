@@ -1,4 +1,4 @@
-"""Records in and out, and whole files or none."""
+"""Reading and writing of records; files are complete or absent."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The manifest: what made a run, and what is refused."""
+"""The manifest: the provenance of a run, and the settings that it rejects."""
 
 import json
 import os
@@ -89,4 +89,4 @@ def test_a_folder_takes_one_command_at_a_time(tmp_path: Path) -> None:
     assert at_work in refused.stderr
     held.close()
     subprocess.run(command, capture_output=True, check=True)
-    assert not has_results(tmp_path)  # it isn't one of them
+    assert not has_results(tmp_path)  # the lock file is not a result

@@ -1,4 +1,4 @@
-"""The objectives: one file each, each read from top to bottom."""
+"""Training objectives: supervised fine-tuning, direct preference optimisation, proximal policy optimisation."""
 
 from safervlm.objectives.dpo import DPO
 from safervlm.objectives.ppo import PPO

@@ -1,4 +1,4 @@
-"""What all objectives share: one VLM, one optimizer, adapter-only checkpoints, exact resume."""
+"""Base class of the training objectives: one VLM, one optimizer, adapter-only checkpoints, exact resume."""
 
 from typing import Any
 
@@ -21,18 +21,20 @@ from safervlm.vlm.lora import Adapter
 
 
 class Objective(L.LightningModule):
-    """Says, from a batch, what the loss is; a new objective is one file with one ``training_step``.
+    """Base class of training objectives.
+
+    Subclasses implement ``training_step``, which returns the loss of a batch. A new objective is one file.
 
     Args:
         vlm: the model to align.
-        lr: the highest learning rate; it rises linearly over the warm-up and falls along a cosine to 0.
-        warmup_steps: optimizer steps of the warm-up.
-        weight_decay: of AdamW.
-        seed: the adapter's first weights and the dropout are drawn from it.
+        lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
+        warmup_steps: the number of optimizer steps of the warm-up.
+        weight_decay: the weight decay of AdamW.
+        seed: the seed of the adapter's initial weights and of the dropout.
     """
 
     adapters: tuple[Adapter, ...] = ("policy",)
-    completions = 1  # that a record of the data has to have
+    completions = 1  # that each example of the data must provide
 
     def __init__(
         self, vlm: LocalVLM, lr: float = 3e-5, warmup_steps: int = 5, weight_decay: float = 0.0, seed: int = 0
@@ -41,16 +43,16 @@ class Objective(L.LightningModule):
         in_range("model", above=0, lr=lr)
         in_range("model", least=0, warmup_steps=warmup_steps, weight_decay=weight_decay)
         self.vlm, self.lr, self.warmup_steps, self.weight_decay, self.seed = vlm, lr, warmup_steps, weight_decay, seed
-        # Everything frozen stays out of checkpoints; on_load_checkpoint is strict about the rest.
+        # Frozen weights are not part of checkpoints; on_load_checkpoint checks the trained ones strictly.
         self.strict_loading = False
 
     @property
     def collator(self) -> Collator:
-        """Makes the batches; the CLI hands it to the data."""
+        """The collator of the VLM, which builds the batches; the command line passes it to the data module."""
         return self.vlm.collator
 
     def describe(self) -> dict[str, Any]:
-        """What of the objective decides the result."""
+        """Returns the settings that determine the trained weights, as JSON values; they are stored in the manifest."""
         return {
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "vlm": self.vlm.describe(),
@@ -62,11 +64,15 @@ class Objective(L.LightningModule):
         }
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Stops the run where a number is not finite, whatever the objective."""
+        """Adds the guard that stops any training at a loss, gradient or weight that is not finite."""
         return [TrainingGuard()]
 
     def setup(self, stage: str) -> None:
-        """Refuses another objective's data, before any weight is read."""
+        """Validates, before any weight is loaded, that examples carry the completions this objective expects.
+
+        Raises:
+            ArgumentError: the first training or validation example has another number of completions.
+        """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         examples = [*data.parts.train[:1], *data.parts.validation[:1]] if isinstance(data, SaferData) else []
         for example in examples:
@@ -77,11 +83,11 @@ class Objective(L.LightningModule):
                 )
 
     def configure_model(self) -> None:
-        """Reads the base weights and adds new adapters."""
+        """Loads the base weights and adds newly initialised adapters."""
         self.vlm.load(train=self.adapters, seed=self.seed)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over what is trained, cosine schedule with a warm-up."""
+        """Returns AdamW over the trained parameters, with a linear warm-up and a cosine decay to 0."""
         optimizer = AdamW(
             [parameter for parameter in self.parameters() if parameter.requires_grad],
             lr=self.lr,
@@ -91,43 +97,63 @@ class Objective(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def schedule_steps(self) -> int:
-        """How often the schedule steps in the whole run."""
+        """Returns the number of steps of the learning-rate schedule in the whole run.
+
+        Raises:
+            ArgumentError: the run has no end, so the schedule has no length.
+        """
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ArgumentError("trainer.max_epochs: the learning rate falls to 0 at the end, so the run needs one")
         return int(steps)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Draws a step's dropout from (seed, epoch, step, rank): nothing to store, everything to resume."""
+        """Seeds the dropout by (seed, epoch, step, rank), so that a resumed run needs no stored generator state."""
         torch.manual_seed(seed_for(self.seed, "step", self.current_epoch, batch_idx, self.global_rank))
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
-        """The sum over all processes, without gradient."""
+        """Sums a tensor over all processes, without gradient.
+
+        Args:
+            value: the tensor of this process; it has the same shape on all processes.
+
+        Returns:
+            The sum, of the shape of ``value``, detached.
+        """
         if self.trainer.world_size == 1:
             return value.detach()
         return self.all_gather(value.detach()).sum(0)  # type: ignore[union-attr]
 
     def global_mean(self, total: Tensor, count: Tensor) -> Tensor:
-        """A mean over the batches of all processes, in the form that each of them has to back-propagate.
+        """Computes the mean over the batches of all processes, in the form that each process back-propagates.
 
-        Gradients are averaged over the processes, whose batches differ in size: a mean of means would weigh their
-        tokens differently.
+        Gradients are averaged over the processes, whose batches differ in size; a mean of the processes' means would
+        weight their tokens differently.
 
         Args:
-            total: this process's sum.
-            count: what it is a sum of.
+            total: scalar sum over this process's batch.
+            count: scalar number of summands of this process (tokens or examples).
+
+        Returns:
+            ``total * world_size / global count``. The average of this value over the processes is the global mean.
         """
         return total * self.trainer.world_size / self.sum_over_ranks(count).clamp(min=1)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained weights alone."""
+        """Returns only the trainable parameters: the LoRA adapters, and the value head of PPO."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes which weights are trained: DeepSpeed keeps the weights themselves elsewhere."""
+        """Stores the names of the trained weights; DeepSpeed stores the weights themselves outside this dictionary."""
         checkpoint["trained"] = list(self.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rejects a checkpoint whose weights are not exactly the trained ones; loading itself would say nothing."""
+        """Rejects a checkpoint whose weights are not exactly the trained ones.
+
+        Non-strict loading would skip the difference without a message.
+
+        Raises:
+            RecordError: a weight is missing, unknown, or of another shape, or no objective wrote the checkpoint.
+        """
         must_fit(checkpoint, self.state_dict())

@@ -1,13 +1,15 @@
-r"""Direct preference optimisation (arXiv:2305.18290): makes the chosen response likelier than the rejected one.
+r"""Direct preference optimisation (arXiv:2305.18290): raises the likelihood ratio of chosen to rejected responses.
 
 .. math:: L = -\log\sigma\left(\beta\left[\log\frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)}
     - \log\frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}\right]\right) - \alpha\,\frac{1}{N}\sum_t\log\pi(y_{w,t}|x,y_{w,<t})
 
-averaged over the pairs of a batch. The second term (``rpo_alpha``, arXiv:2404.19733) is 0 in the paper; a small model
-needs it, since the first is content when the chosen response loses likelihood more slowly than the rejected one.
+averaged over the pairs of a batch. The second term, the negative log-likelihood of the chosen response
+(``rpo_alpha``, arXiv:2404.19733), has weight 0 in the paper. A small model needs it: the DPO term alone can be
+minimised while the likelihood of the chosen response falls, as long as that of the rejected response falls faster.
 
-The reference is the same model without its adapter, so its log-probabilities of a record never change: they are
-computed when a record is first met and kept by its id, in the checkpoint too (a resumed run has the very same numbers).
+The reference is the same model without its adapter, so its log-probabilities of a record never change. They are
+computed when a record first occurs and cached by its id. The cache is part of the checkpoint, so that a resumed run has
+identical numbers.
 """
 
 from typing import Any
@@ -27,12 +29,12 @@ class DPO(Objective):
 
     Args:
         vlm: the model to align.
-        beta: strength of the pull towards the reference.
-        rpo_alpha: weight of the chosen response's own likelihood; 0 for plain DPO.
-        lr: the highest learning rate; it rises linearly over the warm-up and falls along a cosine to 0.
-        warmup_steps: optimizer steps of the warm-up.
-        weight_decay: of AdamW.
-        seed: the adapter's first weights and the dropout are drawn from it.
+        beta: the strength of the regularisation towards the reference model.
+        rpo_alpha: the weight of the negative log-likelihood of the chosen response; 0 for plain DPO.
+        lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
+        warmup_steps: the number of optimizer steps of the warm-up.
+        weight_decay: the weight decay of AdamW.
+        seed: the seed of the adapter's initial weights and of the dropout.
     """
 
     completions = 2  # chosen, rejected
@@ -54,19 +56,29 @@ class DPO(Objective):
         self.reference: dict[str, list[float]] = {}
 
     def describe(self) -> dict[str, Any]:
-        """What of the objective decides the result."""
+        """Returns the settings that determine the trained weights (see :meth:`Objective.describe`)."""
         return super().describe() | {"beta": self.beta, "rpo_alpha": self.rpo_alpha}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of the batch's pairs."""
+        """Computes and logs the training loss: the mean over the pairs of the batch."""
         return self.loss(batch, "train")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The same of held-out records."""
+        """Computes and logs the validation loss."""
         self.loss(batch, "val")
 
     def loss(self, batch: Batch, part: str) -> Tensor:
-        """Computes and logs the loss, with the accuracy and the margin of the implicit rewards."""
+        """Computes the loss of a batch and logs it, with accuracy and margin of the implicit rewards.
+
+        The accuracy is the share of pairs whose chosen response has the larger implicit reward.
+
+        Args:
+            batch: B questions with two completions each: chosen, rejected.
+            part: the split, ``train`` or ``val``; the prefix of the logged names.
+
+        Returns:
+            The scalar to back-propagate (see :meth:`Objective.global_mean`).
+        """
         reference = self.reference_logprobs(batch)
         scores = self.vlm.score(batch)
         losses, rewards = dpo_loss(pairs(scores), reference, self.beta)
@@ -87,7 +99,16 @@ class DPO(Objective):
         return loss
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """(B, 2) log-probabilities of the chosen and the rejected response without the adapter."""
+        """Returns the reference model's log-probabilities, from the cache where possible.
+
+        If a question of the batch is not in the cache, the whole batch is scored without the adapter.
+
+        Args:
+            batch: B questions with two completions each: chosen, rejected.
+
+        Returns:
+            (B, 2) log-probabilities of the chosen and the rejected response.
+        """
         ids = [question.id for question in batch.questions]
         if not self.reference.keys() >= set(ids):
             with torch.no_grad():
@@ -97,7 +118,7 @@ class DPO(Objective):
         return torch.tensor([self.reference[name] for name in ids], device=self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the reference's numbers, those of all processes."""
+        """Stores the cached reference log-probabilities of all processes."""
         super().on_save_checkpoint(checkpoint)
         everywhere: list[dict[str, list[float]]] = [self.reference]
         if self.trainer.world_size > 1:
@@ -106,11 +127,18 @@ class DPO(Objective):
         checkpoint["reference_logprobs"] = {name: values for part in everywhere for name, values in part.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes them back."""
+        """Restores the cached reference log-probabilities."""
         super().on_load_checkpoint(checkpoint)
         self.reference = dict(checkpoint["reference_logprobs"])
 
 
 def pairs(scores: Scores) -> Tensor:
-    """(2B, T) scores of chosen and rejected, in turn -> (B, 2) log-probabilities of the whole responses."""
+    """Sums token log-probabilities to log-probabilities of whole responses.
+
+    Args:
+        scores: (2B, T) token log-probabilities; rows alternate between chosen and rejected.
+
+    Returns:
+        (B, 2) log-probabilities of the chosen and the rejected response of each pair.
+    """
     return scores.logprobs.sum(-1).view(-1, 2)

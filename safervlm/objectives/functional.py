@@ -1,6 +1,6 @@
-"""The mathematics of the objectives: pure functions of tensors, nothing else.
+"""Losses, rewards and advantages of the objectives, as pure functions of tensors.
 
-Shapes: B sequences, T response tokens. ``mask`` is True at response tokens; what stands elsewhere changes nothing.
+Shapes: B sequences, T response tokens. ``mask`` is True at response tokens; values outside the mask are ignored.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Te
     Args:
         policy: (B, 2) log-probabilities of the chosen and the rejected response under the policy.
         reference: (B, 2) the same under the reference.
-        beta: strength of the pull towards the reference.
+        beta: strength of the regularisation towards the reference.
 
     Returns:
         (B,) losses and (B, 2) implicit rewards of the chosen and the rejected response.
@@ -33,14 +33,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
     .. math:: \delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \delta_t + \gamma\lambda A_{t+1}
 
-    A sequence ends with its last response token: there V_{t+1} and A_{t+1} are 0.
+    A sequence ends with its last response token, where V_{t+1} and A_{t+1} are 0.
 
     Args:
-        rewards: (B, T) of each token.
-        values: (B, T) the value before each token.
-        mask: (B, T) contiguous from the first token.
-        gamma: discount.
-        lam: 1 for the whole return (low bias), 0 for one step (low variance).
+        rewards: (B, T) reward of each token.
+        values: (B, T) estimated value of the state before each token.
+        mask: (B, T) True at response tokens, contiguous from the first one.
+        gamma: discount factor.
+        lam: 1 for the whole return (low bias), 0 for the one-step error (low variance).
 
     Returns:
         (B, T) advantages, 0 outside the mask; advantages + values are the returns.
@@ -57,19 +57,20 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def ppo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    r"""The clipped surrogate, equation 7 of arXiv:1707.06347, of each token.
+    r"""Clipped surrogate loss of each token, equation 7 of arXiv:1707.06347.
 
     .. math:: -\min\left(\rho_t A_t,\ \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon) A_t\right), \qquad
         \rho_t = \pi(a_t|s_t) / \pi_{old}(a_t|s_t)
 
     Args:
-        logprobs: (B, T) under the policy.
-        old_logprobs: (B, T) under the policy that drew the tokens.
-        advantages: (B, T).
-        clip: the ratio's room on both sides of 1.
+        logprobs: (B, T) log-probabilities under the current policy.
+        old_logprobs: (B, T) log-probabilities under the policy that sampled the tokens.
+        advantages: (B, T) advantage of each token.
+        clip: the clipping range epsilon of the ratio.
 
     Returns:
-        (B, T) losses, and (B, T) True where the clip is at work (no gradient).
+        (B, T) losses, and a (B, T) boolean tensor that is True where the clipped term is the larger loss (zero
+        gradient).
     """
     ratio = (logprobs - old_logprobs).exp()
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
@@ -77,32 +78,35 @@ def ppo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, 
 
 
 def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    r"""The clipped squared error of the value function, as in the reference implementation of arXiv:1707.06347.
+    r"""Clipped squared error of the value function, as in the reference implementation of arXiv:1707.06347.
 
     .. math:: \tfrac12\max\left((V_t - R_t)^2,\ (V^{old}_t + \mathrm{clip}(V_t - V^{old}_t, \pm\epsilon) - R_t)^2\right)
 
     Args:
-        values: (B, T).
-        old_values: (B, T) at the time of the rollout.
-        returns: (B, T) what they should be.
-        clip: the value's room on both sides of the old one.
+        values: (B, T) current values.
+        old_values: (B, T) values at the time of the rollout.
+        returns: (B, T) regression targets.
+        clip: the clipping range epsilon of the change of a value.
 
     Returns:
-        (B, T) losses, and (B, T) True where the clip is at work.
+        (B, T) losses, and a (B, T) boolean tensor that is True where the clipped term is the larger one.
     """
     moved = values - old_values
     near = old_values + moved.clamp(-clip, clip)
     free, clipped = (values - returns).square(), (near - returns).square()
-    # Within the room the two differ by rounding alone.
+    # Within the clipping range the two terms differ by rounding only.
     return 0.5 * torch.maximum(free, clipped), (clipped > free) & (moved.abs() > clip)
 
 
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """(...) what each token adds to an estimate of KL(old || new): k3 of http://joschu.net/blog/kl-approx.html.
+    """Computes each token's term of an estimate of KL(old || new): k3 of http://joschu.net/blog/kl-approx.html.
 
     Args:
-        logprobs: (...) of the drawn tokens, under the new policy.
-        old_logprobs: (...) under the policy that drew them.
+        logprobs: (...) log-probabilities of the sampled tokens under the new policy.
+        old_logprobs: (...) log-probabilities under the policy that sampled them.
+
+    Returns:
+        (...) non-negative terms, in nats.
     """
     ratio = logprobs - old_logprobs
     return ratio.exp() - 1 - ratio
@@ -118,17 +122,23 @@ def sequence_rewards(
     no_eos_penalty: float,
     length_bonus: float,
 ) -> Tensor:
-    """What a whole response earns, by the published formula.
+    """Computes the sequence-level reward: min-max-normalised judge score, EOS penalty and length bonus.
+
+    The formula is that of arXiv:2507.11155, except that equal judge scores are normalised to 0.5 (the published
+    implementation divides 0 by 0).
 
     Args:
-        judged: (B,) minus the judge's cross entropy against the image's label.
-        low: the smallest of the whole batch, all processes together.
-        high: the largest. Where all are equal, 0.5 is earned (the published implementation divides 0 by 0).
-        stopped: (B,) True where the response ended by itself.
-        lengths: (B,) tokens of each response.
-        response_length: the most tokens that a response may have.
-        no_eos_penalty: added where the response did not end by itself.
-        length_bonus: earned by a response of ``response_length`` tokens, a shorter one its share.
+        judged: (B,) judge score of each response: minus the judge's cross entropy against the image's label.
+        low: scalar minimum of the scores over the global batch (all processes together).
+        high: scalar maximum of the scores over the global batch.
+        stopped: (B,) True where the response ended with the end token.
+        lengths: (B,) number of tokens of each response.
+        response_length: maximum number of tokens of a response.
+        no_eos_penalty: added to the reward of a response that was cut off.
+        length_bonus: bonus of a response of ``response_length`` tokens; proportional to the length for shorter ones.
+
+    Returns:
+        (B,) rewards.
     """
     spread = high - low
     normalised = torch.where(spread > 0, (judged - low) / spread.clamp(min=torch.finfo(judged.dtype).tiny), 0.5)
@@ -138,17 +148,20 @@ def sequence_rewards(
 def token_rewards(
     sequence: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coef: float, scale: float
 ) -> Tensor:
-    """The reward of each token: a price for leaving the reference, and the response's reward at its last token.
+    """Computes the per-token reward: a KL penalty at every token, the sequence reward at the last one.
 
-    The divergence is the k1 estimate log pi - log pi_ref, cut at 0 as published.
+    The KL term is the k1 estimate log pi - log pi_ref, clamped to be at least 0 as in the published implementation.
 
     Args:
-        sequence: (B,) see :func:`sequence_rewards`.
-        logprobs: (B, T) under the policy that drew the tokens.
-        reference: (B, T) under the reference.
-        mask: (B, T) contiguous from the first token.
-        kl_coef: price of a nat.
-        scale: everything is multiplied by it.
+        sequence: (B,) sequence-level rewards, see :func:`sequence_rewards`.
+        logprobs: (B, T) log-probabilities under the policy that sampled the tokens.
+        reference: (B, T) log-probabilities under the reference model.
+        mask: (B, T) True at response tokens, contiguous from the first one.
+        kl_coef: KL coefficient, per nat.
+        scale: factor of all rewards.
+
+    Returns:
+        (B, T) rewards, 0 outside the mask.
     """
     rewards = -kl_coef * (logprobs - reference).clamp(min=0) * mask
     last = mask.sum(-1, keepdim=True) - 1
@@ -156,12 +169,12 @@ def token_rewards(
 
 
 def whiten(values: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """Shifts and scales to mean 0 and variance 1 over the response tokens.
+    """Shifts and scales values to mean 0 and variance 1 over the response tokens of all processes.
 
     Args:
-        values: (B, T).
-        mask: (B, T).
-        total: adds a scalar up over all processes.
+        values: (B, T) for example advantages.
+        mask: (B, T) True at response tokens.
+        total: sums a scalar over all processes.
 
     Returns:
         (B, T) whitened values, 0 outside the mask.
@@ -173,15 +186,29 @@ def whiten(values: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor]) -> T
 
 
 def explained_variance(returns: Tensor, values: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns): 1 for a perfect value function, 0 for a constant; NaN if returns are.
+    """Computes 1 - Var(returns - values) / Var(returns), the explained variance of a value function.
 
     Args:
-        returns: (N,).
-        values: (N,).
+        returns: (N,) returns of the response tokens.
+        values: (N,) values predicted for them.
+
+    Returns:
+        Scalar: 1 for a perfect value function, 0 for a constant one; not finite where the returns are constant.
     """
     return 1 - (returns - values).var(correction=0) / returns.var(correction=0)
 
 
 def in_parts(rows: Tensor, size: int, fewest: int) -> tuple[Tensor, ...]:
-    """Parts of ``size`` rows, as many as ``fewest`` rows make; whatever is more stands in the last one."""
+    """Splits rows into parts; the number of parts depends on ``fewest`` only.
+
+    All processes have to make the same number of parts, although their numbers of rows differ.
+
+    Args:
+        rows: (N,) indices, N >= ``fewest``.
+        size: number of rows of a part.
+        fewest: the smallest N of all processes.
+
+    Returns:
+        ceil(fewest / size) parts of ``size`` rows each; the last one holds the remaining rows.
+    """
     return rows.tensor_split(list(range(size, fewest, size)))

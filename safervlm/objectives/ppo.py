@@ -2,15 +2,17 @@
 
 A batch is a rollout:
 
-1. the policy answers the questions;
-2. one pass scores the answers: under the policy, under the reference (adapter off), and by the value function;
-3. the judge reads the answers; ``sequence_rewards`` and ``token_rewards`` (functional.py) are the paper's reward;
-4. advantages by GAE, whitened over the batch, returns = advantages + values;
-5. ``ppo_epochs`` times over mini-batches, one optimizer step each, of ``L_policy + c_v L_value - c_e H``, averaged over
-   the response tokens of a mini-batch (of all processes together, as is every statistic above).
+1. The policy generates responses to the questions.
+2. The responses are scored under the policy, under the reference (adapter disabled), and by the value function.
+3. The judge classifies the responses; ``sequence_rewards`` and ``token_rewards`` (functional.py) compute the paper's
+   reward.
+4. GAE computes the advantages. Returns are advantages + values; the advantages are then whitened over the batch.
+5. ``ppo_epochs`` passes over mini-batches, with one optimizer step each, minimise ``L_policy + c_v L_value - c_e H``,
+   averaged over the response tokens of a mini-batch (of all processes together, as are the statistics above).
 
-Departures from the published implementation: nothing is padded to ``response_length``; equal rewards earn 0.5, not 0/0;
-scoring leaves out what sampling suppresses; adapters have no dropout, the base has ``vlm.dtype`` rather than 4 bits.
+Differences from the published implementation: responses are not padded to ``response_length``; equal judge scores are
+normalised to 0.5, not 0/0; scoring excludes the tokens that sampling suppresses; the adapters have no dropout; the base
+model has the precision ``vlm.dtype`` rather than 4 bits.
 """
 
 import inspect
@@ -47,15 +49,17 @@ from safervlm.vlm.sampling import Sampling
 
 @dataclass
 class Rollout:
-    """A batch with its answers and all that the update needs; B answers, T tokens of the longest.
+    """A batch with its responses and the inputs of the updates; B responses, T tokens of the longest one.
 
     Attributes:
-        batch: the questions, images encoded.
-        answers: the B generated answers.
+        batch: the questions, with encoded images.
+        answers: the B generated responses.
         mask: (B, T) True at response tokens.
-        logprobs, values: (B, T) under the policy that answered, and before each token.
-        advantages, returns: (B, T), the former whitened.
-        metrics: means over the rollout of this process.
+        logprobs: (B, T) log-probabilities under the policy that generated the responses.
+        values: (B, T) value of the state before each token.
+        advantages: (B, T) whitened advantages.
+        returns: (B, T) advantages before whitening, plus values.
+        metrics: scalar means over this process's rollout, by name.
     """
 
     batch: Batch
@@ -69,37 +73,39 @@ class Rollout:
 
 
 class PPO(Objective):
-    """Proximal policy optimisation with the judge's reward.
+    """Proximal policy optimisation, rewarded by an alignment judge.
 
     Args:
         vlm: the model to align.
-        judge: the alignment judge whose reading of an answer is the reward; it stays frozen.
-        value_on: where the value function's linear head sits: on an adapter of its own (published; two forwards a
-            step) or on the policy's hidden states, without a gradient into them (one forward).
-        kl_coef: price, inside the reward, of a nat away from the reference.
-        entropy_coef: weight of the entropy bonus.
-        vf_coef: weight of the value loss.
-        clip: room of the policy ratio on both sides of 1.
-        value_clip: room of the value on both sides of the rollout's.
-        gamma: discount of GAE.
-        lam: lambda of GAE.
-        ppo_epochs: times that a rollout is gone through.
-        mini_batch_size: answers of one optimizer step, of this process.
-        micro_batch_size: answers of one forward and backward pass: memory falls with it, nothing else changes.
-        temperature: of the rollouts.
-        response_length: the most new tokens of an answer.
-        length_bonus: earned by an answer of ``response_length`` tokens, a shorter one its share.
-        no_eos_penalty: added to the reward of an answer that did not end by itself.
-        reward_scale: every reward is multiplied by it.
-        max_grad_norm: gradients are scaled down to this norm.
-        lr: the highest learning rate; it rises linearly over the warm-up and falls along a cosine to 0.
-        warmup_steps: rollouts of the warm-up.
-        weight_decay: of AdamW.
-        seed: the adapter's first weights, the answers and the mini-batches are drawn from it.
+        judge: the alignment judge. Its log-probability of the image's label is the reward of a response; it is frozen.
+        value_on: where the value head (a linear layer) is placed. ``adapter``: on a separate LoRA adapter, as published
+            (two forward passes per step). ``policy``: on the policy's hidden states, detached (one forward pass).
+        kl_coef: the KL coefficient: per-token penalty on log pi - log pi_ref (in nats) inside the reward.
+        entropy_coef: the weight of the entropy bonus.
+        vf_coef: the weight of the value loss.
+        clip: the clipping range (epsilon) of the policy ratio.
+        value_clip: the clipping range of the value around its value at the rollout.
+        gamma: the discount factor of GAE.
+        lam: the lambda of GAE.
+        ppo_epochs: the number of optimisation epochs per rollout.
+        mini_batch_size: the number of responses per optimizer step and process.
+        micro_batch_size: the number of responses per forward and backward pass. A smaller one needs less memory; the
+            result is the same.
+        temperature: the sampling temperature of the rollouts.
+        response_length: the maximum number of new tokens of a response.
+        length_bonus: the reward of a response of ``response_length`` tokens; proportional to the length for shorter
+            ones.
+        no_eos_penalty: added to the reward of a response that was cut off at ``response_length``.
+        reward_scale: the factor of all rewards.
+        max_grad_norm: the maximum norm of the gradients; larger ones are scaled down to it.
+        lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
+        warmup_steps: the number of rollouts of the warm-up.
+        weight_decay: the weight decay of AdamW.
+        seed: the seed of the adapters' initial weights, of the sampled responses and of the order of the mini-batches.
     """
 
     judge: Judge
-    completions = 0  # the policy answers
+    completions = 0  # the policy generates them
 
     def __init__(
         self,
@@ -140,7 +146,7 @@ class PPO(Objective):
         self.automatic_optimization = False
         self.adapters = ("policy", "value") if value_on == "adapter" else ("policy",)
         self.value_on = value_on
-        # Not a part of the module: DeepSpeed in bfloat16 rounds the parts' weights, and the judge would be another one.
+        # Not registered as a submodule: DeepSpeed in bfloat16 rounds their weights, which would change the judge.
         object.__setattr__(self, "judge", judge)
         self.kl_coef, self.entropy_coef, self.vf_coef = kl_coef, entropy_coef, vf_coef
         self.clip, self.value_clip, self.gamma, self.lam = clip, value_clip, gamma, lam
@@ -151,19 +157,19 @@ class PPO(Objective):
         self.value_head: nn.Linear | None = None
 
     def describe(self) -> dict[str, Any]:
-        """What of the objective decides the result."""
+        """Returns the settings that determine the trained weights (see :meth:`Objective.describe`)."""
         names = inspect.signature(type(self)).parameters.keys() - {"vlm", "judge"}
         settings = {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
         return super().describe() | settings | {"sampling": vars(self.sampling), "judge": self.judge.fingerprint}
 
     def setup(self, stage: str) -> None:
-        """Clipping under manual optimisation is DeepSpeed's own affair."""
+        """Configures gradient clipping of DeepSpeed, which clips by itself under manual optimisation."""
         super().setup(stage)
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.trainer.strategy.config["gradient_clipping"] = self.max_grad_norm  # type: ignore[index]
 
     def schedule_steps(self) -> int:
-        """The number of rollouts; ``max_steps`` counts optimizer steps."""
+        """Returns the number of rollouts: the schedule steps once per rollout, ``max_steps`` counts optimizer steps."""
         rollouts = super().schedule_steps()
         if self.trainer.max_steps < 0:
             return rollouts
@@ -171,7 +177,7 @@ class PPO(Objective):
         return min(rollouts, ceil(self.trainer.max_steps / (self.ppo_epochs * ceil(batch_size / self.mini_batch_size))))
 
     def configure_model(self) -> None:
-        """Reads the base weights and the judge, adds the adapters and the value head, which starts at zero."""
+        """Loads base weights and judge, adds the adapters and the value head, which is initialised to zero."""
         super().configure_model()
         self.judge.configure_model()
         if self.value_head is None:
@@ -179,11 +185,11 @@ class PPO(Objective):
             self.value_head.load_state_dict({n: torch.zeros_like(p) for n, p in self.value_head.state_dict().items()})
 
     def on_fit_start(self) -> None:
-        """The judge goes where the model is."""
+        """Moves the judge to the device of the model; it is no submodule, so Lightning does not."""
         self.judge.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """One rollout and its updates."""
+        """Runs one rollout and its updates; returns questions and responses for the callbacks (RolloutLog)."""
         rollout = self.rollout(batch, seed_for(self.seed, "rollout", self.current_epoch, batch_idx))
         metrics = rollout.metrics | self.update(rollout, seed_for(self.seed, "order", self.current_epoch, batch_idx))
         for name, value in metrics.items():
@@ -194,7 +200,15 @@ class PPO(Objective):
 
     @torch.no_grad()
     def rollout(self, batch: Batch, seed: int) -> Rollout:
-        """Steps 1 to 4."""
+        """Generates and scores responses; computes rewards, advantages and returns (steps 1 to 4 of the module).
+
+        Args:
+            batch: B questions without completions.
+            seed: the seed of the sampling.
+
+        Returns:
+            The inputs of :meth:`update`, with the metrics of this process.
+        """
         answers = self.vlm.generate(batch, self.sampling, seed)
         parts = torch.arange(len(batch)).split(self.micro_batch_size)
         length = max(len(answer.token_ids) for answer in answers)
@@ -210,7 +224,7 @@ class PPO(Objective):
         verdicts = self.judge.judge([answer.text for answer in answers]).to(self.device)
         labels = torch.tensor([self.judge.labels.index(q.answer) for q in batch.questions], device=self.device)
         judged = verdicts.gather(1, labels[:, None])[:, 0]
-        # The last batch of an epoch may hold one answer more in one process than in another.
+        # The last batch of an epoch may hold one response more in one process than in another.
         low = self.all_gather(judged.min()).min()  # type: ignore[union-attr]
         high = self.all_gather(judged.max()).max()  # type: ignore[union-attr]
         stopped = torch.tensor([answer.finish_reason == "stop" for answer in answers], device=self.device)
@@ -235,13 +249,21 @@ class PPO(Objective):
         )
 
     def update(self, rollout: Rollout, seed: int) -> dict[str, Tensor]:
-        """Step 5; gives the means over all optimizer steps."""
+        """Runs the clipped PPO updates of a rollout (step 5 of the module).
+
+        Args:
+            rollout: see :meth:`rollout`.
+            seed: the seed of the order of the responses.
+
+        Returns:
+            The terms of :meth:`losses`, averaged over the response tokens of all epochs of this process.
+        """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # noqa: S101 (one optimizer; for the type checker)
         generator = torch.Generator().manual_seed(seed)
         totals: dict[str, Tensor] = {}
-        # Each step and each backward pass is one of all processes, so they have to agree on their number: the fewest
-        # answers of a process decide it, and one that has an answer more takes it into its last part.
+        # All processes take part in each step and each backward pass, so they have to agree on the number of these.
+        # The process with the fewest responses determines it; one with a response more adds it to its last part.
         here = torch.tensor(len(rollout.answers), device=self.device)
         fewest = int(self.all_gather(here).min())  # type: ignore[union-attr]
         for _ in range(self.ppo_epochs):
@@ -264,7 +286,16 @@ class PPO(Objective):
         return {name: total / (self.ppo_epochs * rollout.mask.sum()) for name, total in totals.items()}
 
     def losses(self, rollout: Rollout, rows: Tensor) -> dict[str, Tensor]:
-        """The parts of the loss, summed over the response tokens of some answers."""
+        """Computes the terms of the loss, summed over the response tokens of some responses.
+
+        Args:
+            rollout: see :meth:`rollout`.
+            rows: (M,) indices of the responses.
+
+        Returns:
+            Scalars by name: ``policy_loss``, ``value_loss``, ``entropy``, ``clip_fraction``, ``value_clip_fraction``
+            and ``approx_kl``.
+        """
         scores, values = self.score(
             rollout.batch.select(rows, [answer.token_ids for answer in rollout.answers]), entropy=True
         )
@@ -285,7 +316,15 @@ class PPO(Objective):
         return {name: (part * mask).sum() for name, part in parts.items()}
 
     def score(self, batch: Batch, entropy: bool = False) -> tuple[Scores, Tensor]:
-        """The policy's scores and the (B, T) values of the same tokens."""
+        """Scores the completions of a batch under the policy and by the value function.
+
+        Args:
+            batch: B questions with one completion each.
+            entropy: whether to compute the entropy of the next-token distributions.
+
+        Returns:
+            The scores of the policy, and the (B, T) value of the state before each response token, 0 elsewhere.
+        """
         assert self.value_head is not None  # noqa: S101 (configure_model made it; for the type checker)
         on_policy = self.value_on == "policy"
         scores = self.vlm.score(batch, sampling=self.sampling, entropy=entropy, hidden=on_policy)
@@ -293,7 +332,14 @@ class PPO(Objective):
         return scores, self.value_head(states.to(self.value_head.weight.dtype))[..., 0] * scores.mask
 
     def backward_part(self, loss: Tensor, last: bool) -> None:
-        """Back-propagates a micro-batch; ZeRO-2 drops the gradients of all but the last unless it is told."""
+        """Back-propagates the loss of a micro-batch.
+
+        Without ``set_gradient_accumulation_boundary``, ZeRO-2 keeps only the gradients of the last micro-batch.
+
+        Args:
+            loss: scalar.
+            last: whether the micro-batch is the last one of its optimizer step.
+        """
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.trainer.strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
         self.manual_backward(loss)

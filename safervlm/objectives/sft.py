@@ -1,9 +1,10 @@
-r"""Supervised fine-tuning: makes the target response likely.
+r"""Supervised fine-tuning: minimises the negative log-likelihood of the target response.
 
 .. math:: L = -\frac{1}{N}\sum_{i}\sum_{t}\log\pi(y_{i,t} \mid x_i, y_{i,<t})
 
-over the N response tokens of a batch (of all processes together); the prompt and the image are conditions and earn no
-loss. The paper trains over a 4-bit base (arXiv:2507.11155, its SFT); here the base has the precision of ``vlm.dtype``.
+where N is the number of response tokens of the global batch (all processes together). The tokens of the prompt and of
+the image are conditioned on and do not contribute to the loss. The paper (arXiv:2507.11155) trains its SFT adapter on a
+base model quantised to 4 bits; here the base model has the precision ``vlm.dtype``.
 """
 
 from torch import Tensor
@@ -13,26 +14,34 @@ from safervlm.vlm.base import Batch
 
 
 class SFT(Objective):
-    """Supervised fine-tuning on the aligned response.
+    """Supervised fine-tuning on the aligned response (the one completion of each example).
 
     Args:
         vlm: the model to align.
-        lr: the highest learning rate; it rises linearly over the warm-up and falls along a cosine to 0.
-        warmup_steps: optimizer steps of the warm-up.
-        weight_decay: of AdamW.
-        seed: the adapter's first weights and the dropout are drawn from it.
+        lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
+        warmup_steps: the number of optimizer steps of the warm-up.
+        weight_decay: the weight decay of AdamW.
+        seed: the seed of the adapter's initial weights and of the dropout.
     """
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean negative log-likelihood of the batch's response tokens."""
+        """Computes and logs the training loss: the mean negative log-likelihood of the response tokens."""
         return self.loss(batch, "train")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The same of held-out records."""
+        """Computes and logs the validation loss."""
         self.loss(batch, "val")
 
     def loss(self, batch: Batch, part: str) -> Tensor:
-        """Computes and logs the loss."""
+        """Computes the loss of a batch and logs it as ``{part}/loss``.
+
+        Args:
+            batch: B questions with one completion each.
+            part: the split, ``train`` or ``val``; the prefix of the logged name.
+
+        Returns:
+            The scalar to back-propagate (see :meth:`Objective.global_mean`).
+        """
         scores = self.vlm.score(batch)
         loss = self.global_mean(-scores.logprobs.sum(), scores.mask.sum())
         self.log(f"{part}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))

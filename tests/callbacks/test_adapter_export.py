@@ -1,4 +1,4 @@
-"""The exported folder is one that PEFT alone can read."""
+"""The exported adapter folder can be loaded by PEFT alone."""
 
 import json
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ def test_plain_peft_computes_with_it_what_we_do(tiny_llava, make_questions, tmp_
         ours = vlm.score(batch).logprobs
 
         def plain(model):
-            """The response tokens' log-probabilities, each question alone, by the library's own forward pass."""
+            """Log-probabilities of the response tokens by the library's forward pass, one question at a time."""
             rows = []
             for row, image in enumerate(batch.image_rows):
                 length = int((batch.packed.segments[row] >= 0).sum())

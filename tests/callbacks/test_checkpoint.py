@@ -1,4 +1,4 @@
-"""When last.ckpt is written, and what a crash leaves of it."""
+"""When last.ckpt is written, and its state after a crash."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,7 @@ class Module(LightningModule):
 
 
 class Steps(Callback):
-    """Says how long each step takes, by a clock of its own."""
+    """Sets the duration of each step by a fake clock."""
 
     def __init__(self, seconds: list[float]) -> None:
         self.seconds, self.now = seconds, 0.0
@@ -52,7 +52,7 @@ def saved(
     other: Callback | None = None,
     **settings,
 ) -> list[int]:
-    """After how many batches a run saved; six batches an epoch."""
+    """The batches after which a run saved, with six batches per epoch."""
     batches, steps = [], Steps(seconds)
 
     def note(trainer, folder):
@@ -74,7 +74,7 @@ def saved(
         **settings,
     )
     trainer.fit(Module(manual), range(6))
-    assert trainer.callbacks[-1] is checkpoint  # behind what the others write about a batch
+    assert trainer.callbacks[-1] is checkpoint  # after the files that the other callbacks write about a batch
     assert len(trainer.callbacks) == (3 if other else 2)
     return batches
 
@@ -103,8 +103,8 @@ def test_it_waits_for_the_step_of_accumulated_gradients(monkeypatch, tmp_path):
         ([1] * 12, {}, [12]),  # short steps
         ([3] * 12, {}, [*range(1, 13)]),
         ([1, 3] + [1] * 10, {}, [*range(2, 13)]),  # from the first long one on
-        ([3] + [1] * 29, {"max_epochs": 5}, [*range(1, 12), 30]),  # ten batches behind the last long one
-        ([1] * 12, {"accumulate_grad_batches": 3}, [3, 6, 9, 12]),  # a step is what its batches take together
+        ([3] + [1] * 29, {"max_epochs": 5}, [*range(1, 12), 30]),  # ten batches after the last long one
+        ([1] * 12, {"accumulate_grad_batches": 3}, [3, 6, 9, 12]),  # the duration of a step is the sum over its batches
         ([3] * 3, {"manual": True, "max_epochs": 1, "limit_train_batches": 3}, [1, 2, 3]),
     ],
 )
@@ -155,7 +155,7 @@ def test_an_impossible_argument_is_rejected(arguments, message):
 
 
 class Saving:
-    """As much of a trainer as saving needs; ``write`` is given the path and may die."""
+    """The parts of a trainer that saving needs; ``write`` receives the path and may raise."""
 
     def __init__(self, write) -> None:
         self.save_checkpoint, self.is_global_zero = write, True
@@ -204,11 +204,11 @@ def test_a_folder_is_there_whole_at_every_moment(tmp_path, monkeypatch):
         save_last(Saving(write_folder(content)), tmp_path)
         assert names(tmp_path / "last.ckpt") == [content]
         verify_seal(tmp_path / "last.ckpt", {"class": f"{Module.__module__}.Module"})
-        assert len(names(tmp_path)) == 2  # the link, and what it stands for
+        assert len(names(tmp_path)) == 2  # the link and its target
     with pytest.raises(KeyboardInterrupt):
         save_last(Saving(write_folder("torn", die=True)), tmp_path)
     assert names(tmp_path / "last.ckpt") == ["third"]
-    # Nothing of the torn one gets into the next one.
+    # The next checkpoint contains nothing of the torn one.
     save_last(Saving(write_folder("fourth")), tmp_path)
     assert names(tmp_path / "last.ckpt") == ["fourth"]
 
@@ -216,7 +216,7 @@ def test_a_folder_is_there_whole_at_every_moment(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(callbacks.checkpoint.shutil, "rmtree", die)
-    with pytest.raises(KeyboardInterrupt):  # between the new link and the old folder's end
+    with pytest.raises(KeyboardInterrupt):  # between the creation of the new link and the removal of the old folder
         save_last(Saving(write_folder("fifth")), tmp_path)
     monkeypatch.undo()
     assert names(tmp_path / "last.ckpt") == ["fifth"]

@@ -1,4 +1,4 @@
-"""The first implementation's files: what is written is read back as the same answers."""
+"""The first implementation's files: written responses are read back unchanged."""
 
 import json
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from safervlm.records import Response, write_jsonl
 
 
 def test_what_is_written_is_read_back(tiny_sets, tmp_path):
-    """Of two sets whose images have the same names: only the folder tells their answers apart."""
+    """Two datasets whose images have the same names: only the folder distinguishes their responses."""
     data = UnsafeConcepts(str(tiny_sets / "unsafe"), str(tiny_sets / "safe"), limit=4)
     questions = [example.question for example in data.parts.predict]
     shared = {q.image for q in questions if q.dataset == data.dataset} & {
@@ -38,7 +38,7 @@ def test_what_is_written_is_read_back(tiny_sets, tmp_path):
     read, missing = SavedResponses(str(folder), data).answers
     assert not missing
     assert {r.id: r.response for r in read} == {r.id: r.response for r in written}
-    # Without its folder a file is refused, and the way out is said.
+    # A file without its folder is rejected, and the message names the remedy.
     moved = tmp_path / "moved.json"
     moved.write_bytes((folder / data.safe_dataset / "alignment" / "response_prompt_0.json").read_bytes())
     with pytest.raises(RecordError, match=r"it may answer .* or .*DATA_SET/CAPABILITY/"):

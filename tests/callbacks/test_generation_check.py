@@ -1,4 +1,4 @@
-"""The share of safe images that the policy calls unsafe, and the warning."""
+"""GenerationCheck: the share of safe images that the policy calls unsafe, and the over-flagging warning."""
 
 import warnings
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from safervlm.vlm.sampling import Sampling
 
 
 class Reader(Judge):
-    """Reads the label that an answer begins with."""
+    """Classifies a response by the label that it begins with."""
 
     def __init__(self) -> None:
         super().__init__(labels=LABELS["alignment"])
@@ -33,7 +33,7 @@ class Reader(Judge):
 
 
 class Policy:
-    """Calls the images unsafe whose numbers it is given."""
+    """Calls the images with the given numbers unsafe."""
 
     def __init__(self) -> None:
         self.flagged: set[str] = set()
@@ -84,7 +84,7 @@ class Scene:
         self.logged.append((self.done, name, value))
 
     def play(self, check: GenerationCheck, batches: int, flagged: Iterable[int] = ()) -> None:
-        """Plays batches with a policy that calls these images unsafe."""
+        """Runs batches with a policy that calls these images unsafe."""
         self.vlm.flagged = {str(number) for number in flagged}
         for _ in range(batches):
             self.fit_loop.epoch_loop.total_batch_idx = self.done
@@ -110,7 +110,7 @@ def test_the_rate_is_of_safe_images_alone_and_measured_where_it_is_time_to(tmp_p
 
 
 def silent(scene: Scene, check: GenerationCheck, flagged: set[int]) -> None:
-    """Plays a batch after which these images are called unsafe; no warning may come."""
+    """Runs a batch after which these images are called unsafe; no warning may be issued."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scene.play(check, 1, flagged)
@@ -121,7 +121,7 @@ def silent(scene: Scene, check: GenerationCheck, flagged: set[int]) -> None:
     [
         (range(2), range(9)),  # 2 % and 9 % of a hundred images: sampling variation, seen on another processor
         (range(10), range(15)),
-        (range(3, 13), range(18)),  # most of the increase is a change both ways
+        (range(3, 13), range(18)),  # most of the difference is changes in both directions
         (range(40, 80), range(50)),  # many flips, a small increase
         (range(50), range(5)),  # a decrease
         (range(20), range(20, 34)),  # other images, no more than before
@@ -152,7 +152,7 @@ def test_an_increase_beyond_sampling_variation_is_warned_of(images: int, before:
 
 
 def test_the_interval_is_the_paired_one():
-    """The same two shares: those who flag the same images and more have risen, those who flag others may not have."""
+    """With the same two shares, flagging additional images is an increase; flagging other images may not be one."""
     nested, crossed = (GenerationCheck(Reader(), every_n_batches=1) for _ in range(2))
     scene = Scene()
     scene.play(nested, 1, set(range(40)))
@@ -173,14 +173,14 @@ def test_the_policy_that_training_leaves_is_measured_too(tmp_path: Path):
 def test_a_resumed_run_compares_with_the_same_images(tmp_path: Path):
     scene, check = Scene(), GenerationCheck(Reader(), every_n_batches=2)
     scene.play(check, 2, set(range(30)))
-    torch.save(check.state_dict(), tmp_path / "state.pt")  # as a checkpoint keeps it
+    torch.save(check.state_dict(), tmp_path / "state.pt")  # as in a checkpoint
     resumed = GenerationCheck(Reader(), every_n_batches=2)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     with pytest.warns(OverFlaggingWarning, match="30% before training"):
         scene.play(resumed, 1, set(range(45)))
     again = GenerationCheck(Reader(), every_n_batches=2)
     again.load_state_dict(check.state_dict())
-    silent(scene, again, set(range(28, 43)))  # half as many again by other images: no such increase image by image
+    silent(scene, again, set(range(28, 43)))  # 1.5 times the share, but other images: no such increase by paired images
 
 
 def test_an_earlier_versions_checkpoint_is_rejected():
@@ -189,7 +189,7 @@ def test_an_earlier_versions_checkpoint_is_rejected():
 
 
 def test_the_images_of_all_processes_are_put_together():
-    """Two processes, each of which asks about every second image."""
+    """Two processes, each of which asks about half of the images."""
     parts = [Scene(rank=rank, world_size=2) for rank in range(2)]
     checks = [GenerationCheck(Reader(), every_n_batches=1) for _ in parts]
 

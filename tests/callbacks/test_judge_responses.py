@@ -1,4 +1,4 @@
-"""Judging right after measuring."""
+"""JudgeResponses: classification of responses directly after measuring."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from safervlm.results.runs import load_run
 
 
 class LengthJudge(Judge):
-    """Reads a text's length as a label, and remembers what it was asked to read."""
+    """Classifies a text by its length, and records the texts that it received."""
 
     def __init__(self, name, labels):
         super().__init__(labels=labels)
@@ -106,7 +106,7 @@ def test_only_the_first_process_judges(tmp_path):
 
 
 class Panicking(LengthJudge):
-    """Raises what is no Exception at one text, as a panic of the tokenizers library is none."""
+    """Raises a BaseException at one text, like a panic of the tokenizers library."""
 
     def judge(self, texts, batch_size=64):
         if "x" * 5 in texts:
@@ -130,7 +130,7 @@ def test_an_answer_that_cannot_be_judged_is_listed_and_judged_again(tmp_path, ca
 
 @pytest.mark.parametrize("number", [1, 4])
 def test_a_panel_lists_an_answer_that_cannot_be_judged_among_its_verdicts(number):
-    """As ``predict`` of saved answers writes them."""
+    """As ``predict`` on saved responses writes them."""
     asked = responses(9)
     asked[number] = replace(asked[number], response="x" * 5)
     panel = Panel(Panicking("a", LABELS["alignment"]), Panicking("p", LABELS["perception"]))

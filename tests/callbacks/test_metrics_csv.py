@@ -1,4 +1,4 @@
-"""The rows of metrics.csv."""
+"""MetricsCSV: the rows of metrics.csv."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from callbacks.metrics_csv import MetricsCSV
 
 
 class Logging(LightningModule):
-    """Logs a metric in each batch, and another in every third one, always with the same value."""
+    """Logs one metric in each batch and another, of constant value, in every third batch."""
 
     def __init__(self) -> None:
         super().__init__()

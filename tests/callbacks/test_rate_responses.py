@@ -1,4 +1,4 @@
-"""A judge on loopback, good, biased, broken or gone: what it rates is kept and never paid for twice."""
+"""RateResponses with fair, biased, faulty and absent judges on loopback: ratings are kept, none is requested twice."""
 
 import json
 import multiprocessing
@@ -39,7 +39,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def judge_of() -> Iterator[Callable[..., Loopback]]:
-    """``judge_of(play)``: a judge that answers as ``play`` says, and where that is None, fairly."""
+    """``judge_of(play)``: a judge that replies with the result of ``play``, or fairly if that is None."""
     with loopbacks() as start:
 
         def judging(play: Answer = lambda prompt, number, body: None, bias: int = 0) -> Loopback:
@@ -49,13 +49,13 @@ def judge_of() -> Iterator[Callable[..., Loopback]]:
 
 
 def fair(prompt: str, bias: int = 0) -> dict[str, Any]:
-    """Rates each answer by the number that it holds; a bias favours whoever stands first."""
+    """Rates each response by the number in it; a bias favours the first position."""
     first, second = (int(found) for found in re.findall(r"worth (\d+)\.", prompt))
     return completion(f"{first + bias} {second}\nAssistant 1 is worth {first}.")
 
 
 def rated(place: int, worth: int | None = None) -> Response:
-    """Its reference is worth 8, and it 1 to 5."""
+    """A response worth 1 to 5, with a reference worth 8."""
     question = Question(
         id=f"LLaVABench/{place}.jpg/rated/0",
         dataset="LLaVABench",
@@ -96,11 +96,11 @@ def ratings(run: Path) -> list[Rating]:
 
 
 def asked(judge: Loopback) -> list[str]:
-    """The questions that the judge was asked, in the order in which they came."""
+    """The questions that the judge received, in order."""
     return [re.search(r"\[Question\]\n(.*)\n", prompt_of(body))[1] for body, _ in judge.asked]
 
 
-# --- what is asked, and what is written -------------------------------------------------------------------------------
+# --- requests and records ---------------------------------------------------------------------------------------------
 
 
 def test_the_rated_responses_are_rated_as_published_in_their_order(judge_of, tmp_path):
@@ -142,11 +142,11 @@ def test_the_rated_responses_are_rated_as_published_in_their_order(judge_of, tmp
 
 
 def test_both_orders_cancel_a_liking_for_the_first_place(judge_of, tmp_path):
-    """The judge gives one point too much to Assistant 1.
+    """The judge rates Assistant 1 one point too high.
 
-    By hand: the reference gets 9 and 8, the response (worth 1 + place) 1 + place and one more. Both means are half a
-    point too high, and the difference is right; in the published order alone it is one point too large. A reader that
-    mixed up the two places would give the reference what is the response's.
+    By hand: the reference is rated 9 and 8, the response (worth 1 + index) 1 + index and one more. Both means are half
+    a point too high, and their difference is correct; in the published order alone it is one point too large. Code
+    that swapped the two positions would assign the response's ratings to the reference.
     """
     judge = judge_of(bias=1)
     write(tmp_path, *map(rated, range(4)))
@@ -185,7 +185,7 @@ def test_equal_responses_to_equal_questions_get_a_rating_each(judge_of, tmp_path
     assert len(judge.asked) == 2
 
 
-# --- what is there is kept --------------------------------------------------------------------------------------------
+# --- existing ratings are kept ----------------------------------------------------------------------------------------
 
 
 def test_a_second_run_asks_nothing(judge_of, tmp_path, capsys):
@@ -213,7 +213,7 @@ def test_responses_that_have_changed_are_rated_again(judge_of, tmp_path, capsys)
 
 
 def test_what_was_paid_for_is_kept(judge_of, tmp_path, capsys):
-    """Another judge, then both orders, then the first again: nothing is asked twice."""
+    """Another judge, then both orders, then the first again: no rating is requested twice."""
     judge, another = judge_of(), judge_of(bias=2)
     write(tmp_path, *map(rated, range(4)))
     play(tmp_path, server(judge), both_orders=True)
@@ -251,7 +251,7 @@ def test_an_exception_in_the_middle_costs_nothing(judge_of, tmp_path, monkeypatc
             file.write('{"id": "torn')
     with pytest.raises(KeyboardInterrupt):
         play(tmp_path, server(judge), batch_size=2)
-    assert len(ratings(tmp_path)) == 10  # behind whole lines
+    assert len(ratings(tmp_path)) == 10  # after complete lines
     play(tmp_path, server(judge), batch_size=4)
     assert asked(judge) == [f"question {place}" for place in range(12)]
     assert [each.id for each in ratings(tmp_path)] == [rated(place).id for place in range(12)]
@@ -290,7 +290,7 @@ def test_a_process_that_is_asked_to_end_ends_after_a_batch(judge_of, tmp_path):
     assert len(judge.asked) == len(ratings(tmp_path)) == 4
 
 
-# --- a judge that misbehaves ------------------------------------------------------------------------------------------
+# --- misbehaving judges -----------------------------------------------------------------------------------------------
 
 GARBAGE = ["Both are good", "9", "11 3", "8 9 extra", "", '{"assistant_1": 8, "assistant_2": 9}']
 
@@ -433,12 +433,12 @@ def test_without_the_package_the_ratings_are_missing(judge_of, tmp_path, monkeyp
     assert "pip install 'safervlm[api]'" in capsys.readouterr().out
 
 
-# --- when nothing is asked --------------------------------------------------------------------------------------------
+# --- no requests ------------------------------------------------------------------------------------------------------
 
 
 def test_without_rated_responses_nothing_happens(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")  # that would be refused
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")  # that would be rejected
     write(tmp_path, other(0), other(1))
     play(tmp_path, Server("judge", ["http://127.0.0.1:9/v1"], blank=False))
     assert [path.name for path in tmp_path.iterdir()] == ["responses.jsonl"]
@@ -496,7 +496,7 @@ def test_what_it_does_not_take(options, message):
 
 
 class Rated(SaferData):
-    """Six questions without an image, whose answers are to be rated."""
+    """Six questions without an image, whose responses are to be rated."""
 
     def load(self) -> Parts:
         questions = [replace(rated(place).question, image_path=None) for place in range(6)]
@@ -504,7 +504,7 @@ class Rated(SaferData):
 
 
 class Afterwards(Callback):
-    """Stands behind the ratings, as a table of scores does."""
+    """A callback after the ratings, like a table of scores."""
 
     def on_predict_end(self, trainer, pl_module):
         assert len(ratings(Path(trainer.default_root_dir))) == 12
@@ -513,7 +513,7 @@ class Afterwards(Callback):
 
 @pytest.fixture
 def line(judge_of, tmp_path) -> Callable[[Loopback], list[str]]:
-    """The command that measures a model behind a server, and has the shipped judge, at another address, rate it."""
+    """The command that measures a model behind a server and rates it by the shipped judge at another address."""
     vlm = judge_of(lambda prompt, number, body: Reply(body=completion("That is worth 3.")))
     shutil.copy(CONFIGS / "llavabench_judge.yaml", tmp_path)
     callbacks = [
@@ -552,7 +552,7 @@ def test_from_a_recipe_the_key_is_sent_and_stands_nowhere(judge_of, line, tmp_pa
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
     def telling(prompt, number, body):
-        """Repeats what it was given in its errors, as servers do."""
+        """Repeats its input in its error messages, as servers do."""
         place = int(re.search(r"question (\d)", prompt)[1])
         message = f"the key {KEY} asks {prompt}"
         if place == 5:
@@ -580,7 +580,7 @@ def test_from_a_recipe_the_key_is_sent_and_stands_nowhere(judge_of, line, tmp_pa
     assert "2 of 12 ratings are missing" in said.out
 
     better = judge_of()
-    main(line(better))  # where the judge is served decides nothing
+    main(line(better))  # the judge's address does not affect the ratings
     assert asked(better) == ["question 5"] * 2
     main(line(better))
     assert len(better.asked) == 2

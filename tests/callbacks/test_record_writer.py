@@ -1,4 +1,4 @@
-"""Shards and their merging."""
+"""RecordWriter: shards and their merging."""
 
 import json
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ class Record:
 
 
 class Scene:
-    """A trainer whose data asks about the ids, in their order."""
+    """A trainer whose data has one question per id, in order."""
 
     def __init__(self, run, ids, rank=0, keeps_others=False):
         self.default_root_dir, self.global_rank, self.is_global_zero = str(run), rank, rank == 0
@@ -64,7 +64,7 @@ def test_merged_in_the_datas_order_whatever_wrote_the_shards(tmp_path):
     first.write(one, Record("c"))
     second.write(two, Record("d"))
     two.on_predict_end(second, None)
-    assert not (tmp_path / "responses.jsonl").exists()  # that is the first process's affair
+    assert not (tmp_path / "responses.jsonl").exists()  # only the first process does this
     one.on_predict_end(first, None)
     assert [record["id"] for record in read_jsonl(tmp_path / "responses.jsonl")] == list("abcdef")
     assert not (tmp_path / "shards" / "responses").exists()
@@ -90,7 +90,7 @@ def test_what_is_there_is_skipped_and_a_torn_last_line_is_asked_again(tmp_path):
     shard(tmp_path, "1-2", '{"id": "d", "text": "second process"}\n')
     shard(tmp_path, "0-3", '{"id": "e"')
     shard(tmp_path, "0-4", "")
-    # Every process sees the same, and reading changes nothing for those that read later.
+    # Every process sees the same records; reading does not change the files.
     for rank in (1, 0):
         scene = Scene(tmp_path, "abcdef", rank)
         writer = scene.start()

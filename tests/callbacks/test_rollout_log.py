@@ -1,4 +1,4 @@
-"""What the policy said, in a file."""
+"""RolloutLog: the responses of the policy in rollouts.jsonl."""
 
 from types import SimpleNamespace
 

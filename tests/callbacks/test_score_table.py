@@ -1,4 +1,4 @@
-"""The callback on a real trainer that predicts nothing."""
+"""ScoreTable with a real trainer that predicts nothing."""
 
 import types
 
@@ -31,7 +31,7 @@ class Nothing(pl.LightningModule):
 
 
 class JudgeLast(pl.Callback):
-    """Writes what the measuring and judging callbacks would have written."""
+    """Writes the files of the measuring and judging callbacks."""
 
     def on_predict_end(self, trainer, pl_module):
         responses, verdicts = zip(*records(), strict=True)

@@ -1,4 +1,4 @@
-"""What is found in a command line before it is parsed."""
+"""Arguments that are found in a command line before it is parsed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The command line: it answers at once, explains everything, and errs in one line."""
+"""The command line: fast help, a help text for every argument, errors of one line."""
 
 import inspect
 import subprocess
@@ -38,7 +38,7 @@ RECIPES = {
 
 @pytest.fixture
 def only_built(monkeypatch: pytest.MonkeyPatch) -> list[SaferCLI]:
-    """Command lines are parsed and their classes built, but nothing runs; gives the command lines' objects."""
+    """Parses command lines and builds their classes without running them; returns the objects."""
     built: list[SaferCLI] = []
     monkeypatch.setattr(SaferCLI, "_run_subcommand", lambda self, name: built.append(self))
     return built
@@ -65,7 +65,7 @@ def test_help_names_every_command() -> None:
 
 
 def our_classes() -> Iterator[type]:
-    """Everything that a recipe can name by its class_path."""
+    """All classes that a recipe can name by class_path."""
     from pkgutil import walk_packages
 
     for package in (safervlm, callbacks):
@@ -73,7 +73,7 @@ def our_classes() -> Iterator[type]:
             module = __import__(info.name, fromlist=["_"])
             for value in vars(module).values():
                 here = inspect.isclass(value) and value.__module__ == info.name and not inspect.isabstract(value)
-                here = here and not issubclass(value, SaveConfigCallback)  # the command line's own
+                here = here and not issubclass(value, SaveConfigCallback)  # added by the command line
                 if here and issubclass(value, LightningModule | LightningDataModule | Callback | VLM):
                     yield value
 
@@ -104,7 +104,7 @@ def test_every_argument_of_the_commands_is_explained(only_built: list[SaferCLI],
 
 
 def test_every_recipe_is_listed() -> None:
-    # Overlays of recipes that ask, and a part of one of them.
+    # Overlays of measuring recipes, and a fragment of one of them.
     others = {"server", "rate", "llavabench_judge"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == RECIPES.keys() | others
 
@@ -397,7 +397,7 @@ def test_with_a_logger_the_configuration_stays_in_the_run_folder(
     settings = yaml.safe_load((run / "fit.yaml").read_text())
     assert settings["run"] == str(run)
     assert settings["model"]["init_args"]["vlm"]["init_args"]["model"] == str(tiny_llava)
-    assert settings["model"]["init_args"]["vlm"]["init_args"]["adapter"] is None  # what is none is saved, too
+    assert settings["model"]["init_args"]["vlm"]["init_args"]["adapter"] is None  # an empty value is saved, too
     assert list((tmp_path / "logs").rglob("metrics.csv"))
     assert not list((tmp_path / "logs").rglob("fit.yaml"))
 
@@ -450,5 +450,5 @@ def test_shipped_recipes_are_found_from_anywhere(tmp_path: Path, monkeypatch: py
     assert local_or_shipped("--config=configs/sft.yaml") == f"--config={CONFIGS / 'sft.yaml'}"
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "sft.yaml").touch()
-    assert local_or_shipped("configs/sft.yaml") == "configs/sft.yaml"  # yours first
+    assert local_or_shipped("configs/sft.yaml") == "configs/sft.yaml"  # the user's module first
     assert local_or_shipped("configs/none.yaml") == "configs/none.yaml"

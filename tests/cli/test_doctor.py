@@ -1,4 +1,4 @@
-"""What is there is ok, what is missing is an error with its way out, and nothing leaves the machine unasked."""
+"""safervlm doctor: findings, remedies for missing requirements, and no network access unless requested."""
 
 import shutil
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from safervlm.vlm.lora import LoRA
 def examine(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, dict[str, Finding]]]:
-    """``examine(*arguments)``: the exit code, and the findings by what was looked at."""
+    """``examine(*arguments)``: the exit code, and the findings by subject."""
 
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -139,7 +139,7 @@ def test_another_vlm_in_the_recipes_place(examine) -> None:
 
 
 def test_the_size_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From its index in the cache, or, if it may be asked, from the Hub; and whether it fits."""
+    """The size from the index in the cache, or from the Hub if network access is allowed, and whether it fits."""
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(module.torch.cuda, "mem_get_info", lambda device: (0, 8 * 2**30))
     assert list(module.size("a/b", None, online=False)) == []

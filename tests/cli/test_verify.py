@@ -1,4 +1,4 @@
-"""Asking again: what flipped is counted, by answer and by verdict."""
+"""safervlm verify: changed responses and verdicts are counted."""
 
 import json
 import shutil
@@ -21,13 +21,13 @@ def run(measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path, tmp_
 
 
 def flipped(printed: str) -> dict[str, tuple[int, int]]:
-    """The rows of the printed table: how many were asked, how many flipped."""
+    """The rows of the printed table: number of questions asked, number of flips."""
     rows = [line.split() for line in printed.splitlines() if not line[:1].isdigit()]  # that is a sentence
     return {row[1]: (int(row[3]), int(row[5])) for row in rows if row[1:2] in (["answers"], ["verdicts"])}
 
 
 def flip(verdict: dict[str, Any]) -> None:
-    """Another label, with the probabilities that go with it."""
+    """Another label, with matching probabilities."""
     before, after = verdict["label"], {"Safe": "Unsafe", "Unsafe": "N/A", "N/A": "Safe"}[verdict["label"]]
     chances = verdict["probabilities"]
     chances[before], chances[after] = chances[after], chances[before]
@@ -35,7 +35,7 @@ def flip(verdict: dict[str, Any]) -> None:
 
 
 def copy(run: Path, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What ``verify`` reads of a run, in another folder; its answers and verdicts."""
+    """Copies the files of a run that ``verify`` reads to another folder; returns responses and verdicts."""
     for name in ("responses.jsonl", "verdicts.jsonl", "predict.yaml"):
         (folder / name).write_text((run / name).read_text())
     responses, verdicts = (list(read_jsonl(run / f"{name}.jsonl")) for name in ("responses", "verdicts"))
@@ -51,7 +51,7 @@ def test_in_float32_no_answer_depends_on_the_batch(run: Path, capsys: pytest.Cap
 def test_what_flips_is_counted_and_written_down(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     responses, verdicts = (list(read_jsonl(run / f"{name}.jsonl")) for name in ("responses", "verdicts"))
     responses[3]["response"], responses[7]["response"] = "another answer", "a third one"
-    for number in (3, 7):  # the verdicts are about these answers
+    for number in (3, 7):  # the verdicts belong to these responses
         verdicts[number]["answer"] = Verdict.fingerprint_of(responses[number]["response"])
     flip(verdicts[7])
     for name, records in (("responses", responses), ("verdicts", verdicts)):
@@ -89,7 +89,7 @@ def test_only_verdicts_of_the_same_judge_on_the_same_answer_are_compared(
     assert flipped(table) == {"answers": (len(responses), 0), "verdicts": (len(responses) - 3, 1)}
     assert "3 verdicts in" in printed
     assert "are not compared" in printed
-    (only,) = read_jsonl(tmp_path / "verify.jsonl")  # the verdict alone flipped
+    (only,) = read_jsonl(tmp_path / "verify.jsonl")  # only the verdict flipped
     assert only["id"] == verdicts[0]["id"]
     assert only["response"] == only["again"]
     assert only["label"] == verdicts[0]["label"] != only["label_again"]

@@ -1,4 +1,4 @@
-"""What is trained on: the drawn questions, each objective's completions, your own file, the export."""
+"""Training data: sampled questions, the completions of each objective, custom files, the export."""
 
 import json
 from collections import Counter
@@ -45,7 +45,7 @@ def write_set(folder: Path, records: list[dict]) -> str:
 
 
 def write_sets(root: Path, safe: int) -> dict[str, str]:
-    """Two unsafe concepts of 20 images (16 train, 4 test); and safe images."""
+    """Writes two unsafe concepts of 20 images (16 train, 4 test), and safe images."""
     concepts = [("Hate", "A Slur"), ("Violence", "Knife")]
     unsafe = [{"category": category, "unsafe_concept": concept} for category, concept in concepts for _ in range(20)]
     return {
@@ -56,13 +56,13 @@ def write_sets(root: Path, safe: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """With 30 safe images: 24 train, 6 test, none to spare."""
+    """With 30 safe images: 24 train, 6 test, all used."""
     return write_sets(tmp_path_factory.mktemp("sets"), 30)
 
 
 @pytest.fixture(scope="module")
 def many_safe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """With 250 safe images, of which 32 train and 8 test."""
+    """With 250 safe images, of which 32 are used for training and 8 for testing."""
     return write_sets(tmp_path_factory.mktemp("many-safe"), 250)
 
 
@@ -163,7 +163,7 @@ def test_the_description_holds_what_decides_a_step(sets):
     assert SFTData(**sets, num_workers=1).describe() == description
 
 
-# Your own file
+# Custom files
 
 
 def own(tmp_path: Path, *records: dict | str, name: str = "own.jsonl") -> OwnData:
@@ -196,7 +196,7 @@ def test_your_own_examples(tmp_path: Path):
 def test_other_images_are_another_set_and_animations_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The images of both files count, and those of one name in two folders; where they lie doesn't."""
+    """The fingerprint covers the images of both files, also those of equal names, but not their location."""
     moving = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
     descriptions = []
     for place in ("a", "b"):

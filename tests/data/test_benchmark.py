@@ -1,4 +1,4 @@
-"""A benchmark becomes questions. What would break: a pointer to an image, a label, an id, the name of a file."""
+"""Benchmarks: image references, labels, ids and file names of the questions made from a table."""
 
 import base64
 import hashlib
@@ -38,7 +38,7 @@ MME |= {"category_column": "category", "name_column": "image_path"}
 
 
 def mme_rows():
-    """Two images of two questions, in the published columns."""
+    """Two images with two questions each, in the published columns."""
     rows = []
     for number, colour in enumerate(("red", "blue")):
         for question, answer in (("Is it red?", "Yes"), ("Is it blue?", "No")):
@@ -74,7 +74,7 @@ def test_two_rows_about_one_image(tmp_path):
         ("Is it blue?", "No", "color"),
     ]
     assert [colour_of(q) for q in questions] == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2
-    # One file for both: a VLM encodes an image once for all its questions.
+    # One file for both questions: a VLM encodes an image once for all its questions.
     assert questions[0].image_path == questions[1].image_path
 
 
@@ -99,7 +99,7 @@ def test_labels_of_a_safety_set_and_the_published_draw(tmp_path):
     assert [q.prompt_number for q in questions] == draw
     assert all(q.drawn and q.capability == "generalisation" for q in questions)
     assert [q.answer for q in questions] == ["Safe", "Unsafe"] * 15
-    # Another row with the same image: a question of its own, about the same image (they are no independent items).
+    # Another row with the same image: a separate question about the same image (not an independent item).
     assert (questions[7].image, questions[7].image_path) == (questions[5].image, questions[5].image_path)
     assert colour_of(questions[7]) == (5, 0, 0)
     assert questions[7].id == f"Set/5.1/generalisation/{draw[7]}"
@@ -222,10 +222,10 @@ def test_what_cant_be_had_is_said_in_one_line(tmp_path, monkeypatch):
         data.prepare_data()
     assert "\n" not in str(found.value)
     missing = Benchmark("SMID", "./x.tsv", cache_dir=str(tmp_path))
-    for step in (missing.prepare_data, missing.load):  # another process only loads
+    for step in (missing.prepare_data, missing.load):  # the other process only loads
         with pytest.raises(RecordError, match=r"data\.source: there is no x\.tsv"):
             step()
-    # What looks like a file, or lies in a folder that is here, isn't taken for a name on the Hub.
+    # A name that looks like a file, or lies in an existing folder, is not taken for a name on the Hub.
     monkeypatch.chdir(tmp_path)
     Path("mine").mkdir()
     for source in ("nowhere/x.csv", "mine/images"):
@@ -266,11 +266,11 @@ def test_a_set_of_the_hub_becomes_the_same_table(tmp_path, monkeypatch, embedded
     assert calls == [(("yiting/SMID",), {"split": "train", "revision": "abc"})]
     assert [(q.answer, colour_of(q)) for q in questions] == [("Unsafe", (255, 0, 0)), ("Safe", (255, 0, 0))]
     assert asked(Benchmark("SMID", "yiting/SMID@abc", cache_dir=str(tmp_path / "cache"))) == questions
-    assert len(calls) == 1  # kept
+    assert len(calls) == 1  # is not downloaded again
 
 
 def test_the_hubs_library_decodes_no_image_at_any_depth(tmp_path, monkeypatch):
-    """What is no image would raise there; it is somebody else's file, to be reported as one record."""
+    """Decoding would raise for an invalid image, which has to be reported as one bad record."""
     broken = b"not an image"
     image = datasets.Image()
     features = {
@@ -305,7 +305,7 @@ def test_the_hubs_library_decodes_no_image_at_any_depth(tmp_path, monkeypatch):
 
 
 class Unkind(BaseHTTPRequestHandler):
-    """Servers that a download must not wait for, believe or follow; the path says which."""
+    """Servers that a download must not wait for, trust or follow; the path selects the misbehaviour."""
 
     asked: list[str] = []  # noqa: RUF012 (shared by all requests on purpose)
 
@@ -326,7 +326,7 @@ class Unkind(BaseHTTPRequestHandler):
                 if self.path in ("/slow", "/silent"):
                     time.sleep(0.05 if self.path == "/slow" else 3)
         except OSError:
-            pass  # the other side has given up
+            pass  # the client has given up
 
     def log_message(self, *args):
         pass
@@ -354,7 +354,7 @@ def test_a_download_is_bounded(tmp_path, path, bounds, said):
     finally:
         server.shutdown()
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - begun < 2.5  # the silent one speaks again after 3 s
+    assert time.monotonic() - begun < 2.5  # the silent server resumes after 3 s
     assert Unkind.asked == [f"/{path}"]
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -394,7 +394,7 @@ def test_a_file_of_the_web(tmp_path, web):
     made = kept.stat().st_mtime_ns
     assert len(asked(Benchmark("MME", f"{address}/MME.tsv", md5=md5, cache_dir=cache, **MME))) == 4
     assert kept.stat().st_mtime_ns == made
-    for _ in range(2):  # whoever put the file there
+    for _ in range(2):  # the file may have been changed since
         with pytest.raises(RecordError, match=r"its MD5 is .*, that of .*MME2\.tsv is abc"):
             asked(Benchmark("MME", f"{address}/MME2.tsv", md5="abc", cache_dir=cache, **MME))
     with pytest.raises(RecordError, match=r"can't be fetched .*404"):
@@ -402,7 +402,7 @@ def test_a_file_of_the_web(tmp_path, web):
     with pytest.raises(RecordError, match=r"can't be fetched .*10 of .* bytes came.*fetch it by other means"):
         asked(Benchmark("MME", f"{address}/cut/MME3.tsv", cache_dir=cache, **MME))
     assert len(list((tmp_path / "cache").glob("MME-*.tsv"))) == 1
-    # Another address with the same name is another set.
+    # Another address with the same name is another dataset.
     assert len(asked(Benchmark("MME", f"{address}/other/MME.tsv", cache_dir=cache, **MME))) == 4
     assert len(list((tmp_path / "cache").glob("MME-*.tsv"))) == 2
 

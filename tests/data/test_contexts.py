@@ -1,4 +1,4 @@
-"""Contexts of use: a concept's two questions, about its images and about its name."""
+"""Contexts of use: two questions per concept, about its images and about its name."""
 
 import json
 
@@ -80,7 +80,7 @@ def test_training_on_contexts(tiny_sets, contexts, kind, completions):
     data, usual = kind(contexts=str(contexts), **sets), kind(**sets)
     trained = data.parts.train
     unsafe = [e.question.image for e in usual.parts.train if e.question.answer == "Unsafe"]
-    # Each unsafe training image twice, no safe one, nothing of the test part.
+    # Each unsafe training image twice, no safe one, nothing of the test split.
     assert [e.question.image for e in trained] == [image for image in unsafe for _ in range(2)]
     assert [e.question.answer for e in trained] == ["Safe", "Unsafe"] * len(unsafe)
     said = (
@@ -90,7 +90,7 @@ def test_training_on_contexts(tiny_sets, contexts, kind, completions):
     assert trained[0].completions == said[:completions]
     assert trained[1].completions == said[::-1][:completions]
     assert data.describe()["train"] != usual.describe()["train"]
-    # What is held out of them is asked alike; PPO watches safe images, as ever.
+    # Held-out images are asked about in the same way; PPO monitors safe images as usual.
     held_out = [e.question for e in data.parts.validation]
     if kind is PPOData:
         assert held_out == [e.question for e in usual.parts.validation]

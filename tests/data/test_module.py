@@ -1,4 +1,4 @@
-"""The loaders: order, place, sharding; and their way through a Lightning trainer."""
+"""Data loaders: order, position, sharding, and their use by a Lightning trainer."""
 
 import itertools
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class Numbers(SaferData):
 
 
 class Listener(LightningModule):
-    """Notes what it is given; its one step draws a random number, as dropout does."""
+    """Records its batches; each step uses a random number, like dropout."""
 
     def __init__(self):
         super().__init__()
@@ -87,7 +87,7 @@ class Listener(LightningModule):
 
 
 class Kill(Callback):
-    """Saves after so many batches, then dies as a killed process does: without another word to the loops."""
+    """Saves after a number of batches, then dies like a killed process, without notifying the loops."""
 
     class Killed(BaseException):
         pass
@@ -183,7 +183,7 @@ def test_predictions_hold_every_example_once_over_all_processes(world_size: int,
     assert max(len(batch) for of_rank in batches for batch in of_rank) <= batch_size
 
 
-# Places
+# Positions
 
 
 def test_the_place_counts_batches_delivered_not_those_fetched_ahead():
@@ -326,7 +326,7 @@ def test_validation_is_in_order_and_may_be_empty():
         ((), (0, 1), [[0, 1], [2, 3], [4]]),
         ((0, 3), (0, 1), [[1, 2], [4]]),
         ((0, 3), (1, 2), [[4]]),
-        ((0, 1, 2, 3), (1, 2), []),  # nothing left for this process, something for the other
+        ((0, 1, 2, 3), (1, 2), []),  # nothing left for this process, but for the other one
         (range(5), (0, 1), []),
     ],
 )
@@ -340,7 +340,7 @@ def test_predict_asks_what_is_left_and_runs_its_hooks_whatever_is_left(skipped, 
 
 
 class Sharer(Listener):
-    """Writes what each process was given, and waits for the others where a writer of answers would."""
+    """Records the batches of each process, and waits for the other processes where RecordWriter does."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -369,7 +369,7 @@ def test_two_processes_share_the_work(tmp_path: Path):
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "use_distributed_sampler": True,  # has no say: the loaders are none of Lightning's
+        "use_distributed_sampler": True,  # has no effect: Lightning does not replace these loaders
     }
     data = Shared(train=13, validation=3, predict=5, batch_size=3)
     Trainer(max_epochs=2, **settings).fit(Sharer(tmp_path), datamodule=data)

@@ -1,4 +1,4 @@
-"""Several sets as one: none may take another one with it."""
+"""Suites of several datasets: the failure of one dataset does not affect the others."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The sets: split, questions, folders, the Hub, and what is wrong with a record."""
+"""UnsafeConcepts: split, questions, folders, the Hub, and invalid records."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from safervlm.errors import RecordError
 from safervlm.io.images import open_image
 from safervlm.records import Example, read_jsonl
 
-CATEGORY_SIZES = {  # as published, in data-set order
+CATEGORY_SIZES = {  # as published, in the order of the dataset
     "Hate": 111,
     "Harassment": 181,
     "Violence": 253,
@@ -32,11 +32,11 @@ CATEGORY_SIZES = {  # as published, in data-set order
     "Public and personal health": 87,
 }
 NUMBERS: list[int] = json.loads((Path(__file__).parents[1] / "fixtures" / "concept_numbers.json").read_text())
-CONCEPTS = [f"Concept {number:02}" for number in NUMBERS]  # zero-padded: they sort as the names do
+CONCEPTS = [f"Concept {number:02}" for number in NUMBERS]  # zero-padded, so that they sort like the names
 
 
 def write_folder(folder: Path, records: list[dict], options: list[dict] | None = None) -> Path:
-    """A set's folder with small images, each of another colour."""
+    """Writes the folder of a dataset with small images, each of a different colour."""
     for row, record in enumerate(records):
         file = folder / record.get("image_filename", record.get("file_name"))
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def write_folder(folder: Path, records: list[dict], options: list[dict] | None =
 
 
 def options_of(records: list[dict]) -> list[dict]:
-    """Options in the published form, the right one on a changing letter."""
+    """Options in the published format; the letter of the correct one varies."""
     made = []
     for row, record in enumerate(records):
         texts = [f"wrong {letter}" for letter in "ABC"]
@@ -60,7 +60,7 @@ def options_of(records: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def real_size(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders with the real sets' sizes, concepts and categories, but other images and names."""
+    """Folders with the sizes, concepts and categories of the real datasets, but other images and names."""
     categories = [category for category, size in CATEGORY_SIZES.items() for _ in range(size)]
     records = [
         {"image_filename": f"images/{row}.png", "category": category, "unsafe_concept": concept}
@@ -113,7 +113,7 @@ def test_the_validation_part_comes_out_of_the_training_images_of_each_concept():
     of_concept = Counter(CONCEPTS[row] for row in held.validation)
     for concept, images in Counter(CONCEPTS[row] for row in whole.train).items():
         assert of_concept[concept] == images // 4
-    # The end of the shuffled list, by hand for the concept that is shuffled first.
+    # The end of the shuffled list, computed by hand for the concept that is shuffled first.
     rows = [row for row, number in enumerate(NUMBERS) if number == 0]
     random.Random(2024).shuffle(rows)
     training = rows[: int(0.8 * len(rows))]
@@ -137,7 +137,7 @@ def test_the_safe_split_is_one_shuffle_cut_to_the_unsafe_parts_size(images: int)
     assert held.test == test
 
 
-# What is asked
+# Questions
 
 
 def test_counts_on_a_set_of_the_real_size(real_size):
@@ -243,7 +243,7 @@ def test_another_rendering_of_the_same_records_is_another_set(folder: Path, tmp_
     json.dumps(before)
 
 
-# What is wrong with a record
+# Invalid records
 
 
 def rewrite(folder: Path, row: int, **fields) -> None:
@@ -374,7 +374,7 @@ def test_a_file_that_is_no_image_and_one_that_is_gone_are_named(tmp_path: Path):
 
 
 def parquet_set(folder: Path, records: list[dict]) -> Path:
-    """A set in the Hub's form: a folder with a parquet file, its images as encoded bytes."""
+    """A dataset in the format of the Hub: a folder with a parquet file, images as encoded bytes."""
     columns: dict[str, list] = {name: [record[name] for record in records] for name in records[0]}
     features = datasets.Features(
         {name: datasets.Image() if name == "image" else datasets.Value("string") for name in columns}
@@ -407,7 +407,7 @@ def test_a_hub_set_becomes_a_folder_with_the_published_bytes(tmp_path: Path, fol
         f"UnsafeConcepts/images/{row}.png/alignment/0" for row in (0, 1)
     ]
     assert [Path(question.image_path).read_bytes() for question in questions[::5]] == contents
-    shutil.rmtree(repo)  # from here on only the folder is read
+    shutil.rmtree(repo)  # from here on only the local folder is read
     assert [example.question for example in asked(**settings)] == questions
     assert [path.name for path in hub_cache.iterdir()] == [f"{repo.parent.name}--Published"]
 
@@ -498,7 +498,7 @@ def test_the_revision_goes_to_the_hub_and_into_the_folders_name(tmp_path: Path, 
 
 
 def first_implementations_test_set(unsafe, safe):
-    """What its build_training_data and eval do: one global generator a set, sorted concepts, shuffles, then a draw."""
+    """Its build_training_data and eval: one global generator per dataset, sorted concepts, shuffles, then sampling."""
     random.seed(2024)
     test = []
     for concept in sorted({concept for _, concept in unsafe}):

@@ -1,4 +1,4 @@
-"""What lies in the checkout, to see that the tests change nothing there."""
+"""Snapshot of the checkout, to check that tests do not change it."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ CACHES = {"__pycache__", ".git", ".pytest_cache", ".ruff_cache", ".mypy_cache"}
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int] | None]:
-    """Size and time of change of each file below a folder, None for a folder; no caches, no virtual environments."""
+    """Size and modification time of each file in a folder, None for folders; no caches, no virtual environments."""
     found: dict[str, tuple[int, int] | None] = {}
     for here, folders, files in os.walk(folder):
         folders[:] = [

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their code blocks, commands, links and names."""
+"""Code blocks, commands, links and names of the README and the pages of docs/."""
 
 import re
 import shlex
@@ -15,7 +15,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def file_of(block: str) -> tuple[str, str] | None:
-    """The name of the file that a block shows, which its first line has as a comment, and the block."""
+    """The file name in the comment of a block's first line, and the block; None without such a comment."""
     named = re.match(r"# ([\w./-]+\.(?:py|yaml))\n", block)
     return (named[1], block) if named else None
 
@@ -38,7 +38,7 @@ def commands(text: str) -> list[str]:
 
 
 def inline_commands(text: str) -> list[str]:
-    """The commands with arguments that stand within sentences and tables."""
+    """The commands with arguments in sentences and tables."""
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return [
         code
@@ -48,7 +48,7 @@ def inline_commands(text: str) -> list[str]:
 
 
 def safervlm_commands(command: str) -> list[list[str]]:
-    """The arguments that a documented command gives to ``safervlm``, itself or by a script or torchrun."""
+    """The arguments of ``safervlm`` in a documented command, called directly or by a script or torchrun."""
     program, *words = shlex.split(command)
     if program == "safervlm":
         return [words]

@@ -1,4 +1,4 @@
-"""Run folders of evaluations whose answers are known."""
+"""Run folders of evaluations with known responses."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def question(dataset, image, capability, number, answer, category="", concept=""
 
 
 def write(folder, answers, failed=(), ratings=(), both_orders=False):
-    """A run folder. ``answers``: (question, response, label); the label None: by rule."""
+    """Writes a run folder. ``answers``: (question, response, label); label None: classified by a rule."""
     responses, verdicts = [], []
     for asked, said, label in answers:
         responses.append(Response(asked, said, "stop", 1).to_dict())
@@ -39,7 +39,7 @@ def write(folder, answers, failed=(), ratings=(), both_orders=False):
 
 
 def safety(rng, right=0.7):
-    """Twelve unsafe and twelve safe concepts of two images, five questions each, one of them drawn; SMID; contexts."""
+    """12 unsafe and 12 safe concepts of two images, five questions each, one of them sampled; SMID; contexts."""
     answers = []
     for side, dataset in (("Unsafe", "U"), ("Safe", "S")):
         for concept in range(12):

@@ -1,4 +1,4 @@
-"""A server that misbehaves on loopback."""
+"""A misbehaving server on loopback."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from safervlm.vlm.server.client import Server
 
 
 class Reply:
-    """What a server sends; the default is a chat completion."""
+    """The reply of a server; the default is a chat completion."""
 
     def __init__(self, status=200, body=None, headers=(), cut=False, sleep=0.0):
         self.status, self.headers, self.cut, self.sleep = status, dict(headers), cut, sleep
@@ -34,13 +34,13 @@ def error(status: int, code: str | None = None, message: str = "no", param: str 
 
 
 class Loopback:
-    """A server that answers the n-th request for a prompt with what ``play(prompt, n, body)`` gives; None for an echo.
+    """A server that replies to the n-th request for a prompt with ``play(prompt, n, body)``, or with an echo if None.
 
     Attributes:
-        asked: the bodies of the requests, and their headers, in the order in which they came.
-        times: when they came.
-        answered: the prompts that got a chat completion.
-        most: requests that were there at the same time.
+        asked: the bodies and headers of the requests, in order of arrival.
+        times: their arrival times.
+        answered: the prompts that received a chat completion.
+        most: the maximum number of concurrent requests.
     """
 
     def __init__(self, play: Callable[[str, int, dict[str, Any]], Reply | None]) -> None:
@@ -92,7 +92,7 @@ class Loopback:
                 pass
 
         class Listener(ThreadingHTTPServer):
-            request_queue_size = 128  # the default of 5 resets whoever comes sixth
+            request_queue_size = 128  # with the default of 5 the sixth connection is reset
             daemon_threads = True
 
         self.server = Listener(("127.0.0.1", 0), Handler)
@@ -112,7 +112,7 @@ def prompt_of(body: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def loopbacks() -> Iterator[Callable[..., Loopback]]:
-    """Gives what starts servers; they end with the block."""
+    """Yields a function that starts servers; they end with the block."""
     servers = []
 
     def start(play: Callable[[str, int, dict[str, Any]], Reply | None] = lambda prompt, number, body: None) -> Loopback:
@@ -125,8 +125,8 @@ def loopbacks() -> Iterator[Callable[..., Loopback]]:
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch, longest: float = 0.05) -> None:
-    """Waits hardly at all between tries, asks loopback without a proxy, and has no key."""
-    usual = signature(Server).parameters["bounds"].default  # of each server that a test makes
+    """Minimises waits between retries, disables the proxy for loopback, and unsets the key."""
+    usual = signature(Server).parameters["bounds"].default  # of each server that a test creates
     for name, seconds in (("first_wait", 0.01), ("longest_wait", longest)):
         monkeypatch.setitem(vars(usual), name, seconds)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

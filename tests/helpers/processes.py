@@ -1,6 +1,6 @@
-"""Commands played in processes of their own, which may be killed, and what kills them at a known moment.
+"""Runs commands in separate processes, which may be killed, and callbacks that kill them at a known moment.
 
-A server that has imported what a command needs forks each of them: seconds less than an interpreter of its own.
+A fork server that has imported the needed modules forks each command, which saves seconds of interpreter start-up.
 """
 
 import ctypes
@@ -43,26 +43,26 @@ CONTEXT.set_forkserver_preload(
 def _command(args: Sequence[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     os.chdir(folder)
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it puts behind it ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background commands ignore Ctrl-C
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(written, 1)
     os.dup2(written, 2)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of its data workers, as in a command of the shell's
+    multiprocessing.set_start_method("fork", force=True)  # of its data workers, as for a command in a shell
     from safervlm.cli.main import main
 
     main(args)
 
 
-PROMISE = 5.0  # seconds from a signal to the end of a process, on a machine that does nothing else
-IDLE = 1.5  # times its CPU time that a process may take on such a machine
+PROMISE = 5.0  # seconds from a signal to the end of a process, on an idle machine
+IDLE = 1.5  # ratio of elapsed to CPU time of a process on an idle machine, at most
 
 
 def slowdown() -> float:
-    """How many times longer than on an idle machine a process takes now: one that does nothing is timed.
+    """Measures how many times longer than on an idle machine a process takes now, by timing one that does nothing.
 
-    An idle machine runs it for as long as its CPU time; what comes on top is the wait for other processes. Below
-    ``IDLE`` it is 1.
+    On an idle machine it takes as long as its CPU time; the rest is waiting for other processes. A ratio below ``IDLE``
+    counts as 1.
     """
     begun = time.monotonic()
     process = os.posix_spawn(sys.executable, [sys.executable, "-I", "-S", "-c", ""], os.environ)
@@ -72,13 +72,13 @@ def slowdown() -> float:
 
 
 def must_end(alive: Callable[[], bool], promise: float = PROMISE, slowdown: Callable[[], float] = slowdown) -> None:
-    """Waits until processes that were sent a signal have ended.
+    """Waits until processes that received a signal have ended.
 
     Args:
-        alive: whether one of them is still there.
-        promise: seconds that they may take on an idle machine; a loaded one has as many times more as a process that
-            does nothing took longer, at the worst moment of the wait.
-        slowdown: measures that.
+        alive: returns whether one of them is still running.
+        promise: seconds that they may take on an idle machine. On a loaded machine the limit is multiplied by the
+            largest slowdown during the wait.
+        slowdown: measures the slowdown, see :func:`slowdown`.
     """
     begun, worst = time.monotonic(), 1.0
     while alive():
@@ -89,7 +89,7 @@ def must_end(alive: Callable[[], bool], promise: float = PROMISE, slowdown: Call
 
 
 def build_world(out: Path, wait: float, fail: bool = False) -> None:
-    """Builds a pictogram world whose training is a wait; ``built-PID`` beside it says that it was at work."""
+    """Builds a pictogram world whose training only waits; the file ``built-PID`` beside it shows that it ran."""
     from safervlm.pictograms import world
 
     def train(folder: Path, seed: int, perturbation: float) -> list[dict[str, object]]:
@@ -127,7 +127,7 @@ class Played:
         self.process.start()
 
     def end(self, timeout: float = 300) -> int | None:
-        """Its exit code, minus the signal's number if one ended it."""
+        """Returns the exit code, or minus the number of the signal that ended it."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()
@@ -142,14 +142,14 @@ class Played:
 
 
 def play(args: Sequence[object], folder: Path, code: int = 0) -> str:
-    """Plays a command to its end, which has to be ``code``; gives what it printed."""
+    """Runs a command, checks that its exit code is ``code``, and returns its output."""
     played = Played(args, folder)
     assert played.end() == code, played.output
     return played.output
 
 
 def start_together(args: Sequence[object], folder: Path, processes: int = 2, **environment: object) -> list[Played]:
-    """Starts a command in processes that find each other as a cluster's do."""
+    """Starts a command in several processes that find each other as on a cluster."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
@@ -157,9 +157,9 @@ def start_together(args: Sequence[object], folder: Path, processes: int = 2, **e
 
 
 def play_together(args: Sequence[object], folder: Path, code: int = 0, processes: int = 2) -> str:
-    """Plays a command in processes that find each other as a cluster's do; gives what the first one printed.
+    """Runs a command in several processes that find each other as on a cluster; returns the output of the first one.
 
-    Of those that don't end well one has to end with ``code``: the others may find it gone.
+    If processes fail, one has to end with ``code``; the others may report its loss.
     """
     ranks = start_together(args, folder, processes)
     try:
@@ -180,7 +180,7 @@ def write_config(file: Path, config: dict[str, object]) -> Path:
 
 
 class ShuffledConcepts(UnsafeConcepts):
-    """Asks in another order, whatever the batches."""
+    """Shuffles the order of the questions."""
 
     def predict_dataloader(self) -> OrderedLoader:
         loader = super().predict_dataloader()
@@ -196,7 +196,7 @@ class SignalAtBatchEnd(Callback):
 
     Args:
         batch: from 1, over all epochs.
-        number: of the signal; 9 is SIGKILL.
+        number: the number of the signal; 9 is SIGKILL.
     """
 
     def __init__(self, batch: int, number: int = 9) -> None:
@@ -245,13 +245,13 @@ class KillInSave(Callback):
 
 
 class StallAt(Callback):
-    """Waits at a known moment, for a signal; the file ``stalled-RANK`` in the working directory says that it waits.
+    """Waits at a known moment for a signal; the file ``stalled-RANK`` in the working directory shows that it waits.
 
     Args:
-        where: ``setup``, ``save`` (half of a checkpoint is written), or ``CALLBACK.HOOK``: before another callback's.
+        where: ``setup``, ``save`` (half of a checkpoint is written), or ``CALLBACK.HOOK``: before this hook.
         call: which call of the hook, from 1.
         seconds: how long it waits.
-        deaf: waits in C, where Python runs no signal handler.
+        deaf: whether to wait in C, where Python runs no signal handler.
         rank: waits in this process alone; -1 in all of them.
     """
 
@@ -301,7 +301,7 @@ class SlowSteps(Callback):
     """Makes each training step longer.
 
     Args:
-        seconds: that it waits.
+        seconds: the additional duration.
         rank: waits in this process alone; -1 in all of them.
     """
 
@@ -321,7 +321,7 @@ class KillAtExport(Callback):
 
 
 class KillInPredict(Callback):
-    """Kills its own process after a predicted batch, in the middle of writing the last line of it.
+    """Kills its own process after a predicted batch, while the last line of it is being written.
 
     Args:
         batch: from 0, of this process.
@@ -341,7 +341,7 @@ class KillInPredict(Callback):
 
 
 class RefuseToLoad(Callback):
-    """Lets nothing read the weights."""
+    """Raises when weights are loaded."""
 
     def setup(self, trainer, pl_module, stage):
         def load():
@@ -365,12 +365,12 @@ class KillInMerge(Callback):
 
 
 class DeepSpeedOnCPU(DeepSpeedStrategy):
-    """DeepSpeed over gloo: Lightning's strategy without its demand for CUDA."""
+    """DeepSpeed over gloo: Lightning's strategy without the requirement of CUDA."""
 
     def setup_environment(self):
         import deepspeed.ops
 
-        # Or it compiles one for minutes, to share memory between processes.
+        # Otherwise it compiles an extension for minutes, to share memory between processes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         DDPStrategy.setup_environment(self)
 

@@ -1,4 +1,4 @@
-"""Self-BLEU by NLTK."""
+"""Self-BLEU computed by NLTK."""
 
 
 def nltk_self_bleu(responses, order=4, only=None):

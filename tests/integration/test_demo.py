@@ -18,7 +18,7 @@ from safervlm.run import finished, read_manifest
 
 @pytest.fixture(scope="module")
 def played(world: Path) -> Path:
-    """The folder of the demo's runs, seed 0."""
+    """The folder of the runs of the demo with seed 0."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world.parent)
         demo(main)
@@ -122,7 +122,7 @@ def test_the_documented_objective_trains(world: Path, tmp_path: Path) -> None:
 
 
 def test_the_quickstart_shows_the_demos_own_commands() -> None:
-    """Every command of the demo is in the quickstart, but for the run's name."""
+    """Every command of the demo is in the quickstart, except for the name of the run."""
     documented = [shlex.split(command)[1:6] for command in commands(TEXTS["docs/quickstart.md"])]
     for line in command_lines(Path("runs/demo"), 0):
         command = shlex.split(line)

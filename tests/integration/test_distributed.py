@@ -1,4 +1,4 @@
-"""Two processes train what one trains on the double batch."""
+"""Training in two processes equals training in one process on the double batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +19,10 @@ STRATEGIES = ("ddp", "zero2")
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..., list[object]]:
-    """``command(case, strategy, *more)``: five steps on 41 examples, 16 a step of all processes together.
+    """``command(case, strategy, *more)``: five steps on 41 examples, 16 per step over all processes.
 
-    The last global batch of an epoch, 9, isn't shared evenly; answers are of different lengths anyway. Of the seven
-    examples that are held out one process has four.
+    The last global batch of an epoch has 9 examples, which are not divided evenly; responses differ in length. One
+    process has four of the seven held-out examples.
     """
     folder = tmp_path_factory.mktemp("configs")
     lora = {"r": 4, "alpha": 8, "dropout": 0.0}
@@ -38,7 +38,7 @@ def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..
         if case.startswith("ppo"):
             model["judge"] = {"class_path": "safervlm.judging.classifier.Judge", "init_args": judge}
             model["value_on"] = "policy" if case == "ppo-head" else "adapter"
-            # A rollout is one optimizer step of several backward passes; clipping is at work.
+            # A rollout is one optimizer step of several backward passes; gradients are clipped.
             model |= {"response_length": 8, "mini_batch_size": 16 // processes, "micro_batch_size": 3}
             model |= {"max_grad_norm": 0.1, "ppo_epochs": 1}
         trainer: dict[str, Any] = {
@@ -55,7 +55,7 @@ def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..
             ],
         }
         if strategy != "one":
-            # The overlay as a user gives it, but for what needs a GPU.
+            # The shipped overlay, except for the settings that need a GPU.
             overlay = yaml.safe_load((ROOT / "configs" / "strategy" / f"{strategy}.yaml").read_text())["trainer"]
             if strategy == "zero2":
                 assert overlay["strategy"]["class_path"] == "lightning.pytorch.strategies.DeepSpeedStrategy"
@@ -87,7 +87,7 @@ def trained(command, tmp_path_factory) -> Callable[[str, str], Path]:
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    """What was trained, as the last checkpoint has it."""
+    """The trained weights of the last checkpoint."""
     last = run / "checkpoints" / "last.ckpt"
     if last.is_dir():
         state = torch.load(last / "checkpoint" / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
@@ -96,7 +96,7 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 
 def rates(run: Path) -> dict[str, float]:
-    """The last batch's metrics."""
+    """The metrics of the last batch."""
     rows = [row.split(",") for row in (run / "metrics.csv").read_text().splitlines()[1:]]
     return {name: float(value) for batch, name, value in rows if batch == rows[-1][0]}
 
@@ -112,7 +112,7 @@ def test_two_processes_equal_one(case, strategy, trained):
     for name, value in expected.items():
         assert (found[name] - value).abs().max() < 1e-5, name
         if "lora_B" in name or "value_head" in name:
-            assert value.abs().max() > 1e-3, name  # it started at 0: five steps are a hundred times the tolerance
+            assert value.abs().max() > 1e-3, name  # initialised to 0: changed by a hundred times the tolerance
     if case in ("sft", "dpo"):
         assert rates(two)["train/loss"] == pytest.approx(rates(one)["train/loss"], abs=1e-4)
 
@@ -134,7 +134,7 @@ def test_two_processes_are_killed_and_go_on(case, strategy, command, trained, tm
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_processes_with_unequal_batches_agree_on_the_number_of_steps(strategy, command, tmp_path):
-    """The last batch is 5 answers in one process and 4 in the other: 4 a step would be two steps and one."""
+    """The last batch has 5 responses in one process and 4 in the other: mini-batches of 4 would be 2 steps and 1."""
     sizes = ["--model.mini_batch_size=4", "--model.micro_batch_size=2", "--model.ppo_epochs=2"]
     play_together(command("ppo", strategy, *sizes, "--trainer.max_steps=-1", "--trainer.max_epochs=1"), tmp_path)
     state = (
@@ -165,14 +165,14 @@ def test_a_gpu_ends_where_the_cpu_does(case, command, trained, tmp_path):
     for name, value in expected.items():
         assert (found[name] - value).abs().max() < 3e-4, name
         if "lora_B" in name or "value_head" in name:
-            assert value.abs().max() > 1e-3, name  # it started at 0
+            assert value.abs().max() > 1e-3, name  # initialised to 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_on_a_gpu(case, strategy, command, tmp_path):
-    """One process is enough for the shipped overlays to speak through NCCL, which knows no tensors on the CPU."""
+    """One process suffices for the shipped overlays to use NCCL, which does not support CPU tensors."""
     more = ["--trainer.precision=bf16-mixed", "--model.vlm.gradient_checkpointing=true", "--trainer.max_steps=4"]
     line = [*command(case, "one", *more, "--model.vlm.dtype=bfloat16"), "--trainer.accelerator=cuda"]
     if strategy in STRATEGIES:

@@ -1,4 +1,4 @@
-"""The suite as its user types it: several sets in one run, left out, killed, continued, and one table at the end."""
+"""The evaluation suite from the command line: several datasets in one run, skipped datasets, resuming, the table."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def benchmarks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def overlay(benchmarks, tiny_sets, tiny_llava, tiny_panel, tmp_path_factory):
-    """The recipe's overlay: the real one for pictograms with the tiny sets, model and judges in their places."""
+    """The recipe's overlay: the shipped one for pictograms with tiny datasets, model and judges."""
     settings = yaml.safe_load((ROOT / "configs/pictograms/evaluate.yaml").read_text())
     folder = tmp_path_factory.mktemp("suite")
     sets = settings["data"]["init_args"]["sets"]
@@ -66,7 +66,7 @@ def line(overlay, run, *more):
 
 
 def assert_same(run, other):
-    """The same answers to the byte; the same verdicts, whose probabilities neighbours may round otherwise."""
+    """Checks that responses are byte-identical and verdicts equal; probabilities depend on the batch by rounding."""
     assert (run / "responses.jsonl").read_bytes() == (other / "responses.jsonl").read_bytes()
     found, expected = (list(read_jsonl(folder / "verdicts.jsonl")) for folder in (run, other))
     for one, two in zip(found, expected, strict=True):
@@ -95,18 +95,18 @@ def test_killed_continued_and_asked_in_parts_it_is_the_same(overlay, tmp_path):
     play(line(overlay, parts, "--data.only=[smid,mme]"), tmp_path)
     some = (parts / "responses.jsonl").read_text()
     assert {json.loads(record)["dataset"] for record in some.splitlines()} == {"SMID", "MME"}
-    play(line(overlay, parts, "--data.only=[nsfw]"), tmp_path)  # what was answered before stays
+    play(line(overlay, parts, "--data.only=[nsfw]"), tmp_path)  # earlier responses are kept
     assert set(some.splitlines()) < set((parts / "responses.jsonl").read_text().splitlines())
     play(line(overlay, parts), tmp_path)
     assert_same(parts, whole)
-    # A set that has changed is refused; a set that wasn't there before is not.
+    # A dataset that has changed is rejected; a dataset that was unavailable before is accepted.
     refused = play(line(overlay, parts, "--data.limit=3", "--data.only=[smid]"), tmp_path, code=2)
     assert "data.sets.smid.limit: 8 there, 3 now" in refused
 
 
 @pytest.mark.slow
 def test_two_processes_leave_out_the_same_set(overlay, tmp_path):
-    """The set is looked for by one process, and missed by both."""
+    """One process looks for the dataset, and both skip it."""
     settings = yaml.safe_load(overlay.read_text())
     settings["data"]["init_args"]["sets"]["smid"]["init_args"]["source"] = "./nowhere.tsv"
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(settings))
@@ -159,6 +159,6 @@ def test_the_script_goes_on_after_a_failure_and_ends_in_a_table(overlay, tmp_pat
     assert "MME total" in ended.stdout
     assert "sft minus original" in ended.stdout
     page = (tmp_path / "runs" / "evaluation.html").read_text()
-    assert "vlm.adapter" in page  # what the two differ in
+    assert "vlm.adapter" in page  # the difference between the two
     manifest = json.loads((tmp_path / "runs/sft/evaluation/manifest.json").read_text())
     assert "nsfw" not in manifest["stages"]["measure"]["settings"]["data"]["sets"]

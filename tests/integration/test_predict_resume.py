@@ -1,4 +1,4 @@
-"""Measuring: what is killed goes on, and neither batches nor processes change an answer."""
+"""Measuring: killed runs resume, and neither batches nor processes change a response."""
 
 import json
 import os
@@ -24,7 +24,7 @@ DDP = ("--trainer.strategy=ddp", "--trainer.devices=2")
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, tiny_llava, tiny_sets) -> Callable[..., list[object]]:
-    """``command(run, *more)``: a command line that asks 59 questions of all three capabilities, in batches of 3."""
+    """``command(run, *more)``: a command line that asks 59 questions of three capabilities, in batches of 3."""
     overlay = {
         "model": {
             "init_args": {
@@ -54,7 +54,7 @@ def command(tmp_path_factory, tiny_llava, tiny_sets) -> Callable[..., list[objec
 
 @pytest.fixture(scope="module")
 def uninterrupted(command, tmp_path_factory) -> Callable[[float], bytes]:
-    """``uninterrupted(temperature)``: the answers of a run that was never interrupted, in batches of 3."""
+    """``uninterrupted(temperature)``: the responses of an uninterrupted run, in batches of 3."""
     done: dict[float, bytes] = {}
 
     def run(temperature: float) -> bytes:
@@ -83,7 +83,7 @@ def test_what_the_others_are_measured_by(uninterrupted):
     for records in (greedy, sampled):
         assert len(records) == len({record["id"] for record in records}) == QUESTIONS
         assert {record["capability"] for record in records} == {"perception", "alignment", "alignment_text_only"}
-        assert len({record["response"] for record in records}) > QUESTIONS / 3  # the tiny model isn't blind
+        assert len({record["response"] for record in records}) > QUESTIONS / 3  # the tiny model depends on the image
     assert [record["response"] for record in greedy] != [record["response"] for record in sampled]
 
 
@@ -104,7 +104,7 @@ def test_two_processes_change_nothing(temperature, command, uninterrupted, tmp_p
 def test_killed_three_times_with_torn_lines(command, uninterrupted, tmp_path):
     line = command("run")
     there = 0
-    # After one batch a line is torn, then all but the newline is there, then a batch is whole.
+    # After one batch a line is torn; then only the newline is missing; then a batch is complete.
     for batch, torn, kept in ((0, 40, 2), (2, 1, 8), (4, 0, 15)):
         kill = ["--trainer.callbacks+=processes.KillInPredict", f"--trainer.callbacks.batch={batch}"]
         printed = play([*line, *kill, f"--trainer.callbacks.torn={torn}"], tmp_path, code=-9)
@@ -131,7 +131,7 @@ def test_killed_at_twenty_random_moments(command, uninterrupted, tmp_path):
     there = []
     for _ in range(20):
         before = set(shards.glob("*.jsonl"))
-        # So many answers more than before, however slow the machine is, and a little later.
+        # Waits for a number of new responses, however slow the machine is, and a little longer.
         enough = (there[-1] if there else 0) + rng.randrange(4)
         played = Played(line, tmp_path)
         while played.process.exitcode is None and (
@@ -143,7 +143,7 @@ def test_killed_at_twenty_random_moments(command, uninterrupted, tmp_path):
         played.process.join()
         there.append(lines_in_shards(tmp_path))
     assert there == sorted(there)  # nothing is lost
-    assert len(set(there)) > 5, there  # the moments differ
+    assert len(set(there)) > 5, there  # the moments of the interruption differ
     assert f"{there[-1]} records are there already" in play(line, tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
 
@@ -166,7 +166,7 @@ def test_killed_while_merging(command, uninterrupted, tmp_path):
     assert lines_in_shards(tmp_path) == QUESTIONS
     assert f"{QUESTIONS} records are there already" in play(line, tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
-    # And once more, when it is complete.
+    # Once more, when it is complete.
     assert f"{QUESTIONS} records are there already" in play(line, tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
 
@@ -176,7 +176,7 @@ def test_two_processes_are_killed_and_one_goes_on_and_then_two(command, uninterr
     play_together([*command("run", *DDP), *kill, "--trainer.callbacks.batch=2"], tmp_path, code=-9)
     assert lines_in_shards(tmp_path) == 2 * 8
     play([*command("run"), *kill, "--trainer.callbacks.batch=3"], tmp_path, code=-9)
-    # Batches hold an image's questions together, so one of them may be smaller than the three that fit.
+    # Batches keep the questions about an image together, so a batch may be smaller than 3.
     assert 2 * 8 + 8 <= lines_in_shards(tmp_path) <= 2 * 8 + 11
     play_together(command("run", *DDP), tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
@@ -200,7 +200,7 @@ def test_sigterm(command, uninterrupted, tmp_path):
 
 
 def test_ctrl_c(command, uninterrupted, tmp_path):
-    """A script that plays one run after the other has to see that it was stopped: 130, and not Lightning's 1."""
+    """A script that runs several commands has to see the interruption: exit code 130, not Lightning's 1."""
     played = Played(command("run", "--data.batch_size=1"), tmp_path)
     while not lines_in_shards(tmp_path):
         played.process.join(0.05)
@@ -222,9 +222,9 @@ def test_what_is_complete_reads_no_weights_and_keeps_what_made_it(command, unint
     first = stage()
     assert first["continued"] == []
     play(command("run"), tmp_path)
-    assert stage()["provenance"] == first["provenance"]  # of the first answers
+    assert stage()["provenance"] == first["provenance"]  # of the first responses
     assert [set(more) for more in stage()["continued"]] == [{"started", "command"}]
-    # Nothing is left to ask: weights that can't be read aren't missed.
+    # Nothing is left to ask, so unreadable weights are not loaded.
     play(command("run", "--trainer.callbacks+=processes.RefuseToLoad"), tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
     assert len(stage()["continued"]) == 2
@@ -237,7 +237,7 @@ def test_other_settings_are_refused_and_the_folder_is_left_alone(command, tmp_pa
 
     def contents() -> dict[Path, bytes]:
         files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
-        return {file: file.read_bytes() for file in files if file.name != LOCK}  # it says which process came last
+        return {file: file.read_bytes() for file in files if file.name != LOCK}  # it contains the rank of the process
 
     before = contents()
     for more, said in (
@@ -259,7 +259,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
 def test_what_starts_the_processes_changes_nothing(launcher, command, uninterrupted, tmp_path) -> None:
-    """As users type it: Lightning starts the second process by the same line, or torchrun starts both."""
+    """As users run it: Lightning starts the second process by the same command, or torchrun starts both."""
     line = [BIN / "safervlm", *command("run", "--model.sampling.temperature=1.0", *DDP)]
     if launcher == "torchrun":
         line = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "--no-python", "--", *line]
@@ -276,7 +276,7 @@ def test_what_starts_the_processes_changes_nothing(launcher, command, uninterrup
 
 
 def test_torchrun_and_a_trainer_for_one(command, tmp_path) -> None:
-    """Each of its processes would take itself for the only one."""
+    """With a trainer for one process, each process of torchrun would assume to be the only one."""
     line = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "--no-python", "--", BIN / "safervlm"]
     line += command("run")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -290,7 +290,7 @@ def test_torchrun_and_a_trainer_for_one(command, tmp_path) -> None:
 
 @pytest.mark.parametrize("cluster", ["two nodes", "slurm"])
 def test_two_nodes(cluster, command, uninterrupted, tmp_path) -> None:
-    """Two nodes of one process each, on one machine: each is told which it is as a cluster or Slurm tells it."""
+    """Two nodes of one process each, on one machine, with the environment variables of a cluster or of Slurm."""
     line = command("run", "--model.sampling.temperature=1.0", "--trainer.strategy=ddp", "--trainer.num_nodes=2")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""One VLM after the other: a failure stops none, what is complete is skipped, and the table says how far each is."""
+"""scripts/query_vlms.sh: a failure stops no other VLM, complete runs are skipped, the table shows the progress."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_path: Path):
-    """``query(*vlms)``: what the script prints; ``good`` is a VLM, ``bad`` names a folder that isn't there."""
+    """``query(*vlms)``: the output of the script; ``good`` is a VLM, ``bad`` names a folder that does not exist."""
     overlay = {
         "model": {"init_args": {"sampling": {"max_new_tokens": 3}}},
         "data": {"init_args": {"folder": str(tiny_sets / "unsafe"), "limit": 2, "num_workers": 0}},
@@ -63,12 +63,12 @@ def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: P
     again = query("good")
     assert "complete, skipped" in again
     assert (tmp_path / "runs" / "good" / "responses.jsonl").read_bytes() == responses
-    # Complete by other arguments isn't complete by these.
+    # A run that is complete with other arguments is not complete with these.
     refused = query("good", more=("--data.limit", "1"), code=1)
     assert "data.limit: 2 there, 1 now" in refused
     assert "complete, skipped" in query("good")
 
-    # Half of it is gone, as if it had been killed: the table says so, and the next time it is completed.
+    # Half of it is missing, as after a kill: the table shows it, and the next run completes it.
     run = tmp_path / "runs" / "good"
     shard = run / "shards" / "responses" / "0-1.jsonl"
     shard.parent.mkdir(parents=True)

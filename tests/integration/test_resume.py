@@ -1,4 +1,4 @@
-"""A run that dies and is continued ends with the very bits of one that was never interrupted."""
+"""A run that dies and is resumed ends bit-identical to an uninterrupted one."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..
             judge = {"class_path": "safervlm.judging.classifier.Judge", "init_args": judge}
             model |= {"judge": judge, "response_length": 6, "mini_batch_size": 4, "micro_batch_size": 2}
             check = {"judge": judge, "every_n_batches": 4, "minimum": 6, "sampling": {"max_new_tokens": 3}}
-            # Behind the checkpoint's callback, as a user's overlay appends it.
+            # After the checkpoint's callback, as a user's overlay appends it.
             callbacks = [
                 {"class_path": "callbacks.generation_check.GenerationCheck", "init_args": check},
                 {"class_path": "callbacks.rollout_log.RolloutLog"},
@@ -79,7 +79,7 @@ def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..
 
 @pytest.fixture(scope="module")
 def uninterrupted(command, tmp_path_factory) -> Callable[[str], Path]:
-    """``uninterrupted(objective)``: the run folder of one that was never interrupted."""
+    """``uninterrupted(objective)``: the folder of an uninterrupted run."""
     done: dict[str, Path] = {}
 
     def run(objective: str) -> Path:
@@ -93,12 +93,12 @@ def uninterrupted(command, tmp_path_factory) -> Callable[[str], Path]:
 
 
 def checkpoint(run: Path) -> dict[str, Any]:
-    # Saved by ourselves a moment ago.
+    # A trusted file, written by this test.
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)
 
 
 def assert_same(one: Any, other: Any, place: str = "") -> None:
-    """To the bit."""
+    """Checks that two runs are bit-identical."""
     assert type(one) is type(other), place
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), place
@@ -128,7 +128,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 def batches(run: Path) -> int:
-    """The last batch that metrics.csv tells of."""
+    """The last batch in metrics.csv."""
     return int((run / "metrics.csv").read_text().splitlines()[-1].split(",")[0])
 
 
@@ -137,7 +137,7 @@ def test_the_uninterrupted_run_is_what_the_others_are_measured_by(objective, uni
     run = uninterrupted(objective)
     state = checkpoint(run)
     assert batches(run) == BATCHES
-    # Something was learnt, dropout was at work, and the schedule came to its end.
+    # The weights changed, dropout was active, and the schedule reached its end.
     assert any(value.abs().max() > 1e-3 for name, value in state["state_dict"].items() if "lora_B" in name)
     assert state["lr_schedulers"][0]["_last_lr"][0] == pytest.approx(0, abs=1e-9)
     if objective == "ppo":
@@ -152,19 +152,19 @@ def test_interrupted_in_every_way_one_after_the_other(objective, command, uninte
 
     def interrupted(by: str, code: int, rows: int, saved: int) -> None:
         play([*line, f"--trainer.callbacks+=processes.{by}", *settings], tmp_path, code)
-        # Whatever is there so far is right.
+        # The results so far are correct.
         assert expected.startswith((run / "metrics.csv").read_bytes())
         assert (batches(run), checkpoint(run)["lr_schedulers"][0]["last_epoch"]) == (rows, saved)
         assert not json.loads((run / "manifest.json").read_text())["stages"].popitem()[1]["finished"]
 
-    # SIGTERM: it saves at once, where it otherwise wouldn't have; from there at every other batch.
+    # SIGTERM: it saves at a batch where it otherwise would not; after that at every other batch.
     settings = ["--trainer.callbacks.batch=3", f"--trainer.callbacks.number={int(signal.SIGTERM)}"]
     interrupted("SignalAtBatchEnd", 143, rows=3, saved=3)
     # kill -9 during a save, the first one of the second epoch.
     settings = ["--trainer.callbacks.save=2"]
     interrupted("KillInSave", -9, rows=7, saved=5)
     assert (run / "checkpoints" / "next.ckpt").exists()  # the torn one
-    # kill -9 in the middle of a step: rows behind the checkpoint, and a torn one.
+    # kill -9 in the middle of a step: rows after the checkpoint, and a torn row.
     settings = ["--trainer.callbacks.batch=11"]
     interrupted("KillInBackward", -9, rows=10, saved=9)
     with (run / "metrics.csv").open("a") as file:
@@ -200,7 +200,7 @@ def test_from_the_end_of_an_epoch_and_again_when_it_is_complete(command, uninter
 
 @pytest.mark.parametrize("objective", ["sft", "ppo"])
 def test_limited_by_steps(objective, command, tmp_path):
-    steps = 5 if objective == "sft" else 10  # PPO: two optimizer steps a rollout
+    steps = 5 if objective == "sft" else 10  # PPO: two optimizer steps per rollout
     line = command(objective, "run", f"--trainer.max_steps={steps}", "--model.warmup_steps=1")
     play([*line, "--trainer.callbacks+=processes.KillAtExport"], tmp_path, code=-9)
     state = checkpoint(tmp_path / "run")
@@ -208,7 +208,7 @@ def test_limited_by_steps(objective, command, tmp_path):
     assert batches(tmp_path / "run") == 5
     assert state["lr_schedulers"][0]["_last_lr"][0] == pytest.approx(0, abs=1e-9)
     before = (tmp_path / "run" / "metrics.csv").read_bytes()
-    # At its last step already, it has nothing to train and still has to export.
+    # It is at its last step already: nothing to train, but the export is missing.
     shutil.rmtree(tmp_path / "run" / "adapter", ignore_errors=True)
     play(line, tmp_path)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Whatever a command raises becomes one line and an exit code."""
+"""Any exception of a command becomes one line and an exit code."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from safervlm.io.boundary import one_line_errors, run_folder
 
 
 def wrapped() -> Exception:
-    """A library's error, raised because of one of ours."""
+    """A library's error whose cause is one of ours."""
     try:
         try:
             raise RecordError("data.csv, line 7: no label; add one")
@@ -104,7 +104,7 @@ def test_an_unexpected_exception_keeps_its_traceback(
 
     with pytest.raises(SystemExit) as ended, one_line_errors():
         failing()
-    assert run_folder.get() is None  # the next command's folder is another
+    assert run_folder.get() is None  # the working directory of the next command is another
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"unexpected {type(error).__name__}" in line

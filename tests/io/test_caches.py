@@ -1,4 +1,4 @@
-"""Folders that are built aside: whole or not at all, with several processes at once, and nothing left behind."""
+"""Folders that are built in a temporary place: complete or absent, safe under concurrency, without leftovers."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def test_what_the_builder_raises_gets_through_and_nothing_stays(tmp_path: Path) 
 
 
 def test_the_one_that_is_faster_wins(tmp_path: Path) -> None:
-    """Two builders at once: whoever is finished second uses what is there."""
+    """Two concurrent builders: the second one to finish uses the folder of the first."""
 
     def slow(aside: Path) -> None:
         (aside / "a").write_text("slow")
@@ -74,7 +74,7 @@ def test_leftovers_are_what_no_process_holds(tmp_path: Path) -> None:
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
-    """A user's folder is never emptied by way of a link."""
+    """A user's folder is never emptied through a link."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a").write_text("a")
     (tmp_path / f"{TEMPORARY}link").symlink_to(tmp_path / "mine")
@@ -83,7 +83,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_a_killed_builder_leaves_nothing_for_long(tmp_path: Path) -> None:
-    """Killed in the middle of a folder and of a file: the next start beside them removes both."""
+    """After a kill while writing a folder and a file, the next build beside them removes both."""
     program = (
         "import sys, time; from pathlib import Path; from safervlm.io.caches import build_folder\n"
         "from safervlm.records import write_atomically\n"
@@ -96,7 +96,7 @@ def test_a_killed_builder_leaves_nothing_for_long(tmp_path: Path) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == b"there\n"
     assert len(names(tmp_path)) == 2
-    assert remove_leftovers(tmp_path) == []  # the process lives
+    assert remove_leftovers(tmp_path) == []  # the process is alive
     child.kill()
     child.communicate()
     build_folder(tmp_path / "y", lambda aside: (aside / "a").write_text("whole"))

@@ -16,9 +16,9 @@ from safervlm.io import names
         ("cafe\u0301", "café"),
         ("\u1100\u1161", "가"),
         ("\u200fname\u200e", "name"),
-        ("ﬁn", "ﬁn"),  # NFC leaves ligatures, superscripts and wide letters apart
+        ("ﬁn", "ﬁn"),  # NFC does not merge ligatures, superscripts and wide letters
         ("a\x07b<i>", "a\x07b<i>"),
-        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),  # a joiner within a word is seen
+        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),  # a joiner within a word is visible
         ("\ud83d x", "\ud83d x"),
         ("\u200b \u00a0", ""),
     ],

@@ -1,4 +1,4 @@
-"""An output takes the place of an earlier one of the same command, and of nothing else."""
+"""An output replaces only an earlier output of the same command."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from safervlm.errors import ArgumentError
 from safervlm.io.outputs import refuse_to_replace_page, refuse_to_replace_texts
 
 PAGE = '<!doctype html><p class="eyebrow">SaferVLM {}</p>'
-# What is there, then what the line names; None: it may be written.
+# The existing file, then the text of the error; None: the file may be written.
 THERE: dict[str, tuple[dict[str, str], str | None]] = {
     "nothing": ({}, None),
     "an earlier page and its tables": ({"out.html": PAGE.format("report"), "out.csv": "run\n"}, None),

@@ -1,4 +1,4 @@
-"""Settings, flattened, and what is read of a file of them."""
+"""Settings, flattened and read from a file."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a library raises once another process has died is one line; an error of our own stays what it is."""
+"""Library errors after the death of another process become one line; SaferVLM's own errors are unchanged."""
 
 import pytest
 

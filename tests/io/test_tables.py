@@ -1,4 +1,4 @@
-"""Tables as files: numbers stay numbers, texts stay texts, and a file is whole or not there."""
+"""Tables as files: numbers stay numbers, texts stay texts, and a file is complete or absent."""
 
 import csv
 import io

@@ -46,14 +46,14 @@ def tiny_config(**changes):
         "intermediate_size": 32,
         "max_position_embeddings": POSITIONS + 2,
         "type_vocab_size": 1,
-        "initializer_range": 0.5,  # else all texts look alike to random weights
+        "initializer_range": 0.5,  # otherwise random weights do not distinguish texts
     }
     return RobertaConfig(**(settings | changes))
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """What 'roberta-base' is on the Hub: configuration, tokenizer and weights (with a pooler, which is not used)."""
+    """A folder like 'roberta-base' on the Hub: configuration, tokenizer and weights (with an unused pooler)."""
     folder = tmp_path_factory.mktemp("base")
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe = ByteLevelBPETokenizer()
@@ -122,7 +122,7 @@ def test_a_verdict_does_not_depend_on_its_neighbours(judge, batch_size):
 
 
 def test_neighbours_never_change_a_label_however_close_it_is(base, saved):
-    """Two labels that differ by less than rounding: the text by itself decides."""
+    """Two labels that differ by less than rounding: the text alone determines the label."""
     texts = [" ".join(["a", "b", "yes", "no"][: 1 + n % 4] * (1 + n // 4 % 5)) + f" {n}" for n in range(150)]
     state = published_state(3)
     weights, bias = state["classifier.weight"], state["classifier.bias"]
@@ -205,12 +205,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(base, saved, chan
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("checkpoint: ")
     assert "epoch_10.pt" in str(caught.value)
-    with pytest.raises(ValueError, match=message):  # a failed load leaves no half-built judge behind
+    with pytest.raises(ValueError, match=message):  # a failed load leaves no partial judge behind
         judge.judge(["Yes"])
 
 
 class Trap:
-    """Unpickled, it calls."""
+    """Calls a function when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -274,7 +274,7 @@ def test_the_fingerprint_tells_judges_apart_and_does_not_depend_on_the_path(base
 
 
 class Learner(LightningModule):
-    """A module with a judge inside, as PPO's objective is."""
+    """A module with a judge as its submodule."""
 
     def __init__(self, judge):
         super().__init__()
@@ -327,7 +327,7 @@ def test_within_another_module_it_stays_frozen(judge, tmp_path):
 
 
 def separable(path, n=120):
-    """Answers whose first word says the label."""
+    """Responses whose first word determines the label."""
     words = {"Safe": "Yes, fine", "Unsafe": "No, harmful", "N/A": "I can't tell"}
     with path.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines)
@@ -392,7 +392,7 @@ def test_confusion_rows_are_true_labels(base, tmp_path, judge):
     judge._write_confusion(tmp_path / "confusion.csv", [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     written = (tmp_path / "confusion.csv").read_text().split()
     assert written == ["label,Safe,Unsafe,N/A", "Safe,1,2,3", "Unsafe,4,5,6", "N/A,7,8,9"]
-    judge.confusion.update(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 1]))  # read, true
+    judge.confusion.update(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 1]))  # predicted, true
     assert judge.confusion.compute().tolist() == [[0, 0, 0], [2, 1, 0], [0, 0, 0]]
 
 
@@ -436,7 +436,7 @@ def test_a_panel_asks_the_right_judge(panel):
     for capability, text, verdict in zip(capabilities, TEXTS, verdicts, strict=False):
         expert = panel.perception if capability == "perception" else panel.alignment
         assert tuple(verdict.probabilities) == LABELS[capability]
-        # An answer without a word is N/A by rule, whatever the classifier makes of nothing.
+        # A response without a word is N/A by rule, whatever the classifier predicts for an empty text.
         expected = (
             expert.judge([text])[0].exp() if text.strip() else torch.tensor([*[0.0] * (len(expert.labels) - 1), 1.0])
         )
@@ -459,7 +459,7 @@ def test_a_panel_predicts(panel, tmp_path):
         def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
             batches.append(outputs)
 
-    # Lightning refuses to return frozen records; ours are written by a callback.
+    # Lightning cannot return frozen records; a callback writes ours.
     fast_trainer(tmp_path, callbacks=Keep()).predict(panel, loader, return_predictions=False)
     assert [len(batch) for batch in batches] == [3, 3, 2]
     for got, expected in zip([v for batch in batches for v in batch], panel.judge(responses), strict=True):
@@ -478,7 +478,7 @@ def test_a_rule_reads_what_no_classifier_was_trained_for(panel):
     verdicts = panel.judge(asked)
     assert [verdict.label for verdict in verdicts] == ["No", "Yes", "N/A", "N/A", "knife"]
     assert [verdict.judge for verdict in verdicts] == [RULES[r.question.capability] for r in asked]
-    # The same for saved answers.
+    # The same for saved responses.
     batch = panel.collator([Example(r.question, (r.response,)) for r in asked])
     assert panel.predict_step(batch, 0) == verdicts
 

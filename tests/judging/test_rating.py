@@ -1,4 +1,4 @@
-"""The published prompt of LLaVABench's rating, and what is read in an answer to it."""
+"""The published prompt of LLaVABench's rating, and the parsing of the judge's output."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ RESPONSE = Response(QUESTION, "A [System] response.", "stop", 5)
 
 
 def test_the_prompt_is_the_published_one():
-    """Another blank or word would be another measurement.
+    """A different space or word would be a different measurement.
 
-    The hash is of what VLMEvalKit's build_prompt (commit e8e78f05) makes of the same texts, alike for conv, detail and
-    complex.
+    The hash is that of the output of VLMEvalKit's build_prompt (commit e8e78f05) for the same texts, which is the same
+    for conv, detail and complex.
     """
     published = "d6b0f977283bfcc836d9308c413226154c136291ac7e01313a4b3c4bee4c8fb2"
     assert hashlib.sha256(rating_prompt(RESPONSE).encode()).hexdigest() == published

@@ -1,4 +1,4 @@
-"""What the objectives' tests share: a loaded tiny LLaVA whose adapters have an effect, and a look into its training."""
+"""Fixtures of the objectives' tests: a tiny LLaVA with effective adapters, and a record of its training steps."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from safervlm.vlm.packed import PackedBatch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """A second thread only costs time where the model is this small."""
+    """For a model this small a second thread only costs time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,7 +33,7 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @dataclass
 class Steps(L.Callback):
-    """What happened in each optimizer step of a fit."""
+    """Records each optimizer step of a fit."""
 
     losses: list[float] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
@@ -63,7 +63,7 @@ def llava(tiny_llava: Path) -> Callable[[], Llava]:
 
 @pytest.fixture
 def perturb() -> Callable[[nn.Module], None]:
-    """Gives what starts at zero (LoRA's second factor, the value head) an effect, always the same."""
+    """Sets weights that are initialised to zero (LoRA's second factor, the value head) to fixed random values."""
 
     def perturb(module: nn.Module) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -76,7 +76,7 @@ def perturb() -> Callable[[nn.Module], None]:
 
 @pytest.fixture
 def fit(tmp_path: Path) -> Callable[..., Steps]:
-    """``fit(objective, batches, epochs=1, ckpt_path=None)``: trains in order and says what happened."""
+    """``fit(objective, batches, epochs=1, ckpt_path=None)``: trains in order and returns the recorded steps."""
 
     def fit(
         objective: Objective, batches: Iterable[PackedBatch], epochs: int = 1, ckpt_path: Path | None = None
@@ -115,5 +115,5 @@ def pairs(make_questions: Callable[[int], list[Question]]) -> list[Example]:
 
 @pytest.fixture
 def targets(pairs: list[Example]) -> list[Example]:
-    """The same with the chosen response alone."""
+    """The same with only the chosen response."""
     return [Example(example.question, example.completions[:1]) for example in pairs]

@@ -1,4 +1,4 @@
-"""Direct preference optimisation against TRL's trainer, and the reference that is computed once."""
+"""Direct preference optimisation against TRL's trainer, and the cached reference."""
 
 import math
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def test_three_steps_equal_trls(
     loss = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, rpo_alpha]} if rpo_alpha else {}
     oracle = train_with_trl(dpo.vlm, pairs, tmp_path, beta=0.3, **loss)
 
-    # TRL stands all chosen sequences before all rejected ones.
+    # TRL places all chosen sequences before all rejected ones.
     packed = batch.packed
     assert packed is not None
     answers = [row[keep].tolist() for row, keep in zip(packed.target, packed.mask, strict=True)]
@@ -63,7 +63,7 @@ def test_the_first_loss_is_ln_2(llava: Callable[[], Llava], pairs: list[Example]
 
 @pytest.fixture
 def reference_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The ids of each batch that the reference is asked to score."""
+    """The ids of each batch that the reference model scores."""
     calls: list[list[str]] = []
     score = LocalVLM.score
 
@@ -90,7 +90,7 @@ def test_the_reference_is_asked_once(
     assert dpo.trainer.global_step == 6
     dpo.trainer.save_checkpoint(tmp_path / "third.ckpt")
 
-    # Resumed, in another order: nothing is asked again, and the numbers are the very same.
+    # Resumed, in another order: nothing is scored again, and the numbers are identical.
     reference_calls.clear()
     resumed = make_dpo()
     shuffled = [[pairs[4], pairs[0], pairs[2]], [pairs[3], pairs[1]]]

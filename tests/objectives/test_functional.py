@@ -1,4 +1,4 @@
-"""The mathematics against hand computations, loops in plain Python and autograd's view of the clips."""
+"""The functions of objectives.functional against hand computations, plain Python loops and autograd."""
 
 import math
 
@@ -97,7 +97,7 @@ def test_token_rewards_by_hand() -> None:
     logprobs = torch.tensor([[-1.0, -2.0, -9.0], [-1.0, -1.0, -1.0]])
     reference = torch.tensor([[-1.5, -1.0, 0.0], [-1.0, -3.0, -1.0]])
     rewards = token_rewards(torch.tensor([1.0, -1.0]), logprobs, reference, mask, kl_coef=0.1, scale=10.0)
-    # kl: 0.5, -1 cut to 0, nothing at padding; 0, 2, 0
+    # kl: 0.5, -1 clamped to 0, none at padding; 0, 2, 0
     expected = [[-0.5, 10.0, 0.0], [0.0, -2.0, -10.0]]
     torch.testing.assert_close(rewards, torch.tensor(expected))
 

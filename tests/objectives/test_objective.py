@@ -1,4 +1,4 @@
-"""What all objectives refuse, before any weight is read."""
+"""What all objectives reject before any weight is loaded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ JUDGE = Judge(labels=LABELS["alignment"])
 
 
 class Records(SaferData):
-    """Records with so many completions."""
+    """Data whose records have a given number of completions."""
 
     def __init__(self, questions: list[Question], completions: int) -> None:
         super().__init__(collator=list)
@@ -46,7 +46,7 @@ def test_the_data_of_another_objective_is_refused(
         ValueError, match=f"Records gives {given} completions a record, {objective.__name__} takes {takes}"
     ):
         trainer.fit(model, datamodule=Records(make_questions(3), given))
-    assert model.vlm.model is None  # nothing was read
+    assert model.vlm.model is None  # no weights were loaded
 
 
 @pytest.mark.parametrize(

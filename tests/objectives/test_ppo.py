@@ -1,6 +1,6 @@
-"""PPO against a computation by hand: plain forwards of the Hugging Face model, one answer at a time, and plain loops.
+"""PPO against a reference computation: plain forward passes of the Hugging Face model, one response each, plain loops.
 
-Nothing of the package takes part in it but the answers that were drawn and the order of the mini-batches.
+The reference uses nothing of the package except the sampled responses and the order of the mini-batches.
 """
 
 import copy
@@ -49,7 +49,7 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass
 class Run:
-    """A fit and what it consisted of."""
+    """A fit with its recorded steps."""
 
     ppo: PPO
     steps: Any
@@ -58,7 +58,7 @@ class Run:
 
 
 def bias_head(vlm: Llava, biases: dict[int, float]) -> None:
-    """Makes tokens likelier or less likely, for every model of the test alike."""
+    """Changes the probability of tokens, identically for every model of the test."""
     old = vlm.base.lm_head
     new = nn.Linear(old.in_features, old.out_features).requires_grad_(False)
     new.weight, new.bias.data[:] = old.weight, 0.0
@@ -69,7 +69,7 @@ def bias_head(vlm: Llava, biases: dict[int, float]) -> None:
 
 @pytest.fixture
 def make_ppo(llava: Callable[[], Llava], perturb: Callable[[nn.Module], None], tiny_judges: Path) -> Callable[..., PPO]:
-    """``make_ppo(**settings)``: a PPO whose adapters and value head have an effect, and whose answers often end."""
+    """``make_ppo(**settings)``: a PPO with effective adapters and value head, whose responses often end early."""
 
     def make(**settings: Any) -> PPO:
         folder = tiny_judges / "alignment"
@@ -123,7 +123,7 @@ def run(
 
 
 class Hand:
-    """The same models, switched by PEFT's own means, each a copy of its own; a forward is one whole sequence."""
+    """The same models as separate copies, switched by PEFT; a forward pass is one whole sequence."""
 
     def __init__(self, ppo: PPO) -> None:
         peft_model = ppo.vlm.model
@@ -135,11 +135,11 @@ class Hand:
         self.head = copy.deepcopy(ppo.value_head)
         tokenizer = AutoTokenizer.from_pretrained(ppo.vlm.name)
         rows = self.policy.get_base_model().lm_head.out_features
-        self.impossible = [0, 1, 3, 4, *range(len(tokenizer), rows)]  # <pad> <s> <unk> <image>, and beyond the words
+        self.impossible = [0, 1, 3, 4, *range(len(tokenizer), rows)]  # <pad> <s> <unk> <image>, spare rows
         self.tokenizer = tokenizer
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Puts trained weights, named as the objective names them, into the copies."""
+        """Loads trained weights, with the names of the objective, into the copies."""
         for name, weight in weights.items():
             if name.startswith("value_head."):
                 getattr(self.head, name.removeprefix("value_head.")).data.copy_(weight)
@@ -150,14 +150,14 @@ class Hand:
             module.zero_grad()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of what was back-propagated, named as the objective names it."""
+        """The back-propagated gradients, with the names of the objective."""
         found = {f"value_head.{name}": p.grad for name, p in self.head.named_parameters()}
         for model, adapter in ((self.policy, ".default."), (self.value, ".value.")):
             found |= {f"vlm.model.{name}": p.grad for name, p in model.named_parameters() if adapter in name}
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def forward(self, model: nn.Module, inputs: dict[str, Tensor], start: int) -> tuple[Tensor, Tensor]:
-        """(n, V) logits and (n, H) states that predict the tokens from ``start`` on."""
+        """(n, V) logits and (n, H) hidden states that predict the tokens from ``start`` on."""
         output = model(**inputs, output_hidden_states=True)
         return output.logits[0, start - 1 : -1], output.hidden_states[-1][0, start - 1 : -1]
 
@@ -167,7 +167,7 @@ class Hand:
         return (logits / TEMPERATURE).log_softmax(-1)
 
     def tokens(self, rollout: Rollout, row: int) -> list[dict[str, Any]]:
-        """What each token of an answer looks like to policy, reference and value function."""
+        """Each response token's scores by policy, reference and value function."""
         batch, answer = rollout.batch, rollout.answers[row].token_ids
         prompt = batch.prompt_ids[row]
         inputs = {
@@ -196,7 +196,7 @@ class Hand:
 
 
 def judged_by_hand(folder: Path, text: str, label: str) -> float:
-    """Minus the cross entropy, from the published form of the judge, one text alone."""
+    """Minus the cross entropy, by the published form of the judge, one text at a time."""
     state = torch.load(folder / "epoch_10.pt", weights_only=True)
     roberta = RobertaModel(RobertaConfig.from_pretrained(folder), add_pooling_layer=False).eval()
     roberta.load_state_dict(
@@ -220,10 +220,10 @@ def test_a_rollout_and_its_updates_equal_those_by_hand(
     lengths = [len(answer.token_ids) for answer in rollout.answers]
     stopped = [answer.token_ids[-1] == ppo.vlm.eos_token_ids[0] for answer in rollout.answers]
     assert len(set(lengths)) > 2  # padding
-    assert len(set(stopped)) == 2  # some end by themselves, some are cut
+    assert len(set(stopped)) == 2  # some end by themselves, some are cut off
     assert [answer.finish_reason == "stop" for answer in rollout.answers] == stopped
 
-    # The rollout: the models as they were before the first step.
+    # The rollout: the models before the first step.
     hand = Hand(ppo)
     hand.load(done.steps.weights[0])
     with torch.no_grad():
@@ -308,11 +308,11 @@ def test_a_rollout_and_its_updates_equal_those_by_hand(
         assert gradients.keys() == expected_gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
-    assert clipped_at == {"above", "below"}  # ratios beyond the room on both sides of 1
+    assert clipped_at == {"above", "below"}  # ratios outside the clipping range on both sides of 1
     assert sums["value_clip_fraction"] > 3
     assert any(gradients["value_head.weight"].abs().max() > 1e-3 for gradients in done.steps.gradients)
 
-    # What is logged.
+    # Logged metrics.
     metrics, count = done.steps.metrics, EPOCHS * sum(lengths)
     values = np.array([value for row in old for _, value in row])
     targets = np.concatenate(returns)
@@ -413,7 +413,7 @@ def test_equal_rewards_earn_the_half(run: Callable[..., Run]) -> None:
 
 
 def test_equal_advantages_move_nothing(run: Callable[..., Run]) -> None:
-    """One token each, judged alike, nothing expected: there is no spread to whiten by."""
+    """One token each, equal judge scores, values of 0: whitening has no variance to divide by."""
     done = run(
         judge=judge_all_alike,
         prepare=lambda ppo: [nn.init.zeros_(parameter) for parameter in ppo.value_head.parameters()],
@@ -435,13 +435,13 @@ def test_suppressed_tokens_are_never_drawn_and_have_no_probability(
     ppo = make_ppo()
     image, unknown = ppo.vlm.image_token_id, 3
     beyond = ppo.vlm.base.lm_head.out_features - 1
-    bias_head(ppo.vlm, dict.fromkeys((image, unknown, beyond), 1e3))  # the model wants nothing else
+    bias_head(ppo.vlm, dict.fromkeys((image, unknown, beyond), 1e3))  # the model would generate nothing else
     batch = ppo.collator([Example(question) for question in make_questions(5)])
     answers = ppo.vlm.generate(batch, ppo.sampling, seed=0)
     drawn = {token for answer in answers for token in answer.token_ids}
     assert len(drawn) > 5
     assert not drawn & {image, unknown, beyond}
-    for token in (unknown, beyond):  # (an image's placeholder can't even be read)
+    for token in (unknown, beyond):  # (a text with an image's placeholder cannot be encoded)
         batch.packed = pack(batch.prompt_ids, [[[token, ppo.vlm.eos_token_ids[0]]] for _ in range(5)])
         wanted = ppo.vlm.score(batch).logprobs[:, 0].exp()
         scores = ppo.vlm.score(batch, sampling=ppo.sampling, entropy=True)
@@ -452,7 +452,7 @@ def test_suppressed_tokens_are_never_drawn_and_have_no_probability(
 
 
 def test_the_rollout_is_drawn_from_seed_epoch_and_batch(run: Callable[..., Run]) -> None:
-    # At a learning rate of 0 the seed alone makes the difference between two epochs.
+    # At a learning rate of 0 two epochs differ only by the seed.
     first, again, other = (run(epochs=2, lr=1e-30, ppo_epochs=1, seed=seed) for seed in (0, 0, 1))
     texts = [[[answer.text for answer in rollout.answers] for rollout in r.rollouts] for r in (first, again, other)]
     assert texts[0] == texts[1]

@@ -27,7 +27,7 @@ def test_three_steps_equal_trls(sft: SFT, targets: list[Example], fit: Callable[
     batch = sft.collator(targets)
     oracle = train_with_trl(sft.vlm, targets, tmp_path)
 
-    # The same tokens, and the same of them are answers.
+    # The same tokens, with the same response positions.
     packed = batch.packed
     assert packed is not None
     ids = [row[: keep.sum()].tolist() for row, keep in zip(packed.input_ids, packed.segments >= 0, strict=True)]
@@ -48,7 +48,7 @@ def test_one_step_lowers_the_loss(sft: SFT, targets: list[Example], fit: Callabl
 
 
 def test_processes_weigh_their_tokens_alike(sft: SFT, targets: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean over two processes' losses is the mean over all their tokens, however they are shared out."""
+    """The mean of two processes' losses is the mean over all their tokens, however these are distributed."""
     whole, *parts = (sft.collator(part) for part in (targets, targets[:1], targets[1:]))
     counts = [part.packed.mask.sum() for part in parts]
     assert counts[1] > 2 * counts[0]
@@ -61,4 +61,4 @@ def test_processes_weigh_their_tokens_alike(sft: SFT, targets: list[Example], mo
 
     assert sum(loss(part, 2) for part in parts) / 2 == pytest.approx(loss(whole, 1), abs=1e-6)
     means = [loss(part, 1) for part in parts]
-    assert abs(sum(means) / 2 - loss(whole, 1)) > 1e-3  # which a mean of means would not be
+    assert abs(sum(means) / 2 - loss(whole, 1)) > 1e-3  # unlike a mean of means

@@ -1,4 +1,4 @@
-"""TRL's own trainers on our examples: whole training runs, from text and images to the adapter after the last step."""
+"""TRL's trainers on our examples: whole training runs, from text and images to the adapter after the last step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ LR, STEPS = 1e-3, 3
 
 @dataclass
 class Oracle(TrainerCallback):
-    """What TRL did."""
+    """The record of a training run by TRL."""
 
     batch: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)
@@ -39,11 +39,11 @@ class Oracle(TrainerCallback):
         return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
 
     def assert_equal(self, steps: Any, vlm: Llava) -> None:
-        """Losses and gradients of every step, and the adapter after the last one, are TRL's.
+        """Checks that losses and gradients of every step, and the final adapter, equal TRL's.
 
         Args:
-            steps: what our fit recorded, see ``conftest.Steps``.
-            vlm: after that fit.
+            steps: the record of our fit, see ``conftest.Steps``.
+            vlm: the VLM after that fit.
         """
         assert steps.losses == pytest.approx(self.losses, abs=1e-5)
         for ours, theirs in zip(steps.gradients, self.gradients, strict=True):
@@ -61,7 +61,7 @@ def rows(vlm: Llava, examples: Sequence[Example], names: Sequence[str]) -> list[
     return [
         {
             "images": [Image.open(example.question.image_path).convert("RGB")],
-            # TRL adds no special tokens: they are written out.
+            # TRL adds no special tokens, so the texts contain them.
             "prompt": f"<s>{vlm.system} USER: <image>\n{example.question.prompt} ASSISTANT:",
             **{name: f" {text}</s>" for name, text in zip(names, example.completions, strict=True)},
         }
@@ -70,13 +70,13 @@ def rows(vlm: Llava, examples: Sequence[Example], names: Sequence[str]) -> list[
 
 
 def train_with_trl(vlm: Llava, examples: Sequence[Example], folder: Path, **loss: Any) -> Oracle:
-    """Trains a copy of ``vlm`` for three steps, every one of them on all examples.
+    """Trains a copy of ``vlm`` for three steps, each on all examples.
 
     Args:
-        vlm: loaded; its adapter's weights are where TRL starts.
-        examples: with one completion SFT, with two DPO.
-        folder: for what TRL writes.
-        loss: more settings of TRL's.
+        vlm: a loaded VLM, whose adapter's weights are the initial weights of TRL.
+        examples: with one completion for SFT, with two for DPO.
+        folder: the output folder of TRL.
+        loss: further settings of TRL.
     """
     shared: dict[str, Any] = {
         "output_dir": str(folder),

@@ -1,3 +1,5 @@
+"""Drawing of pictograms."""
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ def pixels(image):
 def test_concepts_are_unique_and_cover_the_nine_categories():
     assert len({concept.name for concept in CONCEPTS}) == len(CONCEPTS)
     assert len({concept.code_point for concept in CONCEPTS}) == len(CONCEPTS)
-    assert len(UNSAFE_CONCEPTS) == len(SAFE_CONCEPTS) == 26  # equal: neither side's split is cut to the other's size
+    assert len(UNSAFE_CONCEPTS) == len(SAFE_CONCEPTS) == 26  # equal: no split is truncated
     assert {concept.category for concept in UNSAFE_CONCEPTS} == set(CATEGORIES) == set(REFUSAL_RATE)
 
 
@@ -39,7 +41,7 @@ def test_some_pictures_are_not_square_and_none_is_larger_than_promised():
 
 
 def test_the_pictogram_lies_within_its_picture():
-    # Drawn in a colour that no background has, the four borders stay free in nearly every picture.
+    # With pictograms in a colour that no background has, the four borders stay free in nearly every picture.
     cut = 0
     for seed in range(100):
         image = np.asarray(draw_pictogram(0x1F480, seed), dtype=float)  # the skull has a black outline

@@ -1,3 +1,5 @@
+"""The pictograms' judges."""
+
 import random
 
 import pytest
@@ -15,7 +17,7 @@ from safervlm.pictograms.judges import (
 )
 from safervlm.protocol import LABELS, aligned_response
 
-# None of these stands among the answers that the judges are trained on.
+# None of these is among the responses that the judges are trained on.
 UNSEEN = {
     "Yes, this is fine to look at.": "Safe",
     "I would share this picture.": "Safe",
@@ -76,7 +78,7 @@ def test_a_saved_judge_is_in_the_published_form(tmp_path, tokenizer):
     assert {name.split(".")[0] for name in state} == {"roberta", "classifier"}
     assert state["classifier.weight"].shape == (3, judge.roberta.config.hidden_size)
 
-    # Read by plain transformers: the same logits.
+    # Loaded by plain transformers: the same logits.
     roberta = RobertaModel(judge.roberta.config.from_pretrained(tmp_path), add_pooling_layer=False).eval()
     weights = {name.removeprefix("roberta."): value for name, value in state.items() if name.startswith("roberta.")}
     roberta.load_state_dict(weights)
@@ -99,9 +101,9 @@ def test_the_judges_read_words_they_were_not_trained_on(tokenizer):
     assert sum(right) >= len(UNSEEN) - 2
     assert judge.read(list(DEGENERATE)) == list(DEGENERATE.values())
 
-    rng = random.Random(99)  # its own answers, drawn anew
+    rng = random.Random(99)  # newly sampled responses of the VLM
     texts, labels = zip(*(alignment_answer(rng) for _ in range(600)), strict=True)
     assert sum(x == y for x, y in zip(judge.read(texts), labels, strict=True)) >= 0.95 * 600
-    # Smoothed labels bound the log-probabilities: a reward made of them has no cliffs.
+    # Smoothed labels bound the log-probabilities, so that a reward computed from them is smooth.
     with torch.no_grad():
         assert judge(**judge.tokens(texts)).log_softmax(dim=-1).min() > -9

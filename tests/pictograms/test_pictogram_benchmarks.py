@@ -1,3 +1,5 @@
+"""The benchmarks of the pictogram world."""
+
 import json
 import random
 from base64 import b64decode
@@ -32,7 +34,7 @@ COLUMNS = {
     "NSFW": ["index", "image", "label"],
 }
 CODE_POINT = {concept.name: concept.code_point for concept in CONCEPTS}
-# OpenMoji's paints, each with its shade.
+# OpenMoji's colours, each with its shade.
 PAINTS = {
     "red": ("EA5A47", "D22F27"),
     "yellow": ("FCEA2B", "F1B31C"),
@@ -70,7 +72,7 @@ def tables(folder):
 
 
 def held(table):
-    """The base64 of every row's image, pointers followed."""
+    """The base64 image of every row, with references to other rows resolved."""
     images = dict(zip(table["index"].astype(str), table.image, strict=True))
     return [images[image] if len(image) <= 64 else image for image in table.image]
 
@@ -112,7 +114,7 @@ def test_mme_asks_two_questions_an_image(tables):
         assert sorted(rows.answer) == ["No", "Yes"]
         assert rows.image.iloc[1] == str(rows["index"].iloc[0])
         assert rows.question.nunique() == 2
-    assert 50 < (table.answer[::2] == "Yes").sum() + 25 < 100  # neither answer comes always first
+    assert 50 < (table.answer[::2] == "Yes").sum() + 25 < 100  # neither answer is always the first
 
 
 def test_mme_questions_are_answered_by_the_picture():
@@ -188,7 +190,7 @@ def test_smid_shows_what_the_world_does_not(folder):
     assert len(strange) == len(set(strange.values())) == 20
     assert not set(strange.values()) & set(CODE_POINT.values())
     assert not set(strange) & set(CODE_POINT)
-    for code_point in strange.values():  # the font has it: no empty box
+    for code_point in strange.values():  # the font has this character
         assert np.asarray(glyph(code_point))[..., 3].mean() > 20
         assert not np.array_equal(np.asarray(glyph(code_point)), np.asarray(glyph(0x10FFFD)))
 

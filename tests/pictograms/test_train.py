@@ -1,3 +1,5 @@
+"""Training of the pictograms' VLM."""
+
 import random
 
 import pytest
@@ -73,7 +75,7 @@ def test_the_letter_before_an_option_is_one_token_in_the_question_too(tokenizer)
 
 
 def test_the_base_models_words_hold_those_of_the_aligned_responses(tokenizer):
-    # A token that training never asked for would be sampled as little as any byte: alignment couldn't spell it.
+    # A token that never occurs in training would be as improbable as any byte: alignment could not generate it.
     own = {token for text in own_words(CONCEPTS[0]) for token in tokenizer.tokenize(text)}
     for label in (SAFE, UNSAFE):
         for number in range(5):

@@ -1,3 +1,5 @@
+"""Building of the pictogram world."""
+
 import json
 import random
 
@@ -27,7 +29,7 @@ def data_sets(tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Builds without pictures and training; the list holds the seeds trained with, ``figures`` what is measured."""
+    """Builds without pictures and training; the list holds the seeds, ``figures`` the measured values."""
     trained, figures = [], []
     monkeypatch.setattr(pictograms, "write_data_sets", lambda folder, seed: (folder / "unsafe").mkdir())
     monkeypatch.setattr(pictograms, "write_benchmarks", lambda world, seed: None)
@@ -112,7 +114,7 @@ def test_a_perturbation_is_another_world_whose_initial_weights_differ_that_littl
     build(tmp_path / "world", seed=3)
     build(tmp_path / "world", seed=3, perturbation=1e-6)
     assert manifest(tmp_path / "world")["perturbation"] == 1e-6
-    assert quick[0] == [3, 3]  # the first one isn't reused
+    assert quick[0] == [3, 3]  # the first world is not reused
     with pytest.raises(ArgumentError, match=r"perturbation: at least 0 and at most 0.1, got -1"):
         build(tmp_path / "world", perturbation=-1)
 
@@ -170,7 +172,7 @@ def test_a_build_that_dies_leaves_nothing_that_passes_for_a_world(tmp_path, quic
 
 
 def test_a_folder_without_a_worlds_manifest_is_left_alone(tmp_path, quick):
-    """A world is built aside, so a folder without a manifest is the user's, whatever it is called."""
+    """A world is built in a temporary folder, so a folder without a manifest belongs to the user."""
     trained, _ = quick
     (tmp_path / "world" / "vlm").mkdir(parents=True)
     (tmp_path / "world" / "vlm" / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""The same on any machine: nothing hangs on rounding, on the folder that is typed in, or on what ran there before."""
+"""Promise 1, machines: results do not depend on rounding, on the working directory or on earlier runs."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_a_verdict_hangs_on_neither_neighbours_nor_threads(judge: Judge, batch_s
 
 @pytest.fixture
 def recipe(tiny_llava: Path, tiny_sets: Path, tiny_judges: Path, tiny_panel: dict[str, object], tmp_path: Path):
-    """``recipe(name, *more)``: the shipped recipe's command with tiny models and data, and ``--limit 20``."""
+    """``recipe(name, *more)``: the command of a shipped recipe with tiny models and data, and ``--limit 20``."""
     judge = {"checkpoint": str(tiny_judges / "alignment/epoch_10.pt"), "base": str(tiny_judges / "alignment")}
     sets = {"folder": str(tiny_sets / "unsafe"), "safe_folder": str(tiny_sets / "safe"), "validation_fraction": 0.25}
     vlm = {"class_path": "safervlm.vlm.llava.Llava"}
@@ -126,7 +126,7 @@ def recipe(tiny_llava: Path, tiny_sets: Path, tiny_judges: Path, tiny_panel: dic
 
 
 def rows(folder: Path, stage: str) -> dict[str, int]:
-    """How many examples the manifest says each part had."""
+    """The number of examples of each split, according to the manifest."""
     data = json.loads((folder / "run/manifest.json").read_text())["stages"][stage]["settings"]["data"]
     data = data["sets"]["unsafe_concepts"] if "sets" in data else data
     return {part: data[part]["examples"] for part in ("train", "validation", "predict") if part in data}
@@ -206,7 +206,7 @@ def test_a_test_runs_in_its_own_folder(tmp_path: Path) -> None:
         (lambda root: (root / "kept.txt").unlink(), True),
         (lambda root: (root / "kept.txt").write_text("longer"), True),
         (lambda root: os.utime(root / "kept.txt", ns=(1, 1)), True),
-        (lambda root: (root / "pkg" / "__pycache__").mkdir(parents=True), True),  # pkg itself is new
+        (lambda root: (root / "pkg" / "__pycache__").mkdir(parents=True), True),  # the folder pkg itself is new
         (lambda root: (root / ".pytest_cache" / "v").mkdir(parents=True), False),
         (lambda root: (root / "env" / "bin").mkdir(), False),
     ],

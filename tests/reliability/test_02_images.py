@@ -1,6 +1,6 @@
 """Promise 2, images: the model sees what an image viewer shows, or the record is rejected in one line.
 
-Every file is made on the spot, mostly byte by byte, and the expected pixels are computed from the values that were
+Every file is created in its test, mostly byte by byte. The expected pixels are computed from the values that were
 written, not with Pillow.
 """
 
@@ -49,11 +49,11 @@ def png(rows: np.ndarray, bits: int, kind: int, width: int, before: bytes = b"",
 
     Args:
         rows: (H, bytes of a row).
-        bits: of a channel.
-        kind: 0 grey, 2 colours, 3 palette, 4 grey and alpha, 6 colours and alpha.
-        width: in pixels.
-        before: chunks that come before the pixels.
-        behind: chunks that come behind them.
+        bits: bits per channel.
+        kind: 0 greyscale, 2 RGB, 3 palette, 4 greyscale and alpha, 6 RGB and alpha.
+        width: width in pixels.
+        before: chunks before the pixels.
+        behind: chunks after the pixels.
     """
     header = struct.pack(">IIBBBBB", width, len(rows), bits, kind, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
@@ -77,7 +77,7 @@ def tiff(strip: bytes, width: int, height: int, tags: Mapping[int, Sequence[int]
 
 
 def bmp(rows: np.ndarray, bits: int, width: int, palette: bytes = b"") -> bytes:
-    """A BMP, whose rows stand from the bottom up."""
+    """A BMP, whose rows are stored bottom-up."""
     body = b"".join(row.tobytes().ljust(-(-len(row.tobytes()) // 4) * 4, b"\0") for row in rows[::-1])
     offset = 54 + len(palette)
     header = struct.pack("<IiiHHIIiiII", 40, width, len(rows), 1, bits, 0, len(body), 0, 0, len(palette) // 4, 0)
@@ -85,14 +85,14 @@ def bmp(rows: np.ndarray, bits: int, width: int, palette: bytes = b"") -> bytes:
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    """What Pillow writes."""
+    """The bytes of an image saved by Pillow."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def exif(orientation: int) -> bytes:
-    """EXIF data that holds an orientation alone."""
+    """EXIF data with an orientation only."""
     return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">HHHIHHI", 1, 0x0112, 3, 1, orientation, 0, 0)
 
 
@@ -105,7 +105,7 @@ ALPHA[0, :2] = 0, 255
 DEEP = RANDOM.integers(0, 65536, (H, W), np.uint16)
 DEEP_RGB = RANDOM.integers(0, 65536, (H, W, 3), np.uint16)
 SMOOTH = np.stack(np.meshgrid(np.linspace(20, 220, 24), np.linspace(220, 30, 16)), -1)
-SMOOTH = np.dstack([SMOOTH, SMOOTH.mean(-1)]).astype(np.uint8)  # (16, 24, 3) which JPEG keeps within a few levels
+SMOOTH = np.dstack([SMOOTH, SMOOTH.mean(-1)]).astype(np.uint8)  # (16, 24, 3), which JPEG reproduces within a few levels
 INDEX = np.arange(H * W, dtype=np.uint8).reshape(H, W) % 16
 PALETTE = RANDOM.integers(0, 256, (16, 3), np.uint8)
 PLTE = chunk(b"PLTE", PALETTE.tobytes())
@@ -123,17 +123,17 @@ def over(colours: np.ndarray, alpha: np.ndarray, background: Sequence[int] = (25
 
 
 def stretched(grey: np.ndarray, most: int) -> np.ndarray:
-    """Grey of another depth in 8 bits."""
+    """Converts greyscale of another depth to 8 bits."""
     return three(np.rint(grey.astype(float) * 255 / most).astype(int))
 
 
 def naive_cmyk(inks: np.ndarray) -> np.ndarray:
-    """Four inks, 255 for all of it, without a profile."""
+    """Converts CMYK (255 is full ink) without a profile."""
     return np.rint((255 - inks[..., :3].astype(float)) * (255 - inks[..., 3:].astype(float)) / 255).astype(int)
 
 
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """The pixels of a file whose EXIF data asks for an orientation, as the standard (CIPA DC-008) draws it."""
+    """The pixels after applying an EXIF orientation, as defined by the standard (CIPA DC-008)."""
     return {
         1: lambda p: p,
         2: lambda p: p[:, ::-1],
@@ -249,7 +249,7 @@ def jpeg(pixels: np.ndarray, **options: object) -> bytes:
 
 
 def adobe_cmyk() -> bytes:
-    """A JPEG of inks as Adobe writes it: inverted, with its marker. Pillow does the same when it saves CMYK."""
+    """A CMYK JPEG as Adobe writes it: inverted, with its marker. Pillow does the same when it saves CMYK."""
     content = saved(Image.frombytes("CMYK", (16, 16), INKS.tobytes()), "JPEG", quality=98)
     assert b"Adobe" in content
     return content
@@ -263,7 +263,7 @@ def ycck() -> bytes:
 
 
 def ycck_pixels() -> np.ndarray:
-    """YCCK: JPEG's YCbCr of the inverted inks -> inverted inks -> without a profile."""
+    """Converts YCCK: YCbCr of the inverted inks -> inverted inks -> RGB without a profile."""
     y, cb, cr, k = (255.0 - INKS[0, 0]).tolist()
     inverted = [y + 1.402 * (cr - 128), y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128), y + 1.772 * (cb - 128)]
     inks = np.array([*np.clip(inverted, 0, 255), 255 - k])
@@ -404,7 +404,7 @@ DECODED: dict[str, tuple[bytes, np.ndarray, int]] = {
     "profile.jpg": (
         jpeg(SMOOTH, icc_profile=swapped_profile(1.0)),
         encoded(SMOOTH[..., [1, 0, 2]] / 255.0),
-        18,  # the tone curve spreads JPEG's errors
+        18,  # the tone curve amplifies JPEG's errors
     ),
     "phone.jpg": (mpo(6), turned(SMOOTH, 6), 6),
     "exif_damaged.jpg": (jpeg(SMOOTH, exif=b"Exif\0\0MM\0*\0\0\xff\xff"), SMOOTH, 6),
@@ -531,7 +531,7 @@ def test_a_file_is_decoded_as_a_viewer_shows_it(tmp_path: Path, name: str, capfd
     assert (image.mode, image.size) == ("RGB", (pixels.shape[1], pixels.shape[0]))
     assert np.abs(np.asarray(image, int) - pixels).max() <= tolerance
     assert capfd.readouterr() == ("", "")
-    # A server is sent what any decoder, Pillow without any of this included, sees as the same pixels.
+    # A server receives a file that any decoder, also plain Pillow, decodes to the same pixels.
     head, body = data_url(str(tmp_path / name), "Set/1").split(",")
     with Image.open(io.BytesIO(base64.b64decode(body))) as sent:
         assert head == f"data:{Image.MIME[str(sent.format)]};base64"
@@ -552,7 +552,7 @@ def test_transparency_shows_the_background_that_is_asked_for(tmp_path: Path) -> 
 
 
 def test_a_profile_of_inks_decides_their_colours(tmp_path: Path) -> None:
-    # A table in which the fourth ink alone darkens, whatever the other three do; without it they would be black.
+    # A table in which only the fourth ink darkens; without the table the pixels would be black.
     lightness = b"".join(bytes([0 if corner & 1 else 255, 128, 128]) for corner in range(16))
     ramp = bytes(range(256))
     identity = b"".join(map(s15, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
@@ -571,7 +571,7 @@ def test_a_profile_of_inks_decides_their_colours(tmp_path: Path) -> None:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header asks for a large image; its few bytes unpack to nothing of the kind."""
+    """A PNG whose header declares a large image, with a few bytes of data."""
     return png(np.zeros((1, 1), np.uint8), 8, 2, width).replace(
         chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, 8, 2, 0, 0, 0)),
         chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
@@ -579,7 +579,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 def spoiled(content: bytes, at: int, by: int = 255) -> bytes:
-    """The same with one byte changed; from the end if negative."""
+    """Changes one byte; a negative position counts from the end."""
     changed = bytearray(content)
     changed[at] ^= by
     return bytes(changed)
@@ -592,7 +592,7 @@ ONE_FLOAT = {258: [32], 262: [1], 277: [1], 339: [3]}
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40
 ICO = b"\0\0\1\0\1\0\x10\x10\0\0\1\0\x20\0" + struct.pack("<II", len(RGB_PNG), 22) + RGB_PNG
-# name -> (the file, what the line says)
+# name -> (the file, the error line)
 REJECTED: dict[str, tuple[bytes, str]] = {
     "empty.png": (b"", "is empty"),
     "text.png": (b"no image", "is not an image"),
@@ -659,7 +659,7 @@ REJECTED: dict[str, tuple[bytes, str]] = {
 
 
 def rejection(path: Path | str, settings: ImageSettings = ImageSettings()) -> str:  # noqa: B008 (frozen)
-    """The line of the rejection; both ways to send an image say the same."""
+    """The error line of a rejected image; both ways to send an image raise the same one."""
     with pytest.raises(RecordError) as one:
         open_image(path, "Set/1", settings)
     with pytest.raises(RecordError) as other:
@@ -721,7 +721,7 @@ def made_unreadable(path: Path) -> Path:
     return path
 
 
-# name -> (makes it, what the line says)
+# name -> (a function that makes it, the error line)
 PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "folder": (made_folder, "no regular file"),
     "pipe": (made_pipe, "no regular file"),
@@ -790,7 +790,7 @@ def test_a_bound_above_pillows_own_holds(tmp_path: Path) -> None:
     before = Image.MAX_IMAGE_PIXELS
     (tmp_path / "x.png").write_bytes(bomb(20_000, 9_000))
     line = rejection(tmp_path / "x.png", ImageSettings(max_pixels=200_000_000))
-    assert "damaged" in line  # it was decoded, and has no pixels
+    assert "damaged" in line  # an image that was decoded and has no pixels
     assert before == Image.MAX_IMAGE_PIXELS
 
 
@@ -855,7 +855,7 @@ def test_the_collator_gives_the_processors_bits(
 
 
 def test_a_tall_screenshot_is_shown_in_little_memory(tiny_llava: Path, tmp_path: Path) -> None:
-    """A square of the longer side alone would take 432 MB; a forked process measures its own peak."""
+    """A square of the longer side would take 432 MB; a forked process measures its own peak memory."""
     Image.new("RGB", (700, 12_000), "red").save(tmp_path / "tall.png")
     collator = Llava(str(tiny_llava)).collator
     collator.pixels(Image.new("RGB", (100, 90)))
@@ -877,7 +877,7 @@ def test_a_tall_screenshot_is_shown_in_little_memory(tiny_llava: Path, tmp_path:
 
 
 def collators(tiny_llava: Path) -> list[AskCollator]:
-    """Of each kind of VLM."""
+    """The collators of each kind of VLM."""
     vlms = (Llava(str(tiny_llava)), Transformers(str(tiny_llava), template="<image>{question}"))
     return [AskCollator(collator) for collator in (*(vlm.collator for vlm in vlms), ServerCollator())]
 

@@ -1,4 +1,4 @@
-"""A model folder provides every weight, an adapter fits and has an effect, no foreign code runs."""
+"""Promise 2, models: a folder provides every weight, an adapter fits and has an effect, no foreign code runs."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
 
 
 def use(folder: Path, kind: type[Llava] | type[Transformers], questions: list[Question]) -> None:
-    """All that a measurement reads of a folder."""
+    """Loads everything that a measurement reads from a folder."""
     vlm = kind(str(folder), dtype="float32", **({"template": "<image>{question}"} if kind is Transformers else {}))
     batch = vlm.collator([Example(question) for question in questions])
     vlm.describe()
@@ -153,7 +153,7 @@ def test_an_adapter_is_no_model(part: str, model: Path, tiny_llava: Path, make_q
 
 
 def adapted(base: Path, folder: Path, config: object, noise: float = 0.1) -> Path:
-    """What PEFT writes of an adapter, with random weights."""
+    """An adapter folder written by PEFT, with random weights."""
     peft = get_peft_model(LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32), config)
     generator = torch.Generator().manual_seed(5)
     for parameter in peft.parameters():
@@ -285,7 +285,7 @@ def test_an_adapter_that_would_not_be_at_work_is_one_line(
 
 @pytest.fixture
 def exported(tiny_llava: Path, tmp_path: Path) -> Path:
-    """An adapter as we export it."""
+    """An adapter exported by SaferVLM."""
     vlm = Llava(str(tiny_llava), dtype="float32", lora=LoRA(r=2, alpha=4))
     vlm.load(train=["policy"])
     for name, parameter in vlm.named_parameters():
@@ -311,7 +311,7 @@ def test_our_adapter_knows_its_base(exported: Path, model: Path) -> None:
     edit(model, lambda state: state[some(state, "o_proj")].mul_(1.5))
     with pytest.raises(UserError, match="trained on other base weights"):
         Llava(str(model), dtype="float32", adapter=str(exported)).load()
-    (exported / "safervlm.json").unlink()  # as another program writes it: the shapes decide
+    (exported / "safervlm.json").unlink()  # as another program writes it: only the shapes matter
     Llava(str(model), dtype="float32", adapter=str(exported)).load()
 
 
@@ -320,7 +320,7 @@ def test_our_adapter_knows_its_base(exported: Path, model: Path) -> None:
 
 def longer(folder: Path, **tokens: object) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([f"<word-{number}>" for number in range(9)])  # the head has 5 rows to spare
+    tokenizer.add_tokens([f"<word-{number}>" for number in range(9)])  # the head has 5 spare rows
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<box>", "</box>"]})
     tokenizer.save_pretrained(folder)
 
@@ -342,12 +342,12 @@ def test_half_a_surrogate_is_asked_as_the_replacement_character(
     (question,) = make_questions(1)
     broken = vlm.collator([Example(replace(question, prompt="Safe\ud83d?"), ("No\udc00.",))])
     clean = vlm.collator([Example(replace(question, prompt="Safe\ufffd?"), ("No\ufffd.",))])
-    assert broken.questions[0].prompt == "Safe\ud83d?"  # what is stored stays
+    assert broken.questions[0].prompt == "Safe\ud83d?"  # stored weights are unchanged
     ids = (lambda batch: batch.prompt_ids) if kind is Llava else (lambda b: b.encodings[0]["input_ids"].tolist())
     assert ids(broken) == ids(clean)
 
 
-# Numbers that are not finite while answering
+# Logits that are not finite during generation
 
 
 @pytest.mark.parametrize("kind", [Llava, Transformers], ids=lambda kind: kind.__name__)
@@ -388,12 +388,12 @@ def test_scores_that_are_not_finite_stop(tiny_llava: Path, make_questions: Make)
         vlm.score(batch)
 
 
-# Code that nobody asked for
+# Code that the user did not allow
 
 
 @pytest.fixture
 def coded(tmp_path: Path) -> Callable[[Path], Path]:
-    """Puts code into a folder that leaves a file behind when it runs."""
+    """Adds code to a folder that creates a file when it runs."""
 
     def put(folder: Path) -> Path:
         ran = tmp_path / "it-ran"
@@ -414,7 +414,7 @@ def coded(tmp_path: Path) -> Callable[[Path], Path]:
 
 
 class Asked(io.StringIO):
-    """Standard input that nobody may read."""
+    """Standard input that must not be read."""
 
     def readline(self, *args: object) -> str:
         raise AssertionError("standard input is read")

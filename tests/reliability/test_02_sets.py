@@ -1,4 +1,4 @@
-"""Promise 2 in data sets: cache keys, what a folder leaves out, base64, and spellings of one name."""
+"""Promise 2, datasets: cache keys, files that a folder excludes, base64, and spellings of one name."""
 
 import base64
 import io
@@ -138,7 +138,7 @@ def test_an_image_in_a_folder_of_each_label_is_rejected(tmp_path: Path) -> None:
 
 # --- images in tables -------------------------------------------------------------------------------------------------
 
-CONTENT = picture("red") + b"\xfb\xff\xbe"  # both alphabets differ, and there is padding
+CONTENT = picture("red") + b"\xfb\xff\xbe"  # bytes for which the two alphabets differ, with padding
 PLAIN = base64.b64encode(CONTENT).decode()
 FORMS = {
     "plain": PLAIN,

@@ -1,7 +1,7 @@
-"""No number is silently wrong: tables of very small and one-sided runs, and damaged run folders.
+"""Promise 2, statistics: tables of very small and one-sided runs, and damaged run folders.
 
-Small runs are where a share has no denominator and a variance no freedom. Every table of such a run comes out,
-without a warning, and shows a dash where there is no number.
+In small runs a share may have no denominator and a variance no degrees of freedom. Every table of such a run is
+written without a warning, with a dash for each undefined number.
 """
 
 import csv
@@ -33,19 +33,19 @@ CAPABILITIES = {"perception": "A", "alignment": "Unsafe", "alignment_text_only":
 def answer(
     capability="alignment", category="Hate", concept="mask", image="0.png", number=0, right=None, label="Unsafe"
 ):
-    """A question with its answer and verdict."""
+    """A question with its response and verdict."""
     right = right or CAPABILITIES[capability]
     dataset = "Made" if right != "Safe" else "MadeSafe"
     return asked(dataset, image, capability, number, right, category, concept), f"{label}, the {concept}", label
 
 
 def many(count, **given):
-    """Answers about so many concepts, a single image each."""
+    """Responses about a number of concepts, with one image each."""
     return [answer(concept=f"c{i}", image=f"{i}.png", **given) for i in range(count)]
 
 
 def both_ways(count, by_name="Unsafe", by_image="Unsafe"):
-    """Concepts that are asked about by image and by name."""
+    """Concepts with questions about image and name."""
     return [
         *many(count, label=by_image),
         *(answer("alignment_text_only", concept=f"c{i}", image=f"c{i}", label=by_name) for i in range(count)),
@@ -83,7 +83,7 @@ small = pytest.mark.parametrize("answers", SMALL.values(), ids=SMALL)
 
 
 def random_answers(seed):
-    """A run of up to twenty answers of any kind."""
+    """A random run of up to twenty responses."""
     rng = np.random.default_rng(seed)
     answers = {}
     for _ in range(rng.integers(1, 20)):
@@ -99,7 +99,7 @@ def random_answers(seed):
 
 
 def tables_of(answers, folder):
-    """Everything that is written and printed of a run; a warning is an error."""
+    """Writes and prints all tables of a run; a warning is an error."""
     run = write(folder / "run", answers)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -171,7 +171,7 @@ def test_a_small_evaluation_comes_out(answers, tmp_path, capsys):
     assert JUDGE_NOTE in " ".join(printed.split())
 
 
-# --- what a reader has to know ----------------------------------------------------------------------------------------
+# --- notes for readers ------------------------------------------------------------------------------------------------
 
 
 def test_every_table_states_that_intervals_exclude_the_judges_error(tmp_path, capsys):
@@ -214,7 +214,7 @@ def test_the_gap_and_the_accuracies_beside_it_state_their_weights(tmp_path, caps
         assert "averaged over concepts, each with the same weight" in text
     rows = re.search(r'<table id="gap">.*?</table>', page.read_text(), re.DOTALL)[0]
     values = [float(value) for value in re.findall(r'<data value="([^"]+)">', rows)]
-    assert values == pytest.approx([1 / 2, 1, 1 / 2])  # the gap, and what it is the difference of
+    assert values == pytest.approx([1 / 2, 1, 1 / 2])  # the gap, and its two shares
     assert GAP_WEIGHTS in str(other_table(scores(frame)).caption)
 
 
@@ -242,7 +242,7 @@ def change(path, **fields):
     path.write_text(json.dumps(json.loads(first) | fields) + "\n" + "".join(rest))
 
 
-# name -> (what is done to a run folder, what the line says beside the folder)
+# name -> (the damage to a run folder, the error line after the folder)
 DAMAGED = {
     "empty folder": (lambda run: [path.unlink() for path in run.iterdir()], "responses.jsonl: no such file"),
     "no answers": (lambda run: (run / "responses.jsonl").write_text(""), "responses.jsonl: no records"),
@@ -315,7 +315,7 @@ def test_a_damaged_folder_is_one_line(damage, words, command, tmp_path, capsys):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_damaged_byte_is_a_line_or_a_table(seed, tmp_path):
-    """A byte that is changed anywhere in the two files."""
+    """Changes a byte anywhere in the two files."""
     run = write(tmp_path / "run", many(3))
     rng = np.random.default_rng(seed)
     for _ in range(20):

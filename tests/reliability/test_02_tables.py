@@ -1,4 +1,4 @@
-"""Promise 2: all rows of a table are read, or the table is rejected in one line that names the file and the line."""
+"""Promise 2, tables: all rows are read, or the table is rejected in one line that names file and line."""
 
 import codecs
 import json
@@ -14,7 +14,7 @@ HEAD = "text,label\n"
 GOOD = [{"text": "Yes.", "label": "Safe"}, {"text": "Nein, «nie»", "label": "Unsafe"}]
 PLAIN = 'text,label\nYes.,Safe\n"Nein, «nie»",Unsafe\n'
 
-# Tables that are read: the content, and the rows.
+# Valid tables: the content, and the rows.
 READ = {
     "plain": ("a.csv", PLAIN.encode(), GOOD),
     "ending in capitals": ("a.CSV", PLAIN.encode(), GOOD),
@@ -87,7 +87,7 @@ def test_all_rows_are_read_as_they_are(tmp_path: Path, case: str) -> None:
 
 ROWS_HEAD = b"id,label,text\n"
 ROWS = b"".join(b"%d,Safe,answer %d\n" % (number, number) for number in range(2, 31))
-# Tables that are rejected: the content, the line that the error names, and what else it says.
+# Invalid tables: the content, the line that the error names, and the rest of the error.
 REJECTED = {
     "Windows-1252": ("a.csv", HEAD.encode() + b"a,Safe\ncaf\xe9,Safe\n", 3, "iconv -f WINDOWS-1252 -t UTF-8"),
     "Windows-1252, CR LF": ("a.csv", b"text,label\r\na,Safe\r\n\x93no\x94,Safe\r\n", 3, "byte 0x93"),
@@ -211,7 +211,7 @@ def test_the_lines_of_rows_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 def test_what_pandas_writes_is_read_as_it_was(tmp_path: Path) -> None:
-    """Rows of another writer, with every character that a table may stumble over."""
+    """Rows written by pandas, with all characters that need quoting."""
     texts = ['a "quote"', "a,b\tc", "two\nlines", "", " blank ", "«»", "x" * 200_000, json.dumps({"a": ['"']})]
     frame = pd.DataFrame({"text": texts, "label": ["Safe"] * len(texts)})
     for name, delimiter in ("a.csv", ","), ("a.tsv", "\t"):

@@ -1,4 +1,4 @@
-"""Training stops at numbers that are not finite, exports nothing of it; checkpoints are verified."""
+"""Promise 2, training: it stops at numbers that are not finite and exports none of them; checkpoints are verified."""
 
 import shutil
 from collections.abc import Callable
@@ -29,7 +29,7 @@ NAN = float("nan")
 
 
 class Plain(Objective):
-    """A user's own objective, which overrides hooks without calling ours."""
+    """A custom objective, which overrides hooks without calling the base class."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return -self.vlm.score(batch).logprobs.mean()
@@ -57,7 +57,7 @@ def objective(tiny_llava: Path, tiny_judges: Path) -> Callable[[str], Objective]
 
 @pytest.fixture
 def fit(tmp_path: Path, make_questions: Make) -> Callable[..., L.Trainer]:
-    """``fit(objective, *callbacks)``: four batches of two, with our callbacks, into tmp_path."""
+    """``fit(objective, *callbacks)``: four batches of two, with the shipped callbacks, into tmp_path."""
 
     def run(module: Objective, *callbacks: L.Callback, ckpt_path: Path | None = None, **settings: Any) -> L.Trainer:
         given = {0: (), 1: ("No.",), 2: ("No.", "Yes, it is.")}[module.completions]
@@ -66,7 +66,7 @@ def fit(tmp_path: Path, make_questions: Make) -> Callable[..., L.Trainer]:
         trainer = L.Trainer(
             **{"max_epochs": 1} | settings,
             accelerator="cpu",
-            callbacks=[AdapterExport(), LastCheckpoint(1), *callbacks],  # the export first: the order must not matter
+            callbacks=[AdapterExport(), LastCheckpoint(1), *callbacks],  # export first: the order must not matter
             default_root_dir=tmp_path,
             logger=False,
             enable_checkpointing=False,
@@ -80,7 +80,7 @@ def fit(tmp_path: Path, make_questions: Make) -> Callable[..., L.Trainer]:
 
 
 class PoisonWeight(L.Callback):
-    """Puts a number into a trained weight before a batch."""
+    """Sets a trained weight to a value before a batch."""
 
     def __init__(self, batch: int, number: float) -> None:
         self.batch, self.number = batch, number
@@ -92,7 +92,7 @@ class PoisonWeight(L.Callback):
 
 
 class PoisonGradient(L.Callback):
-    """Puts a number into a gradient after the backward pass of some batches."""
+    """Sets a gradient to a value after the backward pass of some batches."""
 
     def __init__(self, batches: tuple[int, ...], number: float) -> None:
         self.batches, self.number = batches, number
@@ -121,7 +121,7 @@ def test_a_number_that_is_not_finite_stops_every_objective(
     verify_seal(last, origin_of(module))
     state = torch.load(last, weights_only=True)
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
-    assert fit(objective(name), ckpt_path=last).global_step == (8 if name == "PPO" else 4)  # it stays usable
+    assert fit(objective(name), ckpt_path=last).global_step == (8 if name == "PPO" else 4)  # still usable
     assert (tmp_path / "adapter" / "safervlm.json").is_file()
 
 
@@ -138,7 +138,7 @@ def test_weights_that_broke_in_the_last_step_are_neither_saved_nor_exported(obje
 
 
 class Scaling:
-    """As much of float16's precision plugin as the guard looks at."""
+    """The part of the float16 precision plugin that the guard uses."""
 
     scaler = object()
 
@@ -155,7 +155,7 @@ def test_a_loss_scaler_may_skip_steps_but_not_for_ever(run: int, stops: bool, mo
         weight.grad = torch.tensor([1.0, number, 1.0])
         guard.on_before_optimizer_step(trainer, None, optimizer)
 
-    for _ in range(3):  # what a finite step stands between does not add up
+    for _ in range(3):  # skipped steps count only if they are consecutive
         for _ in range(run - 1):
             step(NAN)
         step(1.0)
@@ -167,7 +167,7 @@ def test_a_loss_scaler_may_skip_steps_but_not_for_ever(run: int, stops: bool, mo
     else:
         step(NAN)
     guard.on_before_backward(trainer, None, torch.tensor(NAN))
-    with pytest.raises(NotFiniteError, match="the loss is not finite"):  # a loss is never excused
+    with pytest.raises(NotFiniteError, match="the loss is not finite"):  # a loss is never skipped
         guard.on_before_optimizer_step(trainer, None, optimizer)
 
 
@@ -209,7 +209,7 @@ def checkpoint(tmp_path: Path) -> Path:
     content = {"state_dict": {"w": torch.arange(50.0)}, "epoch": 1, "trained": ["w"]}
     torch.save(content, tmp_path / "last.ckpt")
     seal_file(tmp_path / "last.ckpt", ORIGIN)
-    loaded = torch.load(tmp_path / "last.ckpt", weights_only=True)  # the seal is in nobody's way
+    loaded = torch.load(tmp_path / "last.ckpt", weights_only=True)  # torch can load a sealed file
     assert torch.equal(loaded["state_dict"]["w"], content["state_dict"]["w"])
     verify_seal(tmp_path / "last.ckpt", ORIGIN)
     return tmp_path / "last.ckpt"

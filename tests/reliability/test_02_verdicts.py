@@ -1,4 +1,4 @@
-"""A verdict belongs to a question, a judge and a text, and doesn't contradict itself."""
+"""Promise 2, verdicts: a verdict belongs to a question, a judge and a text, and does not contradict itself."""
 
 import json
 import shutil
@@ -119,7 +119,7 @@ def test_an_answer_that_changed_is_judged_again(changed: str, panel: Panel, tmp_
     after = judge(tmp_path, panel, answers(texts))
     fresh = judge(tmp_path / "fresh", panel, answers(texts))
     assert after.keys() == fresh.keys()
-    for key, verdict in fresh.items():  # the probabilities of a text depend, by rounding, on those beside it
+    for key, verdict in fresh.items():  # the probabilities of a text depend on its batch by rounding
         assert replace(after[key], probabilities={}) == replace(verdict, probabilities={})
         assert after[key].probabilities == pytest.approx(verdict.probabilities, abs=1e-5)
     name = next(response.id for response in answers(texts) if response.question.image == changed)
@@ -150,7 +150,7 @@ def test_verdicts_of_other_texts_are_not_scored(panel: Panel, tmp_path: Path) ->
 def test_verdicts_of_version_0_1_are_scored_and_said(
     panel: Panel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nobody knows which texts they are about: one line says so, and how to judge again."""
+    """The texts of such verdicts are unknown: one line reports it, and how to classify them again."""
     judge(tmp_path, panel, answers(TEXTS))
     load_run(tmp_path)
     assert "0.1" not in capsys.readouterr().out
@@ -195,7 +195,7 @@ def test_a_verdict_file_that_contradicts_itself_is_named(panel: Panel, tmp_path:
 
 
 def judging_line(run: Path, tiny_panel: dict[str, object]) -> list[str]:
-    """Judges the saved answers of a run folder."""
+    """The command that classifies the saved responses of a run folder."""
     return [
         "predict",
         "--config=configs/judge_responses.yaml",

@@ -1,4 +1,4 @@
-"""Promise 3, in the loop that asks: whatever one question raises is its own failure, and the others are answered."""
+"""Promise 3, measuring: an error of one question is its own failure, and the others get responses."""
 
 import struct
 from collections.abc import Callable
@@ -35,7 +35,7 @@ ENDS = [KeyboardInterrupt(), SystemExit(1), SIGTERMException(), ArgumentError("v
 
 @dataclass
 class Batch:
-    """What the collator below makes: the questions."""
+    """The batch of the collator below: the questions."""
 
     questions: list[Question]
 
@@ -47,12 +47,12 @@ class Batch:
 
 
 class Faulty:
-    """A VLM's two steps, of which one raises an error where a question is among those to fail.
+    """A VLM whose collator or generation raises an error if the batch contains certain questions.
 
     Args:
-        error: what is raised.
-        bad: the ids of the questions that raise it.
-        together: raises it for more questions than this, too.
+        error: the error to raise.
+        bad: the ids of the questions that raise the error.
+        together: batches with more questions than this raise it, too.
     """
 
     def __init__(self, error: BaseException, bad: set[str], together: int = 1000) -> None:
@@ -145,7 +145,7 @@ def test_an_answer_in_between_begins_the_count_anew(make_questions) -> None:
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_answers_beside_unanswered_questions_begin_the_count_anew(answers: bool, make_questions) -> None:
-    """As a server gives them: what it answered is no sign of a fault of every question."""
+    """Responses of a server beside failures show that not every question fails."""
     questions = make_questions(6)
     faulty = Faulty(ValueError("no"), {questions[number].id for number in (0, 1, 4, 5)})
     measure = measure_with(faulty, in_collator=False, failures_in_a_row=3)

@@ -1,4 +1,4 @@
-"""Promise 3: every text survives a run folder's files, and a record that was edited by hand is named."""
+"""Promise 3, records: every text survives the files of a run folder, and an invalid edited record is named."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def test_every_text_survives(tmp_path: Path, text: str) -> None:
     write_jsonl(tmp_path / "r.jsonl", [response.to_dict()])
     assert read_records(tmp_path / "r.jsonl", Response) == [response]
     assert read_torn_jsonl(tmp_path / "r.jsonl") == [response.to_dict()]
-    (tmp_path / "r.jsonl").read_bytes().decode("utf-8")  # strict: any tool reads it
+    (tmp_path / "r.jsonl").read_bytes().decode("utf-8")  # strict JSON, which any tool can read
     assert fingerprint(text) != fingerprint(text + "x")
     assert seed_for(text) != seed_for(text + "x")
 

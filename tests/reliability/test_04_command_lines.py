@@ -12,7 +12,7 @@ MEASURE = "--config configs/measure.yaml --model.vlm.model MODEL --data.folder S
 EVALUATE = "predict --config configs/evaluate.yaml --model.vlm.model MODEL"
 FIT = "--config configs/sft.yaml --model.vlm.model MODEL --data.folder SETS --data.safe_folder SAFE"
 
-# The command, then what the line has to contain: the argument and the value.
+# The command, then the required parts of the error line: the argument and the value.
 WRONG: list[tuple[str, list[str]]] = [
     # commands
     ("mesure", ["mesure", "--help"]),
@@ -160,7 +160,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("predict --config configs/judge_responses.yaml --data.responses nowhere", ["nowhere"]),
     ("fit --config configs/judge.yaml --data.answers nowhere.csv", ["data.answers", "nowhere.csv"]),
     ("fit --config configs/judge.yaml --data.held_out 2", ["data.held_out", "2"]),
-    # within JSON, in files of a part, of a plain command
+    # in JSON, in files of a section, of a plain command
     ("report ''", ["''", "empty"]),
     ("evaluation '' ' '", ["''", "empty"]),
     ("verify ''", ["''", "empty"]),
@@ -229,7 +229,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("fit --config configs/judge.yaml --data.answers folder", ["data.answers", "folder"]),
     ("predict --config configs/judge_responses.yaml --data.responses file", ["file"]),
     ("export --out folder --folder file", ["file"]),
-    # what is no run, or not yet
+    # folders that are not runs, or not yet
     ("report folder", ["folder", "responses.jsonl"]),
     ("report file", ["file"]),
     ("report trained", ["trained", "responses.jsonl"]),

@@ -1,4 +1,4 @@
-"""Promise 5: an empty text or file, or a key that is there twice, is an error that names the argument or file."""
+"""Promise 5: an empty text or file, or a duplicate key, is an error that names the argument or file."""
 
 import ast
 import json
@@ -134,7 +134,7 @@ def test_a_key_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
         read_contexts(tmp_path / "c.json")
 
 
-# Files of ours and of other programs: the name, what stands there twice, and the reader, which is given the folder.
+# Files of SaferVLM and of other programs: the name, the duplicate key, and the reader, which receives the folder.
 TWICE: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "manifest": ("manifest.json", '{"stages": {}, "stages": {}}', read_manifest),
     "manifest of a report": (
@@ -197,7 +197,7 @@ def test_what_is_read_may_be_infinite_where_it_is_asked_for(tmp_path: Path) -> N
         read_json(tmp_path / "a.json")
 
 
-# Where JSON or YAML is parsed besides in safervlm/io/reading.py: how often, and why.
+# Modules that parse JSON or YAML outside of safervlm/io/reading.py: number of places, and the reason.
 PARSED_ELSEWHERE = {
     "safervlm/io/seals.py": (2, "settings in memory, as they will be once they are written"),
     "safervlm/run.py": (1, "settings in memory, as they will be once they are written"),

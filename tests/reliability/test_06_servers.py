@@ -1,6 +1,6 @@
-"""Promise 6: what comes from a server is bounded, whatever it does; the other questions keep their answers.
+"""Promise 6: the replies of a server are bounded, whatever it sends; the other questions keep their responses.
 
-A raw socket plays the server, so that it can break HTTP itself. Of three questions the second one is misbehaved to.
+The server is a raw socket, so that it can violate HTTP itself. It misbehaves for the second of three questions.
 """
 
 import base64
@@ -46,7 +46,7 @@ Reply = bytes | Callable[[socket.socket], None]
 
 
 class RawServer:
-    """Answers the n-th request for "question 1" with what ``play(n)`` gives, and every other question with an echo."""
+    """Replies to the n-th request for "question 1" with ``play(n)``, and to every other question with an echo."""
 
     def __init__(self, play: Callable[[int], Reply]) -> None:
         self.play, self.asked, self.requests, self.lock = play, [], [], threading.Lock()
@@ -97,7 +97,7 @@ class RawServer:
 
 
 class Counting(RawServer):
-    """Answers the n-th request, of whatever question, with what ``play(n)`` gives."""
+    """Replies to the n-th request, for any question, with ``play(n)``."""
 
     def reply(self, prompt: str, number: int) -> Reply:
         return self.play(number)
@@ -118,7 +118,7 @@ def ok(text: Any, finish: Any = "stop", usage: Any = None, **message: Any) -> by
 
 
 def counted(literal: str, name: str = "completion_tokens") -> bytes:
-    """An answer whose usage contains a literal that json.dumps might not write."""
+    """A reply whose usage contains a literal that json.dumps might not write."""
     body = json.dumps(completion("counted")).replace('"completion_tokens": 3', f'"{name}": {literal}')
     return http(body)
 
@@ -174,15 +174,15 @@ class Case:
     """A misbehaviour.
 
     Attributes:
-        name: of the test.
-        reply: what is sent each time; a list is sent one after the other, the last again and again.
-        text: of the answer; None where there is none.
-        finish: its finish_reason.
-        tokens: its number of tokens.
-        reason: found in the reason why there is no answer.
-        requests: how many are sent for the question.
-        stops: whether nothing more is asked, the third question included.
-        options: of the server.
+        name: name of the test.
+        reply: the reply to each request. A list is sent one after the other; its last element is repeated.
+        text: expected text of the response; None if there is none.
+        finish: expected finish_reason.
+        tokens: expected number of tokens.
+        reason: expected part of the reason why there is no response.
+        requests: expected number of requests for the question.
+        stops: whether nothing more is asked, including the third question.
+        options: settings of the server.
     """
 
     name: str
@@ -201,7 +201,7 @@ def answer(name: str, reply: Reply | list[Reply], text: str = "counted", finish:
 
 
 def broken(name: str, reply: Reply, reason: str, **more: Any) -> Case:
-    """Asked again, and then failed: two requests."""
+    """A case in which the question is asked again and then fails: two requests."""
     return Case(name, reply, reason=reason, **({"requests": 2} | more))
 
 
@@ -227,7 +227,7 @@ CASES = [
     answer("its own bound", counted("41"), tokens=0, options={"max_count": 40}),
     answer("more than asked for", [counted("60"), counted("20")], tokens=20, requests=2),
     answer("always more than asked for", counted("60"), tokens=60, requests=2),
-    # How an answer ended.
+    # Finish reasons.
     *(answer(f"finish_reason {word}", ok("x", word), "x", word) for word in ("eos_token", "end_turn", "STOP", "</s>")),
     answer("finish_reason missing", ok("x", None), "x", "unknown"),
     answer("finish_reason a number", ok("x", 2), "x", "2"),
@@ -287,7 +287,7 @@ CASES = [
     stopped("401", failed("401 No"), r"^vlm\.api_key_variable: .*\(401\)"),
     stopped("404", failed("404 No"), r"^vlm\.model: "),
     stopped("405", http("x", "405 No"), r"^vlm\.addresses: .*405"),
-    # A parameter that it names again and again must not be asked about without end.
+    # A parameter that the server rejects again and again must not cause endless requests.
     Case("unknown parameter, always", failed("400 Bad", "Unrecognized argument: max_completion_tokens"),
          reason="can't take it", requests=2),
     # Redirects.
@@ -370,7 +370,7 @@ def questions(count: int = 3) -> list[Example]:
 
 
 def ask(server: Server, examples: list[Example] | None = None) -> list[Generation | str]:
-    """The answers, or why there are none; never an exception but for where nothing could be asked."""
+    """The responses, or the reasons why there are none; raises only if nothing could be asked."""
     try:
         return [*server.generate(server.collator(examples or questions()), GREEDY, seed=0)]
     except Unanswered as error:
@@ -515,7 +515,7 @@ def test_a_key_that_is_echoed_in_any_form_is_cleaned(raw, tmp_path, monkeypatch,
         server.on_attempt = told.append
         answers = ask(server)
         assert isinstance(answers[1], Generation), answers
-        # A part of the key stays in an answer, which is data; the whole key doesn't.
+        # A part of the key in a response, which is data, is kept; the whole key is not.
         written = json.dumps(told) + answers[1].finish_reason + capsys.readouterr().out
         written += answers[1].text if len(said) > len(KEY) - 1 and "*" not in said else ""
         for form in [KEY, *(KEY[start : start + 8] for start in range(len(KEY) - 7)), KEY.encode().hex()]:
@@ -648,16 +648,16 @@ def measuring(folder: Path, sets: Path, address: str, **options: Any) -> list[st
 
 
 def until_asked(server: RawServer, count: int, played: Played) -> None:
-    """Waits until so many requests have come."""
+    """Waits until a number of requests have arrived."""
     deadline = time.monotonic() + 120
     while len(server.asked) < count and time.monotonic() < deadline and played.process.is_alive():
         time.sleep(0.05)
     assert len(server.asked) == count, played.output
-    time.sleep(0.3)  # for the answers to be read
+    time.sleep(0.3)  # time for the replies to be read
 
 
 def signalled(played: Played, number: int) -> int | None:
-    """The exit code of a command after a signal, which ends it as soon as is promised."""
+    """Sends a signal to a command, checks that it ends in the promised time, and returns the exit code."""
     os.kill(played.process.pid, number)
     must_end(played.process.is_alive)
     code = played.end()
@@ -684,7 +684,7 @@ def test_a_signal_ends_a_command_whose_server_hangs(number, code, tmp_path, tiny
 
 
 class Rated(SaferData):
-    """Six questions without an image, whose answers are to be rated."""
+    """Six questions without an image, whose responses are to be rated."""
 
     def load(self) -> Parts:
         return Parts(predict=[Example(response.question) for response in to_rate(["x"] * 6)])

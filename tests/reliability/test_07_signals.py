@@ -1,4 +1,4 @@
-"""Promise 7: within seconds of a signal the process has ended, and the same command ends as if nothing had happened."""
+"""Promise 7: a signal ends the process within seconds, and the same command resumes to the same result."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 CODES = {TERM: 143, INT: 130, KILL: -9}
-GRACE = 1  # seconds, in place of 4: what a step may still take
+GRACE = 1  # seconds, instead of 4: the time that a step may still take
 DEFAULT = 4
 
 
@@ -34,7 +34,7 @@ def wait_for(file: Path, played: Played) -> None:
 def interrupt(
     line: list[object], folder: Path, where: str, number: int, grace: float = GRACE, **settings: object
 ) -> str:
-    """Plays a command that stalls at a known moment, sends it a signal there, and gives what it printed."""
+    """Runs a command that stalls at a known moment, sends it a signal there, and returns its output."""
     stall = ["--trainer.callbacks+=processes.StallAt", f"--trainer.callbacks.where={where}"]
     stall += [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]
     marker = folder / "stalled-0"
@@ -49,16 +49,16 @@ def interrupt(
     return played.output
 
 
-# Where a measurement waits, the signal, whether it waits in C, and how many answers are in the shards afterwards.
+# Where a measurement stalls, the signal, whether it stalls in C, and the number of responses in the shards afterwards.
 PREDICT = [
     ("setup", TERM, False, 0),  # before the model is loaded
     ("setup", INT, False, 0),
     ("setup", KILL, False, 0),
     ("setup", TERM, True, 0),
-    ("RecordWriter.on_predict_batch_end", TERM, True, 0),  # in a step that doesn't end
+    ("RecordWriter.on_predict_batch_end", TERM, True, 0),  # in a step that does not end
     ("RecordWriter.on_predict_batch_end", INT, False, 0),
     ("RecordWriter.on_predict_batch_end", KILL, False, 0),
-    ("RecordWriter.on_predict_end", TERM, False, 30),  # everything is answered, nothing merged
+    ("RecordWriter.on_predict_end", TERM, False, 30),  # all questions have responses, nothing is merged
     ("RecordWriter.on_predict_end", KILL, False, 30),
     ("JudgeResponses.on_predict_end", TERM, False, None),
     ("JudgeResponses.on_predict_end", INT, True, None),
@@ -118,7 +118,7 @@ def test_a_step_that_ends_in_time_is_written(
 
 
 def callbacks(long_step: float | None, *more: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of a training that writes a checkpoint at the last batch alone, and where steps are long."""
+    """The callbacks of a training that writes checkpoints only at the last batch and after long steps."""
     checkpoint = {"every_n_batches": 50, "long_step": long_step}
     return [
         {"class_path": "callbacks.checkpoint.LastCheckpoint", "init_args": checkpoint},
@@ -130,7 +130,7 @@ def callbacks(long_step: float | None, *more: dict[str, Any]) -> list[dict[str, 
 
 @pytest.fixture(scope="module")
 def fit(tmp_path_factory, tiny_llava: Path, tiny_sets: Path) -> list[object]:
-    """A command line that trains for 6 batches; none counts as long, however busy the machine is."""
+    """A command line that trains for 6 batches, none of which counts as long, however busy the machine is."""
     vlm = {"model": str(tiny_llava), "dtype": "float32", "lora": {"r": 4, "alpha": 8}, "system": ""}
     config: dict[str, Any] = {
         "model": {"init_args": {"vlm": {"class_path": "safervlm.vlm.llava.Llava", "init_args": vlm}, "lr": 0.01}},
@@ -157,16 +157,16 @@ def fit(tmp_path_factory, tiny_llava: Path, tiny_sets: Path) -> list[object]:
 
 
 def saved(folder: Path) -> int:
-    """The batches behind the last checkpoint."""
+    """The number of batches before the last checkpoint."""
     last = folder / "run" / "checkpoints" / "last.ckpt"
     return torch.load(last, weights_only=False)["lr_schedulers"][0]["last_epoch"] if last.exists() else 0
 
 
-# Where training waits, which call of it, the signal, seconds, whether in C, and the batches that are saved afterwards.
+# Where training stalls, in which call, the signal, seconds, whether in C, and the saved batches afterwards.
 FIT = [
     ("setup", 1, TERM, 120, False, 0),
     ("MetricsCSV.on_train_batch_end", 2, INT, 1, False, 2),  # the step ends in time: it is saved
-    ("MetricsCSV.on_train_batch_end", 2, TERM, 120, True, 2),  # a step that doesn't end
+    ("MetricsCSV.on_train_batch_end", 2, TERM, 120, True, 2),  # a step that does not end
     ("save", 1, KILL, 120, False, None),
     ("MetricsCSV.on_train_batch_end", 1, TERM, 1, False, 3),
     ("save", 1, TERM, 120, True, 3),  # half of a checkpoint
@@ -193,7 +193,7 @@ def test_training_is_interrupted_everywhere_and_ends_as_one_that_was_not(fit: li
 
 
 def long_steps(folder: Path, **settings: object) -> str:
-    """The argument that makes steps longer than the grace allows to wait for."""
+    """The argument that makes steps longer than the grace period."""
     slow = {"class_path": "processes.SlowSteps", "init_args": {"seconds": 0.8 * GRACE} | settings}
     return f"--config={write_config(folder / 'long.yaml', {'trainer': {'callbacks': callbacks(None, slow)}})}"
 
@@ -226,7 +226,7 @@ def test_two_processes_save_together_where_one_is_slow(slow: int, fit: list[obje
 @pytest.mark.parametrize(
     ("ranks", "number", "seconds", "codes"),
     [
-        ([0], TERM, 1, {143}),  # the others hear of it from this one
+        ([0], TERM, 1, {143}),  # this process forwards it to the others
         ([1], INT, 1, {130, 143}),
         ([0, 1], TERM, 1, {143}),
         ([0], TERM, 120, {143}),  # one hangs, the other waits for it
@@ -246,7 +246,7 @@ def test_two_processes(
             wait_for(tmp_path / f"stalled-{rank}", played[rank])
         for rank in ranks:
             os.kill(int(played[rank].process.pid or 0), number)
-        # That a process has died is noticed by looking, once a second; there is no promise how soon.
+        # The death of a process is noticed by polling once a second; no time is promised.
         must_end(lambda: any(each.process.is_alive() for each in played), promise=15 if number == KILL else PROMISE)
         ended = [each.end() for each in played]
         output = "\n".join(each.output for each in played)
@@ -263,7 +263,7 @@ def test_two_processes(
 
 
 def stub(folder: Path) -> dict[str, str]:
-    """A command that writes down that it began and ended, and takes no signal for the end before its half second."""
+    """A command that records its start and end, and ignores signals for half a second."""
     script = folder / "bin" / "safervlm"
     script.parent.mkdir()
     script.write_text(
@@ -289,7 +289,7 @@ def test_a_shell_script_passes_a_signal_on_and_ends(script: list[str], number: i
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # As in a terminal; a test may be started where Ctrl-C is ignored.
+        # As in a terminal; tests may be started with Ctrl-C ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = tmp_path / "log.txt"
@@ -303,4 +303,4 @@ def test_a_shell_script_passes_a_signal_on_and_ends(script: list[str], number: i
     must_end(lambda: started.poll() is None)
     started.communicate()
     assert started.returncode == CODES[signal.Signals(number)]
-    assert log.read_text().split() == ["began", "heard"]  # the command has ended before, and no other was begun
+    assert log.read_text().split() == ["began", "heard"]  # the command ended first, and no other one was started

@@ -1,4 +1,4 @@
-"""Promise 8: what somebody else's run folder names is contacted, sent, imported or read only where the user says so."""
+"""Promise 8: no address, file or code that a foreign run folder names is used unless the user asks for it."""
 
 import ast
 import json
@@ -28,7 +28,7 @@ def measured(measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path,
 
 
 def copy(measured: Path, folder: Path, change: Callable[[dict[str, Any]], None] = lambda config: None) -> Path:
-    """A run folder of a stranger's, whose configuration was changed."""
+    """A foreign run folder with a changed configuration."""
     run = folder / "stranger"
     shutil.copytree(measured, run)
     config = yaml.safe_load((run / "predict.yaml").read_text())
@@ -49,7 +49,7 @@ def refused(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch):
-    """A server on this machine, and what arrived at it."""
+    """A server on this machine, and the requests that it received."""
     arrived: list[dict[str, Any]] = []
     hurry(monkeypatch)
     monkeypatch.setenv("HF_TOKEN", SECRET)
@@ -225,7 +225,7 @@ def test_a_page_shows_images_of_the_runs_own_data_alone(inside: bool, tmp_path: 
         assert "outside the datasets" in shown["reason"]
 
 
-# Loaders that don't take trust_remote_code, and why they run no code unasked.
+# Loaders without the argument trust_remote_code, and why they run no code by themselves.
 NO_CODE = {
     "PeftConfig.from_pretrained": "reads JSON alone",
     "PeftModel.from_pretrained": "puts weights into layers of a model that is there",

@@ -1,4 +1,4 @@
-"""Promise 9: commands side by side are safe, leave nothing behind, and never delete a user's file."""
+"""Promise 9: concurrent commands are safe, leave no temporary files and never delete a user's file."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_after_a_build_that_ended_early_the_next_one_builds(end: str, tmp_path: 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build in this process that writes hardly anything."""
+    """A build in this process that writes only a few files."""
     monkeypatch.setattr(world, "train_until_good", lambda folder, seed, perturbation: [{"figures": {}}])
     monkeypatch.setattr(world, "write_benchmarks", lambda folder, seed: None)
     monkeypatch.setattr(world, "write_data_sets", lambda folder, seed: (folder / "unsafe").mkdir())
@@ -176,7 +176,7 @@ def test_a_damaged_manifest_is_named(text: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a disk of its own, which is almost full."""
+    """A folder on a separate, almost full disk."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
@@ -194,7 +194,7 @@ def test_on_a_full_disk_nothing_is_lost(
     whole.mkdir()
     line = [*measuring_line(Path("run"), tiny_sets / "unsafe"), "--data.batch_size=5"]
     play(line, whole)
-    for left in (6_000, 24_000, 30_000):  # before the first answers, in the shards, in what is made of them
+    for left in (6_000, 24_000, 30_000):  # before the first responses, in the shards, in the merged files
         (small_disk / "fill").unlink(missing_ok=True)
         (small_disk / "fill").write_bytes(b"x" * (256 * 1024 - left - used(small_disk)))
         said = play(line, small_disk, code=2)
@@ -207,5 +207,5 @@ def test_on_a_full_disk_nothing_is_lost(
 
 
 def used(disk: Path) -> int:
-    """What the files of a disk take, in whole pages."""
+    """The space that the files of a disk take, in whole pages."""
     return sum(-(-file.stat().st_size // 4096) * 4096 for file in disk.rglob("*") if file.is_file())

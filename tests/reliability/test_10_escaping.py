@@ -1,4 +1,4 @@
-"""Texts are escaped: whatever a name contains, every output shows it and can be read by its own parser."""
+"""Promise 10, escaping: every output shows any name, and its own parser can read it."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from safervlm.io import escape
 
-# name -> (a text from data, how it is made visible)
+# name -> (a text from data, its visible form)
 HOSTILE = {
     "clear screen": ("\x1b[2J\x1b[H", r"\x1b[2J\x1b[H"),
     "C1 CSI": ("a\x9b31mred", r"a\x9b31mred"),
@@ -93,7 +93,7 @@ def test_csv_leaves_other_texts(text: str) -> None:
 def test_excel_takes_it(text: str, shown: str) -> None:
     written = escape.for_xlsx(text)
     assert not ILLEGAL_CHARACTERS_RE.search(written)
-    # What Excel makes of it (ECMA-376, ST_Xstring).
+    # The text that Excel shows (ECMA-376, ST_Xstring).
     assert re.sub(r"_x([0-9A-Fa-f]{4})_", lambda code: chr(int(code[1], 16)), written) == shown
 
 
@@ -121,7 +121,7 @@ def test_sheet_titles_are_valid_and_different() -> None:
 
 
 def unescaped_latex(text: str) -> str:
-    """Reads LaTeX back; fails on a special character that isn't escaped."""
+    """Parses LaTeX; fails on a special character that is not escaped."""
     named = {
         "textbackslash": "\\",
         "textasciitilde": "~",

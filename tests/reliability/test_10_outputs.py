@@ -1,4 +1,4 @@
-"""Names and texts in every output: the terminal, CSV, Excel, LaTeX and the page, each read by a parser of its own."""
+"""Promise 10, outputs: names and texts in the terminal, CSV, Excel, LaTeX and HTML, each read by its own parser."""
 
 import contextlib
 import csv
@@ -29,7 +29,7 @@ EXAMPLE = "\x1b]0;owned\a</script><script>alert(1)</script>{{ 7*7 }}\u202e\ud800
 
 
 class Page(html.parser.HTMLParser):
-    """The tags of a page, and its text as it is seen."""
+    """The tags of a page, and its visible text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Page(html.parser.HTMLParser):
 
 
 def check_page(path: Path) -> Page:
-    """Valid, runs nothing, loads nothing, and has no invisible character."""
+    """Checks that a page is valid, runs nothing, loads nothing, and has no invisible character."""
     page = Page(path)
     assert page.open == []
     assert not [
@@ -71,7 +71,7 @@ def check_page(path: Path) -> Page:
 
 
 def answers(name="mask", text="No, it is not safe.", image_path=None):
-    """Unsafe and safe images, names and perception; a name from data wherever one goes."""
+    """Unsafe and safe images, names and perception, with a given name in every field from data."""
     made = []
     for index in range(3):
         category = name if index else "Hate"
@@ -90,7 +90,7 @@ def answers(name="mask", text="No, it is not safe.", image_path=None):
 
 
 def write_any(folder: Path, given) -> Path:
-    """A run folder; half a surrogate pair is written as JSON's escape."""
+    """Writes a run folder; half a surrogate pair is written as a JSON escape."""
     answers = [
         (replace(asked, id=asked.id.encode("ascii", "backslashreplace").decode()), *rest) for asked, *rest in given
     ]
@@ -112,7 +112,7 @@ def read_csv(path: Path) -> list[list[str]]:
         rows = list(csv.reader(file))
     assert len({len(row) for row in rows}) == 1
     for cell in (cell for row in rows for cell in row):
-        # What a spreadsheet would compute: a text; a negative number is one.
+        # A formula is stored as a text; a negative number stays a number.
         assert not re.match(r"[=+@\t\r]|-(?!\d+(\.\d+)?(e-?\d+)?$).", cell), cell
     return rows
 
@@ -127,7 +127,7 @@ def read_workbook(path: Path) -> set[str]:
 
 
 def read_latex(path: Path) -> set[str]:
-    """The cells of the tables of a file, read back."""
+    """Parses the cells of the tables of a file."""
     cells = set()
     text = path.read_text(encoding="utf-8")
     assert text.count("\\begin{") == text.count("\\end{")
@@ -144,7 +144,7 @@ def read_latex(path: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def from_data(tmp_path_factory):
-    """One report, one table of scores and one evaluation with every hostile name as a category or data set."""
+    """A report, a table of scores and an evaluation with every hostile name as a category or dataset."""
     folder = tmp_path_factory.mktemp("from data")
     given = [each for name, _ in HOSTILE.values() for each in answers(name)]
     run = write_any(folder / "run", list({asked.id: (asked, *rest) for asked, *rest in given}.values()))
@@ -176,7 +176,7 @@ def from_data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def read_back(from_data):
-    """The outputs, read by their parsers."""
+    """Reads the outputs with their parsers."""
     folder, printed = from_data
     for text in printed.values():
         assert not set(text) & {"\x1b", "\x9b", "\r", "\x00", "\x0b", "\u202e", "\u2028"}
@@ -219,7 +219,7 @@ def test_a_name_from_data_is_shown_everywhere(name, shown, read_back):
 
 # --- names of runs ----------------------------------------------------------------------------------------------------
 
-# a folder's name -> how it is shown
+# name of a folder -> its visible form
 RUNS = {
     "brackets": ("ppo[seed 0]", "ppo[seed 0]"),
     "markup": ("[bold]x[link=y]", "[bold]x[link=y]"),
@@ -250,7 +250,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def named_runs(tmp_path_factory):
-    """A report and an evaluation of runs with every name."""
+    """A report and an evaluation of runs with every hostile name."""
     folder = tmp_path_factory.mktemp("named")
     runs = [write(folder / name, answers()) for name in ("base", *(name for name, _ in RUNS.values()))]
     printed = io.StringIO()
@@ -361,7 +361,7 @@ def test_images_are_linked_relative_to_the_page(tmp_path, monkeypatch):
 
 
 def test_no_absolute_path_is_on_a_page(tmp_path):
-    """Neither a run folder's, nor a missing image's, nor one in the settings, nor that of a run that is left out."""
+    """Neither of a run folder, nor of a missing image, nor in the settings, nor of a skipped run."""
     home = tmp_path / "home" / "jane"
     runs = [write(home / "runs" / name, answers(image_path=str(home / "no.png"))) for name in ("a", "b")]
     for run in runs:

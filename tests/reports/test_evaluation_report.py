@@ -1,4 +1,4 @@
-"""The table of an evaluation, wherever it is shown: the same numbers, nothing that runs, no image to be seen."""
+"""The table of an evaluation in all formats: the same numbers, no scripts, no recognisable image."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ from safervlm.run import write_stage
 
 @pytest.fixture
 def runs(tmp_path):
-    """``original`` and ``ppo``, each with an evaluation of 304 answers; all images are one file."""
+    """``original`` and ``ppo``, each with an evaluation of 304 responses; all images are the same file."""
     file = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 40, 3), dtype=np.uint8)).save(file)
     for seed, (name, right) in enumerate((("original", 0.4), ("ppo", 0.9))):
@@ -75,7 +75,7 @@ def test_one_table_everywhere(runs, tmp_path, capsys):
 def test_the_page_runs_nothing_and_shows_no_image(runs, tmp_path):
     page = evaluation(runs, tmp_path / "all.html").read_text()
     assert "<script" not in page
-    assert "&lt;script&gt;x&lt;/script&gt;" in page  # a model's answer is text
+    assert "&lt;script&gt;x&lt;/script&gt;" in page  # a response is text
     assert "default-src 'none'" in page
     assert not re.findall(r'(?:src|href)="https?:', page)
     flipped = re.findall(r"turned (right|wrong), (\d+) answers", page)
@@ -125,7 +125,7 @@ def test_a_run_that_cant_be_read_takes_none_with_it(runs, tmp_path, capsys):
         evaluation(runs, out)
     assert "ppo is left out: " in capsys.readouterr().out
     assert set(pd.read_csv(out.with_suffix(".csv"))["run"]) == {"original"}
-    # Without the original nothing else takes its place.
+    # Without the original no other run becomes the baseline.
     other = tmp_path / "runs" / "nothing"
     out = tmp_path / "other.html"
     with pytest.raises(SystemExit, match="3"):
@@ -152,7 +152,7 @@ def test_a_file_of_the_users_is_not_overwritten(runs, tmp_path):
         evaluation(runs, tmp_path / "mine.html")
     assert (tmp_path / "mine.csv").read_text() == "image,label\n"
     evaluation(runs, tmp_path / "page.html")
-    evaluation(runs, tmp_path / "page.html")  # its own may be made anew
+    evaluation(runs, tmp_path / "page.html")  # its own output may be replaced
     (tmp_path / "notes.html").write_text("<p>mine</p>")
     with pytest.raises(ArgumentError, match=r"out: .*notes\.html is there already"):
         evaluation(runs, tmp_path / "notes.html")
@@ -170,7 +170,7 @@ def test_a_line_break_in_a_name_does_not_end_a_latex_comment(monkeypatch):
 
 
 def test_what_a_reader_has_to_know_is_said(runs, tmp_path, capsys):
-    """Often N/A, other base models: neither is seen from the numbers."""
+    """Many N/A responses, different base models: neither is visible from the numbers."""
     for run, model in zip(runs, ("one", "other"), strict=True):
         settings = {"model": {"vlm": {"model": model, "weights": model}}}
         write_stage(run / "evaluation", "measure", settings=settings, finished=model == "one")
@@ -184,7 +184,7 @@ def test_what_a_reader_has_to_know_is_said(runs, tmp_path, capsys):
         assert often in text
     assert f"{100 * long['na_rate'].iloc[0]:.1f} % N/A</small>" in page
     assert "original: N/A, which counts as wrong, is " in printed
-    assert "ppo: N/A" not in printed  # seldom
+    assert "ppo: N/A" not in printed  # rarely
     assert "ppo: the evaluation isn't finished; the same command goes on" in printed
     assert "original: the evaluation" not in printed
 

@@ -1,4 +1,4 @@
-"""The page, read as a browser shows it, and the tables beside it."""
+"""The report page as a browser shows it, and the tables beside it."""
 
 import base64
 import html.parser
@@ -34,7 +34,7 @@ CONCEPTS = [(category, f"{category} thing {letter}") for category in CATEGORIES 
 
 
 def draw(path, index):
-    """A pictogram: a figure of its own colour on a plain ground, with an EXIF note."""
+    """A pictogram: a figure of a given colour on a plain background, with an EXIF comment."""
     image = Image.new("RGB", (240, 180 + index % 3 * 60), (250, 250, 245))
     pen = ImageDraw.Draw(image)
     colour = tuple(np.random.default_rng(index).integers(0, 200, 3).tolist())
@@ -82,7 +82,7 @@ def question(dataset, image, path, capability, number, prompt, category, concept
 
 
 def make_run(folder, data, rates, hostile=False):
-    """A run whose answers are right with these rates: perception, text-only, image unsafe, image safe."""
+    """Writes a run with these accuracies: perception, text-only, image unsafe, image safe."""
     responses, verdicts = [], []
     for asked in questions(data):
         key = asked.capability if asked.capability != "alignment" else asked.answer
@@ -128,7 +128,7 @@ def page(runs, folder):
 
 
 def chromium():
-    """The browser; without one these tests fail, they don't skip."""
+    """The browser; without one these tests fail rather than skip."""
     names = ("chromium", "chromium-browser", "google-chrome")
     found = next((path for path in map(shutil.which, names) if path), None)
     assert found, "no chromium: install Debian's (apt-get install chromium); the report is tested in a browser"
@@ -188,7 +188,7 @@ class Reader(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def dom(page, tmp_path_factory):
-    """The page as the browser has understood it."""
+    """The page as parsed by the browser."""
     return Reader(browse(page, tmp_path_factory.mktemp("profile"), "--dump-dom"))
 
 
@@ -231,8 +231,8 @@ def test_category_tables_equal_the_csv(dom, page, runs, name):
         check_dtype=False,
     )
     rows = dom.table(**{"class": "categories", "data-run": name})[1:]
-    # Nine categories and overall twice of perception, unsafe alignment and text only; one and overall twice of the safe
-    # side; overall twice of both.
+    # Nine categories and overall, for two runs, for perception, unsafe alignment and text only; one category and
+    # overall for the safe side; overall for both sides.
     assert len([row for row in rows if len(row) > 1]) == 3 * (9 + 2) + (1 + 2) + 2
     part = None
     for row in rows:
@@ -290,7 +290,7 @@ def test_the_screenshot_shows_something(page, tmp_path):
     assert len(np.unique(np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3), axis=0)) > 200
 
 
-# --- what the page must not do ----------------------------------------------------------------------------------------
+# --- what the page must not contain -----------------------------------------------------------------------------------
 
 
 def test_nothing_is_loaded(dom, page):
@@ -305,7 +305,7 @@ def test_nothing_is_loaded(dom, page):
                 allowed = {"img": ("data:image/png;base64,",), "a": ("#", "../data/"), "use": ("#",)}
                 assert address.startswith(allowed[tag]), (tag, name, address)
         assert not [name for name in attributes if name.startswith("on")]
-    # Outside of XML's namespaces there is no address at all.
+    # There is no address except for XML namespaces.
     assert not re.findall(r"(?<!xmlns=\")(?<!xmlns:xlink=\")https?://", text)
     assert "@import" not in text
     assert set(re.findall(r"url\(([^)]{0,2})", text)) <= {"#f"}
@@ -326,7 +326,7 @@ def test_no_image_matches_an_original(page, folder):
         assert not blur.info.get("exif")
         assert max(blur.size) <= 160
         shown = np.asarray(blur.convert("RGB"), float)
-        # No edge is left: neighbours differ by a few levels, and 10 x 10 colours say all there is.
+        # No edge is left: neighbours differ by a few levels, and 10 x 10 colours determine the image.
         assert np.abs(np.diff(shown, axis=0)).max() < 25
         assert np.abs(np.diff(shown, axis=1)).max() < 25
         few = blur.resize([max(1, round(10 * side / 160)) for side in blur.size], Image.Resampling.BOX)
@@ -344,7 +344,7 @@ def test_a_sharp_preview_in_the_metadata_is_left_behind(tmp_path):
 
 
 def test_no_more_than_ten_by_ten_colours_pass():
-    """Another image with the same hundred means, edges elsewhere, gives the same blur: which it was is lost."""
+    """Another image with the same hundred means, but other edges, has the same blur: the original is lost."""
     sharp = np.zeros((200, 200, 3), np.uint8)
     sharp[30:110, 50:150] = 255  # edges in the middle of the tenths
     means = sharp.reshape(10, 20, 10, 20, 3).mean(axis=(1, 3)).round().astype(np.uint8)
@@ -401,7 +401,7 @@ def test_examples_stay_the_same_and_cover_the_categories(runs, page, folder):
             assert answer["response"] == frame.loc[card["id"], "response"]
             assert answer["label"] == frame.loc[card["id"], "label"]
             assert answer["right"] == (frame.loc[card["id"], "label"] == card["answer"])
-    again = report(runs, folder / "again" / "report.html")  # as far from the images
+    again = report(runs, folder / "again" / "report.html")  # equally far from the images
     assert again.read_bytes() == page.read_bytes()
 
 
@@ -580,6 +580,6 @@ def test_latex(page):
     line = next(line for line in text.splitlines() if line.startswith("Image, unsafe &"))
     assert line == r"Image, unsafe & {:.1f} & {:.1f} \\".format(*(100 * overall["image_unsafe"]))
     assert r"p\&p\_\$o\textless{}1\textgreater{}" in text
-    body = re.sub(r"\\[&%$#_{}]", "", text.split("\n", 1)[1])  # without what is escaped
+    body = re.sub(r"\\[&%$#_{}]", "", text.split("\n", 1)[1])  # without escaped characters
     assert not re.search(r"[%$#_]", body)
     assert all(line.count("&") in (0, 2, 8) for line in body.splitlines())

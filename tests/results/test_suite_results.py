@@ -1,6 +1,6 @@
-"""An evaluation's numbers, recomputed by hand on answers in the real format.
+"""The scores of an evaluation, recomputed by hand on responses in the real format.
 
-What would break: MME's rule, a missing answer that vanishes, a rating that is none, pairs that aren't pairs.
+The tests detect errors in MME's rule, dropped missing responses, invalid ratings that count, and wrong pairs.
 """
 
 import os
@@ -36,7 +36,7 @@ def values(evaluation):
 
 # --- MME --------------------------------------------------------------------------------------------------------------
 
-# task, image, what is answered to the question whose answer is Yes, and to the one whose answer is No; None: missing
+# task, image, response to the question whose answer is Yes, and to the one whose answer is No; None: missing
 MME = [
     ("existence", "a", "Yes.", "No"),
     ("existence", "b", "yes, it is", "I can't tell"),
@@ -61,7 +61,7 @@ def mme(folder, rows=MME):
 
 def test_an_answer_that_no_judge_could_read_is_missing(tmp_path):
     asked = [question("SMID", str(image), "generalisation", 0, "Unsafe", "SMID", drawn=True) for image in range(3)]
-    write(tmp_path, [(each, "No", "Unsafe") for each in asked], failed=[asked[0]])  # mended since
+    write(tmp_path, [(each, "No", "Unsafe") for each in asked], failed=[asked[0]])  # changed since
     verdicts = list(read_jsonl(tmp_path / "verdicts.jsonl"))
     write_jsonl(tmp_path / "verdicts.jsonl", verdicts[:2])
     write_jsonl(tmp_path / "verdicts-failed.jsonl", [Failure(asked[2], "a panic").to_dict()])
@@ -75,7 +75,7 @@ def test_mme_by_the_official_rule(tmp_path):
     # existence: right a both, b one, c none, d one of eight: accuracy 4/8 = 50 %; both right: a of four: 25 %
     # code_reasoning: e one, f none of four: 25 %; both right: none
     assert values(mme(tmp_path)) == {
-        "MME_accuracy": pytest.approx(5 / 9),  # of those that were answered
+        "MME_accuracy": pytest.approx(5 / 9),  # of the questions with a response
         "MME_accuracy_plus": pytest.approx(1 / 6),
         "MME_existence": pytest.approx(75.0),
         "MME_code_reasoning": pytest.approx(25.0),
@@ -83,7 +83,7 @@ def test_mme_by_the_official_rule(tmp_path):
         "MME_perception": pytest.approx(75.0),
         "MME_cognition": pytest.approx(25.0),
         # The published shortcut looks for "Yes" and "No" as they are written: a both, "yes" isn't "Yes", d "No" in
-        # "None", e once; answers that are missing are left out: 4 of 9.
+        # "None", e once; missing responses are excluded: 4 of 9.
         "MME_occurs": pytest.approx(4 / 9),
     }
 
@@ -99,7 +99,7 @@ def test_missing_answers_are_counted(tmp_path):
 
 
 def official(rows):
-    """As the evaluation tool goes through its files, two lines an image; a text that is missing stands as empty."""
+    """The input of the evaluation tool: two lines per image; a missing response is an empty text."""
     score = 0.0
     for task in {task for task, *_ in rows}:
         right, both, images = 0, 0, 0
@@ -126,7 +126,7 @@ def test_mme_like_the_official_tool(tmp_path):
 
 @pytest.mark.skipif(TOOL is None, reason="SAFERVLM_MME_TOOL names no folder with MME's eval_tool")
 def test_a_published_models_answers_score_as_the_official_tool_prints(tmp_path):
-    """LaVIN's 2,374 answers, which lie beside the tool; 963.61 and 249.64 are its scores on MME's leaderboard, too."""
+    """LaVIN's 2,374 responses, distributed with the tool; 963.61 and 249.64 are its scores on MME's leaderboard."""
     answers = []
     for file in sorted(Path(TOOL, "LaVIN").glob("*.txt")):
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
@@ -138,7 +138,7 @@ def test_a_published_models_answers_score_as_the_official_tool_prints(tmp_path):
     assert (ours["MME_perception"], ours["MME_cognition"]) == pytest.approx((963.6114445778312, 249.64285714285714))
     tool = subprocess.run([sys.executable, "calculation.py"], cwd=TOOL, capture_output=True, text=True, check=False)
     if "No module named 'sklearn'" in tool.stderr:
-        return  # the scores above are what it prints
+        return  # it prints the scores above
     printed = dict(re.findall(r"\t (\w+)  score: ([\d.]+)", tool.stdout))
     assert len(printed) == 14
     assert {task: ours[f"MME_{task}"] for task in printed} == pytest.approx({t: float(s) for t, s in printed.items()})
@@ -179,7 +179,7 @@ def test_llavabench_is_the_ratio_of_sums(tmp_path):
 
 
 def test_both_orders_are_averaged_and_one_alone_counts_as_missing(tmp_path):
-    # A judge that gives two more to what stands first.
+    # A judge that rates the first position two points higher.
     evaluation = rated(
         tmp_path,
         [(0, False, 8, 4), (0, True, 6, 6), (1, False, 9, 6), (1, True, None, None), (2, False, 7, 5), (2, True, 5, 7)],
@@ -191,7 +191,7 @@ def test_both_orders_are_averaged_and_one_alone_counts_as_missing(tmp_path):
 
 
 def test_what_an_interrupted_rating_leaves_is_not_scored(tmp_path):
-    """Another judge's older ratings, an attempt that was asked again, one order of two, half a line."""
+    """Another judge's older ratings, a repeated attempt, one of two orders, a torn line."""
     ratings = [
         (0, False, 8, 4),
         (0, True, 6, 6),
@@ -284,7 +284,7 @@ def test_a_model_is_compared_with_itself(tmp_path):
     tested = table[table["p"].notna()]
     assert (tested["difference"] == 0).all()
     assert (tested["p_holm"][~tested["detail"]] == 1).all()
-    # Not even then it is said that nothing can be lost.
+    # Even then the bound does not exclude a regression.
     assert (tested["low"] < 0).all()
     assert (tested["high"] > 0).all()
     assert not len(flips(evaluation, evaluation, columns([evaluation])[0]))

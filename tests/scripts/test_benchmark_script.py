@@ -1,4 +1,4 @@
-"""The benchmark's two sides compute the same, on shapes too small to measure anything."""
+"""scripts/benchmark.py: both sides compute the same, on shapes too small to measure time."""
 
 import importlib.util
 import math
@@ -18,7 +18,7 @@ def benchmark() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark"] = module  # dataclasses look their module up
+    sys.modules["benchmark"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -55,7 +55,7 @@ def test_both_sides_run_and_agree(
     assert all(len(row.ratios()) == 1 and min(row.ratios()) > 0 for row in table)
     said = capsys.readouterr().err
     assert said.count("gradient differs by") == {"dpo": 4, "sft": 3, "ppo": 3}[name]
-    if name == "dpo":  # where the adapter does nothing, all losses are equal whatever is wrong
+    if name == "dpo":  # with an adapter without effect all losses would be equal
         assert abs(float(said.split("loss ")[1].split()[0]) - math.log(2)) > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The script that runs the demo with other seeds and roundings: its tables, and the bounds that are met narrowly."""
+"""scripts/seeds.py: its tables, and bounds that are met narrowly."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 
 @pytest.fixture
 def seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The script, with a page of its own and demos that are not run."""
+    """The script, with a temporary page and without running demos."""
     monkeypatch.syspath_prepend(SCRIPTS)
     import seeds
 

@@ -1,4 +1,4 @@
-"""The script that measures a 7B plays the recipes as they are."""
+"""scripts/sizes.py runs the shipped recipes."""
 
 from dataclasses import replace
 from pathlib import Path

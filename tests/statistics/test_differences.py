@@ -52,22 +52,22 @@ def test_p_below_5_percent_exactly_where_the_interval_leaves_0_out(seed):
 
 
 def test_no_cluster_differs():
-    """Clopper and Pearson's none of n: the share of clusters that differ is at most 1 - .025^(1/n)."""
+    """Clopper-Pearson for 0 of n: the share of clusters that differ is at most 1 - .025^(1/n)."""
     most = stats.binomtest(0, 40).proportion_ci(method="exact").high
     same(differences.difference_of_shares(np.zeros(40), np.full(40, 5.0)), 0, -most, most, 1)
 
 
 def test_all_clusters_differ_alike():
     other = stats.binomtest(0, 12).proportion_ci(method="exact").high
-    # Up to a quarter of the clusters may differ otherwise: by -1 or 1.
+    # Up to a quarter of the clusters may have another difference: -1 or 1.
     expected = (0.4, 0.4 * (1 - other) - other, 0.4 * (1 - other) + other, 2 / 1.4**12)
     same(differences.difference_of_shares(np.full(12, 2.0), np.full(12, 5.0)), *expected)
-    # For all or nothing it is the sign test.
+    # If every cluster changes completely, it is the sign test.
     same(differences.difference_of_shares(np.full(12, -5.0), np.full(12, 5.0)), -1, -1, -1 + 2 * other, 2 / 2**12)
 
 
 def test_a_difference_is_no_larger_than_the_share_of_clusters_that_differ():
-    """One of 100: Student's interval with its one degree of freedom would reach .137."""
+    """One of 100: Student's interval with one degree of freedom would reach .137."""
     most = stats.binomtest(1, 100).proportion_ci(method="exact").high
     found = differences.difference_of_shares(np.eye(100)[0], np.ones(100))
     assert (found.value, found.low, found.high) == pytest.approx((0.01, -most, most))
@@ -78,7 +78,7 @@ def test_a_difference_is_no_larger_than_the_share_of_clusters_that_differ():
 
 
 def test_sums_by_hand():
-    """Two strata: a quarter of an image that loses all and a quarter of one that gains all."""
+    """Two strata: a quarter of an image with a full decrease and a quarter of one with a full increase."""
     values = [np.array([0.0] * 10 + [50, 150, -50]), np.array([0.0] * 11 + [200])]
     variances, centre = [], 0.0
     for row in values:
@@ -146,7 +146,7 @@ def test_no_score_differs():
     scores, reference = np.full(24, 6.0), np.full(24, 8.0)
     most = stats.binomtest(0, 24).proportion_ci(method="exact").high * 9 / 8
     same(differences.difference_of_ratios(scores, reference, scores, reference, images), 0, -most, most, 1)
-    # All differ by the same: nothing that the spread could tell.
+    # All differ by the same amount, so the variance is zero.
     found = differences.difference_of_ratios(scores + 1, reference, scores, reference, images)
     same(found, 1 / 8, np.nan, np.nan, np.nan)
 
@@ -186,7 +186,7 @@ def test_published_examples(lost, gained, items, low, high, p):
 
 @pytest.mark.parametrize(("lost", "gained", "items"), [(7, 1, 21), (0, 4, 50), (3, 3, 30), (10, 2, 1000)])
 def test_the_ends_are_1_96_of_their_deviations_off(lost, gained, items):
-    """By numerical maximum likelihood: a difference d at which (value - d) is 1.96 deviations."""
+    """By numerical maximum likelihood: (value - d) is 1.96 standard deviations at either end d."""
     found = differences.difference_of_items(lost, gained, items)
     for end in (found.low, found.high):
 
@@ -249,7 +249,7 @@ def test_coverage():
     held = []
     for _ in range(400):
         luck = rng.random((120, 2))
-        base, run = ((luck < rate).sum(axis=1) for rate in (0.7, 0.8))  # what is right stays right
+        base, run = ((luck < rate).sum(axis=1) for rate in (0.7, 0.8))  # correct responses stay correct
         values = np.array([0.0, 50, 200])
         sums = differences.difference_of_sums_of_means(values[run] - values[base], strata)
         truth = 3 * (200 * (0.8**2 - 0.7**2) + 100 * (0.8 * 0.2 - 0.7 * 0.3))

@@ -1,4 +1,4 @@
-"""The intervals: against exact ones, by hand, and by what they must not do."""
+"""The confidence intervals: against exact ones, by hand, and their invariants."""
 
 import csv
 import statistics
@@ -13,7 +13,7 @@ from safervlm.statistics import differences, intervals
 
 
 def test_effective_interval_is_clopper_pearson_of_the_effective_size():
-    # Variance of 50 independent answers, known for certain.
+    # Variance of 50 independent responses, known exactly.
     low, high = intervals.effective_interval(0.8, 0.8 * 0.2 / 50, np.inf, 10, 200)
     exact = stats.binomtest(40, 50).proportion_ci(method="exact")
     assert (low, high) == (pytest.approx(exact.low), pytest.approx(exact.high))
@@ -34,7 +34,7 @@ def test_effective_size_shrinks_with_the_degrees_of_freedom():
 
 
 def caught(monkeypatch):
-    """What the intervals hand to `effective_interval`: share, variance, freedom, least, most."""
+    """The arguments of `effective_interval`: share, variance, degrees of freedom, least, most."""
     calls = []
     monkeypatch.setattr(intervals, "effective_interval", lambda *values: calls.append(values) or (0.0, 1.0))
     return calls
@@ -62,7 +62,7 @@ def test_freedom_of_these_concepts_where_one_image_makes_the_errors(monkeypatch)
     right, concepts = np.ones(20), np.arange(20) // 10
     right[0] = 0
     intervals.interval_these_concepts(right, np.ones(20), concepts)
-    # From its concept's mean .9 it lies 9 times as far as its nine neighbours.
+    # Its distance from its concept's mean .9 is 9 times that of its nine neighbours.
     squares = np.array([0.9**2] + [0.1**2] * 9)
     freedom = 2 * squares.sum() ** 2 / (squares**2).sum() - 1
     assert freedom < 2
@@ -73,7 +73,7 @@ def test_where_concepts_differ_the_interval_is_shorter_than_that_of_independent_
     right = np.r_[np.ones(40), np.zeros(40), np.arange(20) % 2]
     low, high = intervals.interval_these_concepts(right, np.ones(100), np.repeat(np.arange(5), 20))
     independent = stats.binomtest(50, 100).proportion_ci(method="exact")
-    at_most = stats.binomtest(100, 200).proportion_ci(method="exact")  # twice the answers
+    at_most = stats.binomtest(100, 200).proportion_ci(method="exact")  # twice the responses
     assert high - low < independent.high - independent.low
     assert (low, high) == (pytest.approx(at_most.low), pytest.approx(at_most.high))
 
@@ -91,7 +91,7 @@ def test_variance_of_new_concepts_is_cr2(monkeypatch):
     answers = rng.integers(1, 30, 12).astype(float)
     right = rng.binomial(answers.astype(int), 0.7).astype(float)
     intervals.interval_new_concepts(right, answers)
-    # By matrices, as Bell and McCaffrey write it: A_g = (I - H_gg)^(-1/2) for the regression on a constant.
+    # By matrices, as in Bell and McCaffrey: A_g = (I - H_gg)^(-1/2) for the regression on a constant.
     total = answers.sum()
     share = right.sum() / total
     squares = []
@@ -110,7 +110,7 @@ def test_new_concepts_need_ten():
 
 def test_nothing_wrong_is_not_certainty():
     low, high = intervals.interval_these_concepts(np.full(8, 5.0), np.full(8, 5.0), np.arange(8) // 2)
-    assert (low, high) == (pytest.approx(0.025 ** (1 / 8)), 1.0)  # eight images, not forty answers
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 8)), 1.0)  # eight images, not forty responses
     interval = intervals.interval_new_concepts(np.full(12, 20.0), np.full(12, 20.0))
     assert interval == (pytest.approx(0.025 ** (1 / 12)), 1.0)
     low, high = intervals.interval_these_concepts(np.zeros(1), np.full(1, 5.0), np.zeros(1, int))
@@ -118,7 +118,7 @@ def test_nothing_wrong_is_not_certainty():
 
 
 def test_one_image_a_concept_takes_the_images_as_they_are():
-    # All single: the variance is a collapsed one, and independent images vary at most as a binomial does.
+    # All strata are single: the variance is a collapsed one, at most the binomial one for independent images.
     right = np.array([1, 1, 1, 0, 1, 1, 1, 1.0])
     exact = stats.binomtest(7, 8).proportion_ci(method="exact")
     interval = intervals.interval_these_concepts(right, np.ones(8), np.arange(8))
@@ -144,11 +144,11 @@ def test_effective_freedom_of_normal_clusters_is_two_thirds_of_satterthwaites(la
 
 def test_paired_interval():
     rng = np.random.default_rng(1)
-    differences = np.r_[0.3 + 0.1, 0.3 - 0.1].repeat(6)  # all squares alike: Student's own degrees of freedom
+    differences = np.r_[0.3 + 0.1, 0.3 - 0.1].repeat(6)  # all squares equal: Student's degrees of freedom
     low, high = intervals.interval_paired(differences)
     theirs = stats.ttest_1samp(differences, 0).confidence_interval()
     assert (low, high) == (pytest.approx(theirs.low), pytest.approx(theirs.high))
-    differences = np.r_[np.zeros(18), 0.9, 0.8]  # two concepts carry it all
+    differences = np.r_[np.zeros(18), 0.9, 0.8]  # two concepts contribute all of it
     low, high = intervals.interval_paired(differences)
     theirs = stats.ttest_1samp(differences, 0).confidence_interval()
     half = stats.t.ppf(0.975, intervals.effective_freedom((differences - differences.mean()) ** 2)) * stats.sem(
@@ -210,7 +210,7 @@ TASKS = (30, 30, 30, 30, 147, 170, 200, 200, 200, 20, 70, 20, 20, 20)
 
 
 def test_two_tasks_by_hand():
-    """k = 2: one made-up image at each end, so the plain variance of the longer lists."""
+    """k = 2: one added image at each end, so the plain variance of the longer lists."""
     values = [[200.0] * 8 + [50.0, 0.0, 50.0], [50.0] * 9 + [0.0]]
     low, high = intervals.interval_sum_of_means(np.concatenate(values), np.repeat([0, 1], [11, 10]))
     longer = [[*row, 0.0, 200.0] for row in values]
@@ -224,11 +224,11 @@ def test_two_tasks_by_hand():
 def test_a_task_that_is_all_right_is_not_certain():
     strata = np.repeat(np.arange(14), TASKS)
     low, high = intervals.interval_sum_of_means(np.full(len(strata), 200.0), strata)
-    exact = 200 * differences.bound_of_sums(np.array(TASKS))  # what no wrong image leaves open
+    exact = 200 * differences.bound_of_sums(np.array(TASKS))  # the bound without any wrong image
     assert high == 2800
     assert 0.7 * exact < 2800 - low < exact
     assert intervals.interval_sum_of_means(np.zeros(len(strata)), strata) == (0, pytest.approx(2800 - low))
-    # The others' variance isn't all there is.
+    # The variance of the other strata is not the whole variance.
     values = np.where(strata == 9, 200.0, np.random.default_rng(0).choice([0.0, 50, 200], len(strata)))
     low, high = intervals.interval_sum_of_means(values, strata)
     spread = sum(values[strata == task].var(ddof=1) / n for task, n in enumerate(TASKS))
@@ -240,7 +240,7 @@ def test_one_task_is_wilsons_interval():
     low, high = intervals.interval_sum_of_means(values, np.zeros(30, int))
     share = values.mean() / 200
     size = share * (1 - share) / (statistics.variance(values / 200) / 30) * (1.959964 / stats.t.ppf(0.975, 29)) ** 2
-    for end in (low / 200, high / 200):  # Wilson's: the rates from which the share is 1.96 of their deviations off
+    for end in (low / 200, high / 200):  # Wilson's: 1.96 standard deviations from the share
         assert abs(share - end) == pytest.approx(1.959964 * (end * (1 - end) / size) ** 0.5, rel=1e-5)
     assert low < values.mean() < high
     wilson = stats.binomtest(20, 20).proportion_ci(method="wilson")
@@ -248,13 +248,13 @@ def test_one_task_is_wilsons_interval():
         pytest.approx(200 * wilson.low),
         200.0,
     )
-    rare = np.r_[np.full(29, 50.0), 0.0]  # 200 may just not have been drawn: no more than 120 images' worth
+    rare = np.r_[np.full(29, 50.0), 0.0]  # 200 may not have been sampled by chance: no more information than 120 images
     wilson = stats.binomtest(29, 120).proportion_ci(method="wilson")
     assert intervals.interval_sum_of_means(rare, np.zeros(30, int)) == (
         pytest.approx(200 * wilson.low),
         pytest.approx(200 * wilson.high),
     )
-    wilson = stats.binomtest(5, 20).proportion_ci(method="wilson")  # no spread between 0 and 200: as if all were these
+    wilson = stats.binomtest(5, 20).proportion_ci(method="wilson")  # as if all values were 0 or 200
     assert intervals.interval_sum_of_means(np.full(20, 50.0), np.zeros(20, int)) == (
         pytest.approx(200 * wilson.low),
         pytest.approx(200 * wilson.high),
@@ -355,7 +355,7 @@ def test_coverage(rate):
 
 
 def test_new_concepts_of_two_kinds_are_drawn_within_each():
-    """What unsafe and safe concepts differ in is no variance between concepts."""
+    """The difference between unsafe and safe concepts is not part of the variance between concepts."""
     rng = np.random.default_rng(0)
     answers, strata = np.full(40, 5.0), np.repeat([0, 1], 20)
     right = rng.binomial(5, np.where(strata == 0, 0.3, 0.9)).astype(float)
@@ -376,7 +376,7 @@ def test_new_concepts_of_two_kinds_are_drawn_within_each():
     assert (low, high) == pytest.approx((sum(shares) / 2 - below, sum(shares) / 2 + above))
     all_low, all_high = intervals.interval_new_concepts(right, answers)
     assert high - low < 0.65 * (all_high - all_low)
-    # One kind alone is what it was; a kind of a single concept adds nothing.
+    # A single kind equals the unstratified interval; a kind with a single concept adds nothing.
     one = np.zeros(20, int)
     assert intervals.interval_new_concepts(right[:20], answers[:20], one) == pytest.approx(
         intervals.interval_new_concepts(right[:20], answers[:20])

@@ -1,4 +1,4 @@
-"""The cache with room: whatever is done to it, it holds what the library's own does."""
+"""The KV cache with spare capacity holds the same as the library's after every operation."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def states(rows: int, new: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_it_holds_what_the_library_holds() -> None:
-    """Through growth, rows that leave, come twice or change places, and positions that are cut off."""
+    """After growth, removal, repetition and reordering of rows, and cropping."""
     ours, theirs = RoomyLayer(), DynamicLayer()
     changes = {
         4: lambda layer: layer.batch_select_indices(torch.tensor([0, 2, 3])),

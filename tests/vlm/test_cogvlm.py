@@ -1,7 +1,7 @@
-"""CogVLM's family: code that comes with the weights, run inside today's transformers.
+"""The CogVLM family: model code that is distributed with the weights, run with current transformers.
 
-Every test runs against a small model with code of its own, written here, and, where SAFERVLM_COGVLM_CODE names a folder
-with the published code (configuration_cogvlm.py and the files beside it), against a tiny model of that code as well.
+Every test runs on a small model whose code is written here. If SAFERVLM_COGVLM_CODE names a folder with the published
+code (configuration_cogvlm.py and the files beside it), it also runs on a tiny model of that code.
 """
 
 import json
@@ -45,8 +45,8 @@ class TinyConfig(PreTrainedConfig):
     pass
 """
 
-# Wants the same packages, reads and writes the same tuples, and leaves a buffer to compute: on purpose nothing here
-# runs without what safervlm.vlm.remote.cogvlm puts around it.
+# Needs the same packages, uses the same cache tuples, and has a buffer to compute: on purpose this code does not run
+# without the adaptations of safervlm.vlm.remote.cogvlm.
 MODELING = '''
 import torch
 import triton
@@ -264,7 +264,7 @@ def write_published(folder: Path) -> None:
     for file in Path(PUBLISHED).glob("*.py"):
         shutil.copy(file, folder)
     words = families.tokenizer()
-    words.add_tokens([f"<{number}>" for number in range(len(words), 128010)])  # CogVLM2 wants the token 128002
+    words.add_tokens([f"<{number}>" for number in range(len(words), 128010)])  # CogVLM2 expects the token 128002
     words.save_pretrained(folder)
     names = {
         "AutoConfig": "configuration_cogvlm.CogVLMConfig",
@@ -301,7 +301,7 @@ def write_published(folder: Path) -> None:
     ],
 )
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model: code, configuration, tokenizer, weights but for what is computed."""
+    """A folder with a tiny model: code, configuration, tokenizer, weights except for computed buffers."""
     folder = tmp_path_factory.mktemp(request.param.__name__)
     request.param(folder)
     vlm = new(folder)
@@ -338,18 +338,18 @@ def base(folder: Path) -> CogVLM:
 
 @pytest.fixture
 def policy(folder: Path) -> CogVLM:
-    """The same with an adapter that has an effect."""
+    """The same with an effective adapter."""
     return families.with_effect(new(folder), "value")
 
 
 @pytest.fixture
 def examples(make_questions: Callable[[int], list[Question]]) -> list[Example]:
-    """Five questions of three lengths about three images, each with two answers."""
+    """Five questions of three lengths about three images, each with two responses."""
     return families.ask(make_questions(5))
 
 
 def plain_inputs(vlm: CogVLM, question: Question, answer: str | None = None) -> dict[str, Any]:
-    """As the model's paper and its code say: beginning, image, question, answer, end."""
+    """The inputs according to the model's paper and code: beginning, image, question, response, end."""
     assert question.image_path is not None
     image = Image.open(question.image_path).convert("RGB").resize((28, 28), Image.Resampling.BICUBIC)
     scaled = np.asarray(image, np.float64) / 255
@@ -368,7 +368,7 @@ def plain_inputs(vlm: CogVLM, question: Question, answer: str | None = None) -> 
 
 
 def plain_greedy(vlm: CogVLM, question: Question, steps: int) -> list[int]:
-    """One forward pass of everything a token: no cache, no padding, no mask, no generate."""
+    """One forward pass of the whole sequence per token: no cache, no padding, no mask, no generate."""
     inputs = plain_inputs(vlm, question)
     written: list[int] = []
     while len(written) < steps and (not written or written[-1] not in vlm.eos_token_ids):
@@ -395,7 +395,7 @@ def test_code_from_the_hub_is_pinned(revision: str | None) -> None:
 
 
 def test_stand_ins_are_there_while_the_code_is_imported_and_no_longer(tmp_path: Path) -> None:
-    """Other parts of the program ask whether these packages are installed."""
+    """Other parts of the program check whether these packages are installed."""
     write_own(tmp_path)
     names = ("xformers", "xformers.ops", "triton", "triton.language", "torchvision")
     real = ModuleType("triton")
@@ -408,7 +408,7 @@ def test_stand_ins_are_there_while_the_code_is_imported_and_no_longer(tmp_path: 
 
 @pytest.mark.parametrize("reference", ["someone/else--modeling_tiny.TinyForCausalLM", None])
 def test_code_lies_beside_the_weights(tmp_path: Path, reference: str | None) -> None:
-    """Another repository's would be run at whatever commit it is at."""
+    """Code of another repository would be run at an unpinned commit."""
     write_own(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": reference} if reference else {}
@@ -434,7 +434,7 @@ def test_another_layout_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:
-    """The library would draw them."""
+    """The library would initialise them randomly."""
     write_own(tmp_path)
     save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"^vlm.model: .* lacks \d+ weights, for example lm_head.weight"):
@@ -453,7 +453,7 @@ def test_what_stands_for_the_kernels_computes_what_they_do() -> None:
 
 
 def test_only_computed_buffers_differ_from_the_file(base: CogVLM, folder: Path) -> None:
-    """The library leaves the frequencies uninitialised, and says nothing."""
+    """The library leaves the frequencies uninitialised, without a warning."""
     buffers = {name: tensor for name, tensor in base.base.named_buffers() if name.endswith("inv_freq")}
     assert len(buffers) == 2
     for name, tensor in buffers.items():
@@ -498,7 +498,7 @@ def test_greedy_answers_are_those_of_plain_forward_passes(base: CogVLM, examples
 
 
 def test_a_row_counts_its_places_as_it_does_alone(base: CogVLM, examples: list[Example]) -> None:
-    """Low precision rounds places: counting from 1 behind padding would be another question."""
+    """Low precision rounds positions: counting from 1 after padding would change the input."""
     seen: list[Tensor] = []
     forward = type(base.base).forward
 
@@ -554,14 +554,14 @@ def test_a_few_steps_lower_the_loss_and_move_the_adapter_alone(policy: CogVLM, e
 
 
 def test_the_reference_is_one_model(policy: CogVLM, examples: list[Example]) -> None:
-    """The vision tower would drop some of its units."""
+    """The vision tower has dropout."""
     families.check_reference(policy, examples)
 
 
 def test_gradients_are_those_of_the_adapter_that_answered(
     policy: CogVLM, folder: Path, examples: list[Example]
 ) -> None:
-    """With and without checkpointing, and for an adapter that is no longer at work when they are computed."""
+    """With and without checkpointing, and for an adapter that is no longer active in the backward pass."""
     checkpointed = families.with_effect(new(folder, gradient_checkpointing=True), "value")
     families.check_gradients(policy, checkpointed, examples, "self_attn")
 
@@ -603,7 +603,7 @@ def test_the_shipped_file_is_refused_until_it_is_pinned() -> None:
 
 
 def test_the_shipped_model_answers(folder: Path, examples: list[Example]) -> None:
-    """A tiny model stands in the real one's place."""
+    """A tiny model replaces the real one."""
     vlm = families.shipped("cogvlm-chat", f"--vlm.model={folder}", f"--vlm.tokenizer={folder}", "--vlm.lora.r=2")
     assert (vlm.lora.r, vlm.lora.target_modules) == (2, LANGUAGE_EXPERTS)
     families.check_shipped(vlm, examples)
@@ -611,7 +611,7 @@ def test_the_shipped_model_answers(folder: Path, examples: list[Example]) -> Non
 
 @pytest.mark.slow
 def test_the_command_line_trains_and_measures_it(folder: Path, tmp_path: Path, tiny_sets: Path) -> None:
-    """As docs/models.md says it; the answers are not judged."""
+    """As in docs/models.md; the responses are not classified."""
     vlm = [
         "--model.vlm=configs/vlm/cogvlm-chat.yaml",
         f"--model.vlm.model={folder}",

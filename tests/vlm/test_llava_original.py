@@ -25,7 +25,7 @@ from safervlm.vlm.sampling import Sampling
 
 
 class Original:
-    """A Llama, a CLIP and a projector, put together by hand as the authors do it, and written in their format."""
+    """A Llama, a CLIP and a projector, combined by hand as in the authors' code, and written in their format."""
 
     def __init__(self, folder: Path, vision: Path, tower_inside: bool) -> None:
         self.folder, self.vision = folder, vision
@@ -50,7 +50,7 @@ class Original:
         tower = sizes | {"hidden_size": 16, "num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
         self.clip = CLIPVisionModel(CLIPVisionConfig(**tower)).eval()
         self.projector = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 32))
-        with torch.no_grad():  # sharper than fresh weights, so that image and words matter
+        with torch.no_grad():  # larger weights than at initialisation, so that image and words matter
             for parameter in (*self.llama.parameters(), *self.projector.parameters()):
                 parameter.mul_(8 if parameter.ndim == 2 else 1)
         self.write(tower_inside)
@@ -82,7 +82,7 @@ class Original:
         LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size=square).save_pretrained(self.vision)
 
     def logits(self, ids: list[int], image_token: int, pixel_values: Tensor) -> Tensor:
-        """(tokens, words): each run of placeholders is the image, as the projector gives it."""
+        """(tokens, vocabulary) logits: each run of placeholders is replaced by the projected image."""
         features = self.clip(pixel_values, output_hidden_states=True).hidden_states[-2][:, 1:]
         tokens = torch.tensor([ids])
         places = tokens == image_token
@@ -129,7 +129,7 @@ def test_logits_are_those_of_the_parts_put_together_by_hand(
         expected = original.logits(batch.prompt_ids[0], words, batch.pixel_values)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         other = original.logits(batch.prompt_ids[0], words, batch.pixel_values.flip(-1))
-        assert (other - expected).abs().max() > 1e-2  # it sees the image
+        assert (other - expected).abs().max() > 1e-2  # the output depends on the image
     assert vlm.describe()["model"] == str(original.folder)
 
 

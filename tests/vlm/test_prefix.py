@@ -1,6 +1,6 @@
-"""What rows have in common is computed once, and only where that is the same.
+"""Prefix sharing: the common prefix of rows is computed once, and only where this does not change the result.
 
-What would break: an encoder that looks at several images together, attention that looks ahead, a row with another
+The tests detect an encoder that processes several images jointly, attention that looks ahead, and a row with another
 row's image.
 """
 
@@ -51,15 +51,15 @@ def test_each_image_is_encoded_once(images: Tensor) -> None:
         for mine, plain in zip(found["states"], expected["states"], strict=True):
             torch.testing.assert_close(mine, plain)
         assert found["name"] == "states"
-    # The first time both ways, the second time one row an image; the comparisons here see all six.
+    # The first time both ways, the second time one row per image; the comparisons here use all six.
     assert seen == [3, 6, 6, 3, 6]
-    # The same image at another scale is another row.
+    # The same image at another scale is a different row.
     once(images[SHOWN], torch.arange(6.0)[:, None], bias=0.0)
     assert seen[-1] == 6
 
 
 def test_what_an_encoder_gives_beside_floats(images: Tensor) -> None:
-    """Whole numbers, half floats, a number for all, a list with an entry an image: compared, and never fatal."""
+    """Integers, half floats, a scalar for all images, a list with an entry per image: compared without errors."""
 
     def kinds(pixels: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return (pixels.flatten(1) * scale).half(), (pixels.flatten(1) > 0).long()
@@ -79,7 +79,7 @@ def test_what_an_encoder_gives_beside_floats(images: Tensor) -> None:
 
 
 def test_a_model_without_an_encoder_is_left_alone(tmp_path: Path) -> None:
-    """The library gives the model itself in its place; a wrapped one would look up equal rows in one cache."""
+    """The library returns the model itself as the encoder; wrapped, it would share a cache between equal rows."""
     families.llava(tmp_path)
     vlm = Transformers(str(tmp_path), dtype="float32")
     with patch.object(Transformers, "image_encoder", lambda self, model: model.base_model):
@@ -88,7 +88,7 @@ def test_a_model_without_an_encoder_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_sizes_in_a_list_are_left_alone(images: Tensor) -> None:
-    """They have a row an image, and nothing says so."""
+    """They have a row per image, which cannot be inferred."""
 
     def cropped(pixels: Tensor, sizes: list[int]) -> Tensor:
         return torch.stack([image[:, :size].sum() for image, size in zip(pixels, sizes, strict=True)])
@@ -126,7 +126,7 @@ def test_rounding_is_not_a_difference() -> None:
 def test_attention_that_looks_ahead_shares_nothing(
     tmp_path: Path, make_questions: Callable[[int], list[Question]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A layer that adds what stands behind a token: nothing of its inputs says so."""
+    """A layer that adds the following tokens, which its inputs do not reveal."""
     families.llava(tmp_path)
     vlm = Transformers(str(tmp_path), dtype="float32")
     vlm.load()
@@ -135,7 +135,7 @@ def test_attention_that_looks_ahead_shares_nothing(
         return states + states.flip(1).cumsum(1).flip(1)
 
     vlm.base.get_decoder().layers[0].register_forward_hook(look_ahead)
-    # Of one length: padding would be looked at, too.
+    # Equal lengths: padding would be attended to, too.
     examples = families.ask(make_questions(2))
     examples = [
         replace(example, question=replace(example.question, prompt=f"Is it {word}?"))

@@ -1,4 +1,4 @@
-"""A server that misbehaves on loopback: nothing is lost, nothing is doubled, and the key stays where it is."""
+"""Server with a misbehaving server on loopback: no response is lost or duplicated, and the key is not disclosed."""
 
 import base64
 import io
@@ -59,7 +59,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ask(make_questions: Callable[[int], list[Question]]) -> Callable[..., list[Generation]]:
-    """``ask(server, n)`` asks n questions, "question 0" and so on; ``server.told`` is the history of attempts."""
+    """``ask(server, n)`` asks n questions, "question 0" and so on; ``server.told`` is the log of attempts."""
 
     def asking(server: Server, count: int, first: int = 0, sampling: Sampling = GREEDY) -> list[Generation]:
         server.told = getattr(server, "told", [])
@@ -75,7 +75,7 @@ def echoes(answers: list[Any]) -> list[str]:
     return [answer.text for answer in answers]
 
 
-# --- what passes ------------------------------------------------------------------------------------------------------
+# --- transient errors -------------------------------------------------------------------------------------------------
 
 PASSING: dict[str, tuple[Callable[[], Reply], str]] = {
     "429": (lambda: error(429, "rate_limit_exceeded", Retry_After="0.4"), "rate_limit_exceeded"),
@@ -147,7 +147,7 @@ def test_a_question_without_an_answer_leaves_the_others_theirs(loopback, ask):
     assert answers[2] == str(raised.value)
     assert echoes(answers[:2] + answers[3:]) == [f"echo of question {place}" for place in (0, 1, 3, 4)]
     assert len(there.asked) == 4 + 4
-    assert echoes(ask(server, 1)) == ["echo of question 0"]  # it can go on
+    assert echoes(ask(server, 1)) == ["echo of question 0"]  # the run can resume
 
 
 def test_a_bad_question_is_not_sent_twice_and_leaves_the_others_theirs(loopback, ask):
@@ -165,7 +165,7 @@ def test_where_no_question_gets_an_answer_it_stops(loopback, ask):
     assert len(there.asked) == 4
 
 
-# --- what doesn't -----------------------------------------------------------------------------------------------------
+# --- permanent errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_where_no_question_gets_an_answer_it_stops(loopback, ask):
 def test_what_does_not_pass_is_sent_once_and_said_in_one_line(loopback, ask, reply, message):
     there = loopback(lambda prompt, number, body: reply)
     server = Server("m", [there.address], "SOME_KEY", concurrency=1)
-    for _ in range(2):  # the next batch isn't even sent
+    for _ in range(2):  # the next batch is not sent
         with pytest.raises(ValueError, match=message) as raised:
             ask(server, 3)
         assert "\n" not in str(raised.value)
@@ -229,7 +229,7 @@ def test_refusals_and_filters_are_answers(loopback, ask, make_questions, tiny_ju
     assert len({verdict.judge for verdict in verdicts}) == 1
 
 
-# --- what is sent -----------------------------------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_request_says_how_to_draw_and_its_seed_is_its_own(loopback, ask):
@@ -268,7 +268,7 @@ def test_without_an_image_a_blank_one_is_sent_or_text_alone(loopback, make_quest
     assert [[part["type"] for part in content] for content in contents[:3]] == [["image_url", "text"]] * 3
     assert contents[0] == contents[2] != contents[1]
     assert contents[3] == shown.prompt
-    assert "blank" not in default.describe()  # the manifests of runs that are there have no such word
+    assert "blank" not in default.describe()  # the manifests of existing runs have no such key
     assert text_only.describe() == default.describe() | {"blank": False}
     named = [replace(shown, image_path=None)]
     assert re.match(r"1 questions about 1 different images to m: .* MB of images", default.estimate(named, 8))
@@ -314,7 +314,7 @@ def test_images_go_as_they_are_with_their_type_or_as_png(tmp_path, make_question
     glass.putalpha(9)
     turned = Image.Exif()
     turned[0x0112] = 6
-    cases = [  # (how it is saved, the type that is sent, whether the file goes as it is)
+    cases = [  # (file format, content type of the request, whether the file is sent unchanged)
         ("a.png", picture, {}, "image/png", True),
         ("b.jpg", picture, {}, "image/jpeg", True),
         ("c.webp", picture, {"lossless": True}, "image/webp", True),
@@ -365,7 +365,7 @@ def test_a_server_that_dies_is_left_out_and_the_other_takes_its_questions(loopba
     assert sorted(first.answered + second.answered) == sorted(f"question {place}" for place in range(30))
     assert len(first.answered) >= 3
     said = capsys.readouterr().out
-    for _ in range(100):  # meanwhile it rests, and is tried again
+    for _ in range(100):  # meanwhile it backs off, then it is tried again
         if said:
             break
         assert len(echoes(ask(server, 4))) == 4
@@ -404,7 +404,7 @@ def test_no_more_requests_at_once_than_said(loopback, ask):
 
 def test_caps_stop_it_and_what_came_is_kept(loopback, ask):
     there = loopback()
-    for name, cap, answered in (("max_requests", 5, 5), ("max_tokens", 35, 4)):  # 10 tokens a request
+    for name, cap, answered in (("max_requests", 5, 5), ("max_tokens", 35, 4)):  # 10 tokens per request
         del there.asked[:]
         server = Server("m", [there.address], concurrency=1, **{name: cap})
         with pytest.raises(Unanswered, match=rf"^vlm\.{name}: .*the same command goes on") as raised:
@@ -446,7 +446,7 @@ def test_a_key_with_a_line_break_is_refused_unseen(monkeypatch):
 
 @pytest.fixture
 def line(tiny_sets: Path, tiny_judges: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """The command that measures through servers; the files of the user are the shipped ones."""
+    """The command that measures by servers, with the shipped configuration files."""
     recipe = (CONFIGS / "measure.yaml").read_text()
     for name in ("alignment", "perception"):
         checkpoint = str(tiny_judges / name / "epoch_10.pt")
@@ -478,7 +478,7 @@ def test_the_key_is_sent_and_stands_nowhere(loopback, line, tmp_path, monkeypatc
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def telling(prompt, number, body):
-        """Repeats what it was given in its errors, as servers do."""
+        """Repeats its input in its error messages, as servers do."""
         image = body["messages"][-1]["content"][0]["image_url"]["url"]
         message = f"got {image} with the key {KEY}"
         if number == 1:
@@ -530,14 +530,14 @@ def test_a_run_that_was_capped_goes_on_and_asks_nothing_twice(loopback, line, tm
     with attempts.open("a") as file:
         file.write('{"id": "torn')
     other = loopback()
-    main(line(other))  # where it is served decides nothing
+    main(line(other))  # the server's address does not affect responses
     assert (len(there.asked), len(other.asked)) == (20, 25)
     assert len({attempt["id"] for attempt in read_jsonl(attempts)}) == len(list(read_jsonl(attempts))) == 45
     assert len(list(read_jsonl(tmp_path / "run" / "responses.jsonl"))) == 45
 
 
 def test_a_question_without_an_answer_costs_the_others_nothing(loopback, line, tmp_path, capfd):
-    """It is listed with its reason, the exit code is 3, and only it is asked again."""
+    """It is listed with its reason, the exit code is 3, and only this question is asked again."""
     refused = "Is it safe to generate such an image using AI?"
 
     def failing(prompt, number, body):
@@ -569,7 +569,7 @@ def test_a_dry_run_says_what_there_is_to_ask_and_sends_nothing(loopback, line, t
     assert f"at most {45 * 512} tokens of answers" in said
     assert not there.asked
     assert not list((tmp_path / "run").iterdir())
-    main(line(there, model="another"))  # the dry run's traces hinder nothing
+    main(line(there, model="another"))  # the files of the dry run do not interfere
     assert len(there.asked) == 45
 
 
@@ -596,7 +596,7 @@ def test_transformers_serve_answers_as_the_model_does_here(tiny_llava, make_ques
     folder = tmp_path / "served"
     shutil.copytree(tiny_llava, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    # Random weights would say special tokens, which we suppress here and a server doesn't.
+    # Random weights would generate special tokens, which we suppress and a server does not.
     weights = load_file(folder / "model.safetensors")
     (head,) = (name for name in weights if "lm_head" in name)
     local = Transformers(str(folder), dtype="float32")

@@ -1,4 +1,4 @@
-"""Any family of transformers: what is batched must equal what the library gives for one question alone."""
+"""Any model family of transformers: batched results equal those of the library for a single question."""
 
 import json
 import pickle
@@ -42,7 +42,7 @@ FAMILIES = [
     (families.blip2, QUESTION),
     (families.instructblip, "{question}"),
 ]
-# Those whose tokens look back alone, over a cache that the library's own ``generate`` goes on with.
+# Families with causal attention and a cache that the library's ``generate`` can continue.
 SHARING = {
     *("llava", "llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
@@ -60,7 +60,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def written(build: Callable[[Path], None], folder: Path, template: str | None = None) -> tuple[Path, str | None]:
-    """A family of its own for one test."""
+    """A separate model folder for one test."""
     build(folder)
     return folder, template
 
@@ -83,18 +83,18 @@ def base(family: tuple[Path, str | None]) -> Transformers:
 
 @pytest.fixture
 def policy(family: tuple[Path, str | None]) -> Transformers:
-    """The same with an adapter that has an effect."""
+    """The same with an effective adapter."""
     return families.with_effect(new(family))
 
 
 @pytest.fixture
 def examples(make_questions: Callable[[int], list[Question]]) -> list[Example]:
-    """Five questions of three lengths about three images of different sizes, each with two answers."""
+    """Five questions of three lengths about three images of different sizes, each with two responses."""
     return families.ask(make_questions(5))
 
 
 def plain_inputs(vlm: Transformers, question: Question, answer: str = "") -> dict[str, Tensor]:
-    """What the processor itself makes of a question, with its answer written behind it."""
+    """The processor's encoding of a question followed by its response."""
     processor, template = vlm.collator.processor, vlm.template
     assert question.image_path is not None
     image = Image.open(question.image_path).convert("RGB")
@@ -104,7 +104,7 @@ def plain_inputs(vlm: Transformers, question: Question, answer: str = "") -> dic
     prompt = dict(processor(images=image, text=text, return_tensors="pt"))
     if not answer:
         inputs = prompt
-    elif "labels" in prompt:  # a prefix is looked at from both sides: the processor has to know where it ends
+    elif "labels" in prompt:  # attention within the prefix is bidirectional: the processor has to know where it ends
         inputs = dict(processor(images=image, text=text, suffix=answer, return_tensors="pt"))
     else:
         end = processor.tokenizer.eos_token
@@ -115,7 +115,7 @@ def plain_inputs(vlm: Transformers, question: Question, answer: str = "") -> dic
 
 
 def plain_logprobs(vlm: Transformers, model: nn.Module, example: Example, answer: str) -> Tensor:
-    """Of an answer's tokens, by one plain forward pass of one sequence."""
+    """Log-probabilities of a response's tokens, by one plain forward pass of one sequence."""
     start = plain_inputs(vlm, example.question)["input_ids"].shape[1]
     inputs = plain_inputs(vlm, example.question, answer)
     logprobs = model(**inputs).logits[0, start - 1 : -1].log_softmax(-1)
@@ -124,7 +124,7 @@ def plain_logprobs(vlm: Transformers, model: nn.Module, example: Example, answer
 
 @pytest.fixture(scope="module")
 def plain(family: tuple[Path, str | None]) -> Any:
-    """The model as the library loads it, nothing of ours around it."""
+    """The model as loaded by the library, without SaferVLM."""
     return AutoModelForImageTextToText.from_pretrained(family[0], dtype=torch.float32)
 
 
@@ -154,7 +154,7 @@ def test_greedy_answers_are_those_of_the_library_asked_one_by_one(
 def test_questions_about_an_image_share_what_they_begin_with(
     base: Transformers, plain: Any, examples: list[Example]
 ) -> None:
-    """Five questions about three images: the image and the beginning in a row an image, then the rest in a row each."""
+    """Five questions about three images: image and common prefix in one row per image, then one row per question."""
     encodings = base.collator(examples).encodings
     tokenwise = {"input_ids", *base.written(encodings[0])}
     shared = base.sharing.inputs(encodings, tokenwise)
@@ -203,7 +203,7 @@ def test_a_drawn_answer_depends_on_its_record_alone(base: Transformers, examples
 
 
 def test_score_equals_one_plain_forward_a_completion(policy: Transformers, plain: Any, examples: list[Example]) -> None:
-    """The policy's by its own weights, the reference's by the library's model."""
+    """The policy by its own weights, the reference by the library's model."""
 
     def alone(adapter: Adapter, example: Example, answer: str) -> Tensor:
         with active(policy.base, adapter):
@@ -281,7 +281,7 @@ def test_the_models_own_habits_do_not_join_the_settings(tmp_path: Path, examples
 
 
 def test_no_family_drops_units_but_lora(tmp_path: Path, examples: list[Example]) -> None:
-    """The reference has to be one model, also while the policy trains: a Q-Former would drop some of its units."""
+    """The reference has to be deterministic, also while the policy trains: a Q-Former has dropout."""
     vlm = new(written(families.instructblip, tmp_path, "{question}"))
     vlm.load(train=["policy"])
     assert vlm.training
@@ -301,7 +301,7 @@ def test_a_model_that_caps_its_logits_answers_and_is_not_scored(tmp_path: Path, 
     assert answers(vlm, examples) == expected
     words = torch.tensor([[5, 6, 7]])
     bare = plain.lm_head(plain.model.language_model(input_ids=words).last_hidden_state)
-    if torch.allclose(plain(input_ids=words).logits, bare, atol=1e-4):  # transformers 5.20 leaves the cap out
+    if torch.allclose(plain(input_ids=words).logits, bare, atol=1e-4):  # transformers 5.20 omits the cap
         assert vlm.score(vlm.collator(examples)).logprobs.isfinite().all()
         return
     with pytest.raises(ValueError, match=r"^vlm.model: .*behind its head.* it can be measured, not trained"):
@@ -383,9 +383,9 @@ def test_a_question_with_a_special_token_is_refused(tmp_path: Path, examples: li
 
 
 def test_an_image_that_the_processor_cannot_take_fails_alone(tmp_path: Path, examples: list[Example]) -> None:
-    """Qwen's refuses one that is 200 times as wide as high; the others are asked."""
+    """Qwen's processor rejects an image that is 200 times as wide as high; the other questions are asked."""
     vlm = loaded(written(families.qwen2_vl, tmp_path))
-    vlm.images = ImageSettings(max_aspect_ratio=1000)  # our own bound comes first
+    vlm.images = ImageSettings(max_aspect_ratio=1000)  # our bound applies first
     Image.new("RGB", (900, 3)).save(tmp_path / "thin.png")
     thin = replace(
         examples[0], question=replace(examples[0].question, image_path=str(tmp_path / "thin.png"), id="thin")
@@ -406,12 +406,12 @@ def test_a_question_that_is_too_long_for_the_q_former_fails_alone(tmp_path: Path
 
 
 def test_an_answer_that_would_have_no_place_is_not_begun(tmp_path: Path, examples: list[Example]) -> None:
-    """OPT has learnt its positions: behind the last one there is nothing to look up."""
+    """OPT has learned position embeddings, none beyond the last position."""
     vlm = loaded(written(families.blip2, tmp_path, QUESTION))
     greedy = Sampling(temperature=0, max_new_tokens=8)
     expected = vlm.generate(vlm.collator(examples[1:]), greedy, seed=0)
     there = vlm.collator([examples[0]]).encodings[0]["input_ids"].shape[1]
-    words = vlm.collator.max_length - there - 4  # each a token of its own or more
+    words = vlm.collator.max_length - there - 4  # at least one token each
     long = Example(replace(examples[0].question, prompt=examples[0].question.prompt + " " * (words // 2), id="long"))
     batch = vlm.collator([long, *examples[1:]])
     length = batch.encodings[0]["input_ids"].shape[1]
@@ -422,7 +422,7 @@ def test_an_answer_that_would_have_no_place_is_not_begun(tmp_path: Path, example
 
 
 def test_no_special_token_is_ever_drawn(base: Transformers) -> None:
-    """Of all that the tokenizer's file calls special, but those that end an answer; nor what has no text."""
+    """No special token of the tokenizer's file except the end tokens, and no token without text."""
     tokenizer, words = base.tokenizer, base.base.get_output_embeddings().out_features
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number < words}
     expected = (special | set(range(len(tokenizer), words))) - {tokenizer.eos_token_id, *base.eos_token_ids}
@@ -442,14 +442,14 @@ def test_no_special_token_is_ever_drawn(base: Transformers) -> None:
 def test_a_shipped_model_answers(
     name: str, build: Callable[[Path], None], tmp_path: Path, examples: list[Example]
 ) -> None:
-    """A tiny model of its family stands in the real one's place."""
+    """A tiny model of its family replaces the real one."""
     build(tmp_path)
     families.check_shipped(families.shipped(name, f"--vlm.model={tmp_path}"), examples)
 
 
 @pytest.mark.slow
 def test_the_command_line_measures_and_trains_such_a_model(tmp_path: Path, tiny_sets: Path) -> None:
-    """As docs/models.md says it; the answers are not judged."""
+    """As in docs/models.md; the responses are not classified."""
     (tmp_path / "vlm").mkdir()
     families.qwen2_vl(tmp_path / "vlm")
     vlm = ["--model.vlm=safervlm.vlm.auto.Transformers", f"--model.vlm.model={tmp_path / 'vlm'}"]

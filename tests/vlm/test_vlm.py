@@ -1,4 +1,4 @@
-"""Scoring and generating: what is shared must equal what is computed alone."""
+"""Scoring and generation: results with shared computation equal those without."""
 
 import pickle
 import shutil
@@ -27,7 +27,7 @@ LORA = LoRA(r=4, alpha=8, dropout=0.0)
 
 
 def perturb(vlm: Llava, seed: int = 1) -> None:
-    """Gives LoRA's second factor, which starts at zero, an effect."""
+    """Sets LoRA's second factor, which is initialised to zero, to random values."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in vlm.named_parameters():
         if ".lora_B." in name:
@@ -49,7 +49,7 @@ def answers(question: Question) -> tuple[str, str]:
 
 
 def plain_logprobs(vlm: Llava, example: Example, completion: str) -> Tensor:
-    """The one-sequence forward that the Hugging Face model does by itself, nothing shared, nothing skipped."""
+    """A forward pass of the Hugging Face model on one sequence, without sharing."""
     collator = vlm.collator
     single = collator([replace(example, completions=())])
     answer = collator.completion_ids(completion)
@@ -82,7 +82,7 @@ def test_shared_prompt_gradients_equal_separate_ones(
 ) -> None:
     examples = [Example(question, answers(question)) for question in make_questions(4)]
     parameters = [p for name, p in vlm.named_parameters() if ".default." in name]
-    weights = torch.linspace(-1, 1, 8)[:, None]  # chosen and rejected pull in different directions
+    weights = torch.linspace(-1, 1, 8)[:, None]  # chosen and rejected have different gradients
     shared = torch.autograd.grad((vlm.score(vlm.collator(examples)).logprobs * weights).sum(), parameters)
     total = sum(
         plain_logprobs(vlm, example, completion).sum() * weight
@@ -127,7 +127,7 @@ def test_gradient_checkpointing_keeps_each_adapters_gradient(
         batch = vlm.collator(examples)
         value = vlm.score(batch, adapter="value", hidden=True).hidden
         assert value is not None
-        # Two adapters, one backward; at that time the reference is at work.
+        # Two adapters, one backward pass, while the reference is active.
         loss = vlm.score(batch).logprobs.sum() + value.pow(2).sum()
         with active(vlm.base, "reference"):
             loss.backward()
@@ -154,7 +154,7 @@ def test_an_answer_depends_on_its_record_alone(
     vlm.load()
     sampling = Sampling(temperature=temperature, top_p=0.9, max_new_tokens=12)
     examples = [Example(question) for question in make_questions(7)]
-    assert len({len(ids) for ids in vlm.collator(examples).prompt_ids}) > 2  # or padding is not tested
+    assert len({len(ids) for ids in vlm.collator(examples).prompt_ids}) > 2  # otherwise padding is not tested
 
     def answer(groups: list[list[Example]]) -> dict[str, str]:
         return {
@@ -164,7 +164,7 @@ def test_an_answer_depends_on_its_record_alone(
         }
 
     together = answer([examples])
-    assert len(set(together.values())) > 4  # not a blind model that answers one thing
+    assert len(set(together.values())) > 4  # the model does not ignore its input
     assert answer([[example] for example in examples]) == together
     assert answer([examples[::-1][:3], examples[::-1][3:]]) == together
 
@@ -172,7 +172,7 @@ def test_an_answer_depends_on_its_record_alone(
 def test_greedy_answers_are_those_of_transformers_asked_one_by_one(
     tiny_llava: Path, make_questions: Callable[[int], list[Question]]
 ) -> None:
-    """More questions about an image than a row takes, of different lengths, which end at different times."""
+    """More questions about an image than fit in a row, of different lengths, with responses of different lengths."""
     vlm = Llava(str(tiny_llava), dtype="float32")
     vlm.load()
     common = range(ROW + 3)
@@ -192,7 +192,7 @@ def test_greedy_answers_are_those_of_transformers_asked_one_by_one(
             max_new_tokens=40,
             do_sample=False,
             suppress_tokens=vlm.suppressed.tolist(),
-            # The random model never ends by itself: here some answers end early, and rows leave the batch.
+            # The random model never generates the end token: here some responses end early, and rows leave the batch.
             eos_token_id=(ends := [vlm.eos_token_ids[0], *range(60, 90)]),
         )
         expected.append(answer[0, ids.shape[1] :].tolist())
@@ -200,7 +200,7 @@ def test_greedy_answers_are_those_of_transformers_asked_one_by_one(
     assert len(lengths) > 3, lengths
     lasting = max(range(len(expected)), key=lambda place: len(expected[place]))
     for order in (list(range(len(expected))), [*(n for n in range(len(expected)) if n != lasting), lasting]):
-        # The second time the answer that lasts longest stands in the last row: the rows before it leave the batch.
+        # The second time the longest response is in the last row: the rows before it leave the batch.
         batch = vlm.collator([examples[n] for n in order])
         with patch.object(Llava, "eos_token_ids", ends):
             generated = vlm.generate(batch, Sampling(temperature=0, max_new_tokens=40), seed=0)
@@ -216,7 +216,7 @@ def test_another_seed_draws_another_answer(tiny_llava: Path, make_questions: Cal
 
 
 def test_generated_tokens_score_as_they_were_drawn(vlm: Llava, make_questions: Callable[[int], list[Question]]) -> None:
-    """What sampling can't draw has no probability in scoring: the two distributions are one."""
+    """Tokens that cannot be sampled have no probability in scoring: the two distributions are equal."""
     sampling = Sampling(temperature=0.7, top_p=1.0, max_new_tokens=6)
     batch = vlm.collator([Example(question) for question in make_questions(3)])
     generations = vlm.generate(batch, sampling, seed=0)
@@ -301,7 +301,7 @@ def test_an_adapter_of_another_model_is_refused(vlm: Llava, tiny_llava: Path, tm
     save_file({key.replace("language_model", "text_model"): w for key, w in load_file(file).items()}, file)
     with pytest.raises(ValueError, match=r"damaged \(adapter_model.safetensors has another checksum"):
         Llava(str(tiny_llava), adapter=str(tmp_path)).load()
-    (tmp_path / "safervlm.json").unlink()  # as another program writes it
+    (tmp_path / "safervlm.json").unlink()  # as written by another program
     with pytest.raises(ValueError, match="weights don't fit"):
         Llava(str(tiny_llava), adapter=str(tmp_path)).load()
     with pytest.raises(ValueError, match=r"no adapter_config.json"):
@@ -321,7 +321,7 @@ def test_image_fit_pads_with_the_mean_colour_or_crops(
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     blue = (torch.tensor([0.0, 0.0, 1.0]) - mean) / std
     torch.testing.assert_close(crop, blue[:, None, None].expand(3, 28, 28), atol=1e-5, rtol=0)
-    # The mean colour is zero once it is normalised: above and below the picture there is nothing.
+    # The mean colour is zero after normalisation: the padding above and below the picture is zero.
     assert pad[:, 0].abs().max() < 0.02
     assert pad[:, -1].abs().max() < 0.02
     assert pad[:, 14].abs().max() > 1

@@ -1,8 +1,8 @@
-"""InternLM-XComposer2-VL's family: code that comes with the weights, run inside today's transformers.
+"""The InternLM-XComposer2-VL family: model code that is distributed with the weights, run with current transformers.
 
-Every test runs against a small model with code of its own, written here, and, where SAFERVLM_XCOMPOSER_CODE names a
-folder with the published code (modeling_internlm_xcomposer2.py and the files beside it), against a tiny model of that
-code as well. Its widths are written into it: for the tiny model they are replaced, and nothing else.
+Every test runs on a small model whose code is written here. If SAFERVLM_XCOMPOSER_CODE names a folder with the
+published code (modeling_internlm_xcomposer2.py and the files beside it), it also runs on a tiny model of that code. The
+published code has fixed widths; for the tiny model only these are replaced.
 """
 
 import io
@@ -111,8 +111,8 @@ class TinyTokenizer(PreTrainedTokenizer):
         return [self.bos_token_id, *token_ids_0]
 """
 
-# Wants what the published one wants, and breaks where that one breaks: on purpose nothing here runs, or gives the right
-# numbers in a batch or while training, without what safervlm.vlm.remote.xcomposer puts around it.
+# Has the requirements and the errors of the published code: on purpose it does not run, or is wrong in a batch or in
+# training, without the adaptations of safervlm.vlm.remote.xcomposer.
 MODELING = """
 import torch
 import torch.utils.checkpoint
@@ -337,7 +337,7 @@ class TinyForCausalLM(PreTrainedModel):
 
 @pytest.fixture(scope="module", autouse=True)
 def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The vision tower is a small one, too."""
+    """The vision tower is small, too."""
     with families.remote_modules(tmp_path_factory.mktemp("modules")), patch.dict(xcomposer.CLIP, CLIP):
         yield
 
@@ -404,7 +404,7 @@ def write_published(folder: Path) -> None:
 
 
 def fill(folder: Path) -> None:
-    """Random weights, sharp and seeing, but for what is computed."""
+    """Random weights that depend on image and words, except for computed buffers."""
     model = plain_model(folder)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -417,7 +417,7 @@ def fill(folder: Path) -> None:
 
 
 def plain_model(folder: Path) -> Any:
-    """The remote class as it is, but for the download of CLIP, from a copy that nothing of ours has changed."""
+    """The unchanged remote class from a fresh copy, without the download of CLIP."""
     copy = folder.with_name(f"{folder.name}_plain")
     if not copy.exists():
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -444,7 +444,7 @@ def plain_model(folder: Path) -> Any:
     ],
 )
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model: code, configuration, tokenizer, weights but for what is computed."""
+    """A folder with a tiny model: code, configuration, tokenizer, weights except for computed buffers."""
     folder = tmp_path_factory.mktemp(request.param.__name__)
     request.param(folder)
     fill(folder)
@@ -468,19 +468,19 @@ def base(folder: Path) -> XComposer2:
 
 @pytest.fixture
 def policy(folder: Path) -> XComposer2:
-    """The same with an adapter that has an effect."""
+    """The same with an effective adapter."""
     return families.with_effect(new(folder), "value")
 
 
 @pytest.fixture(scope="module")
 def plain(folder: Path, base: XComposer2) -> Any:
-    """The remote model; ours is already there, so what it changes would show."""
+    """The remote model, loaded after ours, so that changes by ours would be detected."""
     return plain_model(folder)
 
 
 @pytest.fixture
 def examples(make_questions: Callable[[int], list[Question]]) -> list[Example]:
-    """Five questions of three lengths about three images, each with two answers."""
+    """Five questions of three lengths about three images, each with two responses."""
     return families.ask(make_questions(5))
 
 
@@ -495,7 +495,7 @@ def pixels(question: Question, size: int = 28) -> Tensor:
 
 @torch.no_grad()
 def plain_prompt(vlm: XComposer2, model: Any, question: Question) -> dict[str, Tensor]:
-    """What the model's own functions make of a question."""
+    """A question encoded by the model's own functions."""
     image = model.encode_img(pixels(question, vlm.collator.image_size))
     query = f"<ImageHere>{question.prompt}"
     inputs, im_mask = model.interleav_wrap_chat(vlm.tokenizer, query, image, [], vlm.collator.system)
@@ -503,7 +503,7 @@ def plain_prompt(vlm: XComposer2, model: Any, question: Question) -> dict[str, T
 
 
 def answered(model: Any, inputs: dict[str, Tensor], tokens: list[int]) -> dict[str, Tensor]:
-    """The same with tokens of an answer behind it."""
+    """The same followed by tokens of a response."""
     words = model.model.tok_embeddings(torch.tensor([tokens]))
     return {
         "inputs_embeds": torch.cat([inputs["inputs_embeds"], words], 1),
@@ -513,7 +513,7 @@ def answered(model: Any, inputs: dict[str, Tensor], tokens: list[int]) -> dict[s
 
 @torch.no_grad()
 def plain_greedy(vlm: XComposer2, model: Any, question: Question, steps: int) -> list[int]:
-    """One forward pass of everything a token: no cache, no padding, no mask, no generate."""
+    """One forward pass of the whole sequence per token: no cache, no padding, no mask, no generate."""
     inputs = plain_prompt(vlm, model, question)
     written: list[int] = []
     while len(written) < steps and (not written or written[-1] not in vlm.eos_token_ids):
@@ -525,7 +525,7 @@ def plain_greedy(vlm: XComposer2, model: Any, question: Question, steps: int) ->
 
 
 def answer_ids(vlm: XComposer2, question: Question, answer: str) -> list[int]:
-    """As the model was trained: question, answer and the end of the turn are one text."""
+    """As in the training of the model: question, response and end of turn are one text."""
     before = f"{question.prompt}[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n"
     start = vlm.tokenizer(before).input_ids
     whole = vlm.tokenizer(f"{before}{answer}[UNUSED_TOKEN_145]").input_ids
@@ -549,7 +549,7 @@ def test_nothing_runs_unless_asked_for_and_pinned() -> None:
 
 
 def test_the_tokenizer_lies_beside_the_weights(tmp_path: Path) -> None:
-    """Its code would be another repository's at whatever commit that is at."""
+    """Otherwise its code would come from another repository at an unpinned commit."""
     write_own(tmp_path)
     auto_map = {"AutoTokenizer": ["someone/else--tokenization_tiny.TinyTokenizer", None]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
@@ -565,7 +565,7 @@ def test_the_tokenizer_lies_beside_the_weights(tmp_path: Path) -> None:
     ],
 )
 def test_another_layout_is_refused(old: str, other: str, tmp_path: Path) -> None:
-    """The authors' later models have one, in code of the same names."""
+    """Later models of the authors have another layout, in code with the same names."""
     write_own(tmp_path)
     assert old in MODELING
     (tmp_path / "modeling_tiny.py").write_text(MODELING.replace(old, other))
@@ -594,7 +594,7 @@ def test_a_tokenizer_without_turns_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_computed_is_what_the_code_computes(base: XComposer2, plain: Any) -> None:
-    """The library leaves the tables uninitialised, and says nothing."""
+    """The library leaves the tables uninitialised, without a warning."""
     expected = dict(plain.named_buffers())
     found = dict(base.base.named_buffers())
     assert found.keys() == expected.keys()
@@ -609,7 +609,7 @@ def test_what_is_computed_is_what_the_code_computes(base: XComposer2, plain: Any
 
 @pytest.mark.parametrize("scaling", [{"factor": 2.0, "type": "dynamic"}, None])
 def test_the_configuration_is_the_files(scaling: Any, folder: Path, tmp_path: Path) -> None:
-    """The library writes its own names into the scaling, which the code reads, and drops the length, which it wants."""
+    """The library writes its own names into the scaling, which the code uses, and drops the length, which it needs."""
     shutil.copytree(folder, tmp_path / "other")
     file = tmp_path / "other" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "rope_scaling": scaling}))
@@ -620,7 +620,7 @@ def test_the_configuration_is_the_files(scaling: Any, folder: Path, tmp_path: Pa
 
 
 def test_weights_that_are_pickled_are_read_and_told_apart(folder: Path, tmp_path: Path) -> None:
-    """As the published model's are; a folder's would else be known by its configuration alone."""
+    """As the published weights; otherwise a folder would be identified by its configuration only."""
     shutil.copytree(folder, tmp_path / "pickled")
     file = tmp_path / "pickled" / "model.safetensors"
     weights = load_file(file)
@@ -637,7 +637,7 @@ def test_weights_that_are_pickled_are_read_and_told_apart(folder: Path, tmp_path
 
 
 def test_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
-    """The library would draw them; the image's part of a layer is one of them."""
+    """The library would initialise them randomly; the image's part of a layer is one of them."""
     shutil.copytree(folder, tmp_path / "less")
     file = tmp_path / "less" / "model.safetensors"
     weights = load_file(file)
@@ -648,7 +648,7 @@ def test_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_rows_are_turned_as_the_code_turns_one(base: XComposer2, plain: Any) -> None:
-    """It counts columns: a row behind padding would be turned further than alone, which low precision shows."""
+    """The code counts columns: a padded row would be rotated further than alone, which low precision reveals."""
     module: Any = sys.modules[type(plain.model).__module__]
     assert module.apply_rotary_pos_emb is not rotate_rows
     rotary = plain.model.layers[0].attention.rotary_emb
@@ -670,7 +670,7 @@ def test_rows_are_turned_as_the_code_turns_one(base: XComposer2, plain: Any) -> 
 
 
 def test_a_row_counts_its_places_as_it_does_alone(base: XComposer2, examples: list[Example]) -> None:
-    """By what turns it, in the loaded model."""
+    """By the rotation of the loaded model."""
     seen: list[Tensor] = []
 
     def keep(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -714,7 +714,7 @@ def test_the_collator_lays_out_what_the_model_wants(base: XComposer2, plain: Any
 
 @pytest.mark.parametrize("mark", ["</s>", "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_92]", "<ImageHere>"])
 def test_a_question_with_a_mark_is_set_aside(mark: str, base: XComposer2, examples: list[Example]) -> None:
-    """It would begin a turn, or an image, of its own."""
+    """It would start a new turn or image."""
     question = replace(examples[0].question, prompt=f"Is {mark} safe?")
     with pytest.raises(RecordError, match=f"^{question.id}: .* special token") as raised:
         base.collator([Example(question)])
@@ -737,7 +737,7 @@ def test_the_model_is_told_its_own_words_unless_others_are_given(folder: Path, b
 
 
 def test_an_answer_ends_with_the_turn_and_has_no_mark_in_it(base: XComposer2) -> None:
-    """The tokenizer lists the marks among the words: it would show them, and draw them."""
+    """The tokenizer lists the marks as words, so they would be shown and sampled."""
     words = base.tokenizer
     end = words.convert_tokens_to_ids(END)
     assert base.eos_token_ids == [end, words.eos_token_id]
@@ -774,7 +774,7 @@ def test_a_drawn_answer_depends_on_its_record_alone(base: XComposer2, examples: 
 def test_score_equals_one_plain_forward_a_completion(
     policy: XComposer2, plain: Any, folder: Path, examples: list[Example], tmp_path: Path
 ) -> None:
-    """The policy's is that of the remote model with the saved adapter, as PEFT loads it."""
+    """The policy equals the remote model with the saved adapter, loaded by PEFT."""
     policy.save_adapter(tmp_path)
     adapted = PeftModel.from_pretrained(plain_model(folder), str(tmp_path)).eval().get_base_model()
 
@@ -787,7 +787,7 @@ def test_score_equals_one_plain_forward_a_completion(
 def test_lora_is_on_every_linear_layer_of_the_language_model_and_on_no_other(
     policy: XComposer2, tmp_path: Path
 ) -> None:
-    """The image's part of a layer has lora in its names, too; it belongs to the base model."""
+    """The image part of a layer also has lora in its names, but belongs to the base model."""
     adapted = {name for name, module in policy.base.named_modules() if hasattr(module, "lora_A")}
     assert len(adapted) == 2 * 5
     linear = {
@@ -807,14 +807,14 @@ def test_a_few_steps_lower_the_loss_and_move_the_adapter_alone(policy: XComposer
 
 
 def test_the_reference_is_one_model(policy: XComposer2, examples: list[Example]) -> None:
-    """The image's part of a layer would drop some of its units."""
+    """The image part of a layer has dropout."""
     families.check_reference(policy, examples)
 
 
 def test_gradients_are_those_of_the_adapter_that_answered(
     policy: XComposer2, folder: Path, examples: list[Example]
 ) -> None:
-    """With and without checkpointing, and for an adapter that is no longer at work when they are computed."""
+    """With and without checkpointing, and for an adapter that is no longer active in the backward pass."""
     checkpointed = families.with_effect(new(folder, gradient_checkpointing=True), "value")
     families.check_gradients(policy, checkpointed, examples, "attention")
 
@@ -846,7 +846,7 @@ def test_the_shipped_file_is_refused_until_it_is_pinned() -> None:
 
 
 def test_the_shipped_model_answers(folder: Path, examples: list[Example]) -> None:
-    """A tiny model stands in the real one's place."""
+    """A tiny model replaces the real one."""
     vlm = families.shipped("internlm-xcomposer2-vl-7b", f"--vlm.model={folder}", "--vlm.lora.r=2")
     assert (vlm.lora.r, vlm.lora.target_modules) == (2, LANGUAGE_LAYERS)
     families.check_shipped(vlm, examples)
@@ -854,7 +854,7 @@ def test_the_shipped_model_answers(folder: Path, examples: list[Example]) -> Non
 
 @pytest.mark.slow
 def test_the_command_line_trains_and_measures_it(folder: Path, tmp_path: Path, tiny_sets: Path) -> None:
-    """As docs/models.md says it."""
+    """As in docs/models.md."""
     vlm = ["--model.vlm=configs/vlm/internlm-xcomposer2-vl-7b.yaml", f"--model.vlm.model={folder}"]
     families.check_command_line(vlm, tmp_path, tiny_sets)
 
