@@ -12,8 +12,8 @@ from callbacks.generation_check import GenerationCheck
 from safervlm.finite import must_have_finite_weights
 from safervlm.io.seals import origin_of, seal_file, seal_folder
 from safervlm.io.signals import grace
+from safervlm.manifest import agree_to_end
 from safervlm.ranges import in_range
-from safervlm.run import agree_to_end
 
 RECENT = 10  # batches after a long step during which steps still count as long
 

@@ -12,9 +12,10 @@ from safervlm.errors import ArgumentError, RecordError
 from safervlm.hashing import seed_for
 from safervlm.io.tables import say
 from safervlm.judging.classifier import Judge
+from safervlm.manifest import stage_name
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range
-from safervlm.run import stage_name, write_stage
+from safervlm.run import write_stage
 from safervlm.statistics.differences import difference_of_items
 from safervlm.vlm.sampling import Sampling
 

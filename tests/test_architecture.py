@@ -28,7 +28,7 @@ LAYERS = (
     ),
     ("io", "statistics"),
     ("records",),
-    ("run", "vlm", "data"),
+    ("run", "manifest", "vlm", "data"),
     ("judging",),
     ("objectives", "measure", "results"),
     ("reports",),
@@ -49,7 +49,7 @@ EXCUSED = {
         "_data_fetcher",
     },  # Lightning has no public way
     "safervlm.io.signals": {"_exit"},  # the documented way to end without cleaning up
-    "safervlm.run": {
+    "safervlm.manifest": {
         "_SignalConnector",
         "_signal_connector",
         "_launch_process_observer",

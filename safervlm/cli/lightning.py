@@ -29,9 +29,10 @@ from safervlm.io.files import write_atomically
 from safervlm.io.seals import differences, origin_of, verify_seal
 from safervlm.io.signals import exit_code
 from safervlm.io.tables import say
+from safervlm.manifest import RunManifest, stage_name
 from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, UNJUDGED, read_jsonl
-from safervlm.run import RunManifest, read_manifest, stage_name
+from safervlm.run import read_manifest
 from safervlm.vlm.server.client import Server
 
 

@@ -1,0 +1,194 @@
+"""Lightning callback that writes the manifest of a run and makes its processes end together."""
+
+import signal
+import sys
+import threading
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from safervlm.errors import RecordError
+from safervlm.io.signals import apart, asked_to_end, observe, pass_safe_point, together, wait_for_safe_point
+from safervlm.io.tables import say
+from safervlm.provenance import PACKAGES, git_commit
+from safervlm.run import LOCK, check_settings, has_results, lock, read_manifest, write_stage
+
+
+def stage_name(module: LightningModule) -> str:
+    """Returns the name of a module's stage in the manifest.
+
+    Args:
+        module: Module of the stage.
+    """
+    return type(module).__name__.lower()
+
+
+class Signals(_SignalConnector):
+    """Signal connector of Lightning that uses the request handling of :mod:`safervlm.io.signals`.
+
+    Lightning's own handler communicates with the other processes from within the handler, and may block forever.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.agreed: bool | None = None
+        super().__init__(trainer)
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether to end now. During training it changes only when all processes have agreed, and can save."""
+        return asked_to_end() if self.agreed is None else self.agreed
+
+    @received_sigterm.setter
+    def received_sigterm(self, value: bool) -> None:
+        """Ignores the assignment; Lightning initialises the flag with False.
+
+        Args:
+            value: Ignored.
+        """
+
+    def register_signal_handlers(self) -> None:
+        """Registers Lightning's handlers, for Slurm's signals, but keeps our handler of SIGTERM."""
+        ours = signal.getsignal(signal.SIGTERM)
+        super().register_signal_handlers()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
+
+
+def agree_to_end(trainer: Trainer, save: bool = False) -> tuple[bool, bool]:
+    """Returns whether any process is asked to end, and whether any wants to save; a collective operation.
+
+    All processes must call it after the same step.
+
+    Args:
+        trainer: Trainer of the fit; it ends after this step if the first value is True.
+        save: Whether this process wants to save a checkpoint, which may depend on its clock.
+    """
+    connector = trainer._signal_connector
+    here = torch.tensor([trainer.received_sigterm or asked_to_end(), save], dtype=torch.int64)
+    ends, saves = trainer.strategy.reduce(here.to(trainer.strategy.root_device), reduce_op="sum").tolist()
+    if isinstance(connector, Signals):
+        connector.agreed = bool(ends)
+    return bool(ends), bool(saves)
+
+
+class RunManifest(Callback):
+    """Callback that writes the manifest and locks the run folder. It rejects a folder made with other settings."""
+
+    def __init__(self) -> None:
+        self._lock: TextIO | None = None
+        self._waits = False
+        # Must be set before Lightning launches the other processes of the run.
+        subprocess_script._launch_process_observer = observe
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Locks the folder, checks the settings and writes the stage's entry, before any weight is loaded."""
+        run, name = Path(trainer.default_root_dir), stage_name(pl_module)
+        trainer._signal_connector = Signals(trainer)
+        together(trainer.global_rank)
+        refusal = ""
+        if trainer.is_global_zero and stage != "validate":
+            try:
+                self._lock = lock(run)
+            except RecordError as error:
+                refusal = str(error)
+        if refusal := trainer.strategy.broadcast(refusal):  # raised on all processes, so that none waits
+            raise RecordError(refusal)
+        settings = {
+            "model": pl_module.describe(),  # type: ignore[operator]
+            "data": trainer.datamodule.describe(),  # type: ignore[attr-defined]
+            "precision": str(trainer.precision),
+        }
+        if stage == "fit":
+            settings["trainer"] = {
+                "max_epochs": trainer.max_epochs,
+                "max_steps": trainer.max_steps,
+                "accumulate_grad_batches": trainer.accumulate_grad_batches,
+                "gradient_clip_val": trainer.gradient_clip_val,
+                "world_size": trainer.world_size,
+            }
+        check_settings(run, name, settings)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero and stage != "validate":
+            device = trainer.strategy.root_device
+            provenance = {
+                "command": " ".join(["safervlm", *sys.argv[1:]]),
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": {name: version(name) for name in PACKAGES},
+                "python": sys.version.split()[0],
+                "git_commit": git_commit(),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+                "strategy": type(trainer.strategy).__name__,
+                "world_size": trainer.world_size,
+            }
+            there = read_manifest(run)["stages"].get(name, {})
+            if "sets" in settings["data"]:  # keep the datasets that were asked before
+                before = there.get("settings", {}).get("data", {}).get("sets", {})
+                settings["data"]["sets"] = before | settings["data"]["sets"]
+            continued: list[dict[str, Any]] = []
+            if "provenance" in there and has_results(run):
+                first, now = there["provenance"], provenance
+                kept = {key: value for key, value in now.items() if key == "started" or value != first.get(key)}
+                provenance, continued = first, [*there.get("continued", []), kept]
+            write_stage(run, name, settings=settings, provenance=provenance, continued=continued, finished=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Defers requests to end until the current step is complete."""
+        self._wait()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops deferring requests to end: what follows can be repeated."""
+        self._pass()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Defers requests to end until the current batch is written."""
+        self._wait()
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops deferring requests to end before callbacks that merge and judge, which can be repeated."""
+        self._pass()
+
+    def _wait(self) -> None:
+        if not self._waits:
+            wait_for_safe_point()
+        self._waits = True
+
+    def _pass(self) -> None:
+        waits, self._waits = self._waits, False
+        if waits:
+            pass_safe_point()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Releases the lock and, after a request to end, prints how to resume."""
+        with suppress(SystemExit):  # the exception at hand already ends the run
+            self._pass()
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
+            say("")
+            say(f"stopped; the same command goes on from what is in {trainer.default_root_dir}")
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Marks the stage as finished; Lightning doesn't call this after an interruption."""
+        if trainer.is_global_zero and stage != "validate":
+            run = Path(trainer.default_root_dir)
+            # These files list questions without a response, and responses without a verdict or rating.
+            complete = stage != "predict" or not any(run.glob("*-failed.jsonl"))
+            write_stage(run, stage_name(pl_module), finished=complete)
+            there = [path for path in run.iterdir() if path.name != LOCK]
+            names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in there)
+            say(f"{run} holds {', '.join(names)}")
+        self._unlock()
+        trainer.strategy.barrier("run-manifest-end")
+        apart()
