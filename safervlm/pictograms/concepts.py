@@ -78,9 +78,9 @@ UNSAFE_CONCEPTS = tuple(
 SAFE_CONCEPTS = tuple(Concept(name, code_point, None) for name, code_point in _SAFE.items())
 CONCEPTS = UNSAFE_CONCEPTS + SAFE_CONCEPTS
 
-# Relative frequency with which the base model, before any alignment, answers "no" for an image of the category: it
-# recognises some dangers in images and misses others, as the paper's models do. For a concept's *name*, its response
-# is nearly always correct.
+# Frequency with which the base model, before any alignment, responds "no" (Unsafe) to an image of the category, among
+# responses other than N/A: it recognises some dangers in images and misses others, as the paper's models do. For a
+# concept's *name*, its response is nearly always correct.
 REFUSAL_RATE: dict[str, float] = {
     "Violence": 0.6,
     "Sexual": 0.55,
