@@ -50,7 +50,7 @@ class RecordWriter(Callback):
         trainer.datamodule.skip(done.keys())  # type: ignore[attr-defined]
         if done and trainer.is_global_zero:
             left = len(trainer.datamodule.remaining())  # type: ignore[attr-defined]
-            rest = f"going on with the other {left}" if left else "nothing is left to do"
+            rest = f"continuing with the other {left}" if left else "nothing is left to do"
             say(f"{self.file}: {len(done)} records are there already, {rest}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

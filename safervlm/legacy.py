@@ -60,9 +60,9 @@ def find(module: str, name: str) -> Any:
         AttributeError: No current module has the attribute.
     """
     for place in (*MOVED.get(module, ()), *SPLIT.get(module, ())):
-        found = vars(import_module(place)).get(name)
-        if found is not None:
-            return found
+        contents = vars(import_module(place))
+        if name in contents:
+            return contents[name]
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 

@@ -16,8 +16,8 @@ SECONDS = 10.0  # of CPU time; templates and expressions normally take milliseco
 def computing_limit(message: str, seconds: float | None = None) -> Iterator[None]:
     """Context manager that raises after a number of seconds of the process's CPU time, whatever else the machine runs.
 
-    It interrupts Python loops and the matching of regular expressions. It does nothing outside the main thread or
-    inside another limit.
+    It interrupts Python loops and the matching of regular expressions. It does nothing outside the main thread,
+    inside another limit, or on Windows, which has no such timers.
 
     Args:
         message: Message of the error, one line that begins with the argument.
@@ -26,7 +26,8 @@ def computing_limit(message: str, seconds: float | None = None) -> Iterator[None
     Raises:
         ArgumentError: The block exceeded the limit.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_VIRTUAL)[0]:
+    elsewhere = threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer")
+    if elsewhere or signal.getitimer(signal.ITIMER_VIRTUAL)[0]:
         yield
         return
 

@@ -171,7 +171,7 @@ class RunManifest(Callback):
             self._pass()
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
             say("")
-            say(f"stopped; the same command goes on from what is in {trainer.default_root_dir}")
+            say(f"stopped; the same command resumes from what is in {trainer.default_root_dir}")
         self._unlock()
 
     def _unlock(self) -> None:

@@ -159,7 +159,7 @@ class Measure(L.LightningModule):
         half = len(batch) // 2
         if full:
             self.largest = half
-            say(f"out of memory with {len(batch)} questions at once: going on with {half}")
+            say(f"out of memory with {len(batch)} questions at once: continuing with {half}")
         return self._in_parts(batch, half)
 
     def _in_parts(self, batch: Any, size: int) -> list[Generation | str]:

@@ -40,7 +40,7 @@ for run in "${runs[@]}"; do
   [ "$run" = "$original" ] || evaluated+=("$run")
 done
 play safervlm evaluation "${evaluated[@]}" --out "${OUT:-runs/evaluation.html}"
-case "$?" in 0) ;; 3) partial+=("the table: a run is left out, see above") ;; *) failed+=("the table") ;; esac
+case "$?" in 0) ;; 3) partial+=("the table: a run is skipped, see above") ;; *) failed+=("the table") ;; esac
 for line in "${partial[@]}"; do echo "incomplete: $line" >&2; done
 for line in "${failed[@]}"; do echo "failed: $line" >&2; done
 [ "${#failed[@]}" = 0 ] || exit 1

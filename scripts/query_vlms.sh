@@ -48,7 +48,7 @@ for vlm in "${vlms[@]}"; do
     3) [ "$ended" = 1 ] || ended=3 ;;  # some questions have no response; the table shows how many
     *)
       ended=1
-      echo "$vlm: failed with exit code $code, going on with the next; see $run.log" >&2
+      echo "$vlm: failed with exit code $code, continuing with the next; see $run.log" >&2
       ;;
   esac
 done

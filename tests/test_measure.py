@@ -110,7 +110,7 @@ def test_a_full_gpu_halves_the_batch(
         assert measure.predict_step(asked, 0) == expected
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "out of memory with 512 questions at once: going on with 256" in capsys.readouterr().out
+    assert "out of memory with 512 questions at once: continuing with 256" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

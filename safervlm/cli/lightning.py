@@ -182,7 +182,7 @@ class SaferCLI(LightningCLI):
             "--run",
             type=str,
             default="runs/unnamed",
-            help="Folder of the run: everything is written there; the same command again goes on where it stopped.",
+            help="Folder of the run: everything is written there; the same command again resumes where it stopped.",
         )
         parser.link_arguments("run", "trainer.default_root_dir")
         parser.link_arguments("model.collator", "data.init_args.collator", apply_on="instantiate")
@@ -306,7 +306,7 @@ class SaferCLI(LightningCLI):
             other = given is None and of_run is not None and differences(of_run, origin, {"class", *ignore})
             verify_seal(last if given is None else Path(given), None if other else origin, ignore=ignore)
         if given is None and last.exists():
-            say(f"{'going on from' if command == 'fit' else 'looking at'} {last}")
+            say(f"{'resuming from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)
         elif given is None and command == "validate" and isinstance(self.model, Objective):
             fail(f"--run: no {last}, so the adapter would be an untrained one; name the run of a fit, or --ckpt_path")
@@ -334,7 +334,7 @@ class SaferCLI(LightningCLI):
         not_judged = [record["reason"] for record in read_jsonl(unjudged)] if unjudged.exists() else []
         left_out = self.datamodule.left_out if isinstance(self.datamodule, Suite) else {}
         for name, reason in left_out.items():
-            warn(f"{name} was left out: {reason}; the same command asks it when it is there")
+            warn(f"{name} was skipped: {reason}; the same command asks it when it is there")
         if reasons:
             warn(
                 f"{len(reasons)} questions have no answer, for example: {reasons[0]}; {failed} has them all, the same "

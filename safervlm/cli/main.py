@@ -14,23 +14,23 @@ HELP = """usage: safervlm COMMAND [ARGUMENTS]
 
 Measure, judge and align the safety ethics of vision-language models.
 
-on any model, with a recipe (safervlm COMMAND --config configs/RECIPE.yaml; --help explains every argument):
-  predict      measure a VLM (configs/measure.yaml) or judge saved answers (configs/judge_responses.yaml)
+Training and prediction (safervlm COMMAND --config configs/RECIPE.yaml; --help explains every argument):
+  predict      measure a VLM (configs/measure.yaml) or judge saved responses (configs/judge_responses.yaml)
   fit          align a VLM (configs/sft.yaml, dpo.yaml, ppo.yaml) or train a judge (configs/judge.yaml)
-  validate     the loss on held-out records
+  validate     compute the loss on held-out records
 
-on what they leave behind:
+Analysing runs:
   report       one page, tables and plots of one or several runs
   evaluation   one table of the evaluations of several models (scripts/eval.sh makes them)
-  verify       ask a sample of a run's questions again: do its answers and verdicts hold?
-  export       the training data in the first implementation's formats
+  verify       ask a sample of a run's questions again: do its responses and verdicts stay the same?
+  export       write the training data in the first implementation's formats
 
-before it all:
+Environment check:
   doctor       does this machine have what a recipe needs? (--config configs/measure.yaml)
 
-the embedded default, a small world of pictograms:
-  pictograms   write its data, its VLM and its judges
-  demo         play the whole line on it: measure, judge, align, measure again
+Demo data, a small world of pictograms:
+  pictograms   write its datasets, its VLM and its judges
+  demo         run the whole pipeline on it: measure, judge, align, measure again
 
   --version    print the version
 """
@@ -101,7 +101,7 @@ def plain(args: Sequence[str]) -> None:
     own: set[str | int] = set()  # arguments added by hand below, or supplied here
     if name == "doctor":
         own = {"config"}
-        parser.add_argument("--config", action="append", help="The recipe, then its overlays, each behind a --config.")
+        parser.add_argument("--config", action="append", help="The recipe, then its overlays, each after a --config.")
     if name == "verify":
         own = {"run"}
         parser.add_argument("run", help="The folder of a finished measurement.")

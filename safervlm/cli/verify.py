@@ -140,7 +140,7 @@ def _sample(
     if not there:
         raise RecordError(f"{run / RESPONSES}: none of its answers is about the data that {run / 'predict.yaml'} names")
     if others := len(before) - len(there):
-        say(f"{others} answers are about other data than {run / 'predict.yaml'} names, and are left out")
+        say(f"{others} answers are about other data than {run / 'predict.yaml'} names, and are excluded")
     first = limited(there, limit, lambda question: (question.dataset, question.capability))
     chosen = sorted(first, key=lambda question: question.id)
     random.Random(seed_for(seed, "verify")).shuffle(chosen)

@@ -56,4 +56,4 @@ def left_out(dataset: str, reasons: Mapping[str, Sequence[str]]) -> str:
     if not (count := sum(map(len, reasons.values()))):
         return ""
     parts = [f"{len(names)} {reason}, such as {names[0]!r}" for reason, names in reasons.items() if names]
-    return f"{dataset}: {count} {'entry' if count == 1 else 'entries'} of its folder left out: {'; '.join(parts)}"
+    return f"{dataset}: {count} {'entry' if count == 1 else 'entries'} of its folder skipped: {'; '.join(parts)}"

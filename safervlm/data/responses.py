@@ -229,7 +229,7 @@ class SavedResponses(SaferData):
         responses, missing = self.answers
         if missing:
             total = len(responses) + len(missing)
-            say(f"{len(missing)} of {total} answers are missing (output null) and left out")
+            say(f"{len(missing)} of {total} answers are missing (output null) and excluded")
         if self.trainer is None:
             return
         file = Path(self.trainer.default_root_dir) / RESPONSES

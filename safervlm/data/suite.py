@@ -76,7 +76,7 @@ class Suite(SaferData):
                 data.prepare_data()
             except RecordError as error:
                 self.left_out[name] = self.reason(name, error)
-                say(f"{name} is left out: {self.left_out[name]}")
+                say(f"{name} is skipped: {self.left_out[name]}")
 
     def load(self) -> Parts:
         """Concatenates the questions of the available datasets.
@@ -91,7 +91,7 @@ class Suite(SaferData):
                 mine = data.parts.predict
             except RecordError as error:
                 if name not in self.left_out and (self.trainer is None or self.trainer.is_global_zero):
-                    say(f"{name} is left out: {self.reason(name, error)}")
+                    say(f"{name} is skipped: {self.reason(name, error)}")
                 self.left_out.setdefault(name, self.reason(name, error))  # prepare_data may have reported it already
                 continue
             for part in sorted({(example.question.dataset, example.question.capability) for example in mine}):

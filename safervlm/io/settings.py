@@ -1,5 +1,6 @@
 """Settings in YAML and JSON: strict parsing, and flattening to dotted keys."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ class StrictLoader(yaml.SafeLoader):
             ArgumentError: The aliases expand to more than :data:`LARGEST` values, or are recursive.
         """
         node = super().get_single_node()
-        sizes: dict[int, int] = {}
+        sizes: dict[int, float] = {}
         if node is not None and _size(node, sizes) > max(LARGEST, 2 * len(sizes)):  # a large file is no bomb
             raise ArgumentError(f"its aliases (*name) stand for more than {LARGEST:,} values; write the values out")
         return node
@@ -48,10 +49,10 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Returns the number of values that a node expands to; over :data:`LARGEST` if it contains itself."""
+def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """Returns the number of values that a node expands to; infinity if it contains itself."""
     if id(node) not in sizes:
-        sizes[id(node)] = LARGEST + 1  # until the size is known; a node that contains itself gets this value
+        sizes[id(node)] = math.inf  # until the size is known; a node that contains itself keeps this value
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             inner = [each for pair in node.value for each in pair]

@@ -135,7 +135,7 @@ def read_suites(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[Evalu
             if len(paths) == 1:
                 raise
             lost = ", and no difference can be told from it" if name == names[0] else ""
-            unread.append(f"{name} is left out{lost}: {error}")
+            unread.append(f"{name} is skipped{lost}: {error}")
     if not loaded:
         raise RecordError("; ".join(unread))
     return loaded, unread

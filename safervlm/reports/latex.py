@@ -43,7 +43,7 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
                 "n": str(row["n"]),
                 "N/A": percent(row["na_rate"]),
                 "N/A as wrong": with_interval(row["accuracy_na_wrong"], row["low_na_wrong"], row["high_na_wrong"]),
-                "N/A left out": with_interval(row["accuracy"], row["low"], row["high"]),
+                "N/A excluded": with_interval(row["accuracy"], row["low"], row["high"]),
                 "varies": row["varies"],
                 "method": row["method"],
             }

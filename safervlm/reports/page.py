@@ -308,7 +308,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         if any(judges(run.frame, column) != judges(first.frame, column) for column in same):
             said.append(f"{run.name} was read by another judge than {first.name}: no difference is shown there.")
     said += [
-        f"{run.name} has no answer, or no verdict on it, to {number} more questions, which are left out."
+        f"{run.name} has no answer, or no verdict on it, to {number} more questions, which are excluded."
         for run in runs
         if (number := missing(run))
     ]

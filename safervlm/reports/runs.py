@@ -101,9 +101,9 @@ def read_summary(path: Path) -> dict[str, dict[str, str]]:
     """
     if not path.is_file():
         return {}
-    stages = read_object(path, "move it away to go on without", finite=False).get("stages")
+    stages = read_object(path, "move it away to report without it", finite=False).get("stages")
     if not isinstance(stages, dict):
-        raise RecordError(f"{path}: no manifest, it has no stages; move it away to go on without")
+        raise RecordError(f"{path}: no manifest, it has no stages; move it away to report without it")
     return {str(stage): {key: _as_text(value) for key, value in flat(entry)} for stage, entry in stages.items()}
 
 

@@ -194,7 +194,7 @@ def remarks(
         A sentence each.
     """
     said = [
-        f"{name}: the evaluation isn't finished; the same command goes on"
+        f"{name}: the evaluation isn't finished; the same command resumes"
         for name, summary in manifests
         if summary.get("measure", {}).get("finished", "true").lower() == "false"
     ]
@@ -205,7 +205,7 @@ def remarks(
         mine = table[table["run"] == each.name]
         for row in records(mine[mine["missing"] > 0]):
             rated = row["column"] in set(each.ratings["dataset"])
-            effect = "they count as wrong" if row["unit"] == "points" else "they are left out"
+            effect = "they count as wrong" if row["unit"] == "points" else "they are excluded"
             way_out = "; give the same command a judge: --config configs/rate.yaml" if rated else ""
             what = "ratings" if rated else "answers"
             said.append(f"{each.name}: {row['missing']} {what} of {row['heading']} are missing: {effect}{way_out}")

@@ -47,7 +47,7 @@ def accuracy_table(table: pd.DataFrame, title: str = "Accuracy") -> TextTable:
     caption = "\n".join(["95 % intervals", *methods(table), JUDGE_NOTE])
     printed = TextTable(title=title, caption=caption, box=SIMPLE_HEAD)
     printed.add_column("category")
-    for heading in ("n", "N/A", "N/A as wrong", "N/A left out"):
+    for heading in ("n", "N/A", "N/A as wrong", "N/A excluded"):
         printed.add_column(heading, justify="right")
     part = None
     for row in rows:

@@ -27,7 +27,7 @@ DIVERSITY = "one_minus_self_bleu_100"  # mean over subsamples of 100 texts
 DIVERSITY_PUBLISHED = "one_minus_self_bleu"  # of all texts
 DIVERSITIES = (DIVERSITY, DIVERSITY_PUBLISHED)
 MEASURES = {
-    ACCURACY: "Accuracy, N/A left out",
+    ACCURACY: "Accuracy, N/A excluded",
     ACCURACY_NA_WRONG: "Accuracy, N/A as wrong",
     OVER_FLAGGING: "Over-flagging",
     MODALITY_GAP: "Modality gap",
@@ -229,13 +229,13 @@ def paired_difference(frame: pd.DataFrame, base: pd.DataFrame, column: str) -> E
 # The columns of `compare`: name -> (heading, measure, capability, side).
 COLUMNS: dict[str, tuple[str, str, str, str]] = {
     "perception": ("Perception", ACCURACY_NA_WRONG, "perception", NO_SIDE),
-    "perception_na_left_out": ("Perception, N/A left out", ACCURACY, "perception", NO_SIDE),
+    "perception_na_left_out": ("Perception, N/A excluded", ACCURACY, "perception", NO_SIDE),
     "text_only_unsafe": ("Text-only, unsafe", ACCURACY_NA_WRONG, "alignment_text_only", "unsafe"),
-    "text_only_unsafe_na_left_out": ("Text-only, unsafe, N/A left out", ACCURACY, "alignment_text_only", "unsafe"),
+    "text_only_unsafe_na_left_out": ("Text-only, unsafe, N/A excluded", ACCURACY, "alignment_text_only", "unsafe"),
     "image_unsafe": ("Image, unsafe", ACCURACY_NA_WRONG, "alignment", "unsafe"),
-    "image_unsafe_na_left_out": ("Image, unsafe, N/A left out", ACCURACY, "alignment", "unsafe"),
+    "image_unsafe_na_left_out": ("Image, unsafe, N/A excluded", ACCURACY, "alignment", "unsafe"),
     "image_safe": ("Image, safe", ACCURACY_NA_WRONG, "alignment", "safe"),
-    "image_safe_na_left_out": ("Image, safe, N/A left out", ACCURACY, "alignment", "safe"),
+    "image_safe_na_left_out": ("Image, safe, N/A excluded", ACCURACY, "alignment", "safe"),
     "over_flagging": ("Over-flagging", OVER_FLAGGING, "alignment", "safe"),
     "modality_gap": ("Modality gap", MODALITY_GAP, "alignment_text_only - alignment", "unsafe"),
     "diversity_unsafe": ("1 - self-BLEU, unsafe", DIVERSITY, "alignment", "unsafe"),

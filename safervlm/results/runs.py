@@ -44,7 +44,7 @@ def load_run(run: str | Path) -> pd.DataFrame:
     if left_out := failed & responses.keys() - verdicts.keys():
         if len(left_out) == len(responses):
             raise RecordError(f"{run / UNJUDGED}: no answer could be judged, it says why; {_how_to_judge(run)}")
-        say(f"{run}: {len(left_out)} answers could not be judged and are left out ({run / UNJUDGED} says why)")
+        say(f"{run}: {len(left_out)} answers could not be judged and are excluded ({run / UNJUDGED} says why)")
         responses = {name: each for name, each in responses.items() if name not in left_out}
     unjudged = [
         name for name, each in responses.items() if name not in verdicts and each.question.capability != "rated"

@@ -164,7 +164,7 @@ class LocalVLM(VLM):
         if self.adapter is not None:
             raise ArgumentError(
                 f"vlm.adapter: {self.adapter!r} is given, but training starts from the base model, which is also the "
-                "reference; leave it out (to go on with a run, or to validate it, name its folder as --run)"
+                "reference; leave it out (to resume a run, or to validate it, name its folder as --run)"
             )
         # Initialised on the CPU, wherever the base is: a seed determines the same adapter on every device.
         with torch.random.fork_rng(), torch.device("cpu"):

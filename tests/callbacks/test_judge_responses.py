@@ -167,4 +167,4 @@ def test_what_was_not_judged_is_left_out_of_the_scores_and_said(tmp_path, capsys
     write_jsonl(tmp_path / "responses.jsonl", (each.to_dict() for each in some))
     play(tmp_path, Panel(Panicking("a", LABELS["alignment"]), LengthJudge("p", LABELS["perception"])))
     assert len(load_run(tmp_path)) == len(some) - 1
-    assert "1 answers could not be judged and are left out" in capsys.readouterr().out
+    assert "1 answers could not be judged and are excluded" in capsys.readouterr().out

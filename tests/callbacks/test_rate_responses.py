@@ -392,7 +392,7 @@ def test_a_judge_that_dies_in_the_middle_costs_nothing_that_came(judge_of, tmp_p
     said = capsys.readouterr().out
     assert "6 of 12 ratings are missing" in said
     assert "judge.api_key_variable: " in said
-    assert "export it, the same command goes on" in said
+    assert "export it, the same command resumes" in said
     better = judge_of()
     play(tmp_path, server(better), batch_size=4)
     assert asked(better) == [f"question {place}" for place in range(6, 12)]

@@ -138,7 +138,7 @@ def test_the_first_implementations_answers_counted_by_hand(vlm_folder, questions
     }
     right = Counter(name.split("/")[-2] for name, (label, answer) in verdicts.items() if label == answer)
     assert right == {"perception": 1, "alignment": 2, "alignment_text_only": 1}
-    assert "1 of 10 answers are missing (output null) and left out" in capsys.readouterr().out
+    assert "1 of 10 answers are missing (output null) and excluded" in capsys.readouterr().out
     categories = {r.id: r.question.category for r in read_responses(tmp_path / "run")}
     assert categories["Set/Arson/alignment_text_only/1"] == "Violence"
     assert categories["Set/Zeppelin, burning/alignment_text_only/1"] == "Hate"

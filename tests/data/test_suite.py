@@ -47,7 +47,7 @@ def test_a_set_that_cant_be_had_is_left_out_and_said_once(missing, capsys):
     assert ids(suite) == ["B/0", "B/1"]
     assert list(suite.left_out) == ["a"]
     assert list(suite.describe()["sets"]) == ["b"]
-    assert capsys.readouterr().out.count("a is left out: A:") == 1
+    assert capsys.readouterr().out.count("a is skipped: A:") == 1
     alone = Suite({"a": Set("A", missing=missing)})
     alone.prepare_data()
     with pytest.raises(RecordError, match=r"data\.sets: none of a can be had"):
@@ -66,7 +66,7 @@ def test_an_argument_that_an_error_names_is_the_sets(capsys):
         "a": f"data.sets.a.name: {said} data.sets.a.name",
         "mine": f"data.own.mine.name: {said} data.own.mine.name",
     }
-    assert "a is left out: data.sets.a.name" in capsys.readouterr().out
+    assert "a is skipped: data.sets.a.name" in capsys.readouterr().out
 
 
 def test_two_sets_with_one_name_are_refused():

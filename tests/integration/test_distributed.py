@@ -122,7 +122,7 @@ def test_two_processes_are_killed_and_go_on(case, strategy, command, trained, tm
     line = command(case, strategy)
     kill = ["--trainer.callbacks+=processes.SignalAtBatchEnd", "--trainer.callbacks.batch=3"]
     play_together([*line, *kill], tmp_path, code=-9)
-    assert "going on from" in play_together(line, tmp_path)
+    assert "resuming from" in play_together(line, tmp_path)
     whole = trained(case, strategy)
     expected, found = weights(whole), weights(tmp_path / "run")
     assert found.keys() == expected.keys()

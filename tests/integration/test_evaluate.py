@@ -112,12 +112,12 @@ def test_two_processes_leave_out_the_same_set(overlay, tmp_path):
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(settings))
     some = "--data.only=[mme,smid,nsfw]"
     one = play(line(tmp_path / "overlay.yaml", tmp_path / "one", some), tmp_path, code=3)
-    assert one.count("smid is left out") == 1
+    assert one.count("smid is skipped") == 1
     two = [Path(sys.executable).parent / "safervlm", *line(tmp_path / "overlay.yaml", tmp_path / "two", some)]
     two += ["--trainer.strategy=ddp", "--trainer.devices=2"]
     ended = subprocess.run(list(map(str, two)), capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
     assert ended.returncode == 3, ended.stderr
-    assert ended.stdout.count("smid is left out") == 1
+    assert ended.stdout.count("smid is skipped") == 1
     assert_same(tmp_path / "two", tmp_path / "one")
 
 
@@ -154,7 +154,7 @@ def test_the_script_goes_on_after_a_failure_and_ends_in_a_table(overlay, tmp_pat
     ended = script("eval.sh", "runs/sft", "runs/dpo", "--", "--config", tmp_path / "overlay.yaml", only)
     assert ended.returncode == 1, ended.stderr
     assert "failed: runs/dpo: no adapter in it; train one" in ended.stderr
-    assert ended.stderr.count("nsfw was left out: data.sets.nsfw.source: there is no nowhere.tsv") == 2
+    assert ended.stderr.count("nsfw was skipped: data.sets.nsfw.source: there is no nowhere.tsv") == 2
     assert "incomplete: runs/sft: some of it has no answer" in ended.stderr
     assert "MME total" in ended.stdout
     assert "sft minus original" in ended.stdout

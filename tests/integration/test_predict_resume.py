@@ -207,7 +207,7 @@ def test_ctrl_c(command, uninterrupted, tmp_path):
         assert played.process.exitcode is None, played.output
     os.kill(played.process.pid, signal.SIGINT)
     assert played.end() == 128 + signal.SIGINT
-    assert "the same command goes on" in played.output
+    assert "the same command resumes" in played.output
     play(command("run"), tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
 

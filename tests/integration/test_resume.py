@@ -176,7 +176,7 @@ def test_interrupted_in_every_way_one_after_the_other(objective, command, uninte
     interrupted("KillAtExport", -9, rows=12, saved=12)
     assert not (run / "adapter").exists()
 
-    assert "going on from" in play(line, tmp_path)
+    assert "resuming from" in play(line, tmp_path)
     assert_same_run(run, whole)
 
 

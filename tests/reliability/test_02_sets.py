@@ -106,7 +106,7 @@ def test_every_image_of_a_folder_is_asked_about_or_said_to_be_left_out(
     assert [q.answer for q in questions] == ["Safe"] * 2 + ["Unsafe"] * 3
     said = capsys.readouterr().out
     assert said.count("\n") == 1
-    assert "X: 10 entries of its folder left out: 4 hidden, such as '.ipynb_checkpoints'" in said
+    assert "X: 10 entries of its folder skipped: 4 hidden, such as '.ipynb_checkpoints'" in said
     assert "1 links to folders, such as 'elsewhere'" in said
     assert "4 not ending in .png" in said
     assert "1 in no label's folder, such as '6.png'" in said
@@ -118,7 +118,7 @@ def test_what_metadata_does_not_name_is_said(tmp_path: Path, capsys: pytest.Capt
     rows = {"metadata.jsonl": '{"file_name": "1.png", "label": 0}\n', "metadata.csv": "file_name,label\n1.png,0\n"}
     (tmp_path / metadata).write_text(rows[metadata])
     assert [q.image for q in asked(Benchmark("X", str(tmp_path)))] == ["1.png"]
-    assert f"X: 2 entries of its folder left out: 2 not named in {metadata}, such as '3.gif'" in capsys.readouterr().out
+    assert f"X: 2 entries of its folder skipped: 2 not named in {metadata}, such as '3.gif'" in capsys.readouterr().out
 
 
 def test_images_that_a_sets_metadata_does_not_name_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,16 +123,16 @@ def test_a_run_that_cant_be_read_takes_none_with_it(runs, tmp_path, capsys):
     out = tmp_path / "all.html"
     with pytest.raises(SystemExit, match="3"):
         evaluation(runs, out)
-    assert "ppo is left out: " in capsys.readouterr().out
+    assert "ppo is skipped: " in capsys.readouterr().out
     assert set(pd.read_csv(out.with_suffix(".csv"))["run"]) == {"original"}
     # Without the original no other run becomes the baseline.
     other = tmp_path / "runs" / "nothing"
     out = tmp_path / "other.html"
     with pytest.raises(SystemExit, match="3"):
         evaluation([other, runs[0]], out)
-    assert "nothing is left out, and no difference can be told from it" in capsys.readouterr().out
+    assert "nothing is skipped, and no difference can be told from it" in capsys.readouterr().out
     assert not (tmp_path / "other_differences.csv").exists()
-    assert "is left out" in out.read_text()
+    assert "is skipped" in out.read_text()
 
 
 def test_what_cant_be_shown_is_refused(runs, tmp_path):
@@ -185,7 +185,7 @@ def test_what_a_reader_has_to_know_is_said(runs, tmp_path, capsys):
     assert f"{100 * long['na_rate'].iloc[0]:.1f} % N/A</small>" in page
     assert "original: N/A, which counts as wrong, is " in printed
     assert "ppo: N/A" not in printed  # rarely
-    assert "ppo: the evaluation isn't finished; the same command goes on" in printed
+    assert "ppo: the evaluation isn't finished; the same command resumes" in printed
     assert "original: the evaluation" not in printed
 
 
@@ -218,7 +218,7 @@ def test_a_set_that_mmes_rule_cant_score_takes_no_other_run_with_it(runs, tmp_pa
     write(tmp_path / "runs" / "odd" / "evaluation", [(asked, "Yes", None)])
     with pytest.raises(SystemExit, match="3"):
         evaluation([*runs, tmp_path / "runs" / "odd"], tmp_path / "all.html")
-    assert "odd is left out: MME's rule needs two questions an image, '0.png' (color) has 1" in capsys.readouterr().out
+    assert "odd is skipped: MME's rule needs two questions an image, '0.png' (color) has 1" in capsys.readouterr().out
     assert (tmp_path / "all.html").exists()
 
 

@@ -371,7 +371,7 @@ def test_a_server_that_dies_is_left_out_and_the_other_takes_its_questions(loopba
         assert len(echoes(ask(server, 4))) == 4
         said = capsys.readouterr().out
     assert said == (
-        f"{first.address} is left out (ConnectError: connection failed); its questions go to {second.address}\n"
+        f"{first.address} is skipped (ConnectError: connection failed); its questions go to {second.address}\n"
     )
     before = len(server.told)
     ask(server, 6, first=30)
@@ -407,7 +407,7 @@ def test_caps_stop_it_and_what_came_is_kept(loopback, ask):
     for name, cap, answered in (("max_requests", 5, 5), ("max_tokens", 35, 4)):  # 10 tokens per request
         del there.asked[:]
         server = Server("m", [there.address], concurrency=1, **{name: cap})
-        with pytest.raises(Unanswered, match=rf"^vlm\.{name}: .*the same command goes on") as raised:
+        with pytest.raises(Unanswered, match=rf"^vlm\.{name}: .*the same command resumes") as raised:
             ask(server, 8)
         assert echoes(raised.value.answers[:answered]) == [f"echo of question {place}" for place in range(answered)]
         assert all("not asked" in answer for answer in raised.value.answers[answered:])

@@ -368,7 +368,7 @@ class Server(VLM):
                 if cap is not None and used >= cap:
                     self.pool.stop(
                         f"vlm.{name}: {used} {what}, the cap of one command is {cap}; what is answered is kept, the "
-                        "same command goes on (with a new count)"
+                        "same command resumes (with a new count)"
                     )
             if self.halted is not None:
                 raise Unanswered(f"{question}: not asked; {self.halted}")

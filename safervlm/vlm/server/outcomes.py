@@ -170,7 +170,7 @@ def meaning(
         known = "refuses the key in" if has_key else "asks for a key, and there is none in"
         return Hopeless(
             f"vlm.api_key_variable: {address} {known} the environment variable {variable} (401); "
-            "export it, the same command goes on"
+            "export it, the same command resumes"
         )
     if status == 403:
         return Hopeless(

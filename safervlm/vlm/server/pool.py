@@ -118,11 +118,11 @@ class Pool:
         host.out = True
         others = [other.address for other in self.hosts if not other.out]
         if others:
-            say(f"{host.address} is left out ({reason}); its questions go to {', '.join(others)}")
+            say(f"{host.address} is skipped ({reason}); its questions go to {', '.join(others)}")
         else:
             self.stop(
                 f"vlm.addresses: no server answers any more, the last was {host.address} ({reason}); what is "
-                "answered is kept, the same command goes on when one is up"
+                "answered is kept, the same command resumes when one is up"
             )
 
     def leave_out_parameter(self, host: Host, untaken: Untaken) -> None:
