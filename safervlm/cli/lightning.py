@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from safervlm.cli.arguments import prepared
+from safervlm.cli.classes import import_classes
 from safervlm.cli.messages import one_line
 from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, UserError, explained
@@ -141,6 +142,7 @@ class SaferCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
+        import_classes()
         super().__init__(
             LightningModule,
             LightningDataModule,
