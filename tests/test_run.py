@@ -79,6 +79,7 @@ def test_an_adapter_is_its_weights_wherever_they_lie(tmp_path: Path) -> None:
         check_settings(tmp_path, "measure", settings("runs/ppo/adapter", "b"))
 
 
+@pytest.mark.slow
 def test_a_folder_takes_one_command_at_a_time(tmp_path: Path) -> None:
     held = lock(tmp_path)
     assert held is not None

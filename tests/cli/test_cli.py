@@ -179,6 +179,7 @@ def test_every_llava_builds(file: Path, tiny_llava: Path, only_built: list[Safer
     assert isinstance(only_built[0].model.vlm, VLM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted((CONFIGS / "strategy").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_strategy_parses(file: Path) -> None:
     process = subprocess.run(

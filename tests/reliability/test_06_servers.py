@@ -665,6 +665,7 @@ def signalled(played: Played, number: int) -> int | None:
     return code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_command_whose_server_hangs(number, code, tmp_path, tiny_sets):
     server = Counting(lambda count: ok("An answer.") if count <= 14 else hang)
@@ -698,6 +699,7 @@ def to_rate(texts: list[str]) -> list[Response]:
     return [Response(question, text, "stop", 3) for question, text in zip(named, texts, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_command_whose_rater_hangs(number, code, tmp_path):
     vlm = Counting(lambda count: ok("A cat."))

@@ -77,6 +77,7 @@ def files(run: Path) -> dict[str, bytes]:
     return {name: (run / name).read_bytes() for name in ("responses.jsonl", "verdicts.jsonl", "scores.csv")}
 
 
+@pytest.mark.slow
 def test_a_measurement_is_interrupted_everywhere_and_ends_as_one_that_was_not(
     measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path, tmp_path: Path
 ) -> None:
@@ -176,6 +177,7 @@ FIT = [
 ]
 
 
+@pytest.mark.slow
 def test_training_is_interrupted_everywhere_and_ends_as_one_that_was_not(fit: list[object], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -275,6 +277,7 @@ def stub(folder: Path) -> dict[str, str]:
     return os.environ | {"PATH": f"{script.parent}:{os.environ['PATH']}", "LOG": log, "RUNS": str(folder / "runs")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [TERM, INT])
 @pytest.mark.parametrize(
     "script", [["train.sh", "sft", "dpo"], ["eval.sh"], ["query_vlms.sh", "llava-1.5-7b", "cogvlm"]], ids=lambda s: s[0]
