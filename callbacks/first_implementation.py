@@ -1,6 +1,5 @@
 """Writes responses in the file format of the first implementation, for scripts that read it."""
 
-import json
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from safervlm.data.responses import read_responses
 from safervlm.errors import RecordError
 from safervlm.io.files import write_atomically
+from safervlm.io.reading import json_text
 
 
 class FirstImplementationFiles(Callback):
@@ -46,5 +46,5 @@ class FirstImplementationFiles(Callback):
             image = question.image if question.image_path is not None else self.blank
             files[file].append({"prompt": question.prompt, "image_fname": image, "output": response.response})
         for file, records in files.items():
-            text = json.dumps(records, indent=2, ensure_ascii=False)
+            text = json_text(records, indent=2)
             write_atomically(file, partial(Path.write_text, data=text, encoding="utf-8"))

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from safervlm.errors import RecordError
 from safervlm.io.caches import TEMPORARY, remove_leftovers
 from safervlm.io.files import write_atomically
-from safervlm.io.reading import read_object
+from safervlm.io.reading import json_text, read_object
 from safervlm.io.settings import flat
 from safervlm.legacy import with_todays_names
 from safervlm.records import FAILED
@@ -212,7 +212,7 @@ def remove_unfinished(run: Path) -> None:
     Args:
         run: Run folder, which must be locked.
     """
-    for folder in (run, run / "checkpoints", run / "adapter"):
+    for folder in {left.parent for left in run.rglob(f"{TEMPORARY}*")}:
         remove_leftovers(folder)
     # Names of the temporary files of older versions.
     pattern = re.compile(rf"\.({'|'.join(OLD_NAMES)})\.\d+\.(jsonl?|csv|xlsx|tex|html)")
@@ -247,7 +247,7 @@ def write_stage(run: Path, stage: str, **entry: Any) -> None:
     """
     manifest = read_manifest(run)
     manifest["stages"][stage] = manifest["stages"].get(stage, {}) | entry
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(manifest, indent=2, finite=False) + "\n"
     write_atomically(run / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
 

@@ -286,4 +286,6 @@ def make_questions(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pictogram world of seed 0, built as ``safervlm pictograms`` builds it."""
-    return build(tmp_path_factory.mktemp("world") / "pictograms", seed=0)
+    base = tmp_path_factory.getbasetemp()  # of this process; several share the folder above
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return build(shared / "world" / "pictograms", seed=0)

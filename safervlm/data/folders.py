@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from safervlm.errors import RecordError
 from safervlm.io.images import IMAGE_ENDINGS
 
 # Files that operating systems create in folders, besides names that begin with a dot.
@@ -17,6 +18,12 @@ def is_hidden(name: str) -> bool:
         name: Name of the file or folder, without its path.
     """
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def _unreadable(error: OSError) -> None:
+    raise RecordError(
+        f"{error.filename}: the folder can't be read ({error.strerror}); correct its permissions, or move it away"
+    ) from error
 
 
 def files_below(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
@@ -33,7 +40,7 @@ def files_below(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
     hidden: list[Path] = []
     links: list[Path] = []
     others: list[Path] = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=_unreadable):
         within = Path(place)
         hidden += [within / name for name in (*folders, *files) if is_hidden(name)]
         folders[:] = [name for name in folders if not is_hidden(name)]

@@ -205,7 +205,7 @@ def numbered_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, record
 
 
-def json_text(value: Any, indent: int | None = None, name: str = "") -> str:
+def json_text(value: Any, indent: int | None = None, name: str = "", finite: bool = True) -> str:
     r"""Returns the JSON of a value; lone surrogates are kept, as escapes such as ``\ud83d``.
 
     A high surrogate directly followed by a low one is read back as the character that the two encode, as JSON demands.
@@ -214,12 +214,13 @@ def json_text(value: Any, indent: int | None = None, name: str = "") -> str:
         value: Value of plain JSON types.
         indent: Spaces per level; None writes one line.
         name: Name of the record, for the error message.
+        finite: Whether NaN and infinities are rejected; a setting may be infinite.
 
     Raises:
         RecordError: A number is NaN or infinite.
     """
     try:
-        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=not finite)
     except ValueError as error:
         raise RecordError(f"{name or 'a record'}: can't be written as JSON ({error})") from None
     return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)

@@ -1,5 +1,6 @@
 """Settings in YAML and JSON: strict parsing, and flattening to dotted keys."""
 
+import codecs
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,12 @@ LARGEST = 100_000  # maximum number of values of a configuration, with aliases e
 
 class StrictLoader(yaml.SafeLoader):
     """YAML's safe loader that also rejects duplicate keys, of which one value would be lost, and alias bombs."""
+
+    # As in jsonargparse, dates are texts: what is checked must be what is used.
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as the base class declares it)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def get_single_node(self) -> Any:
         """Returns the root node of the document, before any object is constructed.
@@ -43,7 +50,7 @@ class StrictLoader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
                     raise ArgumentError(
-                        f"line {key.start_mark.line + 1}: the key {key.value!r} stands there twice; leave one out"
+                        f"line {key.start_mark.line + 1}: the key {key.value!r} is there twice; leave one out"
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -94,6 +101,9 @@ def read_yaml(file: Path, option: str = "", error: type[UserError] = ArgumentErr
         text = "".join(text_lines(file)).removeprefix("\ufeff")
     except UserError as cause:
         raise error(f"{option}{': ' if option else ''}{cause}") from None
+    with file.open("rb") as content:
+        if content.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # which the parser can't read
+            raise error(f"{where} isn't in UTF-8, but in UTF-16; convert it, for example by iconv -f UTF-16 -t UTF-8")
     try:
         return from_yaml(text)
     except UserError as cause:

@@ -24,6 +24,7 @@ CONFIGS = ("predict.yaml", "fit.yaml")
 # Packages whose classes a configuration may name without the user's consent.
 OURS = ("safervlm", "callbacks", "lightning", "torch", "jsonargparse", "builtins")
 # Arguments of our data modules whose values are always paths.
+LARGEST_PART = 1_000_000  # bytes of a file that a configuration includes
 PATHS = {"folder", "safe_folder", "source", "file", "validation_file", "contexts", "responses", "answers", "cache_dir"}
 KEY_VARIABLE = "OPENAI_API_KEY"  # the default of safervlm.vlm.server.client.Server
 
@@ -172,7 +173,7 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
 
 
-def _search(value: Any, folders: tuple[Path, ...], named: Named, seen: set[Path]) -> None:
+def _search(value: Any, folders: tuple[Path, ...], named: Named, seen: set[Path], may_be_data: bool = False) -> None:
     if isinstance(value, Mapping):
         if "addresses" in value:
             named.addresses |= {text.rstrip("/") for text in _texts(value["addresses"])}
@@ -185,15 +186,15 @@ def _search(value: Any, folders: tuple[Path, ...], named: Named, seen: set[Path]
             elif str(key).endswith("_variable") and isinstance(inner, str):
                 named.variables.add(inner)
             else:
-                _search(inner, folders, named, seen)
+                _search(inner, folders, named, seen, may_be_data=str(key) in PATHS)
     elif isinstance(value, list):
         for inner in value:
-            _search(inner, folders, named, seen)
+            _search(inner, folders, named, seen, may_be_data)
     elif isinstance(value, str):
-        _search_text(value, folders, named, seen)
+        _search_text(value, folders, named, seen, may_be_data)
 
 
-def _search_text(text: str, folders: tuple[Path, ...], named: Named, seen: set[Path]) -> None:
+def _search_text(text: str, folders: tuple[Path, ...], named: Named, seen: set[Path], may_be_data: bool) -> None:
     if re.fullmatch(r"\s*\w[\w+.-]*://\S+\s*", text):
         named.addresses.add(text.strip().rstrip("/"))
         return
@@ -205,11 +206,19 @@ def _search_text(text: str, folders: tuple[Path, ...], named: Named, seen: set[P
         content = None
         with suppress(OSError, ValueError, RuntimeError):  # no file of a configuration
             file = (folder / text).resolve(strict=True)
-            if file not in seen and file.is_file() and file.stat().st_size <= 1_000_000:
-                content = file.read_text(encoding="utf-8")
+            if file not in seen and file.is_file():
                 seen.add(file)
-        if content is None:
+                with file.open("rb") as part:
+                    beginning = part.read(LARGEST_PART + 1)
+                content = beginning.decode(
+                    "utf-8-sig", errors="strict" if len(beginning) <= LARGEST_PART else "replace"
+                )
+        if content is None or "\0" in content:  # weights are no part of a configuration
             continue
+        if len(content) > LARGEST_PART - 4:
+            if may_be_data or "\ufffd" in content[:-4]:
+                continue
+            raise RecordError(f"{file}: too large for a part of a configuration, so it isn't searched for addresses")
         try:
             part = from_yaml(content)
         except UserError as error:  # of duplicate keys, another parser may use the unchecked one

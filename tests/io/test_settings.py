@@ -25,5 +25,5 @@ def test_a_large_file_is_no_bomb(tmp_path: Path) -> None:
 def test_the_error_is_of_the_class_that_is_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "predict.yaml"
     file.write_text("a: 1\na: 2\n")
-    with pytest.raises(RecordError, match=r"predict.yaml, line 2: the key 'a' stands there twice; leave one out"):
+    with pytest.raises(RecordError, match=r"predict.yaml, line 2: the key 'a' is there twice; leave one out"):
         read_settings(file, error=RecordError)

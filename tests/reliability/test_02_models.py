@@ -259,7 +259,7 @@ REJECTED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "config cut": (file("adapter_config.json", b'{"peft_type": "LO'), "can't be read"),
     "config of no kind": (file("adapter_config.json", b'{"r": 4}'), "names no peft_type"),
     "config of an unknown kind": (file("adapter_config.json", b'{"peft_type": "NOVEL"}'), "can't be read"),
-    "config a list": (file("adapter_config.json", b"[]"), "names no peft_type"),
+    "config a list": (file("adapter_config.json", b"[]"), "not a JSON object"),
     "config that backtracks": (
         file("adapter_config.json", b'{"peft_type": "LORA", "target_modules": "(\\\\w+\\\\.?)+!"}'),
         "goes through too many ways",
