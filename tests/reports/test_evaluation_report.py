@@ -163,7 +163,7 @@ def test_a_file_of_the_users_is_not_overwritten(runs, tmp_path):
 
 
 def test_a_line_break_in_a_name_does_not_end_a_latex_comment(monkeypatch):
-    monkeypatch.setattr("safervlm.reports.suite_tables.held", lambda table: ["a\n\\input{x}\u2028: by bootstrap"])
+    monkeypatch.setattr("safervlm.reports.suite_latex.held", lambda table: ["a\n\\input{x}\u2028: by bootstrap"])
     table = pd.DataFrame(columns=["run", "column", "varies", "group", "heading", "method", "detail"])
     written = suite_latex_tables(table, pd.DataFrame(), [])
     assert "% a\\n\\input{x}\\u2028: by bootstrap" in written.splitlines()
