@@ -329,7 +329,7 @@ def test_image_fit_pads_with_the_mean_colour_or_crops(
 
 def test_another_family_is_sent_to_its_class(tmp_path: Path) -> None:
     families.gemma3(tmp_path)
-    with pytest.raises(ValueError, match=r"is a gemma3, not a llava; .* --model\.vlm safervlm\.vlm\.transformers\.Tr"):
+    with pytest.raises(ValueError, match=r"is a gemma3, not a llava; .* --model\.vlm safervlm\.vlm\.auto\.Tr"):
         _ = Llava(str(tmp_path)).collator
 
 
