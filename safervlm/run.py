@@ -212,7 +212,8 @@ def remove_unfinished(run: Path) -> None:
     Args:
         run: Run folder, which must be locked.
     """
-    for folder in {left.parent for left in run.rglob(f"{TEMPORARY}*")}:
+    written = ("checkpoints", "adapter", "judge", "first_implementation", "first_implementation/*/*")
+    for folder in (run, *(folder for pattern in written for folder in run.glob(pattern))):
         remove_leftovers(folder)
     # Names of the temporary files of older versions.
     pattern = re.compile(rf"\.({'|'.join(OLD_NAMES)})\.\d+\.(jsonl?|csv|xlsx|tex|html)")

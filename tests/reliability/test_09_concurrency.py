@@ -121,14 +121,15 @@ def test_no_folder_is_not_the_current_one(out: str, command: str, tmp_path: Path
 
 
 LEFT = (".tmp-safervlm-1-ab.jsonl", "adapter/.tmp-safervlm-1-cd.json", ".scores.4711.xlsx", ".manifest.1.json")
-LEFT += ("checkpoints/next.ckpt", "checkpoints/other.ckpt", "checkpoints/link")
+LEFT += ("checkpoints/next.ckpt", "checkpoints/other.ckpt", "checkpoints/link", "judge/.tmp-safervlm-1.safetensors")
+LEFT += ("first_implementation/UnsafeConcepts/alignment/.tmp-safervlm-1.json",)
 KEPT = (".notes.4711.txt", ".scores.mine.xlsx", "scores.xlsx", ".env", "mine.tmp", "sub/.tmp-safervlm-1.csv")
 KEPT += ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "tmp-safervlm-1.csv")
 
 
 def test_what_a_dead_command_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     for name in (*LEFT, *KEPT):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     held = lock(tmp_path)
     assert held is not None
