@@ -5,6 +5,7 @@ image files. A command that reads the folder uses none of them unless its user h
 command line, and reads images only from the folders of the run's data.
 """
 
+import codecs
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ from safervlm.io.settings import from_yaml, read_settings
 CONFIGS = ("predict.yaml", "fit.yaml")
 # Packages whose classes a configuration may name without the user's consent.
 OURS = ("safervlm", "callbacks", "lightning", "torch", "jsonargparse", "builtins")
-# Arguments of our data modules whose values are always paths.
 LARGEST_PART = 1_000_000  # bytes of a file that a configuration includes
+# Arguments of our data modules whose values are always paths.
 PATHS = {"folder", "safe_folder", "source", "file", "validation_file", "contexts", "responses", "answers", "cache_dir"}
 KEY_VARIABLE = "OPENAI_API_KEY"  # the default of safervlm.vlm.server.client.Server
 
@@ -175,18 +176,22 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _search(value: Any, folders: tuple[Path, ...], named: Named, seen: set[Path], may_be_data: bool = False) -> None:
     if isinstance(value, Mapping):
-        if "addresses" in value:
-            named.addresses |= {text.rstrip("/") for text in _texts(value["addresses"])}
-            named.variables.add(str(value.get("api_key_variable") or KEY_VARIABLE))
-        for key, inner in value.items():
+        # The parser also takes dotted keys, such as ``init_args.addresses``.
+        last = [(str(key).rpartition(".")[2], inner) for key, inner in value.items()]
+        addresses = [inner for key, inner in last if key == "addresses"]
+        if addresses:
+            named.addresses |= {text.rstrip("/") for text in _texts(addresses)}
+            given = [str(inner) for key, inner in last if key == "api_key_variable" and inner]
+            named.variables |= set(given or [KEY_VARIABLE])
+        for key, inner in last:
             if key == "trust_remote_code" and inner:
                 named.code.add(f"trust_remote_code: {inner}")
             elif key == "class_path" and str(inner).split(".")[0] not in OURS and "." in str(inner):
                 named.code.add(str(inner))
-            elif str(key).endswith("_variable") and isinstance(inner, str):
+            elif key.endswith("_variable") and isinstance(inner, str):
                 named.variables.add(inner)
             else:
-                _search(inner, folders, named, seen, may_be_data=str(key) in PATHS)
+                _search(inner, folders, named, seen, may_be_data=key in PATHS)
     elif isinstance(value, list):
         for inner in value:
             _search(inner, folders, named, seen, may_be_data)
@@ -207,18 +212,21 @@ def _search_text(text: str, folders: tuple[Path, ...], named: Named, seen: set[P
         with suppress(OSError, ValueError, RuntimeError):  # no file of a configuration
             file = (folder / text).resolve(strict=True)
             if file not in seen and file.is_file():
-                seen.add(file)
-                with file.open("rb") as part:
-                    beginning = part.read(LARGEST_PART + 1)
-                content = beginning.decode(
-                    "utf-8-sig", errors="strict" if len(beginning) <= LARGEST_PART else "replace"
-                )
-        if content is None or "\0" in content:  # weights are no part of a configuration
+                with file.open("rb") as opened:
+                    beginning = opened.read(LARGEST_PART + 1)
+                large = len(beginning) > LARGEST_PART
+                # The beginning of a large text may end within a character; weights are no text.
+                content = codecs.getincrementaldecoder("utf-8-sig")().decode(beginning, final=not large)
+        if content is None or "\0" in content:
             continue
-        if len(content) > LARGEST_PART - 4:
-            if may_be_data or "\ufffd" in content[:-4]:
+        if large:
+            if may_be_data:
                 continue
-            raise RecordError(f"{file}: too large for a part of a configuration, so it isn't searched for addresses")
+            raise RecordError(
+                f"{file}: a part of a configuration has at most {LARGEST_PART} bytes, as it is searched for addresses; "
+                "move it away, or name another folder"
+            )
+        seen.add(file)
         try:
             part = from_yaml(content)
         except UserError as error:  # of duplicate keys, another parser may use the unchecked one

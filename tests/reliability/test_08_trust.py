@@ -13,6 +13,7 @@ from loopback import Loopback, hurry, loopbacks
 from PIL import Image
 
 from safervlm.cli.main import main
+from safervlm.errors import RecordError
 from safervlm.io.trust import Named, check_trust, may_read, named_in
 from safervlm.records import read_jsonl, write_jsonl
 from safervlm.reports.examples import picture
@@ -173,6 +174,9 @@ def test_a_class_beside_the_shell_is_found_where_it_is_allowed(
     ("config", "expected"),
     [
         ({"a": {"addresses": ["http://x/v1/"]}}, Named({"http://x/v1"}, {"OPENAI_API_KEY"}, set())),
+        ({"a": {"init_args.addresses": ["http://x/v1/"]}}, Named({"http://x/v1"}, {"OPENAI_API_KEY"}, set())),
+        ({"a": {"b.addresses": ["u"], "b.api_key_variable": "HF_TOKEN"}}, Named({"u"}, {"HF_TOKEN"}, set())),
+        ({"vlm.class_path": "nowhere.at.All"}, Named(set(), set(), {"nowhere.at.All"})),
         ({"a": [{"source": "https://x/y.tsv"}]}, Named({"https://x/y.tsv"}, set(), set())),
         ({"about": "see https://x/y for more"}, Named()),
         ({"logger": {"api_key_variable": "WANDB_API_KEY"}}, Named(set(), {"WANDB_API_KEY"}, set())),
@@ -185,6 +189,38 @@ def test_a_class_beside_the_shell_is_found_where_it_is_allowed(
 )
 def test_what_a_configuration_names(config: Any, expected: Named, tmp_path: Path) -> None:
     assert named_in(config, tmp_path) == expected
+
+
+ADDRESS = "addresses: [http://x/v1]\n"
+PADDED = {
+    "a date that is none": f"model: 2024-13-45\n{ADDRESS}",
+    "with a byte order mark": f"\ufeff{ADDRESS}",
+}
+LARGE = {
+    "comments": "# " + "x" * 1_100_000 + "\n" + ADDRESS,
+    "comments of two bytes each": "# " + "\u00e9" * 600_000 + "\n" + ADDRESS,
+    "replacement characters": "# " + "\ufffd" * 400_000 + "\n" + ADDRESS,
+}
+
+
+@pytest.mark.parametrize("case", PADDED)
+def test_a_part_of_a_configuration_is_searched_as_the_parser_reads_it(case: str, tmp_path: Path) -> None:
+    (tmp_path / "vlm.yaml").write_text(PADDED[case], encoding="utf-8")
+    assert named_in({"vlm": "vlm.yaml"}, tmp_path).addresses == {"http://x/v1"}
+
+
+@pytest.mark.parametrize("config", [{"vlm": "vlm.yaml"}, {"folder": "vlm.yaml", "vlm": "vlm.yaml"}])
+@pytest.mark.parametrize("case", LARGE)
+def test_a_part_that_is_too_large_to_be_searched_is_rejected(case: str, config: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "vlm.yaml").write_text(LARGE[case], encoding="utf-8")
+    with pytest.raises(RecordError, match=r"vlm\.yaml: a part of a configuration has at most"):
+        named_in(config, tmp_path)
+
+
+def test_large_data_and_weights_are_no_parts_of_a_configuration(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}\n" * 400_000)
+    (tmp_path / "judge.pt").write_bytes(b"PK\x03\x04" + bytes(1_100_000))
+    assert named_in({"file": "train.jsonl", "checkpoint": "judge.pt"}, tmp_path) == Named()
 
 
 def test_nothing_named_needs_nothing_allowed(tmp_path: Path) -> None:
