@@ -1,6 +1,7 @@
 """The manifest: the provenance of a run, and the settings that it rejects."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -37,6 +38,14 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         check_settings(tmp_path, "sft", changed)
     assert "name another folder" in str(caught.value)
     assert "betas" not in str(caught.value)
+
+
+def test_an_argument_that_is_no_utf8_is_recorded(tmp_path: Path) -> None:
+    typed = os.fsdecode(b"--data.folder caf\xe9")
+    write_stage(tmp_path, "measure", settings={"bound": math.inf}, provenance={"command": typed})
+    stage = read_manifest(tmp_path)["stages"]["measure"]
+    assert stage["provenance"]["command"] == typed
+    assert stage["settings"]["bound"] == math.inf
 
 
 def test_many_differences_are_counted(tmp_path: Path) -> None:

@@ -44,3 +44,14 @@ def test_what_is_written_is_read_back(tiny_sets, tmp_path):
     with pytest.raises(RecordError, match=r"it may answer .* or .*DATA_SET/CAPABILITY/"):
         _ = SavedResponses(str(moved), data).answers
     FirstImplementationFiles().on_predict_end(SimpleNamespace(is_global_zero=False), None)  # one process is enough
+
+
+def test_a_response_with_half_a_character_is_written(tiny_sets, tmp_path):
+    data = UnsafeConcepts(str(tiny_sets / "unsafe"), limit=1)
+    question = data.parts.predict[0].question
+    write_jsonl(tmp_path / "responses.jsonl", [Response(question, "half \ud83d", "stop", 2).to_dict()])
+    FirstImplementationFiles().on_predict_end(
+        SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path)), None
+    )
+    (file,) = (tmp_path / "first_implementation").rglob("*.json")
+    assert json.loads(file.read_text(encoding="utf-8"))[0]["output"] == "half \ud83d"

@@ -22,6 +22,13 @@ def test_a_large_file_is_no_bomb(tmp_path: Path) -> None:
     assert len(read_yaml(file)) == LARGEST + 10
 
 
+def test_a_value_that_holds_itself_is_rejected_in_a_large_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "large.yaml"
+    file.write_text(f"numbers: [{', '.join(map(str, range(LARGEST + 10)))}]\nitself: &a [*a]\n")
+    with pytest.raises(RecordError, match="its aliases"):
+        read_yaml(file, error=RecordError)
+
+
 def test_the_error_is_of_the_class_that_is_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "predict.yaml"
     file.write_text("a: 1\na: 2\n")

@@ -1,6 +1,7 @@
 """Promise 2, datasets: cache keys, files that a folder excludes, base64, and spellings of one name."""
 
 import base64
+import errno
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from safervlm.data.benchmark import Benchmark
+from safervlm.data.folders import files_below
 from safervlm.data.own import OwnData
 from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.errors import ArgumentError, RecordError
@@ -207,3 +209,17 @@ def test_an_image_name_that_is_no_file_is_one_line(tmp_path: Path, image: str) -
     with pytest.raises(RecordError, match=r"q\.jsonl, line 3: ") as caught:
         _ = OwnData(str(tmp_path / "q.jsonl")).parts
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "part2").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:  # permissions don't hold for root
+        if Path(path).name == "part2":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(RecordError, match=r"part2: the folder can't be read \(Permission denied\)"):
+        files_below(tmp_path)
