@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 
 from safervlm.io.tables import JUDGE_NOTE, TextTable
 from safervlm.results.measures import COLUMNS, DIVERSITIES, GAP_WEIGHTS, MEASURES, MODALITY_GAP, OVERALL
-from safervlm.results.scores import _ACCURACIES, by_category
+from safervlm.results.scores import ACCURACIES, by_category
 from safervlm.statistics.diversity import SUBSAMPLES, TEXTS
 from safervlm.statistics.intervals import coverage
 
@@ -72,7 +72,7 @@ def other_table(table: pd.DataFrame, title: str = "Gap, over-flagging, diversity
         table: of :func:`safervlm.results.scores.scores`.
         title: the table's title.
     """
-    rows = records(table[~table["measure"].isin(_ACCURACIES) & (table["category"] == OVERALL)])
+    rows = records(table[~table["measure"].isin(ACCURACIES) & (table["category"] == OVERALL)])
     about = [", ".join(filter(None, (MEASURES[row["measure"]], row["varies"]))) for row in rows]
     made = {f"{name}: {with_coverage(row['method'])}": None for name, row in zip(about, rows, strict=True)}
     said = [GAP_WEIGHTS] if any(row["measure"] == MODALITY_GAP for row in rows) else []

@@ -181,7 +181,7 @@ def _row(
     }
 
 
-_ACCURACIES = (ACCURACY, ACCURACY_NA_WRONG)
+ACCURACIES = (ACCURACY, ACCURACY_NA_WRONG)
 
 
 def by_category(table: pd.DataFrame) -> pd.DataFrame:

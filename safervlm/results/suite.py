@@ -187,7 +187,7 @@ def load_ratings(folder: Path, rated: pd.DataFrame) -> pd.DataFrame:
     Raises:
         RecordError: the ratings or the manifest can't be read.
     """
-    settings = _settings(folder, "ratings")
+    settings = stage_settings(folder, "ratings")
     judge = settings.get("judge", {}).get("model")
     orders = (False, True) if settings.get("both_orders") else (False,)
     ratings: list[Rating] = []
@@ -208,8 +208,16 @@ def load_ratings(folder: Path, rated: pd.DataFrame) -> pd.DataFrame:
     return questions.join(found_values)
 
 
-def _settings(folder: Path, stage: str) -> dict[str, Any]:
-    """Returns the settings of a stage from the manifest; empty without one."""
+def stage_settings(folder: Path, stage: str) -> dict[str, Any]:
+    """Returns the settings of a stage from the manifest; empty without one.
+
+    Args:
+        folder: Run folder.
+        stage: Name of the stage.
+
+    Raises:
+        RecordError: The manifest is damaged.
+    """
     what = f"{folder / MANIFEST}: no manifest of a run"
     with explained(what, "move it away to do without", *_BROKEN):
         return dict(read_manifest(folder)["stages"].get(stage, {}).get("settings", {}))
@@ -361,7 +369,7 @@ def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimat
     if not len(part):
         return [("", Estimate(np.nan, np.nan, np.nan, NOT_MEASURED))]
     if column.measure in DIVERSITIES:
-        return [("", _diversity(part, column))]
+        return [("", diversity_estimate(part, column))]
     if column.measure == "mme":
         values = mme_images(part)
         tasks = values.groupby("category").ngroup().to_numpy()
@@ -387,7 +395,13 @@ def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimat
     return [(NEW_IMAGES, Estimate(value, *interval, SHARE_BY_IMAGE))]
 
 
-def _diversity(part: pd.DataFrame, column: Column) -> Estimate:
+def diversity_estimate(part: pd.DataFrame, column: Column) -> Estimate:
+    """Computes the diversity of responses, which has no interval.
+
+    Args:
+        part: Rows with ``id`` and ``response``.
+        column: Decides between the published measure and the one of a fixed number of texts.
+    """
     texts = part["response"].tolist()
     value, method = (
         published_diversity(texts) if column.measure == "diversity_published" else diversity(texts, part["id"].tolist())

@@ -9,7 +9,15 @@ import pandas as pd
 from safervlm.io.tables import EXCLUDED
 from safervlm.results.measures import NEW_CONCEPTS
 from safervlm.results.mme import mme_images
-from safervlm.results.suite import DIVERSITIES, NEW_IMAGES, Column, Evaluation, _diversity, _settings, how_often
+from safervlm.results.suite import (
+    DIVERSITIES,
+    NEW_IMAGES,
+    Column,
+    Evaluation,
+    diversity_estimate,
+    how_often,
+    stage_settings,
+)
 from safervlm.statistics.differences import (
     RATIOS_BY_IMAGE,
     SHARES_BY_CONCEPT,
@@ -106,7 +114,7 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
         common = set(both[0]["id"]) & set(both[1]["id"])
         if not common:
             return Comparison(Difference(np.nan), method="none: no item has an answer in both")
-        values = [_diversity(part[part["id"].isin(common)], column) for part in both]
+        values = [diversity_estimate(part[part["id"].isin(common)], column) for part in both]
         return Comparison(Difference(values[0].value - values[1].value), method=values[0].method, items=len(common))
     if column.measure == "ratio":
         return _compare_ratios(*both)
@@ -169,7 +177,7 @@ def _images(evaluation: Evaluation, datasets: set[str], capability: str) -> dict
     """Returns the image hashes of the datasets in the manifest: name in the suite -> hash of names and sizes."""
     if capability == "context_text_only":
         return {}  # the images are not shown
-    data = _settings(evaluation.folder, "measure").get("data", {})
+    data = stage_settings(evaluation.folder, "measure").get("data", {})
     return {
         name: described["images"]
         for name, described in data.get("sets", {"": data}).items()

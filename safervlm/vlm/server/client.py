@@ -123,7 +123,7 @@ class Server(VLM):
         self.max_body, self.max_count = max_body, max_count
         self.on_attempt: Callable[[dict[str, Any]], None] = lambda attempt: None
         self.requests = self.tokens = self.unanswered_in_a_row = 0
-        self.pool = Pool(self.hosts, max_retries, max_wait, self._back_off)
+        self.pool = Pool(self.hosts, max_retries, self._back_off)
         self._untold = False  # whether on_attempt failed
         self._jitter = random.Random()
 

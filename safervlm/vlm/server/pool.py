@@ -19,15 +19,14 @@ class Pool:
     Args:
         hosts: The servers.
         max_retries: Number of consecutive failures that a server may have; one more excludes it.
-        max_wait: Longest pause that a server may request, in seconds.
         back_off: Function that returns the back-off time in seconds for a number of consecutive failures.
 
     Attributes:
         halted: Reason why no more requests are sent, in one line; None while they are.
     """
 
-    def __init__(self, hosts: list[Host], max_retries: int, max_wait: float, back_off: Callable[[int], float]) -> None:
-        self.hosts, self.max_retries, self.max_wait, self.back_off = hosts, max_retries, max_wait, back_off
+    def __init__(self, hosts: list[Host], max_retries: int, back_off: Callable[[int], float]) -> None:
+        self.hosts, self.max_retries, self.back_off = hosts, max_retries, back_off
         self.halted: str | None = None
         self._halt: asyncio.Event | None = None  # of the current batch; set to wake waiting questions
         self._jitter = random.Random()
