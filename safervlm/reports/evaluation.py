@@ -234,12 +234,12 @@ def flipped(
         if not parts:
             continue
         table = pd.concat(parts).drop_duplicates("id")
-        for gained, title in ((True, "turned right"), (False, "turned wrong")):
+        for gained, direction in ((True, "turned right"), (False, "turned wrong")):
             some = table[table["gained"] == gained]
             names = sorted(some["id"], key=lambda name: seed_for("flipped", name))[:FLIPS]
             rows = some.set_index("id", drop=False)
             if names:
-                title = f"{group}: {title}, {len(some)} answers"
+                title = f"{group}: {direction}, {len(some)} answers"
                 shown_cards[title] = [_card(rows.loc[name], each, original, out) for name in names]
     return shown_cards
 
