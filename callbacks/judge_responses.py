@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
-from rich.progress import track
 
 from safervlm.data.responses import read_responses
 from safervlm.errors import RecordError, first_line
@@ -12,6 +11,9 @@ from safervlm.judging.panel import Panel
 from safervlm.ranges import in_range
 from safervlm.records import UNJUDGED, VERDICTS, Failure, Verdict, read_jsonl, write_jsonl
 
+# The verdicts of a judging that is not complete.
+UNFINISHED = "verdicts-unfinished.jsonl"
+
 
 class JudgeResponses(Callback):
     """After ``predict``, writes ``verdicts.jsonl`` beside the run folder's ``responses.jsonl``.
@@ -19,8 +21,10 @@ class JudgeResponses(Callback):
     A verdict belongs to a question's id, a judge and the text of the response. Responses that these judges have
     classified already are not classified again. Verdicts of other judges, on other texts, or on responses that no
     longer exist, are removed. A response whose classification raises an exception is listed in
-    ``verdicts-failed.jsonl`` with the reason, and the same command classifies it again. The callback must come after
-    the RecordWriter, which writes ``responses.jsonl``.
+    ``verdicts-failed.jsonl`` with the reason, and the same command classifies it again. While the judges are at work,
+    each 16 batches of verdicts are appended to ``verdicts-unfinished.jsonl``, so a process that dies loses at most
+    these; the same command reads them and writes the same ``verdicts.jsonl`` as an uninterrupted run. The callback must
+    come after the RecordWriter, which writes ``responses.jsonl``.
 
     Args:
         panel: The judges.
@@ -67,21 +71,15 @@ class JudgeResponses(Callback):
         if stale:
             say(f"{stale} verdicts of other answers (or of version 0.1) are judged again")
 
-        left = [response for response in responses if response.id not in verdicts]
-        failed: list[Failure] = []
+        left = [(each.question, each.response) for each in responses if each.id not in verdicts]
         self.panel.to(trainer.strategy.root_device)
-        # Each judge sorts its texts by length, so it receives more than one batch at a time.
-        size = 16 * self.batch_size
-        for start in track(range(0, len(left), size), "Judging", disable=not left):
-            some = [(response.question, response.response) for response in left[start : start + size]]
-            for judged in self.panel.judged(some, self.batch_size):
-                if isinstance(judged, Failure):
-                    failed.append(judged)
-                else:
-                    verdicts[judged.id] = judged
+        records = self.panel.judged_in_chunks(left, run / UNFINISHED, self.batch_size)
+        failed = [record for record in records if isinstance(record, Failure)]
+        verdicts |= {record.id: record for record in records if isinstance(record, Verdict)}
         there = (verdicts[response.id] for response in responses if response.id in verdicts)
         write_jsonl(run / VERDICTS, (verdict.to_dict() for verdict in there))
         if failed:
             write_jsonl(run / UNJUDGED, (failure.to_dict() for failure in failed))
         else:
             (run / UNJUDGED).unlink(missing_ok=True)
+        (run / UNFINISHED).unlink(missing_ok=True)

@@ -28,6 +28,7 @@ LAYERS = (
     ),
     ("io", "statistics"),
     ("records",),
+    ("unfinished",),
     ("run", "manifest", "vlm", "data"),
     ("judging",),
     ("objectives", "measure", "results"),

@@ -1,5 +1,6 @@
 """``safervlm verify``: repeats a sample of a measurement's questions, one by one or in another precision."""
 
+import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from safervlm.cli.lightning import IdleCLI, as_command_line, hush
 from safervlm.data.loaders import limited
 from safervlm.data.responses import read_responses
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.hashing import seed_for
+from safervlm.hashing import fingerprint, seed_for
 from safervlm.io.boundary import warn
 from safervlm.io.tables import JUDGE_NOTE, TextTable, say, show_table
 from safervlm.io.trust import check_trust, find_beside_the_shell, named_in, read_config
@@ -25,19 +26,26 @@ from safervlm.measure import Measure
 from safervlm.ranges import in_range
 from safervlm.records import RESPONSES, VERDICTS, Example, Failure, Response, Verdict, read_records, write_jsonl
 from safervlm.run import locked
+from safervlm.unfinished import UnfinishedFile
 
 FLIPS = "verify.jsonl"
+# The responses and verdicts of a repetition that is not complete.
+UNFINISHED = "verify-responses-unfinished.jsonl", "verify-verdicts-unfinished.jsonl"
 
 
 class Kept(L.Callback):
-    """Callback that collects the responses; Lightning's ``return_predictions`` would take frozen records apart."""
+    """Callback that stores the responses of each batch; Lightning's ``return_predictions`` would take them apart.
 
-    def __init__(self) -> None:
-        self.records: list[Response | Failure] = []
+    Args:
+        file: File to append to.
+    """
+
+    def __init__(self, file: UnfinishedFile[Response]) -> None:
+        self.file = file
 
     def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, *place: Any) -> None:
-        """Collects the records of a batch."""
-        self.records += outputs
+        """Stores the records of a batch."""
+        self.file.append(outputs)
 
 
 def verify(
@@ -106,7 +114,8 @@ def verify(
         cli = _built(run, settings, dtype)
         before = {response.id: response for response in read_responses(run)}
         asked = _sample(run, cli, before, sample, limit, seed)
-        again = _ask_again(cli, asked, batch_size)
+        key = fingerprint(run / RESPONSES, json.dumps([settings, cli.model.describe(), batch_size, dtype]))
+        again = _ask_again(run, cli, asked, batch_size, key)
         compared = _compare(run, cli, before, again)
         title = f"{run}: asked again, {batch_size} at a time" + (f", in {dtype}" if dtype else "")
         _write(run, title, asked, before, compared)
@@ -147,21 +156,28 @@ def _sample(
     return [Example(question) for question in chosen[:sample]]
 
 
-def _ask_again(cli: IdleCLI, asked: Sequence[Example], batch_size: int) -> list[Response | Failure]:
-    """Returns the responses, or failures, of the repetition."""
-    loader: DataLoader[Example] = DataLoader(asked, batch_size, collate_fn=cli.model.collator)  # type: ignore[arg-type]
-    kept = Kept()
-    trainer = L.Trainer(
-        accelerator=cli.trainer.accelerator,
-        devices=1,
-        precision=cli.trainer.precision,
-        callbacks=[kept],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.predict(cli.model, loader, return_predictions=False)
-    return kept.records
+def _ask_again(
+    run: Path, cli: IdleCLI, asked: Sequence[Example], batch_size: int, key: str
+) -> list[Response | Failure]:
+    """Returns the responses, or failures, of the repetition; batches of an interrupted one with this key are read."""
+    key = fingerprint(key, *(example.question.id for example in asked))
+    with UnfinishedFile(run / UNFINISHED[0], key, Response) as file:
+        left = asked[len(file.chunks) * batch_size :]
+        if file.chunks and left:
+            say(f"{len(asked) - len(left)} questions have been repeated already, continuing with the other {len(left)}")
+        if left:
+            loader: DataLoader[Example] = DataLoader(left, batch_size, collate_fn=cli.model.collator)  # type: ignore[arg-type]
+            trainer = L.Trainer(
+                accelerator=cli.trainer.accelerator,
+                devices=1,
+                precision=cli.trainer.precision,
+                callbacks=[Kept(file)],
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+            )
+            trainer.predict(cli.model, loader, return_predictions=False)
+    return [record for batch in file.chunks for record in batch]
 
 
 @dataclass
@@ -203,7 +219,7 @@ def _compare(run: Path, cli: IdleCLI, before: Mapping[str, Response], again: Seq
             "are not compared"
         )
     judged = [(answers[name].question, answers[name].response) for name in old]
-    for record in panel.judged(judged):
+    for record in panel.judged_in_chunks(judged, run / UNFINISHED[1]):
         if isinstance(record, Failure):
             compared.failed.append(record)
         else:
@@ -222,6 +238,8 @@ def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str,
             flips.append({"id": name, **both, "label": labels[0], "label_again": labels[1]})
     write_jsonl(run / FLIPS, [*flips, *({"id": failure.id, "reason": failure.reason} for failure in failed)])
     right = {example.question.id: example.question.answer for example in asked}
+    for name in UNFINISHED:
+        (run / name).unlink(missing_ok=True)
     show(
         title,
         [before[name].response != response.response for name, response in answers.items()],

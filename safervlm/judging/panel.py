@@ -1,17 +1,25 @@
 """The panel of classifiers and rules that judge a measurement, each for the responses of its capability."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule
+from rich.progress import track
 
 from safervlm.errors import ArgumentError
 from safervlm.failures import in_halves
+from safervlm.hashing import fingerprint
 from safervlm.judging import rules
 from safervlm.judging.classifier import BATCH_SIZE, Judge
 from safervlm.judging.rules import RULES
 from safervlm.protocol import LABELS, NOT_APPLICABLE, Capability
-from safervlm.records import Example, Failure, Question, Response, Verdict
+from safervlm.records import Example, Failure, Question, Response, Verdict, to_line
+from safervlm.unfinished import UnfinishedFile
+
+# Batches in a chunk of :meth:`Panel.judged_in_chunks`. Each judge sorts the chunk's texts by length.
+CHUNK = 16
 
 
 class Answers:
@@ -139,6 +147,39 @@ class Panel(LightningModule):
         for place, reason in failed:
             records[place] = Failure(answers[place][0], f"the answer can't be judged ({reason})")
         return [records[place] for place in range(len(answers))]
+
+    def judged_in_chunks(
+        self, answers: Sequence[tuple[Question, str]], unfinished: Path, batch_size: int = BATCH_SIZE
+    ) -> list[Verdict | Failure]:
+        """Judges many responses as :meth:`judged` does, and stores each chunk of verdicts as soon as it is complete.
+
+        After the death of the process, the same call continues with the first chunk that is not stored.
+
+        Args:
+            answers: pairs of a question and the response's text.
+            unfinished: the file of the complete chunks (see :class:`safervlm.unfinished.UnfinishedFile`); the caller
+                removes it when it has written the records.
+            batch_size: number of responses in a forward pass.
+
+        Returns:
+            One record per response, in the given order.
+
+        Raises:
+            ArgumentError: as :meth:`judged`.
+            RecordError: ``unfinished`` is damaged.
+            BaseException: as :meth:`judged`.
+        """
+        if not answers:
+            return []
+        readers = {capability: self.reader(capability) for capability in {each.capability for each, _ in answers}}
+        texts = (to_line({**asdict(each), "response": text, "judge": readers[each.capability]}) for each, text in answers)
+        key = fingerprint(str(batch_size), *texts)
+        size = CHUNK * batch_size
+        with UnfinishedFile(unfinished, key, Verdict) as file:
+            starts = range(len(file.chunks) * size, len(answers), size)
+            for start in track(starts, "Judging", disable=not starts):
+                file.append(self.judged(answers[start : start + size], batch_size))
+        return [record for chunk in file.chunks for record in chunk]
 
     def valid(self, record: Mapping[str, Any], example: Example) -> bool:
         """Whether an earlier verdict is still valid: it is by the current judge, and on the current text.

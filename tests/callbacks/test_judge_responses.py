@@ -1,5 +1,9 @@
 """JudgeResponses: classification of responses directly after measuring."""
 
+import math
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -168,3 +172,78 @@ def test_what_was_not_judged_is_left_out_of_the_scores_and_said(tmp_path, capsys
     play(tmp_path, Panel(Panicking("a", LABELS["alignment"]), LengthJudge("p", LABELS["perception"])))
     assert len(load_run(tmp_path)) == len(some) - 1
     assert "1 answers could not be judged and are excluded" in capsys.readouterr().out
+
+
+class RoundingJudge(LengthJudge):
+    """Its probabilities depend on the texts that it receives together, as rounding does; it may kill its process."""
+
+    killed_at = None  # the call during which the process dies, from 1
+    calls = 0
+
+    def judge(self, texts, batch_size=64):
+        self.calls += 1
+        if self.calls == self.killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        certain = super().judge(texts, batch_size).exp()
+        rounded = 1e-6 * math.fsum(map(len, texts)) / 1000
+        return (certain * (1 - len(self.labels) * rounded) + rounded).log()
+
+
+def rounding_panel(killed_at=None):
+    alignment = RoundingJudge("alignment-1", LABELS["alignment"])
+    alignment.killed_at = killed_at
+    return Panel(alignment, RoundingJudge("perception-1", LABELS["perception"]))
+
+
+def files(run):
+    return {file.name: file.read_bytes() for file in run.iterdir()}
+
+
+def test_a_killed_judging_repeats_one_chunk_and_ends_as_one_that_was_not(tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for folder in (whole, run):
+        folder.mkdir()
+        write_jsonl(folder / "responses.jsonl", [each.to_dict() for each in responses(100)])
+    play(whole, rounding_panel())  # four chunks of 16 batches of 2
+    for killed_at in (3, 2):  # in the third chunk, then in the second one after those that are there
+        process = multiprocessing.get_context("fork").Process(target=play, args=(run, rounding_panel(killed_at)))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        with (run / "verdicts-unfinished.jsonl").open("ab") as file:
+            file.write(b'{"records": [{"id": "S/0')  # a line that was being written
+    panel = rounding_panel()
+    play(run, panel)
+    assert panel.alignment.calls == 1  # three of four chunks were there
+    assert files(run) == files(whole)
+
+
+def test_chunks_of_other_judges_or_texts_are_not_used(tmp_path):
+    write_jsonl(tmp_path / "responses.jsonl", [each.to_dict() for each in responses(100)])
+    process = multiprocessing.get_context("fork").Process(target=play, args=(tmp_path, rounding_panel(3)))
+    process.start()
+    process.join()
+    changed = [replace(responses(100)[1], response="x"), *responses(100)[2:]]
+    write_jsonl(tmp_path / "responses.jsonl", [each.to_dict() for each in changed])
+    play(tmp_path, make_panel("alignment-2"))
+    assert {judge for _, judge in saved(tmp_path).values()} == {"alignment-2", "perception-1"}
+    assert list(saved(tmp_path)) == [each.id for each in changed]
+    assert not (tmp_path / "verdicts-unfinished.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"key": ', b"\xff\n", b'{"records": [{"id": 3}]}\n', b'{"no": []}\n', b'{"records": 7}\n']
+)
+def test_a_damaged_file_of_chunks_is_named_with_its_remedy(damage, tmp_path):
+    write_jsonl(tmp_path / "responses.jsonl", [each.to_dict() for each in responses(100)])
+    process = multiprocessing.get_context("fork").Process(target=play, args=(tmp_path, rounding_panel(3)))
+    process.start()
+    process.join()
+    file = tmp_path / "verdicts-unfinished.jsonl"
+    torn = b"\n" not in damage
+    file.write_bytes(file.read_bytes() + damage)
+    if torn:
+        play(tmp_path, rounding_panel())
+    else:
+        with pytest.raises(RecordError, match=r"verdicts-unfinished\.jsonl: damaged .*; delete it, and"):
+            play(tmp_path, rounding_panel())

@@ -1,13 +1,17 @@
 """safervlm verify: changed responses and verdicts are counted."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from safervlm.cli import verify as verifying
 from safervlm.cli.main import main
 from safervlm.judging.classifier import Judge
 from safervlm.records import Verdict, read_jsonl, write_jsonl
@@ -141,3 +145,65 @@ def test_the_sample_of_a_part(run: Path, tmp_path: Path, capsys: pytest.CaptureF
         main(["verify", str(tmp_path), "--limit", "0"])
     assert end.value.code == 2
     assert "limit: at least 1, got 0" in capsys.readouterr().err
+
+
+def killed_after(batches: int, line: list[str], where: type, hook: str) -> None:
+    """Runs a command in a process that is killed after some calls of a method."""
+
+    def play() -> None:
+        whole, left = getattr(where, hook), batches
+
+        def counted(*args: Any, **named: Any) -> Any:
+            nonlocal left
+            result = whole(*args, **named)
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(where, hook, counted)
+        main(line)
+
+    process = multiprocessing.get_context("fork").Process(target=play)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_killed_repetition_continues_after_the_last_batch(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    responses, verdicts = copy(run, tmp_path)
+    for response, verdict in zip(responses, verdicts, strict=True):  # each answer flips
+        response["response"] += " and more"
+        verdict["answer"] = Verdict.fingerprint_of(response["response"])
+    write_jsonl(tmp_path / "responses.jsonl", responses)
+    write_jsonl(tmp_path / "verdicts.jsonl", verdicts)
+    line = ["verify", str(tmp_path), "--sample", "9", "--batch_size", "2"]
+    main(line)
+    whole = (tmp_path / "verify.jsonl").read_bytes()
+    assert len(whole.splitlines()) == 9
+    there = {file.name for file in tmp_path.iterdir()}
+    (tmp_path / "verify.jsonl").unlink()
+
+    killed_after(2, line, verifying.Kept, "on_predict_batch_end")
+    killed_after(1, line, verifying.Kept, "on_predict_batch_end")
+    batches: list[Any] = []
+    monkeypatch.setattr(
+        verifying.Kept,
+        "on_predict_batch_end",
+        lambda self, trainer, module, outputs, *place: (batches.append(outputs), self.file.append(outputs)),
+    )
+    capsys.readouterr()
+    main(line)
+    assert "6 questions have been repeated already, continuing with the other 3" in capsys.readouterr().out
+    assert len(batches) == 2
+    assert (tmp_path / "verify.jsonl").read_bytes() == whole
+    assert {file.name for file in tmp_path.iterdir()} == there
+
+    # Other arguments start over.
+    killed_after(2, line, Judge, "judge")
+    batches.clear()
+    main([*line, "--seed", "1"])
+    assert len(batches) == 5
+    assert {file.name for file in tmp_path.iterdir()} == there
