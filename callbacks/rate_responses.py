@@ -13,7 +13,8 @@ from rich.progress import track
 
 from callbacks.attempt_log import AttemptFile
 from safervlm.data.responses import read_responses
-from safervlm.errors import ArgumentError, UserError, first_line
+from safervlm.errors import ArgumentError, UserError
+from safervlm.failures import in_halves, reason_of
 from safervlm.io.signals import safe_points
 from safervlm.io.tables import say
 from safervlm.judging.rating import (
@@ -201,15 +202,38 @@ class RateResponses(Callback):
         Returns:
             For each question the judge's output, or the reason why there is none.
         """
+        def collate(some: Sequence[Question]) -> tuple[Sequence[Question], Any]:
+            return some, self.judge.collator([Example(question) for question in some])
+
+        answers: dict[str, Generation | str] = {}
         try:
-            batch = self.judge.collator([Example(question) for question in questions])
-            return [*self.judge.generate(batch, SAMPLING, seed)]
-        except Unanswered as error:
-            return error.answers
-        except UserError as error:
-            return [str(error)] * len(questions)
-        except Exception as error:
-            return [f"{type(error).__name__}: {first_line(error)}"] * len(questions)
+            batches, failed = in_halves(questions, collate)
+            answers |= {question.id: reason for question, reason in failed}
+            for some, batch in batches:
+                answers |= zip((question.id for question in some), self.generate(batch, seed), strict=True)
+        except UserError as error:  # concerns the judge, not a single question
+            answers = {question.id: str(error) for question in questions} | answers
+        return [answers[question.id] for question in questions]
+
+    def generate(self, batch: Any, seed: int) -> Sequence[Generation | str]:
+        """Sends the requests of a batch.
+
+        Args:
+            batch: a batch of the judge's collator.
+            seed: the seed of the requests.
+
+        Returns:
+            For each question the judge's output, or the reason why there is none.
+
+        Raises:
+            UserError: the judge's arguments are wrong, or it can't be asked at all.
+        """
+        try:
+            return self.judge.generate(batch, SAMPLING, seed)
+        except BaseException as error:
+            if isinstance(error, Unanswered) and len(error.answers) == len(batch):
+                return error.answers
+            return [reason_of(error)] * len(batch)
 
     def read(self, wanted: Wanted, answer: Generation | str, models: Mapping[str, str]) -> Rating:
         """Parses the output of the judge.

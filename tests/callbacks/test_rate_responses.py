@@ -22,6 +22,7 @@ from loopback import Loopback, Reply, completion, error, hurry, loopbacks, promp
 from callbacks.rate_responses import UNREADABLE, RateResponses
 from safervlm.cli.main import main
 from safervlm.data.module import Parts, SaferData
+from safervlm.errors import RecordError
 from safervlm.hashing import seed_for
 from safervlm.judging.rating import SYSTEM, Rating, rating_prompt
 from safervlm.recipes import CONFIGS
@@ -422,6 +423,27 @@ def test_a_judge_that_cannot_be_asked_is_no_error(judge_of, tmp_path, capsys, re
     assert re.search(reason, there[0].reason), there[0].reason
     assert len(judge.asked) == (0 if reply is None else 1)
     assert there[0].reason in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [ValueError, MemoryError, BaseException, RecordError])
+@pytest.mark.parametrize("bad", [{3}, {0, 4}])
+def test_only_the_request_that_cannot_be_made_has_no_rating(judge_of, tmp_path, monkeypatch, kind, bad):
+    judge = judge_of()
+    write(tmp_path, *map(rated, range(5)))
+    rater = server(judge)
+    collate = rater.collator
+
+    def collator(examples: list[Example]) -> Any:
+        if any(example.question.id == rated(place).id for example in examples for place in bad):
+            raise kind("it can't be packed")
+        return collate(examples)
+
+    monkeypatch.setattr(Server, "collator", staticmethod(collator))
+    play(tmp_path, rater)
+    there = ratings(tmp_path)
+    assert {place for place, each in enumerate(there) if each.reason} == bad
+    assert all("it can't be packed" in each.reason for each in there if each.reason)
+    assert sorted(asked(judge)) == [f"question {place}" for place in range(5) if place not in bad]
 
 
 def test_without_the_package_the_ratings_are_missing(judge_of, tmp_path, monkeypatch, capsys):
