@@ -14,19 +14,22 @@ from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
 from safervlm.cli.lightning import IdleCLI, as_command_line, hush
+from safervlm.data.benchmark import Benchmark
 from safervlm.data.loaders import limited
 from safervlm.data.responses import read_responses
+from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.hashing import fingerprint, seed_for
 from safervlm.io.boundary import warn
 from safervlm.io.tables import JUDGE_NOTE, TextTable, say, show_table
-from safervlm.io.trust import check_trust, find_beside_the_shell, named_in, read_config
+from safervlm.io.trust import Named, check_trust, find_beside_the_shell, named_in, read_config
 from safervlm.judging.panel import Panel
 from safervlm.measure import Measure
 from safervlm.ranges import in_range
 from safervlm.records import RESPONSES, VERDICTS, Example, Failure, Response, Verdict, read_records, write_jsonl
 from safervlm.run import locked
 from safervlm.unfinished import UnfinishedFile
+from safervlm.vlm.server.client import Server
 
 FLIPS = "verify.jsonl"
 # The responses and verdicts of a repetition that is not complete.
@@ -112,6 +115,7 @@ def verify(
     find_beside_the_shell()
     with locked(run):
         cli = _built(run, settings, dtype)
+        check_trust(config, _used_by(cli), "run", trust_config, addresses, api_key_variable)
         before = {response.id: response for response in read_responses(run)}
         asked = _sample(run, cli, before, sample, limit, seed)
         key = fingerprint(run / RESPONSES, json.dumps([settings, cli.model.describe(), batch_size, dtype]))
@@ -132,6 +136,23 @@ def _built(run: Path, settings: dict[str, Any], dtype: str | None) -> IdleCLI:
     if not isinstance(cli.model, Measure):
         raise RecordError(f"run: {run} holds no measurement but a {type(cli.model).__name__}; name a measurement")
     return cli
+
+
+def _used_by(cli: IdleCLI) -> Named:
+    """Returns the addresses and environment variables that model and data use, whatever their configuration says.
+
+    Besides the configuration's text, the defaults of a class determine them, and its own code.
+    """
+    used = Named()
+    for server in cli.model.modules():
+        if isinstance(server, Server):
+            used.addresses |= {host.address for host in server.hosts}
+            used.variables.add(server.api_key_variable)
+    sets = cli.datamodule.sets.values() if isinstance(cli.datamodule, Suite) else [cli.datamodule]
+    for data in sets:
+        if isinstance(data, Benchmark) and data.remote == "web":
+            used.addresses.add(data.source.rstrip("/"))
+    return used
 
 
 def _sample(

@@ -95,6 +95,49 @@ def test_an_address_of_the_folder_is_not_contacted_unasked(
     assert len(arrived) == 2
 
 
+HIDDEN = {
+    "a class's own default": ("super().__init__(model, ['http://hidden.example/v1'], 'HF_TOKEN')", "http://hidden"),
+    "its code": (
+        "super().__init__(model, ['http://allowed.example/v1'], 'HF_TOKEN'); self.hosts[0].address = 'http://hidden/v1'",
+        "http://hidden",
+    ),
+    "another variable": ("super().__init__(model, ['http://allowed.example/v1'], 'USER')", "variable USER,"),
+}
+
+
+@pytest.mark.parametrize("where", HIDDEN)
+def test_what_a_client_really_uses_must_be_allowed(
+    where: str, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The configuration's text names neither the address nor the variable, and the class is trusted."""
+    code, expected = HIDDEN[where]
+    module = f"strangers_{list(HIDDEN).index(where)}"
+    beside = tmp_path / "shell"
+    beside.mkdir()
+    (beside / f"{module}.py").write_text(
+        "from safervlm.vlm.server.client import Server\n\n\nclass Mine(Server):\n    '''Mine.'''\n\n"
+        f"    def __init__(self, model: str = 'm') -> None:\n        {code}\n"
+    )
+    monkeypatch.chdir(beside)
+    run = copy(measured, tmp_path, lambda config: config["model"]["init_args"].update(vlm=f"{module}.Mine"))
+    line = ["verify", str(run), "--trust_config", "true", "--addresses", "[http://allowed.example/v1]"]
+    said = refused([*line, "--api_key_variable", "HF_TOKEN"], capsys)
+    assert expected in said
+    assert "repeat it" in said
+
+
+@pytest.mark.parametrize("form", ["[{}]", " - {}"])
+def test_a_list_written_as_a_text_is_no_way_around(
+    form: str, measured: Path, tmp_path: Path, listener: tuple[Loopback, list[Any]], capsys
+) -> None:
+    server, arrived = listener
+    written = form.format(server.address)
+    run = copy(measured, tmp_path, asks(written))
+    given = ["--addresses", json.dumps([written]), "--api_key_variable", "HF_TOKEN"]
+    assert server.address in refused(["verify", str(run), "--sample", "2", *given], capsys)
+    assert arrived == []
+
+
 def test_images_are_those_of_the_data_whatever_the_records_name(
     measured: Path, tmp_path: Path, listener: tuple[Loopback, list[Any]]
 ) -> None:

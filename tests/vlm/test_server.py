@@ -474,6 +474,24 @@ def line(tiny_sets: Path, tiny_judges: Path, tmp_path: Path) -> Callable[..., li
     return arguments
 
 
+@pytest.mark.parametrize("key", [KEY, None])
+def test_variables_of_the_client_package_are_not_sent(key, loopback, ask, monkeypatch):
+    """None of them is named for these addresses; a folder's configuration may name foreign ones."""
+    there = loopback(lambda prompt, number, body: None)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    for name in ("ORG_ID", "PROJECT_ID", "ADMIN_KEY"):
+        monkeypatch.setenv(f"OPENAI_{name}", "org-secret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Token: org-secret\nauthorization: org-secret")
+    if key:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    else:
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert echoes(ask(Server("m", [there.address]), 2)) == ["echo of question 0", "echo of question 1"]
+    for _, headers in there.asked:
+        assert headers["authorization"] == f"Bearer {key or 'none'}"
+        assert "org-secret" not in str(headers)
+
+
 def test_the_key_is_sent_and_stands_nowhere(loopback, line, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 

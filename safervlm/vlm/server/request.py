@@ -52,7 +52,7 @@ class Requests:
                 api_key=key or "none",
                 timeout=openai.Timeout(timeout, connect=min(connect, timeout)),
                 max_retries=0,
-                http_client=client_for(host.address, max_body, concurrency),
+                http_client=client_for(host.address, key or "none", max_body, concurrency),
             )
 
     async def close(self) -> None:

@@ -10,6 +10,9 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx2
 
+# Request headers that are sent. The openai package adds others from environment variables (OPENAI_ORG_ID,
+# OPENAI_PROJECT_ID, OPENAI_CUSTOM_HEADERS), which no one has named for these addresses.
+SENT = ("host", "accept", "connection", "content-type", "content-length", "user-agent")
 CHANGED = (b"content-encoding", b"content-length", b"transfer-encoding")  # headers that no longer describe the body
 
 
@@ -22,7 +25,7 @@ class BodyTooLargeError(BodyError):
 
 
 class Bounded(httpx2.AsyncBaseTransport):
-    """HTTP transport that limits the size of a body, before and after decompression.
+    """HTTP transport that sends no other header than needed, and limits the size of a body, also decompressed.
 
     httpx decompresses a chunk without a limit, so a few kilobytes may become gigabytes. No compression is requested,
     but gzip and deflate are accepted, because some proxies compress every response.
@@ -30,22 +33,28 @@ class Bounded(httpx2.AsyncBaseTransport):
     Args:
         inner: Transport that sends the requests.
         max_body: Maximum size of a body, in bytes.
+        key: API key to send.
     """
 
-    def __init__(self, inner: httpx2.AsyncBaseTransport, max_body: int) -> None:
-        self.inner, self.max_body = inner, max_body
+    def __init__(self, inner: httpx2.AsyncBaseTransport, max_body: int, key: str) -> None:
+        self.inner, self.max_body, self.key = inner, max_body, key
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Sends a request and reads the response.
 
         Args:
-            request: The request; its Accept-Encoding is replaced.
+            request: The request; only some of its headers are sent.
 
         Raises:
             BodyError: The body can't be decoded, or is too large.
         """
-        request.headers["Accept-Encoding"] = "identity"
-        response = await self.inner.handle_async_request(request)
+        kept = {name: request.headers[name] for name in SENT if name in request.headers}
+        kept |= {"accept-encoding": "identity", "authorization": f"Bearer {self.key}"}
+        # A new request: the openai package reads the headers of its own one again.
+        sent = httpx2.Request(
+            request.method, request.url, headers=kept, stream=request.stream, extensions=request.extensions
+        )
+        response = await self.inner.handle_async_request(sent)
         try:
             body = bytearray()
             async for chunk in response.stream:  # type: ignore[union-attr]
@@ -129,14 +138,15 @@ def proxy_for(address: str) -> str | None:
     return proxies.get(url.scheme) or proxies.get("all")
 
 
-def client_for(address: str, max_body: int, concurrency: int) -> httpx2.AsyncClient:
+def client_for(address: str, key: str, max_body: int, concurrency: int) -> httpx2.AsyncClient:
     """Returns an HTTP client that follows no redirects, so that questions and images go only to the named address.
 
     Args:
         address: Base URL of the server.
+        key: API key to send.
         max_body: Maximum size of a response body, in bytes.
         concurrency: Number of connections to keep alive.
     """
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
     inner = httpx2.AsyncHTTPTransport(proxy=proxy_for(address), limits=limits)
-    return httpx2.AsyncClient(transport=Bounded(inner, max_body), follow_redirects=False, trust_env=False)
+    return httpx2.AsyncClient(transport=Bounded(inner, max_body, key), follow_redirects=False, trust_env=False)
