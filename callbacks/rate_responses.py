@@ -202,6 +202,7 @@ class RateResponses(Callback):
         Returns:
             For each question the judge's output, or the reason why there is none.
         """
+
         def collate(some: Sequence[Question]) -> tuple[Sequence[Question], Any]:
             return some, self.judge.collator([Example(question) for question in some])
 

@@ -1,7 +1,7 @@
-"""Lists the images in a folder, and the files that are skipped."""
+"""Lists the images, or other files, in a folder, and those that are skipped."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safervlm.errors import RecordError
@@ -26,17 +26,30 @@ def _unreadable(error: OSError) -> None:
     ) from error
 
 
-def files_below(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
-    """Lists the images in a folder and all its subfolders.
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_ENDINGS)
+
+
+def files_below(
+    folder: Path,
+    belongs: Callable[[str], bool] = _is_image,
+    reason: str = f"not ending in {', '.join(IMAGE_ENDINGS)}",
+) -> tuple[list[Path], dict[str, list[str]]]:
+    """Lists the images, or other files, in a folder and all its subfolders.
 
     Args:
         folder: Folder to search. Links to folders are not followed.
+        belongs: Returns whether a file's name is one of those to list. The default accepts an ending in
+            ``IMAGE_ENDINGS``, without regard to case.
+        reason: Reason for skipping the other files.
 
     Returns:
-        The files with an ending in ``IMAGE_ENDINGS`` (without regard to case), sorted; and the skipped files and
-        folders, relative to the folder, by the reason for skipping them.
+        The files, sorted; and the skipped files and folders, relative to the folder, by the reason for skipping them.
+
+    Raises:
+        RecordError: A folder can't be read.
     """
-    images: list[Path] = []
+    listed: list[Path] = []
     hidden: list[Path] = []
     links: list[Path] = []
     others: list[Path] = []
@@ -47,10 +60,10 @@ def files_below(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
         links += [within / name for name in folders if (within / name).is_symlink()]
         for name in files:
             if not is_hidden(name):
-                (images if name.lower().endswith(IMAGE_ENDINGS) else others).append(within / name)
-    kinds = ("hidden", hidden), ("links to folders", links), (f"not ending in {', '.join(IMAGE_ENDINGS)}", others)
-    names = {reason: sorted(path.relative_to(folder).as_posix() for path in paths) for reason, paths in kinds}
-    return sorted(images), {reason: found for reason, found in names.items() if found}
+                (listed if belongs(name) else others).append(within / name)
+    kinds = ("hidden", hidden), ("links to folders", links), (reason, others)
+    names = {why: sorted(path.relative_to(folder).as_posix() for path in paths) for why, paths in kinds}
+    return sorted(listed), {why: found for why, found in names.items() if found}
 
 
 def left_out(dataset: str, reasons: Mapping[str, Sequence[str]]) -> str:

@@ -7,10 +7,12 @@ order of their records is not reliable (see :func:`match_first_implementation`).
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safervlm.data.folders import files_below, left_out
 from safervlm.data.loaders import Collator, limited
 from safervlm.data.module import Parts, SaferData
 from safervlm.errors import RecordError
@@ -41,6 +43,20 @@ def read_responses(path: str | Path, may_be_empty: bool = False) -> list[Respons
     return responses
 
 
+def files_of_first_implementation(folder: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """Lists the response files in the folder of one VLM, and the skipped files by reason.
+
+    Args:
+        folder: Folder with all ``response_prompt_{n}.json``, which may be in subfolders.
+
+    Raises:
+        RecordError: A folder can't be read.
+    """
+    return files_below(
+        folder, lambda name: fnmatchcase(name, "response_prompt_*.json"), "not named response_prompt_*.json"
+    )
+
+
 def read_first_implementation(path: str | Path) -> list[tuple[Path, int, dict[str, Any]]]:
     """Reads JSON files of the first implementation.
 
@@ -55,7 +71,7 @@ def read_first_implementation(path: str | Path) -> list[tuple[Path, int, dict[st
             names it).
     """
     path = Path(path)
-    files = sorted(path.rglob("response_prompt_*.json")) if path.is_dir() else [path]
+    files = files_of_first_implementation(path)[0] if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise RecordError(
             f"data.responses: no answers in {path}; give a run folder (it has {RESPONSES} when its measurement is "
@@ -163,7 +179,8 @@ class SavedResponses(SaferData):
 
     The responses are written to the run folder as ``responses.jsonl``, unless the file exists, so that tables and
     reports find responses and verdicts together. Records of the first implementation with null instead of a response
-    are skipped and count as neither correct nor incorrect. Their number is printed.
+    are skipped and count as neither correct nor incorrect. Their number is printed, as is that of the files in the
+    folder that are not named ``response_prompt_{n}.json``.
 
     Args:
         responses: Responses to judge: a run folder or a responses.jsonl of this package, or files of the first
@@ -204,10 +221,15 @@ class SavedResponses(SaferData):
         responses, missing = self.all_answers
         return limited(responses, self.limit, lambda each: (each.question.dataset, each.question.capability)), missing
 
+    @property
+    def has_ids(self) -> bool:
+        """Whether the responses are files of this package, not of the first implementation."""
+        return self.path.suffix == ".jsonl" or (self.path / RESPONSES).is_file()
+
     @cached_property
     def all_answers(self) -> tuple[list[Response], list[Question]]:
         """As :attr:`answers`, but without the limit."""
-        if self.path.suffix == ".jsonl" or (self.path / RESPONSES).is_file():
+        if self.has_ids:
             return read_responses(self.path), []
         records = read_first_implementation(self.path)
         if self.questions is None:
@@ -219,7 +241,7 @@ class SavedResponses(SaferData):
         return match_first_implementation(records, asked)
 
     def prepare_data(self) -> None:
-        """Writes the responses to the run folder, on one process, and reports how many are missing.
+        """Writes the responses to the run folder, on one process; reports missing responses and skipped files.
 
         Raises:
             RecordError: The run folder contains other responses, or the responses can't be read.
@@ -230,6 +252,9 @@ class SavedResponses(SaferData):
         if missing:
             total = len(responses) + len(missing)
             say(f"{len(missing)} of {total} answers are missing (output null) and excluded")
+        skipped = {} if self.has_ids or self.path.is_file() else files_of_first_implementation(self.path)[1]
+        if line := left_out(str(self.path), skipped):
+            say(line)
         if self.trainer is None:
             return
         file = Path(self.trainer.default_root_dir) / RESPONSES

@@ -172,7 +172,9 @@ class Panel(LightningModule):
         if not answers:
             return []
         readers = {capability: self.reader(capability) for capability in {each.capability for each, _ in answers}}
-        texts = (to_line({**asdict(each), "response": text, "judge": readers[each.capability]}) for each, text in answers)
+        texts = (
+            to_line({**asdict(each), "response": text, "judge": readers[each.capability]}) for each, text in answers
+        )
         key = fingerprint(str(batch_size), *texts)
         size = CHUNK * batch_size
         with UnfinishedFile(unfinished, key, Verdict) as file:

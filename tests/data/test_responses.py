@@ -122,6 +122,35 @@ def judge_saved(data, panel, run):
     return {v["id"]: (v["label"], answers[v["id"]].question.answer) for v in read_jsonl(run / "verdicts.jsonl")}
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([], None),
+        (["perception/responses.json"], "1 entry of its folder skipped: 1 not named response_prompt_*.json, such as"),
+        (["alignment/response_prompt_3.jsonl", "Response_prompt_1.json"], "2 not named response_prompt_*.json"),
+        (["alignment/.response_prompt_3.json", "notes.txt"], "2 entries of its folder skipped: 1 hidden, such as"),
+    ],
+)
+def test_skipped_files_are_counted_in_one_line(files, expected, vlm_folder, questions, capsys):
+    for name in files:
+        (vlm_folder / name).write_text("[]")
+    data = SavedResponses(str(vlm_folder), questions)
+    data.prepare_data()
+    assert len(data.answers[0]) == 9
+    lines = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert len(lines) == (expected is not None)
+    assert all(f"{vlm_folder}: " in line and expected in line for line in lines)
+
+
+def test_a_folder_that_cannot_be_read_is_not_skipped(vlm_folder, questions, monkeypatch):
+    def walk(folder, onerror):
+        onerror(PermissionError(13, "Permission denied", str(vlm_folder / "alignment")))
+
+    monkeypatch.setattr("os.walk", walk)
+    with pytest.raises(RecordError, match="alignment: the folder can't be read"):
+        _ = SavedResponses(str(vlm_folder), questions).answers
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_first_implementations_answers_counted_by_hand(vlm_folder, questions, panel, tmp_path, capsys):
     verdicts = judge_saved(SavedResponses(str(vlm_folder), questions, batch_size=4), panel, tmp_path / "run")
