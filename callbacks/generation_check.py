@@ -17,6 +17,7 @@ from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range
 from safervlm.run import write_stage
 from safervlm.statistics.differences import difference_of_items
+from safervlm.vlm.base import must_be_answered
 from safervlm.vlm.sampling import Sampling
 
 
@@ -175,7 +176,7 @@ class GenerationCheck(Callback):
         flags = torch.zeros(len(questions), dtype=torch.float64, device=pl_module.device)
         for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
             answers = pl_module.vlm.generate(batch.to(pl_module.device), self.sampling, seed_for("generation-check"))  # type: ignore[operator, union-attr]
-            labels = self.judge.judge([answer.text for answer in answers]).argmax(-1).tolist()
+            labels = self.judge.judge([answer.text for answer in must_be_answered(answers)]).argmax(-1).tolist()
             for label, question in zip(labels, batch.questions, strict=True):
                 if question.answer == SAFE:
                     flags[place[question.id]] = float(self.judge.labels[label] == UNSAFE)

@@ -32,7 +32,7 @@ from safervlm.judging.rating import (
 from safervlm.ranges import in_range
 from safervlm.records import Example, Question, Response, read_records, read_torn_jsonl, to_line, write_jsonl
 from safervlm.run import write_stage
-from safervlm.vlm.base import Generation, Unanswered
+from safervlm.vlm.base import Answer, Unanswered
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.client import Server
 
@@ -192,7 +192,7 @@ class RateResponses(Callback):
                         raise SIGTERMException
                 left = unread
 
-    def ask(self, questions: Sequence[Question], seed: int) -> list[Generation | str]:
+    def ask(self, questions: Sequence[Question], seed: int) -> list[Answer]:
         """Asks the judge; no error is raised.
 
         Args:
@@ -206,17 +206,18 @@ class RateResponses(Callback):
         def collate(some: Sequence[Question]) -> tuple[Sequence[Question], Any]:
             return some, self.judge.collator([Example(question) for question in some])
 
-        answers: dict[str, Generation | str] = {}
+        answers: dict[str, Answer] = {}
         try:
             batches, failed = in_halves(questions, collate)
-            answers |= {question.id: reason for question, reason in failed}
+            answers |= {question.id: Unanswered(reason) for question, reason in failed}
             for some, batch in batches:
                 answers |= zip((question.id for question in some), self.generate(batch, seed), strict=True)
         except UserError as error:  # concerns the judge, not a single question
-            answers = {question.id: str(error) for question in questions} | answers
+            reason = Unanswered(str(error))
+            return [answers.get(question.id, reason) for question in questions]
         return [answers[question.id] for question in questions]
 
-    def generate(self, batch: Any, seed: int) -> Sequence[Generation | str]:
+    def generate(self, batch: Any, seed: int) -> Sequence[Answer]:
         """Sends the requests of a batch.
 
         Args:
@@ -232,11 +233,9 @@ class RateResponses(Callback):
         try:
             return self.judge.generate(batch, SAMPLING, seed)
         except BaseException as error:
-            if isinstance(error, Unanswered) and len(error.answers) == len(batch):
-                return error.answers
-            return [reason_of(error)] * len(batch)
+            return [Unanswered(reason_of(error))] * len(batch)
 
-    def read(self, wanted: Wanted, answer: Generation | str, models: Mapping[str, str]) -> Rating:
+    def read(self, wanted: Wanted, answer: Answer, models: Mapping[str, str]) -> Rating:
         """Parses the output of the judge.
 
         Args:
@@ -248,9 +247,9 @@ class RateResponses(Callback):
             The rating; without numbers and with a reason if the output cannot be parsed.
         """
         text, both = "", None
-        if isinstance(answer, str):
+        if isinstance(answer, Unanswered):
             # The server names the arguments of a measurement (vlm); here they are those of the judge.
-            reason = re.sub(r"(?<![\w/.'-])vlm(?=\.[a-z_]+\b|: )", "judge", answer)
+            reason = re.sub(r"(?<![\w/.'-])vlm(?=\.[a-z_]+\b|: )", "judge", answer.reason)
             if reason.startswith("sampling."):
                 reason = f"judge.model: it doesn't take the published sampling, name another judge ({reason})"
         elif answer.finish_reason in ("refusal", "content_filter"):

@@ -12,7 +12,7 @@ from safervlm.failures import in_halves, reason_of
 from safervlm.io.tables import say
 from safervlm.ranges import in_range
 from safervlm.records import Example, Failure, Question, Response
-from safervlm.vlm.base import VLM, Collator, Generation, Unanswered
+from safervlm.vlm.base import VLM, Answer, Collator, Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
 
 
@@ -118,14 +118,14 @@ class Measure(L.LightningModule):
             records += map(self.record, batch.questions, self.answer(batch))
         return records
 
-    def answer(self, batch: Any) -> list[Generation | str]:
+    def answer(self, batch: Any) -> list[Answer]:
         """Generates the responses of a batch; splits it in halves if it exceeds the memory or raises an exception.
 
         Args:
             batch: Batch made by the VLM's collator, with ``len`` and ``select``.
 
         Returns:
-            One entry per question, in order: the generation, or a line that states why there is none.
+            For each question, in order, the generation, or the reason why there is none.
 
         Raises:
             UserError: ``failures_in_a_row`` consecutive questions raised exceptions.
@@ -133,17 +133,14 @@ class Measure(L.LightningModule):
         if self.largest is not None and len(batch) > self.largest:
             return self._in_parts(batch, self.largest)
         try:
-            answers: list[Generation | str] = [*self.vlm.generate(batch, self.sampling, self.seed)]
+            answers = self.vlm.generate(batch, self.sampling, self.seed)
         except torch.OutOfMemoryError as error:
             reason, full = f"{str(error).split('. ')[0]}: this question alone doesn't fit into memory", True
         except BaseException as error:
-            if isinstance(error, Unanswered) and len(error.answers) == len(batch):
-                if any(isinstance(answer, Generation) for answer in error.answers):
-                    self._in_a_row = 0
-                return error.answers
             reason, full = reason_of(error), False
         else:
-            self._in_a_row = 0
+            if any(isinstance(answer, Generation) for answer in answers):
+                self._in_a_row = 0
             return answers
         # Memory held by the failed attempt is released only after the except block.
         if full and torch.cuda.is_available():
@@ -155,25 +152,25 @@ class Measure(L.LightningModule):
                     f"model.failures_in_a_row: {self._in_a_row} questions in a row raised an exception, the last one "
                     f"{reason}; correct the cause, then the same command asks them again"
                 )
-            return [reason]
+            return [Unanswered(reason)]
         half = len(batch) // 2
         if full:
             self.largest = half
             say(f"out of memory with {len(batch)} questions at once: continuing with {half}")
         return self._in_parts(batch, half)
 
-    def _in_parts(self, batch: Any, size: int) -> list[Generation | str]:
+    def _in_parts(self, batch: Any, size: int) -> list[Answer]:
         rows = torch.arange(len(batch)).split(size)
         return [answer for part in rows for answer in self.answer(batch.select(part))]
 
     @staticmethod
-    def record(question: Question, answer: Generation | str) -> Response | Failure:
-        """Converts a generation or a failure reason to its record.
+    def record(question: Question, answer: Answer) -> Response | Failure:
+        """Converts the result of a question to its record.
 
         Args:
             question: Question that was asked.
             answer: Generation of the VLM, or the reason why there is none.
         """
-        if isinstance(answer, str):
-            return Failure(question, answer)
+        if isinstance(answer, Unanswered):
+            return Failure(question, answer.reason)
         return Response(question, answer.text, answer.finish_reason, len(answer.token_ids))

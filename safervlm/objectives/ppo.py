@@ -42,7 +42,7 @@ from safervlm.objectives.functional import (
 )
 from safervlm.protocol import LABELS
 from safervlm.ranges import in_range
-from safervlm.vlm.base import Batch, Generation, Scores
+from safervlm.vlm.base import Batch, Generation, Scores, must_be_answered
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.sampling import Sampling
 
@@ -209,7 +209,7 @@ class PPO(Objective):
         Returns:
             The inputs of :meth:`update`, with the metrics of this process.
         """
-        answers = self.vlm.generate(batch, self.sampling, seed)
+        answers = must_be_answered(self.vlm.generate(batch, self.sampling, seed))
         parts = torch.arange(len(batch)).split(self.micro_batch_size)
         length = max(len(answer.token_ids) for answer in answers)
         columns: list[list[Tensor]] = [[], [], [], []]

@@ -7,7 +7,6 @@ plain forward pass with one row per completion. The common prefix of the questio
 Shapes: B questions of a batch, C completions, T tokens of the longest completion, N response tokens, H hidden units.
 """
 
-from collections.abc import Iterator
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -33,7 +32,7 @@ from safervlm.errors import ArgumentError, first_line
 from safervlm.hashing import seed_for
 from safervlm.io.images import ImageSettings
 from safervlm.records import Question
-from safervlm.vlm.base import Generation, Unanswered, answered
+from safervlm.vlm.base import Answer, Unanswered, without_bad
 from safervlm.vlm.compat import PROCESSOR_MAPPING, grown_inputs
 from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_tokens
 from safervlm.vlm.local import LocalVLM, Targets
@@ -370,9 +369,7 @@ class Transformers(LocalVLM):
         }
 
     @torch.no_grad()
-    def generate(
-        self, batch: EncodedBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy"
-    ) -> list[Generation]:
+    def generate(self, batch: EncodedBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy") -> list[Answer]:
         """Generates a response to each question of a batch.
 
         Questions about one image share the computation of their common prefix, where the model supports it.
@@ -383,20 +380,14 @@ class Transformers(LocalVLM):
             seed: The sampling noise of a record depends on (seed, record id, step) and nothing else.
             adapter: Which adapter is active. Without adapters, every choice is the base model.
 
-        Raises:
-            Unanswered: A prompt with its response may exceed the learned positions, or logits were not finite. It holds
-                the responses to the other questions.
+        Returns:
+            For each question its response, or the reason why it has none: the prompt with its response may exceed the
+            learned positions, or the logits were not finite.
         """
         if reasons := self.without_room(batch, sampling):
             some = torch.tensor([row for row in range(len(batch)) if row not in reasons])
-            answers: Iterator[Generation | str]
-            try:
-                answers = iter([*self.generate(batch.select(some), sampling, seed, adapter)] if len(some) else [])
-            except Unanswered as error:
-                answers = iter(error.answers)
-            raise Unanswered(
-                next(iter(reasons.values())), [reasons.get(row) or next(answers) for row in range(len(batch))]
-            )
+            answers = iter(self.generate(batch.select(some), sampling, seed, adapter) if len(some) else [])
+            return [Unanswered(reasons[row]) if row in reasons else next(answers) for row in range(len(batch))]
         tokenwise = {"input_ids", *self.written(batch.encodings[0])}
         finite = Finite()
         chain = LogitsProcessorList([finite, *processors(sampling, self.suppressed)])
@@ -419,4 +410,4 @@ class Transformers(LocalVLM):
             )
         self.train(training)
         found = [self.generation(tokens) for tokens in generated[:, inputs["input_ids"].shape[1] :].tolist()]
-        return answered(batch.questions, found, [False] * len(found) if finite.bad is None else finite.bad.tolist())
+        return without_bad(batch.questions, found, [False] * len(found) if finite.bad is None else finite.bad.tolist())

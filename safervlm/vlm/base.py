@@ -117,47 +117,51 @@ class Generation:
     finish_reason: str
 
 
-class Unanswered(RecordError):  # noqa: N818 (names an event, not an error)
-    """Raised when questions of a batch could not be answered; ``answers`` holds the results of the others.
-
-    It is raised after all other questions of the batch are finished.
-
-    Args:
-        reason: Why a question has no response, in one line; the exception's message.
-        answers: One entry per question of the batch, in order: the response, or the reason why there is none.
+@dataclass(frozen=True)
+class Unanswered:
+    """A question that got no response.
 
     Attributes:
-        answers: The same entries as a list; empty if the exception concerns a single question.
+        reason: Why there is none, in one line.
     """
 
-    def __init__(self, reason: str, answers: Sequence[Generation | str] = ()) -> None:
-        super().__init__(reason)
-        self.answers = list(answers)
+    reason: str
 
+
+Answer = Generation | Unanswered
 
 NOT_FINITE = (
     "the model's logits are not finite (NaN or infinite); try vlm.dtype float32, or look at the image and the question"
 )
 
 
-def answered(questions: Sequence[Question], generations: Sequence[Generation], bad: Sequence[bool]) -> list[Generation]:
-    """Returns the responses of a batch if the logits of all of them were finite.
+def without_bad(questions: Sequence[Question], generations: Sequence[Generation], bad: Sequence[bool]) -> list[Answer]:
+    """Replaces the responses whose logits were not finite.
 
     Args:
         questions: The B questions.
         generations: The B responses.
         bad: For each question, whether NaN or infinite logits occurred.
-
-    Raises:
-        Unanswered: Some logits were not finite. It holds the responses to the other questions.
     """
-    if not any(bad):
-        return list(generations)
-    answers: list[Generation | str] = [
-        f"{question.id}: {NOT_FINITE}" if wrong else generation
+    return [
+        Unanswered(f"{question.id}: {NOT_FINITE}") if wrong else generation
         for question, generation, wrong in zip(questions, generations, bad, strict=True)
     ]
-    raise Unanswered(next(answer for answer in answers if isinstance(answer, str)), answers)
+
+
+def must_be_answered(answers: Sequence[Answer]) -> list[Generation]:
+    """Returns the responses of a batch, where training can't proceed without one of them.
+
+    Args:
+        answers: Results of :meth:`VLM.generate`.
+
+    Raises:
+        RecordError: A question has no response.
+    """
+    for answer in answers:
+        if isinstance(answer, Unanswered):
+            raise RecordError(answer.reason)
+    return [answer for answer in answers if isinstance(answer, Generation)]
 
 
 Collator = Callable[[Sequence[Example]], Any]
@@ -180,7 +184,7 @@ class VLM(nn.Module, ABC):
         """Prepares the VLM for generation; a second call does nothing."""
 
     @abstractmethod
-    def generate(self, batch: Any, sampling: Sampling, seed: int, adapter: Adapter = "policy") -> list[Generation]:
+    def generate(self, batch: Any, sampling: Sampling, seed: int, adapter: Adapter = "policy") -> list[Answer]:
         """Generates a response to each question of a batch.
 
         Args:
@@ -190,5 +194,5 @@ class VLM(nn.Module, ABC):
             adapter: Which adapter is active. Without adapters, every choice is the base model.
 
         Returns:
-            The B responses, in the order of the questions.
+            For each of the B questions, in order, its response, or the reason why it has none.
         """

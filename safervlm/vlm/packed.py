@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from safervlm.hashing import seed_for
 from safervlm.records import Question
-from safervlm.vlm.base import Batch, Generation, answered
+from safervlm.vlm.base import Answer, Batch, without_bad
 from safervlm.vlm.cache import roomy
 from safervlm.vlm.compat import CACHE
 from safervlm.vlm.local import LocalVLM, Targets
@@ -268,9 +268,7 @@ class PackedVLM(LocalVLM):
         return packed, states[rows[packed.mask], packed.source[packed.mask]]
 
     @torch.no_grad()
-    def generate(
-        self, batch: PackedBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy"
-    ) -> list[Generation]:
+    def generate(self, batch: PackedBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy") -> list[Answer]:
         """Generates a response to each question of a batch; questions about one image are decoded together.
 
         Args:
@@ -279,15 +277,15 @@ class PackedVLM(LocalVLM):
             seed: The sampling noise of a record depends on (seed, record id, step) and nothing else.
             adapter: Which adapter is active. Without adapters, every choice is the base model.
 
-        Raises:
-            Unanswered: The logits of some questions were not finite. It holds the responses to the other questions.
+        Returns:
+            For each question its response, or the reason why it has none: its logits were not finite.
         """
         training = self.training
         self.eval()  # disables dropout, and allows a cache with gradient checkpointing
         with active(self.base, adapter):
             answers, bad = self._decode(batch, sampling, seed)
         self.train(training)
-        return answered(batch.questions, [self.generation(tokens) for tokens in answers], bad)
+        return without_bad(batch.questions, [self.generation(tokens) for tokens in answers], bad)
 
     def _decode(self, batch: PackedBatch, sampling: Sampling, seed: int) -> tuple[list[list[int]], list[bool]]:
         """Returns the tokens of each response, and whether its logits were not finite (which ends it)."""

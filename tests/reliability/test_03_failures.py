@@ -12,7 +12,7 @@ from callbacks.record_writer import RecordWriter
 from safervlm.errors import ArgumentError, RecordError, UserError
 from safervlm.measure import AskCollator, Measure
 from safervlm.records import Example, Failure, Question, Response
-from safervlm.vlm.base import Generation, Unanswered
+from safervlm.vlm.base import Answer, Generation, Unanswered
 
 PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})  # as of a Rust library
 
@@ -151,11 +151,11 @@ def test_answers_beside_unanswered_questions_begin_the_count_anew(answers: bool,
     measure = measure_with(faulty, in_collator=False, failures_in_a_row=3)
     plain = faulty.generate
 
-    def generate(batch: Batch, sampling, seed) -> list[Generation]:
+    def generate(batch: Batch, sampling, seed) -> list[Answer]:
         generations = plain(batch, sampling, seed)
         if len(batch) == 1:
             return generations
-        raise Unanswered("busy", ["busy", generations[1] if answers else "busy"])
+        return [Unanswered("busy"), generations[1] if answers else Unanswered("busy")]
 
     faulty.generate = generate  # type: ignore[method-assign]
 
@@ -173,9 +173,9 @@ def test_answers_beside_unanswered_questions_begin_the_count_anew(answers: bool,
             step(4)
 
 
-def test_one_question_that_a_vlm_says_to_be_unanswered_is_recorded(make_questions) -> None:
+def test_one_question_that_a_vlm_rejects_is_recorded(make_questions) -> None:
     questions = make_questions(3)
-    measure = measure_with(Faulty(Unanswered("the server is gone"), {questions[1].id}), in_collator=False)
+    measure = measure_with(Faulty(RecordError("the server is gone"), {questions[1].id}), in_collator=False)
     records = measure.predict_step(measure.collator([Example(question) for question in questions]), 0)
     assert {record.id: type(record) for record in records} == {
         question.id: Failure if question is questions[1] else Response for question in questions

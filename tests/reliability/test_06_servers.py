@@ -35,10 +35,10 @@ from safervlm.errors import RecordError
 from safervlm.judging.rating import SYSTEM, Rating
 from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question, Response, read_jsonl, write_jsonl
-from safervlm.vlm.base import Generation
+from safervlm.vlm.base import Generation, Unanswered
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.bounds import Bounds
-from safervlm.vlm.server.client import Server, Unanswered
+from safervlm.vlm.server.client import Server
 
 KEY = "sk-live-Zx81kQ/tw0+pLm44vB9"
 GREEDY = Sampling(temperature=0, max_new_tokens=50)
@@ -371,10 +371,8 @@ def questions(count: int = 3) -> list[Example]:
 
 def ask(server: Server, examples: list[Example] | None = None) -> list[Generation | str]:
     """The responses, or the reasons why there are none; raises only if nothing could be asked."""
-    try:
-        return [*server.generate(server.collator(examples or questions()), GREEDY, seed=0)]
-    except Unanswered as error:
-        return error.answers
+    answers = server.generate(server.collator(examples or questions()), GREEDY, seed=0)
+    return [answer.reason if isinstance(answer, Unanswered) else answer for answer in answers]
 
 
 def new(*servers: RawServer, **options: Any) -> Server:

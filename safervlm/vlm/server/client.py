@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safervlm.errors import ArgumentError, first_line
+from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.hashing import seed_for
 from safervlm.io.images import ImageSettings
 from safervlm.io.signals import asked_to_end
 from safervlm.io.tables import say
 from safervlm.ranges import in_range
 from safervlm.records import Question
-from safervlm.vlm.base import VLM, Generation, Unanswered
+from safervlm.vlm.base import VLM, Answer, Generation, Unanswered
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.batch import ServerBatch, ServerCollator, blank_url
@@ -33,7 +33,7 @@ from safervlm.vlm.server.pool import Pool
 if TYPE_CHECKING:
     from safervlm.vlm.server.request import Requests
 
-__all__ = ["Server", "ServerBatch", "Unanswered", "seconds_to_wait"]
+__all__ = ["Server", "ServerBatch", "seconds_to_wait"]
 
 POLL = 0.25  # seconds between two checks whether the command is asked to end
 ENDING = "the command is asked to end; what is answered is kept, the same command resumes"
@@ -181,9 +181,7 @@ class Server(VLM):
             f"{sent} at most {len(questions) * max_new_tokens} tokens of answers; retries come on top"
         )
 
-    def generate(
-        self, batch: ServerBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy"
-    ) -> list[Generation]:
+    def generate(self, batch: ServerBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy") -> list[Answer]:
         """Sends the questions of a batch concurrently, and returns the responses.
 
         When the command is asked to end (:func:`safervlm.io.signals.asked_to_end`), requests in progress are cancelled
@@ -197,7 +195,6 @@ class Server(VLM):
             adapter: Ignored, because a server has one model.
 
         Raises:
-            Unanswered: Some questions have no response. It holds the responses to the others.
             ArgumentError: No more requests can be sent, or ``dry_run`` is set.
         """
         if self.dry_run:
@@ -208,14 +205,12 @@ class Server(VLM):
         if self.halted is not None:
             raise ArgumentError(self.halted)
         answers = asyncio.run(self._answer_all(batch, sampling, seed))
-        good = [answer for answer in answers if isinstance(answer, Generation)]
-        if self.halted is not None and not good and not asked_to_end():
+        none = not any(isinstance(answer, Generation) for answer in answers)
+        if self.halted is not None and none and not asked_to_end():
             raise ArgumentError(self.halted)
-        if len(good) < len(answers):
-            raise Unanswered(self.halted or next(each for each in answers if isinstance(each, str)), answers)
-        return good
+        return answers
 
-    async def _answer_all(self, batch: ServerBatch, sampling: Sampling, seed: int) -> list[Generation | str]:
+    async def _answer_all(self, batch: ServerBatch, sampling: Sampling, seed: int) -> list[Answer]:
         """Returns for each question its response, or the reason why there is none."""
         from safervlm.vlm.server.request import Requests
 
@@ -233,7 +228,7 @@ class Server(VLM):
             self._tell,
         )
 
-        async def answer(question: Question, image: str) -> Generation | str:
+        async def answer(question: Question, image: str) -> Answer:
             async with slots:
                 return await self._answer(requests, question, image, sampling, seed)
 
@@ -247,13 +242,13 @@ class Server(VLM):
             self.pool.end()
             await requests.close()
         return [
-            outcome if isinstance(outcome, Generation | str) else f"{question.id}: not answered; {ENDING}"
+            outcome if isinstance(outcome, Answer) else Unanswered(f"{question.id}: not answered; {ENDING}")
             for (question, _), outcome in zip(pairs, outcomes, strict=True)
         ]
 
     async def _answer(
         self, requests: "Requests", question: Question, image: str, sampling: Sampling, seed: int
-    ) -> Generation | str:
+    ) -> Answer:
         """Returns the response to a question, or the reason why there is none, for any kind of failure."""
         try:
             request = {
@@ -266,7 +261,7 @@ class Server(VLM):
             }
             async with asyncio.timeout(self.question_timeout):
                 generation = await self._ask(requests, question.id, request)
-        except Unanswered as error:
+        except RecordError as error:
             reason = str(error)
         except TimeoutError:
             reason = f"{question.id}: no answer within vlm.question_timeout ({self.question_timeout:g} s)"
@@ -279,18 +274,18 @@ class Server(VLM):
             self.unanswered_in_a_row += 1
             if self.unanswered_in_a_row >= self.bounds.failures_in_a_row:
                 self.pool.stop(f"vlm: {self.unanswered_in_a_row} questions in a row got no answer, the last: {reason}")
-        return reason
+        return Unanswered(reason)
 
     def _messages(self, question: Question, image: str) -> list[dict[str, Any]]:
         """Returns the conversation up to the response.
 
         Raises:
-            Unanswered: The question can't be encoded as UTF-8.
+            RecordError: The question can't be encoded as UTF-8.
         """
         try:
             question.prompt.encode()
         except UnicodeEncodeError as error:
-            raise Unanswered(
+            raise RecordError(
                 f"{question.id}: character {error.start + 1} of the question is half of a surrogate pair, which can't "
                 "be sent; correct the question"
             ) from None
@@ -304,7 +299,7 @@ class Server(VLM):
         """Sends one question, with as many retries as are allowed.
 
         Raises:
-            Unanswered: The retries are exhausted, or no more requests can be sent.
+            RecordError: The retries are exhausted, or no more requests can be sent.
         """
         tries, pauses, answered, last = 0, 0, self.pool.answered, None
         while True:
@@ -322,7 +317,7 @@ class Server(VLM):
                     host.succeed()
                     return outcome
                 case Unanswered():
-                    raise outcome
+                    raise RecordError(outcome.reason)
                 case Hopeless():
                     raise self.pool.stop(outcome.reason)
                 case Untaken():
@@ -336,7 +331,7 @@ class Server(VLM):
                 said = f"it asks for a pause of {outcome.pause:.0f} s, more than vlm.max_wait, {self.max_wait:g} s"
                 self.pool.leave_out(host, f"{said}: {outcome.reason}")
                 continue
-            unanswered = Unanswered(
+            unanswered = RecordError(
                 f"{question}: no answer after {tries + pauses + 1} requests, the last to {host.address}: "
                 f"{outcome.reason}"
             )
@@ -358,7 +353,7 @@ class Server(VLM):
         Nothing is awaited between the check of the caps and the count, so the caps are exact.
 
         Raises:
-            Unanswered: No more requests can be sent.
+            RecordError: No more requests can be sent.
         """
         while True:
             for name, used, cap, what in (
@@ -371,7 +366,7 @@ class Server(VLM):
                         "same command resumes (with a new count)"
                     )
             if self.halted is not None:
-                raise Unanswered(f"{question}: not asked; {self.halted}")
+                raise RecordError(f"{question}: not asked; {self.halted}")
             found = self.pool.ready(last)
             if isinstance(found, Host):
                 self.requests += 1

@@ -5,8 +5,8 @@ import random
 import time
 from collections.abc import Callable
 
+from safervlm.errors import RecordError
 from safervlm.io.tables import say
-from safervlm.vlm.base import Unanswered
 from safervlm.vlm.server.host import Host
 from safervlm.vlm.server.outcomes import Passing, Untaken
 
@@ -137,7 +137,7 @@ class Pool:
             said = instead.get(untaken.name, "it is 1 anyway")
             say(f"{host.address} doesn't take {untaken.name} ({untaken.reason}): {said}")
 
-    def stop(self, reason: str) -> Unanswered:
+    def stop(self, reason: str) -> RecordError:
         """Stops sending requests; requests in progress may finish.
 
         Args:
@@ -149,4 +149,4 @@ class Pool:
         self.halted = self.halted or reason
         if self._halt is not None:
             self._halt.set()
-        return Unanswered(self.halted)
+        return RecordError(self.halted)
