@@ -1,8 +1,8 @@
 """Checkpoints from which a run resumes exactly."""
 
 import math
-import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ from lightning import Callback, LightningModule, Trainer
 
 from callbacks.generation_check import GenerationCheck
 from safervlm.finite import must_have_finite_weights
+from safervlm.io.caches import temporary_folder
 from safervlm.io.seals import origin_of, seal_file, seal_folder
+from safervlm.io.sharded import put_in_place
 from safervlm.io.signals import grace
 from safervlm.manifest import agree_to_end
 from safervlm.ranges import in_range
@@ -100,32 +102,27 @@ class LastCheckpoint(Callback):
 def save_last(trainer: Trainer, folder: Path) -> None:
     """Writes ``last.ckpt`` atomically, with its seal (:mod:`safervlm.io.seals`).
 
-    The checkpoint of a sharded strategy is a folder, which cannot be replaced atomically. In that case ``last.ckpt`` is
-    a symbolic link to the folder. All processes call this function.
+    The checkpoint of a sharded strategy is a folder, and ``last.ckpt`` a link to it (:mod:`safervlm.io.sharded`). All
+    processes call this function. The files of the user in the folder are kept, whatever their names.
 
     Args:
         trainer: the trainer of the fit.
         folder: the folder of the checkpoints.
     """
-    last, following = folder / "last.ckpt", folder / "next.ckpt"
-    before = folder / last.readlink() if last.is_symlink() else None
-    if before == following:
-        following = folder / "other.ckpt"
-    if trainer.is_global_zero and following.is_dir():
-        shutil.rmtree(following)  # left by a process that died while saving
-    trainer.strategy.barrier("last-checkpoint-begin")
-    trainer.save_checkpoint(following)
-    if trainer.is_global_zero:
-        origin = origin_of(trainer.lightning_module)
-        if following.is_dir():
-            seal_folder(following, origin)
-            link = folder / "link"
-            link.unlink(missing_ok=True)
-            link.symlink_to(following.name)
-            link.replace(last)
-            if before is not None:
-                shutil.rmtree(before)
-        else:
-            seal_file(following, origin)
-            following.replace(last)
-    trainer.strategy.barrier("last-checkpoint")
+    last = folder / "last.ckpt"
+    with ExitStack() as stack:
+        aside = None
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = str(stack.enter_context(temporary_folder(folder)))
+        following = Path(trainer.strategy.broadcast(aside)) / last.name  # type: ignore[arg-type]
+        trainer.save_checkpoint(following)
+        if trainer.is_global_zero:
+            origin = origin_of(trainer.lightning_module)
+            if following.is_dir():
+                seal_folder(following, origin)
+                put_in_place(following, last)
+            else:
+                seal_file(following, origin)
+                following.replace(last)
+        trainer.strategy.barrier("last-checkpoint")

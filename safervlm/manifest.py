@@ -7,7 +7,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -16,10 +16,12 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from safervlm.errors import RecordError
+from safervlm.io.caches import LOCK
+from safervlm.io.locks import Lock
 from safervlm.io.signals import apart, asked_to_end, observe, pass_safe_point, together, wait_for_safe_point
 from safervlm.io.tables import say
 from safervlm.provenance import PACKAGES, git_commit
-from safervlm.run import LOCK, check_settings, has_results, lock, read_manifest, write_stage
+from safervlm.run import check_settings, has_results, lock, read_manifest, write_stage
 
 
 def stage_name(module: LightningModule) -> str:
@@ -83,7 +85,7 @@ class RunManifest(Callback):
     """Callback that writes the manifest and locks the run folder. It rejects a folder made with other settings."""
 
     def __init__(self) -> None:
-        self._lock: TextIO | None = None
+        self._lock: Lock | None = None
         self._waits = False
         # Must be set before Lightning launches the other processes of the run.
         subprocess_script._launch_process_observer = observe

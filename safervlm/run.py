@@ -6,26 +6,25 @@ was made. A stage that runs again in the folder must have the same settings. It 
 the time, the command, and each changed item of the provenance.
 """
 
-import fcntl
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from safervlm.errors import RecordError
-from safervlm.io.caches import TEMPORARY, remove_leftovers
+from safervlm.io.caches import LOCK, TEMPORARY, remove_leftovers
 from safervlm.io.files import write_atomically
+from safervlm.io.locks import Lock, acquire, holder
 from safervlm.io.reading import json_text, read_object
 from safervlm.io.settings import flat
+from safervlm.io.sharded import remove_replaced
 from safervlm.legacy import with_todays_names
 from safervlm.records import FAILED
 
 MANIFEST = "manifest.json"
-LOCK = ".lock"
+MOMENT = 0.5  # seconds to wait for a lock, as commands that read a folder hold it for a moment
 OLD_NAMES = ("manifest", "responses", "responses-failed", "verdicts", "ratings", "scores", "labels", "verify", "report")
 
 
@@ -119,8 +118,8 @@ def is_result(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def lock(run: Path) -> TextIO | None:
-    """Locks a run folder against other commands until the returned file is closed or the process dies.
+def lock(run: Path) -> Lock | None:
+    """Locks a run folder against other commands until the returned lock is closed or the process dies.
 
     Unfinished files of commands that died are removed.
 
@@ -128,38 +127,29 @@ def lock(run: Path) -> TextIO | None:
         run: Run folder.
 
     Returns:
-        The open lock file; None if the file can't be opened or the file system has no locks.
+        The lock; None if its file can't be opened for writing.
 
     Raises:
         RecordError: Another process holds the lock.
     """
     try:
-        file = (run / LOCK).open("a+", encoding="ascii", errors="replace")
+        held = acquire(run / LOCK, create=True, wait=MOMENT)
+    except BlockingIOError:
+        raise RecordError(
+            f"--run: {_at_work(run)} is at work in {run}; wait for its end, or name another folder"
+        ) from None
     except OSError:
         return None  # writing the results raises its own error
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        with file:
-            raise RecordError(
-                f"--run: {_at_work(file)} is at work in {run}; wait for its end, or name another folder"
-            ) from None
-    except OSError:
-        file.close()
-        return None
     with suppress(OSError):  # on a full disk, writing the results raises its own error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        held.write_process()
     remove_unfinished(run)
-    return file
+    return held
 
 
-def _at_work(file: TextIO) -> str:
-    """Returns a description of the command that holds a lock, with its process id, for the error message."""
-    file.seek(0)
-    process = file.read(20).strip()
-    return f"another command (process {process})" if process.isdecimal() else "another command"
+def _at_work(run: Path) -> str:
+    """Returns a description of the command that holds the lock of a run, with its process id, for the error message."""
+    process = holder(run / LOCK)
+    return "another command" if process is None else f"another command (process {process})"
 
 
 def refuse_while_at_work(run: Path) -> None:
@@ -174,18 +164,11 @@ def refuse_while_at_work(run: Path) -> None:
         RecordError: Another process holds the lock.
     """
     try:
-        file = (run / LOCK).open(encoding="ascii", errors="replace")
+        acquire(run / LOCK, wait=MOMENT).close()
+    except BlockingIOError:
+        raise RecordError(f"{run}: {_at_work(run)} is at work in it; wait for its end, or copy the folder") from None
     except OSError:
         return  # the folder was never locked, or its lock can't be read
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise RecordError(
-                f"{run}: {_at_work(file)} is at work in it; wait for its end, or copy the folder"
-            ) from None
-        except OSError:
-            return
 
 
 @contextmanager
@@ -198,12 +181,12 @@ def locked(run: Path) -> Iterator[None]:
     Raises:
         RecordError: Another process holds the lock.
     """
-    file = lock(run)
+    held = lock(run)
     try:
         yield
     finally:
-        if file is not None:
-            file.close()
+        if held is not None:
+            held.close()
 
 
 def remove_unfinished(run: Path) -> None:
@@ -215,23 +198,13 @@ def remove_unfinished(run: Path) -> None:
     written = ("checkpoints", "adapter", "judge", "first_implementation", "first_implementation/*/*")
     for folder in (run, *(folder for pattern in written for folder in run.glob(pattern))):
         remove_leftovers(folder)
+    remove_replaced(run / "checkpoints")
     # Names of the temporary files of older versions.
     pattern = re.compile(rf"\.({'|'.join(OLD_NAMES)})\.\d+\.(jsonl?|csv|xlsx|tex|html)")
     for file in run.glob(".*.*"):
         if pattern.fullmatch(file.name) and file.is_file():
             with suppress(OSError):
                 file.unlink()
-    checkpoints = run / "checkpoints"
-    last = checkpoints / "last.ckpt"
-    for name in ("next.ckpt", "other.ckpt", "link"):  # see callbacks.checkpoint
-        path = checkpoints / name
-        with suppress(OSError):
-            if last.is_symlink() and last.readlink() == Path(name):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
 
 
 def write_stage(run: Path, stage: str, **entry: Any) -> None:

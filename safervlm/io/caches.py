@@ -1,11 +1,11 @@
 """Files and folders that are built under a temporary name and moved into place atomically, also with several processes.
 
-An unfinished file or folder has a name that begins with :data:`TEMPORARY`. It lies beside its destination and is locked
-(``flock``) by the process that writes it. The system releases the lock when that process dies, for any reason. An
-unlocked entry of such a name is therefore a leftover, and :func:`remove_leftovers` removes it.
+An unfinished file or folder lies in a folder of its own beside its destination. The name of that folder begins with
+:data:`TEMPORARY`, and a file in it is locked (:mod:`safervlm.io.locks`) by the process that writes. An unlocked entry
+of such a name is therefore a leftover of a process that died. Any command that writes into the same folder next removes
+it.
 """
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -14,17 +14,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safervlm.errors import ArgumentError
+from safervlm.io.locks import Lock, acquire, has_locks
 
 # Prefix of the names of unfinished files and folders, and of no others.
 TEMPORARY = ".tmp-safervlm-"
+LOCK = ".lock"  # lock file of a run folder, and of a temporary folder
 
 
 def build_folder(folder: Path, build: Callable[[Path], object], argument: str = "data.cache_dir") -> None:
     """Builds a folder whose name determines its content, unless it exists.
 
     Several processes may call this at the same time: each builds in its own temporary folder beside ``folder``, the
-    first to finish moves its folder into place, and the others use that one. Leftovers of dead processes beside
-    ``folder`` are removed first.
+    first to finish moves its folder into place, and the others use that one.
 
     Args:
         folder: Folder to build. Its name must encode everything that determines the content. An existing folder is
@@ -54,10 +55,10 @@ def build_folder(folder: Path, build: Callable[[Path], object], argument: str = 
 
 
 def cache_folder(folder: Path, argument: str = "data.cache_dir") -> None:
-    """Creates a cache folder and removes the leftovers of dead processes in it.
+    """Creates a cache folder, if it does not exist, and checks that it can be written to.
 
     Args:
-        folder: Folder to create, if it does not exist.
+        folder: Cache folder.
         argument: Setting that ``folder`` comes from, for the error message.
 
     Raises:
@@ -66,8 +67,8 @@ def cache_folder(folder: Path, argument: str = "data.cache_dir") -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary(folder / "x"):
-            remove_leftovers(folder)
+        with temporary_folder(folder):
+            pass
     except OSError as error:
         raise ArgumentError(
             f"{argument}: {str(folder)!r} can't be written to ({error.strerror}): name another folder"
@@ -76,7 +77,7 @@ def cache_folder(folder: Path, argument: str = "data.cache_dir") -> None:
 
 @contextmanager
 def temporary(path: Path, *, directory: bool = False) -> Iterator[Path]:
-    """Context manager that creates a temporary file or folder beside a path, to be renamed to it.
+    """Context manager that creates a temporary file or folder, to be renamed to a path.
 
     If it has not been renamed at the end of the block, it is removed.
 
@@ -91,77 +92,88 @@ def temporary(path: Path, *, directory: bool = False) -> Iterator[Path]:
     Raises:
         OSError: It can't be created.
     """
-    aside, lock = _create(path, directory)
-    try:
-        yield aside
-    finally:
-        with suppress(OSError):
-            _remove(aside)
-        os.close(lock)
-
-
-def remove_leftovers(folder: Path) -> list[str]:
-    """Removes temporary files and folders of dead processes.
-
-    Args:
-        folder: Folder to search, without its subfolders.
-
-    Returns:
-        The names of the removed entries. Entries that can't be locked or removed are skipped.
-    """
-    removed = []
-    try:
-        there = [entry for entry in folder.iterdir() if entry.name.startswith(TEMPORARY)]
-    except OSError:
-        return []
-    for entry in sorted(there):
-        with suppress(OSError):  # another user's, locked, or already removed
-            lock = _lock(entry)
-            try:
-                _remove(entry)
-                removed.append(entry.name)
-            finally:
-                os.close(lock)
-    return removed
-
-
-def _create(path: Path, directory: bool) -> tuple[Path, int]:
-    """Creates a temporary file or folder; returns its path and the descriptor that holds its lock."""
-    while True:
-        suffix = "" if directory else path.suffix
-        aside = path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}{suffix}")
+    with temporary_folder(path.parent) as folder:
+        aside = folder / (folder.name if directory else f"{folder.name}{path.suffix}")
         if directory:
             aside.mkdir()
         else:
-            os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        try:
-            lock = _lock(aside)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # another process removed it as a leftover before it was locked
-        except OSError:
-            lock = os.open(aside, os.O_RDONLY)  # a file system without locks: nothing is removed there as a leftover
-        if aside.exists():
-            return aside, lock
-        os.close(lock)
+            aside.touch()
+        yield aside
 
 
-def _lock(entry: Path) -> int:
-    """Opens a file or folder and locks it; returns the descriptor that holds the lock.
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Context manager that creates a locked temporary folder and removes it with what is in it.
+
+    The leftovers of dead processes in the same place are removed first.
+
+    Args:
+        parent: Existing folder to create it in.
+
+    Yields:
+        The path of the folder, on the same file system as ``parent``. It holds nothing but its lock file.
 
     Raises:
-        BlockingIOError: A living process holds the lock.
-        OSError: The file system has no locks.
+        OSError: It can't be created.
     """
-    descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW)
+    remove_leftovers(parent)
+    folder, lock = _create(parent)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    finally:
+        with suppress(OSError):
+            _remove(folder, lock)
+        lock.close()
+
+
+def remove_leftovers(parent: Path) -> list[str]:
+    """Removes temporary files and folders of dead processes.
+
+    Args:
+        parent: Folder to search, without its subfolders.
+
+    Returns:
+        The names of the removed entries. Links, and entries that can't be locked or removed, are skipped.
+    """
+    try:
+        there = [Path(entry.path) for entry in os.scandir(parent) if entry.name.startswith(TEMPORARY)]
     except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+        return []
+    removed = []
+    for entry in sorted(there):
+        with suppress(OSError):  # another user's, locked, or already removed
+            if entry.is_symlink():
+                continue
+            lock = acquire(entry / LOCK, create=True) if entry.is_dir() else acquire(entry)
+            try:
+                if has_locks(parent):  # else the process that writes it may be alive
+                    _remove(entry, lock)
+                    removed.append(entry.name)
+            finally:
+                lock.close()
+    return removed
 
 
-def _remove(entry: Path) -> None:
+def _create(parent: Path) -> tuple[Path, Lock]:
+    """Creates a temporary folder with its lock."""
+    while True:
+        folder = parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
+        folder.mkdir()
+        try:
+            lock = acquire(folder / LOCK, create=True)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another process removes it as a leftover, as it was not yet locked
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if (folder / LOCK).exists():
+            return folder, lock
+        lock.close()  # as above
+
+
+def _remove(entry: Path, lock: Lock) -> None:
+    if os.name == "nt":
+        lock.close()  # Windows deletes no open file
     if entry.is_dir():
         shutil.rmtree(entry)
     else:

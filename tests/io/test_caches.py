@@ -59,14 +59,14 @@ def test_a_folder_that_cannot_be_made_names_the_argument(tmp_path: Path, place: 
 
 
 def test_leftovers_are_what_no_process_holds(tmp_path: Path) -> None:
-    (tmp_path / f"{TEMPORARY}1-dead").mkdir()
-    (tmp_path / f"{TEMPORARY}1-dead" / "a").write_text("a")
-    (tmp_path / f"{TEMPORARY}2-dead.csv").write_text("a")
     for mine in (".tmp-mine", "tmp-safervlm-x", f"x{TEMPORARY}"):
         (tmp_path / mine).write_text("mine")
     with temporary(tmp_path / "a.csv") as file, temporary(tmp_path / "b", directory=True) as folder:
         assert file.name.startswith(TEMPORARY)
         assert file.suffix == ".csv"
+        (tmp_path / f"{TEMPORARY}1-dead").mkdir()
+        (tmp_path / f"{TEMPORARY}1-dead" / "a").write_text("a")
+        (tmp_path / f"{TEMPORARY}2-dead.csv").write_text("a")
         assert remove_leftovers(tmp_path) == [f"{TEMPORARY}1-dead", f"{TEMPORARY}2-dead.csv"]
         assert file.is_file()
         assert folder.is_dir()
@@ -99,7 +99,7 @@ def test_a_killed_builder_leaves_nothing_for_long(tmp_path: Path) -> None:
     assert remove_leftovers(tmp_path) == []  # the process is alive
     child.kill()
     child.communicate()
-    build_folder(tmp_path / "y", lambda aside: (aside / "a").write_text("whole"))
+    write_atomically(tmp_path / "y", lambda file: file.write_text("whole"))
     assert names(tmp_path) == ["y"]
 
 

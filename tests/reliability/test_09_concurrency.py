@@ -121,10 +121,12 @@ def test_no_folder_is_not_the_current_one(out: str, command: str, tmp_path: Path
 
 
 LEFT = (".tmp-safervlm-1-ab.jsonl", "adapter/.tmp-safervlm-1-cd.json", ".scores.4711.xlsx", ".manifest.1.json")
-LEFT += ("checkpoints/next.ckpt", "checkpoints/other.ckpt", "checkpoints/link", "judge/.tmp-safervlm-1.safetensors")
+LEFT += ("checkpoints/.tmp-safervlm-1/last.ckpt", "judge/.tmp-safervlm-1.safetensors")
+LEFT += ("checkpoints/.safervlm-00112233445566ff.ckpt/weights",)
 LEFT += ("first_implementation/UnsafeConcepts/alignment/.tmp-safervlm-1.json",)
 KEPT = (".notes.4711.txt", ".scores.mine.xlsx", "scores.xlsx", ".env", "mine.tmp", "sub/.tmp-safervlm-1.csv")
-KEPT += ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "tmp-safervlm-1.csv")
+KEPT += ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "tmp-safervlm-1.csv", "checkpoints/.safervlm-mine.ckpt")
+KEPT += ("checkpoints/next.ckpt", "checkpoints/other.ckpt", "checkpoints/link")
 
 
 def test_what_a_dead_command_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
@@ -138,15 +140,16 @@ def test_what_a_dead_command_left_is_removed_and_nothing_else(tmp_path: Path) ->
     held.close()
 
 
-def test_a_checkpoint_that_is_a_folder_stays_where_the_last_one_points_to_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", [".safervlm-0000000000000001.ckpt", "next.ckpt"], ids=["ours", "of an older version"])
+def test_a_checkpoint_that_is_a_folder_stays_where_the_last_one_points_to_it(to: str, tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
-    for name in ("next.ckpt", "other.ckpt"):
+    for name in (".safervlm-0000000000000001.ckpt", ".safervlm-0000000000000002.ckpt", "next.ckpt"):
         (checkpoints / name).mkdir(parents=True)
-    (checkpoints / "last.ckpt").symlink_to("next.ckpt")
+    (checkpoints / "last.ckpt").symlink_to(to)
     held = lock(tmp_path)
     assert held is not None
     held.close()
-    assert {path.name for path in checkpoints.iterdir()} == {"last.ckpt", "next.ckpt"}
+    assert {path.name for path in checkpoints.iterdir()} == {"last.ckpt", "next.ckpt", to}
     assert not has_results(tmp_path / "nothing")
 
 

@@ -1,0 +1,45 @@
+"""Checkpoints that are folders: ``last.ckpt`` is then a symbolic link to a folder, because no folder replaces another.
+
+The folders have names of their own, :data:`FOLDERS`, and no other folder is ever removed.
+"""
+
+import re
+import secrets
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from safervlm.io.caches import temporary_folder
+
+FOLDERS = re.compile(r"\.safervlm-[0-9a-f]{16}\.ckpt")
+
+
+def put_in_place(written: Path, last: Path) -> None:
+    """Makes a link point to a checkpoint folder, atomically, and removes the folder that it pointed to.
+
+    Args:
+        written: Complete checkpoint folder in a temporary place of the same file system; it is moved.
+        last: The link, in the folder of the checkpoints.
+    """
+    folder = last.with_name(f".safervlm-{secrets.token_hex(8)}.ckpt")
+    written.rename(folder)
+    with temporary_folder(last.parent) as aside:
+        link = aside / last.name
+        link.symlink_to(folder.name)
+        link.replace(last)
+    remove_replaced(last.parent, last.name)
+
+
+def remove_replaced(checkpoints: Path, last: str = "last.ckpt") -> None:
+    """Removes the checkpoint folders that :func:`put_in_place` made and nothing points to.
+
+    Args:
+        checkpoints: Folder of the checkpoints; it may be missing.
+        last: Name of the link.
+    """
+    link = checkpoints / last
+    current = link.readlink().name if link.is_symlink() else None
+    for folder in checkpoints.glob(".safervlm-*.ckpt"):
+        if FOLDERS.fullmatch(folder.name) and folder.name != current and folder.is_dir() and not folder.is_symlink():
+            with suppress(OSError):
+                shutil.rmtree(folder)
