@@ -7,12 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from evaluations import safety, write
 from processes import CONTEXT, build_world, play
 
 from safervlm.cli.main import main
+from safervlm.data.export import export_training_files
 from safervlm.errors import ArgumentError, RecordError
+from safervlm.io.caches import temporary
 from safervlm.pictograms import world
+from safervlm.reports.evaluation import evaluation
+from safervlm.reports.page import report
 from safervlm.run import has_results, lock, read_manifest
 
 
@@ -90,6 +96,45 @@ def test_a_folder_that_holds_a_users_file_is_kept(built: bool, file: str, quick:
     assert names(tmp_path) == {"pictograms"}
 
 
+def test_a_world_that_does_not_list_its_files_is_kept(quick: None, tmp_path: Path) -> None:
+    """A world of an older version: a user's file may have the name of one of the world's."""
+    out = tmp_path / "pictograms"
+    world.build(out, seed=1)
+    (out / "unsafe" / "LICENSE.txt").write_text("mine")
+    record = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({name: record[name] for name in ("fingerprint", "seed")}))
+    (tmp_path / ".pictograms.unfinished").mkdir()
+    (tmp_path / ".pictograms.unfinished" / "mine.txt").write_text("mine")
+    with pytest.raises(ArgumentError, match=r"out: .*pictograms is a world of an older version.*name another folder"):
+        world.build(out, seed=2)
+    assert (out / "unsafe" / "LICENSE.txt").read_text() == "mine"
+    assert (tmp_path / ".pictograms.unfinished" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("change", ["changed", "removed", "replaced by a link"])
+def test_a_world_that_was_changed_is_kept(change: str, quick: None, monkeypatch, tmp_path: Path) -> None:
+    def write_files(folder: Path, seed: int) -> None:
+        (folder / "unsafe").mkdir()
+        for name in ("a.png", "b.png"):
+            (folder / "unsafe" / name).write_text(name)
+
+    monkeypatch.setattr(world, "write_data_sets", write_files)
+    out = tmp_path / "pictograms"
+    world.build(out, seed=1)
+    (tmp_path / "mine.png").write_text("mine")
+    file = out / "unsafe" / "b.png"
+    if change == "changed":
+        file.write_text("mine")
+    else:
+        file.unlink()
+        if "link" in change:
+            file.symlink_to(tmp_path / "mine.png")
+    with pytest.raises(ArgumentError, match="was changed or removed after the world was built: name another folder"):
+        world.build(out, seed=2)
+    assert (out / "unsafe" / "a.png").exists()
+    assert file.exists() == (change != "removed")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"files": 3}', "\x00\xff"])
 def test_a_damaged_world_is_named_and_kept(text: str, quick: None, tmp_path: Path) -> None:
     out = tmp_path / "pictograms"
@@ -118,6 +163,44 @@ def test_no_folder_is_not_the_current_one(out: str, command: str, tmp_path: Path
     assert end.value.code == 2
     assert "out: " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def write_report(out: Path, runs: list[Path], sets: Path) -> None:
+    report(runs, out / "report.html")
+
+
+def write_evaluation(out: Path, runs: list[Path], sets: Path) -> None:
+    evaluation(runs, out / "evaluation.html")
+
+
+def write_export(out: Path, runs: list[Path], sets: Path) -> None:
+    export_training_files(str(out), str(sets / "unsafe"), str(sets / "safe"), limit=1)
+
+
+def write_world(out: Path, runs: list[Path], sets: Path) -> None:
+    for _ in range(2):  # the second one finds the first one's
+        world.build(out / "pictograms", seed=1)
+
+
+@pytest.mark.parametrize("command", [write_report, write_evaluation, write_export, write_world])
+def test_a_command_that_writes_outside_of_a_run_removes_what_a_killed_one_left(
+    command: Callable[[Path, list[Path], Path], None], quick: None, tiny_sets: Path, tmp_path: Path
+) -> None:
+    run = write(tmp_path / "run", safety(np.random.default_rng(0)))
+    out = tmp_path / "out"
+    command(out, [run], tiny_sets)
+    clean = names(out)
+    (out / ".tmp-safervlm-1-0123abcd").mkdir()  # as kill -9 leaves it
+    (out / ".tmp-safervlm-1-0123abcd" / ".lock").touch()
+    (out / ".tmp-safervlm-1-0123abcd" / ".tmp-safervlm-1-0123abcd.csv").write_text("half")
+    (out / ".tmp-safervlm-1-0123.csv").write_text("half")  # of an older version
+    mine = {".lock", ".pictograms.unfinished", "tmp-safervlm.csv", "report.bak"}
+    for name in mine:
+        (out / name).write_text("mine")
+    with temporary(out / "other.csv") as alive:  # of a command at work
+        command(out, [run], tiny_sets)
+        assert alive.exists()
+    assert names(out) == clean | mine
 
 
 LEFT = (".tmp-safervlm-1-ab.jsonl", "adapter/.tmp-safervlm-1-cd.json", ".scores.4711.xlsx", ".manifest.1.json")
