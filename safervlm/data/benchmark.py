@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from safervlm.data.copies import copy_of, keep_copy
 from safervlm.data.embedded import embedded, images_folder, write_images, written_images
 from safervlm.data.folders import files_below, left_out
-from safervlm.data.hub import local_name
 from safervlm.data.image_folders import ImageRecord, named_file, spread
 from safervlm.data.loaders import Collator
 from safervlm.data.module import Parts, SaferData
@@ -159,7 +159,7 @@ class Benchmark(SaferData):
                 name = Path(urlsplit(self.source).path)
             return self.cache / f"{name.stem}-{fingerprint(self.source)[:8]}{name.suffix}"
         if self.remote == "hub":
-            return self.cache / f"{local_name(self.source)}.jsonl"
+            return copy_of(self.source, self.cache, ".jsonl")
         return Path(self.source).expanduser()
 
     def prepare_data(self) -> None:
@@ -174,11 +174,10 @@ class Benchmark(SaferData):
                 if not self.file.exists():
                     fetch(self.source, self.file, self.download)
                 check_download(self.file, self.md5, self.source)
+            elif self.remote == "hub":
+                keep_copy(self.source, self.cache, "by data.source", save_table, ".jsonl")
             elif not self.file.exists():
-                if self.remote == "hub":
-                    save_table(self.source, self.file)
-                else:
-                    _ = self.rows  # raises an error that states what is missing
+                _ = self.rows  # raises an error that states what is missing
         except RecordError as error:
             raise RecordError(f"{error}" + (f" ({self.dataset}: {self.about})" if self.about else "")) from None
         if self.embedded:

@@ -69,13 +69,3 @@ def undecoded(kind: Any) -> Any:
     if hasattr(kind, "decode"):
         return replace(kind, decode=False)
     return replace(kind, feature=undecoded(kind.feature)) if hasattr(kind, "feature") else kind
-
-
-def local_name(repo: str) -> str:
-    """Returns the name of the local folder or file in which a dataset of the Hub is kept.
-
-    Args:
-        repo: Hub repository, ``owner/name`` or ``owner/name@revision``.
-    """
-    name, at, revision = repo.partition("@")
-    return "--".join(name.split("/")[-2:]) + at + revision.replace("/", "--")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+import datasets
+
 from safervlm.data.folders import files_below
-from safervlm.data.hub import hub_rows
 from safervlm.data.module import name_field, text_field
 from safervlm.errors import RecordError, explained
 from safervlm.io.caches import build_folder
@@ -136,18 +137,18 @@ def read_images(folder: Path, dataset: str, label: str) -> list[ImageRecord]:
     return images
 
 
-def download(repo: str, folder: Path) -> None:
-    """Downloads a dataset from the Hub into a local folder. Images keep the published bytes.
+def save_images(repo: str, rows: datasets.Dataset, folder: Path) -> None:
+    """Writes the rows of a dataset of the Hub as a local folder. Images keep the published bytes.
 
     Args:
-        repo: Hub repository, ``owner/name`` or ``owner/name@revision``.
+        repo: Name of the dataset, for error messages.
+        rows: Rows of the dataset.
         folder: Folder to create. It is written completely or not at all.
 
     Raises:
-        RecordError: Access is denied, the Hub is unreachable, or the columns are not those of a dataset of images.
+        RecordError: The columns are not those of a dataset of images, or a row has no image.
         ArgumentError: The folder can't be created.
     """
-    rows = hub_rows(repo, "by data.folder (the unsafe set) or data.safe_folder")
     columns = [
         column
         for column in ("category", "unsafe_concept", "concept", "option_str", "correct_option")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import datasets
 from rich.markup import escape
 from rich.progress import Progress
 
-from safervlm.data.hub import hub_rows
 from safervlm.data.tables import TABLES
 from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.io.caches import cache_folder
@@ -130,18 +130,16 @@ def check_download(file: Path, md5: str | None, address: str) -> None:
         )
 
 
-def save_table(repo: str, file: Path) -> None:
-    """Writes a dataset of the Hub as JSONL, with its images as base64.
+def save_table(rows: datasets.Dataset, file: Path) -> None:
+    """Writes the rows of a dataset of the Hub as JSONL, with its images as base64.
 
     Args:
-        repo: Hub repository, ``owner/name`` or ``owner/name@revision``.
+        rows: Rows of the dataset.
         file: JSONL file to write.
 
     Raises:
-        RecordError: The dataset is unavailable or can't be read.
         ArgumentError: The folder of the file can't be created or written to.
     """
-    rows = hub_rows(repo, "by data.source")
     cache_folder(file.parent)
 
     def write(path: Path) -> None:

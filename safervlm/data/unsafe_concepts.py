@@ -14,17 +14,17 @@ A local folder contains the images and ``metadata.jsonl``, with one line per ima
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from safervlm.data.hub import local_name
+from safervlm.data.copies import copy_of, keep_copy
 from safervlm.data.image_folders import (
     PERCEPTION_FILES,
     ImageRecord,
-    download,
     read_images,
     require_metadata,
+    save_images,
     say_unnamed,
     spread,
 )
@@ -49,11 +49,12 @@ from safervlm.protocol import (
 from safervlm.ranges import in_range
 from safervlm.records import Example, Question, record_id
 
+REMEDY = "by data.folder (the unsafe set) or data.safe_folder"  # how to name a local dataset instead
+
 __all__ = [
     "ImageRecord",
     "ImageSets",
     "UnsafeConcepts",
-    "download",
     "paper_split",
     "read_images",
     "safe_split",
@@ -182,17 +183,26 @@ class ImageSets(SaferData):
         name, safe_name = set_name("data.name", name), set_name("data.safe_name", safe_name)
         if name == safe_name:
             raise ArgumentError(f"data.safe_name: the two sets need different names, got {name!r} twice")
-        cache = Path(cache_dir).expanduser()
+        self.cache = Path(cache_dir).expanduser()
         self.repo = None if folder else repo
         self.safe_repo = None if safe_folder else safe_repo
-        self.folder = Path(folder or cache / local_name(repo))
-        self.safe_folder = None
-        if safe_folder or safe_repo:
-            self.safe_folder = Path(safe_folder or cache / local_name(str(safe_repo)))
+        self._folders = folder, safe_folder
         self.dataset = name
         self.safe_dataset = safe_name
         self.validation_fraction = validation_fraction
         self.limit = limit
+
+    @property
+    def folder(self) -> Path:
+        """Local folder of the unsafe dataset; a copy of the Hub's exists after :meth:`prepare_data`."""
+        return copy_of(self.repo, self.cache) if self.repo is not None else Path(str(self._folders[0]))
+
+    @property
+    def safe_folder(self) -> Path | None:
+        """Local folder of the safe dataset; None without one."""
+        if self.safe_repo is not None:
+            return copy_of(self.safe_repo, self.cache)
+        return Path(self._folders[1]) if self._folders[1] else None
 
     def prepare_data(self) -> None:
         """Downloads missing datasets, on one process; reports images that the metadata does not name.
@@ -203,9 +213,9 @@ class ImageSets(SaferData):
         for repo, folder in ((self.repo, self.folder), (self.safe_repo, self.safe_folder)):
             if repo is None and folder is not None:
                 require_metadata(folder)  # before any download
-        for repo, folder in ((self.repo, self.folder), (self.safe_repo, self.safe_folder)):
-            if repo is not None and folder is not None and not folder.exists():
-                download(repo, folder)
+        for repo in (self.repo, self.safe_repo):
+            if repo is not None:
+                keep_copy(repo, self.cache, REMEDY, partial(save_images, repo), "")
         for name, folder in ((self.dataset, self.folder), (self.safe_dataset, self.safe_folder)):
             if folder is not None:
                 say_unnamed(name, folder)

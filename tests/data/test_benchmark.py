@@ -17,6 +17,7 @@ from PIL import Image
 
 from safervlm.data import hub
 from safervlm.data.benchmark import Benchmark
+from safervlm.data.hub import hub_rows
 from safervlm.data.sources import Download, fetch, save_table
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.images import open_image
@@ -292,7 +293,7 @@ def test_the_hubs_library_decodes_no_image_at_any_depth(tmp_path, monkeypatch):
     }
     rows = datasets.Dataset.from_list([row], features=datasets.Features(features))
     monkeypatch.setattr(hub.datasets, "load_dataset", lambda *a, **k: rows)
-    save_table("a/b", tmp_path / "x.jsonl")
+    save_table(hub_rows("a/b", ""), tmp_path / "x.jsonl")
     text = base64.b64encode(broken).decode()
     assert json.loads((tmp_path / "x.jsonl").read_text()) == {
         "image": text,

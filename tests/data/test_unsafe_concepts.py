@@ -407,9 +407,11 @@ def test_a_hub_set_becomes_a_folder_with_the_published_bytes(tmp_path: Path, fol
         f"UnsafeConcepts/images/{row}.png/alignment/0" for row in (0, 1)
     ]
     assert [Path(question.image_path).read_bytes() for question in questions[::5]] == contents
+    name = f"{repo.parent.name}--Published"
     shutil.rmtree(repo)  # from here on only the local folder is read
     assert [example.question for example in asked(**settings)] == questions
-    assert [path.name for path in hub_cache.iterdir()] == [f"{repo.parent.name}--Published"]
+    copy, commit = sorted(hub_cache.iterdir(), key=lambda path: path.is_file())
+    assert (copy.name, commit.name) == (f"{name}-{commit.read_text().strip()}", f"{name}.commit")
 
 
 def test_a_hub_set_may_bring_its_options(tmp_path: Path, folder: Path, hub_cache: Path):

@@ -1,0 +1,116 @@
+"""Local copies of datasets of the Hub, kept under the commit that they were made from.
+
+A branch such as ``main`` names another commit after each change on the Hub. The process that prepares the data asks the
+Hub for the commit, and writes it into a small file beside the copies, where the other processes of the run read it.
+Without an answer from the Hub, the copy of that commit is used, and one line says so.
+"""
+
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import datasets
+from huggingface_hub import HfApi
+
+from safervlm.data.hub import hub_rows
+from safervlm.hashing import fingerprint
+from safervlm.io.files import write_atomically
+from safervlm.io.tables import say
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+PATIENCE = 10.0  # seconds to wait for the Hub's answer; without one, the copy of the last commit is used
+
+
+def copy_of(repo: str, cache: Path, suffix: str = "") -> Path:
+    """Returns the path of the copy that was prepared last, which exists after :func:`keep_copy`.
+
+    Args:
+        repo: Hub repository, ``owner/name`` or ``owner/name@revision``; or the folder of a dataset in the Hub's format.
+        cache: Folder of the copies.
+        suffix: Ending of the copy's name.
+    """
+    return _named(repo, cache, _fixed(repo) or _last_commit(repo, cache), suffix)
+
+
+def keep_copy(repo: str, cache: Path, local: str, save: Callable[[datasets.Dataset, Path], None], suffix: str) -> None:
+    """Makes a copy of the commit that a repository's revision names now, unless there is one.
+
+    Args:
+        repo: Hub repository, or folder (see :func:`copy_of`).
+        cache: Folder of the copies.
+        local: How to name a local dataset instead, for the error message.
+        save: Function that writes rows to a path, completely or not at all.
+        suffix: Ending of the copy's name.
+
+    Raises:
+        RecordError: There is no copy, and the dataset is unavailable or can't be read.
+        OSError: The copy can't be written.
+    """
+    name, _, revision = repo.partition("@")
+    commit = _fixed(repo) or _commit_now(repo)
+    rows = None
+    if commit is None:
+        if (there := copy_of(repo, cache, suffix)).exists():
+            say(f"{repo}: the Hub does not tell its commit now, so the copy {there} is used")
+            return
+        rows = hub_rows(repo, local)  # raises the error that says why, or reads the library's own cache
+        commit = _commit_of(rows)
+    path = _named(repo, cache, commit, suffix)
+    if not path.exists():
+        if rows is None:
+            rows = hub_rows(repo if Path(repo).exists() else f"{name}@{commit}", local)
+        save(rows, path)
+    if commit not in (revision, _last_commit(repo, cache)):
+        write_atomically(_last(repo, cache), lambda file: file.write_text(f"{commit}\n", encoding="ascii"))
+
+
+def _named(repo: str, cache: Path, commit: str | None, suffix: str) -> Path:
+    """Returns the path of the copy of a commit; of None, a path at which no copy is ever made."""
+    readable = _readable(repo)
+    return cache / f"{readable if commit is None else f'{readable}-{commit}'}{suffix}"
+
+
+def _last(repo: str, cache: Path) -> Path:
+    """Returns the path of the file that holds the commit that a revision named last."""
+    return cache / f"{_readable(repo)}.commit"
+
+
+def _last_commit(repo: str, cache: Path) -> str | None:
+    with suppress(OSError, UnicodeDecodeError):
+        commit = _last(repo, cache).read_text(encoding="ascii").strip()
+        return commit if re.fullmatch(r"[0-9a-f]+", commit) else None
+    return None
+
+
+def _readable(repo: str) -> str:
+    name, at, revision = repo.partition("@")
+    return "--".join(name.split("/")[-2:]) + at + revision.replace("/", "--")
+
+
+def _fixed(repo: str) -> str | None:
+    """Returns what identifies the content without asking the Hub: a full commit, or the state of a local folder."""
+    name, _, revision = repo.partition("@")
+    if COMMIT.fullmatch(revision):
+        return revision
+    if not (folder := Path(name).expanduser()).exists():
+        return None
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    states = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return fingerprint(str(folder.resolve()), *states)
+
+
+def _commit_now(repo: str) -> str | None:
+    """Asks the Hub for the commit that a revision names; None without an answer, for whatever reason."""
+    name, _, revision = repo.partition("@")
+    try:
+        return HfApi().dataset_info(name, revision=revision or None, timeout=PATIENCE).sha
+    except Exception:  # the errors of the HTTP library depend on its version; hub_rows explains what is wrong
+        return None
+
+
+def _commit_of(rows: datasets.Dataset) -> str:
+    """Returns the commit that rows were loaded from; if the library does not record it, a hash of the rows."""
+    sources = " ".join(map(str, rows.info.download_checksums or ()))
+    found = re.search(r"@([0-9a-f]{40})/", sources)
+    return found[1] if found else fingerprint(*map(repr, rows))
