@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from safervlm.errors import ArgumentError, UserError
+from safervlm.errors import ArgumentError, RecordError, UserError
 
 SKIPPED_IN_A_ROW = 20
 REMEDY = (
@@ -19,7 +19,21 @@ REMEDY = (
 
 
 class NotFiniteError(UserError):
-    """Raised if a loss, gradient or weight is NaN or infinite during training."""
+    """Raised if a number is NaN or infinite; during training, the message ends with the step and a remedy.
+
+    Attributes:
+        at: End of the message, which the :class:`TrainingGuard` sets.
+    """
+
+    at = ""
+
+    def __str__(self) -> str:
+        """Returns the message with the step."""
+        return f"{super().__str__()}{self.at}"
+
+
+class NotFiniteRecordError(NotFiniteError, RecordError):
+    """Raised if the numbers of a single record are not finite: it fails in a measurement, and ends a training run."""
 
 
 class TrainingGuard(Callback):
@@ -31,6 +45,7 @@ class TrainingGuard(Callback):
       With a loss scaler (float16), which skips steps with such gradients, the run stops after ``SKIPPED_IN_A_ROW``
       consecutive skipped steps.
     - A non-finite validation loss stops the run.
+    - Any other :class:`NotFiniteError` in a step, such as that of a judge, is given the step and a remedy.
     - A run without any optimizer step ends with an error.
     """
 
@@ -106,12 +121,23 @@ class TrainingGuard(Callback):
         """Rejects a run that made no optimizer step or has non-finite weights."""
         must_be_trained(trainer, pl_module)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Adds the step and a remedy to the message of a number that is not finite."""
+        if isinstance(exception, NotFiniteError) and not exception.at:
+            exception.at = f" {_step(trainer)}"
+            if REMEDY not in str(exception):
+                exception.at += f"; {REMEDY}"
+
     @staticmethod
     def _error(trainer: Trainer, what: str) -> NotFiniteError:
-        batch = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        return NotFiniteError(
-            f"trainer: {what} at optimizer step {trainer.global_step + 1}, batch {max(batch, 1)}; {REMEDY}"
-        )
+        error = NotFiniteError(f"trainer: {what}")
+        error.at = f" {_step(trainer)}; {REMEDY}"
+        return error
+
+
+def _step(trainer: Trainer) -> str:
+    batch = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return f"at optimizer step {trainer.global_step + 1}, batch {max(batch, 1)}"
 
 
 def must_be_trained(trainer: Trainer, module: LightningModule) -> None:
@@ -148,6 +174,21 @@ def must_have_finite_weights(module: LightningModule) -> None:
     if not all_finite(list(trained.values())):
         bad = next(name for name, parameter in trained.items() if not all_finite([parameter]))
         raise NotFiniteError(f"trainer: the trained weight {bad} is not finite (NaN or infinite); {REMEDY}")
+
+
+@torch.no_grad()
+def must_be_finite_now(what: str, *tensors: Tensor) -> None:
+    """Rejects NaN and infinite values that a training step has computed.
+
+    Args:
+        what: What they are, for the error message, beginning with the argument.
+        *tensors: Tensors of any shape.
+
+    Raises:
+        NotFiniteError: A value is not finite.
+    """
+    if not all_finite(tensors):
+        raise NotFiniteError(f"{what} are not finite (NaN or infinite)")
 
 
 @torch.no_grad()

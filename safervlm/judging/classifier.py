@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoTokenizer, RobertaConfig, RobertaModel,
 from transformers.utils import cached_file
 
 from safervlm.data.labelled import LabelCollator
-from safervlm.errors import ArgumentError, RecordError, first_line
-from safervlm.finite import TrainingGuard, must_be_trained
+from safervlm.errors import ArgumentError, first_line
+from safervlm.finite import NotFiniteRecordError, TrainingGuard, must_be_trained
 from safervlm.hashing import fingerprint
 from safervlm.io.escape import for_csv
 from safervlm.io.files import write_atomically
@@ -306,7 +306,7 @@ class Judge(LightningModule):
 
         Raises:
             ArgumentError: the weights can't be loaded.
-            RecordError: a log-probability is not finite.
+            NotFiniteRecordError: a log-probability is not finite.
         """
         result = torch.empty(len(texts), len(self.labels), device=self.device, dtype=torch.float32)
         if not texts:
@@ -323,7 +323,7 @@ class Judge(LightningModule):
                 result[index] = F.log_softmax(self._logits([tokens[index]]), dim=-1)[0]
         if not bool(torch.isfinite(result).all()):
             place = int((~torch.isfinite(result).all(dim=-1)).nonzero()[0])
-            raise RecordError(
+            raise NotFiniteRecordError(
                 f"judge: {self._base!r} has no finite probabilities for the text {texts[place][:40]!r}; look at its "
                 "weights, or name another judge"
             )

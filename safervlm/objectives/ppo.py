@@ -26,6 +26,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
+from safervlm.finite import must_be_finite_now
 from safervlm.hashing import seed_for
 from safervlm.judging.classifier import Judge
 from safervlm.objectives.base import Objective
@@ -208,6 +209,9 @@ class PPO(Objective):
 
         Returns:
             The inputs of :meth:`update`, with the metrics of this process.
+
+        Raises:
+            NotFiniteError: a score, a value or a probability of the judge is NaN or infinite.
         """
         answers = must_be_answered(self.vlm.generate(batch, self.sampling, seed))
         parts = torch.arange(len(batch)).split(self.micro_batch_size)
@@ -224,6 +228,9 @@ class PPO(Objective):
         verdicts = self.judge.judge([answer.text for answer in answers]).to(self.device)
         labels = torch.tensor([self.judge.labels.index(q.answer) for q in batch.questions], device=self.device)
         judged = verdicts.gather(1, labels[:, None])[:, 0]
+        must_be_finite_now("model.judge: the log-probabilities of the judge", judged)
+        must_be_finite_now("model: the log-probabilities of the policy or the reference", logprobs, reference)
+        must_be_finite_now("model: the values of the value function", values)
         # The last batch of an epoch may hold one response more in one process than in another.
         low = self.all_gather(judged.min()).min()  # type: ignore[union-attr]
         high = self.all_gather(judged.max()).max()  # type: ignore[union-attr]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from safervlm.errors import RecordError
+from safervlm.finite import NotFiniteRecordError
 from safervlm.io.texts import tokenizable
 from safervlm.records import Example, Question
 from safervlm.vlm.lora import Adapter
@@ -128,7 +129,13 @@ class Unanswered:
     reason: str
 
 
+@dataclass(frozen=True)
+class UnansweredNotFinite(Unanswered):
+    """A question without a response because the model's logits were not finite."""
+
+
 Answer = Generation | Unanswered
+
 
 NOT_FINITE = (
     "the model's logits are not finite (NaN or infinite); try vlm.dtype float32, or look at the image and the question"
@@ -144,7 +151,7 @@ def without_bad(questions: Sequence[Question], generations: Sequence[Generation]
         bad: For each question, whether NaN or infinite logits occurred.
     """
     return [
-        Unanswered(f"{question.id}: {NOT_FINITE}") if wrong else generation
+        UnansweredNotFinite(f"{question.id}: {NOT_FINITE}") if wrong else generation
         for question, generation, wrong in zip(questions, generations, bad, strict=True)
     ]
 
@@ -156,9 +163,11 @@ def must_be_answered(answers: Sequence[Answer]) -> list[Generation]:
         answers: Results of :meth:`VLM.generate`.
 
     Raises:
-        RecordError: A question has no response.
+        RecordError: A question has no response; a :class:`NotFiniteRecordError` if its logits were not finite.
     """
     for answer in answers:
+        if isinstance(answer, UnansweredNotFinite):
+            raise NotFiniteRecordError(answer.reason)
         if isinstance(answer, Unanswered):
             raise RecordError(answer.reason)
     return [answer for answer in answers if isinstance(answer, Generation)]

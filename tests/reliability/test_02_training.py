@@ -125,6 +125,52 @@ def test_a_number_that_is_not_finite_stops_every_objective(
     assert (tmp_path / "adapter" / "safervlm.json").is_file()
 
 
+class PoisonOutput(L.Callback):
+    """Sets something that PPO computes in a rollout to NaN."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx != 2:
+            return
+        if self.where == "judge":
+            read = pl_module.judge.judge
+            pl_module.judge.judge = lambda texts: read(texts).fill_(NAN)
+        elif self.where == "weights of the judge":
+            pl_module.judge.classifier.weight.data[0, 0] = NAN
+        elif self.where == "values":
+            pl_module.value_head.weight.data[0, 0] = NAN
+        else:
+            pl_module.vlm.base.get_output_embeddings().weight.data.fill_(NAN)
+
+
+@pytest.mark.parametrize("where", ["judge", "weights of the judge", "values", "logits"])
+def test_what_a_rollout_computes_names_the_step_and_a_remedy(where: str, objective, fit, tmp_path: Path) -> None:
+    """Two rollouts of two optimizer steps each precede the one that fails."""
+    with pytest.raises(UserError) as caught:
+        fit(objective("PPO"), PoisonOutput(where))
+    said = str(caught.value)
+    assert "\n" not in said
+    assert "finite" in said
+    assert "at optimizer step 5, batch 3; " in said
+    assert said.count("nothing of this step is kept, checkpoints/last.ckpt stays usable; lower model.lr") == 1
+    assert {"judge": "judge", "weights of the judge": "judge", "values": "value", "logits": "logits"}[where] in said
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO"])
+def test_scores_without_gradients_name_the_step(name: str, objective, fit, monkeypatch, tmp_path: Path) -> None:
+    module = objective(name)
+
+    def broken(batch, batch_idx):
+        raise NotFiniteError("vlm: the logits are not finite")
+
+    monkeypatch.setattr(module, "training_step", broken)
+    with pytest.raises(NotFiniteError, match=r"at optimizer step 1, batch 1; nothing of this step is kept"):
+        fit(module)
+
+
 def test_weights_that_broke_in_the_last_step_are_neither_saved_nor_exported(objective, fit, tmp_path: Path) -> None:
     class BreakAfter(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
