@@ -1,15 +1,41 @@
-"""CPU-time limits for untrusted text that is executed: chat templates of models, regular expressions of adapters."""
+"""Limits of the text of a conversation, and of the CPU time of text that is executed.
+
+Such text is the chat template of a model, or a regular expression of an adapter.
+"""
 
 import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 from safervlm.errors import ArgumentError
+from safervlm.ranges import in_range
 
 SECONDS = 10.0  # of CPU time; templates and expressions normally take milliseconds
+
+
+@dataclass(frozen=True)
+class TextLimits:
+    """Limits of a local model's texts; none of them affects a response.
+
+    Args:
+        max_tokens: Maximum number of tokens of a prompt with its completion, where the model itself declares no smaller
+            number. A longer one is rejected. So is, before it is tokenised, a text of more than 64 characters per
+            token, and a chat template that writes as much.
+        seconds: Maximum CPU time, in seconds, of rendering a chat template, and of matching a regular expression of an
+            adapter or of the LoRA settings.
+    """
+
+    max_tokens: int = 100_000
+    seconds: float = SECONDS
+
+    def __post_init__(self) -> None:
+        """Raises an ArgumentError for a limit that is not a positive number."""
+        in_range("vlm.limits", least=1, max_tokens=self.max_tokens)
+        in_range("vlm.limits", above=0, seconds=self.seconds)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.errors import ArgumentError
 from safervlm.judging.classifier import Judge
 from safervlm.judging.panel import Panel
+from safervlm.limits import TextLimits
 from safervlm.measure import Measure
 from safervlm.objectives.dpo import DPO
 from safervlm.objectives.ppo import PPO
@@ -125,6 +126,7 @@ WRONG: dict[str, tuple[Callable[..., object], dict[str, tuple[float, ...]]]] = {
         Sampling,
         {"temperature": (-0.1, NAN, INFINITY), "top_p": (0.0, 1.1, NAN), "max_new_tokens": (0, -1)},
     ),
+    "TextLimits": (TextLimits, {"max_tokens": (0, -1), "seconds": (0.0, -1.0, NAN, INFINITY)}),
     "LoRA": (LoRA, {"r": (0,), "alpha": (0, -1), "dropout": (-0.1, 1.0, NAN)}),
     "Server": (
         lambda **given: Server("m", ["http://127.0.0.1:1/v1"], **given),
@@ -177,13 +179,15 @@ ALL = [
 @pytest.mark.parametrize(("what", "name", "value"), ALL, ids=lambda each: str(each))
 def test_an_argument_out_of_range_is_one_line(what: str, name: str, value: float) -> None:
     make, _ = WRONG[what]
-    with pytest.raises(ArgumentError, match=rf"^([\w]+\.)?{name}: .*, got {value}$") as caught:
+    with pytest.raises(ArgumentError, match=rf"^([\w]+\.)*{name}: .*, got {value}$") as caught:
         make(**{name: value})
     assert "\n" not in str(caught.value)
     assert not Path("nowhere").exists()
 
 
-@pytest.mark.parametrize("made", [Judge, SFT, DPO, PPO, Measure, Sampling, LoRA, Server, LabelledAnswers, OwnData])
+@pytest.mark.parametrize(
+    "made", [Judge, SFT, DPO, PPO, Measure, Sampling, TextLimits, LoRA, Server, LabelledAnswers, OwnData]
+)
 def test_every_number_has_a_case(made: type) -> None:
     """Except seeds, all of which are in range."""
     numbers = {

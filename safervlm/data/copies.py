@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 
 from safervlm.data.hub import hub_rows
 from safervlm.hashing import fingerprint
@@ -19,7 +20,6 @@ from safervlm.io.files import write_atomically
 from safervlm.io.tables import say
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-PATIENCE = 10.0  # seconds to wait for the Hub's answer; without one, the copy of the last commit is used
 
 
 def copy_of(repo: str, cache: Path, suffix: str = "") -> Path:
@@ -101,10 +101,13 @@ def _fixed(repo: str) -> str | None:
 
 
 def _commit_now(repo: str) -> str | None:
-    """Asks the Hub for the commit that a revision names; None without an answer, for whatever reason."""
+    """Asks the Hub for the commit that a revision names; None without an answer, for whatever reason.
+
+    It waits as long as the Hub's library does: the environment variable HF_HUB_ETAG_TIMEOUT, 10 seconds by default.
+    """
     name, _, revision = repo.partition("@")
     try:
-        return HfApi().dataset_info(name, revision=revision or None, timeout=PATIENCE).sha
+        return HfApi().dataset_info(name, revision=revision or None, timeout=HF_HUB_ETAG_TIMEOUT).sha
     except Exception:  # the errors of the HTTP library depend on its version; hub_rows explains what is wrong
         return None
 

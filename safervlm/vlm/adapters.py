@@ -92,7 +92,9 @@ def adapter_fingerprint(folder: str) -> str:
     return fingerprint(Path(folder) / CONFIG, adapter_weights(folder))
 
 
-def load_adapter(base: PreTrainedModel, folder: str, weights: str | None = None) -> PeftModel:
+def load_adapter(
+    base: PreTrainedModel, folder: str, weights: str | None = None, seconds: float | None = None
+) -> PeftModel:
     """Loads the adapter of a PEFT folder into a base model, and verifies that it fits and has an effect.
 
     Args:
@@ -100,6 +102,7 @@ def load_adapter(base: PreTrainedModel, folder: str, weights: str | None = None)
         folder: PEFT folder of the adapter, exported by SaferVLM or by another program.
         weights: Fingerprint of the base weights. It is compared with the fingerprint in the adapter's seal, if both
             exist.
+        seconds: Limit of the CPU time of each regular expression of the adapter; None for the default.
 
     Returns:
         The model with the adapter.
@@ -123,7 +126,7 @@ def load_adapter(base: PreTrainedModel, folder: str, weights: str | None = None)
             "and would have no effect here; give an adapter of its layers, such as LoRA"
         )
     names = [name for name, _ in base.named_modules()]
-    must_match_soon(sorted(patterns_of(settings)), names, f"{argument}: its {CONFIG}")
+    must_match_soon(sorted(patterns_of(settings)), names, f"{argument}: its {CONFIG}", seconds)
     state = read_tensors(adapter_weights(folder), "vlm.adapter")
     must_be_finite(state.items(), argument)
     named = base.config.name_or_path

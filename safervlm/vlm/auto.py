@@ -31,6 +31,7 @@ from transformers import (
 from safervlm.errors import ArgumentError, first_line
 from safervlm.hashing import seed_for
 from safervlm.io.images import ImageSettings
+from safervlm.limits import TextLimits
 from safervlm.records import Question
 from safervlm.vlm.base import Answer, Unanswered, without_bad
 from safervlm.vlm.compat import PROCESSOR_MAPPING, grown_inputs
@@ -102,6 +103,7 @@ class Transformers(LocalVLM):
         template: Prompt text with the placeholder ``{question}``, for a model without a chat template, for example
             ``Question: {question} Answer:``. None for the chat template.
         images: How images are decoded, and the size limits above which they are rejected.
+        limits: Limits of texts and of the time to render or match them.
 
     Raises:
         ArgumentError: ``template`` has other placeholders than ``{question}``, or the adapter or model folder is
@@ -119,8 +121,9 @@ class Transformers(LocalVLM):
         system: str = "",
         template: str | None = None,
         images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
+        limits: TextLimits = TextLimits(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing)
+        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, limits)
         if template is not None and {name for _, name, _, _ in Formatter().parse(template)} - {None} != {"question"}:
             raise ArgumentError(f"vlm.template: it holds {{question}}, and nothing else in braces, got {template!r}")
         self.system, self.template, self.images = system, template, images
@@ -167,9 +170,10 @@ class Transformers(LocalVLM):
             self.template,
             self.system,
             self.eos_token_ids,
-            getattr(text, "max_position_embeddings", 2**31),
+            min(getattr(text, "max_position_embeddings", 2**31), self.limits.max_tokens),
             self.config.qformer_config.max_position_embeddings if hasattr(self.processor, "qformer_tokenizer") else 0,
             images=self.images,
+            seconds=self.limits.seconds,
             # A placeholder id may exceed the embedding table, because image features replace its embedding.
             words=max(getattr(text, "vocab_size", 2**31), *(token + 1 for token in self.image_token_ids), 0),
         )

@@ -10,12 +10,10 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.images import BLANK, ImageSettings, open_image
-from safervlm.limits import computing_limit
+from safervlm.limits import SECONDS, computing_limit
 from safervlm.records import Example, Question
 from safervlm.vlm.base import CHARACTERS, Batch, tokenizable_example
 from safervlm.vlm.prefix import Encoding
-
-LONGEST = 100_000  # upper bound on the tokens of a conversation; it caps the limit that a model declares
 
 
 class EncodedBatch(Batch):
@@ -83,6 +81,7 @@ class ProcessorCollator:
         question_length: Maximum number of tokens of the question for a Q-Former; 0 for models without one.
         images: How images are decoded.
         words: Number of tokens that the model has embeddings for; a tokenizer may have more.
+        seconds: Maximum CPU time of rendering the chat template.
     """
 
     processor: ProcessorMixin
@@ -93,6 +92,7 @@ class ProcessorCollator:
     question_length: int
     images: ImageSettings = field(default=ImageSettings(), kw_only=True)
     words: int = field(default=2**31, kw_only=True)
+    seconds: float = field(default=SECONDS, kw_only=True)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -160,10 +160,11 @@ class ProcessorCollator:
             ArgumentError: The template takes too long, or its output is too long.
         """
         remedy = "give vlm.template in its place, or use another model"
-        with computing_limit(f"vlm.model: its chat template computes for too long; {remedy}"):
+        slow = f"vlm.model: its chat template computes for too long (vlm.limits.seconds: {self.seconds:g})"
+        with computing_limit(f"{slow}; {remedy}", self.seconds):
             text: str = self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
         given = sum(len(part.get("text", "")) for message in messages for part in message["content"])
-        if len(text) - given > CHARACTERS * min(self.max_length, LONGEST):
+        if len(text) - given > CHARACTERS * self.max_length:
             raise ArgumentError(f"vlm.model: its chat template writes {len(text)} characters; {remedy}")
         return text
 

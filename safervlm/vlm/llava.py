@@ -20,6 +20,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.images import BLANK, ImageSettings, open_image
+from safervlm.limits import TextLimits
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.records import Example
 from safervlm.vlm.base import tokenizable_example
@@ -186,6 +187,7 @@ class Llava(PackedVLM):
             published evaluation of trained models); ``crop`` crops the centre (the published measurement).
         system: System prompt of the conversation; empty for none.
         images: How images are decoded, and the size limits above which they are rejected.
+        limits: Limits of texts and of the time to render or match them.
     """
 
     def __init__(
@@ -199,8 +201,9 @@ class Llava(PackedVLM):
         image_fit: Literal["pad", "crop"] = "pad",
         system: str = VICUNA_SYSTEM,
         images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
+        limits: TextLimits = TextLimits(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing)
+        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, limits)
         self.image_fit, self.system, self.images = image_fit, system, images
 
     @cached_property
@@ -223,7 +226,7 @@ class Llava(PackedVLM):
             image_tokens=config.image_seq_length,
             image_token_id=config.image_token_id,
             system=self.system,
-            max_length=config.text_config.max_position_embeddings,
+            max_length=min(config.text_config.max_position_embeddings, self.limits.max_tokens),
             images=self.images,
             words=config.text_config.vocab_size,
         )

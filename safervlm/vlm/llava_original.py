@@ -23,6 +23,7 @@ from safervlm.hashing import fingerprint
 from safervlm.io.caches import build_folder
 from safervlm.io.images import ImageSettings
 from safervlm.io.reading import json_text
+from safervlm.limits import TextLimits
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.vlm.adapters import CONFIG, adapter_config, adapter_weights
 from safervlm.vlm.llava import Llava, LlavaCollator
@@ -66,6 +67,7 @@ class LlavaOriginal(Llava):
         vision: Name on the Hub, or folder, of the vision tower and its image processor.
         cache_dir: Folder for converted models. A conversion is as large as the model.
         images: How images are decoded, and the size limits above which they are rejected.
+        limits: Limits of texts and of the time to render or match them.
     """
 
     def __init__(
@@ -81,8 +83,11 @@ class LlavaOriginal(Llava):
         vision: str = "openai/clip-vit-large-patch14-336",
         cache_dir: str = "~/.cache/safervlm",
         images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
+        limits: TextLimits = TextLimits(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, image_fit, system, images)
+        super().__init__(
+            model, revision, adapter, lora, dtype, gradient_checkpointing, image_fit, system, images, limits
+        )
         self.original, self.vision, self.cache = model, vision, Path(cache_dir).expanduser() / "converted"
         if adapter is not None:
             self.adapter = str(convert_adapter(Path(adapter), self.cache))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safervlm.errors import ArgumentError, explained
 from safervlm.finite import NotFiniteError
 from safervlm.hashing import seed_for
-from safervlm.limits import must_match_soon
+from safervlm.limits import TextLimits, must_match_soon
 from safervlm.vlm.adapters import adapter_fingerprint, adapter_weights, export_adapter, load_adapter
 from safervlm.vlm.base import NOT_FINITE, VLM, Generation, Scores
 from safervlm.vlm.lora import Adapter, LoRA, checkpoint_gradients
@@ -53,6 +53,7 @@ class LocalVLM(VLM):
         dtype: Data type of the base weights. Adapter weights stay in float32.
         gradient_checkpointing: Recompute activations in the backward pass. Takes less memory and about a third more
             time.
+        limits: Limits of texts and of the time to render or match them.
 
     Raises:
         ArgumentError: The adapter folder is incomplete, or the model is a path that doesn't exist.
@@ -66,6 +67,7 @@ class LocalVLM(VLM):
         lora: LoRA = LoRA(),  # noqa: B008 (frozen)
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
         gradient_checkpointing: bool = False,
+        limits: TextLimits = TextLimits(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
@@ -81,7 +83,7 @@ class LocalVLM(VLM):
             )
         self.name, self.revision, self.adapter, self.lora = model, revision, adapter, lora
         self.dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.limits = gradient_checkpointing, limits
         self.model: PreTrainedModel | PeftModel | None = None
 
     @abstractmethod
@@ -158,7 +160,7 @@ class LocalVLM(VLM):
         if not train:
             self.model = base
             if self.adapter is not None:
-                self.model = load_adapter(base, self.adapter, self.describe()["weights"])
+                self.model = load_adapter(base, self.adapter, self.describe()["weights"], self.limits.seconds)
             self.eval()
             return
         if self.adapter is not None:
@@ -174,9 +176,8 @@ class LocalVLM(VLM):
                 raise ArgumentError(f"train: the first adapter is the policy, got {policy!r}")
             what = f"lora.target_modules: {self.lora.target_modules!r} can't be used"
             remedy = "give a regular expression that matches linear layers of the language model"
-            must_match_soon(
-                [self.lora.target_modules], [name for name, _ in base.named_modules()], "lora.target_modules"
-            )
+            names = [name for name, _ in base.named_modules()]
+            must_match_soon([self.lora.target_modules], names, "lora.target_modules", self.limits.seconds)
             with explained(what, remedy, ValueError, TypeError, error=ArgumentError):
                 model = get_peft_model(base, self.lora.to_peft())
             for other in others:

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from safervlm.errors import RecordError
 from safervlm.io.images import ImageSettings
+from safervlm.limits import TextLimits
 from safervlm.measure import AskCollator
 from safervlm.records import Example, Question
 from safervlm.vlm.auto import Transformers
@@ -358,12 +359,11 @@ def test_a_chat_template_that_cannot_be_scored_is_refused(
         ("{% for a in range(10 ** 9) %}{% endfor %}", "can't be read"),
     ],
 )
-def test_a_chat_template_without_bounds_is_rejected(template: str, message: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("safervlm.limits.SECONDS", 0.5)
+def test_a_chat_template_without_bounds_is_rejected(template: str, message: str, tmp_path: Path) -> None:
     family = written(families.llava, tmp_path)
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match=rf"^vlm\.model: .*{message}") as raised:
-        _ = new(family).collator
+        _ = new(family, limits=TextLimits(seconds=0.5)).collator
     assert "\n" not in str(raised.value)
 
 
@@ -373,6 +373,18 @@ def test_a_text_that_cannot_fit_is_not_tokenised(tmp_path: Path, examples: list[
     question = replace(examples[0].question, prompt="x" * (64 * collator.max_length + 1))
     with pytest.raises(RecordError, match=rf"^{question.id}: a text of \d+ characters, the model takes"):
         collator([Example(question)])
+
+
+def test_the_limits_are_arguments(tmp_path: Path, examples: list[Example]) -> None:
+    family = written(families.llava, tmp_path)
+    collator = new(family, limits=TextLimits(max_tokens=20)).collator
+    for prompt, message in (("x" * 1281, "a text of 1281 characters, the model takes 20"), ("x " * 40, "tokens, the")):
+        with pytest.raises(RecordError, match=message):
+            collator([Example(replace(examples[0].question, prompt=prompt))])
+    (tmp_path / "chat_template.jinja").write_text("{{ 'x' * 1400 }}")
+    with pytest.raises(ValueError, match="writes 1400 characters"):
+        _ = new(family, limits=TextLimits(max_tokens=20)).collator.encode(examples[0].question)
+    assert new(family).collator.max_length == new(family, limits=TextLimits(max_tokens=10**9)).collator.max_length
 
 
 def test_a_question_with_a_special_token_is_refused(tmp_path: Path, examples: list[Example]) -> None:
