@@ -195,7 +195,7 @@ def remove_unfinished(run: Path) -> None:
     Args:
         run: Run folder, which must be locked.
     """
-    written = ("checkpoints", "adapter", "judge", "first_implementation", "first_implementation/*/*")
+    written = ("checkpoints", "adapter", "judge", "shards/*", "first_implementation", "first_implementation/*/*")
     for folder in (run, *(folder for pattern in written for folder in run.glob(pattern))):
         remove_leftovers(folder)
     remove_replaced(run / "checkpoints")

@@ -211,7 +211,7 @@ class PPO(Objective):
             The inputs of :meth:`update`, with the metrics of this process.
 
         Raises:
-            NotFiniteError: a score, a value or a probability of the judge is NaN or infinite.
+            NotFiniteError: a score, a value or an output of the judge is NaN or infinite.
         """
         answers = must_be_answered(self.vlm.generate(batch, self.sampling, seed))
         parts = torch.arange(len(batch)).split(self.micro_batch_size)
@@ -228,9 +228,7 @@ class PPO(Objective):
         verdicts = self.judge.judge([answer.text for answer in answers]).to(self.device)
         labels = torch.tensor([self.judge.labels.index(q.answer) for q in batch.questions], device=self.device)
         judged = verdicts.gather(1, labels[:, None])[:, 0]
-        must_be_finite_now("model.judge: the log-probabilities of the judge", judged)
-        must_be_finite_now("model: the log-probabilities of the policy or the reference", logprobs, reference)
-        must_be_finite_now("model: the values of the value function", values)
+        must_be_finite_now("model: outputs of model.judge or of the value function", judged, values)
         # The last batch of an epoch may hold one response more in one process than in another.
         low = self.all_gather(judged.min()).min()  # type: ignore[union-attr]
         high = self.all_gather(judged.max()).max()  # type: ignore[union-attr]
@@ -271,8 +269,7 @@ class PPO(Objective):
         totals: dict[str, Tensor] = {}
         # All processes take part in each step and each backward pass, so they have to agree on the number of these.
         # The process with the fewest responses determines it; one with a response more adds it to its last part.
-        here = torch.tensor(len(rollout.answers), device=self.device)
-        fewest = int(self.all_gather(here).min())  # type: ignore[union-attr]
+        fewest = int(self.all_gather(torch.tensor(len(rollout.answers), device=self.device)).min())  # type: ignore[union-attr]
         for _ in range(self.ppo_epochs):
             order = torch.randperm(len(rollout.answers), generator=generator)
             for start, mini in zip(

@@ -19,6 +19,7 @@ from pathlib import Path
 import lightning.fabric.plugins.io.torch_io as torch_io
 import torch
 import yaml
+from full_disk import limit
 from lightning import Callback
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
@@ -51,6 +52,8 @@ def _command(args: Sequence[str], folder: Path, log: Path, environment: dict[str
     multiprocessing.set_start_method("fork", force=True)  # of its data workers, as for a command in a shell
     from safervlm.cli.main import main
 
+    if disk := os.environ.get("FULL_DISK"):
+        limit(Path(disk), int(os.environ["FULL_DISK_SIZE"]))
     main(args)
 
 
@@ -141,9 +144,9 @@ class Played:
         return self.log.read_text(errors="replace")
 
 
-def play(args: Sequence[object], folder: Path, code: int = 0) -> str:
+def play(args: Sequence[object], folder: Path, code: int = 0, **environment: object) -> str:
     """Runs a command, checks that its exit code is ``code``, and returns its output."""
-    played = Played(args, folder)
+    played = Played(args, folder, **environment)
     assert played.end() == code, played.output
     return played.output
 

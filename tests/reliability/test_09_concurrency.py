@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluations import safety, write
+from full_disk import limit, used
 from processes import CONTEXT, build_world, play
 
 from safervlm.cli.main import main
 from safervlm.data.export import export_training_files
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.caches import temporary
+from safervlm.io.files import write_atomically
 from safervlm.pictograms import world
 from safervlm.reports.evaluation import evaluation
 from safervlm.reports.page import report
@@ -204,6 +206,7 @@ def test_a_command_that_writes_outside_of_a_run_removes_what_a_killed_one_left(
 
 
 LEFT = (".tmp-safervlm-1-ab.jsonl", "adapter/.tmp-safervlm-1-cd.json", ".scores.4711.xlsx", ".manifest.1.json")
+LEFT += ("shards/responses/.tmp-safervlm-1/.tmp-safervlm-1.failed",)
 LEFT += ("checkpoints/.tmp-safervlm-1/last.ckpt", "judge/.tmp-safervlm-1.safetensors")
 LEFT += ("checkpoints/.safervlm-00112233445566ff.ckpt/weights",)
 LEFT += ("first_implementation/UnsafeConcepts/alignment/.tmp-safervlm-1.json",)
@@ -261,38 +264,65 @@ def test_a_damaged_manifest_is_named(text: str, tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+SIZE = 256 * 1024  # of the small disk, in bytes
+
+
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a separate, almost full disk."""
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, dict[str, object]]]:
+    """A folder on a separate, small disk, and the environment of commands; where none can be mounted, a fake.
+
+    With the environment variable FAKE_DISK it is the fake in any case.
+    """
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
-    if os.getuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a disk takes root")
-    yield disk
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(disk)]
+    if os.getuid() or os.environ.get("FAKE_DISK") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        yield disk, {"FULL_DISK": disk, "FULL_DISK_SIZE": SIZE}
+        return
+    yield disk, {}
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.slow
 def test_on_a_full_disk_nothing_is_lost(
-    measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path, small_disk: Path, tmp_path: Path
+    measuring_line: Callable[[Path, Path], list[str]],
+    tiny_sets: Path,
+    small_disk: tuple[Path, dict[str, object]],
+    tmp_path: Path,
 ) -> None:
-    whole = tmp_path / "whole"
+    whole, (disk, environment) = tmp_path / "whole", small_disk
     whole.mkdir()
     line = [*measuring_line(Path("run"), tiny_sets / "unsafe"), "--data.batch_size=5"]
     play(line, whole)
-    for left in (6_000, 24_000, 30_000):  # before the first responses, in the shards, in the merged files
-        (small_disk / "fill").unlink(missing_ok=True)
-        (small_disk / "fill").write_bytes(b"x" * (256 * 1024 - left - used(small_disk)))
-        said = play(line, small_disk, code=2)
+    for left in (6_000, 24_000, 26_000):  # before the first responses, in the shards, in the merged files
+        (disk / "fill").unlink(missing_ok=True)
+        (disk / "fill").write_bytes(b"x" * (SIZE - left - used(disk)))
+        said = play(line, disk, code=2, **environment)
         assert "No space left on device" in said
-        assert not list((small_disk / "run").rglob(".tmp-safervlm-*"))
-    (small_disk / "fill").unlink()
-    play(line, small_disk)
+        assert not list((disk / "run").rglob(".tmp-safervlm-*"))
+    (disk / "fill").unlink()
+    play(line, disk, **environment)
     for name in ("responses.jsonl", "verdicts.jsonl"):
-        assert (small_disk / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
+        assert (disk / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
 
 
-def used(disk: Path) -> int:
-    """The space that the files of a disk take, in whole pages."""
-    return sum(-(-file.stat().st_size // 4096) * 4096 for file in disk.rglob("*") if file.is_file())
+def fill_fake(disk: Path) -> None:
+    """Fills a fake of a disk in this process, and raises unless it is full and keeps what was there."""
+    limit(disk, 3 * 4096)
+    write_atomically(disk / "a", lambda file: file.write_text("first"))
+    for name, size in (("a", 9000), ("b", 9000)):
+        with pytest.raises(OSError, match="No space left"):
+            write_atomically(disk / name, lambda file, size=size: file.write_bytes(b"x" * size))
+    with (disk / "log").open("ab", buffering=0) as log:
+        assert log.write(b"x" * 8192) == 8192
+        with pytest.raises(OSError, match="No space left"):
+            log.write(b"x")
+    assert (disk / "a").read_text() == "first"
+    assert {path.name for path in disk.iterdir()} == {"a", "log"}
+
+
+def test_the_fake_of_a_full_disk(tmp_path: Path) -> None:
+    process = CONTEXT.Process(target=fill_fake, args=(tmp_path,))
+    process.start()
+    process.join(100)
+    assert process.exitcode == 0
