@@ -191,7 +191,7 @@ def test_training_is_interrupted_everywhere_and_ends_as_one_that_was_not(fit: li
     play(fit, tmp_path)
     for name in ("metrics.csv", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
-    assert not (tmp_path / "run" / "checkpoints" / "next.ckpt").exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
 def long_steps(folder: Path, **settings: object) -> str:
