@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from safervlm.addresses import public_text
 from safervlm.errors import RecordError, UserError, first_line
 
 Item = TypeVar("Item")
@@ -27,7 +28,7 @@ def reason_of(error: BaseException) -> str:
     """
     if isinstance(error, ENDS) or (isinstance(error, UserError) and not isinstance(error, RecordError)):
         raise error
-    line = first_line(error)
+    line = public_text(first_line(error))
     if not isinstance(error, RecordError) and line != type(error).__name__:
         line = f"{type(error).__name__}: {line}"
     return line if len(line) <= 500 else f"{line[:500]} ..."

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from safervlm.addresses import public_text
 from safervlm.errors import RecordError
 from safervlm.io.caches import LOCK
 from safervlm.io.locks import Lock
@@ -121,7 +122,7 @@ class RunManifest(Callback):
         if trainer.is_global_zero and stage != "validate":
             device = trainer.strategy.root_device
             provenance = {
-                "command": " ".join(["safervlm", *sys.argv[1:]]),
+                "command": " ".join(["safervlm", *map(public_text, sys.argv[1:])]),
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": {name: version(name) for name in PACKAGES},
                 "python": sys.version.split()[0],

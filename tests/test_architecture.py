@@ -14,6 +14,7 @@ SOURCES = sorted([*(ROOT / "safervlm").rglob("*.py"), *(ROOT / "callbacks").rglo
 # Lower first. A package may import from its own layer where that makes no circle.
 LAYERS = (
     (
+        "addresses",
         "errors",
         "failures",
         "finite",

@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from safervlm.addresses import public
 from safervlm.cli.arguments import prepared
 from safervlm.cli.classes import import_classes
 from safervlm.cli.messages import one_line
@@ -28,6 +29,7 @@ from safervlm.errors import ArgumentError, UserError, explained
 from safervlm.io.boundary import causes, fail, run_folder, warn
 from safervlm.io.files import write_atomically
 from safervlm.io.seals import differences, origin_of, verify_seal
+from safervlm.io.settings import flat, from_yaml
 from safervlm.io.signals import exit_code
 from safervlm.io.tables import say
 from safervlm.manifest import RunManifest, stage_name
@@ -62,7 +64,7 @@ class ConfigInRunFolder(SaveConfigCallback):
     """Callback that saves the configuration in the run folder; Lightning would use the logger's folder."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes ``fit.yaml``, ``validate.yaml`` or ``predict.yaml``.
+        """Writes ``fit.yaml``, ``validate.yaml`` or ``predict.yaml``, with addresses in their public form.
 
         Args:
             trainer: Trainer, which has the path of the run folder.
@@ -71,6 +73,9 @@ class ConfigInRunFolder(SaveConfigCallback):
         """
         # Includes null values: if omitted, they would become defaults when the file is used again.
         text = self.parser.dump(self.config, skip_unset=False)
+        for _, value in flat(from_yaml(text), lists=True):
+            if isinstance(value, str):
+                text = text.replace(value, public(value)) if public(value) != value else text
         path = Path(trainer.default_root_dir) / self.config_filename
         write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 

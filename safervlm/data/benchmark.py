@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from safervlm.addresses import has_user, is_address, public
 from safervlm.data.copies import copy_of, keep_copy
 from safervlm.data.embedded import embedded, images_folder, write_images, written_images
 from safervlm.data.folders import files_below, left_out
@@ -51,6 +52,7 @@ class Benchmark(SaferData):
         name: Name of the dataset, the first component of its record ids.
         source: Dataset to read: a TSV, CSV or JSONL file, a folder of images, an https address of such a file, or the
             name ``owner/name`` or ``owner/name@revision`` of a dataset on the Hub. Downloads are kept in ``cache_dir``.
+            The query of an address is used for the request alone; a hash of it is recorded.
         about: Description of the dataset and its origin, appended to the error message if the dataset is unavailable.
         md5: Published MD5 checksum of the file, checked if ``source`` is an address.
         answers: Rule that decides whether a response is correct. ``safety``: the judge classifies the response as the
@@ -121,8 +123,14 @@ class Benchmark(SaferData):
             )
         if not lower:
             raise ArgumentError("data.unsafe: it and data.safe are empty: say which labels mean what")
-        for argument, text in {"source": source, "cache_dir": cache_dir}.items():
-            path_text(f"data.{argument}", text)
+        path_text("data.cache_dir", cache_dir)
+        if not re.match(r"https?://", source, re.IGNORECASE):
+            path_text("data.source", source)
+        elif has_user(source) or re.search(r"\s", source):
+            raise ArgumentError(
+                f"data.source: {public(source.split()[0])} has a user name, a password or white space, which can't be "
+                "sent: download it, and name the copy"
+            )
         self.label_column, self.image_column = _column("label", label_column), _column("image", image_column)
         self.question_column, self.name_column = _column("question", question_column), _column("name", name_column)
         self.category_column = _column("category", category_column)
@@ -145,7 +153,7 @@ class Benchmark(SaferData):
     @property
     def remote(self) -> Literal["web", "hub", None]:
         """Where the source is downloaded from; None for a local file or folder."""
-        if re.match(r"https?://", self.source):
+        if is_address(self.source):
             return "web"
         return "hub" if on_the_hub(self.source) else None
 
@@ -154,10 +162,10 @@ class Benchmark(SaferData):
         """Path of the local table or folder."""
         if self.remote == "web":
             with explained(
-                f"data.source: {self.source!r} is no address", "correct it", ValueError, error=ArgumentError
+                f"data.source: {public(self.source)!r} is no address", "correct it", ValueError, error=ArgumentError
             ):
                 name = Path(urlsplit(self.source).path)
-            return self.cache / f"{name.stem}-{fingerprint(self.source)[:8]}{name.suffix}"
+            return self.cache / f"{name.stem}-{fingerprint(public(self.source))[:8]}{name.suffix}"
         if self.remote == "hub":
             return copy_of(self.source, self.cache, ".jsonl")
         return Path(self.source).expanduser()
@@ -173,7 +181,7 @@ class Benchmark(SaferData):
             if self.remote == "web":
                 if not self.file.exists():
                     fetch(self.source, self.file, self.download)
-                check_download(self.file, self.md5, self.source)
+                check_download(self.file, self.md5, public(self.source))
             elif self.remote == "hub":
                 keep_copy(self.source, self.cache, "by data.source", save_table, ".jsonl")
             elif not self.file.exists():
@@ -384,7 +392,7 @@ class Benchmark(SaferData):
 
     def describe(self) -> dict[str, Any]:
         """Extends :meth:`SaferData.describe` by the dataset's name, its source and the limit."""
-        return super().describe() | {"name": self.dataset, "source": self.source, "limit": self.limit}
+        return super().describe() | {"name": self.dataset, "source": public(self.source), "limit": self.limit}
 
 
 def _column(of: str, name: str | None) -> str:

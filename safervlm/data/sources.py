@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 import datasets
 from rich.markup import escape
 from rich.progress import Progress
 
+from safervlm.addresses import public, public_text
 from safervlm.data.tables import TABLES
 from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.io.caches import cache_folder
@@ -64,7 +65,9 @@ class Download:
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
         """Raises URLError, because the new address was not named by the user."""
-        raise URLError(f"it redirects to {newurl[:200]!r}, which is not followed; name that address if you trust it")
+        raise URLError(
+            f"it redirects to {public(newurl)[:200]!r}, which is not followed; name that address if you trust it"
+        )
 
 
 def fetch(address: str, file: Path, bounds: Download = Download()) -> None:
@@ -105,9 +108,12 @@ def fetch(address: str, file: Path, bounds: Download = Download()) -> None:
         write_atomically(file, write)
     # Not every OSError: disk errors have another remedy.
     except (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-        reason = first_line(error).strip("<>").removeprefix("urlopen error ")
+        reason = public_text(first_line(error).strip("<>").removeprefix("urlopen error "))
+        if isinstance(error, HTTPError):  # the server's own words may repeat the query
+            reason = f"HTTP status {error.code}"
         raise RecordError(
-            f"{address} can't be fetched ({reason}): fetch it by other means to {file}, or name the file as data.source"
+            f"{public(address)} can't be fetched ({reason}): fetch it by other means to {file}, or name the file as "
+            "data.source"
         ) from None
 
 

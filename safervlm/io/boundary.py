@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import NoReturn
 
+from safervlm.addresses import public_text
 from safervlm.errors import UserError, first_line
 from safervlm.io.escape import for_terminal
 from safervlm.io.signals import why_ended
@@ -181,7 +182,7 @@ def keep_traceback(error: BaseException) -> str:
     Args:
         error: Exception with its traceback.
     """
-    text = "".join(traceback.format_exception(error))
+    text = public_text("".join(traceback.format_exception(error)))
     for write in (_to_run_folder, _to_temporary_file):
         with suppress(OSError):
             if file := write(text):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rich.text import Text
 
+from safervlm.addresses import public_text
+
 CELL = 32_767  # the longest text of an Excel cell, in UTF-16 code units
 SHOWN = 4_000  # the longest text on a page, in characters
 TITLE = 31  # the longest title of an Excel sheet
@@ -82,11 +84,13 @@ def _escaped(character: str) -> str:
 def for_terminal(text: object, lines: bool = False) -> str:
     """Escapes a text for the terminal, where an escape sequence could move the cursor or clear the screen.
 
+    Addresses are shown without their secrets (:func:`safervlm.addresses.public_text`).
+
     Args:
         text: Object whose ``str`` is shown.
         lines: Whether to keep line breaks; if False, the result is one line.
     """
-    return visible(str(text), keep="\n" if lines else "")
+    return visible(public_text(str(text)), keep="\n" if lines else "")
 
 
 def for_rich(text: object, style: str = "", lines: bool = False) -> Text:

@@ -7,6 +7,7 @@ escaped wherever the name is printed or written to a page or table.
 import unicodedata
 from collections.abc import Sequence
 
+from safervlm.addresses import is_address, public
 from safervlm.errors import ArgumentError
 
 # Characters that are invisible everywhere: soft hyphen, zero-width space, word joiner, byte order mark.
@@ -54,10 +55,14 @@ def path_text(argument: str, text: str) -> str:
         text: Text of the argument.
 
     Raises:
-        ArgumentError: The text is empty, or contains a NUL character.
+        ArgumentError: The text is empty, contains a NUL character, or is an address.
     """
     if "\0" in not_empty(argument, text):
         raise ArgumentError(f"{argument}: {text!r} can't be a path: remove the zero character")
+    if is_address(text):
+        raise ArgumentError(
+            f"{argument}: {public(text.strip())} is an address, and no path: download it, and name the copy"
+        )
     return text
 
 
