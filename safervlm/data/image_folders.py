@@ -107,7 +107,7 @@ def read_images(folder: Path, dataset: str, label: str) -> list[ImageRecord]:
 
     Raises:
         RecordError: The file is missing or empty; a record lacks a field, has an unknown category, or names an image
-            that is missing, outside the folder or named by an earlier record.
+            that is outside the folder or named by an earlier record.
     """
     metadata = require_metadata(folder)
     images = []
@@ -190,7 +190,7 @@ def named_file(folder: Path, image: str, where: str) -> Path:
         where: File and line of the record, for the error message.
 
     Raises:
-        RecordError: The file is missing or outside the folder, or the name is not a valid file name.
+        RecordError: The file is outside the folder, or the name is not a valid file name.
     """
     with explained(f"{where}: the image {image[:80]!r} can't be a file's name", "correct it", OSError, ValueError):
         return image_file(folder, image, where)

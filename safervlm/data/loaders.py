@@ -133,9 +133,14 @@ class TrainingLoader:
         self._delivered = self._start if epoch == self._epoch else 0
         self._epoch, self._start = epoch, 0
         batches = training_batches(len(self.examples), self.batch_size, self.seed, epoch, self.rank, self.world_size)
-        for batch in _deliver(self.examples, batches[self._delivered :], self.collator, self.num_workers):
-            self._delivered += 1
-            yield batch
+        loader = _deliver(self.examples, batches[self._delivered :], self.collator, self.num_workers)
+        try:
+            for batch in loader:
+                self._delivered += 1
+                yield batch
+        except RecordError as error:  # images have been checked before the first step, but may change
+            place = f"batch {self._delivered + 1} of epoch {epoch + 1}"
+            raise RecordError(f"{error} ({place}; what was trained before it is in checkpoints/last.ckpt)") from None
 
     def _order(self) -> dict[str, Any]:
         # Everything, besides the epoch, that determines which examples the first k batches contain. Equal on all ranks.

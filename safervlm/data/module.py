@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
@@ -16,8 +17,10 @@ from safervlm.data.loaders import (
     validation_batches,
 )
 from safervlm.errors import ArgumentError, RecordError
+from safervlm.failures import reason_of
 from safervlm.hashing import fingerprint
 from safervlm.io.image_hashes import images_fingerprint, report_frames
+from safervlm.io.images import ImageSettings, decode, printable
 from safervlm.io.names import normal_name
 from safervlm.ranges import in_range
 from safervlm.records import Example, to_line
@@ -103,8 +106,21 @@ class SaferData(LightningDataModule):
         return parts
 
     def setup(self, stage: str) -> None:
-        """Reads the data, so that an invalid record is reported before a model is loaded."""
-        _ = self.parts
+        """Reads the data, so that an invalid record is reported before a model is loaded.
+
+        Raises:
+            RecordError: The data can't be read; or images are missing, for ``predict`` all of them. A missing image
+                fails the questions about it alone; training needs every image.
+        """
+        parts = self.parts
+        examples = parts.predict if stage == "predict" else [*parts.train, *parts.validation]
+        about = {each.question.image_path: each.question for each in examples if each.question.image_path is not None}
+        missing = [path for path in about if not Path(path).exists()]
+        if missing and (stage != "predict" or len(missing) == len(about) > 1) and self.image_files():
+            raise RecordError(
+                f"data: {len(missing)} of {len(about)} images are missing, for example {printable(missing[0])} "
+                f"({printable(about[missing[0]].id)}): add the files, or remove their records"
+            )
 
     def skip(self, ids: Collection[str]) -> None:
         """Excludes questions from prediction; must be called before :meth:`predict_dataloader`.
@@ -231,6 +247,29 @@ class SaferData(LightningDataModule):
     def _place(self) -> tuple[int, int]:
         """Returns the rank of this process and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def must_show_their_images(examples: Sequence[Example], settings: ImageSettings) -> None:
+    """Decodes each different image of some examples once, so that training does not end at one in the middle.
+
+    Args:
+        examples: Examples to train or validate on.
+        settings: How the model's images are decoded.
+
+    Raises:
+        RecordError: Images can't be decoded; the message has their number and names one.
+    """
+    about = {each.question.image_path: each.question.id for each in examples if each.question.image_path is not None}
+    reasons = []
+    for path, name in about.items():
+        try:
+            decode(path, name, settings)
+        except BaseException as error:
+            reasons.append(reason_of(error))
+    if reasons:
+        raise RecordError(
+            f"data: {len(reasons)} of {len(about)} images can't be trained on; {reasons[0]}, then start again"
+        )
 
 
 def text_field(record: Mapping[str, Any], names: Sequence[str], where: str) -> str:

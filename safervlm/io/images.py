@@ -128,7 +128,7 @@ class Decoded:
 
 
 def image_file(folder: Path, image: str, record: str) -> Path:
-    """Returns the file of an image that a dataset names.
+    """Returns the file of an image that a dataset names; a missing file is reported when the image is needed.
 
     Args:
         folder: The dataset's folder; images outside it are rejected, whether by ``..``, an absolute path or a link.
@@ -136,11 +136,11 @@ def image_file(folder: Path, image: str, record: str) -> Path:
         record: Id of the record that names it, for the error message.
 
     Raises:
-        RecordError: The file is missing or lies outside the folder, or its name is invalid.
+        RecordError: The file lies outside the folder, or its name is invalid.
     """
     try:
         file = (folder / image).resolve()
-        inside, there = file.is_relative_to(folder.resolve()), file.is_file()
+        inside, _ = file.is_relative_to(folder.resolve()), file.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL character, a name that is too long
         raise RecordError(
             f"{printable(record)}: the image {image[:200]!r} can't be opened ({first_line(error)}): correct its name"
@@ -148,10 +148,6 @@ def image_file(folder: Path, image: str, record: str) -> Path:
     if not inside:
         raise RecordError(
             f"{printable(record)}: the image {image!r} lies outside {folder}: move or copy it into the folder"
-        )
-    if not there:
-        raise RecordError(
-            f"{printable(record)}: the image {printable(folder / image)} is missing: add the file or remove the record"
         )
     return folder / image
 

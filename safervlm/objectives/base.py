@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
-from safervlm.data.module import SaferData
+from safervlm.data.module import SaferData, must_show_their_images
 from safervlm.errors import ArgumentError
 from safervlm.finite import TrainingGuard
 from safervlm.hashing import seed_for
+from safervlm.io.images import ImageSettings
 from safervlm.io.seals import must_fit
 from safervlm.ranges import in_range
 from safervlm.vlm.base import Batch, Collator
@@ -68,19 +69,24 @@ class Objective(L.LightningModule):
         return [TrainingGuard()]
 
     def setup(self, stage: str) -> None:
-        """Validates, before any weight is loaded, that examples carry the completions this objective expects.
+        """Validates, before any weight is loaded, the completions that this objective expects, and every image.
 
         Raises:
             ArgumentError: the first training or validation example has another number of completions.
+            RecordError: an image is damaged or too large. Training would end in the middle, and with another image in
+                its place could not be resumed.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        examples = [*data.parts.train[:1], *data.parts.validation[:1]] if isinstance(data, SaferData) else []
-        for example in examples:
+        if not isinstance(data, SaferData):
+            return
+        for example in [*data.parts.train[:1], *data.parts.validation[:1]]:
             if len(example.completions) != self.completions:
                 raise ArgumentError(
                     f"data: {type(data).__name__} gives {len(example.completions)} completions a record, "
                     f"{type(self).__name__} takes {self.completions}; use the data of its recipe in configs/"
                 )
+        asked = (data.parts.train if stage == "fit" else []) + data.parts.validation
+        must_show_their_images(asked, getattr(self.vlm, "images", ImageSettings()))
 
     def configure_model(self) -> None:
         """Loads the base weights and adds newly initialised adapters."""

@@ -226,7 +226,7 @@ def test_other_images_are_another_set_and_animations_are_reported(
         (GOOD | {"label": "safe"}, "line 2: the field 'label' must be 'Safe' or 'Unsafe', got 'safe'"),
         (GOOD | {"chosen": "Yes"}, "line 2: unknown field 'chosen'"),
         (GOOD | {"image": "../1.png"}, "line 2: the image '../1.png' lies outside"),
-        (GOOD | {"image": "2.png"}, "line 2: the image .*2.png is missing"),
+        (GOOD | {"image": "2.png"}, r"1 of 2 images are missing, for example .*2\.png \(Own/2\.png/alignment/0\): add"),
         (GOOD | {"id": "Own/1.png/alignment/0"}, "Own/1.png/alignment/0: two records have this id"),
         ("{", "line 2: not JSON"),
     ],

@@ -1,12 +1,15 @@
 """What all objectives reject before any weight is loaded."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
 import pytest
 
 from safervlm.data.module import Parts, SaferData
+from safervlm.errors import RecordError
+from safervlm.io.images import ImageSettings
 from safervlm.judging.classifier import Judge
 from safervlm.objectives import DPO, PPO, SFT
 from safervlm.objectives.base import Objective
@@ -46,6 +49,40 @@ def test_the_data_of_another_objective_is_refused(
         ValueError, match=f"Records gives {given} completions a record, {objective.__name__} takes {takes}"
     ):
         trainer.fit(model, datamodule=Records(make_questions(3), given))
+    assert model.vlm.model is None  # no weights were loaded
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+@pytest.mark.parametrize("damage", ["missing", "damaged", "folder", "too large"])
+@pytest.mark.parametrize("objective", [SFT, DPO, PPO])
+def test_an_image_that_cannot_be_trained_on_is_named_before_the_first_step(
+    objective: type[Objective],
+    damage: str,
+    part: str,
+    llava: Callable[[], Llava],
+    make_questions: Callable[[int], list[Question]],
+    tmp_path: Path,
+) -> None:
+    questions = make_questions(8)
+    bad = tmp_path / "bad.png"
+    if damage == "folder":
+        bad.mkdir()
+    elif damage != "missing":
+        content = Path(str(questions[0].image_path)).read_bytes()
+        bad.write_bytes(content[:60] if damage == "damaged" else content)
+    questions[2:4] = [replace(question, image_path=str(bad)) for question in questions[2:4]]
+    model = PPO(llava(), JUDGE) if objective is PPO else objective(llava())
+    if damage == "too large":
+        model.vlm.images = ImageSettings(max_side=39)  # of 40 x 30
+    data = Records(questions[:2] if part == "validation" else questions, model.completions)
+    held_out = [Example(question, ("Yes.",) * model.completions) for question in questions]
+    data.load = lambda: Parts(train=data.examples, validation=held_out if part == "validation" else [])  # type: ignore[method-assign]
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    with pytest.raises(
+        RecordError, match=r"^data: \d of 4 images .*bad\.png|^data: \d of 4 images .* is \d+ x"
+    ) as error:
+        trainer.fit(model, datamodule=data)
+    assert "\n" not in str(error.value)
     assert model.vlm.model is None  # no weights were loaded
 
 

@@ -1,5 +1,6 @@
 """Promise 3, measuring: an error of one question is its own failure, and the others get responses."""
 
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.record_writer import RecordWriter
+from safervlm.cli.main import main
 from safervlm.errors import ArgumentError, RecordError, UserError
 from safervlm.measure import AskCollator, Measure
-from safervlm.records import Example, Failure, Question, Response
+from safervlm.records import Example, Failure, Question, Response, read_jsonl
 from safervlm.vlm.base import Answer, Generation, Unanswered
 
 PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})  # as of a Rust library
@@ -199,3 +201,34 @@ def test_an_answer_that_cannot_be_written_fails_alone(make_questions, tmp_path: 
     assert shard.read_text(encoding="utf-8").count("\n") == 1
     assert [failure.id for failure in writer._failed] == [bad.id]
     assert "can't be written as JSON" in writer._failed[0].reason
+
+
+def test_a_missing_image_is_a_failure_of_its_questions_alone(
+    measuring_line: Callable[[Path, Path], list[str]],
+    tiny_sets: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "unsafe"
+    shutil.copytree(tiny_sets / "unsafe", folder)
+    line = measuring_line(tmp_path / "run", folder)
+    main(measuring_line(tmp_path / "whole", folder))
+    asked = [record["image_path"] for record in read_jsonl(tmp_path / "whole" / "responses.jsonl")]
+    image = Path(asked[0])
+    image.rename(tmp_path / "moved.png")
+    with pytest.raises(SystemExit) as end:
+        main(line)
+    assert end.value.code == 3
+    failed = list(read_jsonl(tmp_path / "run" / "responses-failed.jsonl"))
+    assert [record["image_path"] for record in failed] == [str(image)] * asked.count(str(image))
+    assert all("is missing: add the file" in record["reason"] for record in failed)
+    assert "Traceback" not in capfd.readouterr().err
+    (tmp_path / "moved.png").rename(image)
+    main(line)  # asks those alone
+    assert (tmp_path / "run" / "responses.jsonl").read_bytes() == (tmp_path / "whole" / "responses.jsonl").read_bytes()
+    assert not (tmp_path / "run" / "responses-failed.jsonl").exists()
+    shutil.rmtree(folder / "images")  # then the folder is not that of the dataset
+    with pytest.raises(SystemExit) as end:
+        main(measuring_line(tmp_path / "another", folder))
+    assert end.value.code == 2
+    assert "images are missing, for example" in capfd.readouterr().err
