@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from safervlm.errors import ArgumentError
-from safervlm.io.settings import flat, from_yaml, read_settings, read_yaml
+from safervlm.io.settings import flat, from_yaml, read_part, read_settings
+from safervlm.io.trust import PATHS
 from safervlm.recipes import local_or_shipped
 
 # Short form -> full name, for arguments that are often typed.
@@ -30,7 +31,8 @@ MAX_SEED = 2**32 - 1  # the largest seed that NumPy's generators accept
 SEEDS = {"seed", "seed_everything"}
 # Settings for which an empty text is a valid value: no system prompt, no description.
 MAY_BE_EMPTY = {"system", "about", "template"}
-# Arguments whose value may be a settings file of any name; for other arguments only .yaml and .yml files are.
+# Arguments whose value must be a settings file if a file of this name exists; that of others, except of data files, may
+# be one.
 PARTS = {"config", "model", "model.vlm", "data", "data.own", "data.sets", "trainer"}
 
 
@@ -109,8 +111,9 @@ def check_arguments(name: str, value: Any, where: str, folder: Path, seen: set[P
     prefix = "" if name == "config" else name
     file = next((place for place in (folder / value, Path(value)) if os.path.exists(place)), None)  # noqa: PTH110 (a long text is no file, and no error)
     if file is not None:
-        read = read_settings if name in PARTS else read_yaml if file.suffix in (".yaml", ".yml") else None
-        if read is not None and file.resolve() not in seen:
+        yaml_file = file.suffix in (".yaml", ".yml")
+        read = read_settings if name in PARTS else read_part if yaml_file or last not in PATHS else None
+        if read is not None and (name in PARTS or yaml_file or file.is_file()) and file.resolve() not in seen:
             check_inside(read(file, where), prefix, value, file.parent, {*seen, file.resolve()})
     elif value.lstrip()[:1] in ("{", "[") or (name == "config" and "\n" in value):
         try:

@@ -18,7 +18,7 @@ from safervlm.io.images import BROKEN, IMAGE_ENDINGS, image_kind
 from safervlm.io.reading import read_object
 
 # Version of the folder's content. Increase it if the output changes, so that older folders are not used.
-FORMAT = "2"
+FORMAT = "3"
 # Longer texts are not treated as file names (characters).
 LONGEST_NAME = 1000
 

@@ -244,11 +244,11 @@ def open_regular(path: str | Path) -> io.BufferedReader:
 
 
 @contextmanager
-def strict_pillow(max_pixels: int) -> Iterator[None]:
+def strict_pillow(max_pixels: int | None) -> Iterator[None]:
     """Context manager in which Pillow rejects oversized and truncated images, and prints no warnings.
 
     Args:
-        max_pixels: Maximum of width times height, also of frames within a file.
+        max_pixels: Maximum of width times height, also of frames within a file; None where no pixel is decoded.
     """
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
@@ -388,11 +388,13 @@ def orientation_of(image: Image.Image) -> int | None:
 def has_frames(file: BinaryIO) -> bool:
     """Returns whether a file is an animation or has several pages; a second image in a phone's JPEG (MPO) is ignored.
 
+    No pixel is decoded, so that the size of the image does not matter.
+
     Args:
         file: File opened for reading in binary mode.
     """
     try:
-        with strict_pillow(ImageSettings.max_pixels), Image.open(file, formats=FORMATS) as image:
+        with strict_pillow(None), Image.open(file, formats=FORMATS) as image:
             return image.format != "MPO" and bool(getattr(image, "is_animated", False))
     except Exception:
         return False
@@ -401,11 +403,13 @@ def has_frames(file: BinaryIO) -> bool:
 def image_kind(content: bytes) -> str | None:
     """Returns the lower-case name of an image's format, such as png or jpeg (including MPO); None if it is no image.
 
+    No pixel is decoded. The limits of the size are checked when the image is used, by the settings of that use.
+
     Args:
         content: Bytes of a file; only the formats of :data:`FORMATS` are recognised.
     """
     try:
-        with strict_pillow(ImageSettings.max_pixels), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with strict_pillow(None), Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return {"MPO": "jpeg"}.get(str(image.format), str(image.format).lower())
     except Exception:
         return None

@@ -1,6 +1,7 @@
 """Settings in YAML and JSON: strict parsing, and flattening to dotted keys."""
 
 import codecs
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import yaml
 
 from safervlm.errors import ArgumentError, UserError, first_line
-from safervlm.io.reading import text_lines
+from safervlm.io.reading import parse_json, text_lines
 
+LARGEST_PART = 1_000_000  # bytes of a file that a configuration includes
 LARGEST = 100_000  # maximum number of values of a configuration, with aliases expanded
 
 
@@ -115,6 +117,39 @@ def read_yaml(file: Path, option: str = "", error: type[UserError] = ArgumentErr
         place = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(cause, "problem", None) or first_line(cause)
         raise error(f"{where}{place}: not YAML ({problem}); correct the line") from cause
+
+
+def read_part(file: Path, option: str) -> Any:
+    """Reads a file that may hold settings, whatever its ending; the parser reads any file in the place of a class.
+
+    Args:
+        file: Existing file.
+        option: Option that names the file, for the error message.
+
+    Returns:
+        The settings; None if the file holds none.
+
+    Raises:
+        ArgumentError: A key is duplicated, or aliases expand to too many values.
+    """
+    if file.suffix in (".yaml", ".yml"):
+        return read_yaml(file, option)
+    try:
+        text = file.read_bytes().decode("utf-8-sig") if file.stat().st_size <= LARGEST_PART else ""
+    except (OSError, UnicodeDecodeError):
+        return None
+    try:
+        try:
+            json.loads(text)  # many times faster than YAML
+        except ValueError:
+            part = from_yaml(text)
+        else:
+            part = parse_json(text, str(file), "leave one out", finite=False)
+    except UserError as error:
+        raise ArgumentError(f"{option}: {file}, {str(error).removeprefix(f'{file}: ')}") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    return part if isinstance(part, Mapping | list) else None
 
 
 def read_settings(file: Path, option: str = "", error: type[UserError] = ArgumentError) -> dict[str, Any]:

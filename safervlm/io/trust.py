@@ -19,12 +19,11 @@ from typing import Any
 import yaml
 
 from safervlm.errors import ArgumentError, RecordError, UserError
-from safervlm.io.settings import from_yaml, read_settings
+from safervlm.io.settings import LARGEST_PART, from_yaml, read_settings
 
 CONFIGS = ("predict.yaml", "fit.yaml")
 # Packages whose classes a configuration may name without the user's consent.
 OURS = ("safervlm", "callbacks", "lightning", "torch", "jsonargparse", "builtins")
-LARGEST_PART = 1_000_000  # bytes of a file that a configuration includes
 # Arguments of our data modules whose values are always paths.
 PATHS = {"folder", "safe_folder", "source", "file", "validation_file", "contexts", "responses", "answers", "cache_dir"}
 KEY_VARIABLE = "OPENAI_API_KEY"  # the default of safervlm.vlm.server.client.Server

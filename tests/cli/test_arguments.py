@@ -48,6 +48,16 @@ FILES = {
     "model.yaml": "class_path: X\ninit_args: {seed: 3}\n",
     "empty_list.yaml": "data:\n  init_args:\n    capabilities: ['', alignment]\n",
     "nested_twice.yaml": "data:\n  init_args:\n    limit: 1\n    name: x\n    limit: 2\n",
+    "twice.json": '{"class_path": "X", "init_args": {"lr": 1, "base": "b", "lr": 2}}',
+    "twice.txt": "class_path: X\nlr: 1\nlr: 2\n",
+    "bom.json": '\ufeff{"a": 1, "a": 2}',
+    "names_json.yaml": "model: {init_args: {judge: twice.json}}\n",
+    "names_json.json": '{"model": {"init_args": {"judge": "twice.json"}}}',
+    "bomb.json": "[&a [x, x, x, x, x, x, x, x, x, x], "
+    + ", ".join(f"&{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in ("ab", "bc", "cd", "de", "ef", "fg"))
+    + "]",
+    "text.txt": "Is it: safe? {question}\n: [",
+    "weights.bin": "\0\1{",
     "bom.yaml": "\ufeffrun: x\n",
     "deep.yaml": "[" * 3000,
     "nul.yaml": "run: a\0b\n",
@@ -104,6 +114,14 @@ REJECTED = {
     "--data.own {mine: large.yaml}": ["large.yaml", "4294967296"],
     "--model.vlm negative.yaml": ["negative.yaml", "-4"],
     "--model.judge nested_twice.yaml": ["nested_twice.yaml, line 5", "twice"],
+    "--model.judge twice.json": ["--model.judge", "twice.json", "'lr' is there twice"],
+    "--model.judge twice.txt": ["--model.judge", "twice.txt", "line 3", "'lr' is there twice"],
+    "--model.judge bom.json": ["bom.json", "'a' is there twice"],
+    "--model.judge bomb.json": ["bomb.json", "aliases"],
+    "--trainer.strategy.config twice.json": ["twice.json", "'lr' is there twice"],
+    "--trainer.callbacks.judge=twice.json": ["twice.json", "'lr' is there twice"],
+    "--config names_json.yaml": ["twice.json", "'lr' is there twice"],
+    "--config names_json.json": ["names_json.json", "twice.json", "'lr' is there twice"],
     "--config names_file.yaml": ["model.yaml", "model.init_args.seed"],
     "--config names_itself.yaml": ["names_itself.yaml", "data.seed"],
     "--config random.yaml": ["random.yaml: seed_everything", "True"],
@@ -137,6 +155,13 @@ def test_what_is_rejected(line: str, files: None) -> None:
 @pytest.mark.parametrize("name", ["good.yaml", "anchored.yaml", "bom.yaml"])
 def test_files_that_are_read(name: str, files: None) -> None:
     assert prepared(["fit", "--config", name]) == ["fit", "--config", name]
+
+
+@pytest.mark.parametrize(
+    "option", ["--model.judge text.txt", "--model.judge.checkpoint weights.bin", "--data.responses twice.json"]
+)
+def test_files_that_hold_no_settings(option: str, files: None) -> None:
+    assert prepared(["fit", *option.split(" ")]) == ["fit", *option.split(" ")]
 
 
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
