@@ -8,7 +8,7 @@ from typing import Any, Generic, Self, TypeVar
 from safervlm.errors import RecordError, first_line
 from safervlm.records import Failure, Response, Verdict, read_torn_jsonl, to_line, write_jsonl
 
-Made = TypeVar("Made", Response, Verdict)
+Made = TypeVar("Made", bound=Response | Verdict)
 
 
 class UnfinishedFile(Generic[Made]):
@@ -74,4 +74,4 @@ class UnfinishedFile(Generic[Made]):
 
 
 def _record(fields: Mapping[str, Any], kind: type[Made]) -> Made | Failure:
-    return Failure.from_dict(fields) if "reason" in fields else kind.from_dict(fields)
+    return Failure.from_dict(fields) if "reason" in fields else kind.from_dict(fields)  # type: ignore[return-value]
