@@ -19,9 +19,13 @@ Training and prediction (safervlm COMMAND --config configs/RECIPE.yaml; --help e
   fit          align a VLM (configs/sft.yaml, dpo.yaml, ppo.yaml) or train a judge (configs/judge.yaml)
   validate     compute the loss on held-out records
 
+Several models one after the other (safervlm COMMAND --help):
+  measure      measure VLMs: safervlm measure llava-1.5-7b qwen2-vl-7b
+  train        train with objectives: safervlm train sft dpo ppo
+  evaluate     evaluate the original model and trained ones on every dataset: safervlm evaluate runs/sft runs/ppo
+
 Analysing runs:
-  report       one page, tables and plots of one or several runs
-  evaluation   one table of the evaluations of several models (scripts/eval.sh makes them)
+  report       one page, tables and plots of one or several measurements or evaluations
   verify       ask a sample of a run's questions again: do its responses and verdicts stay the same?
   export       write the training data in the first implementation's formats
 
@@ -36,6 +40,17 @@ Demo data, a small world of pictograms:
 """
 
 
+def sequence_commands() -> dict[str, tuple[Callable[[Sequence[str]], None], str]]:
+    """Returns the commands that run other commands: name -> function of the words behind it, and help."""
+    from safervlm.cli import evaluate, measure, train
+
+    return {
+        "measure": (measure.measure_vlms, measure.HELP),
+        "train": (train.train_objectives, train.HELP),
+        "evaluate": (evaluate.evaluate_runs, evaluate.HELP),
+    }
+
+
 def plain_commands() -> dict[str, Callable[..., Any]]:
     """Returns the commands that run no Lightning loop, as functions whose signatures define the arguments."""
     from safervlm.cli.demo import demo
@@ -44,11 +59,11 @@ def plain_commands() -> dict[str, Callable[..., Any]]:
     from safervlm.data.export import export_training_files
     from safervlm.pictograms.world import build
     from safervlm.reports.evaluation import evaluation
-    from safervlm.reports.page import report
+    from safervlm.reports.kinds import report_runs
 
     return {
         "doctor": doctor,
-        "report": report,
+        "report": report_runs,
         "evaluation": evaluation,
         "verify": verify,
         "export": export_training_files,
@@ -80,6 +95,13 @@ def main(args: Sequence[str] | None = None) -> None:
             from safervlm.cli.lightning import run
 
             run(args)
+        elif args[0] in ("measure", "train", "evaluate"):
+            function, text = sequence_commands()[args[0]]
+            words = args[1:]
+            if {"-h", "--help"} & set(words[: words.index("--")] if "--" in words else words):
+                print(text, end="")
+                raise SystemExit(0)
+            function(words)
         elif args[0] in ("doctor", "report", "evaluation", "verify", "export", "pictograms", "demo"):
             plain(args)
         else:

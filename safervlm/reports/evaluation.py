@@ -49,8 +49,8 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
     FILE_table.csv (the runs side by side), FILE.xlsx and FILE.tex.
 
     Args:
-        runs: Run folders that contain an evaluation (scripts/eval.sh), or the folders of evaluations. The first is the
-            original, with which the others are compared.
+        runs: Run folders that contain an evaluation (`safervlm evaluate`), or the folders of evaluations. The first is
+            the original, with which the others are compared.
         out: The HTML file to write; by default evaluation.html in the first run's folder.
 
     Returns:
@@ -75,7 +75,7 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
     names = [each.name for each in loaded]
     wanted = columns(loaded)
     if not wanted:
-        raise RecordError(f"{paths[0]}: nothing was evaluated; bash scripts/eval.sh {paths[0]}")
+        raise RecordError(f"{paths[0]}: nothing was evaluated; safervlm evaluate {paths[0]}")
     long = pd.concat([evaluate(each, wanted) for each in loaded], ignore_index=True)
     tables = [compare_suites(each, original, wanted) for each in loaded[1:]] if original else []
     differences = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
@@ -152,7 +152,7 @@ def folder_of(run: Path) -> Path:
     """
     folder = run / FOLDER if (run / FOLDER).is_dir() else run
     if not (folder / "responses.jsonl").is_file():
-        raise RecordError(f"{folder / 'responses.jsonl'}: no such file; evaluate the run: bash scripts/eval.sh {run}")
+        raise RecordError(f"{folder / 'responses.jsonl'}: no such file; evaluate the run: safervlm evaluate {run}")
     return folder
 
 

@@ -16,7 +16,7 @@ import callbacks
 import safervlm
 from callbacks.rate_responses import RateResponses
 from safervlm.cli.lightning import SaferCLI
-from safervlm.cli.main import HELP, main, plain_commands
+from safervlm.cli.main import HELP, main, plain_commands, sequence_commands
 from safervlm.cli.messages import one_line
 from safervlm.io.boundary import run_folder
 from safervlm.recipes import CONFIGS, local_or_shipped
@@ -60,7 +60,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_names_every_command() -> None:
-    for command in ("fit", "validate", "predict", *plain_commands()):
+    alias = {"evaluation"}
+    for command in ("fit", "validate", "predict", *(sequence_commands() | plain_commands()).keys() - alias):
         assert f"\n  {command} " in HELP
 
 

@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+from safervlm.cli.sequence import Typed, recipe_file, typed
+
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in DOCUMENTS.items()}
@@ -48,22 +50,29 @@ def inline_commands(text: str) -> list[str]:
 
 
 def safervlm_commands(command: str) -> list[list[str]]:
-    """The arguments of ``safervlm`` in a documented command, called directly or by a script or torchrun."""
+    """The arguments of ``safervlm`` in a documented command, called directly, by another command or by torchrun."""
     program, *words = shlex.split(command)
+    if program == "safervlm" and words[0] in ("train", "evaluate", "measure"):
+        given = typed(words[1:], {"runs": "", "original": "", "out": ""})
+        own = [f"--{option}" for option, value in given.options.items() if value]
+        return [[words[0], *own], *commands_of(words[0], given)]
     if program == "safervlm":
         return [words]
     if program == "torchrun":
         return [words[words.index("safervlm") + 1 :]]
-    if program != "bash":
-        return []
-    script, *words = words
-    before = words[: words.index("--")] if "--" in words else words
-    after = words[words.index("--") + 1 :] if "--" in words else []
-    if script == "scripts/train.sh":
-        return [["fit", "--config", f"configs/{name}.yaml", *(a.replace("{}", name) for a in after)] for name in before]
-    if script == "scripts/eval.sh":
-        return [["predict", "--config", "configs/evaluate.yaml", *after]]
-    if script == "scripts/query_vlms.sh":
-        vlms = [vlm if vlm.endswith(".yaml") else f"configs/vlm/{vlm}.yaml" for vlm in before]
-        return [["predict", "--config", "configs/measure.yaml", *after, "--model.vlm", vlm] for vlm in vlms]
     return []
+
+
+def commands_of(name: str, given: Typed) -> list[list[str]]:
+    """The commands that ``safervlm train | evaluate | measure`` runs, without the run folders."""
+    if name == "train":
+        overlay = ["--config", "configs/pictograms/{}.yaml"] if given.options["pictograms"] else []
+        return [
+            ["fit", "--config", recipe_file(name, "configs"), *(a.replace("{}", name) for a in (*overlay, *given.rest))]
+            for name in given.names
+        ]
+    recipe = ["predict", "--config", f"configs/{name}.yaml"]
+    recipe += ["--config", f"configs/pictograms/{name}.yaml"] if given.options["pictograms"] else []
+    if name == "evaluate":
+        return [[*recipe, *given.rest]]
+    return [[*recipe, *given.rest, "--model.vlm", recipe_file(vlm, "configs/vlm")] for vlm in given.names]

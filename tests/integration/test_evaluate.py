@@ -122,11 +122,10 @@ def test_two_processes_leave_out_the_same_set(overlay, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_goes_on_after_a_failure_and_ends_in_a_table(overlay, tmp_path, tiny_llava):
+def test_a_failure_stops_no_other_run_and_a_table_follows(overlay, tmp_path, tiny_llava):
     settings = yaml.safe_load(overlay.read_text())
     settings["data"]["init_args"]["sets"]["nsfw"]["init_args"]["source"] = "./nowhere.tsv"
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(settings))
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     adapter = tmp_path / "runs" / "sft" / "adapter"
     fit = ["fit", "--config=configs/sft.yaml", f"--model.vlm.model={tiny_llava}", "--model.vlm.dtype=float32"]
     sets = settings["data"]["init_args"]["sets"]["unsafe_concepts"]["init_args"]
@@ -138,20 +137,20 @@ def test_the_script_goes_on_after_a_failure_and_ends_in_a_table(overlay, tmp_pat
         "--trainer.enable_progress_bar=false",
     ]
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "COLUMNS": "200",
     }
 
-    def script(name, *arguments):
-        command = ["bash", str(ROOT / "scripts" / name), *map(str, arguments)]
+    def script(*words):
+        command = [sys.executable, "-m", "safervlm", *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
 
-    trained = script("train.sh", "sft", "nothing", "--", *fit[2:])
+    (tmp_path / "broken.yaml").write_text("model: {")
+    trained = script("train", tmp_path / "broken.yaml", "sft", *fit[2:])
     assert trained.returncode == 1
-    assert "failed: nothing (exit code 2)" in trained.stderr
+    assert "failed: broken (exit code 2)" in trained.stderr
     assert (adapter / "adapter_config.json").is_file()
     only = "--data.only=[unsafe_concepts,contexts,mme,nsfw]"
-    ended = script("eval.sh", "runs/sft", "runs/dpo", "--", "--config", tmp_path / "overlay.yaml", only)
+    ended = script("evaluate", "runs/sft/", "runs/dpo", "--config", tmp_path / "overlay.yaml", only)
     assert ended.returncode == 1, ended.stderr
     assert "failed: runs/dpo: no adapter in it; train one" in ended.stderr
     assert ended.stderr.count("nsfw was skipped: data.sets.nsfw.source: there is no nowhere.tsv") == 2
@@ -162,3 +161,7 @@ def test_the_script_goes_on_after_a_failure_and_ends_in_a_table(overlay, tmp_pat
     assert "vlm.adapter" in page  # the difference between the two
     manifest = json.loads((tmp_path / "runs/sft/evaluation/manifest.json").read_text())
     assert "nsfw" not in manifest["stages"]["measure"]["settings"]["data"]["sets"]
+    # The same table by the command that also reports measurements, for the folders or for the runs.
+    for runs in (["runs/original/evaluation", "runs/sft/evaluation"], ["runs/original", "runs/sft"]):
+        assert "MME total" in script("report", *runs, "--out", "again.html").stdout
+        assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "runs" / "evaluation.csv").read_bytes()

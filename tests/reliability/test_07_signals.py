@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -262,48 +261,3 @@ def test_two_processes(
     finally:
         for each in played:
             each.process.kill()
-
-
-def stub(folder: Path) -> dict[str, str]:
-    """A command that records its start and end, and ignores signals for half a second."""
-    script = folder / "bin" / "safervlm"
-    script.parent.mkdir()
-    script.write_text(
-        '#!/usr/bin/env bash\necho began >>"$LOG"\n'
-        "trap 'sleep 0.3; echo heard >>\"$LOG\"; exit 143' TERM\nfor i in $(seq 600); do sleep 0.1; done\n"
-    )
-    script.chmod(0o755)
-    log = str(folder / "log.txt")
-    return os.environ | {"PATH": f"{script.parent}:{os.environ['PATH']}", "LOG": log, "RUNS": str(folder / "runs")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [TERM, INT])
-@pytest.mark.parametrize(
-    "script", [["train.sh", "sft", "dpo"], ["eval.sh"], ["query_vlms.sh", "llava-1.5-7b", "cogvlm"]], ids=lambda s: s[0]
-)
-def test_a_shell_script_passes_a_signal_on_and_ends(script: list[str], number: int, tmp_path: Path) -> None:
-    environment = stub(tmp_path) | {"ORIGINAL": str(tmp_path / "original")}
-    vlms = sorted(file.stem for file in (ROOT / "configs" / "vlm").glob("*.yaml"))[:2]
-    arguments = script[1:] if script[0] != "query_vlms.sh" else vlms
-    started = subprocess.Popen(
-        ["bash", str(ROOT / "scripts" / script[0]), *arguments],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        # As in a terminal; tests may be started with Ctrl-C ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    log = tmp_path / "log.txt"
-    end = time.monotonic() + 200
-    while not log.exists():
-        assert time.monotonic() < end
-        assert started.poll() is None, started.stdout
-        time.sleep(0.02)
-    time.sleep(0.2)
-    started.send_signal(number)
-    must_end(lambda: started.poll() is None)
-    started.communicate()
-    assert started.returncode == CODES[signal.Signals(number)]
-    assert log.read_text().split() == ["began", "heard"]  # the command ended first, and no other one was started

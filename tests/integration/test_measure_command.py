@@ -1,4 +1,4 @@
-"""scripts/query_vlms.sh: a failure stops no other VLM, complete runs are skipped, the table shows the progress."""
+"""``safervlm measure``: a failure stops no other VLM, complete runs are skipped, the table shows the progress."""
 
 import os
 import subprocess
@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent.parent
+from safervlm.cli.measure import progress
+
+SAFERVLM = [sys.executable, "-m", "safervlm"]
 
 
 @pytest.fixture
 def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_path: Path):
-    """``query(*vlms)``: the output of the script; ``good`` is a VLM, ``bad`` names a folder that does not exist."""
+    """``query(*vlms)``: the output of the command; ``good`` is a VLM, ``bad`` names a folder that does not exist."""
     overlay = {
         "model": {"init_args": {"sampling": {"max_new_tokens": 3}}},
         "data": {"init_args": {"folder": str(tiny_sets / "unsafe"), "limit": 2, "num_workers": 0}},
@@ -26,7 +28,6 @@ def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_
             ],
         },
     }
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     for name, model in {"good": tiny_llava, "bad": tmp_path / "nowhere"}.items():
         vlm = {"class_path": "safervlm.vlm.llava.Llava", "init_args": {"model": str(model), "dtype": "float32"}}
@@ -34,11 +35,9 @@ def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_
 
     def query(*vlms: str, more: tuple[str, ...] = (), code: int = 0) -> str:
         environment = os.environ | {
-            "RUNS": str(tmp_path / "runs"),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "COLUMNS": "200",
         }
-        line = ["bash", str(ROOT / "scripts/query_vlms.sh"), *(str(tmp_path / f"{name}.yaml") for name in vlms), "--"]
+        line = [*SAFERVLM, "measure", *(str(tmp_path / f"{name}.yaml") for name in vlms), "--runs=runs"]
         line += ["--config", str(tmp_path / "overlay.yaml"), *more]
         ended = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
         assert ended.returncode == code, ended.stderr
@@ -67,6 +66,10 @@ def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: P
     refused = query("good", more=("--data.limit", "1"), code=1)
     assert "data.limit: 2 there, 1 now" in refused
     assert "complete, skipped" in query("good")
+    (tmp_path / "runs" / "good" / "manifest.json").rename(tmp_path / "kept.json")
+    (tmp_path / "runs" / "good" / "manifest.json").write_text("{")  # damaged
+    assert "runs/good/manifest.json: " in query("good", code=1)
+    (tmp_path / "kept.json").rename(tmp_path / "runs" / "good" / "manifest.json")
 
     # Half of it is missing, as after a kill: the table shows it, and the next run completes it.
     run = tmp_path / "runs" / "good"
@@ -76,9 +79,6 @@ def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: P
     (run / "responses.jsonl").unlink()
     manifest = run / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"finished": true', '"finished": false'))
-    table = [sys.executable, str(ROOT / "scripts/query_matrix.py"), str(run)]
-    shown = subprocess.run(table, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, check=True)
-    assert "partial, 2" in shown.stdout
-    assert "partial, 1" in shown.stdout
+    assert sorted(text.split(":")[0] for text in progress(run).values())[-2:] == ["partial, 1", "partial, 2"]
     query("good")
     assert (run / "responses.jsonl").read_bytes() == responses

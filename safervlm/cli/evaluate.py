@@ -1,0 +1,64 @@
+"""``safervlm evaluate``: evaluates the original model and trained ones on every dataset, and writes one table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safervlm.cli.sequence import finish, play, typed
+from safervlm.io.tables import say
+
+HELP = """usage: safervlm evaluate [RUN...] [OPTIONS] [ARGUMENTS of safervlm predict]
+
+Evaluates the original model and models trained from it on every dataset, and writes one table:
+  safervlm evaluate runs/sft runs/dpo runs/ppo --config configs/rate.yaml
+
+The adapter of each RUN is evaluated into RUN/evaluation, each in a process of its own. In the ARGUMENTS, {} is replaced
+by the name of the run. Complete evaluations are not repeated, a failed one does not stop the others, unavailable
+datasets are skipped with a warning, and the same command resumes. The exit code is 1 after a failure, 3 if something
+has no response.
+
+  --original FOLDER   the original model is evaluated into FOLDER/evaluation (default: runs/original)
+  --out FILE          the table, a page with .csv, .xlsx and .tex files beside it (default: runs/evaluation.html)
+  --pictograms        evaluate on the pictograms: --config configs/pictograms/evaluate.yaml
+"""
+
+
+def evaluate_runs(words: Sequence[str]) -> None:
+    """Evaluates each run and the original model.
+
+    Args:
+        words: Words of the command line behind ``evaluate``.
+
+    Raises:
+        ArgumentError: An option has no value.
+        SystemExit: With exit code 1 if an evaluation failed, 3 if something has no response.
+    """
+    given = typed(words, {"original": "runs/original", "out": "runs/evaluation.html"})
+    overlay = ["--config", "configs/pictograms/evaluate.yaml"] if given.options["pictograms"] else []
+    original = Path(given.options["original"])
+    runs: dict[Path, Path] = {}  # each folder once
+    for run in (original, *map(Path, given.names)):
+        runs.setdefault(run.resolve(), run)
+    failed, partial = [], []
+    evaluated = [original]  # the baseline of the comparison, whether it exists or not
+    for run in runs.values():
+        adapter = []
+        if run != original:
+            if not (run / "adapter" / "adapter_config.json").is_file():
+                failed.append(f"{run}: no adapter in it; train one: safervlm train --help")
+                continue
+            adapter = ["--model.vlm.adapter", str(run / "adapter")]
+            evaluated.append(run)
+        say(f"{run}: evaluating into {run / 'evaluation'}")
+        rest = [word.replace("{}", run.name) for word in (*overlay, *given.rest)]
+        recipe = ["--config", "configs/evaluate.yaml"]
+        code = play(["predict", *recipe, *rest, *adapter, "--run", str(run / "evaluation")])
+        if code == 3:
+            partial.append(f"{run}: some of it has no answer, see above; the same command asks it again")
+        elif code:
+            failed.append(f"{run}: exit code {code}")
+    code = play(["evaluation", *map(str, evaluated), "--out", given.options["out"]])
+    if code == 3:
+        partial.append("the table: a run is skipped, see above")
+    elif code:
+        failed.append("the table")
+    finish(failed, partial)

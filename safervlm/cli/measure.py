@@ -1,0 +1,153 @@
+"""``safervlm measure``: measures several VLMs, one after the other, and prints how far each one is."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from safervlm.cli.sequence import play, recipe_file, recipes, typed
+from safervlm.errors import RecordError
+from safervlm.io.boundary import warn
+from safervlm.io.tables import TextTable, say, show_table
+from safervlm.protocol import CAPABILITIES
+from safervlm.records import FAILED, RESPONSES, read_jsonl, read_torn_jsonl
+from safervlm.run import finished, read_manifest
+
+HELP = """usage: safervlm measure [VLM...] [OPTIONS] [ARGUMENTS of safervlm predict]
+
+Measures VLMs with the published questions, each in a run folder and a process of its own:
+  safervlm measure llava-1.5-7b qwen2-vl-7b --limit 20
+
+A VLM is the name of a file in configs/vlm/ without its extension, or the path of another such file. The default is all
+files in configs/vlm/. Runs that the same command has completed are skipped, and a failure does not stop the others. At
+the end a table of VLMs and capabilities is printed. The exit code is 1 after a failure, 3 if questions have no
+response.
+
+  --runs FOLDER   each VLM has the run folder FOLDER/VLM and the log FOLDER/VLM.log (default: runs/query)
+  --pictograms    measure on the pictograms, by default their VLM: --config configs/pictograms/measure.yaml
+"""
+
+
+def measure_vlms(words: Sequence[str]) -> None:
+    """Measures each VLM and prints a table of the progress.
+
+    Args:
+        words: Words of the command line behind ``measure``.
+
+    Raises:
+        ArgumentError: A VLM does not exist.
+        SystemExit: With exit code 1 if a measurement failed, 3 if questions have no response.
+    """
+    given = typed(words, {"runs": "runs/query"})
+    pictograms = bool(given.options["pictograms"])
+    overlay = ["--config", "configs/pictograms/measure.yaml"] if pictograms else []
+    every = ["configs/pictograms/vlm.yaml"] if pictograms else recipes("configs/vlm")
+    files = [recipe_file(name, "configs/vlm") for name in given.names or every]
+    runs = [Path(given.options["runs"]) / Path(file).stem for file in files]
+    ended = 0
+    for file, run in zip(files, runs, strict=True):
+        line = ["predict", "--config", "configs/measure.yaml", *overlay, *given.rest, "--model.vlm", file]
+        line += ["--run", str(run)]
+        if has_completed(run, line):
+            say(f"{run.name}: complete, skipped")
+            continue
+        say(f"{run.name}: measuring into {run}")
+        run.parent.mkdir(parents=True, exist_ok=True)
+        code = play(line, log=log_of(run))
+        if code == 3:
+            ended = ended or 3  # the table shows how many questions have no response
+        elif code:
+            ended = 1
+            warn(f"{run.name}: failed with exit code {code}, continuing with the next; see {log_of(run)}")
+    table = TextTable("What is measured: responses")
+    for heading in ("run", *CAPABILITIES):
+        table.add_column(heading, overflow="fold")
+    for run in runs:
+        try:
+            states = progress(run)
+        except RecordError as error:
+            states = dict.fromkeys(map(str, CAPABILITIES), f"failed: {error}")
+        table.add_row(run.name, *states.values())
+    show_table(table)
+    if ended:
+        raise SystemExit(ended)
+
+
+def progress(run: Path) -> dict[str, str]:
+    """Returns the progress of a measurement, as a text per capability.
+
+    Args:
+        run: Run folder.
+    """
+    unanswered = read_jsonl(run / FAILED) if (run / FAILED).exists() else ()
+    failed = Counter(capability_of(record["id"]) for record in unanswered)
+    answered = Counter(record["capability"] for record in responses_of(run))
+    if not answered and not failed:
+        return dict.fromkeys(map(str, CAPABILITIES), f"failed: {last_line(run)}")
+    states: dict[str, str] = {}
+    for name in CAPABILITIES:
+        if failed.get(name):
+            states[name] = f"partial, {answered[name]} ({failed[name]} have no answer)"
+        elif finished(run, "measure") or (run / RESPONSES).exists():
+            states[name] = f"complete, {answered[name]}" if answered[name] else "not asked"
+        else:
+            states[name] = f"partial, {answered[name]}: {last_line(run)}"
+    return states
+
+
+def responses_of(run: Path) -> list[dict[str, str]]:
+    """Returns the records of the merged file and of the shards; an interrupted run has the latter.
+
+    Args:
+        run: Run folder.
+    """
+    merged = run / RESPONSES
+    records = {record["id"]: record for record in read_jsonl(merged)} if merged.exists() else {}
+    for shard in (run / "shards" / "responses").glob("*.jsonl"):
+        records |= {record["id"]: record for record in read_torn_jsonl(shard)}
+    return list(records.values())
+
+
+def capability_of(name: str) -> str:
+    """Returns the capability of a record.
+
+    Args:
+        name: Id of the record.
+    """
+    return name.split("/")[-2]
+
+
+def has_completed(run: Path, line: Sequence[str]) -> bool:
+    """Returns whether a run folder was completed by a command line, and not continued by another one since.
+
+    Args:
+        run: Run folder.
+        line: Words of the command line.
+    """
+    try:
+        stage = read_manifest(run)["stages"].get("measure", {})
+    except RecordError:
+        return False  # the measurement reports the error
+    first = stage.get("provenance", {}).get("command")
+    last = stage["continued"][-1].get("command", first) if stage.get("continued") else first
+    return bool(stage.get("finished")) and last == " ".join(["safervlm", *line])
+
+
+def log_of(run: Path) -> Path:
+    """Returns the file with the output of a measurement, which is beside its run folder.
+
+    Args:
+        run: Run folder.
+    """
+    return run.with_name(f"{run.name}.log")
+
+
+def last_line(run: Path) -> str:
+    """Returns the last line of a run's log.
+
+    Args:
+        run: Run folder.
+    """
+    log = log_of(run)
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].removeprefix("safervlm: error: ") if lines else "nothing was written"

@@ -1,0 +1,47 @@
+"""``safervlm train``: trains with several objectives, one after the other."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safervlm.cli.sequence import finish, play, recipe_file, typed
+from safervlm.errors import ArgumentError
+from safervlm.io.tables import say
+
+HELP = """usage: safervlm train OBJECTIVE... [OPTIONS] [ARGUMENTS of safervlm fit]
+
+Trains the models that `safervlm evaluate` evaluates, each in a run folder and a process of its own:
+  safervlm train sft dpo ppo
+
+An OBJECTIVE is the name of a file in configs/ without its extension (sft, dpo, ppo), or the path of such a file. In the
+ARGUMENTS, {} is replaced by the name of the objective: --config my/{}.yaml. Finished runs are kept as they are, a
+failure does not stop the others, and the same command resumes. The exit code is 1 after a failure.
+
+  --runs FOLDER   each objective has the run folder FOLDER/OBJECTIVE (default: runs)
+  --pictograms    train on the pictograms: --config configs/pictograms/{}.yaml
+"""
+
+
+def train_objectives(words: Sequence[str]) -> None:
+    """Trains with each objective.
+
+    Args:
+        words: Words of the command line behind ``train``.
+
+    Raises:
+        ArgumentError: There is no objective, or one that does not exist.
+        SystemExit: With exit code 1, if a training failed.
+    """
+    given = typed(words, {"runs": "runs"})
+    if not given.names:
+        raise ArgumentError("no objective is named; for example safervlm train sft dpo ppo")
+    overlay = ["--config", "configs/pictograms/{}.yaml"] if given.options["pictograms"] else []
+    files = [recipe_file(name, "configs") for name in given.names]
+    failed = []
+    for file in files:
+        name = Path(file).stem
+        run = Path(given.options["runs"]) / name
+        say(f"{name}: training into {run}")
+        rest = [word.replace("{}", name) for word in (*overlay, *given.rest)]
+        if code := play(["fit", "--config", file, *rest, "--run", str(run)]):
+            failed.append(f"{name} (exit code {code})")
+    finish(failed)

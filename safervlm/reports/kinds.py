@@ -1,0 +1,66 @@
+"""The command ``report``: the page of measurements or the table of evaluations, whichever the run folders hold."""
+
+from pathlib import Path
+
+from safervlm.protocol import CAPABILITIES
+from safervlm.records import RESPONSES, read_jsonl
+from safervlm.reports.evaluation import FOLDER, evaluation
+from safervlm.reports.page import report
+from safervlm.run import read_manifest
+
+
+def report_runs(runs: list[Path], out: Path | None = None) -> Path:
+    """Reports measurements on a page with tables and plots, or evaluations in one table; the first run is the baseline.
+
+    Next to FILE.html it writes every number as FILE.csv and FILE.xlsx, and tables as FILE.tex. Folders that hold a
+    measurement, and an evaluation in their subfolder, are reported as measurements; the evaluations are RUN/evaluation.
+
+    Args:
+        runs: Run folders of measurements or evaluations. The first is the baseline, with which the others are compared.
+        out: The HTML file to write; by default report.html, or evaluation.html, in the first run's folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ArgumentError: See :func:`safervlm.reports.page.report`.
+        RecordError: A run can't be read.
+        SystemExit: With exit code 3 at the end, if some of the evaluations can't be read.
+    """
+    paths = list(map(Path, runs))
+    measured = all(map(holds_measurement, paths))
+    return evaluation(paths, out) if not measured and any(map(holds_evaluation, paths)) else report(paths, out)
+
+
+def holds_measurement(run: Path) -> bool:
+    """Returns whether a run folder itself holds a measurement.
+
+    Args:
+        run: Run folder.
+    """
+    return (run / RESPONSES).is_file() and not holds_suite(run)
+
+
+def holds_evaluation(run: Path) -> bool:
+    """Returns whether a run folder is that of an evaluation, or has one in its subfolder.
+
+    Args:
+        run: Run folder.
+    """
+    return (run / FOLDER).is_dir() or holds_suite(run)
+
+
+def holds_suite(run: Path) -> bool:
+    """Returns whether the responses of a run are to several datasets at once, or to none of the protocol's questions.
+
+    Args:
+        run: Run folder.
+
+    Raises:
+        RecordError: Its manifest or responses are damaged.
+    """
+    settings = read_manifest(run)["stages"].get("measure", {}).get("settings", {})
+    if "sets" in settings.get("data", {}):  # of safervlm.data.suite.Suite
+        return True
+    file = run / RESPONSES
+    return file.is_file() and all(record.get("capability") not in CAPABILITIES for record in read_jsonl(file))

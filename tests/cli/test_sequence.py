@@ -1,0 +1,172 @@
+"""``safervlm train | evaluate | measure``: commands one after the other, their exit codes, and signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from processes import must_end
+
+from safervlm.cli.main import main
+from safervlm.cli.sequence import typed
+from safervlm.errors import ArgumentError
+
+ROOT = Path(__file__).parent.parent.parent
+TERM, INT = signal.SIGTERM, signal.SIGINT
+CODES = {TERM: 143, INT: 130}
+
+
+def test_names_own_options_and_arguments_are_separated() -> None:
+    given = typed(
+        ["--runs=r", "sft", "dpo", "--limit", "3", "--pictograms", "--out", "o", "--", "--out", "p"],
+        {"runs": "", "out": ""},
+    )
+    assert given.names == ["sft", "dpo"]
+    assert given.options == {"pictograms": "yes", "runs": "r", "out": "o"}
+    assert given.rest == ["--limit", "3", "--out", "p"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--runs"], "--runs"),
+        (["--runs="], "--runs"),
+        ([""], "''"),
+        (["sft", "--run", "x"], "--run"),
+        (["--", "--run=x"], "--run"),
+    ],
+)
+def test_what_would_be_misunderstood_is_rejected(words: list[str], named: str) -> None:
+    with pytest.raises(ArgumentError, match=named):
+        typed(words, {"runs": "runs"})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train"],
+        ["train", "sft", "nothing"],
+        ["measure", "nothing"],
+        ["evaluate", "--out"],
+        ["train", "sft", "--run=x"],
+    ],
+)
+def test_an_error_in_the_arguments_starts_nothing(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """``driver(words, body)`` starts a command that runs others, which are replaced by a shell script."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(words: list[str], body: str) -> subprocess.Popen[str]:
+        script = tmp_path / "stub"
+        script.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        script.chmod(0o755)
+        code = "import sys; from safervlm.cli import main, sequence; sequence.PROGRAM = [sys.argv[1]]; "
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code + "main.main(sys.argv[2:])", str(script), *words],
+                env=os.environ | {"LOG": str(tmp_path / "log.txt")},
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                # As in a terminal; tests may be started with Ctrl-C ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+SEQUENCES = [["train", "sft", "dpo"], ["evaluate"], ["measure", "llava-1.5-7b", "cogvlm-chat"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [TERM, INT])
+@pytest.mark.parametrize("words", SEQUENCES, ids=lambda words: words[0])
+def test_a_sequence_passes_a_signal_on_and_ends(words: list[str], number: int, driver, tmp_path: Path) -> None:
+    """The stub ends after 0.3 s; the sequence waits for it, and starts no other command."""
+    running = driver(
+        words,
+        'echo began >>"$LOG"\n'
+        "trap 'sleep 0.3; echo heard >>\"$LOG\"; exit 143' TERM\nfor i in $(seq 600); do sleep 0.1; done",
+    )
+    log = tmp_path / "log.txt"
+    end = time.monotonic() + 200
+    while not log.exists():
+        assert time.monotonic() < end
+        assert running.poll() is None, running.stdout
+        time.sleep(0.02)
+    time.sleep(0.2)
+    running.send_signal(number)
+    must_end(lambda: running.poll() is None)
+    assert running.returncode == CODES[signal.Signals(number)]
+    assert log.read_text().split() == ["began", "heard"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "begun", "ends"),
+    [(0, 3, 0), (2, 3, 1), (3, 3, 3), (130, 1, 130), (143, 1, 143), (-9, 3, 1), (-15, 1, 143)],
+)
+def test_the_exit_code_of_a_sequence(code: int, begun: int, ends: int, driver, tmp_path: Path) -> None:
+    """Two measurements and, whatever the first one's end, the next; after a signal there is no next."""
+    vlms = ["llava-1.5-7b", "llava-1.5-13b", "cogvlm-chat"]
+    stop = f"exit {code}" if code >= 0 else f"kill {code} $$"
+    running = driver(["measure", *vlms], f'echo began >>"$LOG"; echo told; {stop}')
+    said = running.communicate(timeout=200)[0]
+    assert running.returncode == ends, said
+    assert (tmp_path / "log.txt").read_text().split() == ["began"] * begun
+    assert (tmp_path / "runs" / "query" / "llava-1.5-7b.log").read_text() == "told\n"
+    assert said.count("told") >= begun
+
+
+@pytest.mark.slow
+def test_a_command_that_ignores_the_request_does_not_hold_up_its_sequence(driver, tmp_path: Path) -> None:
+    running = driver(["train", "sft"], 'trap "" TERM INT; echo began >>"$LOG"; exec sleep 20 >/dev/null 2>&1')
+    end = time.monotonic() + 200
+    while not (tmp_path / "log.txt").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    time.sleep(0.2)
+    running.send_signal(TERM)
+    must_end(lambda: running.poll() is None)
+    assert running.returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("train.sh", ["train", "--runs", "runs", "sft", "--", "--x"]),
+        ("eval.sh", ["evaluate", "--original", "runs/original", "--out", "runs/evaluation.html", "sft", "--", "--x"]),
+        ("query_vlms.sh", ["measure", "--runs", "runs/query", "sft", "--", "--x"]),
+    ],
+)
+def test_a_script_is_its_command(script: str, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "safervlm").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"; exit 3\n')
+    (tmp_path / "safervlm").chmod(0o755)
+    ended = subprocess.run(
+        ["bash", str(ROOT / "scripts" / script), "sft", "--", "--x"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 3
+    assert ended.stdout.splitlines() == words
