@@ -34,7 +34,7 @@ LAYERS = (
     ("judging",),
     ("objectives", "measure", "results"),
     ("reports",),
-    ("pictograms", "cli", "__init__", "__main__"),
+    ("pictograms", "cli", "api", "__init__", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LONGEST = 450  # lines of a module

@@ -23,10 +23,10 @@ from safervlm.results.scores import by_category, category_order, overall
 
 WIDTH = 11.0  # width of every plot in inches
 
-# Placeholder colours for Matplotlib: :func:`svg` replaces each by a CSS variable of the page's light or dark theme.
-INK, GRID = "#010203", "#010204"
+# The colours of the page's light theme. In a page, :func:`svg` replaces each by a CSS variable, for both themes.
+INK, GRID = "#1c2330", "#d9dee6"
 MARKERS = "osD^vP"
-RUN_COLOURS = [f"#0102{10 + index}" for index in range(len(MARKERS))]
+RUN_COLOURS = ["#5f6b7c", "#0072b2", "#c46a00", "#00805e", "#b0548a", "#2f9bd0"]
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "safervlm",

@@ -1,6 +1,6 @@
 """LLaVA-1.5 (arXiv:2310.03744) in the Hugging Face format, for example ``llava-hf/llava-1.5-7b-hf``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -205,6 +205,17 @@ class Llava(PackedVLM):
     ) -> None:
         super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, limits)
         self.image_fit, self.system, self.images = image_fit, system, images
+
+    @classmethod
+    def loads(cls, config: Mapping[str, Any]) -> bool:
+        """Returns whether a model is a LLaVA on CLIP and Llama; others of its architecture have other conversations.
+
+        Args:
+            config: Content of the model's ``config.json``.
+        """
+        parts = [(config.get(part) or {}).get("model_type") for part in ("text_config", "vision_config")]
+        named = config.get("architectures") or ()
+        return "LlavaForConditionalGeneration" in named and parts == ["llama", "clip_vision_model"]
 
     @cached_property
     def collator(self) -> LlavaCollator:

@@ -6,6 +6,7 @@ change the logits.
 """
 
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -91,6 +92,15 @@ class LlavaOriginal(Llava):
         self.original, self.vision, self.cache = model, vision, Path(cache_dir).expanduser() / "converted"
         if adapter is not None:
             self.adapter = str(convert_adapter(Path(adapter), self.cache))
+
+    @classmethod
+    def loads(cls, config: Mapping[str, Any]) -> bool:
+        """Returns whether a model is in the original format.
+
+        Args:
+            config: Content of the model's ``config.json``.
+        """
+        return "LlavaLlamaForCausalLM" in (config.get("architectures") or ())
 
     @cached_property
     def collator(self) -> LlavaCollator:

@@ -86,6 +86,15 @@ class LocalVLM(VLM):
         self.gradient_checkpointing, self.limits = gradient_checkpointing, limits
         self.model: PreTrainedModel | PeftModel | None = None
 
+    @classmethod
+    def loads(cls, config: Mapping[str, Any]) -> bool:
+        """Returns whether this class is the one to load a model, if no class is named (:mod:`safervlm.vlm.family`).
+
+        Args:
+            config: Content of the model's ``config.json``.
+        """
+        return False
+
     @abstractmethod
     def load_base(self) -> PreTrainedModel:
         """Loads the base weights."""

@@ -238,7 +238,7 @@ RUNS = {
     "minus": ("-x", "-x"),
     "underscore": ("_hidden", "_hidden"),
     "LaTeX": ("100%_{a}^b#\\x", "100%_{a}^b#\\x"),
-    "a colour of the page": ("#010203 url(#a)", "#010203 url(#a)"),
+    "a colour of the page": ("#1c2330 url(#a)", "#1c2330 url(#a)"),
     "an attribute": ('"\'` id="x" onload=x', '"\'` id="x" onload=x'),
     "long": ("x" * 200, "x" * 200),
     "bytes that are no UTF-8": (os.fsdecode(b"caf\xe9"), r"caf\udce9"),
