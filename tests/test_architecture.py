@@ -167,9 +167,8 @@ def undocumented() -> Iterator[str]:
                 continue
             if in_class and (node.name.startswith("on_") or node.name in HOOKS):
                 continue
-            if any(
-                ast.unparse(decorator).split(".")[-1] in ("override", "setter") for decorator in node.decorator_list
-            ):
+            marks = {ast.unparse(decorator).split(".")[-1] for decorator in node.decorator_list}
+            if marks & {"override", "overload", "setter"}:
                 continue
             given = node.args
             arguments = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
