@@ -46,6 +46,10 @@ class OneLineParser(LightningArgumentParser):
         # Otherwise --trainer.max_step would be accepted as an abbreviation of --trainer.max_steps.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    def option_names(self) -> list[str]:
+        """Returns the names of the options, with dashes."""
+        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the error in one line and exits with code 2.
 

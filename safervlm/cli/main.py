@@ -1,14 +1,18 @@
 """The command line: ``safervlm --help`` imports nothing else, and each command imports only what it needs."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safervlm.errors import ArgumentError
 from safervlm.io.boundary import one_line_errors, run_folder
 from safervlm.io.signals import listening
+
+if TYPE_CHECKING:
+    from safervlm.cli.lightning import OneLineParser
 
 HELP = """usage: safervlm COMMAND [ARGUMENTS]
 
@@ -37,6 +41,8 @@ Demo data, a small world of pictograms:
   demo         run the whole pipeline on it: measure, judge, align, measure again
 
   --version    print the version
+  --print_shtab bash|zsh|tcsh
+               print a script for the shell's completion (needs the package shtab)
 """
 
 
@@ -91,7 +97,10 @@ def main(args: Sequence[str] | None = None) -> None:
         print(__version__)
         return
     with one_line_errors(), listening():
-        if args[0] in ("fit", "validate", "predict"):
+        shell = args[0].partition("--print_shtab")[2].removeprefix("=") or " ".join(args[1:])
+        if args[0].startswith("--print_shtab"):
+            print(completion(shell))
+        elif args[0] in ("fit", "validate", "predict"):
             from safervlm.cli.lightning import run
 
             run(args)
@@ -108,6 +117,22 @@ def main(args: Sequence[str] | None = None) -> None:
             raise ArgumentError(f"no command {args[0]!r}; see safervlm --help")
 
 
+def completion(shell: str) -> str:
+    """Returns the script that completes command lines.
+
+    Args:
+        shell: ``bash``, ``zsh`` or ``tcsh``.
+    """
+    from safervlm.cli.completion import completion_script
+
+    sequences = {
+        command: [*re.findall(r"^  (--\w+)", text, re.MULTILINE), "--config", "--limit"]
+        for command, (_, text) in sequence_commands().items()
+    }
+    plain_options = {command: plain_parser(command).option_names() for command in plain_commands()}
+    return completion_script(shell, sequences | plain_options)
+
+
 def plain(args: Sequence[str]) -> None:
     """Runs one of the commands that run no Lightning loop.
 
@@ -115,9 +140,27 @@ def plain(args: Sequence[str]) -> None:
         args: Words of the command line, beginning with the command.
     """
     from safervlm.cli.arguments import check_words
-    from safervlm.cli.lightning import OneLineParser
 
     name, *rest = args
+    check_words(rest)
+    parser = plain_parser(name)
+    given = parser.instantiate(parser.parse_args(rest))
+    named = [*(given.get("runs") or []), given.get("run"), given.get("out")]
+    run_folder.set(next((Path(each) for each in named if each and Path(each).is_dir()), None))
+    function = plain_commands()[name]
+    if name == "demo":
+        function = partial(function, main)
+    function(**given.as_dict())
+
+
+def plain_parser(name: str) -> "OneLineParser":
+    """Returns the parser of a command that runs no Lightning loop.
+
+    Args:
+        name: Name of the command.
+    """
+    from safervlm.cli.lightning import OneLineParser
+
     function = plain_commands()[name]
     parser = OneLineParser(prog=f"safervlm {name}", description=(function.__doc__ or "").split("\n\n")[0])
     own: set[str | int] = set()  # arguments added by hand below, or supplied here
@@ -129,13 +172,8 @@ def plain(args: Sequence[str]) -> None:
         parser.add_argument("run", help="The folder of a finished measurement.")
     if name == "demo":
         own = {"play"}
-        function = partial(function, main)
     if name in ("report", "evaluation"):
         own = {"runs"}
         parser.add_argument("runs", nargs="+", help="The run folders; the first is the one to compare with.")
-    check_words(rest)
-    parser.add_function_arguments(plain_commands()[name], skip=own, fail_untyped=True)
-    given = parser.instantiate(parser.parse_args(rest))
-    named = [*(given.get("runs") or []), given.get("run"), given.get("out")]
-    run_folder.set(next((Path(each) for each in named if each and Path(each).is_dir()), None))
-    function(**given.as_dict())
+    parser.add_function_arguments(function, skip=own, fail_untyped=True)
+    return parser
