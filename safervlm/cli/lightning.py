@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import re
 import signal
@@ -23,7 +22,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from safervlm.addresses import public
 from safervlm.cli.arguments import prepared
 from safervlm.cli.classes import import_classes
+from safervlm.cli.family import fitting_class
 from safervlm.cli.messages import one_line
+from safervlm.cli.trainer import check_trainer
 from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, UserError, explained
 from safervlm.io.boundary import causes, fail, run_folder, warn
@@ -84,65 +85,6 @@ class ConfigInRunFolder(SaveConfigCallback):
         write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def check_trainer(command: str, settings: Namespace) -> None:
-    """Rejects trainer settings with which there is nothing to do, and invalid checkpoints, before data is loaded.
-
-    Args:
-        command: ``fit``, ``validate`` or ``predict``.
-        settings: Parsed settings of the command.
-
-    Raises:
-        ArgumentError: Zero steps, a number out of range, or a checkpoint that is missing, empty or not applicable.
-    """
-    zero = {
-        "fit": ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"),
-        "validate": ("limit_val_batches",),
-        "predict": ("limit_predict_batches",),
-    }[command]
-    for name in zero:
-        value = settings["trainer"].get(name)
-        if value is not None and value is not False and value == 0:
-            raise ArgumentError(
-                f"--trainer.{name}: {value} leaves nothing to do for {command}; give more, or leave it out"
-            )
-    check_bounds(settings["trainer"])
-    given = settings.get("ckpt_path")
-    if given is not None and command == "predict":
-        raise ArgumentError(f"--ckpt_path: predict takes none, got {given!r}; give --model.vlm.adapter RUN/adapter")
-    if given is not None and not Path(given).exists():
-        last = Path(settings["run"]) / "checkpoints" / "last.ckpt"
-        raise ArgumentError(f"--ckpt_path: no file {given!r}; leave it out to take {last}")
-    if given is not None and Path(given).is_file() and not Path(given).stat().st_size:
-        raise ArgumentError(f"--ckpt_path: {given!r} is empty; take an earlier copy, or delete it and train again")
-
-
-def check_bounds(trainer: Namespace) -> None:
-    """Rejects numbers that Lightning accepts but that stop or change the training, or that Lightning rejects late.
-
-    Args:
-        trainer: Parsed settings of the trainer.
-
-    Raises:
-        ArgumentError: A number is out of range.
-    """
-    shares = [name for name in ("train", "val", "test", "predict") if f"limit_{name}_batches" in trainer]
-    for name in ("val_check_interval", "gradient_clip_val", *(f"limit_{share}_batches" for share in shares)):
-        value = trainer.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            continue
-        if name.startswith("limit_"):
-            fits, bounds = (
-                value >= 0 and (isinstance(value, int) or value <= 1),
-                "a share from 0 to 1, or whole batches",
-            )
-        elif name == "gradient_clip_val":
-            fits, bounds = 0 <= value < math.inf, "a number, 0 clips nothing"
-        else:
-            fits, bounds = 0 < value < math.inf, "above 0"
-        if not fits:
-            raise ArgumentError(f"--trainer.{name}: {bounds}, got {value}; correct it, or leave it out")
-
-
 class SaferCLI(LightningCLI):
     """Lightning's command line with a run folder and links between model, data and trainer.
 
@@ -152,6 +94,7 @@ class SaferCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         import_classes()
+        self.words = list(args)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -183,8 +126,8 @@ class SaferCLI(LightningCLI):
             "predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"},
         }
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the run folder and the links between arguments.
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the run folder, model, data and trainer, in the order of a help text.
 
         Args:
             parser: Parser of a command.
@@ -195,6 +138,18 @@ class SaferCLI(LightningCLI):
             default="runs/unnamed",
             help="Folder of the run: everything is written there; the same command again resumes where it stopped.",
         )
+        parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        defaults = {f"trainer.{name}": value for name, value in self.trainer_defaults.items() if name != "callbacks"}
+        parser.set_defaults(defaults)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the links between arguments.
+
+        Args:
+            parser: Parser of a command.
+        """
         parser.link_arguments("run", "trainer.default_root_dir")
         parser.link_arguments("model.collator", "data.init_args.collator", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.init_args.seed")
@@ -224,6 +179,9 @@ class SaferCLI(LightningCLI):
         if self.subcommand not in can:
             fail(f"--config: {path} is not for {self.subcommand}; use safervlm {' or '.join(can)}, or another recipe")
         check_trainer(self.subcommand, self.config[self.subcommand])
+        arguments = self.config[self.subcommand]["model"]["init_args"]
+        if isinstance(arguments.get("vlm"), Namespace):
+            arguments["vlm"] = fitting_class(arguments["vlm"], self.words)
         self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"
 
     def instantiate_classes(self) -> None:

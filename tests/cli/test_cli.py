@@ -1,6 +1,7 @@
 """The command line: fast help, a help text for every argument, errors of one line."""
 
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ from lightning.pytorch.cli import SaveConfigCallback
 import callbacks
 import safervlm
 from callbacks.rate_responses import RateResponses
+from safervlm.cli.family import fitting_class
 from safervlm.cli.lightning import SaferCLI
 from safervlm.cli.main import HELP, main, plain_commands, sequence_commands
 from safervlm.cli.messages import one_line
 from safervlm.io.boundary import run_folder
+from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.recipes import CONFIGS, local_or_shipped
 from safervlm.vlm.base import VLM
+from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.sampling import Sampling
 
@@ -213,6 +217,62 @@ def test_limit_is_short_for_the_datas(tiny_llava: Path, only_built: list[SaferCL
 def test_the_seed_reaches_model_and_data(tiny_llava: Path, only_built: list[SaferCLI]) -> None:
     main(["fit", "--config", "configs/sft.yaml", "--model.vlm.model", str(tiny_llava), "--seed_everything", "7"])
     assert only_built[0].model.seed == only_built[0].datamodule.seed == 7
+
+
+def test_the_help_of_a_fit_begins_with_run_model_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    shown = capsys.readouterr().out
+    places = [shown.index(f"[--{name}") for name in ("run", "model", "data", "trainer")]
+    assert places == sorted(places)
+    details = shown[shown.index("options:") :]
+    places = [details.index(f"  --{name} ") for name in ("run", "model", "data", "trainer")]
+    assert places == sorted(places)
+
+
+def vlm_overlay(folder: Path, name: str, **settings: object) -> str:
+    """An overlay whose recipe names a class and settings of the VLM."""
+    vlm = {"class_path": name, "init_args": {"model": "some/name", **settings}}
+    (folder / "overlay.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"vlm": vlm}}}))
+    return str(folder / "overlay.yaml")
+
+
+def test_another_checkpoint_alone_is_loaded_by_its_own_class(
+    tiny_llava: Path, tmp_path: Path, only_built: list[SaferCLI], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe's setting is kept where the class has it; a class that is typed stays."""
+    overlay = vlm_overlay(tmp_path, "Transformers", dtype="float32", template="{question}")
+    line = ["predict", *PICTOGRAMS, "--config", overlay, "--model.vlm.model", str(tiny_llava)]
+    main(line)
+    vlm = only_built[0].model.vlm
+    assert isinstance(vlm, Llava)
+    assert (str(vlm.dtype), vlm.system) == ("torch.float32", VICUNA_SYSTEM)
+    assert "is loaded by Llava; template does not apply" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "architecture", "name"),
+    [
+        (["--model.vlm.model={}"], "Qwen2VLForConditionalGeneration", "safervlm.vlm.auto.Transformers"),
+        (["--model.vlm.model", "{}"], "LlavaLlamaForCausalLM", "safervlm.vlm.llava_original.LlavaOriginal"),
+        (["--model.vlm", "Llava", "--model.vlm.model", "{}"], "Qwen2VLForConditionalGeneration", "given"),
+        (["--config", "overlay.yaml"], "Qwen2VLForConditionalGeneration", "given"),
+    ],
+)
+def test_the_class_of_a_checkpoint(typed: list[str], architecture: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(VLM, "vlm")
+    arguments = {"model": str(tmp_path), "image_fit": "crop", "dtype": "float32"}
+    given = parser.parse_object({"vlm": {"class_path": "safervlm.vlm.llava.Llava", "init_args": arguments}})["vlm"]
+    found = fitting_class(given, ["fit", *(word.format(tmp_path) for word in typed)])
+    if name == "given":
+        assert found is given
+    else:
+        assert found["class_path"] == name
+        assert found["init_args"]["dtype"] == "float32"
+        assert found["init_args"].get("image_fit") == ("crop" if "llava" in name else None)
+        assert found["init_args"]["system"] == ("" if "auto" in name else VICUNA_SYSTEM)
 
 
 ERRORS = {

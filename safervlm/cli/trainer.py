@@ -1,0 +1,67 @@
+"""Checks of the trainer's settings, before data is loaded."""
+
+import math
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from safervlm.errors import ArgumentError
+
+
+def check_trainer(command: str, settings: Namespace) -> None:
+    """Rejects trainer settings with which there is nothing to do, and invalid checkpoints, before data is loaded.
+
+    Args:
+        command: ``fit``, ``validate`` or ``predict``.
+        settings: Parsed settings of the command.
+
+    Raises:
+        ArgumentError: Zero steps, a number out of range, or a checkpoint that is missing, empty or not applicable.
+    """
+    zero = {
+        "fit": ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"),
+        "validate": ("limit_val_batches",),
+        "predict": ("limit_predict_batches",),
+    }[command]
+    for name in zero:
+        value = settings["trainer"].get(name)
+        if value is not None and value is not False and value == 0:
+            raise ArgumentError(
+                f"--trainer.{name}: {value} leaves nothing to do for {command}; give more, or leave it out"
+            )
+    check_bounds(settings["trainer"])
+    given = settings.get("ckpt_path")
+    if given is not None and command == "predict":
+        raise ArgumentError(f"--ckpt_path: predict takes none, got {given!r}; give --model.vlm.adapter RUN/adapter")
+    if given is not None and not Path(given).exists():
+        last = Path(settings["run"]) / "checkpoints" / "last.ckpt"
+        raise ArgumentError(f"--ckpt_path: no file {given!r}; leave it out to take {last}")
+    if given is not None and Path(given).is_file() and not Path(given).stat().st_size:
+        raise ArgumentError(f"--ckpt_path: {given!r} is empty; take an earlier copy, or delete it and train again")
+
+
+def check_bounds(trainer: Namespace) -> None:
+    """Rejects numbers that Lightning accepts but that stop or change the training, or that Lightning rejects late.
+
+    Args:
+        trainer: Parsed settings of the trainer.
+
+    Raises:
+        ArgumentError: A number is out of range.
+    """
+    shares = [name for name in ("train", "val", "test", "predict") if f"limit_{name}_batches" in trainer]
+    for name in ("val_check_interval", "gradient_clip_val", *(f"limit_{share}_batches" for share in shares)):
+        value = trainer.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if name.startswith("limit_"):
+            fits, bounds = (
+                value >= 0 and (isinstance(value, int) or value <= 1),
+                "a share from 0 to 1, or whole batches",
+            )
+        elif name == "gradient_clip_val":
+            fits, bounds = 0 <= value < math.inf, "a number, 0 clips nothing"
+        else:
+            fits, bounds = 0 < value < math.inf, "above 0"
+        if not fits:
+            raise ArgumentError(f"--trainer.{name}: {bounds}, got {value}; correct it, or leave it out")
