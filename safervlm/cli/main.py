@@ -99,7 +99,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors(), listening():
         shell = args[0].partition("--print_shtab")[2].removeprefix("=") or " ".join(args[1:])
         if args[0].startswith("--print_shtab"):
-            print(completion(shell))
+            print(shell_completion(shell))
         elif args[0] in ("fit", "validate", "predict"):
             from safervlm.cli.lightning import run
 
@@ -117,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise ArgumentError(f"no command {args[0]!r}; see safervlm --help")
 
 
-def completion(shell: str) -> str:
+def shell_completion(shell: str) -> str:
     """Returns the script that completes command lines.
 
     Args:
