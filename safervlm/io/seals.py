@@ -11,7 +11,6 @@ import os
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from safervlm.errors import RecordError, first_line
 from safervlm.io.reading import parse_json
 from safervlm.io.settings import flat
 from safervlm.legacy import with_todays_names
-from safervlm.provenance import PACKAGES
+from safervlm.provenance import PACKAGES, installed_version
 
 SEAL = "safervlm.json"
 END = struct.Struct("<4s4H2LH")  # last record of a zip archive; its last field is the length of the comment
@@ -36,7 +35,7 @@ def seal(origin: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         origin: Settings; values must be serialisable as JSON.
     """
-    return {"origin": json.loads(json.dumps(origin)), "versions": {name: version(name) for name in PACKAGES}}
+    return {"origin": json.loads(json.dumps(origin)), "versions": {name: installed_version(name) for name in PACKAGES}}
 
 
 def file_digest(path: Path) -> str:

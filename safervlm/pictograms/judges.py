@@ -342,7 +342,7 @@ def train_judge(capability: Capability, tokenizer: RobertaTokenizer, seed: int, 
     """
     torch.manual_seed(seed)
     judge = TinyJudge(LABELS[capability], tokenizer).train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
     rng = random.Random(seed)
     for _ in track(range(steps), f"{capability} judge", console=Console(stderr=True)):

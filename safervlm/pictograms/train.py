@@ -248,7 +248,7 @@ class Course:
 
     def __init__(self, modules: Sequence[nn.Module], peak: float, steps: int, decay: float) -> None:
         self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=peak, betas=(0.9, 0.98), weight_decay=decay)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=peak, betas=(0.9, 0.98), weight_decay=decay, fused=True)
         self.peak, self.steps = peak, steps
 
     def step(self, loss: Tensor, number: int) -> None:

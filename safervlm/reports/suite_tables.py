@@ -275,8 +275,7 @@ def held(table: pd.DataFrame) -> list[str]:
             headings = rows["heading"].unique()
             made += [str(group)] if len(headings) == every["heading"].nunique() > 1 else [*headings]
         lines.append(
-            f"{'; '.join(made)}: {varies} by {method}, held the truth in {part['coverage'].iloc[0]} of simulated "
-            "studies"
+            f"{'; '.join(made)}: {varies} by {method}, simulated coverage {part['coverage'].iloc[0]}"
         )
     return lines
 

@@ -101,7 +101,7 @@ def with_coverage(method: str, part: str = OVERALL) -> str:
             used.
     """
     held = coverage(method, part) or coverage(method)
-    return method if held is None else f"{method}; held the truth in {held} of simulated studies"
+    return method if held is None else f"{method}; simulated coverage {held}"
 
 
 def methods(table: pd.DataFrame) -> list[str]:

@@ -54,7 +54,7 @@ def test_one_table_everywhere(runs, tmp_path, capsys):
         f"[{100 * these['low'].item():.1f}, {100 * these['high'].item():.1f}]"
     )
     for text_of_all in (printed, page, out.with_suffix(".tex").read_text()):
-        assert "held the truth in" in text_of_all
+        assert "simulated coverage" in text_of_all
     assert wide.loc["ppo", "SMID"] == text
     assert text in " ".join(printed.split())
     tex = out.with_suffix(".tex").read_text()
