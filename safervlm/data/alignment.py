@@ -67,21 +67,8 @@ class AlignmentData(ImageSets):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            folder,
-            safe_folder,
-            repo,
-            safe_repo,
-            name,
-            safe_name,
-            cache_dir,
-            validation_fraction,
-            limit,
-            collator,
-            batch_size,
-            num_workers,
-            seed,
-        )
+        sources = (folder, safe_folder, repo, safe_repo, name, safe_name, cache_dir)
+        super().__init__(*sources, validation_fraction, limit, collator, batch_size, num_workers, seed)
         self.contexts = None if contexts is None else path_text("data.contexts", contexts)
 
     def completions(self, question: Question) -> tuple[str, ...]:

@@ -334,20 +334,8 @@ class UnsafeConcepts(ImageSets):
         batch_size: int | Literal["auto"] = 8,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(
-            folder,
-            safe_folder,
-            repo,
-            safe_repo,
-            name,
-            safe_name,
-            cache_dir,
-            validation_fraction,
-            limit,
-            collator,
-            batch_size,
-            num_workers,
-        )
+        sources = (folder, safe_folder, repo, safe_repo, name, safe_name, cache_dir)
+        super().__init__(*sources, validation_fraction, limit, collator, batch_size, num_workers)
         if not capabilities:
             raise ArgumentError(f"data.capabilities: at least one of {', '.join(CAPABILITIES)}, got []")
         if unknown := [name for name in capabilities if name not in CAPABILITIES]:

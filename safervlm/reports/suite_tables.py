@@ -274,9 +274,7 @@ def held(table: pd.DataFrame) -> list[str]:
             every = simulated[(simulated["group"] == group) & (simulated["varies"] == varies)]
             headings = rows["heading"].unique()
             made += [str(group)] if len(headings) == every["heading"].nunique() > 1 else [*headings]
-        lines.append(
-            f"{'; '.join(made)}: {varies} by {method}, simulated coverage {part['coverage'].iloc[0]}"
-        )
+        lines.append(f"{'; '.join(made)}: {varies} by {method}, simulated coverage {part['coverage'].iloc[0]}")
     return lines
 
 

@@ -113,6 +113,17 @@ class Column:
         """Unit of its numbers: shares and ratios in percent, MME in points, self-BLEU without a unit."""
         return {"mme": "points", "diversity": "", "diversity_published": "", "ratio": "%"}.get(self.measure, "%")
 
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What identifies it in a table with one row per column."""
+        return {
+            "group": self.group,
+            "column": self.key,
+            "heading": self.heading,
+            "detail": self.detail,
+            "unit": self.unit,
+        }
+
     def part(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Returns the rows of a frame that the column is about.
 
@@ -327,11 +338,7 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
             rows.append(
                 {
                     "run": evaluation.name,
-                    "group": column.group,
-                    "column": column.key,
-                    "heading": column.heading,
-                    "detail": column.detail,
-                    "unit": column.unit,
+                    **column.labels,
                     "value": estimate.value,
                     "low": estimate.low,
                     "high": estimate.high,

@@ -60,11 +60,7 @@ def compare_suites(evaluation: Evaluation, original: Evaluation, wanted: Sequenc
         rows.append(
             {
                 "run": evaluation.name,
-                "group": column.group,
-                "column": column.key,
-                "heading": column.heading,
-                "detail": column.detail,
-                "unit": column.unit,
+                **column.labels,
                 "difference": comparison.difference.value,
                 "low": comparison.difference.low,
                 "high": comparison.difference.high,

@@ -121,17 +121,8 @@ class CogVLM(Remote):
         template: Literal["chat", "vqa"] = "chat",
         images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(
-            model,
-            revision,
-            trust_remote_code,
-            adapter,
-            lora,
-            dtype,
-            gradient_checkpointing,
-            TEMPLATES[template],
-            images=images,
-        )
+        weights = (model, revision, trust_remote_code, adapter, lora, dtype, gradient_checkpointing)
+        super().__init__(*weights, TEMPLATES[template], images=images)
         self.tokenizer_name, self.layout = tokenizer, template
 
     def describe(self) -> dict[str, Any]:

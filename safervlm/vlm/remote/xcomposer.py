@@ -182,18 +182,8 @@ class XComposer2(Remote):
         system: str | None = None,
         images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(
-            model,
-            revision,
-            trust_remote_code,
-            adapter,
-            lora,
-            dtype,
-            gradient_checkpointing,
-            TEMPLATE,
-            system or "",
-            images,
-        )
+        weights = (model, revision, trust_remote_code, adapter, lora, dtype, gradient_checkpointing)
+        super().__init__(*weights, TEMPLATE, system or "", images)
         self.own_words = system is None
 
     def describe(self) -> dict[str, Any]:
