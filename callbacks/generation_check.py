@@ -59,7 +59,7 @@ class GenerationCheck(Callback):
         in_range(least=0, below=1, tolerance=tolerance)
         self.judge, self.every_n_batches, self.tolerance = judge, every_n_batches, tolerance
         self.sampling, self.minimum = sampling, minimum
-        judge.must_tell(LABELS["alignment"], "judge")
+        judge.require_labels(LABELS["alignment"], "judge")
         self.before: dict[str, bool] | None = None
         self._trained = False
         self.seconds = 0.0  # duration of the last check

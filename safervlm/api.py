@@ -31,7 +31,7 @@ from safervlm.records import Example, Question
 from safervlm.reports.figures import STYLE, plot_gap
 from safervlm.reports.runs import Run, run_names
 from safervlm.results.runs import load_run
-from safervlm.vlm.base import VLM
+from safervlm.vlm.base import VLM, must_be_answered
 from safervlm.vlm.family import family_of
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.sampling import Sampling
@@ -213,7 +213,7 @@ class LoadedVLM:
             examples = [Example(each) for each in _questions(images, questions, files)]
             for start in range(0, count, batch_size):
                 batch = self.vlm.collator(examples[start : start + batch_size]).to(self.device)
-                answers += [each.text for each in self.vlm.generate(batch, sampling, seed)]
+                answers += [each.text for each in must_be_answered(self.vlm.generate(batch, sampling, seed))]
         return answers[0] if one else answers
 
     def score(self, image: AnyImage, question: str, completions: str | Iterable[str]) -> pd.DataFrame:

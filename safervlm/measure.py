@@ -17,7 +17,7 @@ from safervlm.vlm.sampling import Sampling
 
 
 @dataclass
-class Asked:
+class QuestionBatch:
     """A batch of questions, without those that could not be collated.
 
     Attributes:
@@ -39,7 +39,7 @@ class Asked:
 
 
 @dataclass
-class AskCollator:
+class FaultTolerantCollator:
     """Fault-tolerant collator: records the questions that the VLM's collator can't process, so that none ends a run.
 
     Attributes:
@@ -48,10 +48,10 @@ class AskCollator:
 
     collator: Collator
 
-    def __call__(self, examples: Sequence[Example]) -> Asked:
+    def __call__(self, examples: Sequence[Example]) -> QuestionBatch:
         """Collates the examples together; if that raises, one by one, to isolate the failing ones."""
         try:
-            return Asked([self.collator(examples)], [])
+            return QuestionBatch([self.collator(examples)], [])
         except BaseException as error:
             reason_of(error)
         good, failed = [], []
@@ -63,7 +63,7 @@ class AskCollator:
                 failed.append(Failure(example.question, reason_of(error)))
         # Examples that can be collated one by one may still exceed the memory together.
         batches, more = in_halves(good, self.collator)
-        return Asked(batches, failed + [Failure(example.question, reason) for example, reason in more])
+        return QuestionBatch(batches, failed + [Failure(example.question, reason) for example, reason in more])
 
 
 class Measure(L.LightningModule):
@@ -97,9 +97,9 @@ class Measure(L.LightningModule):
         self.largest: int | None = None  # batch size used after a larger batch ran out of memory
 
     @property
-    def collator(self) -> AskCollator:
+    def collator(self) -> FaultTolerantCollator:
         """Collator of the batches; the command line passes it to the data module."""
-        return AskCollator(self.vlm.collator)
+        return FaultTolerantCollator(self.vlm.collator)
 
     def describe(self) -> dict[str, Any]:
         """Returns the settings that determine the responses, for the manifest."""
@@ -111,7 +111,7 @@ class Measure(L.LightningModule):
         if data is None or data.remaining():
             self.vlm.load()
 
-    def predict_step(self, asked: Asked, batch_idx: int) -> list[Response | Failure]:
+    def predict_step(self, asked: QuestionBatch, batch_idx: int) -> list[Response | Failure]:
         """Returns one response per question, or a failure with its reason."""
         records: list[Response | Failure] = [*asked.failed]
         for batch in asked.batches:

@@ -11,7 +11,7 @@ import torch
 
 from safervlm.cli.main import main
 from safervlm.data.unsafe_concepts import UnsafeConcepts
-from safervlm.measure import AskCollator, Measure
+from safervlm.measure import FaultTolerantCollator, Measure
 from safervlm.records import Example, Failure, Question, Response, read_jsonl
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.sampling import Sampling
@@ -78,7 +78,7 @@ def test_questions_that_cannot_be_asked_are_set_aside(
     (tmp_path / "torn.png").write_bytes(Path(str(good[0].image_path)).read_bytes()[:60])
     torn = replace(good[1], id="T/torn.png/alignment/0", image_path=str(tmp_path / "torn.png"))
     long = replace(good[2], id="T/long/alignment/0", prompt="safe " * 900)
-    collator = AskCollator(measure.vlm.collator)
+    collator = FaultTolerantCollator(measure.vlm.collator)
     records = measure.predict_step(collator([Example(question) for question in (good[0], torn, long, good[3])]), 0)
     failed = {record.id: record.reason for record in records if isinstance(record, Failure)}
     assert failed.keys() == {torn.id, long.id}

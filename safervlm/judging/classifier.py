@@ -109,7 +109,7 @@ class Judge(LightningModule):
         self._held_out: Tensor | None = None
         self.train(False)
 
-    def must_tell(self, labels: Sequence[str], name: str) -> None:
+    def require_labels(self, labels: Sequence[str], name: str) -> None:
         """Rejects the judge if its labels are not exactly the given ones.
 
         Args:

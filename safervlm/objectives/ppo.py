@@ -142,7 +142,7 @@ class PPO(Objective):
         in_range("model", least=0, kl_coef=kl_coef, entropy_coef=entropy_coef, vf_coef=vf_coef)
         in_range("model", least=0, most=1, gamma=gamma, lam=lam)
         in_range("model", length_bonus=length_bonus, no_eos_penalty=no_eos_penalty, reward_scale=reward_scale)
-        judge.must_tell(LABELS["alignment"], "model.judge")
+        judge.require_labels(LABELS["alignment"], "model.judge")
         vlm.lora = replace(vlm.lora, dropout=0.0)
         self.automatic_optimization = False
         self.adapters = ("policy", "value") if value_on == "adapter" else ("policy",)

@@ -38,7 +38,7 @@ from safervlm.vlm.compat import PROCESSOR_MAPPING, grown_inputs
 from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_tokens
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
-from safervlm.vlm.prefix import EachOnce, Encoding, Sharing, extend, join
+from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing, extend, join
 from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
 from safervlm.vlm.weights import load_model, reading
 
@@ -221,7 +221,7 @@ class Transformers(LocalVLM):
         """
         encoder = self.image_encoder(model)
         if encoder not in (model, model.base_model):  # transformers returns one of these if it knows no encoder
-            encoder.forward = EachOnce(encoder.forward)
+            encoder.forward = DeduplicatedEncoder(encoder.forward)
         # The model's own defaults, such as a repetition penalty, would be combined with ``sampling``.
         model.generation_config = GenerationConfig()
         return model
@@ -346,9 +346,9 @@ class Transformers(LocalVLM):
         return {name: grown[name][:, -1:] for name, tensor in encoding.items() if grown[name].shape != tensor.shape}
 
     @cached_property
-    def sharing(self) -> Sharing:
+    def sharing(self) -> PrefixSharing:
         """Prefix sharing between questions about the same image."""
-        return Sharing(self.base, self.pad_token_id, self.image_token_ids, self.dtype)
+        return PrefixSharing(self.base, self.pad_token_id, self.image_token_ids, self.dtype)
 
     def without_room(self, batch: EncodedBatch, sampling: Sampling) -> dict[int, str]:
         """Returns the questions whose responses may exceed the learned position embeddings, with the reason for each.

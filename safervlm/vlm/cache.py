@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer, stored as views of longer buffers."""
 
     buffers: tuple[Tensor, Tensor]
@@ -84,6 +84,6 @@ def roomy(config: PreTrainedConfig | None = None) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     if config is None:
-        cache.layer_class_to_replicate = RoomyLayer
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layer_class_to_replicate = PreallocatedLayer
+    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

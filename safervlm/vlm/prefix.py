@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from safervlm.io.boundary import warn
-from safervlm.vlm.cache import RoomyLayer, roomy
+from safervlm.vlm.cache import PreallocatedLayer, roomy
 from safervlm.vlm.compat import CACHE, position_ids, takes_a_plain_cache, tree_leaves, tree_map
 from safervlm.vlm.packed import common_beginning
 
@@ -97,7 +97,7 @@ def agree(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     return bool(apart <= ROUNDING[dtype] * one.float().std(correction=0))
 
 
-class EachOnce:
+class DeduplicatedEncoder:
     """Wraps an image encoder, and encodes identical images of a batch once.
 
     The first time a batch has duplicates, the batch is encoded both ways and the results are compared: some encoders
@@ -142,7 +142,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-class Sharing:
+class PrefixSharing:
     """Prefix sharing: computes the common prefix of prompts about one image once, and reuses its KV cache.
 
     It is used only where it doesn't change the responses: for models whose tokens attend to all tokens before them and
@@ -164,7 +164,7 @@ class Sharing:
         self.plain = (
             type(model).generate is GenerationMixin.generate
             and takes_a_plain_cache(model)
-            and all(type(layer) is RoomyLayer for layer in self.cache().layers)
+            and all(type(layer) is PreallocatedLayer for layer in self.cache().layers)
         )
         self.works: bool | None = None if self.plain else False
 

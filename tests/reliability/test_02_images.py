@@ -39,7 +39,7 @@ from safervlm.io.images import (
     image_kind,
     open_image,
 )
-from safervlm.measure import AskCollator
+from safervlm.measure import FaultTolerantCollator
 from safervlm.records import Example, Question
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.llava import Llava, shrunk_square
@@ -919,10 +919,10 @@ def test_a_tall_screenshot_is_shown_in_little_memory(tiny_llava: Path, tmp_path:
     assert kilobytes < 200_000
 
 
-def collators(tiny_llava: Path) -> list[AskCollator]:
+def collators(tiny_llava: Path) -> list[FaultTolerantCollator]:
     """The collators of each kind of VLM."""
     vlms = (Llava(str(tiny_llava)), Transformers(str(tiny_llava), template="<image>{question}"))
-    return [AskCollator(collator) for collator in (*(vlm.collator for vlm in vlms), ServerCollator())]
+    return [FaultTolerantCollator(collator) for collator in (*(vlm.collator for vlm in vlms), ServerCollator())]
 
 
 def test_one_bad_image_costs_its_own_questions_alone(

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from callbacks.record_writer import RecordWriter
 from safervlm.cli.main import main
 from safervlm.errors import ArgumentError, RecordError, UserError
-from safervlm.measure import AskCollator, Measure
+from safervlm.measure import FaultTolerantCollator, Measure
 from safervlm.records import Example, Failure, Question, Response, read_jsonl
 from safervlm.vlm.base import Answer, Generation, Unanswered
 
@@ -117,7 +117,7 @@ def test_what_concerns_the_run_ends_it(
 
 def test_questions_that_fail_only_together_are_asked_in_halves(make_questions) -> None:
     examples = [Example(question) for question in make_questions(8)]
-    collator = AskCollator(Faulty(MemoryError(), set(), together=3).collate)
+    collator = FaultTolerantCollator(Faulty(MemoryError(), set(), together=3).collate)
     asked = collator(examples)
     assert [len(batch) for batch in asked.batches] == [2, 2, 2, 2]
     assert asked.failed == []

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
-from safervlm.vlm.cache import RoomyLayer, roomy
+from safervlm.vlm.cache import PreallocatedLayer, roomy
 
 
 def states(rows: int, new: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,7 +17,7 @@ def states(rows: int, new: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_it_holds_what_the_library_holds() -> None:
     """After growth, removal, repetition and reordering of rows, and cropping."""
-    ours, theirs = RoomyLayer(), DynamicLayer()
+    ours, theirs = PreallocatedLayer(), DynamicLayer()
     changes = {
         4: lambda layer: layer.batch_select_indices(torch.tensor([0, 2, 3])),
         9: lambda layer: layer.crop(-3),
@@ -41,7 +41,7 @@ def test_it_holds_what_the_library_holds() -> None:
 
 
 def test_a_step_copies_nothing_and_rows_that_left_are_forgotten() -> None:
-    layer = RoomyLayer()
+    layer = PreallocatedLayer()
     layer.update(*states(4, 100, 0))
     place = layer.keys.data_ptr()
     for step in range(60):
@@ -51,7 +51,7 @@ def test_a_step_copies_nothing_and_rows_that_left_are_forgotten() -> None:
     assert all(len(buffer) == 1 for buffer in layer.buffers)
 
 
-@pytest.mark.parametrize(("window", "kind"), [(None, RoomyLayer), (8, None)])
+@pytest.mark.parametrize(("window", "kind"), [(None, PreallocatedLayer), (8, None)])
 def test_layers_that_forget_are_the_librarys(window: int | None, kind: type | None) -> None:
     config = LlamaConfig(num_hidden_layers=2)
     if window:
@@ -64,5 +64,5 @@ def test_without_a_configuration_every_layer_keeps_everything() -> None:
     cache = roomy()
     for layer in range(3):
         cache.update(*states(2, 5, layer), layer)
-    assert [type(layer) for layer in cache.layers] == [RoomyLayer] * 3
+    assert [type(layer) for layer in cache.layers] == [PreallocatedLayer] * 3
     assert cache.get_seq_length() == 5

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from safervlm.records import Question
 from safervlm.vlm.auto import Transformers
-from safervlm.vlm.prefix import EachOnce, agree, equals
+from safervlm.vlm.prefix import DeduplicatedEncoder, agree, equals
 from safervlm.vlm.sampling import Sampling
 
 SHOWN = [2, 0, 2, 2, 1, 0]  # the image of each row
@@ -44,7 +44,7 @@ def test_each_image_is_encoded_once(images: Tensor) -> None:
         return {"states": (pixels.flatten(1) * scale + bias, pixels.mean((1, 2, 3))), "name": "states"}
 
     scale = torch.tensor([[1.0], [2.0], [3.0]])
-    once = EachOnce(encode)
+    once = DeduplicatedEncoder(encode)
     for _ in range(2):
         found = once(images[SHOWN], scale[SHOWN], bias=1.0)
         expected = encode(images[SHOWN], scale[SHOWN], bias=1.0)
@@ -72,7 +72,7 @@ def test_what_an_encoder_gives_beside_floats(images: Tensor) -> None:
 
     row, one = torch.ones(len(SHOWN), 1), torch.tensor(2.0)
     for encode, scale, works in ((kinds, row, True), (for_all, row, False), (listed, row, False), (kinds, one, None)):
-        once = EachOnce(encode)
+        once = DeduplicatedEncoder(encode)
         for _ in range(2):
             torch.testing.assert_close(once(images[SHOWN], scale), encode(images[SHOWN], scale))
         assert once.works is works
@@ -84,7 +84,7 @@ def test_a_model_without_an_encoder_is_left_alone(tmp_path: Path) -> None:
     vlm = Transformers(str(tmp_path), dtype="float32")
     with patch.object(Transformers, "image_encoder", lambda self, model: model.base_model):
         vlm.load()
-    assert not any(isinstance(vars(part).get("forward"), EachOnce) for part in vlm.base.modules())
+    assert not any(isinstance(vars(part).get("forward"), DeduplicatedEncoder) for part in vlm.base.modules())
 
 
 def test_sizes_in_a_list_are_left_alone(images: Tensor) -> None:
@@ -93,7 +93,7 @@ def test_sizes_in_a_list_are_left_alone(images: Tensor) -> None:
     def cropped(pixels: Tensor, sizes: list[int]) -> Tensor:
         return torch.stack([image[:, :size].sum() for image, size in zip(pixels, sizes, strict=True)])
 
-    once = EachOnce(cropped)
+    once = DeduplicatedEncoder(cropped)
     for sizes in ([2] * 6, [1, 2, 3, 4, 1, 2]):
         torch.testing.assert_close(once(images[SHOWN], sizes), cropped(images[SHOWN], sizes))
     assert once.works is None
@@ -107,7 +107,7 @@ def test_an_encoder_that_looks_at_all_images_together_is_left_alone(images: Tens
         return pixels.flatten(1) + pixels.cumsum(0).flatten(1)
 
     for encode in (into_one_row, with_neighbours):
-        once = EachOnce(encode)
+        once = DeduplicatedEncoder(encode)
         for shown in (SHOWN, [1, 1, 1]):
             for _ in range(2):
                 torch.testing.assert_close(once(images[shown]), encode(images[shown]))

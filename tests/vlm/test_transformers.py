@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from safervlm.errors import RecordError
 from safervlm.io.images import ImageSettings
 from safervlm.limits import TextLimits
-from safervlm.measure import AskCollator
+from safervlm.measure import FaultTolerantCollator
 from safervlm.records import Example, Question
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.base import Unanswered
@@ -402,7 +402,7 @@ def test_an_image_that_the_processor_cannot_take_fails_alone(tmp_path: Path, exa
     thin = replace(
         examples[0], question=replace(examples[0].question, image_path=str(tmp_path / "thin.png"), id="thin")
     )
-    asked = AskCollator(vlm.collator)([thin, *examples[1:]])
+    asked = FaultTolerantCollator(vlm.collator)([thin, *examples[1:]])
     assert [len(batch) for batch in asked.batches] == [4]
     assert [failure.question.id for failure in asked.failed] == ["thin"]
     assert "thin: the model's processor can't take it (absolute aspect ratio" in asked.failed[0].reason
@@ -412,7 +412,7 @@ def test_a_question_that_is_too_long_for_the_q_former_fails_alone(tmp_path: Path
     vlm = loaded(written(families.instructblip, tmp_path, "{question}"))
     long = Example(replace(examples[0].question, prompt="safe? " * 200, id="long"))
     vlm.collator.max_length = 10_000
-    asked = AskCollator(vlm.collator)([long, *(Example(example.question) for example in examples[1:])])
+    asked = FaultTolerantCollator(vlm.collator)([long, *(Example(example.question) for example in examples[1:])])
     assert [failure.question.id for failure in asked.failed] == ["long"]
     assert "tokens, the Q-Former takes 512; shorten the question" in asked.failed[0].reason
 

@@ -37,7 +37,7 @@ from safervlm.vlm.lora import LoRA
 from safervlm.vlm.weights import load_model, reading
 
 
-class Absent(ModuleType):
+class MissingPackageStub(ModuleType):
     """Stub of a package that remote code imports but doesn't need; every attribute and call returns the stub itself."""
 
     def __getattr__(self, name: str) -> Self:
@@ -92,7 +92,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, 
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
-class Tuples:
+class LegacyTupleCacheMixin:
     """Mixin for remote model classes of transformers 4, whose layers use tuples as a KV cache.
 
     It precedes the model class in the bases, so that its methods override the model's.
@@ -192,7 +192,7 @@ class Remote(Transformers):
 
     family: ClassVar[str]
     absent: ClassVar[tuple[str, ...]]
-    stand_in: ClassVar[ModuleType] = Absent("absent")
+    stand_in: ClassVar[ModuleType] = MissingPackageStub("absent")
 
     def __init__(
         self,

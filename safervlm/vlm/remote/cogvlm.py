@@ -21,7 +21,7 @@ from safervlm.records import Question
 from safervlm.vlm.auto import Encoding, switch_off_dropout
 from safervlm.vlm.compat import local_torch_dtype
 from safervlm.vlm.lora import LoRA
-from safervlm.vlm.remote.base import Absent, Remote, RemoteCollator, Tuples, rotate
+from safervlm.vlm.remote.base import LegacyTupleCacheMixin, MissingPackageStub, Remote, RemoteCollator, rotate
 from safervlm.vlm.weights import reading
 
 TEMPLATES = {"chat": "Question: {question} Answer:", "vqa": "Question: {question} Short answer:"}
@@ -31,7 +31,7 @@ LANGUAGE_EXPERTS = (
 )
 
 
-class Kernels(Absent):
+class Kernels(MissingPackageStub):
     """Stub that also replaces xformers."""
 
     @staticmethod
@@ -189,7 +189,9 @@ class CogVLM(Remote):
             # CogVLM2 always recomputes its layers, with the adapter active during the backward pass: wrong gradients.
             module.checkpoint = lambda function, *args, **_: function(*args)
 
-        class Adapted(Tuples, remote, GenerationMixin):  # PreTrainedModel no longer inherits from GenerationMixin
+        class Adapted(
+            LegacyTupleCacheMixin, remote, GenerationMixin
+        ):  # PreTrainedModel no longer inherits from GenerationMixin
             _keys_to_ignore_on_load_missing = (r"\.inv_freq$",)
 
             def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from safervlm.vlm.base import Generation
 from safervlm.vlm.compat import CACHE, local_torch_dtype
 from safervlm.vlm.encoding import EncodedBatch
 from safervlm.vlm.lora import LoRA
-from safervlm.vlm.remote.base import Remote, RemoteCollator, Tuples, rotate
+from safervlm.vlm.remote.base import LegacyTupleCacheMixin, Remote, RemoteCollator, rotate
 
 IMAGE, END = "<ImageHere>", "[UNUSED_TOKEN_145]"
 SYSTEM = "[UNUSED_TOKEN_146]system\n{system}[UNUSED_TOKEN_145]\n"
@@ -300,7 +300,9 @@ class XComposer2(Remote):
 
         sys.modules[module.build_vision_tower.__module__].CLIPVisionTower.load_model = load_model
 
-        class Adapted(Tuples, remote, GenerationMixin):  # PreTrainedModel no longer inherits from GenerationMixin
+        class Adapted(
+            LegacyTupleCacheMixin, remote, GenerationMixin
+        ):  # PreTrainedModel no longer inherits from GenerationMixin
             def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
                 PreTrainedModel._set_gradient_checkpointing(self, *args, **kwargs)
                 # The remote checkpointing would wrap this one, and lose gradients because the embeddings are frozen.

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 from safervlm.vlm.base import Generation, Unanswered
 
 FILTERS = {"content_filter", "content_policy_violation", "image_content_policy_violation", "invalid_prompt"}
-PAUSE = {429, 502, 503}
-AGAIN = {408, 409}
-OF_THE_QUESTION = {400, 413, 415, 422}
+RETRY_LATER = {429, 502, 503}
+RETRY = {408, 409}
+BAD_REQUEST = {400, 413, 415, 422}
 SETTINGS = {
     "temperature": "sampling.temperature",
     "top_p": "sampling.top_p",
@@ -27,7 +27,7 @@ EXAMINED = 10_000  # characters of a body in which a parameter's name is looked 
 
 
 @dataclass(frozen=True)
-class Passing:
+class TransientFailure:
     """A transient failure: the question is asked again.
 
     Attributes:
@@ -78,7 +78,7 @@ class Hopeless:
     reason: str
 
 
-Outcome = Generation | Passing | Untaken | Useless | Hopeless | Unanswered
+Outcome = Generation | TransientFailure | Untaken | Useless | Hopeless | Unanswered
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,10 @@ def meaning(
         return Useless(f"it redirects{where} ({status}), which is not followed; name the address itself")
     if refusal.code == "insufficient_quota" or status == 402:
         return Hopeless(f"vlm: {address}: the account is used up ({message}); the same command resumes")
-    if status in PAUSE:
-        return Passing(f"{status}: {message}", by_server=True, said=True, pause=refusal.pause)
-    if status >= 500 or status in AGAIN:
-        return Passing(f"{status}: {message}", pause=refusal.pause)
+    if status in RETRY_LATER:
+        return TransientFailure(f"{status}: {message}", by_server=True, said=True, pause=refusal.pause)
+    if status >= 500 or status in RETRY:
+        return TransientFailure(f"{status}: {message}", pause=refusal.pause)
     if status == 401:
         known = "refuses the key in" if has_key else "asks for a key, and there is none in"
         return Hopeless(
@@ -182,7 +182,7 @@ def meaning(
             f"vlm.model: {address} has no {model!r}, or isn't a base URL, which mostly ends in /v1 (404: "
             f"{message}); {address}/models lists what it has"
         )
-    if status not in OF_THE_QUESTION:
+    if status not in BAD_REQUEST:
         return Hopeless(f"vlm.addresses: {address} refuses ({status}: {message}); is it a base URL?")
     return _of_the_question(refusal, question, address, sent)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from safervlm.errors import RecordError
 from safervlm.io.tables import say
 from safervlm.vlm.server.host import Host
-from safervlm.vlm.server.outcomes import Passing, Untaken
+from safervlm.vlm.server.outcomes import TransientFailure, Untaken
 
 LONG = 60.0  # pauses longer than this, in seconds, are reported
 
@@ -74,7 +74,7 @@ class Pool:
         except TimeoutError:
             pass
 
-    def rest(self, host: Host, question: str, failure: Passing, begun: float) -> bool:
+    def rest(self, host: Host, question: str, failure: TransientFailure, begun: float) -> bool:
         """Makes a server back off after a failure, or excludes it after too many consecutive failures.
 
         Args:

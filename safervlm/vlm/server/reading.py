@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-UNNAMED = -1  # unknown token id: a server states the number of tokens, not their ids
+UNKNOWN_TOKEN = -1  # unknown token id: a server states the number of tokens, not their ids
 UNKNOWN = "unknown"  # finish_reason of a response for which the server states none
 
 # Finish reasons of servers: the response reached the token limit.
@@ -50,7 +50,7 @@ class Unnamed(Sequence[int]):
         if isinstance(index, slice):
             return Unnamed(len(range(self.length)[index]))
         range(self.length)[index]  # raises the IndexError
-        return UNNAMED
+        return UNKNOWN_TOKEN
 
 
 @dataclass(frozen=True)

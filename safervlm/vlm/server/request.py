@@ -12,7 +12,7 @@ from safervlm.errors import first_line
 from safervlm.vlm.base import Generation, Unanswered
 from safervlm.vlm.server.cleaning import Cleaner
 from safervlm.vlm.server.host import Host
-from safervlm.vlm.server.outcomes import Outcome, Passing, Refused, Untaken, meaning, refused
+from safervlm.vlm.server.outcomes import Outcome, Refused, TransientFailure, Untaken, meaning, refused
 from safervlm.vlm.server.reading import Completion, Unnamed, parsed, read_completion
 from safervlm.vlm.server.transport import BodyError, BodyTooLargeError, client_for
 
@@ -119,7 +119,7 @@ class Requests:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             said = f"{type(error).__name__}: {clean(first_line(error))}"
             told |= {"result": "malformed", "detail": f"{said}; the body: {clean(response.text)}"}
-            return Passing(f"what came is no chat completion ({said})"), None
+            return TransientFailure(f"what came is no chat completion ({said})"), None
         return self._answer(sent, completion, told), sum(count or 0 for count in completion.counts.values())
 
     def _answer(self, sent: Mapping[str, Any], completion: Completion, told: dict[str, Any]) -> Outcome:
@@ -168,9 +168,9 @@ class Requests:
             return Unanswered(f"{told['id']}: the response has {cause}, the limit of vlm.max_body; it is discarded")
         if isinstance(cause, BodyError):
             told["result"] = "malformed"
-            return Passing(self.cleaner.line(cause))
+            return TransientFailure(self.cleaner.line(cause))
         connecting = kind in ("ConnectError", "ConnectTimeout")
         late = isinstance(error, TimeoutError | openai.APITimeoutError) and not connecting
         told["result"] = "timeout" if late else kind
         reason = f"no answer within vlm.timeout ({self.timeout:g} s)" if late else f"{kind}: connection failed"
-        return Passing(reason, by_server=connecting)
+        return TransientFailure(reason, by_server=connecting)
