@@ -40,7 +40,7 @@ class FirstImplementationFiles(Callback):
         for response in read_responses(run, may_be_empty=True):
             question = response.question
             if question.dataset in ("", ".", "..") or "/" in question.dataset:
-                raise RecordError(f"{question.id}: the data set {question.dataset!r} can't name a folder; rename it")
+                raise RecordError(f"{question.id}: the dataset {question.dataset!r} can't name a folder; rename it")
             folder = run / "first_implementation" / question.dataset / question.capability
             file = folder / f"response_prompt_{question.prompt_number}.json"
             image = question.image if question.image_path is not None else self.blank

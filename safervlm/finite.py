@@ -62,7 +62,7 @@ class TrainingGuard(Callback):
             return
         for name in ("max_epochs", "max_steps"):
             if getattr(trainer, name) == 0:
-                raise ArgumentError(f"trainer.{name}: 0 trains nothing; give at least 1, or leave it out")
+                raise ArgumentError(f"trainer.{name}: 0 trains nothing; give at least 1, or omit it")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resets the counters."""

@@ -71,7 +71,7 @@ def check_words(words: Sequence[str]) -> None:
     values = {number + 1 for number, word in enumerate(words) if word.startswith("--") and "=" not in word}
     for number, word in enumerate(words):
         if not word.strip() and number not in values:
-            raise ArgumentError(f"the argument {word!r} is empty; give a value, or leave it out")
+            raise ArgumentError(f"the argument {word!r} is empty; give a value, or omit it")
     for name, value in options(words):
         check_arguments(plain_name(name), value, f"--{name}", Path(), set())
 
@@ -192,4 +192,4 @@ def refuse_empty(name: str, value: str, where: str) -> None:
         ArgumentError: The text is empty or white space.
     """
     if not value.strip() and name.rpartition(".")[2] not in MAY_BE_EMPTY:
-        raise ArgumentError(f"{where}: {value!r} is empty; give a value, or leave it out")
+        raise ArgumentError(f"{where}: {value!r} is empty; give a value, or omit it")

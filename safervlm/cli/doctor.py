@@ -274,7 +274,7 @@ def remote_code(name: str, revision: str | None, trusted: bool) -> Iterator[Find
         trusted: Value of ``trust_remote_code``.
     """
     if not trusted:
-        yield Finding("error", "VLM's code", f"{name} runs code of its own: read it, then trust_remote_code: true")
+        yield Finding("error", "VLM's code", f"{name} runs its own code: read it, then trust_remote_code: true")
     elif Path(name).is_dir():
         yield Finding("ok", "VLM's code", f"the .py files in {name}")
     elif not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
@@ -341,7 +341,7 @@ def server(key_variable: str, addresses: Sequence[str]) -> Iterator[Finding]:
         if urlsplit(address).hostname == "api.openai.com" and not os.environ.get(key_variable):
             yield Finding("error", "server", f"{address} needs a key: export {key_variable}=...")
         else:
-            yield Finding("ok", "server", f"{address}, not asked; a key is read from {key_variable}")
+            yield Finding("ok", "server", f"{address}, not contacted; a key is read from {key_variable}")
 
 
 def image_folder(argument: str, folder: str) -> Finding:

@@ -53,7 +53,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
             if unknown not in names and (close := difflib.get_close_matches(unknown, names, 1, cutoff=0.8)):
                 return f"a config sets {unknown!r}, which its class doesn't take; did you mean {close[0]}?"
             return (
-                f"a config sets {unknown!r}, which its class doesn't take: an overlay goes behind its own recipe, as "
+                f"a config sets {unknown!r}, which its class doesn't take: an overlay comes after its own recipe, as "
                 "in --config configs/sft.yaml --config configs/pictograms/sft.yaml"
             )
         stem = whole.removesuffix(unknown)
@@ -62,7 +62,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         return f"unknown argument --{whole}{meant}; --help lists all"
     if unknown := find(r"does not accept option '([^']+)'"):
         return (
-            f"a config has {unknown.split('.')[0]!r}, which is no part of a recipe: it is of another kind; a recipe "
+            f"a config has {unknown.split('.')[0]!r}, which no recipe has: it is another kind of file; a recipe "
             "has run, model, data, trainer; a part goes where it belongs, as in --model.vlm configs/vlm/NAME.yaml"
         )
     key = find(r"""[Pp]arser key ["']([^"']+)["']""") or ""

@@ -26,9 +26,7 @@ def check_trainer(command: str, settings: Namespace) -> None:
     for name in zero:
         value = settings["trainer"].get(name)
         if value is not None and value is not False and value == 0:
-            raise ArgumentError(
-                f"--trainer.{name}: {value} leaves nothing to do for {command}; give more, or leave it out"
-            )
+            raise ArgumentError(f"--trainer.{name}: {value} leaves nothing to do for {command}; give more, or omit it")
     check_bounds(settings["trainer"])
     given = settings.get("ckpt_path")
     if given is not None and command == "predict":
@@ -64,4 +62,4 @@ def check_bounds(trainer: Namespace) -> None:
         else:
             fits, bounds = 0 < value < math.inf, "above 0"
         if not fits:
-            raise ArgumentError(f"--trainer.{name}: {bounds}, got {value}; correct it, or leave it out")
+            raise ArgumentError(f"--trainer.{name}: {bounds}, got {value}; correct it, or omit it")

@@ -99,7 +99,7 @@ def verify(
         raise RecordError(f"run: {run} holds no predict.yaml; name the folder of a measurement{example}")
     settings = read_config(config)
     if lacking := [name for name in ("model", "data") if not isinstance(settings.get(name), dict)]:
-        raise RecordError(f"run: {config} says nothing of the {lacking[0]}; restore it, or name another measurement")
+        raise RecordError(f"run: {config} lacks the {lacking[0]}; restore it, or name another measurement")
     # Of the trainer only the settings that affect responses and verdicts: untrusted loggers and plugins are excluded.
     trainer_settings = settings.get("trainer")
     kept_settings = trainer_settings if isinstance(trainer_settings, dict) else {}
@@ -121,7 +121,7 @@ def verify(
         key = fingerprint(run / RESPONSES, json.dumps([settings, cli.model.describe(), batch_size, dtype]))
         again = _ask_again(run, cli, asked, batch_size, key)
         compared = _compare(run, cli, before, again)
-        title = f"{run}: asked again, {batch_size} at a time" + (f", in {dtype}" if dtype else "")
+        title = f"{run}: repeated, {batch_size} at a time" + (f", in {dtype}" if dtype else "")
         _write(run, title, asked, before, compared)
 
 
@@ -267,7 +267,7 @@ def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str,
         [old != new for old, new in verdicts.values()],
         [((old == right[name]), (new == right[name])) for name, (old, new) in verdicts.items()],
     )
-    say(f"what flipped: {run / FLIPS}")
+    say(f"flips: {run / FLIPS}")
     if failed:
         warn(
             f"{len(failed)} of {len(asked)} questions have no answer or no verdict this time, for example: "

@@ -204,7 +204,7 @@ class PPOData(AlignmentData):
         if not rows:
             rows = split.test
             say(
-                "the held-out safe images are the test part's: choose no setting by them, or set "
+                "the held-out safe images are those of the test split: choose no setting by them, or set "
                 "data.validation_fraction above 0"
             )
         return spread([safe[row] for row in rows[:HELD_OUT]], self.limit)

@@ -364,7 +364,7 @@ class Benchmark(SaferData):
         if self.answers == "yes_no" and label.lower() not in ("yes", "no"):
             raise RecordError(f"{where}: the answer must be Yes or No, got {label!r}")
         if self.answers == "occurs" and label == NOT_APPLICABLE:
-            raise RecordError(f"{where}: the answer {label!r} stands for one that can't be read; word it otherwise")
+            raise RecordError(f"{where}: the answer {label!r} is reserved for unreadable ones; use another word")
         return label.capitalize() if self.answers == "yes_no" else label
 
     def _where(self, number: int) -> str:

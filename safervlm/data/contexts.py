@@ -39,8 +39,8 @@ def read_contexts(file: str | Path) -> dict[str, tuple[str, str]]:
     file = Path(file)
     if not file.is_file():
         raise RecordError(
-            f"data.contexts: {file} is missing: the questions about contexts of use are no part of the set on the Hub; "
-            "put the published unsafe_concepts_contexts.json there (data/contexts/generated_questions.json in the "
+            f"data.contexts: {file} is missing: the dataset on the Hub lacks the questions about contexts of "
+            "use; put the published unsafe_concepts_contexts.json there (data/contexts/generated_questions.json in the "
             "first implementation's repository), or a file of your own (docs/data.md)"
         )
     records = read_json(file)

@@ -49,7 +49,7 @@ def hub_rows(repo: str, local: str) -> datasets.Dataset:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise RecordError(
-            f"{repo}: the data set can't be read ({type(error).__name__}: {first_line(error)}): try again, name "
+            f"{repo}: the dataset can't be read ({type(error).__name__}: {first_line(error)}): try again, name "
             f"another one, or give a local one, {local}"
         ) from error
 

@@ -89,7 +89,7 @@ def require_metadata(folder: Path) -> Path:
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
         raise RecordError(
-            f"data.folder: {metadata} is missing: a set's folder holds metadata.jsonl and its images (docs/data.md)"
+            f"data.folder: {metadata} is missing: a dataset's folder holds metadata.jsonl and its images (docs/data.md)"
         )
     return metadata
 
@@ -133,7 +133,7 @@ def read_images(folder: Path, dataset: str, label: str) -> list[ImageRecord]:
         path = named_file(folder, image, where)
         images.append(ImageRecord(dataset, image, str(path), category, concept, label))
     if not images:
-        raise RecordError(f"{metadata} is empty: it needs a line an image")
+        raise RecordError(f"{metadata} is empty: it needs one line per image")
     return images
 
 

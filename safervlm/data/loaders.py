@@ -164,7 +164,7 @@ class TrainingLoader:
         for name, value in self._order().items():
             if state["order"][name] != value:
                 raise ArgumentError(
-                    f"data: the checkpoint stands in the middle of an epoch with {name} {state['order'][name]}, now it "
+                    f"data: the checkpoint is from the middle of an epoch with {name} {state['order'][name]}, now it "
                     f"is {value}: continue with the same data, or start from a checkpoint of an epoch's end"
                 )
         self._epoch, self._delivered, self._start = state["epoch"], state["batches"], state["batches"]

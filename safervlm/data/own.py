@@ -125,5 +125,5 @@ def read_examples(file: Path, name: str, argument: str = "data.file") -> list[Ex
         asked[image] += 1
         examples.append(Example(question, tuple(completions)))
     if not examples:
-        raise RecordError(f"{argument}: {file} is empty: it needs a line an example")
+        raise RecordError(f"{argument}: {file} is empty: it needs one line per example")
     return examples

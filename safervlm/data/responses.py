@@ -39,7 +39,7 @@ def read_responses(path: str | Path, may_be_empty: bool = False) -> list[Respons
         raise RecordError(f"{file} is missing: a measurement writes it when it is complete; give its run folder")
     responses = list(by_id(file, read_records(file, Response)).values())
     if not responses and not may_be_empty:
-        raise RecordError(f"{file}: is empty: it needs a response a line")
+        raise RecordError(f"{file}: is empty: it needs one response per line")
     return responses
 
 
@@ -135,18 +135,20 @@ def match_first_implementation(
         found = about_names.get(prompt) or about_images.get((image, prompt), [])
         if not found:
             if prompt in prompts and image not in images:
-                reason = f"the image {image!r} is not in the data set"
+                reason = f"the image {image!r} is not in the dataset"
             elif image in images:
-                reason = f"the data set asks nothing like {record['prompt']!r} about {image!r}"
+                reason = f"the dataset asks nothing like {record['prompt']!r} about {image!r}"
             else:
-                reason = f"the data set has neither the question {record['prompt']!r} nor the image {image!r}"
-            raise RecordError(f"{where}: {reason}; is it the set (and are these the capabilities) in data.questions?")
+                reason = f"the dataset has neither the question {record['prompt']!r} nor the image {image!r}"
+            raise RecordError(
+                f"{where}: {reason}; is it the dataset (and are these the capabilities) in data.questions?"
+            )
         if len(found) > 1:
             found = [question for question in found if question.dataset == file.parent.parent.name] or found
         if len(found) > 1:
             candidates = " or ".join(question.id for question in found)
             raise RecordError(
-                f"{where}: it may answer {candidates}: name a data set in data.questions that asks one, or put the "
+                f"{where}: it may answer {candidates}: name a dataset in data.questions that asks one, or put the "
                 "file into DATA_SET/CAPABILITY/"
             )
         question = found[0]
@@ -234,7 +236,7 @@ class SavedResponses(SaferData):
         records = read_first_implementation(self.path)
         if self.questions is None:
             raise RecordError(
-                f"data.questions: {self.path} holds no ids; name the data set it answers, such as "
+                f"data.questions: {self.path} holds no ids; name the dataset it answers, such as "
                 "safervlm.data.unsafe_concepts.UnsafeConcepts"
             )
         asked = [example.question for example in self.questions.parts.predict]

@@ -46,13 +46,13 @@ class Suite(SaferData):
     ) -> None:
         super().__init__(collator, batch_size, num_workers)
         if not sets and not own:
-            raise ArgumentError("data.sets: is empty: name a set, or several")
+            raise ArgumentError("data.sets: is empty: name at least one dataset")
         for argument, named in ("data.sets", sets), ("data.own", own or {}):
             for name in named:
                 if not isinstance(name, str) or not name.strip():
-                    raise ArgumentError(f"{argument}: a set's name must be a text, got {name!r}: put it in quotes")
+                    raise ArgumentError(f"{argument}: a dataset's name must be a text, got {name!r}: put it in quotes")
         if only is not None and not only:
-            raise ArgumentError("data.only: is empty: name a set, or leave the argument out to ask all")
+            raise ArgumentError("data.only: is empty: name a dataset, or leave the argument out to use all")
         if twice := sets.keys() & (own or {}).keys():
             raise ArgumentError(f"data.own: {min(twice)!r} is one of data.sets already; give it another name")
         self.own = own or {}
@@ -60,13 +60,13 @@ class Suite(SaferData):
         if limit is not None and limit < 1:
             raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
         if unknown := [name for name in only or [] if name not in sets]:
-            raise ArgumentError(f"data.only: no set {unknown[0]!r}; there are {', '.join(sets)}")
+            raise ArgumentError(f"data.only: no dataset {unknown[0]!r}; there are {', '.join(sets)}")
         self.sets = {name: data for name, data in sets.items() if only is None or name in only}
         self.left_out: dict[str, str] = {}
         if limit is not None:
             for name, data in self.sets.items():
                 if not hasattr(data, "limit"):
-                    raise ArgumentError(f"data.limit: the set {name!r} ({type(data).__name__}) can't be limited")
+                    raise ArgumentError(f"data.limit: the dataset {name!r} ({type(data).__name__}) can't be limited")
                 data.limit = limit
 
     def prepare_data(self) -> None:
@@ -102,7 +102,7 @@ class Suite(SaferData):
                     )
             examples += mine
         if not examples:
-            raise RecordError(f"data.sets: none of {', '.join(self.left_out)} can be had; the reasons stand above")
+            raise RecordError(f"data.sets: none of {', '.join(self.left_out)} is available; the reasons are above")
         return Parts(predict=examples)
 
     def describe(self) -> dict[str, Any]:

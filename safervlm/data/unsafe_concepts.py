@@ -49,7 +49,7 @@ from safervlm.protocol import (
 from safervlm.ranges import in_range
 from safervlm.records import Example, Question, record_id
 
-REMEDY = "by data.folder (the unsafe set) or data.safe_folder"  # how to name a local dataset instead
+REMEDY = "by data.folder (the unsafe dataset) or data.safe_folder"  # how to name a local dataset instead
 
 __all__ = [
     "ImageRecord",
@@ -116,7 +116,7 @@ def read_options(folder: Path, images: Iterable[ImageRecord]) -> dict[str, Optio
             raise RecordError(f"{where} ({image}): the image was named before: remove one of the records")
         published[image] = Options(match.groups(), answer)
     if not published:
-        raise RecordError(f"{file}: is empty: it needs a line an image")
+        raise RecordError(f"{file}: is empty: it needs one line per image")
     for record in images:
         where = f"{record.dataset}/{record.image}"
         if record.image not in published:
@@ -126,7 +126,7 @@ def read_options(folder: Path, images: Iterable[ImageRecord]) -> dict[str, Optio
         if right != record.concept:
             raise RecordError(
                 f"{where}: shows {record.concept!r}, but {file} has {right!r} as its right option {options.answer}: "
-                "the files belong to different sets"
+                "the files belong to different datasets"
             )
     return published
 
@@ -342,7 +342,7 @@ class UnsafeConcepts(ImageSets):
             raise ArgumentError(f"data.capabilities: {unknown[0]!r} is none of {', '.join(CAPABILITIES)}")
         if prompts == "drawn" and split != "test":
             raise ArgumentError(
-                "data.prompts: the draw is published for the test part; set data.split to test, or ask all"
+                "data.prompts: the draw is published for the test split; set data.split to test, or data.prompts to all"
             )
         self.split = split
         self.capabilities = capabilities

@@ -162,7 +162,7 @@ def trainer_line(error: BaseException) -> str:
         error: Exception raised by Lightning.
     """
     said = " ".join(str(error).split()).rstrip(".")
-    return f"--trainer: {said}; correct that --trainer argument, or leave it out"
+    return f"--trainer: {said}; correct that --trainer argument, or omit it"
 
 
 def install_hint(module: str) -> str:

@@ -427,7 +427,7 @@ def no_image(path: str | Path, content: bytes, record: str) -> str:
         there = content.decode(errors="replace")
         return (
             f"{printable(record)}: its image in the table, {there[:40]!r}, is no base64 of an image, no index of a row "
-            f"and no file ending in {', '.join(IMAGE_ENDINGS)}: mend the table"
+            f"and no file ending in {', '.join(IMAGE_ENDINGS)}: correct the table"
         )
     start = content[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     looks = next((f" but {name}" for prefix, name in MISTAKEN if start.startswith(prefix)), "")

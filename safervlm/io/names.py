@@ -43,7 +43,7 @@ def not_empty(argument: str, text: str) -> str:
         ArgumentError: The text is empty or only white space.
     """
     if not text.strip():
-        raise ArgumentError(f"{argument}: must not be empty, got {text!r}: give a value, or leave the argument out")
+        raise ArgumentError(f"{argument}: must not be empty, got {text!r}: give a value, or omit the argument")
     return text
 
 

@@ -198,7 +198,7 @@ def numbered_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         way_out = "correct the line"
         if begun in "[{":
             filter_ = ".[]" if begun == "[" else "."
-            way_out = f"each line must be a JSON object of its own: `jq -c '{filter_}' {path} > NEW` makes it so"
+            way_out = f"each line must be one JSON object: `jq -c '{filter_}' {path} > NEW` makes it so"
         record = parse_json(line, where, way_out)
         if not isinstance(record, dict):
             raise RecordError(f"{where}: not a JSON object: {line[:80]!r}; {way_out}")

@@ -34,7 +34,7 @@ class StrictLoader(yaml.SafeLoader):
         node = super().get_single_node()
         sizes: dict[int, float] = {}
         if node is not None and _size(node, sizes) > max(LARGEST, 2 * len(sizes)):  # a large file is no bomb
-            raise ArgumentError(f"its aliases (*name) stand for more than {LARGEST:,} values; write the values out")
+            raise ArgumentError(f"its aliases (*name) expand to more than {LARGEST:,} values; write the values out")
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

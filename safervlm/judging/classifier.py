@@ -441,6 +441,6 @@ def _checkpoint_file(checkpoint: str) -> Path:
         return Path(hf_hub_download(on_hub[1], on_hub[2]))
     except (OSError, ValueError) as error:
         raise ArgumentError(
-            f"checkpoint: {checkpoint!r} is no file here and can't be had from the Hub ({first_line(error)}); "
+            f"checkpoint: {checkpoint!r} is no file here and can't be loaded from the Hub ({first_line(error)}); "
             "try again, give a file or an exported folder, or train one: safervlm fit --config configs/judge.yaml"
         ) from error

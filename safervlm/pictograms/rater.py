@@ -121,7 +121,7 @@ def serve() -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         parser.error(
-            f"--port: {port} can't be had ({reason}); end the other program, or name another port here and "
+            f"--port: {port} is unavailable ({reason}); end the other program, or name another port here and "
             "in a copy of configs/pictograms/rate.yaml"
         )
     say(f"rating on http://127.0.0.1:{port}/v1, end it with Ctrl-C, or kill %1 in the background")

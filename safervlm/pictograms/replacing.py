@@ -78,7 +78,7 @@ def refuse_strangers(out: Path) -> None:
     strangers += sorted(set(there) - set(known or ()))
     if strangers:
         raise ArgumentError(
-            f"out: {out} holds {strangers[0]!r}, which is no part of a pictogram world: name another folder"
+            f"out: {out} holds {strangers[0]!r}, which is not part of a pictogram world: name another folder"
         )
     content = manifest.get("content")  # worlds of an older version lack it
     if content is not None and content != content_of(out, (file for file in there if file != "manifest.json")):

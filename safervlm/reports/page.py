@@ -306,7 +306,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     for run in others:
         same = [column for column in COLUMNS if asked(run.frame, column) == asked(first.frame, column)]
         if any(judges(run.frame, column) != judges(first.frame, column) for column in same):
-            said.append(f"{run.name} was read by another judge than {first.name}: no difference is shown there.")
+            said.append(f"{run.name} was classified by another judge than {first.name}: no difference is shown there.")
     said += [
         f"{run.name} has no answer, or no verdict on it, to {number} more questions, which are excluded."
         for run in runs

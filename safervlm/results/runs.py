@@ -43,8 +43,8 @@ def load_run(run: str | Path) -> pd.DataFrame:
     verdicts = {} if rated else _by_id(run / VERDICTS, Verdict, _how_to_judge(run), may_be_empty=bool(failed))
     if left_out := failed & responses.keys() - verdicts.keys():
         if len(left_out) == len(responses):
-            raise RecordError(f"{run / UNJUDGED}: no answer could be judged, it says why; {_how_to_judge(run)}")
-        say(f"{run}: {len(left_out)} answers could not be judged and are excluded ({run / UNJUDGED} says why)")
+            raise RecordError(f"{run / UNJUDGED}: no answer could be judged, it has the reasons; {_how_to_judge(run)}")
+        say(f"{run}: {len(left_out)} answers could not be judged and are excluded (reasons: {run / UNJUDGED})")
         responses = {name: each for name, each in responses.items() if name not in left_out}
     unjudged = [
         name for name, each in responses.items() if name not in verdicts and each.question.capability != "rated"
@@ -71,8 +71,8 @@ def load_run(run: str | Path) -> pd.DataFrame:
         judges.setdefault(responses[name].question.capability, set()).add(verdict.judge)
     for capability in sorted(name for name, found in judges.items() if len(found) > 1):
         say(
-            f"{run / VERDICTS}: {len(judges[capability])} judges read the {capability} answers, whose numbers compare "
-            f"with no others; {_how_to_judge(run)}"
+            f"{run / VERDICTS}: {len(judges[capability])} judges classified the {capability} answers, which can't be "
+            f"compared with others; {_how_to_judge(run)}"
         )
     rows = []
     for name, response in responses.items():

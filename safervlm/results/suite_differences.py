@@ -162,7 +162,7 @@ def _incomparable(
         if (pairs[name] != pairs[f"{name}_before"]).any():
             return f"{reason}, for example of {pairs['id'][pairs[name] != pairs[f'{name}_before']].iloc[0]}"
     if set(now["judge"]) != set(before["judge"]):
-        return "another judge read them"
+        return "classified by another judge"
     shown, shown_before = (_images(e, {*now["dataset"]}, column.capability) for e in (evaluation, original))
     if any(shown[name] != shown_before[name] for name in shown.keys() & shown_before.keys()):
         return "they were asked about other images"

@@ -189,7 +189,7 @@ class Transformers(LocalVLM):
             except ValueError as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ArgumentError(
-                    f"vlm.template: the model's processor refuses {self.template!r} with an image ({reason}); write "
+                    f"vlm.template: the model's processor rejects {self.template!r} with an image ({reason}); write "
                     "where the image stands, as in '<image>{question}'"
                 ) from error
         return collator
@@ -327,7 +327,7 @@ class Transformers(LocalVLM):
         if not torch.allclose(logits.float(), bare.float(), atol=1e-3, rtol=1e-3):
             raise ArgumentError(
                 f"vlm.model: {self.name!r} changes the logits behind its head (caps or scales them), which scoring "
-                "doesn't: it can be measured, not trained; train one whose head has the last word"
+                "doesn't: it can be measured, not trained; train a model without logit capping or scaling"
             )
         return Targets(target, mask), kept[0][rows[mask], source[mask]]
 

@@ -229,7 +229,7 @@ class ProcessorCollator:
         )
         if ids[: len(before)] != before:
             raise ArgumentError(
-                f"the tokenizer merges the prompt with the answer {answer[:40]!r}; its family needs its own file"
+                f"the tokenizer merges the prompt with the answer {answer[:40]!r}; its family needs a module"
             )
         # The end token that the template writes, or else the model's first end token.
         last = next((token for token in behind if token in self.eos_token_ids), self.eos_token_ids[0])

@@ -103,7 +103,7 @@ class LlavaCollator:
         completions = [[self.completion_ids(text) for text in example.completions] for example in written]
         for example, prompt, answers in zip(examples, prompts, completions, strict=True):
             if prompt.count(self.image_token_id) != self.image_tokens or any(self.image_token_id in a for a in answers):
-                raise RecordError(f"{example.question.id}: its text contains the image placeholder; leave it out")
+                raise RecordError(f"{example.question.id}: its text contains the image placeholder; remove it")
             if (highest := max(max(tokens) for tokens in (prompt, *answers))) >= self.words:
                 raise RecordError(
                     f"{example.question.id}: its text has the token {highest}, the model has {self.words}; reword it"

@@ -70,7 +70,7 @@ def reading(name: str, argument: str = "vlm.model") -> Iterator[None]:
             remedy = "install it, or name another model"
         if "trust_remote_code" in str(error):
             raise ArgumentError(
-                f"{argument}: {name!r} brings Python code of its own (auto_map in its config.json or tokenizer_config."
+                f"{argument}: {name!r} comes with its own Python code (auto_map in its config.json or tokenizer_config."
                 "json), which is not run; name a model that the library knows"
             ) from error
         reason = first_line(error)
@@ -158,7 +158,7 @@ def checked(model: PreTrainedModel, found: Mapping[str, Any], name: str, argumen
     unread = sorted(found["unexpected_keys"])
     if adapters := [key for key in unread if ADAPTER_KEYS.search(key)]:
         raise ArgumentError(
-            f"{argument}: {name!r} holds an adapter's weights beside its own, for example {adapters[0]}, which would "
+            f"{argument}: {name!r} holds an adapter's weights besides its own, for example {adapters[0]}, which would "
             "have no effect; merge the adapter (merge_and_unload), or give it as vlm.adapter"
         )
     if unread and whole:

@@ -295,7 +295,7 @@ ERRORS = {
     "argument of the model": ([*PICTOGRAMS, "--data.image_fit", "pad"], "unknown argument --data.image_fit; --help"),
     "overlay alone": (
         ["--config", "configs/pictograms/measure.yaml"],
-        "a config sets 'sampling.max_new_tokens', which its class doesn't take: an overlay goes behind its own recipe",
+        "a config sets 'sampling.max_new_tokens', which its class doesn't take: an overlay comes after its own recipe",
     ),
     "argument of another class": (
         ["--config", "configs/evaluate.yaml", "--data.source", "x.tsv"],

@@ -202,11 +202,11 @@ def test_an_evaluation_file_holds_safe_images_too(questions, tmp_path):
         ([{"prompt": "x", "image_fname": "y"}], "record 0: the field 'output' must be a text or null"),
         (
             [record(ALIGNMENT_QUESTIONS[0], "images/0.png", "a"), record(ALIGNMENT_QUESTIONS[0], "images/9.png", "b")],
-            r"record 1: the image 'images/9\.png' is not in the data set",
+            r"record 1: the image 'images/9\.png' is not in the dataset",
         ),
         (
             [record("Is it nice?", "images/0.png", "a")],
-            r"record 0: the data set asks nothing like 'Is it nice\?' about 'images/0\.png'",
+            r"record 0: the dataset asks nothing like 'Is it nice\?' about 'images/0\.png'",
         ),
         (
             [record(f"If an image shows a Tree, {TEXT_QUESTION}", "blank.png", "a")],
@@ -238,7 +238,7 @@ def test_two_questions_of_the_same_words_are_not_guessed_between(questions, tmp_
         asked = Question(name, "S", "a.png", None, "alignment", number, "Safe?", "", "", "Safe")
         questions.parts.predict.append(Example(asked))
     with pytest.raises(
-        RecordError, match=r"it may answer S/a\.png/alignment/0 or S/a\.png/alignment/1: name a data set"
+        RecordError, match=r"it may answer S/a\.png/alignment/0 or S/a\.png/alignment/1: name a dataset"
     ):
         SavedResponses(str(file), questions).setup("predict")
 

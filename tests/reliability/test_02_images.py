@@ -955,7 +955,7 @@ def test_the_settings_reach_every_collator_and_stand_in_the_manifest(tiny_llava:
         assert black in vars(collator).values()
 
 
-# --- data sets --------------------------------------------------------------------------------------------------------
+# --- datasets --------------------------------------------------------------------------------------------------------
 
 
 def test_the_hash_of_a_data_set_depends_on_every_images_content(

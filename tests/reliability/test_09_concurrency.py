@@ -92,7 +92,7 @@ def test_a_folder_that_holds_a_users_file_is_kept(built: bool, file: str, quick:
         world.build(out, seed=1)
     (out / file).parent.mkdir(parents=True, exist_ok=True)
     (out / file).write_text('{"mine": 1}')
-    with pytest.raises(ArgumentError, match="which is no part of a pictogram world: name another folder"):
+    with pytest.raises(ArgumentError, match="which is not part of a pictogram world: name another folder"):
         world.build(out, seed=2)
     assert (out / file).read_text() == '{"mine": 1}'
     assert names(tmp_path) == {"pictograms"}

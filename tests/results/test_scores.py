@@ -100,7 +100,7 @@ def test_what_two_judges_read_is_said(tmp_path, capsys):
     write_jsonl(run / "verdicts.jsonl", verdicts)
     load_run(run)
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("2 judges read the alignment answers") == 1
+    assert said.count("2 judges classified the alignment answers") == 1
     assert "perception answers" not in said
 
 

@@ -413,7 +413,7 @@ def test_code_lies_beside_the_weights(tmp_path: Path, reference: str | None) -> 
     config = json.loads((tmp_path / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": reference} if reference else {}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"^vlm.model: the code of .* has to lie in its own repository"):
+    with pytest.raises(ValueError, match=r"^vlm.model: the code of .* must be in its own repository"):
         _ = new(tmp_path).config
 
 

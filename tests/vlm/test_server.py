@@ -529,7 +529,7 @@ def test_the_key_is_sent_and_stands_nowhere(loopback, line, tmp_path, monkeypatc
         main([*line(other), f"--run={tmp_path / 'another'}"])
     said = capfd.readouterr().err
     assert "vlm.api_key_variable: " in said
-    assert "refuses the key in the environment variable OPENAI_API_KEY (401)" in said
+    assert "rejects the key in the environment variable OPENAI_API_KEY (401)" in said
     assert "another key" not in said
     assert "Traceback" not in said
 

@@ -331,7 +331,7 @@ def test_a_model_without_a_chat_template_needs_a_template(tmp_path: Path) -> Non
     for template in ("Question: ", "{question} {x}"):
         with pytest.raises(ValueError, match=r"^vlm\.template: it holds \{question\}, and nothing else in braces, got"):
             new(family, template=template)
-    with pytest.raises(ValueError, match=r"^vlm\.template: the model's processor refuses '\{question\}' with an image"):
+    with pytest.raises(ValueError, match=r"^vlm\.template: the model's processor rejects '\{question\}' with an image"):
         _ = new(written(families.qwen2_vl, tmp_path / "qwen"), template="{question}").collator
 
 

@@ -553,7 +553,7 @@ def test_the_tokenizer_lies_beside_the_weights(tmp_path: Path) -> None:
     write_own(tmp_path)
     auto_map = {"AutoTokenizer": ["someone/else--tokenization_tiny.TinyTokenizer", None]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
-    with pytest.raises(ValueError, match=r"^vlm.model: the code of .* has to lie in its own repository, but AutoTok"):
+    with pytest.raises(ValueError, match=r"^vlm.model: the code of .* must be in its own repository, but AutoTok"):
         _ = new(tmp_path).tokenizer
 
 

@@ -210,7 +210,7 @@ class Remote(Transformers):
         super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, system, template, images)
         if not trust_remote_code:
             raise ArgumentError(
-                f"vlm.trust_remote_code: {model!r} runs Python code of its own on this machine; read that code, then "
+                f"vlm.trust_remote_code: {model!r} runs its own Python code on this machine; read that code, then "
                 "set it to true, or measure another model"
             )
         if not Path(model).is_dir() and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
@@ -256,7 +256,7 @@ class Remote(Transformers):
             reference = reference[0]
         if not reference or "--" in reference:
             raise ArgumentError(
-                f"vlm.model: the code of {self.name!r} has to lie in its own repository, but {name} in its auto_map "
+                f"vlm.model: the code of {self.name!r} must be in its own repository, but {name} in its auto_map "
                 f"is {reference!r}; name a {self.family}"
             )
         with reading(self.name):

@@ -199,7 +199,7 @@ class Server(VLM):
         """
         if self.dry_run:
             raise ArgumentError(
-                "vlm.dry_run: nothing is asked; safervlm predict prints the estimate, leave it out to ask"
+                "vlm.dry_run: nothing is asked; safervlm predict prints the estimate; omit it to send the questions"
             )
         self.load()
         if self.halted is not None:
@@ -310,7 +310,7 @@ class Server(VLM):
                 self.tokens += tokens
                 if self.max_tokens is not None and not tokens:
                     self.pool.stop(
-                        f"vlm.max_tokens: {host.address} doesn't count tokens; leave it out, or use vlm.max_requests"
+                        f"vlm.max_tokens: {host.address} doesn't count tokens; omit it, or use vlm.max_requests"
                     )
             match outcome:
                 case Generation():

@@ -167,7 +167,7 @@ def meaning(
     if status >= 500 or status in RETRY:
         return TransientFailure(f"{status}: {message}", pause=refusal.pause)
     if status == 401:
-        known = "refuses the key in" if has_key else "asks for a key, and there is none in"
+        known = "rejects the key in" if has_key else "asks for a key, and there is none in"
         return Hopeless(
             f"vlm.api_key_variable: {address} {known} the environment variable {variable} (401); "
             "export it, the same command resumes"
@@ -183,7 +183,7 @@ def meaning(
             f"{message}); {address}/models lists what it has"
         )
     if status not in BAD_REQUEST:
-        return Hopeless(f"vlm.addresses: {address} refuses ({status}: {message}); is it a base URL?")
+        return Hopeless(f"vlm.addresses: {address} rejects the request ({status}: {message}); is it a base URL?")
     return _of_the_question(refusal, question, address, sent)
 
 

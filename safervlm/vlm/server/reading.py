@@ -105,7 +105,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         for name in READ & found.keys():
             if names.count(name) > 1:
-                raise ValueError(f"{name!r} stands twice in an object")
+                raise ValueError(f"{name!r} occurs twice in an object")
     return found
 
 

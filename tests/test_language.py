@@ -1,0 +1,75 @@
+"""No phrase of a private dialect, for which the field has a term, is left in the sources and documents."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PLACES = ("safervlm", "callbacks", "scripts", "configs", "docs", "README.md", "mkdocs.yml", "pyproject.toml")
+ENDINGS = {".py", ".md", ".yaml", ".yml", ".sh", ".toml", ".html", ".ipynb"}
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for place in PLACES
+    for path in ([ROOT / place] if (ROOT / place).is_file() else sorted((ROOT / place).rglob("*")))
+    if path.suffix in ENDINGS and "site" not in path.relative_to(ROOT).parts
+}
+
+# Regular expressions, each of a phrase or name that was replaced, and what stands there now.
+PHRASES = {
+    r"Says, from a batch": "base class of training objectives",
+    r"a record of the data has to have": "completions each example must provide",
+    r"Refuses another objective": "validates that examples carry the expected number of completions",
+    r"The trained weights alone": "only trainable parameters",
+    r"The same of held-out": "validation loss",
+    r"Takes (it|them) back": "restores",
+    r"is content when": "can be minimised while",
+    r"\bprice\b": "KL coefficient, penalty",
+    r"\broom (of|for) the policy": "clipping range",
+    r"is gone through": "optimisation epochs per rollout",
+    r"Steps? \d to \d\.": "what the steps do",
+    r"what stands elsewhere": "values outside the mask",
+    r"whole response earns": "sequence-level reward",
+    r"leaving the reference": "KL penalty",
+    r"The surface that": "abstract interface",
+    r"\bsays of [A-Z] ": "scores returned by",
+    r"a whole batch, it comes": "raised when",
+    r"whose weights are here": "locally loaded",
+    r"\bWhatever: ": "padding token id",
+    r"no habits": "resets the generation configuration",
+    r"has the last word": "logit capping or scaling",
+    r"gone on with|goes on where": "append, resume",
+    r"\bEachOnce\b": "DeduplicatedEncoder",
+    r"\bclass Sharing\b": "PrefixSharing",
+    r"\bRoomyLayer\b|room at its end": "KV cache with spare capacity",
+    r"\bclass (Absent|Tuples)\b": "MissingPackageStub, LegacyTupleCacheMixin",
+    r"belongs to a record alone": "batch-invariant noise per record",
+    r"\bclass Passing\b|went wrong may pass": "TransientFailure",
+    r"\b(IN_A_ROW|UNNAMED|PAUSE|AGAIN|OF_THE_QUESTION)\b": "names that state their unit or effect",
+    r"\bAskCollator\b|\bclass Asked\b|is written down of": "FaultTolerantCollator, QuestionBatch",
+    r"\bmust_tell\b|Refuses to stand": "require_labels",
+    r"reads which answer": "routes each response to its classifier",
+    r"What varies from": "sampling unit",
+    r"hand to each other": "record types exchanged between stages",
+    r"a run's files stand": "run directory layout",
+    r"can be told in advance": "deterministic",
+    r"has been seen to work": "out-of-memory errors surface at once",
+    r"can't be had": "unavailable",
+    r"What matters of|Passes over what": "condenses, silences",
+    r"\bh[eo]lds? the truth": "simulated coverage, contains the true value",
+    r"asking a server took": "request log",
+    r"leave behind\b|before it all": "analysing runs, environment check",
+    r"What a 7B takes|absence of a star|stands? behind": "memory and runtime; must come after",
+    r"tested with what|told apart|said, without": "test coverage matrix; distinguishes",
+}
+
+
+@pytest.mark.parametrize("phrase", PHRASES, ids=lambda phrase: re.sub(r"\W+", " ", phrase).strip())
+def test_a_replaced_phrase_stays_replaced(phrase: str) -> None:
+    assert len(PHRASES) == 44
+    found = [
+        f"{name}:{text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}, write: {PHRASES[phrase]}"
+        for name, text in TEXTS.items()
+        for match in re.finditer(phrase, text, re.IGNORECASE if phrase[0].isupper() else 0)
+    ]
+    assert not found, "\n".join(found)
