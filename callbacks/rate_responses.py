@@ -9,12 +9,12 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.progress import track
 
 from callbacks.attempt_log import AttemptFile
 from safervlm.data.responses import read_responses
 from safervlm.errors import ArgumentError, UserError
 from safervlm.failures import in_halves, reason_of
+from safervlm.io.progress import track
 from safervlm.io.signals import safe_points
 from safervlm.io.tables import say
 from safervlm.judging.rating import (
@@ -181,7 +181,7 @@ class RateResponses(Callback):
             for seed in range(SEED, SEED + self.attempts):
                 unread: list[Wanted] = []
                 batches = [left[start : start + self.batch_size] for start in range(0, len(left), self.batch_size)]
-                for batch in track(batches, "Rating" if seed == SEED else "Rating again", disable=not batches):
+                for batch in track(batches, "Rating" if seed == SEED else "Rating again"):
                     answers = self.ask([each.question for each in batch], seed)
                     came = [self.read(each, answer, models) for each, answer in zip(batch, answers, strict=True)]
                     file.write("".join(to_line(rating.to_dict()) for rating in came))

@@ -32,7 +32,7 @@ LAYERS = (
     ("io", "statistics"),
     ("records",),
     ("unfinished",),
-    ("run", "manifest", "vlm", "data"),
+    ("run", "manifest", "progress_lines", "vlm", "data"),
     ("judging",),
     ("objectives", "measure", "results"),
     ("reports",),

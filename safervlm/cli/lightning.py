@@ -13,7 +13,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -24,7 +23,7 @@ from safervlm.cli.arguments import prepared
 from safervlm.cli.classes import import_classes
 from safervlm.cli.family import fitting_class
 from safervlm.cli.messages import one_line
-from safervlm.cli.trainer import check_trainer
+from safervlm.cli.trainer import callbacks_with_lines, check_trainer
 from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, UserError, explained
 from safervlm.io.boundary import causes, fail, run_folder, warn
@@ -205,6 +204,16 @@ class SaferCLI(LightningCLI):
                 with contextlib.suppress(OSError):  # the folder is not empty
                     folder.rmdir()
             raise
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Creates the trainer, with lines instead of Lightning's progress bar where stderr is no terminal.
+
+        Args:
+            **kwargs: Arguments of the trainer that replace those of the configuration.
+        """
+        assert self.subcommand is not None  # noqa: S101 (we always have one; for the type checker)
+        settings = self.config_init[self.subcommand]["trainer"]
+        return super().instantiate_trainer(callbacks=callbacks_with_lines(settings), **kwargs)
 
     def instantiate_parts(self) -> None:
         """Creates trainer, model and data.

@@ -1,11 +1,16 @@
-"""Checks of the trainer's settings, before data is loaded."""
+"""Settings of the trainer: checks before anything is loaded, and the callback that writes progress as lines."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
+from lightning import Callback
+from lightning.pytorch.callbacks import ProgressBar
 
 from safervlm.errors import ArgumentError
+from safervlm.progress_lines import progress_lines
 
 
 def check_trainer(command: str, settings: Namespace) -> None:
@@ -63,3 +68,17 @@ def check_bounds(trainer: Namespace) -> None:
             fits, bounds = 0 < value < math.inf, "above 0"
         if not fits:
             raise ArgumentError(f"--trainer.{name}: {bounds}, got {value}; correct it, or omit it")
+
+
+def callbacks_with_lines(trainer: Mapping[str, Any]) -> list[Callback]:
+    """Returns the trainer's callbacks, with lines of progress where stderr is no terminal.
+
+    Nothing is added if progress is disabled, or if the user has named a progress bar.
+
+    Args:
+        trainer: Settings of the trainer; its callbacks are instances.
+    """
+    given = trainer["callbacks"] or []
+    callbacks = list(given) if isinstance(given, list) else [given]
+    own = any(isinstance(callback, ProgressBar) for callback in callbacks)
+    return callbacks if own or trainer["enable_progress_bar"] is False else [*callbacks, *progress_lines()]

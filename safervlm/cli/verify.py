@@ -25,6 +25,7 @@ from safervlm.io.tables import JUDGE_NOTE, TextTable, say, show_table
 from safervlm.io.trust import Named, check_trust, find_beside_the_shell, named_in, read_config
 from safervlm.judging.panel import Panel
 from safervlm.measure import Measure
+from safervlm.progress_lines import progress_lines
 from safervlm.ranges import in_range
 from safervlm.records import RESPONSES, VERDICTS, Example, Failure, Response, Verdict, read_records, write_jsonl
 from safervlm.run import locked
@@ -192,7 +193,7 @@ def _ask_again(
                 accelerator=cli.trainer.accelerator,
                 devices=1,
                 precision=cli.trainer.precision,
-                callbacks=[Kept(file)],
+                callbacks=[Kept(file), *progress_lines()],
                 logger=False,
                 enable_checkpointing=False,
                 enable_model_summary=False,

@@ -6,15 +6,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
-
 from safervlm.errors import RecordError
 from safervlm.hashing import fingerprint
 from safervlm.io.caches import build_folder
-from safervlm.io.escape import for_terminal
 from safervlm.io.images import BROKEN, IMAGE_ENDINGS, image_kind
+from safervlm.io.progress import track
 from safervlm.io.reading import read_object
 
 # Version of the folder's content. Increase it if the output changes, so that older folders are not used.
@@ -76,10 +72,7 @@ def write_images(folder: Path, dataset: str, values: Mapping[int, str]) -> None:
 
     def build(aside: Path) -> None:
         files = {}
-        console = Console(stderr=True)
-        for row, value in track(
-            list(values.items()), escape(for_terminal(f"{dataset}: images")), console=console, transient=True
-        ):
+        for row, value in track(list(values.items()), f"{dataset}: images"):
             content, ending = decoded(value)
             files[str(row)] = f"{row}{ending}"
             (aside / files[str(row)]).write_bytes(content)

@@ -14,15 +14,16 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 
 import datasets
-from rich.markup import escape
-from rich.progress import Progress
 
 from safervlm.addresses import public, public_text
 from safervlm.data.tables import TABLES
 from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.io.caches import cache_folder
 from safervlm.io.files import write_atomically
+from safervlm.io.progress import progress
 from safervlm.records import to_line
+
+MB = 1e6  # bytes
 
 
 def on_the_hub(source: str) -> bool:
@@ -87,19 +88,19 @@ def fetch(address: str, file: Path, bounds: Download = Download()) -> None:
 
     def write(path: Path) -> None:
         end = time.monotonic() + bounds.timeout
-        with opener.open(address, timeout=bounds.pause) as response, path.open("wb") as out, Progress() as progress:
+        with opener.open(address, timeout=bounds.pause) as response, path.open("wb") as out:
             size = response.length  # of the body, if the server reports it; a truncated body is shorter
             if size is not None and size > bounds.max_bytes:
                 raise URLError(too_large)
-            task = progress.add_task(f"fetching {escape(file.name)}", total=size)
-            # read1 returns after one packet, so the time limit is checked even if packets arrive slowly.
-            while block := response.read1(1 << 16):
-                out.write(block)
-                progress.update(task, completed=out.tell())
-                if out.tell() > bounds.max_bytes:
-                    raise URLError(too_large)
-                if time.monotonic() > end:
-                    raise URLError(f"it takes longer than {bounds.timeout:g} s, see data.download.timeout")
+            with progress(f"fetching {file.name}", size and size / MB, "MB") as update:
+                # read1 returns after one packet, so the time limit is checked even if packets arrive slowly.
+                while block := response.read1(1 << 16):
+                    out.write(block)
+                    update(out.tell() / MB)
+                    if out.tell() > bounds.max_bytes:
+                        raise URLError(too_large)
+                    if time.monotonic() > end:
+                        raise URLError(f"it takes longer than {bounds.timeout:g} s, see data.download.timeout")
             if size is not None and out.tell() != size:
                 raise URLError(f"{out.tell()} of {size} bytes came")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule
-from rich.progress import track
 
 from safervlm.errors import ArgumentError
 from safervlm.failures import in_halves
 from safervlm.hashing import fingerprint
+from safervlm.io.progress import track
 from safervlm.judging import rules
 from safervlm.judging.classifier import BATCH_SIZE, Judge
 from safervlm.judging.rules import RULES
@@ -179,7 +179,7 @@ class Panel(LightningModule):
         size = CHUNK * batch_size
         with UnfinishedFile(unfinished, key, Verdict) as file:
             starts = range(len(file.chunks) * size, len(answers), size)
-            for start in track(starts, "Judging", disable=not starts):
+            for start in track(starts, "Judging"):
                 file.append(self.judged(answers[start : start + size], batch_size))
         return [record for chunk in file.chunks for record in chunk]
 

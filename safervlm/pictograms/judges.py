@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
 
+from safervlm.io.progress import track
 from safervlm.pictograms.concepts import CONCEPTS, base_answer
 from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
@@ -345,7 +344,7 @@ def train_judge(capability: Capability, tokenizer: RobertaTokenizer, seed: int, 
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
     rng = random.Random(seed)
-    for _ in track(range(steps), f"{capability} judge", console=Console(stderr=True)):
+    for _ in track(range(steps), f"{capability} judge"):
         texts, answers = zip(*(ANSWER[capability](rng) for _ in range(64)), strict=True)
         tokens = judge.tokens(texts)
         hidden = (torch.rand(tokens["input_ids"].shape) < 0.05) & (tokens["input_ids"] > tokenizer.unk_token_id)

@@ -16,8 +16,6 @@ from math import cos, pi
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -31,6 +29,7 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from safervlm.hashing import seed_for
+from safervlm.io.progress import track
 from safervlm.pictograms.concepts import ANSWERS, CAPTION_QUESTION, CONCEPTS
 from safervlm.pictograms.draw import draw_pictogram
 from safervlm.pictograms.lessons import (
@@ -319,7 +318,7 @@ def train_tower(model: LlavaForConditionalGeneration, pixels: Tensor, steps: int
     tower = model.model.vision_tower
     head = nn.Linear(WIDTH, len(CONCEPTS))
     course = Course([tower, head], peak=2e-3, steps=steps, decay=0.05)
-    for step in track(range(steps), "vision tower", console=Console(stderr=True)):
+    for step in track(range(steps), "vision tower"):
         concepts = torch.randint(pixels.shape[0], (64,))
         shown = augment(pixels[concepts, torch.randint(pixels.shape[1], (64,))])
         logits = head(patches(model, shown).mean(dim=1))
@@ -377,7 +376,7 @@ def train_language(
         starts = (targets[:, :-1] == IGNORED)[learnt]
         return (losses * torch.where(starts, first, rest)).mean()
 
-    for step in track(range(steps), "language model", console=Console(stderr=True)):
+    for step in track(range(steps), "language model"):
         choices = [multiple_choice(rng) for _ in range(16)]
         ids, targets, middle, last = read(choices)
         loss = answer_loss(targets, last, first=2.0, rest=1.0)
@@ -421,7 +420,7 @@ def train_vlm(
                 weight.mul_(1 + perturbation * torch.randn(weight.shape, generator=noise))
     pictures = [
         draw_pictogram(concept.code_point, seed_for("training picture", seed, concept.name, number))
-        for concept in track(CONCEPTS, "training pictures", console=Console(stderr=True))
+        for concept in track(CONCEPTS, "training pictures")
         for number in range(PICTURES_PER_CONCEPT)
     ]
     pixels = processor.image_processor(pictures, do_pad=True, return_tensors="pt")["pixel_values"]

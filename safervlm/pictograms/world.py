@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
@@ -28,6 +26,7 @@ from safervlm.hashing import fingerprint, seed_for
 from safervlm.io.caches import remove_leftovers, temporary
 from safervlm.io.files import write_atomically
 from safervlm.io.images import open_image
+from safervlm.io.progress import track
 from safervlm.pictograms import judges, train
 from safervlm.pictograms.benchmarks import write_benchmarks
 from safervlm.pictograms.concepts import CREDITS, SAFE_CONCEPTS, UNSAFE_CONCEPTS
@@ -178,7 +177,7 @@ def write_data_sets(folder: Path, seed: int) -> None:
         (folder / name / "images").mkdir(parents=True)
         (folder / name / "LICENSE.txt").write_text(f"{CREDITS}\n", encoding="utf-8")
         images = [concept for concept in concepts for _ in range(IMAGES_PER_CONCEPT)]
-        for number, concept in enumerate(track(images, f"{name} images", console=Console(stderr=True))):
+        for number, concept in enumerate(track(images, f"{name} images")):
             file = f"images/{number}.png"
             draw_pictogram(concept.code_point, seed_for("data set", seed, name, number)).save(folder / name / file)
             if concept.category is None:

@@ -72,9 +72,10 @@ def expected(n, alignment="alignment-1", perception="perception-1"):
     }
 
 
-def test_every_answer_gets_its_verdict_in_the_answers_order(tmp_path):
+def test_every_answer_gets_its_verdict_in_the_answers_order(tmp_path, capsys):
     write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(100)])
     play(tmp_path, make_panel())  # more than one block of 16 batches
+    assert "Judging: 100 % (" in capsys.readouterr().err
     assert saved(tmp_path) == expected(100)
     assert list(saved(tmp_path)) == [r.id for r in responses(100)]
 

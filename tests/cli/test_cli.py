@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -356,7 +357,6 @@ def test_a_fitted_run_is_validated_and_goes_on(
         "--trainer.accelerator=cpu",
         "--trainer.precision=32-true",
         "--trainer.max_epochs=1",
-        "--trainer.enable_progress_bar=false",
         f"--run={tmp_path / 'run'}",
     ]
     with pytest.raises(SystemExit):
@@ -365,9 +365,10 @@ def test_a_fitted_run_is_validated_and_goes_on(
     assert "last.ckpt, so the adapter would be an untrained one" in error
     main(["fit", *line])
     before = (tmp_path / "run" / "manifest.json").read_text()
-    capsys.readouterr()
+    assert re.findall(r"^training: 100 % \((\d+) of \1 batches\), ", capsys.readouterr().err, re.MULTILINE)
     main(["validate", *[argument for argument in line if "max_epochs" not in argument]])
-    out = capsys.readouterr().out
+    out, error = capsys.readouterr()
+    assert "\nvalidation: 100 % (" in error
     assert "looking at" in out
     assert "val/loss" in out
     assert (tmp_path / "run" / "manifest.json").read_text() == before

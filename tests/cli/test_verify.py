@@ -48,7 +48,9 @@ def copy(run: Path, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
 
 def test_in_float32_no_answer_depends_on_the_batch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["verify", str(run), "--sample", "20"])
-    assert flipped(capsys.readouterr().out)["answers"] == (20, 0)
+    said = capsys.readouterr()
+    assert flipped(said.out)["answers"] == (20, 0)
+    assert "\nprediction: 100 % (20 of 20 batches), " in f"\n{said.err}"
     assert not list(read_jsonl(run / "verify.jsonl"))
 
 

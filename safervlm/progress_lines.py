@@ -1,0 +1,91 @@
+"""Lightning callback that writes progress as plain lines where stderr is no terminal."""
+
+import math
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+
+from safervlm.io.progress import Lines, in_terminal
+
+
+class ProgressLines(ProgressBar):
+    """Writes the progress of fit, validate and predict as plain lines, on the first process of a run.
+
+    A validation within a training writes no lines of its own; its time is part of the training's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: Lines | None = None
+        self._done = 0
+
+    def disable(self) -> None:
+        """Does nothing: other processes than the first one write no lines anyway."""
+
+    def enable(self) -> None:
+        """Does nothing; see :meth:`disable`."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins at the batches that are complete, which are some if the training resumes."""
+        epochs, steps = trainer.max_epochs, trainer.max_steps
+        total = math.inf if epochs is None or epochs < 0 else epochs * trainer.num_training_batches
+        if steps >= 0:
+            total = min(total, steps * trainer.accumulate_grad_batches)
+        self._begin(trainer, "training", total, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins, if this is not a validation within a training."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._begin(trainer, "validation", sum(trainer.num_val_batches))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins."""
+        self._begin(trainer, "prediction", sum(trainer.num_predict_batches))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Counts the batch."""
+        self._count()
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Counts the batch, if this is not a validation within a training."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._count()
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        """Counts the batch."""
+        self._count()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the last line."""
+        self._end()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the last line, if this is not a validation within a training."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._end()
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the last line before the callbacks that judge, which write their own ones."""
+        self._end()
+
+    def _begin(self, trainer: Trainer, what: str, total: float, start: int = 0) -> None:
+        self._done = start
+        if trainer.is_global_zero:
+            self._lines = Lines(what, total if math.isfinite(total) else None, start, "batches")
+
+    def _count(self) -> None:
+        self._done += 1
+        if self._lines is not None:
+            self._lines.update(self._done)
+
+    def _end(self) -> None:
+        lines, self._lines = self._lines, None
+        if lines is not None:
+            lines.end()
+
+
+def progress_lines() -> list[Callback]:
+    """Returns the callback that replaces Lightning's bar where stderr is no terminal; nothing in a terminal."""
+    return [] if in_terminal() else [ProgressLines()]
