@@ -13,6 +13,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -23,7 +24,7 @@ from safervlm.cli.arguments import prepared
 from safervlm.cli.classes import import_classes
 from safervlm.cli.family import fitting_class
 from safervlm.cli.messages import one_line
-from safervlm.cli.trainer import callbacks_with_lines, check_trainer
+from safervlm.cli.trainer import callbacks_with_lines, check_trainer, has_folder, with_log_folders
 from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, UserError, explained
 from safervlm.io.boundary import causes, fail, run_folder, warn
@@ -49,6 +50,22 @@ class OneLineParser(LightningArgumentParser):
     def option_names(self) -> list[str]:
         """Returns the names of the options, with dashes."""
         return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+
+    def add_class_arguments(self, class_type: type, *args: Any, **kwargs: Any) -> Any:
+        """Adds the arguments of a class; those of a logger with a ``save_dir`` that may be left out.
+
+        Args:
+            class_type: Class whose arguments are added.
+            *args: Further positional arguments of jsonargparse.
+            **kwargs: Keyword arguments of jsonargparse.
+        """
+        if not has_folder(class_type):
+            return super().add_class_arguments(class_type, *args, **kwargs)
+        added = super().add_class_arguments(
+            class_type, *args, **kwargs | {"skip": {*kwargs.get("skip", ()), "save_dir"}}
+        )
+        self.add_argument("--save_dir", type=str | None, default=None, help="Folder of the logs; None: the run folder.")
+        return [*added, "save_dir"]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the error in one line and exits with code 2.
@@ -211,6 +228,7 @@ class SaferCLI(LightningCLI):
         Args:
             **kwargs: Arguments of the trainer that replace those of the configuration.
         """
+        self.config = self._as_given
         assert self.subcommand is not None  # noqa: S101 (we always have one; for the type checker)
         settings = self.config_init[self.subcommand]["trainer"]
         return super().instantiate_trainer(callbacks=callbacks_with_lines(settings), **kwargs)
@@ -222,6 +240,8 @@ class SaferCLI(LightningCLI):
             ArgumentError: A class can't be instantiated with its arguments.
             SystemExit: torchrun has started another number of processes than the trainer is configured for.
         """
+        # The configuration is saved as given: a run that repeats it logs to its own folder.
+        self._as_given, self.config = self.config, with_log_folders(self.config, str(self.subcommand))
         try:
             super().instantiate_classes()
         except ValueError as error:

@@ -5,15 +5,18 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from lightning import LightningDataModule, Trainer
 
+from safervlm.cli.arguments import options
 from safervlm.recipes import CONFIGS
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.sampling import Sampling
+
+# Logger of Lightning -> extra of pyproject.toml with the package that it needs.
+EXTRAS = {"MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb"}
 
 
 def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ()) -> str:
@@ -78,11 +81,14 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         return f"{name}{find(r'Given value: (.*)') or 'the class'} is not a {reason}; name the class_path of one"
     if path := find(r"Problem with given class_path '([^']+)'"):
         reason = find(r"class_path '[^']+':\s+(.*)") or ""
+        short = path.rpartition(".")[2]
         if not name:
-            pairs = pairwise(typed)
-            name = next((f"{option}: " for option, value in pairs if value == path and option.startswith("--")), "")
-        if re.search(r"[Rr]equirement|not met|not installed|No module named '(?!safervlm|callbacks)", reason):
-            return f"{name}{path!r} needs a package that is missing ({reason}); install it"
+            name = next((f"--{option}: " for option, value in options(typed) if value in (path, short)), "")
+        missing = r"[Rr]equirement|not met|not installed|is available|No module named '(?!safervlm|callbacks)"
+        if re.search(missing, reason):
+            extra = EXTRAS.get(short)
+            way_out = f"pip install 'safervlm[{extra}]'" if extra else "install it"
+            return f"{name}{path!r} needs a package that is missing ({reason}); {way_out}"
         return f"{name}no class {path!r} ({reason}); check the spelling"
     expected = [
         re.sub(r"^a |<class '|'>|typing\.", "", each) for each in re.findall(r"Expected (.+?)(?:\. Got|\n|$)", message)

@@ -1,13 +1,16 @@
-"""Settings of the trainer: checks before anything is loaded, and the callback that writes progress as lines."""
+"""Settings of the trainer: checks before anything is loaded, folders of loggers, progress as lines."""
 
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning import Callback
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger, MLFlowLogger
 
 from safervlm.errors import ArgumentError
 from safervlm.progress_lines import progress_lines
@@ -82,3 +85,33 @@ def callbacks_with_lines(trainer: Mapping[str, Any]) -> list[Callback]:
     callbacks = list(given) if isinstance(given, list) else [given]
     own = any(isinstance(callback, ProgressBar) for callback in callbacks)
     return callbacks if own or trainer["enable_progress_bar"] is False else [*callbacks, *progress_lines()]
+
+
+def has_folder(kind: type) -> bool:
+    """Returns whether a class is a logger that writes to a folder, ``save_dir``.
+
+    Args:
+        kind: Class that a configuration names.
+    """
+    if not inspect.isclass(kind) or not issubclass(kind, Logger):
+        return False
+    return "save_dir" in inspect.signature(kind.__init__).parameters
+
+
+def with_log_folders(config: Namespace, command: str) -> Namespace:
+    """Returns a copy of the configuration in which loggers without a folder write to the run folder.
+
+    Args:
+        config: Parsed configuration with the settings of the command, whose loggers are not instantiated.
+        command: ``fit``, ``validate`` or ``predict``.
+    """
+    config = config.clone()
+    settings = config[command]
+    given = settings["trainer"]["logger"]
+    for logger in given if isinstance(given, list) else [given]:
+        arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
+        if arguments is not None and "save_dir" in arguments and arguments["save_dir"] is None:
+            folder = Path(settings["run"])
+            kind = resolve_name(logger["class_path"])
+            arguments["save_dir"] = str(folder / "mlruns" if issubclass(kind, MLFlowLogger) else folder)
+    return config

@@ -5,14 +5,17 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from checkout import CHECKOUT
 from jsonargparse import ArgumentParser
 from lightning import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning_utilities.core.imports import RequirementCache
 
 import callbacks
 import safervlm
@@ -434,8 +437,9 @@ def test_an_error_of_a_plain_command_is_one_line(
     assert expected in message
 
 
-def test_with_a_logger_the_configuration_stays_in_the_run_folder(
-    tiny_llava: Path, tiny_sets: Path, tmp_path: Path
+@pytest.mark.parametrize("folder", [None, "logs"])
+def test_a_logger_writes_to_the_run_folder_and_the_configuration_stays_in_it(
+    folder: str | None, tiny_llava: Path, tiny_sets: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     main(
@@ -452,8 +456,8 @@ def test_with_a_logger_the_configuration_stays_in_the_run_folder(
             "--trainer.max_steps=1",
             "--model.warmup_steps=0",
             "--trainer.enable_progress_bar=false",
-            "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
-            f"--trainer.logger.save_dir={tmp_path / 'logs'}",
+            "--trainer.logger=CSVLogger",
+            *([] if folder is None else [f"--trainer.logger.save_dir={folder}"]),
             f"--run={run}",
         ]
     )
@@ -461,8 +465,48 @@ def test_with_a_logger_the_configuration_stays_in_the_run_folder(
     assert settings["run"] == str(run)
     assert settings["model"]["init_args"]["vlm"]["init_args"]["model"] == str(tiny_llava)
     assert settings["model"]["init_args"]["vlm"]["init_args"]["adapter"] is None  # an empty value is saved, too
-    assert list((tmp_path / "logs").rglob("metrics.csv"))
-    assert not list((tmp_path / "logs").rglob("fit.yaml"))
+    assert settings["trainer"]["logger"]["init_args"]["save_dir"] == folder  # null: that of the run that repeats it
+    logs = (run if folder is None else tmp_path / folder) / "lightning_logs"
+    assert list(logs.rglob("metrics.csv"))
+    assert not list(logs.rglob("fit.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("logger", "module", "flags", "extra"),
+    [
+        ("MLFlowLogger", "lightning.pytorch.loggers.mlflow", ["_MLFLOW_AVAILABLE"], "mlflow"),
+        ("WandbLogger", "lightning.pytorch.loggers.wandb", ["_WANDB_AVAILABLE"], "wandb"),
+        (
+            "TensorBoardLogger",
+            "lightning.fabric.loggers.tensorboard",
+            ["_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"],
+            "tensorboard",
+        ),
+    ],
+)
+def test_a_logger_without_its_package_names_the_extra(
+    logger: str,
+    module: str,
+    flags: list[str],
+    extra: str,
+    tiny_llava: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for flag in flags:
+        missing = RequirementCache(f"safervlm-no-{extra}")
+        monkeypatch.setattr(f"{module}.{flag}", missing)
+    run = tmp_path / "run"
+    model = f"--model.vlm.model={tiny_llava}"
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config=configs/sft.yaml", model, f"--trainer.logger={logger}", f"--run={run}"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2
+    assert f"--trainer.logger: 'lightning.pytorch.loggers.{logger}' needs a package that is missing" in error
+    assert error.endswith(f"; pip install 'safervlm[{extra}]'")
+    assert not run.exists()
+    assert extra in tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
 def test_a_defect_is_one_line_and_keeps_its_traceback(
