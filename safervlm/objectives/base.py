@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
@@ -24,7 +24,15 @@ from safervlm.vlm.lora import Adapter
 class Objective(L.LightningModule):
     """Base class of training objectives.
 
-    Subclasses implement ``training_step``, which returns the loss of a batch. A new objective is one file.
+    A new objective is one file with a subclass that implements :meth:`loss`, which returns a plain scalar. The base
+    class does the rest: it logs the loss, back-propagates it, validates with it on held-out data, stops a training
+    whose loss, gradients or weights are not finite, and writes checkpoints from which the training resumes. The rules:
+
+    - ``completions`` is the number of completions that each example of the data must provide.
+    - ``adapters`` are the names of the adapters to train.
+    - A subclass with further settings adds them to :meth:`describe`, so that a run is not resumed with other ones.
+    - A subclass that does more in a step than one loss, as PPO does, overrides ``training_step`` instead. It is not
+      validated unless it also overrides ``validation_step``.
 
     Args:
         vlm: the model to align.
@@ -33,6 +41,12 @@ class Objective(L.LightningModule):
         weight_decay: the weight decay of AdamW.
         seed: the seed of the adapter's initial weights and of the dropout.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Removes the validation step of a subclass without a loss function: Lightning validates whatever has one."""
+        super().__init_subclass__(**kwargs)
+        if cls.loss is Objective.loss and cls.validation_step is Objective.validation_step:
+            cls.validation_step = L.LightningModule.validation_step  # type: ignore[assignment]
 
     adapters: tuple[Adapter, ...] = ("policy",)
     completions = 1  # that each example of the data must provide
@@ -63,6 +77,57 @@ class Objective(L.LightningModule):
             "weight_decay": self.weight_decay,
             "seed": self.seed,
         }
+
+    def loss(self, batch: Batch, part: str) -> Tensor:
+        """Computes the loss of a batch; implemented by subclasses.
+
+        Args:
+            batch: B questions with the completions of their examples, for :meth:`LocalVLM.score`.
+            part: the split, ``train`` or ``val``; the prefix of names that the method logs itself.
+
+        Returns:
+            A scalar tensor with gradient, such as the mean over the completions of the batch. With several processes,
+            the gradients of their losses are averaged with equal weight; :meth:`global_mean` weights each token or
+            example equally, also where the batches differ in size. With ``accumulate_grad_batches`` the losses of the
+            batches of a step are averaged with equal weight.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither a loss nor a training_step")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        """Computes and logs the training loss."""
+        return self.logged_loss(batch, "train")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Computes and logs the validation loss."""
+        self.logged_loss(batch, "val")
+
+    def logged_loss(self, batch: Batch, part: str) -> Tensor:
+        """Computes the loss of a batch and logs it as ``{part}/loss``, averaged over all processes.
+
+        Args:
+            batch: see :meth:`loss`.
+            part: the split, ``train`` or ``val``.
+
+        Returns:
+            The scalar to back-propagate.
+
+        Raises:
+            ArgumentError: the loss is not a scalar tensor, or has no gradient in training.
+        """
+        loss = self.loss(batch, part)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise ArgumentError(
+                f"model: the loss of {type(self).__name__} is {found}; return a scalar tensor, the mean"
+            )
+        if part == "train" and not loss.requires_grad:
+            raise ArgumentError(
+                f"model: the loss of {type(self).__name__} has no gradient; compute it from the scores of the policy, "
+                "without detach, item or no_grad"
+            )
+        loss = loss.reshape(())
+        self.log(f"{part}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))
+        return loss
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Adds the guard that stops any training at a loss, gradient or weight that is not finite."""

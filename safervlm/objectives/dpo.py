@@ -59,16 +59,8 @@ class DPO(Objective):
         """Returns the settings that determine the trained weights (see :meth:`Objective.describe`)."""
         return super().describe() | {"beta": self.beta, "rpo_alpha": self.rpo_alpha}
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Computes and logs the training loss: the mean over the pairs of the batch."""
-        return self.loss(batch, "train")
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Computes and logs the validation loss."""
-        self.loss(batch, "val")
-
     def loss(self, batch: Batch, part: str) -> Tensor:
-        """Computes the loss of a batch and logs it, with accuracy and margin of the implicit rewards.
+        """Computes the loss of a batch, the mean over its pairs, and logs accuracy and margin of the implicit rewards.
 
         The accuracy is the share of pairs whose chosen response has the larger implicit reward.
 
@@ -89,13 +81,11 @@ class DPO(Objective):
             loss = loss - self.rpo_alpha * self.global_mean(chosen.sum(), tokens.sum())
         accuracy = (rewards[:, 0] > rewards[:, 1]).float()
         for name, value in {
-            "loss": loss,
             "accuracy": self.global_mean(accuracy.sum(), count),
             "margin": self.global_mean((rewards[:, 0] - rewards[:, 1]).sum(), count),
             "reward_chosen": self.global_mean(rewards[:, 0].sum(), count),
         }.items():
-            shown = name in ("loss", "accuracy")
-            self.log(f"{part}/{name}", value, prog_bar=shown, sync_dist=True, batch_size=len(batch))
+            self.log(f"{part}/{name}", value, prog_bar=name == "accuracy", sync_dist=True, batch_size=len(batch))
         return loss
 
     def reference_logprobs(self, batch: Batch) -> Tensor:

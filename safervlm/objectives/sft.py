@@ -24,25 +24,15 @@ class SFT(Objective):
         seed: the seed of the adapter's initial weights and of the dropout.
     """
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Computes and logs the training loss: the mean negative log-likelihood of the response tokens."""
-        return self.loss(batch, "train")
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Computes and logs the validation loss."""
-        self.loss(batch, "val")
-
     def loss(self, batch: Batch, part: str) -> Tensor:
-        """Computes the loss of a batch and logs it as ``{part}/loss``.
+        """Computes the loss of a batch: the mean negative log-likelihood of the response tokens.
 
         Args:
             batch: B questions with one completion each.
-            part: the split, ``train`` or ``val``; the prefix of the logged name.
+            part: unused.
 
         Returns:
             The scalar to back-propagate (see :meth:`Objective.global_mean`).
         """
         scores = self.vlm.score(batch)
-        loss = self.global_mean(-scores.logprobs.sum(), scores.mask.sum())
-        self.log(f"{part}/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))
-        return loss
+        return self.global_mean(-scores.logprobs.sum(), scores.mask.sum())

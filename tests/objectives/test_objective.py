@@ -1,4 +1,4 @@
-"""What all objectives reject before any weight is loaded."""
+"""What all objectives reject before any weight is loaded, and the loss of a custom objective."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,9 +6,13 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader
 
 from safervlm.data.module import Parts, SaferData
-from safervlm.errors import RecordError
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.finite import NotFiniteError
 from safervlm.io.images import ImageSettings
 from safervlm.judging.classifier import Judge
 from safervlm.objectives import DPO, PPO, SFT
@@ -113,3 +117,84 @@ def test_an_argument_that_would_train_nothing_is_refused(
 def test_ppo_wants_the_alignment_judge(llava: Callable[[], Llava]) -> None:
     with pytest.raises(ValueError, match=r"model\.judge: it tells A, B, C, D, N/A; name a judge of Safe, Unsafe, N/A"):
         PPO(llava(), Judge(labels=LABELS["perception"]))
+
+
+class Custom(Objective):
+    """A custom objective whose loss function returns a plain scalar, changed by ``change``."""
+
+    def __init__(self, vlm: Llava, change: Callable[[torch.Tensor], object] = lambda loss: loss) -> None:
+        super().__init__(vlm, lr=1e-2, warmup_steps=0)
+        self.change = change
+
+    def loss(self, batch, part):
+        return self.change(-self.vlm.score(batch).logprobs.mean())
+
+
+class OwnStep(Objective):
+    """A custom objective with a training step of its own."""
+
+    def training_step(self, batch, batch_idx):
+        return -self.vlm.score(batch).logprobs.mean()
+
+
+def train_and_validate(module: Objective, examples: list[Example], folder: Path) -> dict[str, float]:
+    """Trains one epoch with validation; returns the logged metrics."""
+    data = DataLoader([module.collator(examples[:2]), module.collator(examples[2:])], batch_size=None)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data, data)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("change", [lambda loss: loss, lambda loss: loss[None]], ids=["scalar", "one element"])
+def test_a_plain_loss_is_trained_logged_and_validated(
+    change: Callable, llava: Callable[[], Llava], targets: list[Example], tmp_path: Path
+) -> None:
+    module = Custom(llava(), change)
+    metrics = train_and_validate(module, targets, tmp_path)
+    assert metrics.keys() == {"train/loss", "val/loss"}
+    weights = [weight for name, weight in module.named_parameters() if "lora_B" in name]
+    assert any(weight.abs().sum() for weight in weights)  # they begin at zero
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda loss: loss * float("nan"), NotFiniteError, "the loss is not finite"),
+        (lambda loss: loss.item(), ArgumentError, "the loss of Custom is a float; return a scalar tensor"),
+        (lambda loss: None, ArgumentError, "the loss of Custom is a NoneType; return a scalar tensor"),
+        (
+            lambda loss: torch.stack([loss, loss]),
+            ArgumentError,
+            r"the loss of Custom is of shape \(2,\); return a scalar",
+        ),
+        (lambda loss: loss.detach(), ArgumentError, "the loss of Custom has no gradient"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_is_refused(
+    change: Callable, error: type, message: str, llava: Callable[[], Llava], targets: list[Example], fit: Callable
+) -> None:
+    module = Custom(llava(), change)
+    with pytest.raises(error, match=message):
+        fit(module, [module.collator(targets[:2])])
+
+
+@pytest.mark.parametrize(
+    ("objective", "validated"), [(SFT, True), (DPO, True), (Custom, True), (PPO, False), (OwnStep, False)]
+)
+def test_an_objective_with_a_loss_function_is_validated(objective: type[Objective], validated: bool) -> None:
+    assert is_overridden("validation_step", objective, L.LightningModule) == validated
+    assert is_overridden("training_step", objective, L.LightningModule)
+
+
+def test_a_step_of_its_own_is_trained(llava: Callable[[], Llava], targets: list[Example], tmp_path: Path) -> None:
+    module = OwnStep(llava(), lr=1e-2, warmup_steps=0)
+    assert train_and_validate(module, targets, tmp_path) == {}
+    assert any(weight.abs().sum() for name, weight in module.named_parameters() if "lora_B" in name)
