@@ -58,6 +58,12 @@ class LastCheckpoint(Callback):
         """Counts from the batch at which the run resumes."""
         self._saved = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         self._limit = grace() / 2 if self.long_step is None else self.long_step
+        loop = trainer.fit_loop
+        progress = loop.epoch_progress.total
+        if loop.restarted_mid_epoch and progress.processed == progress.started:
+            # The checkpoint is of the last batch of an epoch. Lightning (2.6) has counted this epoch as complete, but
+            # would not count the start of the next one, so that a run that resumes twice repeats batches.
+            loop.reset_restart_stage()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts the clock, after the hooks of the other callbacks."""

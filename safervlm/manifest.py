@@ -23,6 +23,7 @@ from safervlm.io.signals import apart, asked_to_end, observe, pass_safe_point, t
 from safervlm.io.tables import say
 from safervlm.provenance import PACKAGES, git_commit
 from safervlm.run import check_settings, has_results, lock, read_manifest, write_stage
+from safervlm.schedules import follow_schedules
 
 
 def stage_name(module: LightningModule) -> str:
@@ -83,9 +84,14 @@ def agree_to_end(trainer: Trainer, save: bool = False) -> tuple[bool, bool]:
 
 
 class RunManifest(Callback):
-    """Callback that writes the manifest and locks the run folder. It rejects a folder made with other settings."""
+    """Callback that writes the manifest and locks the run folder. It rejects a folder made with other settings.
 
-    def __init__(self) -> None:
+    Args:
+        extend: Whether a training may be longer than it was in the folder.
+    """
+
+    def __init__(self, extend: bool = False) -> None:
+        self.extend = extend
         self._lock: Lock | None = None
         self._waits = False
         # Must be set before Lightning launches the other processes of the run.
@@ -117,11 +123,11 @@ class RunManifest(Callback):
                 "gradient_clip_val": trainer.gradient_clip_val,
                 "world_size": trainer.world_size,
             }
-        check_settings(run, name, settings)
+        longer = check_settings(run, name, settings, self.extend)
         trainer.strategy.barrier()
         if trainer.is_global_zero and stage != "validate":
             device = trainer.strategy.root_device
-            provenance = {
+            provenance: dict[str, Any] = {
                 "command": " ".join(["safervlm", *map(public_text, sys.argv[1:])]),
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": {name: version(name) for name in PACKAGES},
@@ -139,11 +145,13 @@ class RunManifest(Callback):
             if "provenance" in there and has_results(run):
                 first, now = there["provenance"], provenance
                 kept = {key: value for key, value in now.items() if key == "started" or value != first.get(key)}
+                kept |= {"extended": longer} if longer else {}
                 provenance, continued = first, [*there.get("continued", []), kept]
             write_stage(run, name, settings=settings, provenance=provenance, continued=continued, finished=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Defers requests to end until the current step is complete."""
+        """Follows the schedules of the whole training; defers requests to end until the current step is complete."""
+        follow_schedules(trainer)
         self._wait()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

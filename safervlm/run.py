@@ -3,7 +3,8 @@
 ``manifest.json`` has one entry per stage that ran in the folder, keyed by the lower-case name of its module
 (``measure``, ``panel``, ``sft``): ``settings``, which determine the result, and ``provenance``, which documents how it
 was made. A stage that runs again in the folder must have the same settings. It then resumes, and ``continued`` records
-the time, the command, and each changed item of the provenance.
+the time, the command, and each changed item of the provenance. A training may be longer with ``--extend``; ``extended``
+records its length before and after.
 """
 
 import json
@@ -25,6 +26,7 @@ from safervlm.records import FAILED
 
 MANIFEST = "manifest.json"
 MOMENT = 0.5  # seconds to wait for a lock, as commands that read a folder hold it for a moment
+BUDGET = ("trainer.max_epochs", "trainer.max_steps")  # settings that --extend may change
 OLD_NAMES = ("manifest", "responses", "responses-failed", "verdicts", "ratings", "scores", "labels", "verify", "report")
 
 
@@ -51,7 +53,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
+def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: bool = False) -> dict[str, list[Any]]:
     """Rejects a run folder whose results were made with other settings.
 
     A folder without results is accepted. These differences are ignored: the images, if questions failed, because
@@ -62,6 +64,10 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
         run: Run folder.
         stage: Name of the stage.
         settings: Settings of the stage now; values must be serialisable as JSON.
+        extend: Whether the training may be longer now.
+
+    Returns:
+        The settings of the training's length that ``extend`` allowed to change, each with its value before and now.
 
     Raises:
         SettingsDifferError: Settings differ; the message names at most five.
@@ -69,7 +75,7 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
     """
     there = read_manifest(run)["stages"].get(stage)
     if there is None or not has_results(run):
-        return
+        return {}
     # Settings are compared after a round trip through JSON, which turns tuples into lists.
     if not isinstance(there.get("settings"), dict):
         raise RecordError(
@@ -89,13 +95,21 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any]) -> None:
         and not key.endswith(".adapter.folder")
         and not (key.startswith("data.") and key.endswith(".images") and (run / FAILED).exists())
     ]
+    longer = {key: [before.get(key), now.get(key)] for key in differing if key in BUDGET} if extend else {}
+    for key, (old, new) in longer.items():
+        if old not in (None, -1) and new not in (None, -1) and new < old:
+            raise SettingsDifferError(f"--extend: {key}: {old} there, {new} now; give more than {old}")
+    differing = [key for key in differing if key not in longer]
     if differing:
         differing.sort(key=lambda key: key.endswith((".ids", ".content", ".images", ".sha256")))  # hashes last
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing[:5])
         more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
+        remedy = "add --extend to train on, " if set(differing) <= set(BUDGET) else ""
         raise SettingsDifferError(
-            f"--run: {run} holds a {stage} made with other settings: {shown}{more}; name another folder, or delete it"
+            f"--run: {run} holds a {stage} made with other settings: {shown}{more}; {remedy}name another folder, or "
+            "delete it"
         )
+    return longer
 
 
 def has_results(run: Path) -> bool:

@@ -28,6 +28,7 @@ LAYERS = (
         "provenance",
         "ranges",
         "recipes",
+        "schedules",
     ),
     ("io", "statistics"),
     ("records",),
@@ -62,7 +63,13 @@ EXCUSED = {
     "safervlm.vlm.remote.xcomposer": {"_init_rope"},  # of the model's own code
     "safervlm.vlm.lora": {"_active_adapter"},  # PEFT's public way is not right inside a recomputation
     "safervlm.judging.classifier": {"_apply"},  # keeps a judge in float32
-    "safervlm.cli.lightning": {"_actions", "_parse_ckpt_path", "_run_subcommand", "_prepare_subcommand_kwargs"},
+    "safervlm.cli.lightning": {
+        "_actions",
+        "_parse_ckpt_path",
+        "_run_subcommand",
+        "_prepare_subcommand_kwargs",
+        "_prepare_subcommand_parser",
+    },
 }
 
 

@@ -88,6 +88,51 @@ def test_an_adapter_is_its_weights_wherever_they_lie(tmp_path: Path) -> None:
         check_settings(tmp_path, "measure", settings("runs/ppo/adapter", "b"))
 
 
+def length(epochs: int, steps: int = -1, **others: Any) -> dict[str, Any]:
+    """Settings of a training of this length."""
+    return {"trainer": {"max_epochs": epochs, "max_steps": steps}, "lr": 1e-3} | others
+
+
+@pytest.mark.parametrize(
+    ("now", "longer"),
+    [
+        (length(20), {"trainer.max_epochs": [10, 20]}),
+        (length(-1), {"trainer.max_epochs": [10, -1]}),
+        (length(-1, 500), {"trainer.max_epochs": [10, -1], "trainer.max_steps": [-1, 500]}),
+        (length(10), {}),
+    ],
+)
+def test_a_training_may_be_extended(now: dict[str, Any], longer: dict[str, Any], tmp_path: Path) -> None:
+    write_stage(tmp_path, "sft", settings=length(10), finished=True)
+    (tmp_path / "metrics.csv").write_text("step,loss\n")
+    assert check_settings(tmp_path, "sft", now, extend=True) == longer
+    if longer:
+        with pytest.raises(SettingsDifferError, match="; add --extend to train on, name another folder, or delete it"):
+            check_settings(tmp_path, "sft", now)
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (length(5), r"^--extend: trainer\.max_epochs: 10 there, 5 now; give more than 10$"),
+        (length(20, lr=2e-3), r"lr: 0\.001 there, 0\.002 now; name another folder, or delete it"),
+    ],
+)
+def test_an_extended_training_is_longer_and_nothing_else(now: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_stage(tmp_path, "sft", settings=length(10), finished=True)
+    (tmp_path / "metrics.csv").write_text("step,loss\n")
+    with pytest.raises(SettingsDifferError, match=message):
+        check_settings(tmp_path, "sft", now, extend=True)
+
+
+def test_other_settings_are_not_a_matter_of_extending(tmp_path: Path) -> None:
+    write_stage(tmp_path, "sft", settings=length(10))
+    (tmp_path / "metrics.csv").write_text("step,loss\n")
+    with pytest.raises(SettingsDifferError) as caught:
+        check_settings(tmp_path, "sft", length(20, lr=2e-3))
+    assert "--extend" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_a_folder_takes_one_command_at_a_time(tmp_path: Path) -> None:
     held = lock(tmp_path)

@@ -18,6 +18,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from transformers.utils.logging import disable_progress_bar
 
 from safervlm.addresses import public
 from safervlm.cli.arguments import prepared
@@ -29,6 +30,7 @@ from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, UserError, explained
 from safervlm.io.boundary import causes, fail, run_folder, warn
 from safervlm.io.files import write_atomically
+from safervlm.io.progress import in_terminal
 from safervlm.io.seals import differences, origin_of, verify_seal
 from safervlm.io.settings import flat, from_yaml
 from safervlm.io.signals import exit_code
@@ -111,6 +113,7 @@ class SaferCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         import_classes()
         self.words = list(args)
+        self._manifest = RunManifest()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -120,7 +123,7 @@ class SaferCLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             trainer_defaults={
-                "callbacks": [RunManifest()],
+                "callbacks": [self._manifest],
                 # The data module shards the data itself. Logs and checkpoints are written to the run folder instead.
                 "use_distributed_sampler": False,
                 "logger": False,
@@ -141,6 +144,17 @@ class SaferCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule", "weights_only"},
             "predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"},
         }
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Adds the argument that only ``fit`` has."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--extend",
+                action="store_true",
+                help="Resume the run with a larger --trainer.max_epochs or --trainer.max_steps than it was made with.",
+            )
+        return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run folder, model, data and trainer, in the order of a help text.
@@ -229,6 +243,9 @@ class SaferCLI(LightningCLI):
             **kwargs: Arguments of the trainer that replace those of the configuration.
         """
         self.config = self._as_given
+        config = self.config[str(self.subcommand)]
+        if self.subcommand == "fit":
+            self._manifest.extend, config["extend"] = config["extend"], False  # who repeats it extends nothing
         assert self.subcommand is not None  # noqa: S101 (we always have one; for the type checker)
         settings = self.config_init[self.subcommand]["trainer"]
         return super().instantiate_trainer(callbacks=callbacks_with_lines(settings), **kwargs)
@@ -303,6 +320,8 @@ class SaferCLI(LightningCLI):
             of_run = stage.get("settings", {}).get("model")
             other = given is None and of_run is not None and differences(of_run, origin, {"class", *ignore})
             verify_seal(last if given is None else Path(given), None if other else origin, ignore=ignore)
+        if command == "fit" and config["extend"] and given is None and not last.exists():
+            raise ArgumentError(f"--extend: there is no {last} to resume from; name the run to extend, or leave it out")
         if given is None and last.exists():
             say(f"{'resuming from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)
@@ -400,7 +419,12 @@ def as_command_line(args: Sequence[str]) -> Iterator[None]:
 
 
 def hush() -> None:
-    """Silences known third-party warnings and log messages that are of no use to a user."""
+    """Silences known third-party warnings and log messages that are of no use to a user.
+
+    Where stderr is no terminal, transformers' progress bars are, too: they are full of control characters.
+    """
+    if not in_terminal():
+        disable_progress_bar()
     for message in (
         r".*LeafSpec",  # torch, about Lightning's code
         r".*is_gradient_checkpointing",  # transformers, about PEFT's code

@@ -158,7 +158,10 @@ class Objective(L.LightningModule):
         self.vlm.load(train=self.adapters, seed=self.seed)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Returns AdamW over the trained parameters, with a linear warm-up and a cosine decay to 0."""
+        """Returns AdamW over the trained parameters, with a linear warm-up and a cosine decay to 0.
+
+        The schedule spans the whole training. If it is extended, it continues on the schedule of the new length.
+        """
         optimizer = AdamW(
             [parameter for parameter in self.parameters() if parameter.requires_grad],
             lr=self.lr,

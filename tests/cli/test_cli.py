@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import cos, pi
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,9 +26,11 @@ from safervlm.cli.family import fitting_class
 from safervlm.cli.lightning import SaferCLI
 from safervlm.cli.main import HELP, main, plain_commands, sequence_commands
 from safervlm.cli.messages import one_line
+from safervlm.cli.trainer import callbacks_with_lines
 from safervlm.io.boundary import run_folder
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.recipes import CONFIGS, local_or_shipped
+from safervlm.run import read_manifest
 from safervlm.vlm.base import VLM
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA
@@ -379,6 +383,73 @@ def test_a_fitted_run_is_validated_and_goes_on(
         main(["fit", *line, "--ckpt_path", "nowhere.ckpt"])
     assert "--ckpt_path: no file 'nowhere.ckpt'" in capsys.readouterr().err
     main(["fit", *line])
+
+
+class Rates(Callback):
+    """Records the learning rate of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def test_a_finished_run_is_extended(
+    tiny_llava: Path,
+    tiny_sets: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = [
+        "fit",
+        "--config=configs/sft.yaml",
+        f"--model.vlm.model={tiny_llava}",
+        "--model.vlm.dtype=float32",
+        "--model.vlm.lora.r=2",
+        "--model.lr=0.01",
+        "--model.warmup_steps=0",
+        f"--data.folder={tiny_sets / 'unsafe'}",
+        f"--data.safe_folder={tiny_sets / 'safe'}",
+        "--data.num_workers=0",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+        "--trainer.limit_train_batches=3",
+        "--data.batch_size=8",
+        f"--run={tmp_path / 'run'}",
+    ]
+    recorded: list[Rates] = []
+
+    def with_rates(trainer: Mapping[str, Any]) -> list[Callback]:
+        recorded.append(Rates())
+        return [*callbacks_with_lines(trainer), recorded[-1]]
+
+    monkeypatch.setattr("safervlm.cli.lightning.callbacks_with_lines", with_rates)
+    with pytest.raises(SystemExit):
+        main([*line, "--trainer.max_epochs=2", "--extend"])
+    assert "--extend: there is no " in capsys.readouterr().err
+    main([*line, "--trainer.max_epochs=2"])
+    adapter = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(SystemExit):
+        main([*line, "--trainer.max_epochs=4"])
+    assert "trainer.max_epochs: 2 there, 4 now; add --extend to train on" in capsys.readouterr().err
+    main([*line, "--trainer.max_epochs=4", "--extend"])
+    error = capsys.readouterr().err
+    assert "training: 100 % (12 of 12 batches)" in error
+    assert "\r" not in error
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() != adapter
+    stage = read_manifest(tmp_path / "run")["stages"]["sft"]
+    assert stage["finished"]
+    assert stage["settings"]["trainer"]["max_epochs"] == 4
+    assert [each.get("extended") for each in stage["continued"]] == [{"trainer.max_epochs": [2, 4]}]
+    rows = [row.split(",") for row in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]]
+    assert [int(batch) for batch, name, _ in rows if name == "train/loss"] == list(range(1, 13))
+    # The rates of the second half are those of a cosine over the whole.
+    assert recorded[-1].rates == pytest.approx([0.005 * (1 + cos(pi * step / 12)) for step in range(6, 12)])
+    assert not yaml.safe_load((tmp_path / "run" / "fit.yaml").read_text())["extend"]
+    main([*line, "--trainer.max_epochs=4"])  # the same without --extend: there is nothing left to train
+    assert recorded[-1].rates == []
 
 
 @pytest.mark.parametrize(
