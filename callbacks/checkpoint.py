@@ -59,7 +59,7 @@ class LastCheckpoint(Callback):
         self._saved = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         self._limit = grace() / 2 if self.long_step is None else self.long_step
         loop = trainer.fit_loop
-        progress = loop.epoch_progress.total
+        progress: Any = loop.epoch_progress.total
         if loop.restarted_mid_epoch and progress.processed == progress.started:
             # The checkpoint is of the last batch of an epoch. Lightning (2.6) has counted this epoch as complete, but
             # would not count the start of the next one, so that a run that resumes twice repeats batches.

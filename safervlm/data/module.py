@@ -134,6 +134,14 @@ class SaferData(LightningDataModule):
         """Returns the examples that are still to be predicted, on all processes together."""
         return [example for example in self.parts.predict if example.question.id not in self._skipped]
 
+    def completions_at(self, validation: bool) -> str:
+        """Returns where a user gives the completions: file, line and field; empty if the class itself makes them.
+
+        Args:
+            validation: Whether the held-out examples are meant, not those to train on.
+        """
+        return ""
+
     def image_files(self) -> dict[str, str]:
         """Returns the file of each image used, by the image's name; empty if no image is used."""
         files: dict[str, str] = {}

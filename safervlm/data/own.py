@@ -68,6 +68,16 @@ class OwnData(SaferData):
         train, validation = (limited(part, self.limit, lambda e: e.question.answer) for part in (train, validation))
         return Parts(train, validation, predict=[Example(example.question) for example in train])
 
+    def completions_at(self, validation: bool) -> str:
+        """Returns file, line and field of the first record's completions; every record has the same number of them.
+
+        Args:
+            validation: Whether the held-out examples are meant, not those to train on.
+        """
+        file = Path(str(self.validation_file if validation else self.file))
+        line = next(number for number, _ in numbered_jsonl(file))
+        return f"{file}, line {line}: the field 'completions'"
+
     def describe(self) -> dict[str, Any]:
         """Extends :meth:`SaferData.describe` by the dataset's name and the seed."""
         return super().describe() | {"name": self.dataset, "seed": self.seed}

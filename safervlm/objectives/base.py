@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
 from safervlm.data.module import SaferData, must_show_their_images
-from safervlm.errors import ArgumentError
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.finite import TrainingGuard
 from safervlm.hashing import seed_for
 from safervlm.io.images import ImageSettings
@@ -138,18 +138,25 @@ class Objective(L.LightningModule):
 
         Raises:
             ArgumentError: the first training or validation example has another number of completions.
-            RecordError: an image is damaged or too large. Training would end in the middle, and with another image in
-                its place could not be resumed.
+            RecordError: the same, where the completions are in a file of the user (the message names line and field);
+                or an image is damaged or too large. Training would end in the middle, and with another image in its
+                place could not be resumed.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, SaferData):
             return
-        for example in [*data.parts.train[:1], *data.parts.validation[:1]]:
-            if len(example.completions) != self.completions:
-                raise ArgumentError(
-                    f"data: {type(data).__name__} gives {len(example.completions)} completions a record, "
-                    f"{type(self).__name__} takes {self.completions}; use the data of its recipe in configs/"
-                )
+        for validation, part in ((False, data.parts.train), (True, data.parts.validation)):
+            given = len(part[0].completions) if part else self.completions
+            if given == self.completions:
+                continue
+            name = type(self).__name__
+            if place := data.completions_at(validation):
+                remedy = "; a label alone is for PPO" if not given else ""
+                raise RecordError(f"{place} has {given} texts, {name} takes {self.completions} in each record{remedy}")
+            raise ArgumentError(
+                f"data: {type(data).__name__} gives {given} completions a record, {name} takes {self.completions}; use "
+                "the data of its recipe in configs/"
+            )
         asked = (data.parts.train if stage == "fit" else []) + data.parts.validation
         must_show_their_images(asked, getattr(self.vlm, "images", ImageSettings()))
 

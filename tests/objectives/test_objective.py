@@ -1,5 +1,7 @@
 """What all objectives reject before any weight is loaded, and the loss of a custom objective."""
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +10,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from safervlm.data.module import Parts, SaferData
+from safervlm.data.own import OwnData
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.finite import NotFiniteError
 from safervlm.io.images import ImageSettings
@@ -87,6 +91,50 @@ def test_an_image_that_cannot_be_trained_on_is_named_before_the_first_step(
     ) as error:
         trainer.fit(model, datamodule=data)
     assert "\n" not in str(error.value)
+    assert model.vlm.model is None  # no weights were loaded
+
+
+LABELLED = {"image": "1.png", "prompt": "Is it safe?", "label": "Safe"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "train", "validation", "message"),
+    [
+        (
+            SFT,
+            {},
+            None,
+            "train.jsonl, line 2: the field 'completions' has 0 texts, SFT takes 1 in each record; a label",
+        ),
+        (
+            DPO,
+            {},
+            None,
+            "train.jsonl, line 2: the field 'completions' has 0 texts, DPO takes 2 in each record; a label",
+        ),
+        (DPO, {"completions": ["Yes."]}, None, "train.jsonl, line 2: the field 'completions' has 1 texts, DPO takes 2"),
+        (PPO, {"completions": ["Yes."]}, None, "train.jsonl, line 2: the field 'completions' has 1 texts, PPO takes 0"),
+        (SFT, {"completions": ["Yes."]}, {}, "held.jsonl, line 2: the field 'completions' has 0 texts, SFT takes 1"),
+    ],
+)
+def test_a_file_without_the_responses_is_refused_by_line_and_field(
+    objective: type[Objective],
+    train: dict[str, object],
+    validation: dict[str, object] | None,
+    message: str,
+    llava: Callable[[], Llava],
+    tmp_path: Path,
+) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "1.png")
+    for name, fields in (("train", train), ("held", validation)):
+        (tmp_path / f"{name}.jsonl").write_text(f"\n{json.dumps(LABELLED | (fields or {}))}\n")
+    held = None if validation is None else str(tmp_path / "held.jsonl")
+    data = OwnData(str(tmp_path / "train.jsonl"), held, collator=list)
+    model = PPO(llava(), JUDGE) if objective is PPO else objective(llava())
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    with pytest.raises(RecordError, match=f"^{re.escape(f'{tmp_path}/{message}')}") as caught:
+        trainer.fit(model, datamodule=data)
+    assert "\n" not in str(caught.value)
     assert model.vlm.model is None  # no weights were loaded
 
 
