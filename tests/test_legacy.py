@@ -1,12 +1,23 @@
-"""Names of version 0.1: modules, class paths and recorded settings resolve to today's."""
+"""Version 0.1: modules, class paths and recorded settings resolve to today's; its run folders are read."""
 
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 
 import safervlm
+from safervlm.cli.lightning import IdleCLI
+from safervlm.cli.main import main
+from safervlm.data.alignment import SFTData
 from safervlm.legacy import MOVED, SPLIT, find, today, with_todays_names
+from safervlm.objectives import SFT
+from safervlm.records import read_jsonl
+from safervlm.results.runs import load_run
+from safervlm.run import finished, read_manifest
+
+# A measurement and a training in one folder, written by version 0.1, with placeholders for paths.
+OLD_RUN = Path(__file__).parent / "fixtures" / "run-0.1"
 
 # Every class path in the recipes and saved configurations of version 0.1, and what its users import.
 CLASS_PATHS = [
@@ -105,3 +116,43 @@ def test_recorded_settings_have_todays_names() -> None:
         "n": 3,
         "model": "safervlm.judge.Judge",
     }
+
+
+@pytest.fixture
+def old_run(tiny_llava: Path, tiny_sets: Path, tiny_judges: Path, tmp_path: Path) -> Path:
+    """The run folder of version 0.1, about the models and data of the other tests."""
+    run = tmp_path / "run"
+    run.mkdir()
+    places = {"LLAVA": tiny_llava, "SETS": tiny_sets, "JUDGES": tiny_judges, "RUN": run}
+    for file in OLD_RUN.iterdir():
+        text = file.read_text(encoding="utf-8")
+        for placeholder, path in places.items():
+            text = text.replace(placeholder, str(path))
+        (run / file.name).write_text(text, encoding="utf-8")
+    return run
+
+
+def test_an_old_run_is_loaded_and_reported(old_run: Path, tmp_path: Path) -> None:
+    assert read_manifest(old_run)["stages"].keys() == {"measure", "sft"}
+    assert finished(old_run, "measure")
+    table = load_run(old_run)
+    assert len(table) == 30
+    assert set(table.label) <= {"Safe", "Unsafe", "N/A"}
+    main(["report", str(old_run), "--out", str(tmp_path / "report.html")])
+    assert "UnsafeConcepts" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_old_run_is_verified(old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["verify", str(old_run), "--sample", "3"])
+    assert "3 verdicts" in (said := capsys.readouterr().out)  # without the hash of the text that they are about
+    assert "of version 0.1" in said
+    changed = list(read_jsonl(old_run / "verify.jsonl"))  # another processor may round to another response
+    assert all(record["label"] is None for record in changed)
+
+
+def test_an_old_configuration_is_built(old_run: Path, tmp_path: Path) -> None:
+    line = ["fit", "--config", str(old_run / "fit.yaml"), "--run", str(tmp_path / "again")]
+    cli = IdleCLI(line, build=True)
+    assert type(cli.model) is SFT
+    assert type(cli.datamodule) is SFTData
+    assert cli.model.vlm.lora.r == 2
