@@ -375,7 +375,7 @@ def test_a_fitted_run_is_validated_and_goes_on(
     assert re.findall(r"^training: 100 % \((\d+) of \1 batches\), ", capsys.readouterr().err, re.MULTILINE)
     main(["validate", *[argument for argument in line if "max_epochs" not in argument]])
     out, error = capsys.readouterr()
-    assert "\nvalidation: 100 % (" in error
+    assert re.search(r"^validation: 100 % \(", error, re.MULTILINE)
     assert "looking at" in out
     assert "val/loss" in out
     assert (tmp_path / "run" / "manifest.json").read_text() == before
