@@ -6,8 +6,9 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
-from safervlm.cli.lightning import OneLineParser, SaferCLI
+from safervlm.cli.lightning import SaferCLI
 from safervlm.cli.messages import parameters
+from safervlm.cli.parser import OneLineParser
 from safervlm.cli.sequence import recipes
 from safervlm.errors import ArgumentError
 

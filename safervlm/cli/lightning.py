@@ -11,28 +11,26 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers.utils.logging import disable_progress_bar
 
-from safervlm.addresses import public
 from safervlm.cli.arguments import prepared
 from safervlm.cli.classes import import_classes
 from safervlm.cli.family import fitting_class
 from safervlm.cli.messages import one_line
-from safervlm.cli.trainer import callbacks_with_lines, check_trainer, has_folder, with_log_folders
+from safervlm.cli.parser import ConfigInRunFolder, OneLineParser
+from safervlm.cli.trainer import callbacks_with_lines, check_trainer, with_log_folders
 from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, UserError, explained
 from safervlm.io.boundary import causes, fail, run_folder, warn
-from safervlm.io.files import write_atomically
 from safervlm.io.progress import in_terminal
 from safervlm.io.seals import differences, origin_of, verify_seal
-from safervlm.io.settings import flat, from_yaml
 from safervlm.io.signals import exit_code
 from safervlm.io.tables import say
 from safervlm.manifest import RunManifest, stage_name
@@ -40,67 +38,6 @@ from safervlm.objectives.base import Objective
 from safervlm.records import FAILED, UNJUDGED, read_jsonl
 from safervlm.run import read_manifest
 from safervlm.vlm.server.client import Server
-
-
-class OneLineParser(LightningArgumentParser):
-    """Argument parser whose errors are one line: argument, value and remedy."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Otherwise --trainer.max_step would be accepted as an abbreviation of --trainer.max_steps.
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def option_names(self) -> list[str]:
-        """Returns the names of the options, with dashes."""
-        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-
-    def add_class_arguments(self, class_type: type, *args: Any, **kwargs: Any) -> Any:
-        """Adds the arguments of a class; those of a logger with a ``save_dir`` that may be left out.
-
-        Args:
-            class_type: Class whose arguments are added.
-            *args: Further positional arguments of jsonargparse.
-            **kwargs: Keyword arguments of jsonargparse.
-        """
-        if not has_folder(class_type):
-            return super().add_class_arguments(class_type, *args, **kwargs)
-        added = super().add_class_arguments(
-            class_type, *args, **kwargs | {"skip": {*kwargs.get("skip", ()), "save_dir"}}
-        )
-        self.add_argument("--save_dir", type=str | None, default=None, help="Folder of the logs; None: the run folder.")
-        return [*added, "save_dir"]
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints the error in one line and exits with code 2.
-
-        Args:
-            message: Error message of jsonargparse.
-            ex: Exception that caused the error; unused.
-
-        Raises:
-            SystemExit: Always.
-        """
-        known = [action.dest for action in self._actions]
-        fail(one_line(message, sys.argv[1:], known))
-
-
-class ConfigInRunFolder(SaveConfigCallback):
-    """Callback that saves the configuration in the run folder; Lightning would use the logger's folder."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes ``fit.yaml``, ``validate.yaml`` or ``predict.yaml``, with addresses in their public form.
-
-        Args:
-            trainer: Trainer, which has the path of the run folder.
-            pl_module: Unused.
-            stage: Unused.
-        """
-        # Includes null values: if omitted, they would become defaults when the file is used again.
-        text = self.parser.dump(self.config, skip_unset=False)
-        for _, value in flat(from_yaml(text), lists=True):
-            if isinstance(value, str):
-                text = text.replace(value, public(value)) if public(value) != value else text
-        path = Path(trainer.default_root_dir) / self.config_filename
-        write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 class SaferCLI(LightningCLI):

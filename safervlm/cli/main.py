@@ -12,7 +12,7 @@ from safervlm.io.boundary import one_line_errors, run_folder
 from safervlm.io.signals import listening
 
 if TYPE_CHECKING:
-    from safervlm.cli.lightning import OneLineParser
+    from safervlm.cli.parser import OneLineParser
 
 HELP = """usage: safervlm COMMAND [ARGUMENTS]
 
@@ -159,7 +159,7 @@ def plain_parser(name: str) -> "OneLineParser":
     Args:
         name: Name of the command.
     """
-    from safervlm.cli.lightning import OneLineParser
+    from safervlm.cli.parser import OneLineParser
 
     function = plain_commands()[name]
     parser = OneLineParser(prog=f"safervlm {name}", description=(function.__doc__ or "").split("\n\n")[0])

@@ -63,7 +63,7 @@ def measure_vlms(words: Sequence[str]) -> None:
         table.add_column(heading, overflow="fold")
     for run in runs:
         try:
-            states = progress(run)
+            states = state_of(run)
         except RecordError as error:
             states = dict.fromkeys(map(str, CAPABILITIES), f"failed: {error}")
         table.add_row(run.name, *states.values())
@@ -72,7 +72,7 @@ def measure_vlms(words: Sequence[str]) -> None:
         raise SystemExit(ended)
 
 
-def progress(run: Path) -> dict[str, str]:
+def state_of(run: Path) -> dict[str, str]:
     """Returns the progress of a measurement, as a text per capability.
 
     Args:
