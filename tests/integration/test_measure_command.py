@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from safervlm.cli.measure import progress
+from safervlm.cli.measure import state_of
 
 SAFERVLM = [sys.executable, "-m", "safervlm"]
 
@@ -79,6 +79,6 @@ def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: P
     (run / "responses.jsonl").unlink()
     manifest = run / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"finished": true', '"finished": false'))
-    assert sorted(text.split(":")[0] for text in progress(run).values())[-2:] == ["partial, 1", "partial, 2"]
+    assert sorted(text.split(":")[0] for text in state_of(run).values())[-2:] == ["partial, 1", "partial, 2"]
     query("good")
     assert (run / "responses.jsonl").read_bytes() == responses
