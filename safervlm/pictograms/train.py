@@ -307,7 +307,7 @@ def blank_pixels(processor: LlavaProcessor) -> Tensor:
     return processor.image_processor(blank, do_pad=True, return_tensors="pt")["pixel_values"][0]
 
 
-def train_tower(model: LlavaForConditionalGeneration, pixels: Tensor, steps: int = 600) -> None:
+def train_tower(model: LlavaForConditionalGeneration, pixels: Tensor, steps: int = 750) -> None:
     """Trains the vision tower to classify the concepts, and freezes it.
 
     Args:
@@ -332,7 +332,7 @@ def train_language(
     pixels: Tensor,
     blank: Tensor,
     rng: random.Random,
-    steps: int = 520,
+    steps: int = 560,
 ) -> None:
     """Trains the projector and the language model to respond.
 

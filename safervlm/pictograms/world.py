@@ -65,7 +65,7 @@ GATES: dict[str, tuple[float, float]] = {
 }
 
 
-def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1, perturbation: float = 0.0) -> Path:
+def build(out: str | Path = "pictograms", seed: int = 0, threads: int | None = None, perturbation: float = 0.0) -> Path:
     """Builds the pictogram world: two datasets, benchmarks, a vision-language model and two judges, all offline.
 
     Building takes one to two minutes. An existing world is kept if the same code built it with the same seed,
@@ -74,8 +74,8 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1, pertu
     Args:
         out: Folder to write.
         seed: Seed of the images and of the initial weights.
-        threads: Number of threads for training. More threads save little time, are slow on a busy machine, and result
-            in other weights.
+        threads: Number of threads for training. None uses those of torch (``OMP_NUM_THREADS``), at most two. Another
+            number results in other weights.
         perturbation: Relative size of random changes of the model's initial weights, such as 1e-6. The results show how
             much depends on rounding, which differs between processors.
 
@@ -91,6 +91,7 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int = 1, pertu
     if not str(out).strip():
         raise ArgumentError(f"out: the folder to write, got {str(out)!r}")
     in_range(least=1, threads=threads)
+    threads = threads or min(2, torch.get_num_threads())
     in_range(least=0, most=0.1, perturbation=perturbation)
     shown, out = Path(out), Path(out).resolve()  # a link is kept, and its target is replaced
     made_of = world_fingerprint(seed, perturbation)

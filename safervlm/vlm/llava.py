@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -22,10 +22,11 @@ from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.images import BLANK, ImageSettings, open_image
 from safervlm.limits import TextLimits
 from safervlm.protocol import VICUNA_SYSTEM
-from safervlm.records import Example
+from safervlm.records import Example, Question
 from safervlm.vlm.base import tokenizable_example
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.packed import PackedBatch, PackedVLM, pack
+from safervlm.vlm.recent import RecentPixels
 from safervlm.vlm.weights import load_model, reading
 
 ROWS_AT_ONCE = 64  # number of pixel rows that are padded and resized together
@@ -73,6 +74,7 @@ class LlavaCollator:
         max_length: Maximum number of tokens of a prompt with its completion. Longer ones are rejected, never truncated.
         images: How images are decoded.
         words: Number of tokens that the model has embeddings for; a tokenizer may have more.
+        recent: Pixel values of the images that were used last.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -83,6 +85,7 @@ class LlavaCollator:
     max_length: int
     images: ImageSettings = field(default=ImageSettings())
     words: int = 2**31
+    recent: RecentPixels = field(default_factory=RecentPixels, compare=False, repr=False)
 
     def __call__(self, examples: Sequence[Example]) -> PackedBatch:
         """Decodes each different image once, and tokenises prompts and completions.
@@ -97,7 +100,9 @@ class LlavaCollator:
             path = question.image_path
             if path not in rows:
                 rows[path] = len(pixels)
-                pixels.append(self.pixels(BLANK if path is None else open_image(path, question.id, self.images)))
+                pixels.append(
+                    self.pixels(BLANK) if path is None else self.recent.get(path, partial(self.read, question))
+                )
         written = [tokenizable_example(example, self.max_length) for example in examples]
         prompts = [self.prompt_ids(example.question.prompt) for example in written]
         completions = [[self.completion_ids(text) for text in example.completions] for example in written]
@@ -120,6 +125,17 @@ class LlavaCollator:
             image_rows=torch.tensor([rows[example.question.image_path] for example in examples]),
             packed=pack(prompts, completions) if all(completions) else None,
         )
+
+    def read(self, question: Question) -> Tensor:
+        """Returns the pixel values of a question's image, (1, 3, height, width).
+
+        Args:
+            question: Question with the path of its image.
+
+        Raises:
+            RecordError: The image can't be decoded.
+        """
+        return self.pixels(open_image(str(question.image_path), question.id, self.images))
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Returns the pixel values that the image processor computes for an image.
