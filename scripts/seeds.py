@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--check", type=Path, help="runs of a finished demo whose bounds are checked; nothing is run")
     given = parser.parse_args()
     if given.check:
-        return narrow({str(given.check): read(given.check)}, 0.0)
+        return narrow({str(given.check): read(given.check)}, MARGIN)
     kind, variants = ("rounding", ROUNDINGS) if given.roundings else ("seed", SEEDS)
     places = [given.out / re.sub(r"\W+", "-", f"{kind} {name}") for name in variants]
     with ThreadPoolExecutor(given.jobs) as pool:
