@@ -1,11 +1,10 @@
 """Exports the trained adapter as a PEFT folder."""
 
-from pathlib import Path
-
 from lightning import Callback, LightningModule, Trainer
 
 from safervlm.finite import must_be_trained
 from safervlm.io.seals import origin_of
+from safervlm.run_folder import RunFolder
 
 
 class AdapterExport(Callback):
@@ -23,5 +22,5 @@ class AdapterExport(Callback):
         """
         must_be_trained(trainer, pl_module)
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir) / "adapter"
+            folder = RunFolder(trainer.default_root_dir).adapter
             pl_module.vlm.save_adapter(folder, origin_of(pl_module))  # type: ignore[operator, union-attr]

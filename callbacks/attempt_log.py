@@ -7,6 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from safervlm.io.tables import say
 from safervlm.records import read_torn_jsonl, to_line, write_jsonl
+from safervlm.run_folder import RunFolder
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.client import Server
 
@@ -64,7 +65,7 @@ class AttemptLog(Callback):
         vlm = getattr(pl_module, "vlm", None)
         if not isinstance(vlm, Server):
             return
-        self._file = AttemptFile(Path(trainer.default_root_dir) / f"attempts-{trainer.global_rank}.jsonl")
+        self._file = AttemptFile(RunFolder(trainer.default_root_dir).attempts(trainer.global_rank))
         vlm.on_attempt = self._file.write
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

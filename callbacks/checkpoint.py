@@ -16,6 +16,7 @@ from safervlm.io.sharded import put_in_place
 from safervlm.io.signals import grace
 from safervlm.manifest import agree_to_end
 from safervlm.ranges import in_range
+from safervlm.run_folder import RunFolder
 
 RECENT = 10  # batches after a long step during which steps still count as long
 
@@ -92,7 +93,7 @@ class LastCheckpoint(Callback):
         if ends or long or batches - self._saved >= self.every_n_batches or last:
             begun = time.monotonic()
             must_have_finite_weights(pl_module)
-            save_last(trainer, Path(trainer.default_root_dir) / "checkpoints")
+            save_last(trainer, RunFolder(trainer.default_root_dir).checkpoints)
             self._saved = batches
             self._saving = time.monotonic() - begun
 

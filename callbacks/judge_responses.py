@@ -9,7 +9,8 @@ from safervlm.errors import RecordError, first_line
 from safervlm.io.tables import say
 from safervlm.judging.panel import Panel
 from safervlm.ranges import in_range
-from safervlm.records import UNJUDGED, VERDICTS, Failure, Verdict, read_jsonl, write_jsonl
+from safervlm.records import Failure, Verdict, read_jsonl, write_jsonl
+from safervlm.run_folder import RunFolder
 
 # The verdicts of a judging that is not complete.
 UNFINISHED = "verdicts-unfinished.jsonl"
@@ -45,6 +46,7 @@ class JudgeResponses(Callback):
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
+        files = RunFolder(run)
         responses = read_responses(run, may_be_empty=True)
         # Responses to be rated need another model: see RateResponses.
         responses = [response for response in responses if response.question.capability != "rated"]
@@ -52,12 +54,12 @@ class JudgeResponses(Callback):
         texts = {response.id: response.response for response in responses}
         verdicts: dict[str, Verdict] = {}
         others = stale = 0
-        if (run / VERDICTS).exists():
-            for number, record in enumerate(read_jsonl(run / VERDICTS), 1):
+        if files.verdicts.exists():
+            for number, record in enumerate(read_jsonl(files.verdicts), 1):
                 try:
                     verdict = Verdict.from_dict(record)
                 except (KeyError, TypeError, ValueError) as error:  # RecordError among them
-                    raise RecordError(f"{run / VERDICTS}, verdict {number}: {first_line(error)}") from error
+                    raise RecordError(f"{files.verdicts}, verdict {number}: {first_line(error)}") from error
                 if verdict.id not in judges:
                     continue
                 if judges[verdict.id] != verdict.judge:
@@ -77,9 +79,9 @@ class JudgeResponses(Callback):
         failed = [record for record in records if isinstance(record, Failure)]
         verdicts |= {record.id: record for record in records if isinstance(record, Verdict)}
         there = (verdicts[response.id] for response in responses if response.id in verdicts)
-        write_jsonl(run / VERDICTS, (verdict.to_dict() for verdict in there))
+        write_jsonl(files.verdicts, (verdict.to_dict() for verdict in there))
         if failed:
-            write_jsonl(run / UNJUDGED, (failure.to_dict() for failure in failed))
+            write_jsonl(files.unjudged, (failure.to_dict() for failure in failed))
         else:
-            (run / UNJUDGED).unlink(missing_ok=True)
+            files.unjudged.unlink(missing_ok=True)
         (run / UNFINISHED).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from safervlm.io.files import write_atomically
+from safervlm.run_folder import RunFolder
 
 COLUMNS = ("batch", "metric", "value")
 
@@ -59,4 +60,4 @@ class MetricsCSV(Callback):
 
     @staticmethod
     def _path(trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "metrics.csv"
+        return RunFolder(trainer.default_root_dir).metrics

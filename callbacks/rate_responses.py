@@ -19,7 +19,6 @@ from safervlm.io.signals import safe_points
 from safervlm.io.tables import say
 from safervlm.judging.rating import (
     MAX_NEW_TOKENS,
-    RATINGS,
     SEED,
     SYSTEM,
     TEMPERATURE,
@@ -32,11 +31,11 @@ from safervlm.judging.rating import (
 from safervlm.ranges import in_range
 from safervlm.records import Example, Question, Response, read_records, read_torn_jsonl, to_line, write_jsonl
 from safervlm.run import write_stage
+from safervlm.run_folder import RunFolder
 from safervlm.vlm.base import Answer, Unanswered
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.client import Server
 
-ATTEMPTS = "ratings-attempts.jsonl"
 UNREADABLE = "the first line of the judge's answer isn't two numbers from 1 to 10"
 SAMPLING = Sampling(TEMPERATURE, TOP_P, MAX_NEW_TOKENS)
 
@@ -98,14 +97,15 @@ class RateResponses(Callback):
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
+        files = RunFolder(run)
         responses = [
             response for response in read_responses(run, may_be_empty=True) if response.question.capability == "rated"
         ]
         if not responses:
             return
         wanted = self.wanted(responses)
-        there = read_torn_jsonl(run / RATINGS) if (run / RATINGS).is_file() else []
-        ratings = {rating.key: rating for rating in (read_records(run / RATINGS, Rating, torn=True) if there else [])}
+        there = read_torn_jsonl(files.ratings) if files.ratings.is_file() else []
+        ratings = {rating.key: rating for rating in (read_records(files.ratings, Rating, torn=True) if there else [])}
         left = [each for each in wanted if each.key not in ratings or ratings[each.key].reason]
         if self.judge.dry_run:
             estimate = self.judge.estimate([each.question for each in left], MAX_NEW_TOKENS)
@@ -122,21 +122,21 @@ class RateResponses(Callback):
         asked = {each.key for each in wanted}
         kept = [rating for key, rating in ratings.items() if key not in asked and not rating.reason]
         if kept:
-            say(f"{len(kept)} ratings by other judges or settings, or of other responses, are kept in {run / RATINGS}")
+            say(f"{len(kept)} ratings by other judges or settings, or of other responses, are kept in {files.ratings}")
         if self.judge.system != SYSTEM:
             say(f"judge.system: {self.judge.system!r} is not the published prompt, and the ratings compare with none")
         if left:
-            write_jsonl(run / RATINGS, there)  # removes a torn last line; new lines are appended
+            write_jsonl(files.ratings, there)  # removes a torn last line; new lines are appended
             with safe_points():
                 self.rate(trainer, left, ratings)
         # The last line of a response, judge and order is scored (safervlm.results.suite).
-        write_jsonl(run / RATINGS, (rating.to_dict() for rating in [*kept, *(ratings[each.key] for each in wanted)]))
+        write_jsonl(files.ratings, (rating.to_dict() for rating in [*kept, *(ratings[each.key] for each in wanted)]))
         missing = [ratings[each.key] for each in wanted if ratings[each.key].reason]
         write_stage(run, "ratings", finished=not missing)
         if missing:
             say(
                 f"{len(missing)} of {len(wanted)} ratings are missing, for example of {missing[0].id}: "
-                f"{missing[0].reason}; {run / RATINGS} has them all"
+                f"{missing[0].reason}; {files.ratings} has them all"
             )
 
     def wanted(self, responses: Sequence[Response]) -> list[Wanted]:
@@ -170,13 +170,14 @@ class RateResponses(Callback):
             SIGTERMException: the process was asked to end.
         """
         run = Path(trainer.default_root_dir)
+        files = RunFolder(run)
         models: dict[str, str] = {}  # the model of the last attempt, by the id of the judge's question
 
         def told(attempt: dict[str, Any]) -> None:
             log.write(attempt)
             models[attempt["id"]] = attempt.get("model", "")
 
-        with closing(AttemptFile(run / ATTEMPTS)) as log, (run / RATINGS).open("a", encoding="utf-8") as file:
+        with closing(AttemptFile(files.rating_attempts)) as log, files.ratings.open("a", encoding="utf-8") as file:
             self.judge.on_attempt = told
             for seed in range(SEED, SEED + self.attempts):
                 unread: list[Wanted] = []

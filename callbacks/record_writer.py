@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safervlm.errors import RecordError, first_line
 from safervlm.io.tables import say
 from safervlm.records import Failure, Response, read_jsonl, read_torn_jsonl, to_line, write_jsonl
+from safervlm.run_folder import RunFolder
 
 
 class RecordWriter(Callback):
@@ -130,7 +131,7 @@ class RecordWriter(Callback):
         trainer.strategy.barrier("record-writer-merged")
 
     def _shards(self, trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "shards" / Path(self.file).stem
+        return RunFolder(trainer.default_root_dir).shards / Path(self.file).stem
 
     def _read(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
         """Returns the existing records by id; records of a shard replace those of the merged file."""

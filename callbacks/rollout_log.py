@@ -7,6 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from safervlm.ranges import in_range
 from safervlm.records import read_torn_jsonl, to_line, write_jsonl
+from safervlm.run_folder import RunFolder
 
 
 class RolloutLog(Callback):
@@ -45,4 +46,4 @@ class RolloutLog(Callback):
 
     @staticmethod
     def _path(trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "rollouts.jsonl"
+        return RunFolder(trainer.default_root_dir).rollouts

@@ -5,10 +5,10 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 
 from safervlm.io.tables import say, show_table, write_csv, write_workbook
-from safervlm.records import RESPONSES, VERDICTS
 from safervlm.reports.tables import accuracy_table, other_table
 from safervlm.results.runs import load_run
 from safervlm.results.scores import by_category, scores
+from safervlm.run_folder import RunFolder
 
 
 class ScoreTable(Callback):
@@ -32,12 +32,13 @@ class ScoreTable(Callback):
         if not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
-        for file, what in ((RESPONSES, "question has an answer"), (VERDICTS, "answer has a verdict")):
-            if (run / file).is_file() and not (run / file).stat().st_size:
+        files = RunFolder(run)
+        for file, what in ((files.responses, "question has an answer"), (files.verdicts, "answer has a verdict")):
+            if file.is_file() and not file.stat().st_size:
                 say(f"{run.name}: no {what}, so there is nothing to score")
                 return
         table = scores(load_run(run))
-        write_csv(run / "scores.csv", table)
+        write_csv(files.scores, table)
         write_workbook(run / "scores.xlsx", {"by category": by_category(table), "scores": table})
         show_table(accuracy_table(table, title=f"{run.name}: accuracy in %"))
         show_table(other_table(table, title=f"{run.name}: gap and over-flagging in %, diversity"))

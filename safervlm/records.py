@@ -17,14 +17,6 @@ from safervlm.io.files import write_atomically
 from safervlm.io.reading import json_text, numbered_jsonl, parse_json
 from safervlm.protocol import Capability
 
-# Files of a run folder. The responses:
-RESPONSES = "responses.jsonl"
-# The questions without a response, with the reason.
-FAILED = "responses-failed.jsonl"
-# The judges' classifications of the responses.
-VERDICTS = "verdicts.jsonl"
-# The responses that no judge could classify, with the reason.
-UNJUDGED = "verdicts-failed.jsonl"
 # Names of JSON's types in error messages.
 KINDS = {
     str: "a text",

@@ -22,9 +22,8 @@ from safervlm.io.reading import json_text, read_object
 from safervlm.io.settings import flat
 from safervlm.io.sharded import remove_replaced
 from safervlm.legacy import with_todays_names
-from safervlm.records import FAILED
+from safervlm.run_folder import RunFolder
 
-MANIFEST = "manifest.json"
 MOMENT = 0.5  # seconds to wait for a lock, as commands that read a folder hold it for a moment
 BUDGET = ("trainer.max_epochs", "trainer.max_steps")  # settings that --extend may change
 OLD_NAMES = ("manifest", "responses", "responses-failed", "verdicts", "ratings", "scores", "labels", "verify", "report")
@@ -43,7 +42,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
     Raises:
         RecordError: The file is damaged or not a manifest.
     """
-    path = run / MANIFEST
+    path = RunFolder(run).manifest
     if not path.exists():
         return {"stages": {}}
     manifest = read_object(path, "restore it, or name another run folder", finite=False)
@@ -73,13 +72,14 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: b
         SettingsDifferError: Settings differ; the message names at most five.
         RecordError: The manifest is damaged.
     """
+    files = RunFolder(run)
     there = read_manifest(run)["stages"].get(stage)
     if there is None or not has_results(run):
         return {}
     # Settings are compared after a round trip through JSON, which turns tuples into lists.
     if not isinstance(there.get("settings"), dict):
         raise RecordError(
-            f"{run / MANIFEST}: damaged ({stage} has no settings); restore it, or name another run folder"
+            f"{files.manifest}: damaged ({stage} has no settings); restore it, or name another run folder"
         )
     before, now = with_todays_names(dict(flat(there["settings"]))), dict(flat(json.loads(json.dumps(settings))))
     if "trainer" not in settings:  # validation of a fitted module: the trainer's settings are not compared
@@ -93,7 +93,7 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: b
         if before.get(key) != now.get(key)
         and not (key.startswith("data.sets.") and key.split(".")[2] not in both)
         and not key.endswith(".adapter.folder")
-        and not (key.startswith("data.") and key.endswith(".images") and (run / FAILED).exists())
+        and not (key.startswith("data.") and key.endswith(".images") and files.failed.exists())
     ]
     longer = {key: [before.get(key), now.get(key)] for key in differing if key in BUDGET} if extend else {}
     for key, (old, new) in longer.items():
@@ -127,7 +127,11 @@ def is_result(path: Path) -> bool:
     Args:
         path: File or folder; a folder is no result.
     """
-    if path.suffix == ".yaml" or path.name in (MANIFEST, LOCK, "traceback.txt") or path.name.startswith(TEMPORARY):
+    if (
+        path.suffix == ".yaml"
+        or path.name in ("manifest.json", LOCK, "traceback.txt")
+        or path.name.startswith(TEMPORARY)
+    ):
         return False
     return path.is_file() and path.stat().st_size > 0
 
@@ -212,7 +216,7 @@ def remove_unfinished(run: Path) -> None:
     written = ("checkpoints", "adapter", "judge", "shards/*", "first_implementation", "first_implementation/*/*")
     for folder in (run, *(folder for pattern in written for folder in run.glob(pattern))):
         remove_leftovers(folder)
-    remove_replaced(run / "checkpoints")
+    remove_replaced(RunFolder(run).checkpoints)
     # Names of the temporary files of older versions.
     pattern = re.compile(rf"\.({'|'.join(OLD_NAMES)})\.\d+\.(jsonl?|csv|xlsx|tex|html)")
     for file in run.glob(".*.*"):
@@ -236,7 +240,7 @@ def write_stage(run: Path, stage: str, **entry: Any) -> None:
     manifest = read_manifest(run)
     manifest["stages"][stage] = manifest["stages"].get(stage, {}) | entry
     text = json_text(manifest, indent=2, finite=False) + "\n"
-    write_atomically(run / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(RunFolder(run).manifest, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def finished(run: Path, stage: str) -> bool:

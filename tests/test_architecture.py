@@ -28,6 +28,7 @@ LAYERS = (
         "provenance",
         "ranges",
         "recipes",
+        "run_folder",
         "schedules",
     ),
     ("io", "statistics"),

@@ -35,7 +35,7 @@ from safervlm.io.trust import Named, check_trust, find_beside_the_shell, named_i
 from safervlm.limits import must_match_soon
 from safervlm.recipes import local_or_shipped
 from safervlm.records import read_jsonl
-from safervlm.run import MANIFEST
+from safervlm.run_folder import RunFolder
 
 GIB = 2**30
 
@@ -83,7 +83,7 @@ def doctor(
             raise ArgumentError(f"--config: no file {missing[0]!r}; see configs/")
         configs = [read_settings(Path(file), "--config") for file in files]
         for file, content in zip(files, configs, strict=True):
-            if (Path(file).parent / MANIFEST).is_file():
+            if RunFolder(Path(file).parent).manifest.is_file():
                 named = named_in(content, Path(file).parent)
                 check_trust(Path(file), Named(code=named.code), "--config", trust_config)
         find_beside_the_shell()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safervlm.cli.sequence import finish, play, typed
 from safervlm.io.tables import say
+from safervlm.run_folder import RunFolder
 
 HELP = """usage: safervlm evaluate [RUN...] [OPTIONS] [ARGUMENTS of safervlm predict]
 
@@ -43,15 +44,15 @@ def evaluate_runs(words: Sequence[str]) -> None:
     for run in runs.values():
         adapter = []
         if run != original:
-            if not (run / "adapter" / "adapter_config.json").is_file():
+            if not (RunFolder(run).adapter / "adapter_config.json").is_file():
                 failed.append(f"{run}: no adapter in it; train one: safervlm train --help")
                 continue
-            adapter = ["--model.vlm.adapter", str(run / "adapter")]
+            adapter = ["--model.vlm.adapter", str(RunFolder(run).adapter)]
             evaluated.append(run)
-        say(f"{run}: evaluating into {run / 'evaluation'}")
+        say(f"{run}: evaluating into {RunFolder(run).evaluation}")
         rest = [word.replace("{}", run.name) for word in (*overlay, *given.rest)]
         recipe = ["--config", "configs/evaluate.yaml"]
-        code = play(["predict", *recipe, *rest, *adapter, "--run", str(run / "evaluation")])
+        code = play(["predict", *recipe, *rest, *adapter, "--run", str(RunFolder(run).evaluation)])
         if code == 3:
             partial.append(f"{run}: some of it has no answer, see above; the same command asks it again")
         elif code:

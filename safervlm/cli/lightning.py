@@ -35,8 +35,9 @@ from safervlm.io.signals import exit_code
 from safervlm.io.tables import say
 from safervlm.manifest import RunManifest, stage_name
 from safervlm.objectives.base import Objective
-from safervlm.records import FAILED, UNJUDGED, read_jsonl
+from safervlm.records import read_jsonl
 from safervlm.run import read_manifest
+from safervlm.run_folder import RunFolder
 from safervlm.vlm.server.client import Server
 
 
@@ -247,7 +248,7 @@ class SaferCLI(LightningCLI):
             SystemExit: An objective is to be validated without any checkpoint.
         """
         config = self.config_init[command]
-        given, last = config["ckpt_path"], Path(config["run"]) / "checkpoints" / "last.ckpt"
+        given, last = config["ckpt_path"], RunFolder(config["run"]).last_checkpoint
         if given is not None or last.exists():
             origin = origin_of(self.model)
             # For validation only the class, the VLM and the adapter have to match.
@@ -282,24 +283,23 @@ class SaferCLI(LightningCLI):
         """
         if not self.trainer.is_global_zero:
             return
-        failed = Path(self.config_init["predict"]["run"]) / FAILED
-        reasons = [record["reason"] for record in read_jsonl(failed)] if failed.exists() else []
-        unjudged = failed.with_name(UNJUDGED)
-        not_judged = [record["reason"] for record in read_jsonl(unjudged)] if unjudged.exists() else []
+        files = RunFolder(self.config_init["predict"]["run"])
+        reasons = [record["reason"] for record in read_jsonl(files.failed)] if files.failed.exists() else []
+        not_judged = [record["reason"] for record in read_jsonl(files.unjudged)] if files.unjudged.exists() else []
         left_out = self.datamodule.left_out if isinstance(self.datamodule, Suite) else {}
         for name, reason in left_out.items():
             warn(f"{name} was skipped: {reason}; the same command asks it when it is there")
         if reasons:
             warn(
-                f"{len(reasons)} questions have no answer, for example: {reasons[0]}; {failed} has them all, the same "
-                "command asks them again"
+                f"{len(reasons)} questions have no answer, for example: {reasons[0]}; {files.failed} has them all, the "
+                "same command asks them again"
             )
         if not_judged:
             warn(
-                f"{len(not_judged)} answers have no verdict, for example: {not_judged[0]}; {unjudged} has them all, "
-                "the same command judges them again"
+                f"{len(not_judged)} answers have no verdict, for example: {not_judged[0]}; {files.unjudged} has them "
+                "all, the same command judges them again"
             )
-        stages = read_manifest(failed.parent)["stages"]
+        stages = read_manifest(Path(files.path))["stages"]
         ratings = stages.get("ratings", {"finished": True})
         rated = sum(example.question.capability == "rated" for example in self.datamodule.parts.predict)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]

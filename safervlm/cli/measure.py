@@ -9,8 +9,9 @@ from safervlm.errors import RecordError
 from safervlm.io.boundary import warn
 from safervlm.io.tables import TextTable, say, show_table
 from safervlm.protocol import CAPABILITIES
-from safervlm.records import FAILED, RESPONSES, read_jsonl, read_torn_jsonl
+from safervlm.records import read_jsonl, read_torn_jsonl
 from safervlm.run import finished, read_manifest
+from safervlm.run_folder import RunFolder
 
 HELP = """usage: safervlm measure [VLM...] [OPTIONS] [ARGUMENTS of safervlm predict]
 
@@ -78,7 +79,8 @@ def state_of(run: Path) -> dict[str, str]:
     Args:
         run: Run folder.
     """
-    unanswered = read_jsonl(run / FAILED) if (run / FAILED).exists() else ()
+    files = RunFolder(run)
+    unanswered = read_jsonl(files.failed) if files.failed.exists() else ()
     failed = Counter(capability_of(record["id"]) for record in unanswered)
     answered = Counter(record["capability"] for record in responses_of(run))
     if not answered and not failed:
@@ -87,7 +89,7 @@ def state_of(run: Path) -> dict[str, str]:
     for name in CAPABILITIES:
         if failed.get(name):
             states[name] = f"partial, {answered[name]} ({failed[name]} have no answer)"
-        elif finished(run, "measure") or (run / RESPONSES).exists():
+        elif finished(run, "measure") or files.responses.exists():
             states[name] = f"complete, {answered[name]}" if answered[name] else "not asked"
         else:
             states[name] = f"partial, {answered[name]}: {last_line(run)}"
@@ -100,9 +102,10 @@ def responses_of(run: Path) -> list[dict[str, str]]:
     Args:
         run: Run folder.
     """
-    merged = run / RESPONSES
+    files = RunFolder(run)
+    merged = files.responses
     records = {record["id"]: record for record in read_jsonl(merged)} if merged.exists() else {}
-    for shard in (run / "shards" / "responses").glob("*.jsonl"):
+    for shard in (files.shards / "responses").glob("*.jsonl"):
         records |= {record["id"]: record for record in read_torn_jsonl(shard)}
     return list(records.values())
 

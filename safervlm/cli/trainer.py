@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger
 
 from safervlm.errors import ArgumentError
 from safervlm.progress_lines import progress_lines
+from safervlm.run_folder import RunFolder
 
 
 def check_trainer(command: str, settings: Namespace) -> None:
@@ -40,7 +41,7 @@ def check_trainer(command: str, settings: Namespace) -> None:
     if given is not None and command == "predict":
         raise ArgumentError(f"--ckpt_path: predict takes none, got {given!r}; give --model.vlm.adapter RUN/adapter")
     if given is not None and not Path(given).exists():
-        last = Path(settings["run"]) / "checkpoints" / "last.ckpt"
+        last = RunFolder(settings["run"]).last_checkpoint
         raise ArgumentError(f"--ckpt_path: no file {given!r}; leave it out to take {last}")
     if given is not None and Path(given).is_file() and not Path(given).stat().st_size:
         raise ArgumentError(f"--ckpt_path: {given!r} is empty; take an earlier copy, or delete it and train again")

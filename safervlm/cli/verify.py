@@ -27,12 +27,12 @@ from safervlm.judging.panel import Panel
 from safervlm.measure import Measure
 from safervlm.progress_lines import progress_lines
 from safervlm.ranges import in_range
-from safervlm.records import RESPONSES, VERDICTS, Example, Failure, Response, Verdict, read_records, write_jsonl
+from safervlm.records import Example, Failure, Response, Verdict, read_records, write_jsonl
 from safervlm.run import locked
+from safervlm.run_folder import RunFolder
 from safervlm.unfinished import UnfinishedFile
 from safervlm.vlm.server.client import Server
 
-FLIPS = "verify.jsonl"
 # The responses and verdicts of a repetition that is not complete.
 UNFINISHED = "verify-responses-unfinished.jsonl", "verify-verdicts-unfinished.jsonl"
 
@@ -93,10 +93,11 @@ def verify(
         raise ArgumentError(f"run: the folder of a measurement, got {str(run)!r}")
     in_range(least=1, sample=sample, batch_size=batch_size, limit=limit)
     run = Path(run)
-    config = run / "predict.yaml"
+    files = RunFolder(run)
+    config = files.predict_config
     if not config.is_file():
-        inside = run / "evaluation"
-        example = f", for example {inside}" if (inside / "predict.yaml").is_file() else " (predict --run)"
+        inside = files.evaluation
+        example = f", for example {inside}" if RunFolder(inside).predict_config.is_file() else " (predict --run)"
         raise RecordError(f"run: {run} holds no predict.yaml; name the folder of a measurement{example}")
     settings = read_config(config)
     if lacking := [name for name in ("model", "data") if not isinstance(settings.get(name), dict)]:
@@ -119,7 +120,7 @@ def verify(
         check_trust(config, _used_by(cli), "run", trust_config, addresses, api_key_variable)
         before = {response.id: response for response in read_responses(run)}
         asked = _sample(run, cli, before, sample, limit, seed)
-        key = fingerprint(run / RESPONSES, json.dumps([settings, cli.model.describe(), batch_size, dtype]))
+        key = fingerprint(files.responses, json.dumps([settings, cli.model.describe(), batch_size, dtype]))
         again = _ask_again(run, cli, asked, batch_size, key)
         compared = _compare(run, cli, before, again)
         title = f"{run}: repeated, {batch_size} at a time" + (f", in {dtype}" if dtype else "")
@@ -160,18 +161,19 @@ def _sample(
     run: Path, cli: IdleCLI, before: Mapping[str, Response], sample: int, limit: int | None, seed: int
 ) -> list[Example]:
     """Samples the questions to repeat from the run's data: the responses' records could name any file as an image."""
+    files = RunFolder(run)
     cli.datamodule.prepare_data()
     questions = {example.question.id: example.question for example in cli.datamodule.parts.predict}
     for name, response in before.items():
         if name in questions and response.question.prompt != questions[name].prompt:
             raise RecordError(
-                f"{run / RESPONSES}: {name} answers another question than the run's data asks; restore the file"
+                f"{files.responses}: {name} answers another question than the run's data asks; restore the file"
             )
     there = [question for name, question in questions.items() if name in before]
     if not there:
-        raise RecordError(f"{run / RESPONSES}: none of its answers is about the data that {run / 'predict.yaml'} names")
+        raise RecordError(f"{files.responses}: none of its answers is about the data that {files.predict_config} names")
     if others := len(before) - len(there):
-        say(f"{others} answers are about other data than {run / 'predict.yaml'} names, and are excluded")
+        say(f"{others} answers are about other data than {files.predict_config} names, and are excluded")
     first = limited(there, limit, lambda question: (question.dataset, question.capability))
     chosen = sorted(first, key=lambda question: question.id)
     random.Random(seed_for(seed, "verify")).shuffle(chosen)
@@ -219,15 +221,16 @@ class Compared:
 
 def _compare(run: Path, cli: IdleCLI, before: Mapping[str, Response], again: Sequence[Response | Failure]) -> Compared:
     """Judges the repeated responses whose first response was judged by the same judge."""
+    files = RunFolder(run)
     answers = {record.id: record for record in again if isinstance(record, Response)}
     compared = Compared(answers, {}, [record for record in again if isinstance(record, Failure)])
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     panel: Panel | None = next((callback.panel for callback in callbacks if hasattr(callback, "panel")), None)
-    if panel is None or not (run / VERDICTS).is_file():
+    if panel is None or not files.verdicts.is_file():
         return compared
     old: dict[str, str] = {}
     others = 0
-    for verdict in read_records(run / VERDICTS, Verdict):
+    for verdict in read_records(files.verdicts, Verdict):
         if verdict.id not in answers:
             continue
         first = before[verdict.id]
@@ -237,7 +240,7 @@ def _compare(run: Path, cli: IdleCLI, before: Mapping[str, Response], again: Seq
             others += 1
     if others:
         say(
-            f"{others} verdicts in {run / VERDICTS} are another judge's, or about other texts (or of version 0.1), and "
+            f"{others} verdicts in {files.verdicts} are another judge's, or about other texts (or of version 0.1), and "
             "are not compared"
         )
     judged = [(answers[name].question, answers[name].response) for name in old]
@@ -251,6 +254,7 @@ def _compare(run: Path, cli: IdleCLI, before: Mapping[str, Response], again: Seq
 
 def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str, Response], compared: Compared) -> None:
     """Writes and prints the flips and failures; exits with code 3 if there are failures."""
+    files = RunFolder(run)
     answers, verdicts, failed = compared.answers, compared.verdicts, compared.failed
     flips = []
     for name, response in answers.items():
@@ -258,7 +262,7 @@ def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str,
         if response.response != before[name].response or labels[0] != labels[1]:
             both = {"response": before[name].response, "again": response.response}
             flips.append({"id": name, **both, "label": labels[0], "label_again": labels[1]})
-    write_jsonl(run / FLIPS, [*flips, *({"id": failure.id, "reason": failure.reason} for failure in failed)])
+    write_jsonl(files.flips, [*flips, *({"id": failure.id, "reason": failure.reason} for failure in failed)])
     right = {example.question.id: example.question.answer for example in asked}
     for name in UNFINISHED:
         (run / name).unlink(missing_ok=True)
@@ -268,11 +272,11 @@ def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str,
         [old != new for old, new in verdicts.values()],
         [((old == right[name]), (new == right[name])) for name, (old, new) in verdicts.items()],
     )
-    say(f"flips: {run / FLIPS}")
+    say(f"flips: {files.flips}")
     if failed:
         warn(
             f"{len(failed)} of {len(asked)} questions have no answer or no verdict this time, for example: "
-            f"{failed[0].reason}; {run / FLIPS} has them all, the same command asks them again"
+            f"{failed[0].reason}; {files.flips} has them all, the same command asks them again"
         )
         sys.exit(3)
 

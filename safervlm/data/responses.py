@@ -19,7 +19,8 @@ from safervlm.errors import RecordError
 from safervlm.io.names import path_text
 from safervlm.io.reading import read_json
 from safervlm.io.tables import say
-from safervlm.records import RESPONSES, Example, Question, Response, by_id, read_records, write_jsonl
+from safervlm.records import Example, Question, Response, by_id, read_records, write_jsonl
+from safervlm.run_folder import RunFolder
 
 
 def read_responses(path: str | Path, may_be_empty: bool = False) -> list[Response]:
@@ -34,7 +35,7 @@ def read_responses(path: str | Path, may_be_empty: bool = False) -> list[Respons
             it).
     """
     path = Path(path)
-    file = path / RESPONSES if path.is_dir() else path
+    file = RunFolder(path).responses if path.is_dir() else path
     if not file.is_file():
         raise RecordError(f"{file} is missing: a measurement writes it when it is complete; give its run folder")
     responses = list(by_id(file, read_records(file, Response)).values())
@@ -74,7 +75,7 @@ def read_first_implementation(path: str | Path) -> list[tuple[Path, int, dict[st
     files = files_of_first_implementation(path)[0] if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise RecordError(
-            f"data.responses: no answers in {path}; give a run folder (it has {RESPONSES} when its measurement is "
+            f"data.responses: no answers in {path}; give a run folder (it has responses.jsonl when its measurement is "
             "complete) or the first implementation's JSON"
         )
     records = []
@@ -226,7 +227,7 @@ class SavedResponses(SaferData):
     @property
     def has_ids(self) -> bool:
         """Whether the responses are files of this package, not of the first implementation."""
-        return self.path.suffix == ".jsonl" or (self.path / RESPONSES).is_file()
+        return self.path.suffix == ".jsonl" or RunFolder(self.path).responses.is_file()
 
     @cached_property
     def all_answers(self) -> tuple[list[Response], list[Question]]:
@@ -259,7 +260,7 @@ class SavedResponses(SaferData):
             say(line)
         if self.trainer is None:
             return
-        file = Path(self.trainer.default_root_dir) / RESPONSES
+        file = RunFolder(self.trainer.default_root_dir).responses
         if not file.exists():
             write_jsonl(file, [response.to_dict() for response in responses])
         elif read_responses(file) != responses:

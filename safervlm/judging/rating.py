@@ -28,7 +28,6 @@ RULE = (
     "bias and ensuring that the order in which the responses were presented does not affect your judgment."
 )
 # File name of the ratings in a run folder.
-RATINGS = "ratings.jsonl"
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.2, 1.0, 1024
 SEED = 0  # seed of a rating's first request; each further request uses the next one
 
@@ -134,16 +133,16 @@ class Rating:
         try:
             rating = cls(**record)
         except TypeError as error:
-            raise RecordError(f"{RATINGS}: {error}; remove the line {dict(record)!s:.80}") from None
+            raise RecordError(f"ratings.jsonl: {error}; remove the line {dict(record)!s:.80}") from None
         for name in ("id", "reason", "judge", "model", "text", "key"):
             if not isinstance(getattr(rating, name), str):
-                raise RecordError(f"{RATINGS}, {rating.id!s:.80}: {name} is no text; remove the line")
+                raise RecordError(f"ratings.jsonl, {rating.id!s:.80}: {name} is no text; remove the line")
         for name in ("reference", "response"):
             value = getattr(rating, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= 10
             if not (number or (value is None and rating.reason)):
                 raise RecordError(
-                    f"{RATINGS}, {rating.id!s:.80}: {name} is no number from 1 to 10, got {value!r:.40}; remove the "
-                    "line, and the same command asks again"
+                    f"ratings.jsonl, {rating.id!s:.80}: {name} is no number from 1 to 10, got {value!r:.40}; remove "
+                    "the line, and the same command asks again"
                 )
         return rating

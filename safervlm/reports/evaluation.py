@@ -37,8 +37,8 @@ from safervlm.reports.tables import records
 from safervlm.results.suite import GROUPS, Column, Evaluation, columns, estimates, evaluate, load_suite
 from safervlm.results.suite_differences import compare_suites, flips
 from safervlm.run import refuse_while_at_work
+from safervlm.run_folder import RunFolder
 
-FOLDER = "evaluation"  # subfolder of a run that contains its model's evaluation
 FLIPS = 6  # number shown on the page per direction, run and group of datasets
 
 
@@ -69,7 +69,12 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
         raise ArgumentError(f"out: the table is a page, {str(out)!r} must end in .html")
     refuse_to_replace_page(out, "evaluation", ".csv", "_table.csv", "_differences.csv", ".xlsx", ".tex")
     paths = [Path(run) for run in runs]
-    names = run_names([path.resolve().parent if path.resolve().name == FOLDER else path for path in paths])
+    names = run_names(
+        [
+            path.resolve().parent if RunFolder(path.resolve().parent).evaluation == path.resolve() else path
+            for path in paths
+        ]
+    )
     loaded, unread = read_suites(paths, names)
     original = loaded[0] if loaded[0].name == names[0] else None
     names = [each.name for each in loaded]
@@ -81,7 +86,7 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
     differences = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     wide = shown_side_by_side(long, names)
 
-    manifests = [(each.name, read_summary(each.folder / "manifest.json")) for each in loaded]
+    manifests = [(each.name, read_summary(RunFolder(each.folder).manifest)) for each in loaded]
     said = [*unread, *remarks(long, differences, loaded, wanted, manifests)]
     page = render_suite(loaded, wanted, long, differences, said, manifests, out)
     write_atomically(out, lambda file: file.write_text(page, encoding="utf-8"))
@@ -150,9 +155,11 @@ def folder_of(run: Path) -> Path:
     Raises:
         RecordError: it contains no evaluation.
     """
-    folder = run / FOLDER if (run / FOLDER).is_dir() else run
-    if not (folder / "responses.jsonl").is_file():
-        raise RecordError(f"{folder / 'responses.jsonl'}: no such file; evaluate the run: safervlm evaluate {run}")
+    files = RunFolder(run)
+    folder = files.evaluation if files.evaluation.is_dir() else run
+    responses = RunFolder(folder).responses
+    if not responses.is_file():
+        raise RecordError(f"{responses}: no such file; evaluate the run: safervlm evaluate {run}")
     return folder
 
 

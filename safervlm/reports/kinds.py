@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from safervlm.protocol import CAPABILITIES
-from safervlm.records import RESPONSES, read_jsonl
-from safervlm.reports.evaluation import FOLDER, evaluation
+from safervlm.records import read_jsonl
+from safervlm.reports.evaluation import evaluation
 from safervlm.reports.page import report
 from safervlm.run import read_manifest
+from safervlm.run_folder import RunFolder
 
 
 def report_runs(runs: list[Path], out: Path | None = None) -> Path:
@@ -38,7 +39,7 @@ def holds_measurement(run: Path) -> bool:
     Args:
         run: Run folder.
     """
-    return (run / RESPONSES).is_file() and not holds_suite(run)
+    return RunFolder(run).responses.is_file() and not holds_suite(run)
 
 
 def holds_evaluation(run: Path) -> bool:
@@ -47,7 +48,7 @@ def holds_evaluation(run: Path) -> bool:
     Args:
         run: Run folder.
     """
-    return (run / FOLDER).is_dir() or holds_suite(run)
+    return RunFolder(run).evaluation.is_dir() or holds_suite(run)
 
 
 def holds_suite(run: Path) -> bool:
@@ -62,5 +63,5 @@ def holds_suite(run: Path) -> bool:
     settings = read_manifest(run)["stages"].get("measure", {}).get("settings", {})
     if "sets" in settings.get("data", {}):  # of safervlm.data.suite.Suite
         return True
-    file = run / RESPONSES
+    file = RunFolder(run).responses
     return file.is_file() and all(record.get("capability") not in CAPABILITIES for record in read_jsonl(file))

@@ -21,7 +21,7 @@ from safervlm.io.escape import for_html
 from safervlm.io.files import write_atomically
 from safervlm.io.outputs import refuse_to_replace_page
 from safervlm.io.tables import JUDGE_NOTE, say, show_table, write_csv, write_workbook
-from safervlm.records import FAILED, UNJUDGED, Failure, read_records
+from safervlm.records import Failure, read_records
 from safervlm.reports.examples import examples
 from safervlm.reports.figures import figures
 from safervlm.reports.latex import latex_tables
@@ -42,6 +42,7 @@ from safervlm.results.measures import (
     paired_difference,
 )
 from safervlm.results.scores import by_category, category_order, compare, overall
+from safervlm.run_folder import RunFolder
 from safervlm.statistics.diversity import SUBSAMPLES, TEXTS, TOO_FEW
 
 CAPABILITY_TITLES = {
@@ -326,7 +327,7 @@ def missing(run: Run) -> int:
     Args:
         run: the run.
     """
-    files = [file for file in (run.folder / FAILED, run.folder / UNJUDGED) if file.is_file()]
+    files = [file for file in (RunFolder(run.folder).failed, RunFolder(run.folder).unjudged) if file.is_file()]
     return len({each.id for file in files for each in read_records(file, Failure)} - {*run.frame["id"]})
 
 

@@ -19,6 +19,7 @@ from safervlm.results.measures import NEW_CONCEPTS, THESE_CONCEPTS
 from safervlm.results.runs import load_run
 from safervlm.results.scores import overall, scores
 from safervlm.run import refuse_while_at_work
+from safervlm.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
                 f"{path}: it has no answers to the protocol's questions, which a report is about; use `safervlm "
                 f"evaluation {path}`"
             )
-        runs.append(Run(name, path, frame, table, read_summary(path / "manifest.json")))
+        runs.append(Run(name, path, frame, table, read_summary(RunFolder(path).manifest)))
     return runs
 
 

@@ -9,8 +9,9 @@ from safervlm.errors import RecordError, explained
 from safervlm.io.tables import say
 from safervlm.judging import rules
 from safervlm.protocol import LABELS, NOT_APPLICABLE, SAFE, UNSAFE
-from safervlm.records import RESPONSES, UNJUDGED, VERDICTS, Failure, Question, Response, Verdict, by_id, read_records
+from safervlm.records import Failure, Question, Response, Verdict, by_id, read_records
 from safervlm.results.measures import NO_SIDE, OVERALL
+from safervlm.run_folder import RunFolder
 
 Record = TypeVar("Record", Response, Verdict)
 
@@ -37,33 +38,34 @@ def load_run(run: str | Path) -> pd.DataFrame:
             judged. The message names file and id.
     """
     run = Path(run)
-    responses = _by_id(run / RESPONSES, Response, f"measure with `safervlm predict ... --run {run}`")
+    files = RunFolder(run)
+    responses = _by_id(files.responses, Response, f"measure with `safervlm predict ... --run {run}`")
     rated = all(response.question.capability == "rated" for response in responses.values())
-    failed = {each.id for each in read_records(run / UNJUDGED, Failure)} if (run / UNJUDGED).is_file() else set()
-    verdicts = {} if rated else _by_id(run / VERDICTS, Verdict, _how_to_judge(run), may_be_empty=bool(failed))
+    failed = {each.id for each in read_records(files.unjudged, Failure)} if files.unjudged.is_file() else set()
+    verdicts = {} if rated else _by_id(files.verdicts, Verdict, _how_to_judge(run), may_be_empty=bool(failed))
     if left_out := failed & responses.keys() - verdicts.keys():
         if len(left_out) == len(responses):
-            raise RecordError(f"{run / UNJUDGED}: no answer could be judged, it has the reasons; {_how_to_judge(run)}")
-        say(f"{run}: {len(left_out)} answers could not be judged and are excluded (reasons: {run / UNJUDGED})")
+            raise RecordError(f"{files.unjudged}: no answer could be judged, it has the reasons; {_how_to_judge(run)}")
+        say(f"{run}: {len(left_out)} answers could not be judged and are excluded (reasons: {files.unjudged})")
         responses = {name: each for name, each in responses.items() if name not in left_out}
     unjudged = [
         name for name, each in responses.items() if name not in verdicts and each.question.capability != "rated"
     ]
     if unjudged:
         raise RecordError(
-            f"{run / VERDICTS}: {len(unjudged)} of {len(responses)} responses have no verdict, the first is "
+            f"{files.verdicts}: {len(unjudged)} of {len(responses)} responses have no verdict, the first is "
             f"{unjudged[0]!r}; " + _how_to_judge(run)
         )
     foreign = next((name for name in verdicts if name not in responses), None)
     if foreign is not None:
         raise RecordError(
-            f"{run / VERDICTS}: a verdict about {foreign!r}, which responses.jsonl doesn't contain; the two "
+            f"{files.verdicts}: a verdict about {foreign!r}, which responses.jsonl doesn't contain; the two "
             f"files come from different runs: remove verdicts.jsonl, then {_how_to_judge(run)}"
         )
 
     if old := sum(not verdict.answer for verdict in verdicts.values()):
         say(
-            f"{run / VERDICTS}: {old} verdicts are of version 0.1 and don't say which texts they are about; if an "
+            f"{files.verdicts}: {old} verdicts are of version 0.1 and don't say which texts they are about; if an "
             f"answer may have changed since, {_how_to_judge(run)}"
         )
     judges: dict[str, set[str]] = {}
@@ -71,7 +73,7 @@ def load_run(run: str | Path) -> pd.DataFrame:
         judges.setdefault(responses[name].question.capability, set()).add(verdict.judge)
     for capability in sorted(name for name, found in judges.items() if len(found) > 1):
         say(
-            f"{run / VERDICTS}: {len(judges[capability])} judges classified the {capability} answers, which can't be "
+            f"{files.verdicts}: {len(judges[capability])} judges classified the {capability} answers, which can't be "
             f"compared with others; {_how_to_judge(run)}"
         )
     rows = []
@@ -79,7 +81,7 @@ def load_run(run: str | Path) -> pd.DataFrame:
         question, verdict = response.question, verdicts.get(name, Verdict(name, "", {}, ""))
         if verdict.answer and not verdict.is_of(response.response):
             raise RecordError(
-                f"{run / VERDICTS}: the verdict on {name!r} is about another text than the answer in "
+                f"{files.verdicts}: the verdict on {name!r} is about another text than the answer in "
                 f"responses.jsonl; remove verdicts.jsonl, then {_how_to_judge(run)}"
             )
         if question.capability != "rated":
@@ -118,8 +120,8 @@ def _check_labels(run: Path, question: Question, verdict: Verdict) -> None:
     labels = rules.labels_of_rule(question.capability, question.answer) if by_rule else LABELS[question.capability]
     answers = [label for label in labels if label not in ("", NOT_APPLICABLE)]
     for file, what, label, allowed in (
-        (RESPONSES, "right answer", question.answer, answers),
-        (VERDICTS, "verdict's label", verdict.label, labels),
+        ("responses.jsonl", "right answer", question.answer, answers),
+        ("verdicts.jsonl", "verdict's label", verdict.label, labels),
     ):
         if label not in allowed:
             known = ", ".join(allowed) or f"any text but {label!r}"

@@ -21,14 +21,15 @@ import pandas as pd
 
 from safervlm.errors import explained
 from safervlm.io.tables import EXCLUDED
-from safervlm.judging.rating import RATINGS, Rating
+from safervlm.judging.rating import Rating
 from safervlm.judging.rules import occurs
 from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
-from safervlm.records import FAILED, UNJUDGED, Failure, read_records
+from safervlm.records import Failure, read_records
 from safervlm.results.measures import NEW_CONCEPTS, THESE_CONCEPTS, Counts, Estimate, proportion
 from safervlm.results.mme import ALL_TASKS, COGNITION_TASKS, PERCEPTION_TASKS, mme_images, mme_score
 from safervlm.results.runs import load_run
-from safervlm.run import MANIFEST, read_manifest
+from safervlm.run import read_manifest
+from safervlm.run_folder import RunFolder
 from safervlm.statistics.diversity import diversity, published_diversity
 from safervlm.statistics.intervals import (
     BY_IMAGE,
@@ -171,10 +172,11 @@ def load_suite(folder: str | Path, name: str) -> Evaluation:
     answers["capability"] = answers["capability"].mask(own, "generalisation")
     judged = answers["capability"] != "rated"
     failures: list[Failure] = []
-    for file, remedy in ((FAILED, "ask the questions again"), (UNJUDGED, "judge the answers again")):
-        if (folder / file).exists():
-            with explained(f"{folder / file}: it can't be read", f"{remedy} with the same command", *_BROKEN):
-                failures += read_records(folder / file, Failure)
+    files = RunFolder(folder)
+    for file, remedy in ((files.failed, "ask the questions again"), (files.unjudged, "judge the answers again")):
+        if file.exists():
+            with explained(f"{file}: it can't be read", f"{remedy} with the same command", *_BROKEN):
+                failures += read_records(file, Failure)
     failures = list({each.id: each for each in failures if each.id not in {*answers["id"]}}.values())
     unanswered = pd.DataFrame(
         [each.question.to_dict() | {"drawn": each.question.drawn, "reason": each.reason} for each in failures],
@@ -198,13 +200,14 @@ def load_ratings(folder: Path, rated: pd.DataFrame) -> pd.DataFrame:
     Raises:
         RecordError: the ratings or the manifest can't be read.
     """
+    files = RunFolder(folder)
     settings = stage_settings(folder, "ratings")
     judge = settings.get("judge", {}).get("model")
     orders = (False, True) if settings.get("both_orders") else (False,)
     ratings: list[Rating] = []
-    if (folder / RATINGS).exists():
-        with explained(f"{folder / RATINGS}: it can't be read", "rate again with the same command", *_BROKEN):
-            ratings = read_records(folder / RATINGS, Rating, torn=True)
+    if files.ratings.exists():
+        with explained(f"{files.ratings}: it can't be read", "rate again with the same command", *_BROKEN):
+            ratings = read_records(files.ratings, Rating, torn=True)
     # The last record of a rating is used: replies that could not be parsed were requested again.
     found = {(rating.id, rating.swapped): rating for rating in ratings if rating.judge == judge}
     rows = []
@@ -229,7 +232,7 @@ def stage_settings(folder: Path, stage: str) -> dict[str, Any]:
     Raises:
         RecordError: The manifest is damaged.
     """
-    what = f"{folder / MANIFEST}: no manifest of a run"
+    what = f"{RunFolder(folder).manifest}: no manifest of a run"
     with explained(what, "move it away to do without", *_BROKEN):
         return dict(read_manifest(folder)["stages"].get(stage, {}).get("settings", {}))
     return {}  # for the type checker

@@ -1,0 +1,111 @@
+"""The files of a run folder: the one place that knows their names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run folder (``--run``). Which of them exist depends on the commands that ran in it.
+
+    Args:
+        path: The folder.
+    """
+
+    path: str | Path
+
+    def _file(self, *names: str) -> Path:
+        return Path(self.path, *names)
+
+    @property
+    def manifest(self) -> Path:
+        """Settings and provenance of each stage."""
+        return self._file("manifest.json")
+
+    @property
+    def predict_config(self) -> Path:
+        """Configuration of ``predict``, which can be given to ``--config`` again."""
+        return self._file("predict.yaml")
+
+    @property
+    def responses(self) -> Path:
+        """Responses of the VLM."""
+        return self._file("responses.jsonl")
+
+    @property
+    def failed(self) -> Path:
+        """Questions without a response, with the reason."""
+        return self._file("responses-failed.jsonl")
+
+    @property
+    def shards(self) -> Path:
+        """Folder of the records of a command that is not finished, a file per process."""
+        return self._file("shards")
+
+    def attempts(self, rank: int) -> Path:
+        """Returns the log of a process's requests to servers.
+
+        Args:
+            rank: Rank of the process.
+        """
+        return self._file(f"attempts-{rank}.jsonl")
+
+    @property
+    def rating_attempts(self) -> Path:
+        """Log of the requests for ratings."""
+        return self._file("ratings-attempts.jsonl")
+
+    @property
+    def verdicts(self) -> Path:
+        """The judges' classifications of the responses."""
+        return self._file("verdicts.jsonl")
+
+    @property
+    def unjudged(self) -> Path:
+        """Responses that no judge could classify, with the reason."""
+        return self._file("verdicts-failed.jsonl")
+
+    @property
+    def ratings(self) -> Path:
+        """A rating model's scores of the responses."""
+        return self._file("ratings.jsonl")
+
+    @property
+    def scores(self) -> Path:
+        """Table of scores with intervals."""
+        return self._file("scores.csv")
+
+    @property
+    def flips(self) -> Path:
+        """Responses and verdicts that differed when ``safervlm verify`` repeated them."""
+        return self._file("verify.jsonl")
+
+    @property
+    def evaluation(self) -> Path:
+        """Run folder of the evaluation of the same model."""
+        return self._file("evaluation")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints of a training."""
+        return self._file("checkpoints")
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Checkpoint from which a training resumes."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def adapter(self) -> Path:
+        """PEFT folder of the trained adapter."""
+        return self._file("adapter")
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics of a training, a row per step."""
+        return self._file("metrics.csv")
+
+    @property
+    def rollouts(self) -> Path:
+        """Sampled responses of PPO with their rewards."""
+        return self._file("rollouts.jsonl")
