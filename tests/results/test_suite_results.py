@@ -312,7 +312,7 @@ def test_what_one_of_them_couldnt_answer_is_left_out_of_both(tmp_path):
     [
         ("prompt", "asked in other words, for example of SMID/0/"),
         ("answer", "another answer is right"),
-        ("judge", "another judge"),
+        ("judge", "classified by another judge"),
     ],
 )
 def test_what_is_not_comparable_is_not_subtracted(tmp_path, change, reason):
