@@ -62,6 +62,10 @@ def check_bounds(trainer: Namespace) -> None:
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         if name.startswith("limit_"):
+            # Python caches unions of types regardless of the order of their members: after other imports, "3" is
+            # parsed as a float.
+            if isinstance(value, float) and value > 1 and value.is_integer():
+                value = trainer[name] = int(value)
             fits, bounds = (
                 value >= 0 and (isinstance(value, int) or value <= 1),
                 "a share from 0 to 1, or whole batches",
