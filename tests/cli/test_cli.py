@@ -316,7 +316,7 @@ ERRORS = {
         ["--config", "configs/sft.yaml"],
         "safervlm.objectives.SFT is not for predict; use safervlm fit",
     ),
-    "config of another kind": ([*PICTOGRAMS, "--config", "configs/pictograms/vlm.yaml"], "it is of another kind"),
+    "config of another kind": ([*PICTOGRAMS, "--config", "configs/pictograms/vlm.yaml"], "it is another kind of file"),
     "no such class": (
         [*PICTOGRAMS, "--model", "safervlm.measure.Mesure"],
         "--model: no class 'safervlm.measure.Mesure'",

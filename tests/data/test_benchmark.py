@@ -164,7 +164,7 @@ def test_a_broken_image_fails_alone(tmp_path):
     assert colour_of(second) == (255, 0, 0)
     for broken in (first, third):
         with pytest.raises(
-            RecordError, match=r"its image in the table, '.*', is no base64 of an image.*mend the table"
+            RecordError, match=r"its image in the table, '.*', is no base64 of an image.*correct the table"
         ):
             open_image(broken.image_path, broken.id)
 

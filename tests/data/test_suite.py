@@ -36,7 +36,7 @@ def test_one_set_after_the_other():
     assert list(suite.describe()["sets"]) == ["a", "b"]
     assert ids(Suite({"a": Set("A"), "b": Set("B", 1)}, only=["b"])) == ["B/0"]
     assert ids(Suite({"a": Set("A", 9), "b": Set("B", 9)}, limit=1)) == ["A/0", "B/0"]
-    with pytest.raises(ValueError, match=r"data\.only: no set 'c'; there are a, b"):
+    with pytest.raises(ValueError, match=r"data\.only: no dataset 'c'; there are a, b"):
         Suite({"a": Set("A"), "b": Set("B")}, only=["c"])
 
 
@@ -50,7 +50,7 @@ def test_a_set_that_cant_be_had_is_left_out_and_said_once(missing, capsys):
     assert capsys.readouterr().out.count("a is skipped: A:") == 1
     alone = Suite({"a": Set("A", missing=missing)})
     alone.prepare_data()
-    with pytest.raises(RecordError, match=r"data\.sets: none of a can be had"):
+    with pytest.raises(RecordError, match=r"data\.sets: none of a is available"):
         ids(alone)
 
 

@@ -526,5 +526,5 @@ def test_the_published_draw(tiny_sets):
         str(tiny_sets / "unsafe"), str(tiny_sets / "safe"), split="test", capabilities=["alignment"], prompts="drawn"
     )
     assert [e.question for e in alone.parts.predict] == [q for q in questions if q.drawn]
-    with pytest.raises(ValueError, match=r"data\.prompts: the draw is published for the test part"):
+    with pytest.raises(ValueError, match=r"data\.prompts: the draw is published for the test split"):
         UnsafeConcepts(str(tiny_sets / "unsafe"), split="all", prompts="drawn")

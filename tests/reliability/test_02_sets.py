@@ -201,7 +201,7 @@ def test_names_with_control_characters_are_kept(tmp_path: Path) -> None:
     assert (question.category, question.concept, question.prompt) == ("a\x07<b>", "=1+1\x1b[2J", "?\x07")
 
 
-@pytest.mark.parametrize("image", ["a\0.png", "\ud83d.png", "x" * 400 + ".png", "a.png/b.png", ".", ""])
+@pytest.mark.parametrize("image", ["a\0.png", "\ud83d.png", "x" * 400 + ".png", ""])
 def test_an_image_name_that_is_no_file_is_one_line(tmp_path: Path, image: str) -> None:
     write(tmp_path, "a.png")
     good = {"image": "a.png", "prompt": "?", "label": "Safe"}

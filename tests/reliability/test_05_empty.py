@@ -202,7 +202,7 @@ PARSED_ELSEWHERE = {
     "safervlm/run.py": (1, "settings in memory, as they will be once they are written"),
     "safervlm/pictograms/judges.py": (1, "a tokenizer in memory"),
     "safervlm/pictograms/rater.py": (1, "the body of a request to the pictograms' own server"),
-    "safervlm/io/settings.py": (1, "YAML, by a loader of its own"),
+    "safervlm/io/settings.py": (2, "YAML, by the strict loader"),
     "safervlm/vlm/server/reading.py": (1, "a server's body, which may repeat what isn't read"),
 }
 

@@ -269,7 +269,7 @@ CASES = [
     broken("null", http("null"), "NoneType"),
     broken("nested brackets", http(NESTED), "nested too deeply"),
     broken("nested in the content", http('{"choices": [{"message": {"content": ' + NESTED), "nested too deeply"),
-    broken("content twice", http('{"choices": [{"message": {"content": "a", "content": "b"}}]}'), "stands twice"),
+    broken("content twice", http('{"choices": [{"message": {"content": "a", "content": "b"}}]}'), "occurs twice"),
     answer("another key twice", http(BODY.replace(b'{"id"', b'{"id": 1, "id"')), "packed"),
     broken("an HTML page", http("<html>\x1b[2J</html>", Content_Type="text/html"), "no chat completion"),
     broken("nothing", http(""), "no chat completion"),

@@ -467,7 +467,7 @@ def test_runs_that_another_judge_read_are_not_subtracted(folder, tmp_path, capsy
             verdict["judge"] = "beef"
     write_jsonl(run / "verdicts.jsonl", verdicts)
     assert "other was classified by another judge than base" in report([base, run]).read_text()
-    assert "not comparable: other was read by another judge" in " ".join(capsys.readouterr().out.split())
+    assert "not comparable: other was classified by another judge" in " ".join(capsys.readouterr().out.split())
     loaded = load_runs([base, run])
     comparison = compare({each.name: each.scores for each in loaded})
     cells = {cell["column"]: cell for cell in overall_cells(loaded, comparison)["rows"][1]["cells"]}
