@@ -173,4 +173,4 @@ class Measure(L.LightningModule):
         """
         if isinstance(answer, Unanswered):
             return Failure(question, answer.reason)
-        return Response(question, answer.text, answer.finish_reason, len(answer.token_ids))
+        return Response(question, answer.text, answer.finish_reason, len(answer.token_ids), answer.reasoning)

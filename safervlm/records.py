@@ -17,6 +17,8 @@ from safervlm.io.files import write_atomically
 from safervlm.io.reading import json_text, numbered_jsonl, parse_json
 from safervlm.protocol import Capability
 
+# The finish_reason of a response that ended inside its reasoning, so that it has no answer.
+THINKING_UNFINISHED = "thinking unfinished"
 # Names of JSON's types in error messages.
 KINDS = {
     str: "a text",
@@ -129,17 +131,20 @@ class Response:
 
     Attributes:
         question: The complete question, so that a response file can be judged by itself.
-        response: Generated text, without special tokens.
+        response: Generated answer, without special tokens and without reasoning.
         finish_reason: ``stop`` if the VLM ended its response, ``length`` if the limit of new tokens did; ``refusal`` if
-            a server marks the response as one, ``content_filter`` if its filter cut the response, usually to nothing.
-            Any other value is a server's own (``eos``, ``end_turn``) for a response that ended by itself.
-        tokens: Number of generated tokens, including the end token; 0 if unknown.
+            a server marks the response as one, ``content_filter`` if its filter cut the response, usually to nothing;
+            ``thinking unfinished`` if it ended inside its reasoning, without an answer. Any other value is a server's
+            own (``eos``, ``end_turn``) for a response that ended by itself.
+        tokens: Number of generated tokens, including reasoning and end token; 0 if unknown.
+        reasoning: Reasoning of a thinking model before its answer; empty for none.
     """
 
     question: Question
     response: str
     finish_reason: str
     tokens: int
+    reasoning: str = ""
 
     @property
     def id(self) -> str:
@@ -147,9 +152,9 @@ class Response:
         return self.question.id
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the flat record of ``responses.jsonl``."""
+        """Returns the flat record of ``responses.jsonl``; ``reasoning`` only if there is any."""
         answer = {"response": self.response, "finish_reason": self.finish_reason, "tokens": self.tokens}
-        return self.question.to_dict() | answer
+        return self.question.to_dict() | answer | ({"reasoning": self.reasoning} if self.reasoning else {})
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
@@ -162,8 +167,9 @@ class Response:
             KeyError: A field is missing.
             RecordError: A field has a value of another type, or the capability is unknown.
         """
-        _check(record, response=str, finish_reason=str, tokens=int)
-        return cls(Question.from_dict(record), record["response"], record["finish_reason"], record["tokens"])
+        _check({"reasoning": ""} | dict(record), response=str, finish_reason=str, tokens=int, reasoning=str)
+        answer = record["response"], record["finish_reason"], record["tokens"], record.get("reasoning", "")
+        return cls(Question.from_dict(record), *answer)
 
 
 @dataclass(frozen=True, slots=True)

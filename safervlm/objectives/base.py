@@ -137,11 +137,14 @@ class Objective(L.LightningModule):
         """Validates, before any weight is loaded, the completions that this objective expects, and every image.
 
         Raises:
-            ArgumentError: the first training or validation example has another number of completions.
+            ArgumentError: the first training or validation example has another number of completions, or they would
+                train a thinking model not to think.
             RecordError: the same, where the completions are in a file of the user (the message names line and field);
                 or an image is damaged or too large. Training would end in the middle, and with another image in its
                 place could not be resumed.
         """
+        if stage == "fit" and self.completions:
+            self.vlm.must_keep_thinking()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, SaferData):
             return

@@ -32,14 +32,15 @@ from safervlm.errors import ArgumentError, first_line
 from safervlm.hashing import seed_for
 from safervlm.io.images import ImageSettings
 from safervlm.limits import TextLimits
-from safervlm.records import Question
 from safervlm.vlm.base import Answer, Unanswered, without_bad
 from safervlm.vlm.compat import PROCESSOR_MAPPING, grown_inputs
+from safervlm.vlm.conversation import template_arguments_of
 from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_tokens
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing, extend, join
 from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
+from safervlm.vlm.thinking import Setting, Thinking, checked
 from safervlm.vlm.weights import load_model, reading
 
 
@@ -104,6 +105,12 @@ class Transformers(LocalVLM):
             ``Question: {question} Answer:``. None for the chat template.
         images: How images are decoded, and the size limits above which they are rejected.
         limits: Limits of texts and of the time to render or match them.
+        template_arguments: Further variables of the chat template, for example ``{enable_thinking: false}``.
+        thinking: The marks around the model's reasoning, ``[<think>, </think>]``. ``detected`` looks for common ones in
+            the chat template, then in the tokenizer; ``none`` treats the whole response as the answer. An empty opening
+            mark means that the prompt ends inside the reasoning.
+        train_without_thinking: Whether a thinking model may be trained on answers that the template writes without
+            reasoning, which trains it not to think.
 
     Raises:
         ArgumentError: ``template`` has other placeholders than ``{question}``, or the adapter or model folder is
@@ -122,11 +129,16 @@ class Transformers(LocalVLM):
         template: str | None = None,
         images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
         limits: TextLimits = TextLimits(),  # noqa: B008 (frozen)
+        template_arguments: dict[str, Any] | None = None,
+        thinking: Setting = "detected",
+        train_without_thinking: bool = False,
     ) -> None:
         super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, limits)
         if template is not None and {name for _, name, _, _ in Formatter().parse(template)} - {None} != {"question"}:
             raise ArgumentError(f"vlm.template: it holds {{question}}, and nothing else in braces, got {template!r}")
         self.system, self.template, self.images = system, template, images
+        self.template_arguments = template_arguments_of(template_arguments, template)
+        self.thinking_setting, self.train_without_thinking = checked(thinking), train_without_thinking
 
     @cached_property
     def config(self) -> Any:
@@ -174,29 +186,35 @@ class Transformers(LocalVLM):
             self.config.qformer_config.max_position_embeddings if hasattr(self.processor, "qformer_tokenizer") else 0,
             images=self.images,
             seconds=self.limits.seconds,
+            template_arguments=self.template_arguments,
             # A placeholder id may exceed the embedding table, because image features replace its embedding.
             words=max(getattr(text, "vocab_size", 2**31), *(token + 1 for token in self.image_token_ids), 0),
         )
-        if self.template is None:
-            with reading(self.name):
-                collator.written(collator.messages("Safe?"), add_generation_prompt=True)
-        else:
-            try:
-                encoded = collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
-                # Before transformers 5.23, not every processor counts the image placeholders of a text.
-                if self.image_token_ids and not self.image_token_ids & set(encoded["input_ids"].flatten().tolist()):
-                    raise ValueError("the encoded text has no place for it")
-            except ValueError as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ArgumentError(
-                    f"vlm.template: the model's processor rejects {self.template!r} with an image ({reason}); write "
-                    "where the image stands, as in '<image>{question}'"
-                ) from error
+        with reading(self.name):
+            collator.begin(self.thinking_setting)
+        if self.template is not None:
+            collator.must_show_image(self.image_token_ids)
         return collator
 
     def describe(self) -> dict[str, Any]:
         """Returns the settings of the VLM that determine a response."""
-        return super().describe() | {"system": self.system, "template": self.template} | self.images.describe()
+        described = super().describe() | {"system": self.system, "template": self.template} | self.images.describe()
+        return described | self.collator.describe(self.thinking_setting)
+
+    @property
+    def thinking(self) -> Thinking:
+        """How the model marks its reasoning."""
+        return self.collator.thinking
+
+    @cached_property
+    def mark_tokens(self) -> dict[int, str]:
+        """Special tokens by id that belong to the marks of reasoning, and so may be generated."""
+        return self.thinking.mark_tokens(special_tokens(self.tokenizer))
+
+    def must_keep_thinking(self) -> None:
+        """Validates, before training on given answers, that they don't train a thinking model not to think."""
+        if not self.train_without_thinking:
+            self.collator.must_keep_thinking()
 
     def load_base(self) -> PreTrainedModel:
         """Loads the base weights, from safetensors only."""
@@ -273,7 +291,8 @@ class Transformers(LocalVLM):
 
         Only ids that the head can output are included: some placeholder ids are larger.
         """
-        never = {*super().suppressed.tolist(), *special_tokens(self.tokenizer)} - set(self.eos_token_ids)
+        never = {*super().suppressed.tolist(), *special_tokens(self.tokenizer)}
+        never -= {*self.eos_token_ids, *self.mark_tokens}
         return torch.tensor(sorted(never & set(range(self.base.get_output_embeddings().out_features))))
 
     @property
@@ -299,7 +318,8 @@ class Transformers(LocalVLM):
         """
         if not all(batch.completions):
             raise ValueError("the batch has no completions to score")
-        pairs = [(e, answer) for e, those in zip(batch.encodings, batch.completions, strict=True) for answer in those]
+        encodings = batch.before_answers({"input_ids", *self.written(batch.encodings[0])})
+        pairs = [(e, answer) for e, those in zip(encodings, batch.completions, strict=True) for answer in those]
         device = pairs[0][0]["input_ids"].device
         target = pad_sequence([torch.tensor(answer) for _, answer in pairs], batch_first=True).to(device)
         lengths = torch.tensor([len(answer) for _, answer in pairs], device=device)
@@ -363,14 +383,7 @@ class Transformers(LocalVLM):
         learned = (part for name, part in self.base.get_decoder().named_modules() if name.endswith("embed_positions"))
         if not any(isinstance(part, nn.Embedding) for part in learned):
             return {}  # positions are computed, without a limit
-        limit, new = self.collator.max_length, sampling.max_new_tokens
-        lengths = [encoding["input_ids"].shape[1] for encoding in batch.encodings]
-        return {
-            row: f"{batch.questions[row].id}: {length} tokens and as many as {new} new ones, the model takes {limit}; "
-            "shorten the question, or lower sampling.max_new_tokens"
-            for row, length in enumerate(lengths)
-            if length + new > limit
-        }
+        return batch.too_long(self.collator.max_length, sampling.max_new_tokens)
 
     @torch.no_grad()
     def generate(self, batch: EncodedBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy") -> list[Answer]:

@@ -107,15 +107,18 @@ class Generation:
     Attributes:
         token_ids: Generated tokens, including the end token. For a server, only the length is meaningful, and 0 stands
             for an unknown length.
-        text: Decoded text without special tokens.
+        text: Decoded answer without special tokens; without the reasoning of a thinking model.
         finish_reason: ``stop`` if the VLM ended the response, ``length`` if the token limit did, ``refusal`` if a
             server marks the text as a refusal, ``content_filter`` if the server's filter cut the response (often to an
-            empty text). Any other value is the server's own word for a response that ended by itself.
+            empty text), ``thinking unfinished`` if it ended inside its reasoning, without an answer. Any other value is
+            the server's own word for a response that ended by itself.
+        reasoning: Reasoning of a thinking model before its answer; empty for none.
     """
 
     token_ids: Sequence[int]
     text: str
     finish_reason: str
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
 """Encodes questions and completions with a Hugging Face processor: texts and images to tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.images import BLANK, ImageSettings, open_image
-from safervlm.limits import SECONDS, computing_limit
 from safervlm.records import Example, Question
-from safervlm.vlm.base import CHARACTERS, Batch, tokenizable_example
+from safervlm.vlm.base import Batch, tokenizable_example
+from safervlm.vlm.conversation import Conversation
 from safervlm.vlm.prefix import Encoding
 
 
@@ -24,13 +24,19 @@ class EncodedBatch(Batch):
         encodings: For each question, the processor's output: ``input_ids`` (1, prompt tokens) and family-specific
             inputs.
         completions: For each question, the token ids of its completions; empty for generation.
+        dropped: Number of tokens at the end of a prompt that the template doesn't write before a given answer.
+            Generated responses follow the whole prompt.
     """
 
     def __init__(
-        self, questions: list[Question], encodings: list[Encoding], completions: list[list[list[int]]]
+        self,
+        questions: list[Question],
+        encodings: list[Encoding],
+        completions: list[list[list[int]]],
+        dropped: int = 0,
     ) -> None:
         super().__init__(questions)
-        self.encodings, self.completions = encodings, completions
+        self.encodings, self.completions, self.dropped = encodings, completions, dropped
 
     def to(self, device: torch.device) -> Self:
         """Returns the batch on another device; called by Lightning.
@@ -41,7 +47,7 @@ class EncodedBatch(Batch):
         encodings: list[Encoding] = [
             {name: tensor.to(device) for name, tensor in encoding.items()} for encoding in self.encodings
         ]
-        return type(self)(self.questions, encodings, self.completions)
+        return type(self)(self.questions, encodings, self.completions, self.dropped)
 
     def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
         """Returns a batch of some of the questions, each with its generated response as its only completion.
@@ -57,6 +63,33 @@ class EncodedBatch(Batch):
             [[list(answers[row])] if answers else [] for row in chosen],
         )
 
+    def before_answers(self, names: Collection[str]) -> list[Encoding]:
+        """Returns the encodings of the prompts, up to where the template writes a given answer.
+
+        Args:
+            names: Inputs with a value per token.
+        """
+        end = -self.dropped or None
+        return [
+            {name: tensor[:, :end] if name in names else tensor for name, tensor in encoding.items()}
+            for encoding in self.encodings
+        ]
+
+    def too_long(self, limit: int, new: int) -> dict[int, str]:
+        """Returns the questions whose responses may exceed the model's positions, with the reason for each.
+
+        Args:
+            limit: Number of tokens that the model accepts.
+            new: Maximum number of tokens of a response.
+        """
+        lengths = [encoding["input_ids"].shape[1] for encoding in self.encodings]
+        return {
+            row: f"{self.questions[row].id}: {length} tokens and as many as {new} new ones, the model takes {limit}; "
+            "shorten the question, or lower sampling.max_new_tokens"
+            for row, length in enumerate(lengths)
+            if length + new > limit
+        }
+
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Returns the special tokens by id, including those without a role, which the tokenizer's own list omits.
@@ -69,35 +102,18 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 @dataclass
-class ProcessorCollator:
+class ProcessorCollator(Conversation):
     """Makes an :class:`EncodedBatch` of examples with the model's processor; picklable, without weights.
 
     Attributes:
-        processor: The model's processor.
-        template: Prompt text with ``{question}``, for a model without a chat template; None for the chat template.
-        system: System prompt of the conversation; empty for none.
-        eos_token_ids: Tokens that end a response.
-        max_length: Maximum number of tokens of a prompt with its completion. Longer ones are rejected, never truncated.
         question_length: Maximum number of tokens of the question for a Q-Former; 0 for models without one.
         images: How images are decoded.
         words: Number of tokens that the model has embeddings for; a tokenizer may have more.
-        seconds: Maximum CPU time of rendering the chat template.
     """
 
-    processor: ProcessorMixin
-    template: str | None
-    system: str
-    eos_token_ids: list[int]
-    max_length: int
     question_length: int
     images: ImageSettings = field(default=ImageSettings(), kw_only=True)
     words: int = field(default=2**31, kw_only=True)
-    seconds: float = field(default=SECONDS, kw_only=True)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The processor's tokenizer."""
-        return self.processor.tokenizer
 
     def __call__(self, examples: Sequence[Example]) -> EncodedBatch:
         """Decodes the images and encodes prompts and completions.
@@ -136,37 +152,29 @@ class ProcessorCollator:
                 raise RecordError(f"{name}: its text has the token {highest}, the model has {self.words}; reword it")
             encodings.append(encoding)
             completions.append(answers)
-        return EncodedBatch(questions, encodings, completions)
+        scored = any(completions) and self.thinking.opened
+        return EncodedBatch(questions, encodings, completions, self.dropped_tokens() if scored else 0)
 
-    def messages(self, question: str, image: Any = None) -> list[dict[str, Any]]:
-        """Returns the conversation up to the response, in the format of chat templates.
-
-        Args:
-            question: Text of the question.
-            image: The image; None for a placeholder without pixels.
-        """
-        shown = {"type": "image"} if image is None else {"type": "image", "image": image}
-        system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
-        return [*system, {"role": "user", "content": [shown, {"type": "text", "text": question}]}]
-
-    def written(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        """Renders a conversation with the chat template, a program that comes with the model, within limits.
+    def must_show_image(self, image_token_ids: set[int]) -> None:
+        """Validates that the processor accepts the plain text template with an image.
 
         Args:
-            messages: The conversation.
-            add_generation_prompt: Whether to append the beginning of a response.
+            image_token_ids: Ids of the placeholder tokens of images.
 
         Raises:
-            ArgumentError: The template takes too long, or its output is too long.
+            ArgumentError: It doesn't.
         """
-        remedy = "give vlm.template in its place, or use another model"
-        slow = f"vlm.model: its chat template computes for too long (vlm.limits.seconds: {self.seconds:g})"
-        with computing_limit(f"{slow}; {remedy}", self.seconds):
-            text: str = self.processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
-        given = sum(len(part.get("text", "")) for message in messages for part in message["content"])
-        if len(text) - given > CHARACTERS * self.max_length:
-            raise ArgumentError(f"vlm.model: its chat template writes {len(text)} characters; {remedy}")
-        return text
+        try:
+            encoded = self.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
+            # Before transformers 5.23, not every processor counts the image placeholders of a text.
+            if image_token_ids and not image_token_ids & set(encoded["input_ids"].flatten().tolist()):
+                raise ValueError("the encoded text has no place for it")
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ArgumentError(
+                f"vlm.template: the model's processor rejects {self.template!r} with an image ({reason}); write "
+                "where the image stands, as in '<image>{question}'"
+            ) from error
 
     def encode(self, question: Question) -> Encoding:
         """Encodes one question and its image with the model's processor; a question without an image gets a blank one.
@@ -195,42 +203,8 @@ class ProcessorCollator:
                     tokenize=True,
                     return_dict=True,
                     return_tensors="pt",
+                    **self.template_arguments,
                 )
             )
         encoding.pop("labels", None)  # a prompt has no labels
         return encoding
-
-    def completion_ids(self, prompt: Encoding, answer: str) -> list[int]:
-        """Returns the token ids of a response as they follow its prompt, including the end token.
-
-        Args:
-            prompt: Encoding of the prompt.
-            answer: Text of the response.
-
-        Raises:
-            ArgumentError: The chat template writes a given response differently from a generated one, or the tokenizer
-                merges the end of the prompt with the beginning of the response.
-        """
-        if self.template is not None:
-            stem = self.tokenizer.decode(prompt["input_ids"][0, -1:])
-            whole = f"{stem}{answer}" if stem[-1:].isspace() else f"{stem} {answer}"
-        else:
-            asked = self.messages("?")
-            answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-            stem, whole = self.written(asked, add_generation_prompt=True), self.written(answered)
-            if not whole.startswith(stem) or answer not in whole[len(stem) :]:
-                raise ArgumentError(
-                    "the chat template writes another beginning before an answer that is given than before one that "
-                    "is generated, so answers can't be scored; use a model whose template doesn't"
-                )
-        end = whole.index(answer, len(stem)) + len(answer)
-        before, ids, behind = (
-            self.tokenizer(text, add_special_tokens=False).input_ids for text in (stem, whole[:end], whole[end:])
-        )
-        if ids[: len(before)] != before:
-            raise ArgumentError(
-                f"the tokenizer merges the prompt with the answer {answer[:40]!r}; its family needs a module"
-            )
-        # The end token that the template writes, or else the model's first end token.
-        last = next((token for token in behind if token in self.eos_token_ids), self.eos_token_ids[0])
-        return [*ids[len(before) :], last]

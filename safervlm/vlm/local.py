@@ -20,10 +20,12 @@ from safervlm.errors import ArgumentError, explained
 from safervlm.finite import NotFiniteError
 from safervlm.hashing import seed_for
 from safervlm.limits import TextLimits, must_match_soon
+from safervlm.records import THINKING_UNFINISHED
 from safervlm.vlm.adapters import adapter_fingerprint, adapter_weights, export_adapter, load_adapter
 from safervlm.vlm.base import NOT_FINITE, VLM, Generation, Scores
 from safervlm.vlm.lora import Adapter, LoRA, checkpoint_gradients
 from safervlm.vlm.sampling import Sampling, Suppress
+from safervlm.vlm.thinking import Thinking
 from safervlm.vlm.weights import weights_fingerprint
 
 
@@ -125,6 +127,23 @@ class LocalVLM(VLM):
     @abstractmethod
     def image_token_ids(self) -> set[int]:
         """Ids of the placeholder tokens of images."""
+
+    @property
+    def thinking(self) -> Thinking:
+        """How the model marks its reasoning; by default it has none."""
+        return Thinking()
+
+    @property
+    def mark_tokens(self) -> dict[int, str]:
+        """Special tokens by id that belong to the marks of reasoning, and so may be generated."""
+        return {}
+
+    def must_keep_thinking(self) -> None:
+        """Validates, before training on given answers, that they don't train a thinking model not to think.
+
+        Raises:
+            ArgumentError: They do.
+        """
 
     @cached_property
     def suppressed(self) -> Tensor:
@@ -282,7 +301,7 @@ class LocalVLM(VLM):
         return _unflatten(states, targets.mask)
 
     def generation(self, tokens: list[int]) -> Generation:
-        """Decodes generated tokens, truncated after the first end token.
+        """Decodes generated tokens, truncated after the first end token, and separates reasoning from the answer.
 
         Args:
             tokens: Generated token ids; anything may follow an end token.
@@ -290,8 +309,18 @@ class LocalVLM(VLM):
         end = next((place for place, token in enumerate(tokens) if token in self.eos_token_ids), None)
         if end is not None:
             tokens = tokens[: end + 1]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        return Generation(tokens, text, "length" if end is None else "stop")
+        marks = self.mark_tokens
+        pieces, begin = [], 0
+        for place in [place for place, token in enumerate(tokens) if token in marks]:
+            pieces += [self.tokenizer.decode(tokens[begin:place], skip_special_tokens=True), marks[tokens[place]]]
+            begin = place + 1
+        pieces.append(self.tokenizer.decode(tokens[begin:], skip_special_tokens=True))
+        parts = self.thinking.split("".join(pieces))
+        answer = parts.answer
+        for mark in marks.values():
+            answer = answer.replace(mark, "")
+        reason = THINKING_UNFINISHED if parts.unfinished else "length" if end is None else "stop"
+        return Generation(tokens, answer.strip(), reason, parts.reasoning)
 
 
 def _unflatten(flat: Tensor, mask: Tensor) -> Tensor:
