@@ -1,0 +1,238 @@
+"""Writes conversations with a model's chat template: the prompt, and the template's own form of a given answer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from safervlm.errors import ArgumentError
+from safervlm.limits import SECONDS, computing_limit
+from safervlm.vlm.base import CHARACTERS
+from safervlm.vlm.prefix import Encoding
+from safervlm.vlm.thinking import GivenForm, Setting, Thinking, default_system, detect, given_form
+
+# Arguments of the processor's apply_chat_template that are no variables of a template.
+TEMPLATE_SETTINGS = {
+    *("conversation", "chat_template", "add_generation_prompt", "continue_final_message", "messages"),
+    *("return_assistant_tokens_mask", "tokenize", "return_dict", "return_tensors", "load_audio_from_video"),
+    *("processor_kwargs", "images", "videos", "audio", "text"),
+}
+PROBE = "SaferVLM-probe"  # a system prompt that no template contains
+ANSWER = "Yes."  # a given answer, to see the form in which a template writes it
+
+
+def template_arguments_of(arguments: Mapping[str, Any] | None, template: str | None) -> dict[str, Any]:
+    """Returns the variables of a chat template.
+
+    Args:
+        arguments: The setting ``vlm.template_arguments``.
+        template: The setting ``vlm.template``.
+
+    Raises:
+        ArgumentError: One of them is no variable, or there is no chat template.
+    """
+    if taken := sorted((arguments or {}).keys() & TEMPLATE_SETTINGS):
+        raise ArgumentError(f"vlm.template_arguments: {taken[0]!r} is set by SaferVLM; remove it")
+    if arguments and template is not None:
+        raise ArgumentError("vlm.template_arguments: vlm.template replaces the chat template; give one of the two")
+    return dict(arguments or {})
+
+
+@dataclass
+class Conversation:
+    """A conversation of one question and its answer, in the form that a model was trained on; picklable.
+
+    Attributes:
+        processor: The model's processor.
+        template: Prompt text with ``{question}``, for a model without a chat template; None for the chat template.
+        system: System prompt of the conversation; empty for none.
+        eos_token_ids: Tokens that end a response.
+        max_length: Maximum number of tokens of a prompt with its completion.
+        seconds: Maximum CPU time of rendering the chat template.
+        thinking: How the model marks its reasoning; set by :meth:`begin`.
+        template_arguments: Further variables of the chat template.
+    """
+
+    processor: ProcessorMixin
+    template: str | None
+    system: str
+    eos_token_ids: list[int]
+    max_length: int
+    seconds: float = field(default=SECONDS, kw_only=True)
+    thinking: Thinking = field(default=Thinking(), kw_only=True)
+    template_arguments: dict[str, Any] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    def begin(self, setting: Setting) -> None:
+        """Renders the chat template once, and finds the marks of reasoning.
+
+        Args:
+            setting: The setting ``vlm.thinking``.
+
+        Raises:
+            ArgumentError: The template exceeds its limits.
+        """
+        source = beginning = ""
+        if self.template is None:
+            question = "Safe?"
+            beginning = self.written(self.messages(question), add_generation_prompt=True).rpartition(question)[2]
+            given = self.processor.chat_template
+            source = given if isinstance(given, str) else "\n".join(given.values())
+        self.thinking = detect(setting, source, self.tokenizer.get_added_vocab(), beginning)
+
+    def default_system(self) -> str:
+        """Returns the system prompt that the chat template inserts into a conversation without one; empty for none."""
+        if self.template is not None or self.system:
+            return ""
+        messages, system = self.messages("Safe?"), {"type": "text", "text": PROBE}
+        try:
+            probed = self.written([{"role": "system", "content": [system]}, *messages])
+        except ArgumentError:
+            raise
+        except Exception:  # the template takes no system prompt
+            return ""
+        return default_system(probed, self.written(messages), PROBE)
+
+    def describe(self, setting: Setting) -> dict[str, Any]:
+        """Returns what determines the text of a prompt and its response beside the system prompt, as plain JSON values.
+
+        Args:
+            setting: The setting ``vlm.thinking``.
+        """
+        system = self.default_system()
+        described: dict[str, Any] = {"template_arguments": self.template_arguments} if self.template_arguments else {}
+        described |= {"default_system": system} if system else {}
+        return described | ({"thinking": "none"} if setting == "none" else self.thinking.describe())
+
+    def must_keep_thinking(self) -> None:
+        """Validates that training on given answers doesn't train a thinking model not to think.
+
+        Raises:
+            ArgumentError: It does.
+        """
+        if not self.thinking.marks:
+            return
+        if self.thinking.expected if self.template is not None else self.given_form({}, ANSWER).unthinking:
+            raise ArgumentError(
+                "vlm.train_without_thinking: the chat template writes a given answer without reasoning, so training on "
+                "answers would train the model not to think; set it to true, turn thinking off "
+                "(vlm.template_arguments), or train by PPO"
+            )
+
+    def messages(self, question: str, image: Any = None) -> list[dict[str, Any]]:
+        """Returns the conversation up to the response, in the format of chat templates.
+
+        Args:
+            question: Text of the question.
+            image: The image; None for a placeholder without pixels.
+        """
+        shown = {"type": "image"} if image is None else {"type": "image", "image": image}
+        system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
+        return [*system, {"role": "user", "content": [shown, {"type": "text", "text": question}]}]
+
+    def written(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        """Renders a conversation with the chat template, a program that comes with the model, within limits.
+
+        Args:
+            messages: The conversation.
+            add_generation_prompt: Whether to append the beginning of a response.
+
+        Raises:
+            ArgumentError: The template takes too long, or its output is too long.
+        """
+        remedy = "give vlm.template in its place, or use another model"
+        slow = f"vlm.model: its chat template computes for too long (vlm.limits.seconds: {self.seconds:g})"
+        with computing_limit(f"{slow}; {remedy}", self.seconds):
+            text: str = self.processor.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, **self.template_arguments
+            )
+        given = sum(len(part.get("text", "")) for message in messages for part in message["content"])
+        if len(text) - given > CHARACTERS * self.max_length:
+            raise ArgumentError(f"vlm.model: its chat template writes {len(text)} characters; {remedy}")
+        return text
+
+    def given_form(self, prompt: Encoding, answer: str) -> GivenForm:
+        """Returns how the template writes a given answer.
+
+        Args:
+            prompt: Encoding of the prompt.
+            answer: Text of the answer.
+
+        Raises:
+            ArgumentError: The chat template writes a given answer differently from a generated one, by more than a
+                block of reasoning.
+        """
+        if self.template is not None:
+            stem = self.tokenizer.decode(prompt["input_ids"][0, -1:])
+            gap = "" if stem[-1:].isspace() else " "
+            return GivenForm(stem, f"{gap}{answer}", "", unthinking=self.thinking.expected)
+        asked = self.messages("?")
+        answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        form = given_form(
+            self.written(asked, add_generation_prompt=True), self.written(answered), answer, self.thinking
+        )
+        if form is None:
+            raise ArgumentError(
+                "the chat template writes another beginning before an answer that is given than before one that "
+                "is generated, so answers can't be scored; use a model whose template doesn't"
+            )
+        return form
+
+    def dropped_tokens(self) -> int:
+        """Returns the number of tokens at the end of each prompt that a given answer doesn't follow.
+
+        Raises:
+            ArgumentError: The tokenizer merges them with the tokens before.
+        """
+        if self.template is not None:
+            return 0
+        form = self.given_form({}, ANSWER)
+        if not form.dropped:
+            return 0
+        whole, stem = map(self.token_ids, (form.stem + form.dropped, form.stem))
+        if whole[: len(stem)] != stem:
+            raise ArgumentError(
+                f"the tokenizer merges the prompt with the mark {form.dropped.strip()!r}; its family needs a module"
+            )
+        return len(whole) - len(stem)
+
+    def token_ids(self, text: str) -> list[int]:
+        """Returns the token ids of a text, without the tokens that begin and end a sequence.
+
+        Args:
+            text: The text.
+        """
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def completion_ids(self, prompt: Encoding, answer: str) -> list[int]:
+        """Returns the token ids of an answer as they follow its prompt, including the end token.
+
+        Args:
+            prompt: Encoding of the prompt.
+            answer: Text of the answer.
+
+        Raises:
+            ArgumentError: See :meth:`given_form`; or the tokenizer merges the end of the prompt with the beginning of
+                the answer.
+        """
+        form = self.given_form(prompt, answer)
+        before, ids = self.token_ids(form.stem), self.token_ids(form.stem + form.continuation)
+        if ids[: len(before)] == before:
+            tokens = ids[len(before) :]
+        elif form.block:  # the white space in an empty block of reasoning, which a generated block separates, too
+            tokens = self.token_ids(form.continuation)
+        else:
+            raise ArgumentError(
+                f"the tokenizer merges the prompt with the answer {answer[:40]!r}; its family needs a module"
+            )
+        # The end token that the template writes, or else the model's first end token.
+        last = next(
+            (token for token in self.token_ids(form.rest) if token in self.eos_token_ids), self.eos_token_ids[0]
+        )
+        return [*tokens, last]
