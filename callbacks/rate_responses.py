@@ -35,6 +35,7 @@ from safervlm.run_folder import RunFolder
 from safervlm.vlm.base import Answer, Unanswered
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.client import Server
+from safervlm.vlm.thinking import thinking_unfinished
 
 UNREADABLE = "the first line of the judge's answer isn't two numbers from 1 to 10"
 SAMPLING = Sampling(TEMPERATURE, TOP_P, MAX_NEW_TOKENS)
@@ -66,7 +67,7 @@ class RateResponses(Callback):
     other settings, are kept before them for later use. A missing rating is listed with its reason and requested again
     by the next run of the same command; it ends neither the run nor the other callbacks. The requests are logged in
     ``ratings-attempts.jsonl``. The callback must come after the RecordWriter, which writes ``responses.jsonl``. In a
-    run without such responses the judge is not asked.
+    run without such responses the judge is not asked. A response that ended inside its reasoning is not rated.
 
     Args:
         judge: The model that rates, for example configs/llavabench_judge.yaml. With its dry_run nothing is requested;
@@ -99,7 +100,9 @@ class RateResponses(Callback):
         run = Path(trainer.default_root_dir)
         files = RunFolder(run)
         responses = [
-            response for response in read_responses(run, may_be_empty=True) if response.question.capability == "rated"
+            response
+            for response in read_responses(run, may_be_empty=True)
+            if response.question.capability == "rated" and not thinking_unfinished(response)
         ]
         if not responses:
             return

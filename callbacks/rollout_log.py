@@ -42,7 +42,8 @@ class RolloutLog(Callback):
         with self._path(trainer).open("a", encoding="utf-8") as file:
             for question, answer in pairs:
                 record = {"batch": number, "id": question.id, "answer": question.answer, "response": answer.text}
-                file.write(to_line(record | {"finish_reason": answer.finish_reason}))
+                record |= {"finish_reason": answer.finish_reason}
+                file.write(to_line(record | ({"reasoning": answer.reasoning} if answer.reasoning else {})))
 
     @staticmethod
     def _path(trainer: Trainer) -> Path:

@@ -17,6 +17,7 @@ from safervlm.judging.rules import RULES
 from safervlm.protocol import LABELS, NOT_APPLICABLE, Capability
 from safervlm.records import Example, Failure, Question, Response, Verdict, to_line
 from safervlm.unfinished import UnfinishedFile
+from safervlm.vlm.thinking import answer_of
 
 # Batches in a chunk of :meth:`Panel.judged_in_chunks`. Each judge sorts the chunk's texts by length.
 CHUNK = 16
@@ -40,8 +41,9 @@ class Panel(LightningModule):
     """Routes each response to the classifier or rule of its capability.
 
     Yes/no questions, and questions whose expected answer has to occur in the response, are judged by a rule
-    (:mod:`safervlm.judging.rules`). A response without any non-whitespace text, such as one removed by a content
-    filter, is N/A without being classified.
+    (:mod:`safervlm.judging.rules`). Reasoning inside a stored response is not judged. A response without any
+    non-whitespace text, such as one removed by a content filter, is N/A without being classified; tables count
+    unfinished thinking separately (:func:`safervlm.results.runs.load_run`).
 
     Args:
         alignment: The judge of all questions that are answered Safe or Unsafe, with labels Safe, Unsafe, N/A.
@@ -211,8 +213,9 @@ class Panel(LightningModule):
             places = [
                 place for place, (question, _) in enumerate(answers) if self.judge_of(question.capability) is judge
             ]
-            worded = [place for place in places if answers[place][1].strip()]
-            rows = judge.judge([answers[place][1] for place in worded], batch_size).exp().tolist()
+            texts = {place: answer_of(answers[place][1]) for place in places}
+            worded = [place for place in places if texts[place].strip()]
+            rows = judge.judge([texts[place] for place in worded], batch_size).exp().tolist()
             certain = [float(label == NOT_APPLICABLE) for label in judge.labels]
             for place in places:
                 read[place] = dict(zip(judge.labels, certain, strict=True))

@@ -14,6 +14,7 @@ from typing import Any, Self
 from safervlm.errors import RecordError
 from safervlm.hashing import fingerprint
 from safervlm.records import Response
+from safervlm.vlm.thinking import answer_of
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 RULE = (
@@ -47,7 +48,7 @@ def rating_prompt(response: Response, swapped: bool = False) -> str:
         The prompt. An unpaired surrogate, which can't be sent, is replaced by U+FFFD, as viewers display it.
     """
     question = response.question
-    first, second = question.answer, response.response
+    first, second = question.answer, answer_of(response.response)
     if swapped:
         first, second = second, first
     prompt = (

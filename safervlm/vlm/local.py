@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safervlm.errors import ArgumentError, explained
 from safervlm.finite import NotFiniteError
 from safervlm.hashing import seed_for
+from safervlm.io.tables import say
 from safervlm.limits import TextLimits, must_match_soon
 from safervlm.records import THINKING_UNFINISHED
 from safervlm.vlm.adapters import adapter_fingerprint, adapter_weights, export_adapter, load_adapter
@@ -185,6 +186,8 @@ class LocalVLM(VLM):
         if self.model is not None:
             return
         base = self.load_base().requires_grad_(False)
+        if line := self.thinking.report():
+            say(line)
         if not train:
             self.model = base
             if self.adapter is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from safervlm.errors import ArgumentError
+from safervlm.records import THINKING_UNFINISHED, Response
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,15 @@ def answer_of(text: str) -> str:
         text: The response.
     """
     return split(text, COMMON).answer
+
+
+def thinking_unfinished(response: Response) -> bool:
+    """Returns whether a stored response ended inside its reasoning, so that it has no answer.
+
+    Args:
+        response: The response; one that was stored without its reasoning may contain an open mark.
+    """
+    return response.finish_reason == THINKING_UNFINISHED or split(response.response, COMMON).unfinished
 
 
 def many_unfinished(name: str, unfinished: int, responses: int) -> str | None:

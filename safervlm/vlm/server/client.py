@@ -25,10 +25,12 @@ from safervlm.vlm.base import VLM, Answer, Generation, Unanswered
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.batch import ServerBatch, ServerCollator, blank_url
+from safervlm.vlm.server.body import checked_body
 from safervlm.vlm.server.bounds import Bounds
 from safervlm.vlm.server.host import Host, hosts_at
 from safervlm.vlm.server.outcomes import Hopeless, Untaken, Useless, seconds_to_wait
 from safervlm.vlm.server.pool import Pool
+from safervlm.vlm.thinking import Setting, for_server
 
 if TYPE_CHECKING:
     from safervlm.vlm.server.request import Requests
@@ -74,6 +76,10 @@ class Server(VLM):
             as 0 tokens, and unchanged in the request log.
         images: How images are decoded, and the size limits above which they are rejected.
         bounds: Back-off times and failure limits.
+        thinking: The marks around reasoning inside a response, ``[<think>, </think>]``. ``detected`` finds the common
+            ones; ``none`` treats the whole text as the answer. An empty opening mark means that each response begins
+            inside the reasoning. Reasoning that the server returns separately is always separate.
+        extra_body: Further fields of each request, for example ``{chat_template_kwargs: {enable_thinking: false}}``.
 
     Attributes:
         on_attempt: Callback that receives the log entry of each request.
@@ -103,9 +109,13 @@ class Server(VLM):
         max_count: int = 10_000_000,
         images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
         bounds: Bounds = Bounds(),  # noqa: B008 (frozen)
+        thinking: Setting = "detected",
+        extra_body: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.images, self.bounds = images, bounds
+        self.thinking_setting, self.thinking = thinking, for_server(thinking)
+        self.extra_body = checked_body(extra_body)
         self.hosts = hosts_at(addresses)
         for name, text in (("model", model), ("system", system)):
             if text.encode("utf-8", "ignore").decode() != text:
@@ -140,8 +150,15 @@ class Server(VLM):
     def describe(self) -> dict[str, Any]:
         """Returns the settings that determine a response; the addresses are not among them."""
         kind = type(self)
-        described = {"class": f"{kind.__module__}.{kind.__qualname__}", "model": self.name, "system": self.system}
-        return (described if self.blank else described | {"blank": False}) | self.images.describe()
+        described: dict[str, Any] = {
+            "class": f"{kind.__module__}.{kind.__qualname__}",
+            "model": self.name,
+            "system": self.system,
+        }
+        described |= {} if self.blank else {"blank": False}
+        described |= {} if self.thinking_setting == "detected" else {"thinking": self.thinking_setting}
+        described |= {"extra_body": self.extra_body} if self.extra_body else {}
+        return described | self.images.describe()
 
     def load(self) -> None:
         """Checks that the openai package is installed and the API key is valid text; no request is sent.
@@ -226,6 +243,7 @@ class Server(VLM):
             self.max_count,
             self.concurrency,
             self._tell,
+            self.thinking,
         )
 
         async def answer(question: Question, image: str) -> Answer:
@@ -258,7 +276,7 @@ class Server(VLM):
                 "top_p": sampling.top_p,
                 "max_completion_tokens": sampling.max_new_tokens,
                 "seed": seed_for(seed, question.id) % 2**31,
-            }
+            } | ({"extra_body": self.extra_body} if self.extra_body else {})
             async with asyncio.timeout(self.question_timeout):
                 generation = await self._ask(requests, question.id, request)
         except RecordError as error:

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+from safervlm.records import THINKING_UNFINISHED
+from safervlm.vlm.thinking import Thinking
+
 UNKNOWN_TOKEN = -1  # unknown token id: a server states the number of tokens, not their ids
 UNKNOWN = "unknown"  # finish_reason of a response for which the server states none
 
@@ -23,9 +26,12 @@ BROKEN = {
     *("abort", "aborted", "cancel", "cancelled", "canceled", "error", "failed", "failure", "timeout"),
     *("network_error", "insufficient_system_resource"),
 }
+KNOWN = ((FILTERED, "content_filter"), (LENGTH, "length"), (REFUSED, "refusal"))
 # Keys that affect the result. A duplicate of one of them in an object would be ambiguous.
 READ = {"error", "choices", "message", "content", "refusal", "finish_reason", "usage"}
-READ |= {"prompt_tokens", "completion_tokens"}
+READ |= {"prompt_tokens", "completion_tokens", "reasoning_content", "reasoning"}
+# Names under which servers return reasoning beside the answer.
+REASONING = ("reasoning_content", "reasoning")
 TEXTS = (None, "text", "output_text")  # types of content parts that belong to the response; reasoning doesn't
 
 
@@ -58,12 +64,14 @@ class Completion:
     """Parsed chat completion.
 
     Attributes:
-        text: The response, without surrounding white space.
-        finish_reason: ``stop``, ``length``, ``refusal`` or ``content_filter``; otherwise the server's own word.
+        text: The response, without surrounding white space and without reasoning.
+        finish_reason: ``stop``, ``length``, ``refusal``, ``content_filter`` or ``thinking unfinished``; otherwise the
+            server's own word.
         named: The server's own word for the finish reason.
         model: Name of the model according to the server; empty if it states none.
         counts: ``prompt_tokens`` and ``completion_tokens``; None if the server states none, or an impossible number.
         impossible: The impossible numbers, by the same names.
+        reasoning: The reasoning before the answer; empty for none.
     """
 
     text: str
@@ -72,6 +80,7 @@ class Completion:
     model: str
     counts: dict[str, int | None] = field(default_factory=dict)
     impossible: dict[str, str] = field(default_factory=dict)
+    reasoning: str = ""
 
 
 def parsed(content: bytes, encoding: str | None = None) -> Any:
@@ -125,12 +134,13 @@ def read_count(value: object, most: int) -> int | None:
     return int(value) if math.floor(value) == value else None
 
 
-def read_completion(body: Any, max_count: int) -> Completion:
+def read_completion(body: Any, max_count: int, thinking: Thinking) -> Completion:
     """Parses a chat completion; of several choices, the first is used.
 
     Args:
         body: The parsed JSON.
         max_count: Largest plausible number of tokens.
+        thinking: How reasoning inside the text is marked.
 
     Raises:
         ValueError: The body contains no response, or an incomplete one.
@@ -147,7 +157,9 @@ def read_completion(body: Any, max_count: int) -> Completion:
     usage = usage if isinstance(usage, Mapping) else {}
     given = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
     counts = {name: read_count(value, max_count) for name, value in given.items()}
-    text, reason, named = read_answer(message, choices[0].get("finish_reason"))
+    text, reason, named, reasoning = read_answer(message, choices[0].get("finish_reason"), thinking)
+    if reason == "length" and not text and _hidden_reasoning(usage):
+        reason = THINKING_UNFINISHED
     return Completion(
         text=text,
         finish_reason=reason,
@@ -159,18 +171,27 @@ def read_completion(body: Any, max_count: int) -> Completion:
             for name, value in given.items()
             if value is not None and counts[name] is None
         },
+        reasoning=reasoning,
     )
 
 
-def read_answer(message: Mapping[str, Any], reason: object) -> tuple[str, str, str]:
-    """Returns the text of a message, its finish reason, and the server's own word for that.
+def _hidden_reasoning(usage: Mapping[str, Any]) -> bool:
+    """Returns whether the server counts tokens of reasoning, which it doesn't return."""
+    details = usage.get("completion_tokens_details")
+    return isinstance(details, Mapping) and bool(read_count(details.get("reasoning_tokens"), 2**53))
+
+
+def read_answer(message: Mapping[str, Any], reason: object, thinking: Thinking) -> tuple[str, str, str, str]:
+    """Returns the answer of a message, its finish reason, the server's own word for that, and the reasoning.
 
     A response that ended by itself is valid under any finish reason: an unknown word is kept. A filter and the token
-    limit may leave no text. Otherwise, a message without text is no response.
+    limit may leave no text. A message with reasoning and no answer is unfinished thinking. Otherwise, a message without
+    text is no response.
 
     Args:
         message: The model's message.
         reason: The finish_reason.
+        thinking: How reasoning inside the text is marked.
 
     Raises:
         ValueError: There is no response, or an incomplete one.
@@ -185,16 +206,28 @@ def read_answer(message: Mapping[str, Any], reason: object) -> tuple[str, str, s
         refusal = refusal or next((part for part in refused if part), None)
     if isinstance(refusal, str):
         refusal = refusal.strip()
+    separate = read_reasoning(message)
     if refusal:
-        return (refusal if isinstance(refusal, str) else content or ""), "refusal", named
+        return (refusal if isinstance(refusal, str) else content or ""), "refusal", named, separate
     if word in BROKEN:
         raise ValueError(f"finish_reason {named!r}: the answer did not end")
-    for words, known in ((FILTERED, "content_filter"), (LENGTH, "length"), (REFUSED, "refusal")):
-        if word in words:
-            return content or "", known, named
-    if content is None or not (content or word):
+    known = next((known for words, known in KNOWN if word in words), None)
+    parts = thinking.split(content or "")
+    reasoning = separate or parts.reasoning
+    if known in (None, "length") and (parts.unfinished or (separate and not content)):
+        return "", THINKING_UNFINISHED, named, reasoning
+    if known is None and (content is None or not (content or word)):
         raise ValueError(f"finish_reason {named!r} with a content of type {type(message.get('content')).__name__}")
-    return content, named or UNKNOWN, named
+    return parts.answer, known or named or UNKNOWN, named, reasoning
+
+
+def read_reasoning(message: Mapping[str, Any]) -> str:
+    """Returns the reasoning that a server returns beside the answer; empty for none.
+
+    Args:
+        message: The model's message.
+    """
+    return next((given.strip() for name in REASONING if isinstance(given := message.get(name), str) and given), "")
 
 
 def read_text(content: object) -> str | None:

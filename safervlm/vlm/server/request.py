@@ -15,6 +15,7 @@ from safervlm.vlm.server.host import Host
 from safervlm.vlm.server.outcomes import Outcome, Refused, TransientFailure, Untaken, meaning, refused
 from safervlm.vlm.server.reading import Completion, Unnamed, parsed, read_completion
 from safervlm.vlm.server.transport import BodyError, BodyTooLargeError, client_for
+from safervlm.vlm.thinking import Thinking
 
 
 class Requests:
@@ -30,6 +31,7 @@ class Requests:
         max_count: Largest plausible number of tokens.
         concurrency: Number of connections to keep alive.
         tell: Callback that receives the log entry of each request.
+        thinking: How reasoning inside a response is marked.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class Requests:
         max_count: int,
         concurrency: int,
         tell: Callable[[dict[str, Any]], None],
+        thinking: Thinking,
     ) -> None:
         self.hosts, self.has_key, self.variable, self.timeout = hosts, key is not None, variable, timeout
-        self.max_count, self.tell, self.cleaner = max_count, tell, Cleaner(key)
+        self.max_count, self.tell, self.cleaner, self.thinking = max_count, tell, Cleaner(key), thinking
         for host in hosts:
             host.client = openai.AsyncOpenAI(
                 base_url=host.address,
@@ -115,7 +118,7 @@ class Requests:
             body = parsed(response.content, response.charset_encoding)
             if isinstance(body, Mapping) and body.get("error") and not body.get("choices"):
                 return self._error_inside(host, sent, body["error"], told), None
-            completion = read_completion(body, self.max_count)
+            completion = read_completion(body, self.max_count, self.thinking)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             said = f"{type(error).__name__}: {clean(first_line(error))}"
             told |= {"result": "malformed", "detail": f"{said}; the body: {clean(response.text)}"}
@@ -135,7 +138,8 @@ class Requests:
         if count > sent.get("max_completion_tokens", count):
             told["result"] = "too long"
             return Untaken("max_completion_tokens", "it is passed over")
-        return Generation(Unnamed(count), self.cleaner.answer(completion.text), reason)
+        texts = self.cleaner.answer(completion.text), self.cleaner.answer(completion.reasoning)
+        return Generation(Unnamed(count), texts[0], reason, texts[1])
 
     def _error_inside(self, host: Host, sent: Mapping[str, Any], error: object, told: dict[str, Any]) -> Outcome:
         """Returns the outcome of an error object in a response with status 200, as if its code were the status."""
