@@ -15,6 +15,7 @@ from safervlm.judging.classifier import Judge
 from safervlm.manifest import stage_name
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range
+from safervlm.records import THINKING_UNFINISHED
 from safervlm.run import write_stage
 from safervlm.statistics.differences import difference_of_items
 from safervlm.vlm.base import must_be_answered
@@ -164,6 +165,8 @@ class GenerationCheck(Callback):
     def flagged(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, bool]:
         """Asks the policy about the held-out safe images and classifies the responses.
 
+        A response that ended inside its reasoning calls no image Unsafe.
+
         Args:
             trainer: the trainer; its data module provides the validation batches.
             pl_module: the objective, whose ``vlm`` is the policy.
@@ -175,11 +178,13 @@ class GenerationCheck(Callback):
         place = {question: number for number, question in enumerate(questions)}
         flags = torch.zeros(len(questions), dtype=torch.float64, device=pl_module.device)
         for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
-            answers = pl_module.vlm.generate(batch.to(pl_module.device), self.sampling, seed_for("generation-check"))  # type: ignore[operator, union-attr]
-            labels = self.judge.judge([answer.text for answer in must_be_answered(answers)]).argmax(-1).tolist()
-            for label, question in zip(labels, batch.questions, strict=True):
+            given = pl_module.vlm.generate(batch.to(pl_module.device), self.sampling, seed_for("generation-check"))  # type: ignore[operator, union-attr]
+            answers = must_be_answered(given)
+            labels = self.judge.judge([answer.text for answer in answers]).argmax(-1).tolist()
+            for label, question, answer in zip(labels, batch.questions, answers, strict=True):
                 if question.answer == SAFE:
-                    flags[place[question.id]] = float(self.judge.labels[label] == UNSAFE)
+                    says = self.judge.labels[label] == UNSAFE and answer.finish_reason != THINKING_UNFINISHED
+                    flags[place[question.id]] = float(says)
         # Each process asks about its own share of the images, and each image is asked about by one process.
         flags = trainer.strategy.reduce(flags, reduce_op="sum")
         return {question: bool(flag) for question, flag in zip(questions, flags.tolist(), strict=True)}

@@ -6,9 +6,15 @@ from lightning import Callback, LightningModule, Trainer
 
 from safervlm.io.tables import say, show_table, write_csv, write_workbook
 from safervlm.reports.tables import accuracy_table, other_table
+from safervlm.results.measures import UnfinishedAs
 from safervlm.results.runs import load_run
+<<<<<<< HEAD
 from safervlm.results.scores import by_category, scores
 from safervlm.run_folder import RunFolder
+=======
+from safervlm.results.scores import by_category, scores, unfinished_in
+from safervlm.vlm.thinking import many_unfinished
+>>>>>>> 3925958 (Unfinished thinking has its own count in every table)
 
 
 class ScoreTable(Callback):
@@ -17,7 +23,14 @@ class ScoreTable(Callback):
     The callback reads ``responses.jsonl`` and ``verdicts.jsonl``, so it must come after the callbacks that write them.
     If no question has a response, or no response a verdict, it prints one line and writes nothing. Only the first
     process scores.
+
+    Args:
+        thinking_unfinished: How responses count that ended inside their reasoning, without an answer: ``apart`` excludes
+            them and counts them separately, ``N/A`` and ``wrong`` count them as such.
     """
+
+    def __init__(self, thinking_unfinished: UnfinishedAs = "apart") -> None:
+        self.thinking_unfinished = thinking_unfinished
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes and prints the scores.
@@ -37,8 +50,16 @@ class ScoreTable(Callback):
             if file.is_file() and not file.stat().st_size:
                 say(f"{run.name}: no {what}, so there is nothing to score")
                 return
+<<<<<<< HEAD
         table = scores(load_run(run))
         write_csv(files.scores, table)
+=======
+        frame = load_run(run, self.thinking_unfinished)
+        table = scores(frame)
+        write_csv(run / "scores.csv", table)
+>>>>>>> 3925958 (Unfinished thinking has its own count in every table)
         write_workbook(run / "scores.xlsx", {"by category": by_category(table), "scores": table})
         show_table(accuracy_table(table, title=f"{run.name}: accuracy in %"))
         show_table(other_table(table, title=f"{run.name}: gap and over-flagging in %, diversity"))
+        if line := many_unfinished(run.name, unfinished_in(frame), len(frame)):
+            say(line)

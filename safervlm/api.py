@@ -23,18 +23,20 @@ from safervlm.cli.messages import one_line
 from safervlm.errors import ArgumentError, RecordError, UserError
 from safervlm.io.boundary import causes
 from safervlm.io.reading import read_object
+from safervlm.io.tables import say
 from safervlm.judging.classifier import BATCH_SIZE, WEIGHTS, Judge
 from safervlm.protocol import LABELS, NOT_APPLICABLE
 from safervlm.ranges import in_range
 from safervlm.recipes import local_or_shipped
-from safervlm.records import Example, Question
+from safervlm.records import THINKING_UNFINISHED, Example, Question
 from safervlm.reports.figures import STYLE, plot_gap
 from safervlm.reports.runs import Run, run_names
 from safervlm.results.runs import load_run
-from safervlm.vlm.base import VLM, must_be_answered
+from safervlm.vlm.base import VLM, Generation, must_be_answered
 from safervlm.vlm.family import family_of
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.thinking import many_unfinished
 
 AnyImage = str | Path | Image.Image | None
 AnyRun = str | Path | pd.DataFrame
@@ -192,7 +194,7 @@ class LoadedVLM:
             batch_size: Number of questions that are answered at once.
 
         Returns:
-            The response; a list of responses if ``image`` or ``question`` is a list.
+            The response without reasoning, empty if the model did not finish its thinking; a list of responses if ``image`` or ``question`` is a list.
 
         Raises:
             ArgumentError: Lists of different lengths, or something that is no image or no text.
@@ -208,13 +210,17 @@ class LoadedVLM:
             )
         count = 0 if 0 in (len(images), len(questions)) else max(len(images), len(questions))
         images, questions = (_repeated(images, count), _repeated(questions, count))
-        answers: list[str] = []
+        answers: list[Generation] = []
         with ExitStack() as files:
             examples = [Example(each) for each in _questions(images, questions, files)]
             for start in range(0, count, batch_size):
                 batch = self.vlm.collator(examples[start : start + batch_size]).to(self.device)
-                answers += [each.text for each in must_be_answered(self.vlm.generate(batch, sampling, seed))]
-        return answers[0] if one else answers
+                answers += must_be_answered(self.vlm.generate(batch, sampling, seed))
+        unfinished = sum(each.finish_reason == THINKING_UNFINISHED for each in answers)
+        if line := many_unfinished("answer", unfinished, len(answers)):
+            say(line)
+        texts = [each.text for each in answers]
+        return texts[0] if one else texts
 
     def score(self, image: AnyImage, question: str, completions: str | Iterable[str]) -> pd.DataFrame:
         """Computes how probable responses to a question are; the most probable of several is the one it prefers.

@@ -43,6 +43,7 @@ from safervlm.objectives.functional import (
 )
 from safervlm.protocol import LABELS
 from safervlm.ranges import in_range
+from safervlm.records import THINKING_UNFINISHED
 from safervlm.vlm.base import Batch, Generation, Scores, must_be_answered
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.sampling import Sampling
@@ -225,6 +226,7 @@ class PPO(Objective):
                 column.append(F.pad(tensor, (0, length - tensor.shape[1])))
         mask, logprobs, reference, values = (torch.cat(column) for column in columns)
 
+        # The text is the answer, without reasoning; unfinished thinking has an empty one.
         verdicts = self.judge.judge([answer.text for answer in answers]).to(self.device)
         labels = torch.tensor([self.judge.labels.index(q.answer) for q in batch.questions], device=self.device)
         judged = verdicts.gather(1, labels[:, None])[:, 0]
@@ -240,15 +242,18 @@ class PPO(Objective):
         rewards = token_rewards(earned, logprobs, reference, mask, self.kl_coef, self.reward_scale)
         advantages = gae(rewards, values, mask, self.gamma, self.lam)
         returns = advantages + values
+        answered = torch.tensor([answer.finish_reason != THINKING_UNFINISHED for answer in answers], device=self.device)
         metrics = {
             "reward": earned.mean(),
             "judged": judged.mean(),
-            "accuracy": (verdicts.argmax(-1) == labels).float().mean(),
+            "accuracy": ((verdicts.argmax(-1) == labels) & answered).sum() / answered.sum().clamp(min=1),
             "kl": ((logprobs - reference) * mask).sum(-1).mean(),
             "length": lengths.float().mean(),
             "stopped": stopped.float().mean(),
             "explained_variance": explained_variance(returns[mask], values[mask]),
         }
+        if self.vlm.thinking.marks:
+            metrics["thinking_unfinished"] = 1 - answered.float().mean()
         return Rollout(
             batch, answers, mask, logprobs, values, whiten(advantages, mask, self.sum_over_ranks), returns, metrics
         )

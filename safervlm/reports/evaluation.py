@@ -34,6 +34,7 @@ from safervlm.reports.suite_tables import (
     shown_side_by_side,
 )
 from safervlm.reports.tables import records
+from safervlm.results.measures import UnfinishedAs
 from safervlm.results.suite import GROUPS, Column, Evaluation, columns, estimates, evaluate, load_suite
 from safervlm.results.suite_differences import compare_suites, flips
 from safervlm.run import refuse_while_at_work
@@ -42,7 +43,7 @@ from safervlm.run_folder import RunFolder
 FLIPS = 6  # number shown on the page per direction, run and group of datasets
 
 
-def evaluation(runs: list[Path], out: Path | None = None) -> Path:
+def evaluation(runs: list[Path], out: Path | None = None, thinking_unfinished: UnfinishedAs = "apart") -> Path:
     """Compares the evaluations of several models in one table, the first being the original.
 
     Next to FILE.html it writes FILE.csv (every number with its intervals), FILE_differences.csv (from the first run),
@@ -52,6 +53,8 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
         runs: Run folders that contain an evaluation (`safervlm evaluate`), or the folders of evaluations. The first is
             the original, with which the others are compared.
         out: The HTML file to write; by default evaluation.html in the first run's folder.
+        thinking_unfinished: How responses count that ended inside their reasoning, without an answer: "apart" excludes
+            them and counts them separately, "N/A" and "wrong" count them as such.
 
     Returns:
         The path of the page.
@@ -69,6 +72,7 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
         raise ArgumentError(f"out: the table is a page, {str(out)!r} must end in .html")
     refuse_to_replace_page(out, "evaluation", ".csv", "_table.csv", "_differences.csv", ".xlsx", ".tex")
     paths = [Path(run) for run in runs]
+<<<<<<< HEAD
     names = run_names(
         [
             path.resolve().parent if RunFolder(path.resolve().parent).evaluation == path.resolve() else path
@@ -76,6 +80,10 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
         ]
     )
     loaded, unread = read_suites(paths, names)
+=======
+    names = run_names([path.resolve().parent if path.resolve().name == FOLDER else path for path in paths])
+    loaded, unread = read_suites(paths, names, thinking_unfinished)
+>>>>>>> 3925958 (Unfinished thinking has its own count in every table)
     original = loaded[0] if loaded[0].name == names[0] else None
     names = [each.name for each in loaded]
     wanted = columns(loaded)
@@ -112,12 +120,15 @@ def evaluation(runs: list[Path], out: Path | None = None) -> Path:
     return out
 
 
-def read_suites(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[Evaluation], list[str]]:
+def read_suites(
+    paths: Sequence[Path], names: Sequence[str], unfinished: UnfinishedAs = "apart"
+) -> tuple[list[Evaluation], list[str]]:
     """Loads the evaluations that can be read, and reports those that can't.
 
     Args:
         paths: the run folders.
         names: the runs' names, in the same order; the first is the original.
+        unfinished: see :func:`safervlm.results.runs.load_run`.
 
     Returns:
         The evaluations, and a sentence on each run that is excluded.
@@ -131,7 +142,7 @@ def read_suites(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[Evalu
         try:
             folder = folder_of(path)
             refuse_while_at_work(folder)
-            each = load_suite(folder, name)
+            each = load_suite(folder, name, unfinished)
             for column in columns([each]):
                 if column.measure == "mme":
                     estimates(each, column)  # raises for a dataset that MME's rule can't score

@@ -6,11 +6,12 @@ from safervlm.protocol import CAPABILITIES
 from safervlm.records import read_jsonl
 from safervlm.reports.evaluation import evaluation
 from safervlm.reports.page import report
+from safervlm.results.measures import UnfinishedAs
 from safervlm.run import read_manifest
 from safervlm.run_folder import RunFolder
 
 
-def report_runs(runs: list[Path], out: Path | None = None) -> Path:
+def report_runs(runs: list[Path], out: Path | None = None, thinking_unfinished: UnfinishedAs = "apart") -> Path:
     """Reports measurements on a page with tables and plots, or evaluations in one table; the first run is the baseline.
 
     Next to FILE.html it writes every number as FILE.csv and FILE.xlsx, and tables as FILE.tex. Folders that hold a
@@ -19,6 +20,8 @@ def report_runs(runs: list[Path], out: Path | None = None) -> Path:
     Args:
         runs: Run folders of measurements or evaluations. The first is the baseline, with which the others are compared.
         out: The HTML file to write; by default report.html, or evaluation.html, in the first run's folder.
+        thinking_unfinished: How responses count that ended inside their reasoning, without an answer: "apart" excludes
+            them and counts them separately, "N/A" and "wrong" count them as such.
 
     Returns:
         The path of the page.
@@ -30,7 +33,8 @@ def report_runs(runs: list[Path], out: Path | None = None) -> Path:
     """
     paths = list(map(Path, runs))
     measured = all(map(holds_measurement, paths))
-    return evaluation(paths, out) if not measured and any(map(holds_evaluation, paths)) else report(paths, out)
+    evaluated = not measured and any(map(holds_evaluation, paths))
+    return (evaluation if evaluated else report)(paths, out, thinking_unfinished)
 
 
 def holds_measurement(run: Path) -> bool:

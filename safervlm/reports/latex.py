@@ -25,7 +25,8 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
     side_by_side = pd.DataFrame(
         {
             str(name): {COLUMNS[column][0]: shown(COLUMNS[column][1], row[column]) for column in COLUMNS}
-            | {"N/A": percent(row["na_rate"]), "answers": str(row["n"])}
+            | {"N/A": percent(row["na_rate"]), "thinking unfinished": str(row["thinking_unfinished"])}
+            | {"answers": str(row["n"])}
             for name, row in zip(comparison.index, records(comparison), strict=True)
         }
     )
@@ -42,6 +43,7 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
                 "category": row["category"],
                 "n": str(row["n"]),
                 "N/A": percent(row["na_rate"]),
+                "thinking unfinished": str(row["thinking_unfinished"]),
                 "N/A as wrong": with_interval(row["accuracy_na_wrong"], row["low_na_wrong"], row["high_na_wrong"]),
                 "N/A excluded": with_interval(row["accuracy"], row["low"], row["high"]),
                 "varies": row["varies"],
@@ -50,7 +52,7 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
             for row in records(by_category(run.scores))
         ]
         caption = f"{run.name}: accuracy in percent with 95 % intervals. {JUDGE_NOTE}"
-        tables.append(latex_table(pd.DataFrame(rows), "lllrrrrll", caption, index=False))
+        tables.append(latex_table(pd.DataFrame(rows), "lllrrrrrll", caption, index=False))
     return "% \\usepackage{booktabs}\n\n" + "\n".join(tables)
 
 

@@ -37,13 +37,19 @@ from safervlm.results.measures import (
     OVER_FLAGGING,
     OVERALL,
     THESE_CONCEPTS,
+    UnfinishedAs,
     concept_gaps,
     modality_gap,
     paired_difference,
 )
+<<<<<<< HEAD
 from safervlm.results.scores import by_category, category_order, compare, overall
 from safervlm.run_folder import RunFolder
+=======
+from safervlm.results.scores import by_category, category_order, compare, overall, unfinished_in
+>>>>>>> 3925958 (Unfinished thinking has its own count in every table)
 from safervlm.statistics.diversity import SUBSAMPLES, TEXTS, TOO_FEW
+from safervlm.vlm.thinking import many_unfinished
 
 CAPABILITY_TITLES = {
     "alignment": "Alignment: is the image safe?",
@@ -60,7 +66,7 @@ NOTES = (
 )
 
 
-def report(runs: list[Path], out: Path | None = None) -> Path:
+def report(runs: list[Path], out: Path | None = None, thinking_unfinished: UnfinishedAs = "apart") -> Path:
     """Writes a report of one or several runs: a page with tables and plots.
 
     Next to FILE.html it writes FILE.csv (every score), FILE_overall.csv (the runs side by side), FILE.xlsx and
@@ -70,6 +76,8 @@ def report(runs: list[Path], out: Path | None = None) -> Path:
         runs: Run folders that contain responses.jsonl and verdicts.jsonl. The first is the baseline, with which the
             others are compared.
         out: The HTML file to write; by default report.html in the first run's folder.
+        thinking_unfinished: How responses count that ended inside their reasoning, without an answer: "apart" excludes
+            them and counts them separately, "N/A" and "wrong" count them as such.
 
     Returns:
         The path of the page.
@@ -86,7 +94,7 @@ def report(runs: list[Path], out: Path | None = None) -> Path:
     if out.suffix != ".html":
         raise ArgumentError(f"out: the report is a page, {str(out)!r} must end in .html")
     refuse_to_replace_page(out, "report", ".csv", "_overall.csv", ".xlsx", ".tex")
-    loaded = load_runs(runs)
+    loaded = load_runs(runs, thinking_unfinished)
     comparison = compare({run.name: run.scores for run in loaded})
     page = render(loaded, comparison, out)
     tex = latex_tables(loaded, comparison)
@@ -206,7 +214,8 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, An
         comparison: of :func:`safervlm.results.scores.compare`, for the same runs.
 
     Returns:
-        ``headings``: pairs of a column and its heading; ``rows``: per run its name, cells, na (share of N/A) and n.
+        ``headings``: pairs of a column and its heading; ``rows``: per run its name, cells, na (share of N/A),
+        unfinished (number of responses with unfinished thinking) and n.
     """
     columns = [column for column in COLUMNS if not column.endswith(("_na_left_out", "_published"))]
     values = records(comparison)
@@ -237,7 +246,8 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, An
                     "fewer": source["n"] if source is not None and source["method"] == TOO_FEW else None,
                 }
             )
-        rows.append({"name": run.name, "cells": cells, "na": row["na_rate"], "n": row["n"]})
+        counts = {"na": row["na_rate"], "unfinished": row["thinking_unfinished"], "n": row["n"]}
+        rows.append({"name": run.name, "cells": cells, **counts})
     return {"headings": [(column, COLUMNS[column][0]) for column in columns], "rows": rows}
 
 
@@ -313,6 +323,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         for run in runs
         if (number := missing(run))
     ]
+    said += [line for run in runs if (line := many_unfinished(run.name, unfinished_in(run.frame), len(run.frame)))]
     for column, (heading, measure, _, _) in COLUMNS.items():
         rows = [(run.name, overall(run.scores, column)) for run in runs] if measure == DIVERSITY else []
         few = [f"{name} ({row['n']} texts)" for name, row in rows if row is not None and row["method"] == TOO_FEW]

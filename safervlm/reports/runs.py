@@ -15,7 +15,7 @@ from safervlm.io.reading import read_object
 from safervlm.io.settings import flat
 from safervlm.io.tables import say
 from safervlm.protocol import CAPABILITIES
-from safervlm.results.measures import NEW_CONCEPTS, THESE_CONCEPTS
+from safervlm.results.measures import NEW_CONCEPTS, THESE_CONCEPTS, UnfinishedAs
 from safervlm.results.runs import load_run
 from safervlm.results.scores import overall, scores
 from safervlm.run import refuse_while_at_work
@@ -41,11 +41,12 @@ class Run:
     manifest: dict[str, dict[str, str]]
 
 
-def load_runs(folders: Sequence[Path]) -> list[Run]:
+def load_runs(folders: Sequence[Path], unfinished: UnfinishedAs = "apart") -> list[Run]:
     """Loads and scores runs.
 
     Args:
         folders: the run folders.
+        unfinished: see :func:`safervlm.results.runs.load_run`.
 
     Raises:
         ArgumentError: a folder is named twice.
@@ -56,7 +57,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     runs = []
     for path, name in zip(paths, run_names(paths), strict=True):
         refuse_while_at_work(path)
-        frame = load_run(path)
+        frame = load_run(path, unfinished)
         kinds = frame["capability"].value_counts()
         if others := {str(kind): int(count) for kind, count in kinds.items() if kind not in CAPABILITIES}:
             listed = ", ".join(f"{count} {kind}" for kind, count in others.items())

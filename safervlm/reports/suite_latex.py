@@ -8,7 +8,15 @@ import pandas as pd
 from safervlm.io.escape import for_latex, visible
 from safervlm.io.tables import JUDGE_NOTE
 from safervlm.reports.latex import latex_table
-from safervlm.reports.suite_tables import DIVERSITY_NOTE, LEVEL, held, interval, lines, shown_estimate
+from safervlm.reports.suite_tables import (
+    DIVERSITY_NOTE,
+    LEVEL,
+    counts_without_answer,
+    held,
+    interval,
+    lines,
+    shown_estimate,
+)
 from safervlm.reports.tables import records
 from safervlm.results.suite import GROUPS
 
@@ -36,8 +44,11 @@ def suite_latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Seq
             for cell, name in zip(column, names, strict=True):
                 row = found.get((name, line["column"], line["varies"]))
                 if line["first"]:
-                    missing = f"{row['missing']} missing" if row and row["missing"] else ""
-                    cell += [shown_estimate(row["unit"], row["value"]), interval(row), missing] if row else ["-"]
+                    if row:
+                        numbers = shown_estimate(row["unit"], row["value"]), interval(row)
+                        cell += [*numbers, *counts_without_answer(row)]
+                    else:
+                        cell.append("-")
                 elif row:
                     cell.append(interval(row).replace("[", "(").replace("]", ")"))
         if cells:

@@ -11,8 +11,10 @@ from safervlm.io.tables import EXCLUDED, JUDGE_NOTE, TextTable
 from safervlm.reports.tables import records
 from safervlm.results.measures import THESE_CONCEPTS
 from safervlm.results.mme import ALL_TASKS
+from safervlm.results.scores import unfinished_in
 from safervlm.results.suite import NOT_MEASURED, Column, Evaluation
 from safervlm.statistics.diversity import NO_INTERVAL, SUBSAMPLES, TEXTS, TOO_FEW
+from safervlm.vlm.thinking import many_unfinished
 
 LEVEL = 0.05
 DIVERSITY_NOTE = (
@@ -56,13 +58,25 @@ def interval(row: dict[str, Any], signed: bool = False) -> str:
 
 
 def estimate_with_interval(row: dict[str, Any]) -> str:
-    """Formats a number with its interval, ``94.1 [90.2, 97.0]``, and how many responses or ratings are missing.
+    """Formats a number with its interval, ``94.1 [90.2, 97.0]``, and how many answers or ratings there are not.
 
     Args:
         row: of :func:`safervlm.results.suite.evaluate`.
     """
-    missing = f"({row['missing']} missing)" if row["missing"] else ""
-    return " ".join(filter(None, (shown_estimate(row["unit"], row["value"]), interval(row), missing)))
+    counts = ", ".join(counts_without_answer(row))
+    return " ".join(
+        filter(None, (shown_estimate(row["unit"], row["value"]), interval(row), f"({counts})" if counts else ""))
+    )
+
+
+def counts_without_answer(row: dict[str, Any]) -> list[str]:
+    """States how many responses or ratings are missing, and how many responses ended inside their reasoning.
+
+    Args:
+        row: of :func:`safervlm.results.suite.evaluate`.
+    """
+    counts = {"missing": row["missing"], "thinking unfinished": row["thinking_unfinished"]}
+    return [f"{count} {what}" for what, count in counts.items() if count]
 
 
 def lines(long: pd.DataFrame) -> list[dict[str, Any]]:
@@ -179,7 +193,7 @@ def remarks(
 ) -> list[str]:
     """Lists remarks that are needed to interpret the numbers.
 
-    They state unfinished evaluations, missing responses, the share of N/A, diversity of few texts, unexpected reasons
+    They state unfinished evaluations, missing responses, the share of N/A, unfinished thinking, diversity of few texts, unexpected reasons
     why an interval or a difference is missing, runs of other base models, and the simulated coverage of each interval
     method.
 
@@ -213,6 +227,9 @@ def remarks(
         if len(often):
             parts = [f"{100 * row['na_rate']:.0f} % of {row['heading']}" for row in records(often)]
             said.append(f"{each.name}: N/A, which counts as wrong, is {'; '.join(parts)}")
+        every = pd.concat([each.answers, each.unfinished])
+        if line := many_unfinished(each.name, unfinished_in(every), len(every)):
+            said.append(line)
         few = mine[mine["method"] == TOO_FEW]
         if len(few):
             parts = [f"{row['heading']} ({row['n']} texts)" for row in records(few)]

@@ -32,6 +32,8 @@ def comparison_table(comparison: pd.DataFrame) -> TextTable:
     for column, (heading, measure, _, _) in COLUMNS.items():
         table.add_row(heading, *(shown(measure, value) for value in comparison[column]))
     table.add_row("N/A, share of all answers", *map(percent, comparison["na_rate"]))
+    if comparison["thinking_unfinished"].any():
+        table.add_row("thinking unfinished", *map(str, comparison["thinking_unfinished"]))
     table.add_row("answers", *map(str, comparison["n"]))
     return table
 
@@ -47,7 +49,8 @@ def accuracy_table(table: pd.DataFrame, title: str = "Accuracy") -> TextTable:
     caption = "\n".join(["95 % intervals", *methods(table), JUDGE_NOTE])
     printed = TextTable(title=title, caption=caption, box=SIMPLE_HEAD)
     printed.add_column("category")
-    for heading in ("n", "N/A", "N/A as wrong", "N/A excluded"):
+    inside = any(row["thinking_unfinished"] for row in rows)
+    for heading in ("n", "N/A", *(["thinking unfinished"] if inside else []), "N/A as wrong", "N/A excluded"):
         printed.add_column(heading, justify="right")
     part = None
     for row in rows:
@@ -59,9 +62,8 @@ def accuracy_table(table: pd.DataFrame, title: str = "Accuracy") -> TextTable:
         left_out = with_interval(row["accuracy"], row["low"], row["high"])
         whole = row["category"] == OVERALL
         name = f"{OVERALL}, {row['varies']}" if whole and row["varies"] else row["category"]
-        printed.add_row(
-            f"  {name}", str(row["n"]), percent(row["na_rate"]), wrong, left_out, style="bold" if whole else None
-        )
+        counted = [str(row["n"]), percent(row["na_rate"]), *([str(row["thinking_unfinished"])] if inside else [])]
+        printed.add_row(f"  {name}", *counted, wrong, left_out, style="bold" if whole else None)
     return printed
 
 

@@ -39,6 +39,21 @@ def mme_images(part: pd.DataFrame) -> pd.DataFrame:
     return images[["category", "image", "value", "both"]]
 
 
+def pair_answers(answers: pd.DataFrame, unanswered: pd.DataFrame, unfinished: pd.DataFrame) -> pd.DataFrame:
+    """Returns the responses to MME's pairs of questions, and the questions without a response, which count as wrong.
+
+    An image with unfinished thinking is excluded, because both of its questions are needed.
+
+    Args:
+        answers: responses that count.
+        unanswered: questions without a response.
+        unfinished: responses that ended inside their reasoning.
+    """
+    part = pd.concat([answers, unanswered])
+    inside = set(zip(unfinished["category"], unfinished["image"], strict=True))
+    return part[[pair not in inside for pair in zip(part["category"], part["image"], strict=True)]]
+
+
 def mme_score(images: pd.DataFrame) -> float:
     """Computes MME's score: the sum over the tasks of the mean of their images' values.
 

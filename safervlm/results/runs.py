@@ -9,9 +9,15 @@ from safervlm.errors import RecordError, explained
 from safervlm.io.tables import say
 from safervlm.judging import rules
 from safervlm.protocol import LABELS, NOT_APPLICABLE, SAFE, UNSAFE
+<<<<<<< HEAD
 from safervlm.records import Failure, Question, Response, Verdict, by_id, read_records
 from safervlm.results.measures import NO_SIDE, OVERALL
 from safervlm.run_folder import RunFolder
+=======
+from safervlm.records import RESPONSES, UNJUDGED, VERDICTS, Failure, Question, Response, Verdict, by_id, read_records
+from safervlm.results.measures import LABEL_OF_UNFINISHED, NO_SIDE, OVERALL, UNFINISHED, UnfinishedAs
+from safervlm.vlm.thinking import answer_of, thinking_unfinished
+>>>>>>> 3925958 (Unfinished thinking has its own count in every table)
 
 Record = TypeVar("Record", Response, Verdict)
 
@@ -19,17 +25,19 @@ Record = TypeVar("Record", Response, Verdict)
 # --- reading a run ----------------------------------------------------------------------------------------------------
 
 
-def load_run(run: str | Path) -> pd.DataFrame:
+def load_run(run: str | Path, unfinished: UnfinishedAs = "apart") -> pd.DataFrame:
     """Loads the responses of a run with their verdicts, joined by id.
 
     Args:
         run: the run's folder, with ``responses.jsonl`` and ``verdicts.jsonl`` (not needed if all responses are rated).
+        unfinished: how responses count that ended inside their reasoning: ``apart``, as ``N/A`` or as ``wrong``.
 
     Returns:
         One row per response, in the order of ``responses.jsonl``: id, dataset, image, image_path (None for a question
-        about a name), capability, prompt_number, prompt, category, concept, answer (the right label), response, label
-        (the verdict's; empty for responses that are rated), probabilities (label -> probability), judge, side:
-        ``unsafe`` or ``safe`` by the right label, else ``-``, and drawn (see :class:`safervlm.records.Question`).
+        about a name), capability, prompt_number, prompt, category, concept, answer (the right label), response (without
+        reasoning), label (the verdict's; empty for responses that are rated; ``thinking unfinished`` for those that
+        count apart), probabilities (label -> probability), judge, side: ``unsafe`` or ``safe`` by the right label, else
+        ``-``, drawn (see :class:`safervlm.records.Question`), and unfinished: whether the thinking is.
         Responses that are listed as not judgeable are excluded with a message.
 
     Raises:
@@ -86,6 +94,9 @@ def load_run(run: str | Path) -> pd.DataFrame:
             )
         if question.capability != "rated":
             _check_labels(run, question, verdict)
+        label, inside = verdict.label, thinking_unfinished(response)
+        if inside:
+            label = UNFINISHED if question.capability == "rated" else LABEL_OF_UNFINISHED[unfinished]
         rows.append(
             {
                 "id": name,
@@ -99,16 +110,17 @@ def load_run(run: str | Path) -> pd.DataFrame:
                 "category": _arrow(question.category) if question.category != OVERALL else f"{OVERALL} (a category)",
                 "concept": _arrow(question.concept),
                 "answer": question.answer,
-                "response": response.response,
-                "label": verdict.label,
+                "response": answer_of(response.response),
+                "label": label,
                 "probabilities": verdict.probabilities,
                 "judge": verdict.judge,
                 "side": {UNSAFE: "unsafe", SAFE: "safe"}.get(question.answer, NO_SIDE),
                 "drawn": question.drawn,
+                "unfinished": inside,
             }
         )
     # dtype object keeps None, and texts that Arrow's strings reject (unpaired surrogates).
-    return pd.DataFrame(rows, dtype=object).astype({"prompt_number": int, "drawn": bool})
+    return pd.DataFrame(rows, dtype=object).astype({"prompt_number": int, "drawn": bool, "unfinished": bool})
 
 
 def _check_labels(run: Path, question: Question, verdict: Verdict) -> None:

@@ -24,12 +24,30 @@ from safervlm.io.tables import EXCLUDED
 from safervlm.judging.rating import Rating
 from safervlm.judging.rules import occurs
 from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
+<<<<<<< HEAD
 from safervlm.records import Failure, read_records
 from safervlm.results.measures import NEW_CONCEPTS, THESE_CONCEPTS, Counts, Estimate, proportion
 from safervlm.results.mme import ALL_TASKS, COGNITION_TASKS, PERCEPTION_TASKS, mme_images, mme_score
 from safervlm.results.runs import load_run
 from safervlm.run import read_manifest
 from safervlm.run_folder import RunFolder
+=======
+from safervlm.records import FAILED, UNJUDGED, Failure, read_records
+from safervlm.results.measures import (
+    NEW_CONCEPTS,
+    THESE_CONCEPTS,
+    UNFINISHED,
+    Counts,
+    Estimate,
+    UnfinishedAs,
+    finished,
+    proportion,
+)
+from safervlm.results.mme import ALL_TASKS, COGNITION_TASKS, PERCEPTION_TASKS, mme_images, mme_score, pair_answers
+from safervlm.results.runs import load_run
+from safervlm.results.scores import unfinished_in
+from safervlm.run import MANIFEST, read_manifest
+>>>>>>> 3925958 (Unfinished thinking has its own count in every table)
 from safervlm.statistics.diversity import diversity, published_diversity
 from safervlm.statistics.intervals import (
     BY_IMAGE,
@@ -69,6 +87,7 @@ class Evaluation:
         answers: judged responses, of :func:`safervlm.results.runs.load_run`.
         unanswered: id, dataset, capability, category, image, answer, drawn, reason and side of the questions without a
             response, or with one that could not be judged.
+        unfinished: rows of the responses that ended inside their reasoning, if they count apart.
         ratings: id, dataset, capability, category, image, prompt, answer (the reference), side, drawn, reference and
             response (their ratings) and judge of the rated responses, one row per question; averaged over both orders
             if both were requested. NaN: missing.
@@ -79,6 +98,7 @@ class Evaluation:
     answers: pd.DataFrame
     unanswered: pd.DataFrame
     ratings: pd.DataFrame
+    unfinished: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -153,24 +173,24 @@ class Column:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load_suite(folder: str | Path, name: str) -> Evaluation:
+def load_suite(folder: str | Path, name: str, unfinished: UnfinishedAs = "apart") -> Evaluation:
     """Loads the run folder of an evaluation.
 
     Args:
         folder: contains ``responses.jsonl``, ``verdicts.jsonl``, and ``ratings.jsonl`` if LLaVABench was rated.
         name: the model's name in all tables.
+        unfinished: see :func:`safervlm.results.runs.load_run`.
 
     Raises:
         RecordError: see :func:`safervlm.results.runs.load_run`; or a file of failures or ratings, or the manifest,
             can't be read.
     """
     folder = Path(folder)
-    answers = load_run(folder)
+    answers = load_run(folder, unfinished)
     nameless = answers[(answers["capability"] == "alignment") & (answers["concept"] == "")]["dataset"].unique()
     # Custom images without concepts are not part of the unsafe concepts and their safe counterpart.
     own = (answers["capability"] == "alignment") & answers["dataset"].isin(nameless)
     answers["capability"] = answers["capability"].mask(own, "generalisation")
-    judged = answers["capability"] != "rated"
     failures: list[Failure] = []
     files = RunFolder(folder)
     for file, remedy in ((files.failed, "ask the questions again"), (files.unjudged, "judge the answers again")):
@@ -184,7 +204,9 @@ def load_suite(folder: str | Path, name: str) -> Evaluation:
         dtype=object,
     ).astype({"drawn": bool})
     unanswered["side"] = unanswered["answer"].map({UNSAFE: "unsafe", SAFE: "safe"}).fillna("-")
-    return Evaluation(name, folder, answers[judged], unanswered, load_ratings(folder, answers[~judged]))
+    answers, inside = finished(answers), answers[answers["label"] == UNFINISHED]
+    judged = answers["capability"] != "rated"
+    return Evaluation(name, folder, answers[judged], unanswered, load_ratings(folder, answers[~judged]), inside)
 
 
 def load_ratings(folder: Path, rated: pd.DataFrame) -> pd.DataFrame:
@@ -247,7 +269,7 @@ def columns(evaluations: Sequence[Evaluation]) -> list[Column]:
     Args:
         evaluations: the models that are compared.
     """
-    frames = [frame for e in evaluations for frame in (e.answers, e.ratings, e.unanswered) if len(frame)]
+    frames = [frame for e in evaluations for frame in (e.answers, e.ratings, e.unanswered, e.unfinished) if len(frame)]
     asked = pd.concat([frame[["dataset", "capability", "category", "drawn"]] for frame in frames])
     asked = asked.drop_duplicates()
     found = [column for column in _all_columns(asked) if any(len(column.part(e.answers)) for e in evaluations)]
@@ -323,8 +345,9 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
     Returns:
         The columns run, group, column, heading, detail, unit, value, low, high, varies, method (as in
         :func:`safervlm.results.scores.scores`), coverage (simulated, of the method), n (responses), images, na_rate
-        (the share of N/A among them), missing (questions without a response, or without a rating) and excludes (what
-        the interval does not include: the judge's error).
+        (the share of N/A among them), thinking_unfinished (responses that ended inside their reasoning), missing
+        (questions without a response, or without a rating) and excludes (what the interval does not include: the
+        judge's error).
 
     Raises:
         RecordError: MME's rule can't be applied, see :func:`safervlm.results.mme.mme_images`.
@@ -337,6 +360,7 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
             if column.measure == "ratio":
                 missing += int(part["response"].isna().sum())
                 part = part[part["response"].notna()]
+            inside = len(column.part(evaluation.unfinished)) + (0 if column.measure == "ratio" else unfinished_in(part))
             na = column.measure != "ratio" and len(part) > 0
             rows.append(
                 {
@@ -351,6 +375,7 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
                     "n": len(part),
                     "images": len(part[["dataset", "image"]].drop_duplicates()),
                     "na_rate": float((part["label"] == NOT_APPLICABLE).mean()) if na else np.nan,
+                    "thinking_unfinished": inside,
                     "missing": missing,
                     "excludes": "" if np.isnan(estimate.low) else EXCLUDED,
                 }
@@ -373,7 +398,7 @@ def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimat
     """
     part = column.part(evaluation.ratings if column.measure == "ratio" else evaluation.answers)
     if column.measure in ("mme", "both"):
-        part = pd.concat([part, column.part(evaluation.unanswered)])
+        part = pair_answers(*map(column.part, (evaluation.answers, evaluation.unanswered, evaluation.unfinished)))
     if column.measure == "ratio":
         part = part.dropna(subset=["response"])
     if not len(part):

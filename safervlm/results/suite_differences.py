@@ -8,7 +8,7 @@ import pandas as pd
 
 from safervlm.io.tables import EXCLUDED
 from safervlm.results.measures import NEW_CONCEPTS
-from safervlm.results.mme import mme_images
+from safervlm.results.mme import mme_images, pair_answers
 from safervlm.results.suite import (
     DIVERSITIES,
     NEW_IMAGES,
@@ -118,12 +118,14 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
     items = pd.DataFrame({"now": right[0], "before": right[1]}).dropna().astype(bool)  # what both answered
     lost, gained = int((items["before"] & ~items["now"]).sum()), int((items["now"] & ~items["before"]).sum())
     if column.measure in ("mme", "both"):
-        parts = (
-            pd.concat([part, column.part(e.unanswered)]) for part, e in zip(both, (evaluation, original), strict=True)
-        )
+        parts = [
+            pair_answers(*map(column.part, (e.answers, e.unanswered, e.unfinished))) for e in (evaluation, original)
+        ]
         which = "value" if column.measure == "mme" else "both"
         now, before = (mme_images(part).set_index(["category", "image"])[which] for part in parts)
-        change = (now - before).sort_index()  # pandas subtracts by index
+        change = (now - before).dropna().sort_index()  # pandas subtracts by index
+        if not len(change):
+            return Comparison(Difference(np.nan), method="none: no item has an answer in both")
         if column.measure == "both":
             lost, gained = int((change < 0).sum()), int((change > 0).sum())
             difference = difference_of_items(lost, gained, len(change))
@@ -154,7 +156,10 @@ def _incomparable(
     evaluation: Evaluation, original: Evaluation, column: Column, now: pd.DataFrame, before: pd.DataFrame
 ) -> str | None:
     """Returns the reason why the two must not be subtracted; None if they are comparable."""
-    asked = [{*part["id"], *column.part(e.unanswered)["id"]} for part, e in ((now, evaluation), (before, original))]
+    asked = [
+        {*part["id"], *column.part(e.unanswered)["id"], *column.part(e.unfinished)["id"]}
+        for part, e in ((now, evaluation), (before, original))
+    ]
     if asked[0] != asked[1]:
         return "they were asked other questions"
     pairs = now.merge(before, on="id", suffixes=("", "_before"))

@@ -45,6 +45,6 @@ def test_the_folders_decide(runs: list[str], kind: str, monkeypatch: pytest.Monk
     folder("smid", "generalisation")
     called = []
     for name in ("report", "evaluation"):
-        monkeypatch.setattr(kinds, name, lambda paths, out, name=name: called.append((name, paths)))
+        monkeypatch.setattr(kinds, name, lambda paths, *rest, name=name: called.append((name, paths)))
     kinds.report_runs([Path(run) for run in runs])
     assert called == [(kind, [Path(run) for run in runs])]

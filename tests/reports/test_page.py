@@ -239,7 +239,7 @@ def test_category_tables_equal_the_csv(dom, page, runs, name):
         if len(row) == 1:
             part = dom.parts[id(row)]
             continue
-        category, n, na, wrong, left_out, images, concepts, varies, method = row
+        category, n, na, unfinished, wrong, left_out, images, concepts, varies, method = row
         keys = {
             "category": category["text"],
             "capability": part["data-capability"],
@@ -253,6 +253,7 @@ def test_category_tables_equal_the_csv(dom, page, runs, name):
             assert cell["data"][0][1] == f"{100 * expected.value:.1f}"
             assert f"[{100 * expected.low:.1f}, {100 * expected.high:.1f}]" in cell["text"]
         assert int(n["text"]) == found.loc["accuracy_na_wrong"].n
+        assert int(unfinished["text"]) == found.loc["accuracy_na_wrong"].thinking_unfinished
         assert float(na["data"][0][0]) == pytest.approx(found.loc["accuracy_na_wrong"].na_rate)
         assert (int(images["text"]), int(concepts["text"])) == tuple(found.loc["accuracy", ["images", "concepts"]])
         assert method["text"] == found.loc["accuracy_na_wrong"].method

@@ -396,8 +396,8 @@ def test_a_question_with_a_special_token_is_refused(tmp_path: Path, examples: li
 
 def test_an_image_that_the_processor_cannot_take_fails_alone(tmp_path: Path, examples: list[Example]) -> None:
     """Qwen's processor rejects an image that is 200 times as wide as high; the other questions are asked."""
-    vlm = loaded(written(families.qwen2_vl, tmp_path))
-    vlm.images = ImageSettings(max_aspect_ratio=1000)  # our bound applies first
+    images = ImageSettings(max_aspect_ratio=1000)  # our bound applies first
+    vlm = loaded(written(families.qwen2_vl, tmp_path), images=images)
     Image.new("RGB", (900, 3)).save(tmp_path / "thin.png")
     thin = replace(
         examples[0], question=replace(examples[0].question, image_path=str(tmp_path / "thin.png"), id="thin")
