@@ -8,13 +8,9 @@ from safervlm.io.tables import say, show_table, write_csv, write_workbook
 from safervlm.reports.tables import accuracy_table, other_table
 from safervlm.results.measures import UnfinishedAs
 from safervlm.results.runs import load_run
-<<<<<<< HEAD
-from safervlm.results.scores import by_category, scores
-from safervlm.run_folder import RunFolder
-=======
 from safervlm.results.scores import by_category, scores, unfinished_in
+from safervlm.run_folder import RunFolder
 from safervlm.vlm.thinking import many_unfinished
->>>>>>> 3925958 (Unfinished thinking has its own count in every table)
 
 
 class ScoreTable(Callback):
@@ -50,14 +46,9 @@ class ScoreTable(Callback):
             if file.is_file() and not file.stat().st_size:
                 say(f"{run.name}: no {what}, so there is nothing to score")
                 return
-<<<<<<< HEAD
-        table = scores(load_run(run))
-        write_csv(files.scores, table)
-=======
         frame = load_run(run, self.thinking_unfinished)
         table = scores(frame)
-        write_csv(run / "scores.csv", table)
->>>>>>> 3925958 (Unfinished thinking has its own count in every table)
+        write_csv(files.scores, table)
         write_workbook(run / "scores.xlsx", {"by category": by_category(table), "scores": table})
         show_table(accuracy_table(table, title=f"{run.name}: accuracy in %"))
         show_table(other_table(table, title=f"{run.name}: gap and over-flagging in %, diversity"))

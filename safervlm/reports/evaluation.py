@@ -72,18 +72,13 @@ def evaluation(runs: list[Path], out: Path | None = None, thinking_unfinished: U
         raise ArgumentError(f"out: the table is a page, {str(out)!r} must end in .html")
     refuse_to_replace_page(out, "evaluation", ".csv", "_table.csv", "_differences.csv", ".xlsx", ".tex")
     paths = [Path(run) for run in runs]
-<<<<<<< HEAD
     names = run_names(
         [
             path.resolve().parent if RunFolder(path.resolve().parent).evaluation == path.resolve() else path
             for path in paths
         ]
     )
-    loaded, unread = read_suites(paths, names)
-=======
-    names = run_names([path.resolve().parent if path.resolve().name == FOLDER else path for path in paths])
     loaded, unread = read_suites(paths, names, thinking_unfinished)
->>>>>>> 3925958 (Unfinished thinking has its own count in every table)
     original = loaded[0] if loaded[0].name == names[0] else None
     names = [each.name for each in loaded]
     wanted = columns(loaded)

@@ -42,12 +42,8 @@ from safervlm.results.measures import (
     modality_gap,
     paired_difference,
 )
-<<<<<<< HEAD
-from safervlm.results.scores import by_category, category_order, compare, overall
-from safervlm.run_folder import RunFolder
-=======
 from safervlm.results.scores import by_category, category_order, compare, overall, unfinished_in
->>>>>>> 3925958 (Unfinished thinking has its own count in every table)
+from safervlm.run_folder import RunFolder
 from safervlm.statistics.diversity import SUBSAMPLES, TEXTS, TOO_FEW
 from safervlm.vlm.thinking import many_unfinished
 

@@ -9,15 +9,10 @@ from safervlm.errors import RecordError, explained
 from safervlm.io.tables import say
 from safervlm.judging import rules
 from safervlm.protocol import LABELS, NOT_APPLICABLE, SAFE, UNSAFE
-<<<<<<< HEAD
 from safervlm.records import Failure, Question, Response, Verdict, by_id, read_records
-from safervlm.results.measures import NO_SIDE, OVERALL
-from safervlm.run_folder import RunFolder
-=======
-from safervlm.records import RESPONSES, UNJUDGED, VERDICTS, Failure, Question, Response, Verdict, by_id, read_records
 from safervlm.results.measures import LABEL_OF_UNFINISHED, NO_SIDE, OVERALL, UNFINISHED, UnfinishedAs
+from safervlm.run_folder import RunFolder
 from safervlm.vlm.thinking import answer_of, thinking_unfinished
->>>>>>> 3925958 (Unfinished thinking has its own count in every table)
 
 Record = TypeVar("Record", Response, Verdict)
 

@@ -24,15 +24,7 @@ from safervlm.io.tables import EXCLUDED
 from safervlm.judging.rating import Rating
 from safervlm.judging.rules import occurs
 from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
-<<<<<<< HEAD
 from safervlm.records import Failure, read_records
-from safervlm.results.measures import NEW_CONCEPTS, THESE_CONCEPTS, Counts, Estimate, proportion
-from safervlm.results.mme import ALL_TASKS, COGNITION_TASKS, PERCEPTION_TASKS, mme_images, mme_score
-from safervlm.results.runs import load_run
-from safervlm.run import read_manifest
-from safervlm.run_folder import RunFolder
-=======
-from safervlm.records import FAILED, UNJUDGED, Failure, read_records
 from safervlm.results.measures import (
     NEW_CONCEPTS,
     THESE_CONCEPTS,
@@ -46,8 +38,8 @@ from safervlm.results.measures import (
 from safervlm.results.mme import ALL_TASKS, COGNITION_TASKS, PERCEPTION_TASKS, mme_images, mme_score, pair_answers
 from safervlm.results.runs import load_run
 from safervlm.results.scores import unfinished_in
-from safervlm.run import MANIFEST, read_manifest
->>>>>>> 3925958 (Unfinished thinking has its own count in every table)
+from safervlm.run import read_manifest
+from safervlm.run_folder import RunFolder
 from safervlm.statistics.diversity import diversity, published_diversity
 from safervlm.statistics.intervals import (
     BY_IMAGE,
