@@ -21,8 +21,8 @@ class ScoreTable(Callback):
     process scores.
 
     Args:
-        thinking_unfinished: How responses count that ended inside their reasoning, without an answer: ``apart`` excludes
-            them and counts them separately, ``N/A`` and ``wrong`` count them as such.
+        thinking_unfinished: How responses count that ended inside their reasoning, without an answer: ``apart``
+            excludes them and counts them separately, ``N/A`` and ``wrong`` count them as such.
     """
 
     def __init__(self, thinking_unfinished: UnfinishedAs = "apart") -> None:

@@ -194,7 +194,8 @@ class LoadedVLM:
             batch_size: Number of questions that are answered at once.
 
         Returns:
-            The response without reasoning, empty if the model did not finish its thinking; a list of responses if ``image`` or ``question`` is a list.
+            The response without reasoning, empty if the thinking is unfinished; a list of responses if ``image`` or
+            ``question`` is a list.
 
         Raises:
             ArgumentError: Lists of different lengths, or something that is no image or no text.

@@ -193,9 +193,9 @@ def remarks(
 ) -> list[str]:
     """Lists remarks that are needed to interpret the numbers.
 
-    They state unfinished evaluations, missing responses, the share of N/A, unfinished thinking, diversity of few texts, unexpected reasons
-    why an interval or a difference is missing, runs of other base models, and the simulated coverage of each interval
-    method.
+    They state unfinished evaluations, missing responses, the share of N/A, unfinished thinking, diversity of few texts,
+    unexpected reasons why an interval or a difference is missing, runs of other base models, and the simulated coverage
+    of each interval method.
 
     Args:
         long: of :func:`safervlm.results.suite.evaluate`, for all runs.

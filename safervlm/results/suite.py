@@ -337,9 +337,8 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
     Returns:
         The columns run, group, column, heading, detail, unit, value, low, high, varies, method (as in
         :func:`safervlm.results.scores.scores`), coverage (simulated, of the method), n (responses), images, na_rate
-        (the share of N/A among them), thinking_unfinished (responses that ended inside their reasoning), missing
-        (questions without a response, or without a rating) and excludes (what the interval does not include: the
-        judge's error).
+        (the share of N/A among them), thinking_unfinished (responses without an answer), missing (questions without a
+        response, or without a rating) and excludes (what the interval does not include: the judge's error).
 
     Raises:
         RecordError: MME's rule can't be applied, see :func:`safervlm.results.mme.mme_images`.

@@ -172,10 +172,13 @@ def llava_onevision(folder: Path) -> None:
     )
 
 
-def qwen(folder: Path, model: Any, config: Any, processor: str, patch: int, **vision: Any) -> None:
-    """The common part of the Qwen families, which preserve the aspect ratio of images."""
+def qwen(
+    folder: Path, model: Any, config: Any, processor: str, patch: int, marks: tuple[str, ...] = (), **vision: Any
+) -> None:
+    """The common part of the Qwen families, which preserve the aspect ratio of images; ``marks``: special tokens."""
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    names |= {f"mark_{number}": mark for number, mark in enumerate(marks)}
     words = tokenizer("<|im_end|>", start="<|im_start|>", first="<|vision_start|>", last="<|vision_end|>", **names)
     save(
         folder,
@@ -212,10 +215,45 @@ def qwen2_5_vl(folder: Path) -> None:
     qwen(folder, *parts, patch=14, **sizes, fullatt_block_indexes=[1], window_size=56)
 
 
-def qwen3_vl(folder: Path) -> None:
+def qwen3_vl(folder: Path, marks: tuple[str, ...] = ()) -> None:
     parts = hf.Qwen3VLForConditionalGeneration, hf.Qwen3VLConfig, "Qwen3VLProcessor"
     sizes = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
-    qwen(folder, *parts, patch=16, **sizes, num_position_embeddings=16, deepstack_visual_indexes=[0])
+    qwen(folder, *parts, patch=16, marks=marks, **sizes, num_position_embeddings=16, deepstack_visual_indexes=[0])
+
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+GIVEN = "{% for c in m.content %}{{ c.text }}{% endfor %}"
+OPEN, EMPTY = "<think>\n", "<think>\n\n</think>\n\n"
+
+
+def thinking_template(prompt: str, given: str = "", first: str = "") -> str:
+    """A thinking model's chat template: the prompt's end, what precedes a given answer, and the beginning."""
+    begin = "<|im_start|>assistant\n"
+    return (
+        f"{first}{{% for m in messages %}}{{% if m.role == 'assistant' %}}{begin}{given}{GIVEN}{{% else %}}"
+        f"<|im_start|>{{{{ m.role }}}}\n{{% for c in m.content %}}{{% if c.type == 'image' %}}{IMAGE}{{% else %}}"
+        f"{{{{ c.text }}}}{{% endif %}}{{% endfor %}}{{% endif %}}<|im_end|>\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{begin}{prompt}{{% endif %}}"
+    )
+
+
+HYBRID = f"{{% if enable_thinking is defined and enable_thinking %}}{OPEN}{{% else %}}{EMPTY}{{% endif %}}"
+SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
+# The five types of chat templates of thinking models: type -> template, and whether its tokenizer has the marks.
+THINKING: dict[str, tuple[str, bool]] = {
+    "opened": (thinking_template(OPEN), False),  # Qwen3-VL-Thinking: the prompt opens it, given answers are without
+    "hybrid": (thinking_template(HYBRID), False),  # by default an empty block in the prompt, none before given answers
+    "kept": (thinking_template(OPEN, EMPTY), False),  # the last turn keeps an empty block
+    "written": (thinking_template(""), True),  # GLM-4.5V: the model writes both marks itself
+    "system": (thinking_template("", first=SYSTEM), False),  # a default system prompt
+}
+
+
+def thinking(folder: Path, kind: str, special: bool = False) -> None:
+    """A tiny Qwen3-VL with the template of a thinking model; ``special``: the marks are special tokens."""
+    template, marks = THINKING[kind]
+    qwen3_vl(folder, ("<think>", "</think>") if marks or special else ())
+    (folder / "chat_template.jinja").write_text(template)
 
 
 def internvl(folder: Path) -> None:

@@ -32,6 +32,7 @@ READ = {"error", "choices", "message", "content", "refusal", "finish_reason", "u
 READ |= {"prompt_tokens", "completion_tokens", "reasoning_content", "reasoning"}
 # Names under which servers return reasoning beside the answer.
 REASONING = ("reasoning_content", "reasoning")
+PARTS = ("thinking", "reasoning")  # types of content parts with reasoning, under a key of the same name
 TEXTS = (None, "text", "output_text")  # types of content parts that belong to the response; reasoning doesn't
 
 
@@ -227,7 +228,10 @@ def read_reasoning(message: Mapping[str, Any]) -> str:
     Args:
         message: The model's message.
     """
-    return next((given.strip() for name in REASONING if isinstance(given := message.get(name), str) and given), "")
+    given = [message.get(name) for name in REASONING]
+    if isinstance(content := message.get("content"), list):
+        given += [part.get(part["type"]) for part in content if isinstance(part, Mapping) and part.get("type") in PARTS]
+    return next((text for text in map(read_text, given) if text), "")
 
 
 def read_text(content: object) -> str | None:
