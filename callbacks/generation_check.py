@@ -15,7 +15,6 @@ from safervlm.judging.classifier import Judge
 from safervlm.manifest import stage_name
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range
-from safervlm.records import THINKING_UNFINISHED
 from safervlm.run import write_stage
 from safervlm.statistics.differences import difference_of_items
 from safervlm.vlm.base import must_be_answered
@@ -183,7 +182,7 @@ class GenerationCheck(Callback):
             labels = self.judge.judge([answer.text for answer in answers]).argmax(-1).tolist()
             for label, question, answer in zip(labels, batch.questions, answers, strict=True):
                 if question.answer == SAFE:
-                    says = self.judge.labels[label] == UNSAFE and answer.finish_reason != THINKING_UNFINISHED
+                    says = self.judge.labels[label] == UNSAFE and answer.answered
                     flags[place[question.id]] = float(says)
         # Each process asks about its own share of the images, and each image is asked about by one process.
         flags = trainer.strategy.reduce(flags, reduce_op="sum")

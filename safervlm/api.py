@@ -28,7 +28,7 @@ from safervlm.judging.classifier import BATCH_SIZE, WEIGHTS, Judge
 from safervlm.protocol import LABELS, NOT_APPLICABLE
 from safervlm.ranges import in_range
 from safervlm.recipes import local_or_shipped
-from safervlm.records import THINKING_UNFINISHED, Example, Question
+from safervlm.records import Example, Question
 from safervlm.reports.figures import STYLE, plot_gap
 from safervlm.reports.runs import Run, run_names
 from safervlm.results.runs import load_run
@@ -217,7 +217,7 @@ class LoadedVLM:
             for start in range(0, count, batch_size):
                 batch = self.vlm.collator(examples[start : start + batch_size]).to(self.device)
                 answers += must_be_answered(self.vlm.generate(batch, sampling, seed))
-        unfinished = sum(each.finish_reason == THINKING_UNFINISHED for each in answers)
+        unfinished = sum(not each.answered for each in answers)
         if line := many_unfinished("answer", unfinished, len(answers)):
             say(line)
         texts = [each.text for each in answers]

@@ -43,7 +43,6 @@ from safervlm.objectives.functional import (
 )
 from safervlm.protocol import LABELS
 from safervlm.ranges import in_range
-from safervlm.records import THINKING_UNFINISHED
 from safervlm.vlm.base import Batch, Generation, Scores, must_be_answered
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.sampling import Sampling
@@ -215,10 +214,9 @@ class PPO(Objective):
             NotFiniteError: a score, a value or an output of the judge is NaN or infinite.
         """
         answers = must_be_answered(self.vlm.generate(batch, self.sampling, seed))
-        parts = torch.arange(len(batch)).split(self.micro_batch_size)
         length = max(len(answer.token_ids) for answer in answers)
         columns: list[list[Tensor]] = [[], [], [], []]
-        for rows in parts:
+        for rows in torch.arange(len(batch)).split(self.micro_batch_size):
             part = batch.select(rows, [answer.token_ids for answer in answers])
             scores, values = self.score(part)
             reference = self.vlm.score(part, adapter="reference", sampling=self.sampling).logprobs
@@ -226,7 +224,6 @@ class PPO(Objective):
                 column.append(F.pad(tensor, (0, length - tensor.shape[1])))
         mask, logprobs, reference, values = (torch.cat(column) for column in columns)
 
-        # The text is the answer, without reasoning; unfinished thinking has an empty one.
         verdicts = self.judge.judge([answer.text for answer in answers]).to(self.device)
         labels = torch.tensor([self.judge.labels.index(q.answer) for q in batch.questions], device=self.device)
         judged = verdicts.gather(1, labels[:, None])[:, 0]
@@ -234,15 +231,14 @@ class PPO(Objective):
         # The last batch of an epoch may hold one response more in one process than in another.
         low = self.all_gather(judged.min()).min()  # type: ignore[union-attr]
         high = self.all_gather(judged.max()).max()  # type: ignore[union-attr]
-        stopped = torch.tensor([answer.finish_reason == "stop" for answer in answers], device=self.device)
-        lengths = mask.sum(-1)
+        lengths, stopped = mask.sum(-1), torch.tensor([a.finish_reason == "stop" for a in answers], device=self.device)
         earned = sequence_rewards(
             judged, low, high, stopped, lengths, self.sampling.max_new_tokens, self.no_eos_penalty, self.length_bonus
         )
         rewards = token_rewards(earned, logprobs, reference, mask, self.kl_coef, self.reward_scale)
         advantages = gae(rewards, values, mask, self.gamma, self.lam)
         returns = advantages + values
-        answered = torch.tensor([answer.finish_reason != THINKING_UNFINISHED for answer in answers], device=self.device)
+        answered = torch.tensor([answer.answered for answer in answers], device=self.device)
         metrics = {
             "reward": earned.mean(),
             "judged": judged.mean(),
@@ -252,8 +248,7 @@ class PPO(Objective):
             "stopped": stopped.float().mean(),
             "explained_variance": explained_variance(returns[mask], values[mask]),
         }
-        if self.vlm.thinking.marks:
-            metrics["thinking_unfinished"] = 1 - answered.float().mean()
+        metrics |= {"thinking_unfinished": 1 - answered.float().mean()} if self.vlm.thinking.marks else {}
         return Rollout(
             batch, answers, mask, logprobs, values, whiten(advantages, mask, self.sum_over_ranks), returns, metrics
         )

@@ -83,7 +83,7 @@ class Estimate:
     method: str
 
 
-def finished(frame: pd.DataFrame) -> pd.DataFrame:
+def counted_only(frame: pd.DataFrame) -> pd.DataFrame:
     """Returns the responses that count: all but those with unfinished thinking, if these count apart.
 
     Args:
@@ -188,7 +188,7 @@ def concept_gaps(frame: pd.DataFrame) -> pd.DataFrame:
         One row per concept of a dataset that was asked about in both ways: dataset, category, concept, text, image
         (accuracies) and gap = text - image.
     """
-    unsafe = finished(frame[frame["side"] == "unsafe"]).assign(right=lambda rows: rows["label"] == rows["answer"])
+    unsafe = counted_only(frame[frame["side"] == "unsafe"]).assign(right=lambda rows: rows["label"] == rows["answer"])
     by_capability = [
         unsafe[unsafe["capability"] == capability].groupby(CONCEPT)["right"].mean().rename(name)
         for capability, name in ((TEXT_ONLY, "text"), ("alignment", "image"))
@@ -227,7 +227,7 @@ def paired_difference(frame: pd.DataFrame, base: pd.DataFrame, column: str) -> E
     """
     _, measure, capability, side = COLUMNS[column]
     hits = []
-    both = set(finished(frame)["id"]) & set(finished(base)["id"])
+    both = set(counted_only(frame)["id"]) & set(counted_only(base)["id"])
     for run in (frame, base):
         asked = run[(run["capability"] == capability) & (run["side"] == side) & run["id"].isin(both)].set_index("id")
         says = asked["label"] == (UNSAFE if measure == OVER_FLAGGING else asked["answer"])

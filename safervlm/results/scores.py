@@ -64,7 +64,7 @@ from safervlm.results.measures import (
     Counts,
     Estimate,
     concept_gaps,
-    finished,
+    counted_only,
     modality_gap,
     proportion,
 )
@@ -108,7 +108,7 @@ def scores(frame: pd.DataFrame) -> pd.DataFrame:
         pairs = concept_gaps(frame)[CONCEPT]
         unsafe = frame[(frame["side"] == "unsafe") & frame["capability"].isin(["alignment", TEXT_ONLY])]
         unsafe = unsafe.merge(pairs, on=CONCEPT)
-        counts = Counts.of(finished(unsafe))
+        counts = Counts.of(counted_only(unsafe))
         keys = ("alignment_text_only - alignment", "unsafe", OVERALL)
         rows.append(_row(MODALITY_GAP, keys, NEW_CONCEPTS, gap, counts, counts.asked, unfinished_in(unsafe)))
     return pd.DataFrame(rows, columns=_SCORES)
@@ -132,7 +132,7 @@ def _parts(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 
 
 def _part_scores(part: pd.DataFrame, capability: str, side: str) -> Iterator[dict[str, Any]]:
-    part, every = finished(part), part
+    part, every = counted_only(part), part
     counts = Counts.of(part)
     units = "answers" if capability == TEXT_ONLY else "images"
     categories = [] if side == BOTH else sorted(set(every["category"]), key=category_order)

@@ -32,7 +32,7 @@ from safervlm.results.measures import (
     Counts,
     Estimate,
     UnfinishedAs,
-    finished,
+    counted_only,
     proportion,
 )
 from safervlm.results.mme import ALL_TASKS, COGNITION_TASKS, PERCEPTION_TASKS, mme_images, mme_score, pair_answers
@@ -196,7 +196,7 @@ def load_suite(folder: str | Path, name: str, unfinished: UnfinishedAs = "apart"
         dtype=object,
     ).astype({"drawn": bool})
     unanswered["side"] = unanswered["answer"].map({UNSAFE: "unsafe", SAFE: "safe"}).fillna("-")
-    answers, inside = finished(answers), answers[answers["label"] == UNFINISHED]
+    answers, inside = counted_only(answers), answers[answers["label"] == UNFINISHED]
     judged = answers["capability"] != "rated"
     return Evaluation(name, folder, answers[judged], unanswered, load_ratings(folder, answers[~judged]), inside)
 

@@ -40,7 +40,7 @@ from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing, extend, join
 from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
-from safervlm.vlm.thinking import Setting, Thinking, checked
+from safervlm.vlm.thinking import Setting, Thinking, valid_setting
 from safervlm.vlm.weights import load_model, reading
 
 
@@ -138,7 +138,7 @@ class Transformers(LocalVLM):
             raise ArgumentError(f"vlm.template: it holds {{question}}, and nothing else in braces, got {template!r}")
         self.system, self.template, self.images = system, template, images
         self.template_arguments = template_arguments_of(template_arguments, template)
-        self.thinking_setting, self.train_without_thinking = checked(thinking), train_without_thinking
+        self.thinking_setting, self.train_without_thinking = valid_setting(thinking), train_without_thinking
 
     @cached_property
     def config(self) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from safervlm.errors import RecordError
 from safervlm.finite import NotFiniteRecordError
 from safervlm.io.texts import tokenizable
-from safervlm.records import Example, Question
+from safervlm.records import THINKING_UNFINISHED, Example, Question
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
 
@@ -119,6 +119,11 @@ class Generation:
     text: str
     finish_reason: str
     reasoning: str = ""
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is an answer; False for unfinished thinking."""
+        return self.finish_reason != THINKING_UNFINISHED
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ MANY = 0.05
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitResponse:
     """A response, separated into reasoning and answer.
 
     Attributes:
@@ -90,7 +90,7 @@ class Thinking:
         """
         return bool(self.marks) and not self.closed and (self.opened or self.source in ("argument", "template"))
 
-    def split(self, text: str) -> Split:
+    def split(self, text: str) -> SplitResponse:
         """Separates a response into reasoning and answer.
 
         Args:
@@ -146,7 +146,7 @@ def chosen(setting: Setting) -> tuple[Marks, ...] | None:
     return (Marks(*setting),)
 
 
-def checked(setting: Setting) -> Setting:
+def valid_setting(setting: Setting) -> Setting:
     """Returns the setting ``vlm.thinking`` if it is valid.
 
     Args:
@@ -198,7 +198,7 @@ def for_server(setting: Setting) -> Thinking:
     return Thinking(COMMON, source="common marks") if marks is None else Thinking(marks, source="argument")
 
 
-def split(text: str, marks: Sequence[Marks], opened: bool = False) -> Split:
+def split(text: str, marks: Sequence[Marks], opened: bool = False) -> SplitResponse:
     """Separates a response into reasoning and answer.
 
     Args:
@@ -214,8 +214,8 @@ def split(text: str, marks: Sequence[Marks], opened: bool = False) -> Split:
     rest = text[place + length :]
     opened = opened or any(not each.opening for each in marks)
     if any(each.opening and each.opening in rest for each in marks) or (not ends and opened):
-        return Split(_unmarked(text, marks), "", True)
-    return Split(_unmarked(text[:place], marks), rest.strip())
+        return SplitResponse(_unmarked(text, marks), "", True)
+    return SplitResponse(_unmarked(text[:place], marks), rest.strip())
 
 
 def _unmarked(reasoning: str, marks: Sequence[Marks]) -> str:

@@ -379,3 +379,75 @@ def test_scores_go_through_csv(table, tmp_path):
     again = pd.read_csv(tmp_path / "scores.csv", keep_default_na=False, na_values=[""])
     pd.testing.assert_frame_equal(again.fillna({"varies": "", "excludes": ""}), table, check_dtype=False)
     json.dumps(records_of(table))
+
+
+@pytest.fixture
+def thinking(tmp_path):
+    """A run in which three responses ended inside their reasoning: one on a mask, one on the knife, one on a dog."""
+    folder = write_run(tmp_path / "thinking")
+    cut = {"Made/0.png/alignment/1", "Made/3.png/alignment/0", "MadeSafe/s1.png/alignment/0"}
+    records = [
+        record | ({"response": "", "finish_reason": "thinking unfinished"} if record["id"] in cut else {})
+        for record in read_jsonl(folder / "responses.jsonl")
+    ]
+    assert cut <= {record["id"] for record in records}
+    write_jsonl(folder / "responses.jsonl", records)
+    return folder
+
+
+def test_unfinished_thinking_is_neither_na_nor_wrong_unless_said(run, thinking):
+    frame = load_run(thinking)
+    table = scores(frame)
+    counted = table[(table["category"] == "overall") & (table["capability"] == "alignment")]
+    assert set(counted[counted["side"] == "both"]["thinking_unfinished"]) == {3}
+    assert set(counted[counted["side"] == "unsafe"]["thinking_unfinished"]) == {2}
+    knife = table[(table["category"] == "Violence") & (table["capability"] == "alignment")]
+    assert set(knife["thinking_unfinished"]) == {1}
+
+    # Every other number is that of a run without these responses.
+    expected = scores(frame[~frame["unfinished"]])
+    assert not expected["thinking_unfinished"].any()
+    columns = [name for name in table if name != "thinking_unfinished"]
+    pd.testing.assert_frame_equal(table[columns], expected[columns])
+    assert compare({"run": table})["thinking_unfinished"].item() == 3
+    assert by_category(table)["thinking_unfinished"].sum() > 0
+
+    wrong, na = (scores(load_run(thinking, how)) for how in ("wrong", "N/A"))
+    key = ["measure", "capability", "side", "category", "varies"]
+    say = {name: each.set_index(key)["n"] for name, each in (("wrong", wrong), ("N/A", na), ("apart", table))}
+    place = ("accuracy_na_wrong", "alignment", "unsafe", "overall", "new concepts")
+    assert [int(say[name].loc[place]) for name in ("wrong", "N/A", "apart")] == [8, 8, 6]
+    assert wrong.set_index(key).loc[place]["na_rate"] < na.set_index(key).loc[place]["na_rate"]
+
+    gaps = paired_difference(frame, load_run(run), "image_unsafe")
+    pairs_of = load_run(run)
+    kept = pairs_of[~pairs_of["id"].isin(frame[frame["unfinished"]]["id"])]
+    assert gaps.value == pytest.approx(paired_difference(frame[~frame["unfinished"]], kept, "image_unsafe").value)
+
+
+def test_tables_count_unfinished_thinking(run, thinking):
+    def printed(folder):
+        table = scores(load_run(folder))
+        console = Console(file=io.StringIO(), width=200)
+        for each in (comparison_table(compare({"run": table})), accuracy_table(table)):
+            console.print(each)
+        return console.file.getvalue()
+
+    assert printed(thinking).count("thinking unfinished") == 2
+    assert "thinking unfinished" not in printed(run)
+
+
+def test_responses_with_reasoning_in_their_text_are_read_without_it(run):
+    """Responses that another program stored: the frame has the answer, and an open mark is unfinished thinking."""
+    plain = load_run(run)
+    first, second, *rest = read_jsonl(run / "responses.jsonl")
+    changed = [
+        first | {"response": f"<think>Unsafe?</think>{first['response']}"},
+        second | {"response": "<think>Unsafe? I"},
+        *rest,
+    ]
+    write_jsonl(run / "responses.jsonl", changed)
+    frame = load_run(run)
+    assert frame["response"].tolist() == [plain["response"][0], "", *plain["response"][2:]]
+    assert frame["label"][1] == "thinking unfinished"
+    assert frame["unfinished"].tolist() == [False, True, *[False] * (len(frame) - 2)]
