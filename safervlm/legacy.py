@@ -48,6 +48,9 @@ SPLIT: dict[str, tuple[str, ...]] = {
     "safervlm.data.alignment": ("safervlm.data.own", "safervlm.data.export"),
 }
 
+# The default of lora.target_modules in version 0.1: in the models that it could train, the layers of today's default.
+TARGET_MODULES = r".*\b(language_model|text_model)\.((model|decoder)\.)*layers\.\d+\.(\w+\.)*(\w+_proj|fc[12])"
+
 
 def find(module: str, name: str) -> Any:
     """Looks up an attribute of an old module in the current modules.
@@ -86,15 +89,18 @@ def today(path: str) -> str:
 
 
 def with_todays_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns recorded settings of a run with the class names of version 0.1 rewritten to current ones.
+    """Returns recorded settings of a run with the class names and the layers of version 0.1 rewritten to current ones.
 
     Args:
-        settings: Flat settings (dotted key -> value); only keys whose last part is ``class`` are rewritten.
+        settings: Flat settings (dotted key -> value); only keys whose last part is ``class``, and the old default of
+            ``lora.target_modules``, are rewritten.
     """
-    return {
+    found = {
         key: today(value) if key.rpartition(".")[2] == "class" and isinstance(value, str) else value
         for key, value in settings.items()
     }
+    old = {key: None for key, value in found.items() if key.endswith("lora.target_modules") and value == TARGET_MODULES}
+    return found | old
 
 
 class OldModules(MetaPathFinder, Loader):

@@ -149,6 +149,13 @@ class RunManifest(Callback):
                 provenance, continued = first, [*there.get("continued", []), kept]
             write_stage(run, name, settings=settings, provenance=provenance, continued=continued, finished=False)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """States and stores which share of the language model LoRA adapts; the weights are loaded now."""
+        adapted = getattr(getattr(pl_module, "vlm", None), "adapted", None)
+        if trainer.is_global_zero and adapted is not None:
+            say(str(adapted))
+            write_stage(Path(trainer.default_root_dir), stage_name(pl_module), lora=adapted.describe())
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follows the schedules of the whole training; defers requests to end until the current step is complete."""
         follow_schedules(trainer)

@@ -81,7 +81,9 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: b
         raise RecordError(
             f"{files.manifest}: damaged ({stage} has no settings); restore it, or name another run folder"
         )
-    before, now = with_todays_names(dict(flat(there["settings"]))), dict(flat(json.loads(json.dumps(settings))))
+    before, now = (
+        with_todays_names(dict(flat(each))) for each in (there["settings"], json.loads(json.dumps(settings)))
+    )
     if "trainer" not in settings:  # validation of a fitted module: the trainer's settings are not compared
         before = {key: value for key, value in before.items() if not key.startswith("trainer.")}
     both = set.intersection(

@@ -57,7 +57,7 @@ from safervlm.statistics.diversity import self_bleu
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.base import Generation
 from safervlm.vlm.llava import Llava
-from safervlm.vlm.lora import LoRA, active
+from safervlm.vlm.lora import LoRA, active, adapted_layers
 from safervlm.vlm.packed import PackedBatch
 from safervlm.vlm.sampling import Sampling
 
@@ -444,7 +444,7 @@ def trl_side(made: Sequence[Example], vlm: Llava, gradient_checkpointing: bool) 
     common: dict[str, Any] = {
         "train_dataset": rows,
         "processing_class": AutoProcessor.from_pretrained(vlm.name, backend="pil", trust_remote_code=False),
-        "peft_config": vlm.lora.to_peft(),
+        "peft_config": vlm.lora.to_peft(adapted_layers(model, vlm.lora)),
     }
     if len(names) == 1:
         trainer = SFTTrainer(model, args=SFTConfig(**settings), **common)

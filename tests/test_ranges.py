@@ -127,7 +127,7 @@ WRONG: dict[str, tuple[Callable[..., object], dict[str, tuple[float, ...]]]] = {
         {"temperature": (-0.1, NAN, INFINITY), "top_p": (0.0, 1.1, NAN), "max_new_tokens": (0, -1)},
     ),
     "TextLimits": (TextLimits, {"max_tokens": (0, -1), "seconds": (0.0, -1.0, NAN, INFINITY)}),
-    "LoRA": (LoRA, {"r": (0,), "alpha": (0, -1), "dropout": (-0.1, 1.0, NAN)}),
+    "LoRA": (LoRA, {"r": (0,), "alpha": (0, -1), "dropout": (-0.1, 1.0, NAN), "min_coverage": (-0.1, 1.1, NAN)}),
     "Server": (
         lambda **given: Server("m", ["http://127.0.0.1:1/v1"], **given),
         {

@@ -32,10 +32,10 @@ from safervlm.io.reading import read_object
 from safervlm.io.settings import flat, read_settings
 from safervlm.io.tables import TextTable, show_table
 from safervlm.io.trust import Named, check_trust, find_beside_the_shell, named_in
-from safervlm.limits import must_match_soon
 from safervlm.recipes import local_or_shipped
 from safervlm.records import read_jsonl
 from safervlm.run_folder import RunFolder
+from safervlm.vlm.lora import LoRA, adapted_layers
 
 GIB = 2**30
 
@@ -173,7 +173,10 @@ def recipe(settings: Namespace, online: bool) -> Iterator[Finding]:
             if trains and Path(value).is_dir():
                 stem = key.removesuffix("model") + "lora."
                 adapters = 2 if named.get("model.init_args.value_on") == "adapter" else 1
-                yield training(Path(value), adapters * named[f"{stem}r"], named[f"{stem}target_modules"])
+                lora = LoRA(
+                    dropout=0.0, **{name: named[f"{stem}{name}"] for name in ("r", "target_modules", "experts")}
+                )
+                yield training(Path(value), lora, adapters)
         elif name == "adapter":
             there = (Path(value) / "adapter_config.json").is_file()
             found = value if there else f"no adapter_config.json in {value!r}; give the folder that fit exported"
@@ -284,48 +287,46 @@ def remote_code(name: str, revision: str | None, trusted: bool) -> Iterator[Find
         yield Finding("ok", "VLM's code", f"pinned to {revision}")
 
 
-def training(folder: Path, r: int, target_modules: str) -> Finding:
+def training(folder: Path, lora: LoRA, adapters: int) -> Finding:
     """Estimates the memory of training besides the base weights; activations are extra, and depend on the batch.
 
     Args:
         folder: Folder of the model.
-        r: LoRA rank, summed over the adapters.
-        target_modules: Regular expression of the layers with adapters.
+        lora: Settings of the adapters.
+        adapters: Number of adapters.
 
     Returns:
         A warning if the memory can't be determined for this model.
     """
     try:
-        needed = training_memory(folder, r, target_modules) / GIB
+        needed = training_memory(folder, lora, adapters) / GIB
     except (ValueError, KeyError, OSError) as error:
         return Finding("warning", "training memory", f"can't be told for this model ({str(error).splitlines()[0]})")
     text = f"{needed:.2f} GiB of adapters and optimizer, activations on top (docs/scaling.md)"
     return Finding("ok", "training memory", text)
 
 
-def training_memory(folder: Path, r: int, target_modules: str) -> int:
+def training_memory(folder: Path, lora: LoRA, adapters: int = 1) -> int:
     """Computes the bytes of the adapters, their gradients and AdamW's two moment estimates, all in float32.
 
     Args:
         folder: Folder of the model.
-        r: LoRA rank, summed over the adapters.
-        target_modules: Regular expression of the layers with adapters.
+        lora: Settings of the adapters.
+        adapters: Number of adapters.
 
     Raises:
-        ArgumentError: Matching the regular expression takes too long.
+        ArgumentError: The settings match nothing in this model, or matching takes too long.
         ValueError: Transformers does not know the model.
     """
     with torch.device("meta"):  # shapes only, no memory for weights
         model = AutoModelForImageTextToText.from_config(
             AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
         )
-    must_match_soon([target_modules], [name for name, _ in model.named_modules()], "lora.target_modules")
-    sizes = [
-        module.in_features + module.out_features
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and re.fullmatch(target_modules, name)
-    ]
-    return 4 * 4 * r * sum(sizes)
+    layers = adapted_layers(model, lora)
+    linear = [model.get_submodule(name) for name in layers.modules]
+    sizes = [module.in_features + module.out_features for module in linear if isinstance(module, torch.nn.Linear)]
+    stacks = [model.get_parameter(name).shape for name in layers.parameters]
+    return 4 * 4 * lora.r * adapters * (sum(sizes) + sum(count * sum(rest) for count, *rest in stacks))
 
 
 def server(key_variable: str, addresses: Sequence[str]) -> Iterator[Finding]:

@@ -217,7 +217,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: Itera
         now: Settings of the run.
         ignore: Dotted names of settings that may differ, including the settings nested in them.
     """
-    there, here = with_todays_names(dict(flat(before))), dict(flat(json.loads(json.dumps(now))))
+    there, here = (with_todays_names(dict(flat(each))) for each in (before, json.loads(json.dumps(now))))
     passed = set(ignore)
     for key in there:
         if key.endswith(".weights") and there[key] is not None and here.get(key) is not None:

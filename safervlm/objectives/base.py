@@ -71,7 +71,7 @@ class Objective(L.LightningModule):
         return {
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "vlm": self.vlm.describe(),
-            "lora": vars(self.vlm.lora),
+            "lora": self.vlm.lora.describe(),
             "lr": self.lr,
             "warmup_steps": self.warmup_steps,
             "weight_decay": self.weight_decay,

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safervlm.io.caches import remove_leftovers, temporary
 from safervlm.io.reading import read_object
 from safervlm.io.seals import SEAL, seal_folder, verify_folder
 from safervlm.limits import must_match_soon
+from safervlm.vlm.compat import names_as_given
 from safervlm.vlm.lora import active, switched
 from safervlm.vlm.weights import must_be_finite, read_tensors, reading
 
@@ -134,7 +136,7 @@ def load_adapter(
     hint = f" (it was trained on {trained_on!r})" if trained_on and trained_on != named else ""
     doesnt_fit = f"{argument} was not made for {named!r}{hint}"
     try:
-        with warnings.catch_warnings(), reading(folder, "vlm.adapter"):
+        with warnings.catch_warnings(), reading(folder, "vlm.adapter"), named_there(base, settings):
             warnings.filterwarnings("ignore", "Found missing adapter keys")
             model = PeftModel.from_pretrained(base, folder)
             expected = get_peft_model_state_dict(model)
@@ -162,6 +164,20 @@ def load_adapter(
             "or lora_alpha is 0); train it, or leave it out to measure the base model"
         )
     return model
+
+
+def named_there(base: PreTrainedModel, settings: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Context manager in which PEFT takes an adapter's names literally, if they are those of modules of the model.
+
+    Otherwise PEFT may rewrite names of an earlier version of transformers.
+
+    Args:
+        base: The base model.
+        settings: Content of ``adapter_config.json``.
+    """
+    targets = settings.get("target_modules")
+    there = {name for name, _ in base.named_modules()}
+    return names_as_given() if isinstance(targets, list) and there.issuperset(targets) else nullcontext()
 
 
 def check_base(origin: Mapping[str, Any], base: PreTrainedModel, weights: str | None, argument: str) -> None:

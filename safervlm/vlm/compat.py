@@ -4,9 +4,13 @@ Each entry states the condition under which it can be removed ("Remove when"). N
 version or imports a private name of transformers or torch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
+from unittest.mock import patch
 
+from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map  # Remove when torch.utils.pytree is public in the oldest release.
 from transformers import GenerationMixin, LlamaModel, PreTrainedModel
@@ -22,6 +26,7 @@ __all__ = [
     "get_tokenizer_config",
     "grown_inputs",
     "local_torch_dtype",
+    "names_as_given",
     "position_ids",
     "takes_a_plain_cache",
     "tree_leaves",
@@ -43,6 +48,19 @@ def checkpoint_activations(model: nn.Module, settings: dict[str, Any]) -> None:
     """
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": settings})
+
+
+@contextmanager
+def names_as_given() -> Iterator[None]:
+    """Context manager in which PEFT adapts the modules that its configuration names, and no others.
+
+    For some mixture-of-experts families PEFT takes a name such as ``down_proj`` for that of transformers 4, and adapts
+    the experts instead, even where it is the full name of a module.
+
+    Remove when PEFT keeps full names that exist in the model.
+    """
+    with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: None):
+        yield
 
 
 def takes_a_plain_cache(model: PreTrainedModel) -> bool:

@@ -28,7 +28,7 @@ from safervlm.limits import TextLimits
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.vlm.adapters import CONFIG, adapter_config, adapter_weights
 from safervlm.vlm.llava import Llava, LlavaCollator
-from safervlm.vlm.lora import LANGUAGE_LAYERS, LoRA
+from safervlm.vlm.lora import LoRA
 from safervlm.vlm.weights import (
     load_model,
     model_config,
@@ -250,7 +250,7 @@ def convert_adapter(folder: Path, cache: Path) -> Path:
     inside = re.compile(r"^base_model\.model\.model\.layers\.")
     moved = {inside.sub("base_model.model.model.language_model.layers.", key): w for key, w in state.items()}
     kinds = "|".join(sorted({key.split(".")[-3] for key in state}))
-    config["target_modules"] = LANGUAGE_LAYERS.rsplit(r"\d+\.", 1)[0] + rf"\d+\.(self_attn|mlp)\.({kinds})"
+    config["target_modules"] = rf".*\blanguage_model\.layers\.\d+\.(self_attn|mlp)\.({kinds})"
 
     def build(aside: Path) -> None:
         save_file(moved, aside / "adapter_model.safetensors")

@@ -12,19 +12,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safervlm.errors import ArgumentError, explained
+from safervlm.errors import ArgumentError
 from safervlm.finite import NotFiniteError
 from safervlm.hashing import seed_for
 from safervlm.io.tables import say
-from safervlm.limits import TextLimits, must_match_soon
+from safervlm.limits import TextLimits
 from safervlm.records import THINKING_UNFINISHED
 from safervlm.vlm.adapters import adapter_fingerprint, adapter_weights, export_adapter, load_adapter
 from safervlm.vlm.base import NOT_FINITE, VLM, Generation, Scores
-from safervlm.vlm.lora import Adapter, LoRA, checkpoint_gradients
+from safervlm.vlm.lora import (
+    AdaptedLayers,
+    Adapter,
+    LoRA,
+    adapted_layers,
+    add_adapters,
+    checkpoint_gradients,
+    must_cover,
+)
 from safervlm.vlm.sampling import Sampling, Suppress
 from safervlm.vlm.thinking import Thinking
 from safervlm.vlm.weights import weights_fingerprint
@@ -88,6 +96,7 @@ class LocalVLM(VLM):
         self.dtype = torch.float32 if dtype == "float32" else torch.bfloat16
         self.gradient_checkpointing, self.limits = gradient_checkpointing, limits
         self.model: PreTrainedModel | PeftModel | None = None
+        self.adapted: AdaptedLayers | None = None  # what training adapts, known once the weights are loaded
 
     @classmethod
     def loads(cls, config: Mapping[str, Any]) -> bool:
@@ -181,7 +190,8 @@ class LocalVLM(VLM):
 
         Raises:
             ArgumentError: The adapter can't be loaded; ``train`` is given together with an adapter, or doesn't begin
-                with ``policy``; or ``lora.target_modules`` is not usable with this model.
+                with ``policy``; ``lora.target_modules`` is not usable with this model; or LoRA would adapt a smaller
+                share of the language model than ``lora.min_coverage``.
         """
         if self.model is not None:
             return
@@ -202,17 +212,11 @@ class LocalVLM(VLM):
         # Initialised on the CPU, wherever the base is: a seed determines the same adapter on every device.
         with torch.random.fork_rng(), torch.device("cpu"):
             torch.manual_seed(seed_for(seed, "lora"))
-            policy, *others = train
-            if policy != "policy":
-                raise ArgumentError(f"train: the first adapter is the policy, got {policy!r}")
-            what = f"lora.target_modules: {self.lora.target_modules!r} can't be used"
-            remedy = "give a regular expression that matches linear layers of the language model"
-            names = [name for name, _ in base.named_modules()]
-            must_match_soon([self.lora.target_modules], names, "lora.target_modules", self.limits.seconds)
-            with explained(what, remedy, ValueError, TypeError, error=ArgumentError):
-                model = get_peft_model(base, self.lora.to_peft())
-            for other in others:
-                model.add_adapter(other, self.lora.to_peft())
+            if train[0] != "policy":
+                raise ArgumentError(f"train: the first adapter is the policy, got {train[0]!r}")
+            self.adapted = adapted_layers(base, self.lora, self.limits.seconds)
+            must_cover(self.adapted, self.lora, self.name)
+            model = add_adapters(base, self.lora, self.adapted, train)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
         self.model = model
@@ -246,7 +250,7 @@ class LocalVLM(VLM):
         """
         if not isinstance(self.model, PeftModel):
             raise TypeError("there is no adapter to save: the VLM was loaded without one")
-        export_adapter(self.model, folder, origin or {"vlm": self.describe(), "lora": vars(self.lora)})
+        export_adapter(self.model, folder, origin or {"vlm": self.describe(), "lora": self.lora.describe()})
 
     def score(
         self,

@@ -175,7 +175,7 @@ def test_what_training_takes(examine, tiny_llava: Path, tmp_path: Path) -> None:
     vlm = Llava(str(tiny_llava), lora=LoRA(r=8), dtype="float32")
     vlm.load(train=["policy"])
     weights = sum(weight.numel() for name, weight in vlm.named_parameters() if "lora" in name)
-    assert module.training_memory(tiny_llava, 8, LoRA().target_modules) == 16 * weights
+    assert module.training_memory(tiny_llava, LoRA(r=8)) == 16 * weights
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(f"model: {{init_args: {{vlm: {{init_args: {{model: {tiny_llava}}}}}}}}}\n")
     _, found = examine("--config", "configs/sft.yaml", "--config", str(overlay))

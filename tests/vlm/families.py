@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import transformers as hf
 from jsonargparse import ArgumentParser
@@ -34,6 +35,7 @@ from safervlm import protocol
 from safervlm.cli.main import main
 from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question, read_jsonl
+from safervlm.run import read_manifest
 from safervlm.vlm.base import VLM
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
@@ -708,6 +710,9 @@ def check_command_line(vlm: list[str], folder: Path, sets: Path) -> None:
     measure = ["--config=configs/measure.yaml", f"--config={folder / 'overlay.yaml'}", "--data.split=test"]
     sft = ["--config=configs/sft.yaml", "--model.vlm.lora.r=2", "--trainer.max_steps=2", "--data.batch_size=4"]
     main(["fit", *sft, *same, f"--run={folder / 'sft'}"])
+    lora = read_manifest(folder / "sft")["stages"]["sft"]["lora"]
+    assert 0.5 <= lora["adapted"] <= 1
+    assert sum(each["adapted"] for each in lora["kinds"].values()) == pytest.approx(lora["adapted"])
     adapter = f"--model.vlm.adapter={folder / 'sft' / 'adapter'}"
     main(["predict", *measure, *same, adapter, "--model.sampling.max_new_tokens=4", f"--run={folder / 'measured'}"])
     responses = read_jsonl(folder / "measured" / "responses.jsonl")
