@@ -36,6 +36,7 @@ from safervlm.vlm.base import Answer, Unanswered, without_bad
 from safervlm.vlm.compat import PROCESSOR_MAPPING, grown_inputs
 from safervlm.vlm.conversation import template_arguments_of
 from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_tokens
+from safervlm.vlm.heads import transform_between
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing, extend, join
@@ -313,7 +314,7 @@ class Transformers(LocalVLM):
 
         Raises:
             ValueError: A question has no completion.
-            ArgumentError: The model transforms the logits after its head (caps or scales them), so that scores computed
+            ArgumentError: The model transforms the logits after its head in an unknown way, so that scores computed
                 from the hidden states would be wrong.
         """
         if not all(batch.completions):
@@ -344,10 +345,12 @@ class Transformers(LocalVLM):
             hook.remove()
         with torch.no_grad():
             bare = self.base.get_output_embeddings()(kept[0][:, :1])
-        if not torch.allclose(logits.float(), bare.float(), atol=1e-3, rtol=1e-3):
+            if self.logit_transform is None:
+                self.logit_transform = transform_between(self.base.config, bare, logits)
+        if self.logit_transform is None:
             raise ArgumentError(
-                f"vlm.model: {self.name!r} changes the logits behind its head (caps or scales them), which scoring "
-                "doesn't: it can be measured, not trained; train a model without logit capping or scaling"
+                f"vlm.model: {self.name!r} changes the logits behind its head in a way that its config.json does not "
+                "name, so that scoring can't repeat it: it can be measured, not trained; train another model"
             )
         return Targets(target, mask), kept[0][rows[mask], source[mask]]
 

@@ -24,6 +24,7 @@ from safervlm.limits import TextLimits
 from safervlm.records import THINKING_UNFINISHED
 from safervlm.vlm.adapters import adapter_fingerprint, adapter_weights, export_adapter, load_adapter
 from safervlm.vlm.base import NOT_FINITE, VLM, Generation, Scores
+from safervlm.vlm.heads import LogitTransform
 from safervlm.vlm.lora import (
     AdaptedLayers,
     Adapter,
@@ -96,6 +97,7 @@ class LocalVLM(VLM):
         self.dtype = torch.float32 if dtype == "float32" else torch.bfloat16
         self.gradient_checkpointing, self.limits = gradient_checkpointing, limits
         self.model: PreTrainedModel | PeftModel | None = None
+        self.logit_transform: LogitTransform | None = None  # behind the head; a subclass finds it
         self.adapted: AdaptedLayers | None = None  # what training adapts, known once the weights are loaded
 
     @classmethod
@@ -278,6 +280,8 @@ class LocalVLM(VLM):
             raise ArgumentError(f"sampling.top_p: scoring needs 1, got {sampling.top_p}")
         targets, states = self.response_states(batch, adapter)
         logits = self.base.get_output_embeddings()(states).float()
+        if self.logit_transform is not None:
+            logits = self.logit_transform(logits)
         if sampling is not None:
             logits = Suppress(self.suppressed)(None, logits) / sampling.temperature
         logprobs = logits.log_softmax(-1)

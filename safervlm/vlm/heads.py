@@ -1,0 +1,84 @@
+"""What a model computes from the logits of its head: a scale, then a cap, both named in its configuration.
+
+Configurations name the values, but not all models use them alike: a value called ``logits_scaling`` divides in one
+family and multiplies in another, and some releases of transformers omit the cap. So the candidates are compared with
+the model's own logits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+CAP = "final_logit_softcapping"
+# Tolerated difference between logits computed in two ways.
+ROUNDING = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """Transformation of the logits behind the head: they are scaled, then capped.
+
+    Attributes:
+        factor: They are multiplied by it.
+        divisor: They are divided by it.
+        cap: Their largest absolute value, approached as by tanh; None for no cap.
+    """
+
+    factor: float = 1.0
+    divisor: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Returns the transformed logits.
+
+        Args:
+            logits: Output of the head, of any shape.
+        """
+        logits = logits if self.factor == 1 else logits * self.factor
+        logits = logits if self.divisor == 1 else logits / self.divisor
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def candidates(config: Any) -> Iterator[LogitTransform]:
+    """Yields the transformations that a configuration may mean; the last one is none.
+
+    Args:
+        config: The model's configuration.
+    """
+    parts = (config.get_text_config(), config)
+
+    def named(name: str) -> float | None:
+        found = next((value for part in parts if (value := getattr(part, name, None)) is not None), None)
+        return float(found) if isinstance(found, int | float) and found > 0 else None
+
+    scales = [value for name in SCALES if (value := named(name)) is not None and value != 1]
+    cap = named(CAP)
+    for capped in [cap, None] if cap is not None else [None]:
+        for scale in scales:
+            yield LogitTransform(factor=scale, cap=capped)
+            yield LogitTransform(divisor=scale, cap=capped)
+        yield LogitTransform(cap=capped)
+
+
+def transform_between(config: Any, bare: Tensor, logits: Tensor) -> LogitTransform | None:
+    """Returns the transformation that turns the output of a head into the model's logits; None if it is unknown.
+
+    Of several that agree within rounding, the closest one is taken, and the first of equally close ones.
+
+    Args:
+        config: The model's configuration.
+        bare: Output of the head.
+        logits: The model's logits, of the same shape.
+    """
+
+    def apart(transform: LogitTransform) -> float:
+        return float((transform(bare).float() - logits.float()).square().mean())
+
+    best = min(candidates(config), key=apart)
+    tolerance = ROUNDING.get(bare.dtype, 1e-3)
+    close = torch.allclose(best(bare).float(), logits.float(), atol=tolerance, rtol=tolerance)
+    return best if close else None

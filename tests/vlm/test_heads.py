@@ -1,0 +1,127 @@
+"""Models that cap or scale the logits behind their head: scored as the library computes them, and trained."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import families
+import mixtures
+import pytest
+import torch
+import transformers as hf
+
+from safervlm.errors import ArgumentError
+from safervlm.records import Example, Question
+from safervlm.vlm.auto import Transformers
+from safervlm.vlm.heads import LogitTransform, candidates, transform_between
+from safervlm.vlm.lora import LoRA, active
+
+LORA = LoRA(r=4, alpha=8, dropout=0.0)
+
+
+def cohere(config: Any, logits: torch.Tensor) -> torch.Tensor:
+    return logits * config.logit_scale
+
+
+def granite(config: Any, logits: torch.Tensor) -> torch.Tensor:
+    return logits / config.logits_scaling
+
+
+def gemma(config: Any, logits: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+
+
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "final_logit_softcapping": 2.0}
+GEMMA |= {"layer_types": ["sliding_attention", "full_attention"]}
+# Name -> language model, its settings, what the model computes behind the head, and what is found.
+MODELS: dict[str, tuple[Any, dict[str, Any], Any, LogitTransform]] = {
+    "multiplied": (hf.CohereConfig, {"logit_scale": 0.75}, cohere, LogitTransform(factor=0.75)),
+    "divided": (hf.GraniteConfig, {"logits_scaling": 1.5}, granite, LogitTransform(divisor=1.5)),
+    "capped": (hf.Gemma2Config, GEMMA, gemma, LogitTransform(cap=2.0)),
+    "named but not applied": (hf.GraniteConfig, {"logits_scaling": 4.0}, lambda _, logits: logits, LogitTransform()),
+}
+
+
+@pytest.fixture
+def examples(make_questions: Callable[[int], list[Question]]) -> list[Example]:
+    return families.ask(make_questions(3))
+
+
+def changed(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    forward = hf.InternVLForConditionalGeneration.forward
+
+    def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = change(self.config.text_config, output.logits)
+        return output
+
+    monkeypatch.setattr(hf.InternVLForConditionalGeneration, "forward", changing)
+
+
+def check(folder: Path, template: str | None, examples: list[Example], expected: LogitTransform) -> None:
+    """Scores equal the library's logits, a few steps lower the loss, and the adapter reloads."""
+    new = partial(Transformers, str(folder), dtype="float32", template=template)
+    policy = families.with_effect(new(lora=LORA))
+    batch = policy.collator(examples)
+    scores = policy.score(batch)
+    assert policy.logit_transform == expected
+    row = 0
+    for encoding, answers in zip(batch.encodings, batch.completions, strict=True):
+        for answer in answers:
+            start = encoding["input_ids"].shape[1]
+            grown = policy.written(encoding)
+            rest = {name: value.expand(-1, len(answer)) for name, value in grown.items()}
+            rest["input_ids"] = torch.tensor([answer])
+            inputs = {**encoding, **{name: torch.cat([encoding[name], more], 1) for name, more in rest.items()}}
+            with active(policy.base, "policy"):
+                logits = policy.base(**inputs).logits[0, start - 1 : -1]
+            plain = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
+            torch.testing.assert_close(scores.logprobs[row, : len(answer)], plain, atol=1e-5, rtol=0)
+            row += 1
+    families.check_learning(policy, examples)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_those_of_the_models_own_logits(
+    name: str, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, values, change, expected = MODELS[name]
+    mixtures.internvl(tmp_path, text, **values)
+    changed(monkeypatch, change)
+    check(tmp_path, None, examples, expected)
+
+
+def test_paligemma_2_is_scored_and_trained(examples: list[Example], tmp_path: Path) -> None:
+    families.paligemma2(tmp_path)
+    model = hf.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    words = torch.tensor([[5, 6, 7]])
+    bare = model.lm_head(model.model.language_model(input_ids=words).last_hidden_state)
+    omitted = torch.allclose(model(input_ids=words).logits, bare, atol=1e-4)  # by transformers 5.20
+    expected = LogitTransform(cap=None if omitted else 30.0)
+    check(tmp_path, "<image>{question}", examples, expected)
+
+
+def test_what_the_configuration_does_not_name_is_rejected(
+    examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixtures.internvl(tmp_path, hf.Qwen2Config)
+    changed(monkeypatch, lambda _, logits: logits * 3)
+    vlm = Transformers(str(tmp_path), dtype="float32")
+    vlm.load()
+    with pytest.raises(ArgumentError, match=r"^vlm\.model: .* does not name, .* it can be measured, not trained"):
+        vlm.score(vlm.collator(examples))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [LogitTransform(0.0625, cap=30.0), LogitTransform(divisor=16.0), LogitTransform()])
+def test_the_transformation_is_found_in_both_precisions(wanted: LogitTransform, dtype: torch.dtype) -> None:
+    config = hf.CohereConfig(vocab_size=8, hidden_size=8)
+    config.logit_scale, config.logits_scaling = 0.0625, 16.0
+    config.final_logit_softcapping = wanted.cap or 30.0
+    bare = torch.randn(4, 100, generator=torch.Generator().manual_seed(0)).mul(300).to(dtype)
+    found = transform_between(config, bare, wanted(bare))
+    assert found is not None
+    torch.testing.assert_close(found(bare), wanted(bare), atol=0, rtol=0)
+    assert transform_between(config, bare, bare + 50) is None
+    assert list(candidates(hf.Qwen2Config())) == [LogitTransform()]
