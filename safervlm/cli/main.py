@@ -31,6 +31,7 @@ Several models one after the other (safervlm COMMAND --help):
 Analysing runs:
   report       one page, tables and plots of one or several measurements or evaluations
   verify       ask a sample of a run's questions again: do its responses and verdicts stay the same?
+  merge        write the trained model with the adapter in its weights: safervlm merge runs/ppo --out merged
   export       write the training data in the first implementation's formats
 
 Environment check:
@@ -61,6 +62,7 @@ def plain_commands() -> dict[str, Callable[..., Any]]:
     """Returns the commands that run no Lightning loop, as functions whose signatures define the arguments."""
     from safervlm.cli.demo import demo
     from safervlm.cli.doctor import doctor
+    from safervlm.cli.merge import merge
     from safervlm.cli.verify import verify
     from safervlm.data.export import export_training_files
     from safervlm.pictograms.world import build
@@ -72,6 +74,7 @@ def plain_commands() -> dict[str, Callable[..., Any]]:
         "report": report_runs,
         "evaluation": evaluation,
         "verify": verify,
+        "merge": merge,
         "export": export_training_files,
         "pictograms": build,
         "demo": demo,
@@ -111,7 +114,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 print(text, end="")
                 raise SystemExit(0)
             function(words)
-        elif args[0] in ("doctor", "report", "evaluation", "verify", "export", "pictograms", "demo"):
+        elif args[0] in ("doctor", "report", "evaluation", "verify", "merge", "export", "pictograms", "demo"):
             plain(args)
         else:
             raise ArgumentError(f"no command {args[0]!r}; see safervlm --help")
@@ -170,6 +173,9 @@ def plain_parser(name: str) -> "OneLineParser":
     if name == "verify":
         own = {"run"}
         parser.add_argument("run", help="The folder of a finished measurement.")
+    if name == "merge":
+        own = {"run"}
+        parser.add_argument("run", help="The folder of a finished training.")
     if name == "demo":
         own = {"play"}
     if name in ("report", "evaluation"):

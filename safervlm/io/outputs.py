@@ -58,3 +58,17 @@ def refuse_to_replace_texts(argument: str, texts: Mapping[Path, str]) -> None:
             raise ArgumentError(
                 f"{argument}: {file} is there already and holds something else; name another folder, or move it away"
             )
+
+
+def refuse_to_fill(argument: str, folder: Path) -> None:
+    """Rejects a folder to be written that exists and is not empty, or is a file.
+
+    Args:
+        argument: Argument that names it, for the error message.
+        folder: Folder.
+
+    Raises:
+        ArgumentError: Something is there.
+    """
+    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
+        raise ArgumentError(f"{argument}: {folder} is there already and is not empty; name another folder")

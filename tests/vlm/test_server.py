@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 from loopback import Loopback, Reply, completion, error, hurry, loopbacks
 from PIL import Image
@@ -37,6 +38,8 @@ from safervlm.recipes import CONFIGS
 from safervlm.records import Example, Question, Response, read_jsonl
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.base import Generation, Unanswered
+from safervlm.vlm.lora import LoRA
+from safervlm.vlm.merging import merge_adapter, write_merged
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.batch import ServerCollator
 from safervlm.vlm.server.bounds import Bounds
@@ -606,7 +609,8 @@ TEMPLATE = (
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("uvicorn") is None, reason="needs transformers[serving]")
-def test_transformers_serve_answers_as_the_model_does_here(tiny_llava, make_questions, tmp_path):
+@pytest.mark.parametrize("merged", [False, True])
+def test_transformers_serve_answers_as_the_model_does_here(tiny_llava, make_questions, tmp_path, merged):
     folder = tmp_path / "served"
     shutil.copytree(tiny_llava, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -618,6 +622,16 @@ def test_transformers_serve_answers_as_the_model_does_here(tiny_llava, make_ques
     weights[head][local.suppressed] = 0
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     local = Transformers(str(folder), dtype="float32")
+    if merged:
+        trained = families.with_effect(Transformers(str(folder), dtype="float32", lora=LoRA(r=4, alpha=8)))
+        trained.save_adapter(tmp_path / "adapter")
+        local = Transformers(str(folder), dtype="float32", adapter=str(tmp_path / "adapter"))
+        local.load()
+        folder = tmp_path / "merged"
+        folder.mkdir()
+        merge_adapter(local)
+        write_merged(local, folder, "5GB")
+        local = Transformers(str(tmp_path / "served"), dtype="float32", adapter=str(tmp_path / "adapter"))
     local.load()
     questions = make_questions(6)
     questions.append(replace(questions[0], id="Tiny/blank", image_path=None))

@@ -1,0 +1,159 @@
+"""``safervlm merge``: writes the base model of a training with the adapter in its weights."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from PIL import Image
+
+from safervlm.errors import ArgumentError, RecordError, UserError
+from safervlm.io.caches import temporary
+from safervlm.io.outputs import refuse_to_fill
+from safervlm.io.tables import say
+from safervlm.io.trust import check_trust, named_in, read_config
+from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_response
+from safervlm.records import Example, Question
+from safervlm.reports.evaluation import folder_of
+from safervlm.results.suite import columns, evaluate, load_suite
+from safervlm.run import locked, read_manifest
+from safervlm.vlm.local import LocalVLM
+from safervlm.vlm.merging import merge_adapter, write_merged
+from safervlm.vlm.remote.base import Remote
+
+
+def merge(
+    run: Path,
+    out: Path,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    shard_size: str = "5GB",
+    trust_config: bool = False,
+) -> Path:
+    """Writes the base model of a training with the adapter in its weights, for servers and other programs.
+
+    The folder holds weights (safetensors), the processor's files and a model card with data, objective, judge, scores
+    with their intervals, and the base model's licence. How far rounding moves log-probabilities is measured and stated.
+
+    Args:
+        run: The folder of a finished training.
+        out: The folder to write; it must not exist, or be empty.
+        dtype: Precision of the weights; by default that of the run.
+        shard_size: Largest size of a weight file.
+        trust_config: Allow classes that the run's configuration names and that are not SaferVLM's.
+
+    Raises:
+        RecordError: The run has no adapter, no configuration, or another process is at work in it.
+        ArgumentError: The output folder is not empty, the model runs code of its own, or the adapter can't be merged.
+    """
+    run, out = Path(run), Path(out)
+    config, adapter = run / "fit.yaml", run / "adapter"
+    for needed in (config, adapter / "adapter_config.json"):
+        if not needed.is_file():
+            raise RecordError(f"run: no {needed}; name the folder of a finished training (safervlm train --help)")
+    refuse_to_fill("out", out)
+    settings = read_config(config)
+    check_trust(config, named_in(settings.get("model"), run), "run", trust_config)
+    with locked(run):
+        vlm = _loaded(config, settings, adapter, dtype)
+        with tempfile.TemporaryDirectory(prefix="safervlm-") as folder:
+            before = _logprobs(vlm, Path(folder))
+            merge_adapter(vlm)
+            moved = (_logprobs(vlm, Path(folder)) - before).abs()
+        rounding = f"at most {moved.max():.2g}, on average {moved.mean():.2g} nats per token"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with temporary(out, directory=True) as aside:
+            write_merged(vlm, aside, shard_size)
+            (aside / "README.md").write_text(_card(run, vlm, rounding), encoding="utf-8")
+            if out.is_dir():
+                out.rmdir()  # it is empty
+            aside.rename(out)
+    say(f"merged: {out}; log-probabilities differ from base plus adapter by {rounding}")
+    return out
+
+
+def _loaded(config: Path, settings: dict[str, Any], adapter: Path, dtype: str | None) -> LocalVLM:
+    try:
+        named = settings["model"]["init_args"]["vlm"]
+        init_args = {**named["init_args"], "adapter": str(adapter)} | ({"dtype": dtype} if dtype else {})
+        named = {**named, "init_args": init_args}
+    except (KeyError, TypeError):
+        raise RecordError(f"run: {config} names no VLM; name the folder of a training of one") from None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LocalVLM, "vlm")
+    vlm: LocalVLM = parser.instantiate(parser.parse_object({"vlm": named})).vlm
+    if isinstance(vlm, Remote):
+        raise ArgumentError(
+            f"run: {vlm.name!r} runs code of its own, which can't be written; serve it with its adapter"
+        )
+    vlm.collator  # noqa: B018 (a model in another format is converted, and named, on first access)
+    vlm.load()
+    return vlm
+
+
+@torch.no_grad()
+def _logprobs(vlm: LocalVLM, folder: Path) -> torch.Tensor:
+    """Returns the log-probabilities of two responses to each alignment question about two images of noise."""
+    found = []
+    for image in range(2):
+        path = folder / f"{image}.png"
+        Image.fromarray(np.random.default_rng(image).integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(path)
+        for number, prompt in enumerate(ALIGNMENT_QUESTIONS):
+            question = Question(f"{image}/{number}", "", path.name, str(path), "alignment", number, prompt, "", "", "")
+            answers = tuple(aligned_response(label, number, "a knife") for label in (SAFE, UNSAFE))
+            scores = vlm.score(vlm.collator([Example(question, answers)]))
+            found.append(scores.logprobs[scores.mask].double())
+    return torch.cat(found)
+
+
+def _card(run: Path, vlm: LocalVLM, rounding: str) -> str:
+    """Returns the model card, with the metadata of the Hub at its beginning."""
+    licence, stages = _licence(Path(vlm.name)), read_manifest(run)["stages"]
+    trained = {name: stage["settings"] for name, stage in stages.items() if "settings" in stage}
+    head = {"base_model": vlm.name, "library_name": "transformers", "license": licence or "other"}
+    named = licence or "see the base model's card and the files beside this one"
+    parts = [
+        f"---\n{yaml.safe_dump(head)}---\n\n# {run.name}, merged\n",
+        f"`{vlm.name}` with the adapter of a training by SaferVLM in its weights (`safervlm merge`), in "
+        f"{str(vlm.dtype).removeprefix('torch.')}.\n\nBase model's licence: {named}.\n",
+        f"Log-probabilities differ from those of base plus adapter by {rounding}, on {2 * len(ALIGNMENT_QUESTIONS)} "
+        "questions about two images of noise with two responses each.\n",
+        _scores(run),
+    ]
+    for name, settings in trained.items():
+        model = {key: value for key, value in settings["model"].items() if key != "judge"}
+        parts.append(f"## Objective: {name}\n\n```yaml\n{yaml.safe_dump(model, sort_keys=False)}```\n")
+        if judge := settings["model"].get("judge"):
+            parts.append(f"## Judge\n\nFingerprint of the judge whose verdicts were the reward: `{judge}`.\n")
+        parts.append(f"## Data\n\n```yaml\n{yaml.safe_dump(settings['data'], sort_keys=False)}```\n")
+    return "\n".join(parts)
+
+
+def _scores(run: Path) -> str:
+    """Returns the table of the run's evaluation, if there is one."""
+    try:
+        measured = load_suite(folder_of(run), run.name)
+        table = evaluate(measured, columns([measured]))
+    except UserError as error:
+        return f"## Scores\n\nNot evaluated ({error}).\n"
+    lines = ["## Scores\n", "| group | measure | value | 95 % interval | varies | n |", "|---|---|---|---|---|---|"]
+    for row in table.to_dict("records"):
+        interval = "none" if np.isnan(row["low"]) else f"[{row['low']:.4g}, {row['high']:.4g}]"
+        cells = (row["group"], row["heading"], f"{row['value']:.4g}", interval, row["varies"], str(row["n"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "\nThe intervals do not include the judge's error.\n"])
+
+
+def _licence(folder: Path) -> str | None:
+    """Returns the licence in the metadata of a model's card; None if it names none."""
+    card = folder / "README.md"
+    head = card.read_text(encoding="utf-8", errors="replace").split("---", 2) if card.is_file() else []
+    if len(head) < 3 or head[0].strip():
+        return None
+    try:
+        named = yaml.safe_load(head[1])
+    except yaml.YAMLError:
+        return None
+    return str(named["license"]) if isinstance(named, dict) and named.get("license") else None

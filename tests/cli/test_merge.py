@@ -1,0 +1,49 @@
+"""safervlm merge: a run's merged model with its card; nothing of a user's is replaced."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from safervlm.cli.main import main
+from safervlm.vlm.llava import Llava
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llava: Path, tiny_sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of SFT in bfloat16."""
+    folder = tmp_path_factory.mktemp("merge") / "sft"
+    line = ["fit", "--config=configs/sft.yaml", f"--model.vlm.model={tiny_llava}", "--model.vlm.lora.r=2"]
+    line += ["--model.lr=0.01", "--model.warmup_steps=0", "--trainer.max_steps=2", "--trainer.accelerator=cpu"]
+    line += [f"--data.folder={tiny_sets / 'unsafe'}", f"--data.safe_folder={tiny_sets / 'safe'}"]
+    main([*line, "--data.batch_size=4", "--data.num_workers=0", f"--run={folder}"])
+    return folder
+
+
+def test_a_run_is_merged_with_its_card(run: Path, tiny_llava: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "merged"
+    main(["merge", str(run), "--out", str(out)])
+    assert "log-probabilities differ from base plus adapter by at most" in capsys.readouterr().out
+    _, head, text = (out / "README.md").read_text().split("---", 2)
+    assert yaml.safe_load(head)["base_model"] == str(tiny_llava)
+    for part in ("Base model's licence", "nats per token", "## Scores", "## Objective: sft", "## Data", "bfloat16"):
+        assert part in text
+    merged = Llava(str(out))
+    merged.load()
+    assert next(merged.base.parameters()).dtype == torch.bfloat16
+    before = sorted((file.name, file.read_bytes()) for file in out.iterdir())
+    with pytest.raises(SystemExit) as end:
+        main(["merge", str(run), "--out", str(out)])
+    assert end.value.code == 2
+    assert "is there already and is not empty; name another folder" in capsys.readouterr().err
+    assert sorted((file.name, file.read_bytes()) for file in out.iterdir()) == before
+
+
+def test_what_is_no_training_is_rejected(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["merge", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert end.value.code == 2
+    assert "name the folder of a finished training" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
