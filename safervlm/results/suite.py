@@ -129,13 +129,8 @@ class Column:
     @property
     def labels(self) -> dict[str, Any]:
         """What identifies it in a table with one row per column."""
-        return {
-            "group": self.group,
-            "column": self.key,
-            "heading": self.heading,
-            "detail": self.detail,
-            "unit": self.unit,
-        }
+        named = {"group": self.group, "column": self.key, "heading": self.heading}
+        return named | {"detail": self.detail, "unit": self.unit}
 
     def part(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Returns the rows of a frame that the column is about.

@@ -5,17 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from safervlm.errors import ArgumentError
+from safervlm.vlm.server.outcomes import SETTINGS
 
 # Fields that have arguments of their own, or would change what a response is.
-TAKEN = {
-    "model": "vlm.model",
-    "messages": "vlm.system",
-    "temperature": "sampling.temperature",
-    "top_p": "sampling.top_p",
-    "max_completion_tokens": "sampling.max_new_tokens",
-    "max_tokens": "sampling.max_new_tokens",
-    "seed": "seed_everything",
-}
+TAKEN = SETTINGS | {"model": "vlm.model", "messages": "vlm.system"}
 NEVER = ("n", "stream")  # a question has one response, in one body
 
 
