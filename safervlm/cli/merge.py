@@ -13,6 +13,7 @@ from PIL import Image
 from safervlm.errors import ArgumentError, RecordError, UserError
 from safervlm.io.caches import temporary
 from safervlm.io.outputs import refuse_to_fill
+from safervlm.io.settings import from_yaml
 from safervlm.io.tables import say
 from safervlm.io.trust import check_trust, named_in, read_config
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_response
@@ -153,7 +154,7 @@ def _licence(folder: Path) -> str | None:
     if len(head) < 3 or head[0].strip():
         return None
     try:
-        named = yaml.safe_load(head[1])
-    except yaml.YAMLError:
+        named = from_yaml(head[1])
+    except (UserError, yaml.YAMLError, RecursionError):
         return None
     return str(named["license"]) if isinstance(named, dict) and named.get("license") else None

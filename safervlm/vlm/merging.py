@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from safervlm.errors import ArgumentError
+from safervlm.io.reading import read_object
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.lora import PEFT_NAMES, switched
 from safervlm.vlm.weights import reading
@@ -89,7 +90,7 @@ def write_merged(vlm: LocalVLM, folder: Path, shard_size: str) -> None:
         shutil.copytree(there, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
     config = folder / "config.json"
     named = str(vlm.dtype).removeprefix("torch.")
-    config.write_text(json.dumps(_with_dtype(json.loads(config.read_text("utf-8")), named), indent=2), "utf-8")
+    config.write_text(json.dumps(_with_dtype(read_object(config), named), indent=2), "utf-8")
 
 
 def _with_dtype(config: Any, named: str) -> Any:

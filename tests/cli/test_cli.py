@@ -118,7 +118,7 @@ def test_every_argument_of_the_commands_is_explained(only_built: list[SaferCLI],
 
 def test_every_recipe_is_listed() -> None:
     # Overlays of measuring recipes, and a fragment of one of them.
-    others = {"server", "rate", "llavabench_judge"}
+    others = {"server", "rate", "llavabench_judge", "experts"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == RECIPES.keys() | others
 
 

@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from safervlm.records import Example
 from safervlm.vlm.llava import Llava
+from safervlm.vlm.lora import adapted_layers
 
 LR, STEPS = 1e-3, 3
 
@@ -101,7 +102,7 @@ def train_with_trl(vlm: Llava, examples: Sequence[Example], folder: Path, **loss
     model: PreTrainedModel = LlavaForConditionalGeneration.from_pretrained(vlm.name, dtype=torch.float32)
     common: dict[str, Any] = {
         "processing_class": AutoProcessor.from_pretrained(vlm.name, backend="pil"),
-        "peft_config": vlm.lora.to_peft(),
+        "peft_config": vlm.lora.to_peft(adapted_layers(model, vlm.lora)),
     }
     if len(examples[0].completions) == 1:
         data = Dataset.from_list(rows(vlm, examples, ["completion"]))

@@ -542,10 +542,10 @@ def test_an_unexpected_exception_is_one_question_s_failure(raw, monkeypatch):
 
     whole = request.read_completion
 
-    def breaking(body, max_count):
+    def breaking(body, *settings):
         if "echo" not in str(body):
             raise MemoryError
-        return whole(body, max_count)
+        return whole(body, *settings)
 
     monkeypatch.setattr(request, "read_completion", breaking)
     first, second, third = ask(new(raw(lambda number: ok("x"))))
