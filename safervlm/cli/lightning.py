@@ -13,7 +13,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -22,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from safervlm.cli.arguments import prepared
 from safervlm.cli.classes import import_classes
-from safervlm.cli.family import fitting_class
+from safervlm.cli.family import with_class
 from safervlm.cli.messages import one_line
 from safervlm.cli.parser import ConfigInRunFolder, OneLineParser
 from safervlm.cli.trainer import callbacks_with_lines, check_trainer, with_log_folders
@@ -50,7 +49,6 @@ class SaferCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         import_classes()
-        self.words = list(args)
         self._manifest = RunManifest()
         super().__init__(
             LightningModule,
@@ -130,7 +128,7 @@ class SaferCLI(LightningCLI):
             parser: Parser with the commands.
             args: Words of the command line.
         """
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(with_class(parser, args))
 
     def _parse_ckpt_path(self) -> None:
         """Skips Lightning's reading of settings from a checkpoint: the command line and its files have all settings.
@@ -147,9 +145,6 @@ class SaferCLI(LightningCLI):
         if self.subcommand not in can:
             fail(f"--config: {path} is not for {self.subcommand}; use safervlm {' or '.join(can)}, or another recipe")
         check_trainer(self.subcommand, self.config[self.subcommand])
-        arguments = self.config[self.subcommand]["model"]["init_args"]
-        if isinstance(arguments.get("vlm"), Namespace):
-            arguments["vlm"] = fitting_class(arguments["vlm"], self.words)
         self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"
 
     def instantiate_classes(self) -> None:

@@ -283,6 +283,22 @@ def test_the_class_of_a_checkpoint(typed: list[str], architecture: str, name: st
         assert found["init_args"]["system"] == ("" if "auto" in name else VICUNA_SYSTEM)
 
 
+def test_arguments_that_only_the_checkpoints_class_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are understood, whether the checkpoint can be read or not; what is printed is a settings file."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2VLForConditionalGeneration"]}))
+    for model in (str(tmp_path), "./model-that-is-not-there"):
+        line = ["predict", "--config", "configs/measure.yaml", "--print_config", "--model.vlm.thinking", "[<r>, </r>]"]
+        line += ["--model.vlm.dtype=float32", "--model.vlm.lora.r", "4", f"--model.vlm.model={model}"]
+        with pytest.raises(SystemExit) as end:
+            main(line)
+        assert not end.value.code
+        printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["vlm"]
+        assert printed["class_path"] == "safervlm.vlm.auto.Transformers"
+        given = printed["init_args"]
+        assert (given["model"], given["thinking"], given["lora"]["r"]) == (model, ["<r>", "</r>"], 4)
+        assert given["dtype"] == "float32"
+
+
 ERRORS = {
     "misspelt argument": (
         [*PICTOGRAMS, "--model.vlm.modle", "x"],

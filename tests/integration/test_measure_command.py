@@ -68,7 +68,7 @@ def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: P
     assert "complete, skipped" in query("good")
     (tmp_path / "runs" / "good" / "manifest.json").rename(tmp_path / "kept.json")
     (tmp_path / "runs" / "good" / "manifest.json").write_text("{")  # damaged
-    assert "runs/good/manifest.json: " in query("good", code=1)
+    assert "runs/good/manifest.json, line 1: not JSON" in query("good", code=1)
     (tmp_path / "kept.json").rename(tmp_path / "runs" / "good" / "manifest.json")
 
     # Half of it is missing, as after a kill: the table shows it, and the next run completes it.

@@ -244,7 +244,9 @@ def test_another_objectives_checkpoint_is_refused(command, uninterrupted, tmp_pa
 
 def test_the_console_script_says_by_its_exit_code_that_it_was_asked_to_end(command, uninterrupted, tmp_path):
     line = list(map(str, command("sft", "run")))
-    (tmp_path / "mine.py").write_text(Path(__file__).parents[1].joinpath("helpers", "processes.py").read_text())
+    helpers = Path(__file__).parents[1] / "helpers"
+    for name, module in (("mine", "processes"), ("full_disk", "full_disk")):
+        (tmp_path / f"{name}.py").write_text((helpers / f"{module}.py").read_text())
     ask = ["--trainer.callbacks+=mine.SignalAtBatchEnd", "--trainer.callbacks.batch=5"]
     script = str(Path(sys.executable).with_name("safervlm"))
     number = f"--trainer.callbacks.number={int(signal.SIGTERM)}"

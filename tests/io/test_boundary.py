@@ -102,9 +102,10 @@ def test_an_unexpected_exception_keeps_its_traceback(
         run_folder.set(tmp_path)
         raise error
 
+    before = run_folder.get()
     with pytest.raises(SystemExit) as ended, one_line_errors():
         failing()
-    assert run_folder.get() is None  # the working directory of the next command is another
+    assert run_folder.get() == before  # the working directory of the next command is another
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"unexpected {type(error).__name__}" in line

@@ -167,6 +167,7 @@ HUGE_GZIP = gzip.compress(b" " * 200_000_000)
 BODY = json.dumps(completion("packed")).encode()
 CONTROLS = "a\x1b[2J\rb\x00\u202ec"
 KEPT = "kept"
+SOON = {"timeout": 0.5}  # seconds; a busy machine needs longer for an answer that does arrive
 
 
 @dataclass
@@ -312,7 +313,7 @@ CASES = [
     Case("503 for one question alone", failed("503 Busy"), reason=r"no answer after \d requests.*503", requests=2),
     # Bodies and connections.
     Case("too large", http(b" " * 3_000_000), reason=r"vlm\.max_body", options={"max_body": 2_000_000}),
-    Case("endless", endless, reason=r"vlm\.max_body", options={"timeout": 5, "max_body": 1_000_000}),
+    Case("endless", endless, reason=r"vlm\.max_body", options={"max_body": 1_000_000}),
     Case("gzip of 200 MB", http(HUGE_GZIP, Content_Encoding="gzip"), reason="decompressed"),
     Case("error with gzip of 200 MB", http(HUGE_GZIP, "500 Oh", Content_Encoding="gzip"), reason="decompressed"),
     answer("gzip", http(gzip.compress(BODY), Content_Encoding="gzip"), "packed"),
@@ -323,12 +324,12 @@ CASES = [
     broken("no gzip", http(BODY, Content_Encoding="gzip"), "no gzip"),
     broken("cut gzip", http(gzip.compress(BODY)[:-20], Content_Encoding="gzip"), "ends in the middle"),
     broken("gzip twice", http(BODY, Content_Encoding="gzip, gzip"), "not asked for"),
-    broken("a drip", drip, r"vlm\.timeout"),
-    broken("a drip of headers", drip_head, r"vlm\.timeout"),
-    broken("it hangs", hang, r"vlm\.timeout"),
-    broken("102 without end", endless_informational, r"vlm\.timeout|RemoteProtocolError"),
+    broken("a drip", drip, r"vlm\.timeout", options=SOON),
+    broken("a drip of headers", drip_head, r"vlm\.timeout", options=SOON),
+    broken("it hangs", hang, r"vlm\.timeout", options=SOON),
+    broken("102 without end", endless_informational, r"vlm\.timeout|RemoteProtocolError", options=SOON),
     broken("reset in the body", reset, "connection failed"),
-    broken("hangs up", b"", "RemoteProtocolError"),
+    broken("hangs up", b"", "RemoteProtocolError|ReadError|WriteError"),  # before or after the question is sent
     broken("a body too short", http(BODY, length=len(BODY) + 50), "RemoteProtocolError"),
     broken("a body too long", http(BODY, length=len(BODY) - 5), "no chat completion"),
     broken("a negative length", http(BODY, Content_Length="-5"), "RemoteProtocolError"),
@@ -340,7 +341,7 @@ CASES = [
     broken("TLS on a plain port", b"\x15\x03\x01\x00\x02\x02\x46", "RemoteProtocolError"),
     # Time and caps.
     Case("a question's whole time", failed("503 Busy"), reason=r"vlm\.question_timeout", requests=-1,
-         options={"question_timeout": 0.3, "max_retries": 60}),
+         options={"question_timeout": 2, "max_retries": 60}),
     stopped("max_requests", failed("500 Oh"), r"^vlm\.max_requests: 5", requests=4,
             options={"max_requests": 5, "max_retries": 50}),
 ]  # fmt: skip
@@ -376,8 +377,16 @@ def ask(server: Server, examples: list[Example] | None = None) -> list[Generatio
 
 
 def new(*servers: RawServer, **options: Any) -> Server:
-    usual = {"blank": False, "concurrency": 1, "timeout": 0.5, "max_retries": 1}
+    usual = {"blank": False, "concurrency": 1, "timeout": 10, "max_retries": 1}
     return Server("m", [server.address for server in servers], **usual | options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    """The first question imports several libraries; no test's memory and time include that."""
+    server = Counting(lambda count: ok("An answer."))
+    ask(new(server))
+    server.close()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
