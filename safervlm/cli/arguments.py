@@ -6,7 +6,7 @@ the typed arguments and in the files that these name.
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ MAX_SEED = 2**32 - 1  # the largest seed that NumPy's generators accept
 SEEDS = {"seed", "seed_everything"}
 # Settings for which an empty text is a valid value: no system prompt, no description.
 MAY_BE_EMPTY = {"system", "about", "template"}
+# Sections of a configuration. One without settings would discard those of the files before it.
+SECTIONS = ("model", "data", "trainer")
 # Arguments whose value must be a settings file if a file of this name exists; that of others, except of data files, may
 # be one.
 PARTS = {"config", "model", "model.vlm", "data", "data.own", "data.sets", "trainer"}
@@ -69,6 +71,8 @@ def check_words(words: Sequence[str]) -> None:
         ArgumentError: See :func:`prepared`.
     """
     values = {number + 1 for number, word in enumerate(words) if word.startswith("--") and "=" not in word}
+    if words and words[-1] == "--":
+        raise ArgumentError("the argument '--' stands before nothing; omit it")
     for number, word in enumerate(words):
         if not word.strip() and number not in values:
             raise ArgumentError(f"the argument {word!r} is empty; give a value, or omit it")
@@ -138,9 +142,17 @@ def check_inside(settings: Any, prefix: str, where: str, folder: Path, seen: set
     Raises:
         ArgumentError: See :func:`prepared`.
     """
+    for name in SECTIONS if not prefix and isinstance(settings, Mapping) else ():
+        if not isinstance(section := settings.get(name, ""), Mapping | str):
+            raise ArgumentError(f"{where}: {name}: settings are needed, got {section!r:.80}; give some, or omit {name}")
+    names: set[str] = set()
     for key, setting in flat(settings, prefix, lists=True):
-        if key != prefix:
-            check_arguments(plain_name(key), setting, f"{where}: {key}", folder, seen)
+        if key == prefix:
+            continue
+        if key in names:
+            raise ArgumentError(f"{where}: {key} is there twice, nested and with dots; leave one out")
+        names.add(key)
+        check_arguments(plain_name(key), setting, f"{where}: {key}", folder, seen)
 
 
 def options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -174,10 +186,13 @@ def check_seed(value: Any, where: str) -> None:
         ArgumentError: The seed is out of range, or is true or false, with which each run would use other random
             numbers.
     """
-    text = str(value)
-    number = re.fullmatch(r"[+-]?\d+", text)
-    if (number and not 0 <= int(text) <= MAX_SEED) or text.lower() in ("true", "false"):
-        raise ArgumentError(f"{where}: a number from 0 to {MAX_SEED}, got {text}")
+    text = str(value).strip()
+    try:
+        number = int(text) if re.fullmatch(r"[+-]?\d+", text) else from_yaml(text)  # 0x10 and 1_000, as the parser does
+    except (ArgumentError, yaml.YAMLError, ValueError, RecursionError):
+        return
+    if isinstance(number, bool) or (isinstance(number, int) and not 0 <= number <= MAX_SEED):
+        raise ArgumentError(f"{where}: a number from 0 to {MAX_SEED}, got {text[:80]}")
 
 
 def refuse_empty(name: str, value: str, where: str) -> None:

@@ -9,7 +9,7 @@ from safervlm.errors import RecordError
 from safervlm.io.boundary import warn
 from safervlm.io.tables import TextTable, say, show_table
 from safervlm.protocol import CAPABILITIES
-from safervlm.records import read_jsonl, read_torn_jsonl
+from safervlm.records import Failure, Response, read_records
 from safervlm.run import finished, read_manifest
 from safervlm.run_folder import RunFolder
 
@@ -78,11 +78,14 @@ def state_of(run: Path) -> dict[str, str]:
 
     Args:
         run: Run folder.
+
+    Raises:
+        RecordError: A line of the run's files is no record.
     """
     files = RunFolder(run)
-    unanswered = read_jsonl(files.failed) if files.failed.exists() else ()
-    failed = Counter(capability_of(record["id"]) for record in unanswered)
-    answered = Counter(record["capability"] for record in responses_of(run))
+    unanswered = read_records(files.failed, Failure) if files.failed.exists() else []
+    failed = Counter(failure.question.capability for failure in unanswered)
+    answered = Counter(response.question.capability for response in responses_of(run))
     if not answered and not failed:
         return dict.fromkeys(map(str, CAPABILITIES), f"failed: {last_line(run)}")
     states: dict[str, str] = {}
@@ -96,27 +99,20 @@ def state_of(run: Path) -> dict[str, str]:
     return states
 
 
-def responses_of(run: Path) -> list[dict[str, str]]:
-    """Returns the records of the merged file and of the shards; an interrupted run has the latter.
+def responses_of(run: Path) -> list[Response]:
+    """Returns the responses in the merged file and in the shards; an interrupted run has the latter.
 
     Args:
         run: Run folder.
+
+    Raises:
+        RecordError: A line is no response.
     """
     files = RunFolder(run)
-    merged = files.responses
-    records = {record["id"]: record for record in read_jsonl(merged)} if merged.exists() else {}
-    for shard in (files.shards / "responses").glob("*.jsonl"):
-        records |= {record["id"]: record for record in read_torn_jsonl(shard)}
-    return list(records.values())
-
-
-def capability_of(name: str) -> str:
-    """Returns the capability of a record.
-
-    Args:
-        name: Id of the record.
-    """
-    return name.split("/")[-2]
+    there = read_records(files.responses, Response) if files.responses.exists() else []
+    for shard in sorted((files.shards / "responses").glob("*.jsonl")):
+        there += read_records(shard, Response, torn=True)
+    return list({response.id: response for response in there}.values())
 
 
 def has_completed(run: Path, line: Sequence[str]) -> bool:

@@ -64,10 +64,21 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         meant = did_you_mean(unknown, others, stem)
         return f"unknown argument --{whole}{meant}; --help lists all"
     if unknown := find(r"does not accept option '([^']+)'"):
+        section, dot, name = unknown.partition(".")
+        if dot and section in ("data", "model", "trainer"):
+            return f"a config sets {unknown!r}, which {section} doesn't take" + did_you_mean(
+                name, parameters(section), f"{section}."
+            )
         return (
-            f"a config has {unknown.split('.')[0]!r}, which no recipe has: it is another kind of file; a recipe "
+            f"a config has {section!r}, which no recipe has: it is another kind of file; a recipe "
             "has run, model, data, trainer; a part goes where it belongs, as in --model.vlm configs/vlm/NAME.yaml"
         )
+    if nothing := find(r"Unexpected config: *(.*)"):
+        return f"a config sets {nothing.rstrip(':')!r} and no value for it; give one, or omit it"
+    if lacking := find(r"argument (--\S+): expected one argument"):
+        typed_without = (f"--{name}" for name, value in options(typed) if value is None or value.startswith("-"))
+        lacking = next((name for name in typed_without if name.startswith(lacking)), lacking)
+        return f"{lacking} has no value; write {lacking}=VALUE for one that begins with a dash"
     key = find(r"""[Pp]arser key ["']([^"']+)["']""") or ""
     if missing := find(r"File does not exist: '?([^'\n]+)"):
         # Of several files with the same name the one nearest to the top is suggested.

@@ -293,7 +293,7 @@ def text_field(record: Mapping[str, Any], names: Sequence[str], where: str) -> s
     """
     for name in names:
         if name in record:
-            if isinstance(value := record[name], str) and value:
+            if isinstance(value := record[name], str) and value.strip():
                 return value
             raise RecordError(f"{where}: the field {name!r} must be a text that isn't empty, got {value!r}")
     raise RecordError(f"{where}: the field {' or '.join(map(repr, names))} is missing; it has {sorted(record)}")

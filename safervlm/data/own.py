@@ -107,8 +107,10 @@ def read_examples(file: Path, name: str, argument: str = "data.file") -> list[Ex
             raise RecordError(f"{where}: unknown field {sorted(unknown)[0]!r}: see OwnData for the fields")
         image = text_field(record, ("image",), where)
         completions = record.get("completions", [])
-        if not isinstance(completions, list) or not all(isinstance(text, str) and text for text in completions):
-            raise RecordError(f"{where}: the field 'completions' must be a list of texts, got {completions!r}")
+        if not isinstance(completions, list) or not all(isinstance(text, str) and text.strip() for text in completions):
+            raise RecordError(
+                f"{where}: the field 'completions' must be a list of texts that aren't empty, got {completions!r}"
+            )
         if examples and len(completions) != len(examples[0].completions):
             raise RecordError(
                 f"{where}: {len(completions)} completions, the records before have {len(examples[0].completions)}: "

@@ -37,10 +37,14 @@ def read_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
         raise RecordError(f"{file}: is none of {', '.join(TABLES)}: name a table, or write it as one of them")
     if kind != ".jsonl":
         return read_delimited(file, TABLES[kind])
-    return [
-        (number, {normal_name(name): _text(value) for name, value in record.items()})
-        for number, record in numbered_jsonl(file)
-    ]
+    rows = []
+    for number, record in numbered_jsonl(file):
+        row = {normal_name(name): _text(value) for name, value in record.items()}
+        if len(row) < len(record):
+            twice = Counter(map(normal_name, record)).most_common(1)[0][0]
+            raise RecordError(f"{file}, line {number}: the key {twice!r} is there twice: rename or remove one")
+        rows.append((number, row))
+    return rows
 
 
 def _text(value: Any) -> str:

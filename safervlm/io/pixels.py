@@ -88,6 +88,8 @@ def split_alpha(image: Image.Image, encoding: Encoding) -> tuple[Image.Image, Im
         equal = np.asarray(colours) == np.asarray(transparent)
         opaque = ~(equal if colours.mode == "L" else equal.all(-1))
         return colours, Image.fromarray((opaque * 255).astype(np.uint8))
+    if image.mode == "La":  # the file has grey values multiplied by the opacity
+        image = image.convert("LA")
     if image.mode == "LA":
         return image.getchannel("L"), image.getchannel("A")
     if image.has_transparency_data:

@@ -33,6 +33,15 @@ OTHER_KINDS = {
 }
 
 
+def encoding_of(start: bytes) -> str:
+    """Returns the name of the encoding that a file's byte order mark states; UTF-8 if it has none.
+
+    Args:
+        start: First four bytes of the file, or all of a shorter one.
+    """
+    return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
+
+
 def text_lines(path: Path) -> Iterator[str]:
     """Iterates over the lines of a text file, unchanged, including their ends.
 
@@ -48,7 +57,7 @@ def text_lines(path: Path) -> Iterator[str]:
         for mark, kind in OTHER_KINDS.items():
             if start.startswith(mark):
                 raise RecordError(f"{path}: not a text file, but {kind}")
-        encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
+        encoding = encoding_of(start)
         # newline="": CR and CR LF end a line, as LF does, and are not translated (a quoted cell may contain them).
         with path.open(encoding=encoding, newline="") as lines:
             for number, line in enumerate(lines, 1):
@@ -193,10 +202,9 @@ def numbered_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        begun = line.strip()[0]
-        # The first line of a JSON document over several lines, or of a list of records, also begins like this.
+        begun, ended = line.strip()[0], line.strip()[-1]
         way_out = "correct the line"
-        if begun in "[{":
+        if begun == "[" or (begun == "{" and ended != "}"):  # a list of records, or a record over several lines
             filter_ = ".[]" if begun == "[" else "."
             way_out = f"each line must be one JSON object: `jq -c '{filter_}' {path} > NEW` makes it so"
         record = parse_json(line, where, way_out)

@@ -1,6 +1,5 @@
 """Settings in YAML and JSON: strict parsing, and flattening to dotted keys."""
 
-import codecs
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 import yaml
 
 from safervlm.errors import ArgumentError, UserError, first_line
-from safervlm.io.reading import parse_json, text_lines
+from safervlm.io.reading import encoding_of, parse_json, text_lines
 
 LARGEST_PART = 1_000_000  # bytes of a file that a configuration includes
 LARGEST = 100_000  # maximum number of values of a configuration, with aliases expanded
@@ -37,25 +36,29 @@ class StrictLoader(yaml.SafeLoader):
             raise ArgumentError(f"its aliases (*name) expand to more than {LARGEST:,} values; write the values out")
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Constructs a mapping.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Composes a mapping as it is written, before PyYAML inserts the values of merge keys (``<<``) into it.
 
         Args:
-            node: YAML node of the mapping.
-            deep: Whether to construct nested values at once.
+            anchor: Anchor of the mapping, if any.
 
         Raises:
-            ArgumentError: A key is duplicated.
+            ArgumentError: A key is duplicated, also in another spelling of the same value, such as yes and true.
         """
-        seen: set[str] = set()
+        node = super().compose_mapping_node(anchor)
+        seen: set[Any] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise ArgumentError(
-                        f"line {key.start_mark.line + 1}: the key {key.value!r} is there twice; leave one out"
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # rejected when it is constructed
+            names = {key.value}  # 1 and "1" are the same setting, too
+            if key.tag != "tag:yaml.org,2002:merge":
+                names.add(self.construct_object(key))
+            if names & seen:
+                raise ArgumentError(
+                    f"line {key.start_mark.line + 1}: the key {key.value!r} is there twice; leave one out"
+                )
+            seen |= names
+        return node
 
 
 def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
@@ -104,8 +107,10 @@ def read_yaml(file: Path, option: str = "", error: type[UserError] = ArgumentErr
     except UserError as cause:
         raise error(f"{option}{': ' if option else ''}{cause}") from None
     with file.open("rb") as content:
-        if content.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # which the parser can't read
-            raise error(f"{where} isn't in UTF-8, but in UTF-16; convert it, for example by iconv -f UTF-16 -t UTF-8")
+        encoding = encoding_of(content.read(4))
+    if not encoding.startswith("utf-8"):  # the parser can't read it
+        name = encoding.upper()
+        raise error(f"{where} isn't in UTF-8, but in {name}; convert it, for example by iconv -f {name} -t UTF-8")
     try:
         return from_yaml(text)
     except UserError as cause:

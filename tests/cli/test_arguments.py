@@ -68,6 +68,12 @@ FILES = {
     "negative.yaml": "seed_everything: -4\n",
     "large.yaml": "data: {init_args: {sets: {a: {init_args: {seed: 4294967296}}}}}\n",
     "dotted.yaml": "model.init_args.seed: 3\n",
+    "dotted_twice.yaml": "trainer: {max_epochs: 5}\ntrainer.max_epochs: 3\n",
+    "dotted_inside.yaml": "model:\n  init_args.lr: 1\n  init_args: {lr: 2}\n",
+    "no_trainer.yaml": "run: x\ntrainer:\n",
+    "listed_trainer.yaml": "trainer: [max_epochs]\n",
+    "numbered_data.yaml": "data: 3\n",
+    "merged.yaml": "a: &a {x: 1}\nouter: {inner: &b {<<: *a, x: 2}}\nc: {<<: *b}\n",
     "bomb.yaml": "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 12)),
     "merge_bomb.yaml": "a0: &a0 {x: 1}\n"
     + "".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, ' * 9}]}}\n" for n in range(1, 12)),
@@ -128,6 +134,16 @@ REJECTED = {
     "--config negative.yaml": ["negative.yaml: seed_everything", "-4"],
     "--config large.yaml": ["large.yaml", "4294967296"],
     "--config dotted.yaml": ["dotted.yaml", "model.init_args.seed"],
+    "--config dotted_twice.yaml": ["dotted_twice.yaml", "trainer.max_epochs", "twice"],
+    "--config dotted_inside.yaml": ["dotted_inside.yaml", "model.init_args.lr", "twice"],
+    "--config no_trainer.yaml": ["no_trainer.yaml", "trainer", "None"],
+    "--config listed_trainer.yaml": ["listed_trainer.yaml", "trainer", "['max_epochs']"],
+    "--config numbered_data.yaml": ["numbered_data.yaml", "data", "3"],
+    "--model.sampling {a.b: 1, a: {b: 2}}": ["--model.sampling", "a.b", "twice"],
+    "--seed_everything  -1": ["--seed_everything", "-1"],
+    "--seed_everything 9_999_999_999": ["--seed_everything", "9_999_999_999"],
+    "--seed_everything=-0x10": ["--seed_everything", "-0x10"],
+    "--": ["'--'"],
     "--config bomb.yaml": ["bomb.yaml", "aliases"],
     "--config merge_bomb.yaml": ["merge_bomb.yaml", "aliases"],
     "--config endless.yaml": ["endless.yaml", "aliases"],
@@ -152,7 +168,7 @@ def test_what_is_rejected(line: str, files: None) -> None:
     assert not Path("owned").exists()
 
 
-@pytest.mark.parametrize("name", ["good.yaml", "anchored.yaml", "bom.yaml"])
+@pytest.mark.parametrize("name", ["good.yaml", "anchored.yaml", "merged.yaml", "bom.yaml"])
 def test_files_that_are_read(name: str, files: None) -> None:
     assert prepared(["fit", "--config", name]) == ["fit", "--config", name]
 

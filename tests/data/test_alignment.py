@@ -220,7 +220,9 @@ def test_other_images_are_another_set_and_animations_are_reported(
     [
         ({"prompt": "Is it?", "label": "Safe"}, "line 2: the field 'image' is missing"),
         (GOOD | {"prompt": 3}, "line 2: the field 'prompt' must be a text"),
-        (GOOD | {"completions": "Yes"}, "line 2: the field 'completions' must be a list of texts, got 'Yes'"),
+        (GOOD | {"prompt": " \u00a0"}, "line 2: the field 'prompt' must be a text that isn't empty"),
+        (GOOD | {"completions": "Yes"}, "line 2: the field 'completions' must be a list of texts that aren't empty"),
+        (GOOD | {"completions": ["Yes", " \n"]}, "line 2: the field 'completions' must be a list of texts"),
         (GOOD | {"completions": ["Yes", ""]}, "line 2: the field 'completions' must be a list of texts"),
         (GOOD | {"completions": ["Yes"]}, "line 2: 1 completions, the records before have 2"),
         (GOOD | {"label": "safe"}, "line 2: the field 'label' must be 'Safe' or 'Unsafe', got 'safe'"),

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from safervlm.errors import RecordError
-from safervlm.io.settings import LARGEST, flat, read_settings, read_yaml
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.io.settings import LARGEST, flat, from_yaml, read_settings, read_yaml
 
 
 def test_settings_are_flattened() -> None:
@@ -34,3 +35,40 @@ def test_the_error_is_of_the_class_that_is_asked_for(tmp_path: Path) -> None:
     file.write_text("a: 1\na: 2\n")
     with pytest.raises(RecordError, match=r"predict.yaml, line 2: the key 'a' is there twice; leave one out"):
         read_settings(file, error=RecordError)
+
+
+TWICE = {
+    "a: 1\nb: 2\na: 3\n": ("line 3", "a"),
+    "yes: 1\ntrue: 2\n": ("line 2", "true"),
+    "1: x\n0x1: y\n": ("line 2", "0x1"),
+    "1: x\n'1': y\n": ("line 2", "1"),
+    "a: &a {x: 1}\nb: &b {x: 2}\nc:\n  <<: *a\n  <<: *b\n": ("line 5", "<<"),
+    "a: [{x: 1, x: 2}]\n": ("line 1", "x"),
+}
+
+
+@pytest.mark.parametrize("text", TWICE, ids=repr)
+def test_a_key_that_is_there_twice_is_named(text: str) -> None:
+    line, key = TWICE[text]
+    with pytest.raises(ArgumentError, match=f"{line}: the key '{key}' is there twice"):
+        from_yaml(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a {x: 1}\nouter: {inner: &b {<<: *a, x: 2}}\nc: {<<: *b}\n",
+        "a: &a {x: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: [*a, *b], x: 3}\n",
+        "a: &a {x: &x {y: 1}}\nb: {<<: *a, z: *x}\n",
+    ],
+)
+def test_a_merged_value_may_be_replaced(text: str) -> None:
+    assert from_yaml(text) == yaml.safe_load(text)
+
+
+def test_the_encoding_of_a_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "wide.yaml"
+    for encoding in ("UTF-16", "UTF-32"):
+        file.write_bytes("run: x\n".encode(encoding))
+        with pytest.raises(ArgumentError, match=f"in {encoding}; .* iconv -f {encoding} -t"):
+            read_yaml(file)

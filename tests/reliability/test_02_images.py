@@ -493,6 +493,11 @@ DECODED: dict[str, tuple[bytes, np.ndarray, int]] = {
         PREMULTIPLIED.astype(int) + 255 - ALPHA[..., None].astype(int),
         2,
     ),
+    "grey_premultiplied.tif": (
+        tiff(np.dstack([PREMULTIPLIED[..., 0], ALPHA]).tobytes(), W, H, {258: [8] * 2, 262: [1], 277: [2], 338: [1]}),
+        three(PREMULTIPLIED[..., 0]).astype(int) + 255 - ALPHA[..., None].astype(int),
+        2,
+    ),
     "not_alpha.tif": (tiff(FLAT_RGBA.tobytes(), W, H, {258: [8] * 4, 262: [2], 277: [4], 338: [0]}), RGB, 0),
     "orientation.tif": (
         tiff(FLAT_RGB.tobytes(), W, H, {258: [8] * 3, 262: [2], 277: [3], 274: [6]}),

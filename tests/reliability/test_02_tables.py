@@ -89,6 +89,7 @@ ROWS_HEAD = b"id,label,text\n"
 ROWS = b"".join(b"%d,Safe,answer %d\n" % (number, number) for number in range(2, 31))
 # Invalid tables: the content, the line that the error names, and the rest of the error.
 REJECTED = {
+    "JSONL, two names that are one": ("a.jsonl", b'{"n": 1}\n{"label": 1, "label ": 0}\n', 2, "'label' is there twice"),
     "Windows-1252": ("a.csv", HEAD.encode() + b"a,Safe\ncaf\xe9,Safe\n", 3, "iconv -f WINDOWS-1252 -t UTF-8"),
     "Windows-1252, CR LF": ("a.csv", b"text,label\r\na,Safe\r\n\x93no\x94,Safe\r\n", 3, "byte 0x93"),
     "UTF-16 without a mark": ("a.csv", PLAIN.encode("utf-16-le"), 1, "iconv -f UTF-16LE"),
@@ -173,6 +174,7 @@ REJECTED = {
     "JSON: cut": ("a.jsonl", b'{"a": 1}\n\n\n{"a": \n', 4, "not JSON"),
     "JSON: over several lines": ("a.jsonl", b'{\n  "a": 1\n}\n', 1, "jq -c '.'"),
     "JSON: a list": ("a.jsonl", b'[{"a": 1},\n {"a": 2}]\n', 1, r"jq -c '\.\[\]'"),
+    "JSON: a number in a whole record": ("a.jsonl", b'{"a": 1}\n{"a": 1e999}\n', 2, "not a finite number.*; correct"),
     "JSON: a list in a line": ("a.jsonl", b'[{"a": 1}]\n', 1, r"jq -c '\.\[\]'"),
     "JSON: no object": ("a.jsonl", b'{"a": 1}\n3\n', 2, "not a JSON object"),
     "JSON: a key twice": ("a.jsonl", b'{"a": 1}\n{"b": {"a": 1, "a": 2}}\n', 2, "key 'a' is there twice"),

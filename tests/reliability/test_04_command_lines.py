@@ -249,6 +249,11 @@ WRONG: list[tuple[str, list[str]]] = [
     ("doctor --config folder", ["--config", "folder"]),
     ("doctor folder", ["folder"]),
     ("doctor --config wide.yaml", ["--config", "wide.yaml"]),
+    # what a configuration or a command line lacks
+    (f"fit {FIT} --config misspelt.yaml", ["trainer.max_epoch", "--trainer.max_epochs"]),
+    (f"fit {FIT} --config only_a_name.yaml", ["'run'"]),
+    (f"fit {FIT} --run -x", ["--run", "dash"]),
+    (f"fit {FIT} --model.vlm", ["--model.vlm"]),
 ]
 
 FILES = {
@@ -268,6 +273,8 @@ FILES = {
     "wide.yaml": "run: x\n".encode("utf-16"),
     "bomb.yaml": "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9 if n else 1}]\n" for n in range(12)).encode(),
     "zeros.yaml": bytes(100),
+    "misspelt.yaml": b"trainer: {max_epoch: 7}\n",
+    "only_a_name.yaml": b"run:\n",
     "two.yaml": b"run: x\n---\nrun: y\n",
     "typo.yaml": b"model:\n  class_path: safervlm.measure.Measure\n  init_args:\n    vml: x\n",
     "mine.html": b"<title>mine</title>\n",

@@ -177,7 +177,7 @@ def test_a_damaged_list_of_a_tables_images_names_the_folder_to_remove(tmp_path: 
         ("[" * 5000, "nested too deeply"),
         ("a: !!python/name:os.system", "line 1: not YAML"),
         ("a: \0", "NUL"),
-        ("b: 1\n? {c: 1, c: 2}\n: 2", "not YAML"),
+        ("b: 1\n? {c: 1, c: 2}\n: 2", "line 2: the key 'c' is there twice"),
     ],
 )
 def test_a_damaged_configuration_is_one_line(tmp_path: Path, text: str, said: str) -> None:

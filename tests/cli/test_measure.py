@@ -1,0 +1,28 @@
+"""The table of ``safervlm measure``: the progress of a run, read from its records."""
+
+from pathlib import Path
+
+import pytest
+
+from safervlm.cli.measure import state_of
+from safervlm.errors import RecordError
+from safervlm.records import Failure, Question, Response, write_jsonl
+from safervlm.run_folder import RunFolder
+
+
+def question(name: str) -> Question:
+    return Question(name, "Own", "1.png", "1.png", "alignment", 0, "Safe?", "Own", "", "Safe")
+
+
+def test_ids_of_any_form_are_counted(tmp_path: Path) -> None:
+    files = RunFolder(tmp_path)
+    write_jsonl(files.responses, [Response(question(name), "Yes.", "stop", 2).to_dict() for name in ("a", "b/c")])
+    write_jsonl(files.failed, [Failure(question(name), "no reason").to_dict() for name in ("x", "")])
+    assert state_of(tmp_path)["alignment"] == "partial, 2 (2 have no answer)"
+
+
+@pytest.mark.parametrize("name", ["responses.jsonl", "responses-failed.jsonl"])
+def test_a_damaged_record_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"id": "a"}\n')
+    with pytest.raises(RecordError, match=f"{name}, line 1 .a.: .* is missing"):
+        state_of(tmp_path)
