@@ -19,6 +19,7 @@ from safervlm.protocol import Capability
 
 # The finish_reason of a response that ended inside its reasoning, so that it has no answer.
 THINKING_UNFINISHED = "thinking unfinished"
+LARGEST = 2**63 - 1  # the largest integer of a record
 # Names of JSON's types in error messages.
 KINDS = {
     str: "a text",
@@ -43,7 +44,7 @@ def record_id(dataset: str, image: str, capability: str, prompt_number: int) -> 
 
 
 def _check(record: Mapping[str, Any], /, **kinds: type | tuple[type, ...]) -> None:
-    """Raises a KeyError for a missing field and a RecordError for a value of another type."""
+    """Raises a KeyError for a missing field and a RecordError for a value of another type or range."""
     for name, kind in kinds.items():
         value = record[name]
         # bool is a subclass of int in Python, but JSON's true is no number.
@@ -51,6 +52,8 @@ def _check(record: Mapping[str, Any], /, **kinds: type | tuple[type, ...]) -> No
             allowed = kind if isinstance(kind, tuple) else (kind,)
             expected = " or ".join(KINDS.get(each, "null") for each in allowed)
             raise RecordError(f"the field {name!r} must be {expected}, got {value!r:.80}")
+        if isinstance(value, int) and not 0 <= value <= LARGEST:
+            raise RecordError(f"the field {name!r} must be an integer from 0 to {LARGEST}, got {value!r:.80}")
 
 
 @dataclass(frozen=True, slots=True)

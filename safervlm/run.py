@@ -47,9 +47,26 @@ def read_manifest(run: Path) -> dict[str, Any]:
         return {"stages": {}}
     manifest = read_object(path, "restore it, or name another run folder", finite=False)
     stages = manifest.get("stages")
-    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+    if not isinstance(stages, dict) or not all(map(is_stage, stages.values())):
         raise RecordError(f"{path}: damaged (no object with stages); restore it, or name another run folder")
     return manifest
+
+
+def is_stage(entry: Any) -> bool:
+    """Returns whether a manifest's entry of a stage has the parts of the types that are written.
+
+    Args:
+        entry: JSON value.
+    """
+    if not isinstance(entry, dict):
+        return False
+    settings, continued = entry.get("settings", {}), entry.get("continued", [])
+    if not isinstance(settings, dict) or not isinstance(continued, list):
+        return False
+    model, data = settings.get("model", {}), settings.get("data", {})
+    objects = [model, data, entry.get("provenance", {}), *continued]
+    objects += [data.get("sets", {})] if isinstance(data, dict) else []
+    return all(isinstance(each, dict) for each in objects)
 
 
 def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: bool = False) -> dict[str, list[Any]]:

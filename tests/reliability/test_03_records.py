@@ -78,6 +78,8 @@ EDITED = {
     "response: null": (Response, RESPONSE, {"response": None}, "'response' must be a text, got None"),
     "response: tokens as text": (Response, RESPONSE, {"tokens": "2"}, "'tokens' must be an integer, got '2'"),
     "response: tokens true": (Response, RESPONSE, {"tokens": True}, "'tokens' must be an integer, got True"),
+    "response: tokens below 0": (Response, RESPONSE, {"tokens": -1}, "'tokens' must be an integer from 0 to"),
+    "response: a number of 31 digits": (Response, RESPONSE, {"prompt_number": 10**30}, "'prompt_number' must be an"),
     "response: no prompt": (Response, RESPONSE, {"prompt": ...}, "'prompt' is missing"),
     "response: id a list": (Response, RESPONSE, {"id": [1]}, "'id' must be a text"),
     "response: another capability": (Response, RESPONSE, {"capability": "alignmnt"}, "got 'alignmnt'"),
