@@ -4,6 +4,8 @@ import math
 
 from safervlm.errors import ArgumentError
 
+LARGEST = 2**63 - 1  # the largest integer that torch and NumPy compute with
+
 
 def in_range(
     where: str = "",
@@ -14,7 +16,7 @@ def in_range(
     below: float | None = None,
     **values: float | None,
 ) -> None:
-    """Rejects numbers outside a range; NaN and infinities are outside every range.
+    """Rejects numbers outside a range; NaN, infinities and integers beyond 64 bits are outside every range.
 
     Args:
         where: Prefix of the arguments' names for the error message, such as ``model`` or ``sampling``.
@@ -28,6 +30,10 @@ def in_range(
         ArgumentError: A number is outside the range; the message names the first one.
     """
     for name, value in values.items():
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ArgumentError(
+                f"{where}{'.' if where else ''}{name}: an integer of at most {LARGEST}, got {str(value)[:80]}"
+            )
         if value is None or (
             math.isfinite(value)
             and (least is None or value >= least)

@@ -16,10 +16,10 @@ from safervlm.hashing import fingerprint
 from safervlm.io.files import write_atomically
 from safervlm.io.reading import json_text, numbered_jsonl, parse_json
 from safervlm.protocol import Capability
+from safervlm.ranges import LARGEST
 
 # The finish_reason of a response that ended inside its reasoning, so that it has no answer.
 THINKING_UNFINISHED = "thinking unfinished"
-LARGEST = 2**63 - 1  # the largest integer of a record
 # Names of JSON's types in error messages.
 KINDS = {
     str: "a text",

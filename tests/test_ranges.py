@@ -47,6 +47,10 @@ CASES: dict[str, tuple[dict[str, float], float, str | None]] = {
     "NaN": ({"least": 0}, NAN, "a.x: at least 0, got nan"),
     "NaN in any": ({}, NAN, "a.x: a number, got nan"),
     "infinite": ({"above": 0}, INFINITY, "a.x: above 0, and not infinite, got inf"),
+    "65 bits": ({"least": 1}, 2**64, "a.x: an integer of at most 9223372036854775807, got 18446744073709551616"),
+    "as many bits below 0": ({}, -(2**64), "a.x: an integer of at most 9223372036854775807, got -18446744073709551616"),
+    "more than a float": ({"least": 1}, 10**400, f"a.x: an integer of at most 9223372036854775807, got 1{'0' * 79}"),
+    "64 bits": ({"least": 1}, 2**63 - 1, None),
     "minus infinity": ({}, -INFINITY, "a.x: a number, and not infinite, got -inf"),
 }
 

@@ -110,6 +110,8 @@ def check_arguments(name: str, value: Any, where: str, folder: Path, seen: set[P
     if not isinstance(value, str):
         return
     refuse_empty(name, value, where)
+    if "\0" in value:
+        raise ArgumentError(f"{where}: {value[:80]!r} contains a zero character; remove it")
     if last in MAY_BE_EMPTY:
         return  # free text, even if it looks like a file or JSON
     prefix = "" if name == "config" else name

@@ -59,10 +59,10 @@ def demo(play: Callable[[list[str]], None], out: str = "runs/demo", seed: int = 
         perturbation: See ``safervlm pictograms --help``; only to test how much the results depend on rounding.
 
     Raises:
-        ArgumentError: ``out`` is empty.
+        ArgumentError: ``out`` is empty or a file.
     """
-    if not out.strip():
-        raise ArgumentError(f"out: the folder of the runs, got {out!r}")
+    if not out.strip() or Path(out).is_file():
+        raise ArgumentError(f"out: the folder of the runs, got {out!r}; name a folder")
     lines = command_lines(Path(out), seed, perturbation)
     for number, line in enumerate(lines, 1):
         say("")

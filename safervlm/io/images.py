@@ -20,6 +20,7 @@ from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 
 from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.io.pixels import Encoding, to_srgb
+from safervlm.ranges import in_range
 
 # Image given to a VLM with a question about a name, as published.
 BLANK = Image.new("RGB", (1000, 1000), "white")
@@ -83,9 +84,9 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         """Raises an ArgumentError for a limit below 1, or a background that is no opaque colour."""
-        for name in ("max_pixels", "max_side", "max_aspect_ratio", "max_bytes"):
-            if not getattr(self, name) >= 1:
-                raise ArgumentError(f"vlm.images.{name}: at least 1, got {getattr(self, name)}")
+        in_range("vlm.images", least=1, max_pixels=self.max_pixels, max_side=self.max_side, max_bytes=self.max_bytes)
+        if not self.max_aspect_ratio >= 1:
+            raise ArgumentError(f"vlm.images.max_aspect_ratio: at least 1, got {self.max_aspect_ratio}")
         try:
             valid = len(ImageColor.getrgb(self.background)) == 3
         except ValueError:

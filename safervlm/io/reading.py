@@ -33,7 +33,7 @@ OTHER_KINDS = {
 }
 
 
-def encoding_of(start: bytes) -> str:
+def text_encoding(start: bytes) -> str:
     """Returns the name of the encoding that a file's byte order mark states; UTF-8 if it has none.
 
     Args:
@@ -57,7 +57,7 @@ def text_lines(path: Path) -> Iterator[str]:
         for mark, kind in OTHER_KINDS.items():
             if start.startswith(mark):
                 raise RecordError(f"{path}: not a text file, but {kind}")
-        encoding = encoding_of(start)
+        encoding = text_encoding(start)
         # newline="": CR and CR LF end a line, as LF does, and are not translated (a quoted cell may contain them).
         with path.open(encoding=encoding, newline="") as lines:
             for number, line in enumerate(lines, 1):

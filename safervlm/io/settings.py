@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from safervlm.errors import ArgumentError, UserError, first_line
-from safervlm.io.reading import encoding_of, parse_json, text_lines
+from safervlm.io.reading import parse_json, text_encoding, text_lines
 
 LARGEST_PART = 1_000_000  # bytes of a file that a configuration includes
 LARGEST = 100_000  # maximum number of values of a configuration, with aliases expanded
@@ -107,7 +107,7 @@ def read_yaml(file: Path, option: str = "", error: type[UserError] = ArgumentErr
     except UserError as cause:
         raise error(f"{option}{': ' if option else ''}{cause}") from None
     with file.open("rb") as content:
-        encoding = encoding_of(content.read(4))
+        encoding = text_encoding(content.read(4))
     if not encoding.startswith("utf-8"):  # the parser can't read it
         name = encoding.upper()
         raise error(f"{where} isn't in UTF-8, but in {name}; convert it, for example by iconv -f {name} -t UTF-8")

@@ -90,7 +90,7 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int | None = N
     """
     if not str(out).strip():
         raise ArgumentError(f"out: the folder to write, got {str(out)!r}")
-    in_range(least=1, threads=threads)
+    in_range(least=1, most=1024, threads=threads)
     threads = threads or min(2, torch.get_num_threads())
     in_range(least=0, most=0.1, perturbation=perturbation)
     shown, out = Path(out), Path(out).resolve()  # a link is kept, and its target is replaced

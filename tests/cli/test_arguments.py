@@ -73,6 +73,7 @@ FILES = {
     "no_trainer.yaml": "run: x\ntrainer:\n",
     "listed_trainer.yaml": "trainer: [max_epochs]\n",
     "numbered_data.yaml": "data: 3\n",
+    "zero.yaml": 'run: "a\\0b"\n',
     "merged.yaml": "a: &a {x: 1}\nouter: {inner: &b {<<: *a, x: 2}}\nc: {<<: *b}\n",
     "bomb.yaml": "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 12)),
     "merge_bomb.yaml": "a0: &a0 {x: 1}\n"
@@ -136,6 +137,7 @@ REJECTED = {
     "--config dotted.yaml": ["dotted.yaml", "model.init_args.seed"],
     "--config dotted_twice.yaml": ["dotted_twice.yaml", "trainer.max_epochs", "twice"],
     "--config dotted_inside.yaml": ["dotted_inside.yaml", "model.init_args.lr", "twice"],
+    "--config zero.yaml": ["zero.yaml: run", "'a\\x00b'", "zero character"],
     "--config no_trainer.yaml": ["no_trainer.yaml", "trainer", "None"],
     "--config listed_trainer.yaml": ["listed_trainer.yaml", "trainer", "['max_epochs']"],
     "--config numbered_data.yaml": ["numbered_data.yaml", "data", "3"],

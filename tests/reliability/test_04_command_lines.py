@@ -52,6 +52,9 @@ WRONG: list[tuple[str, list[str]]] = [
     ("pictograms --threads 0", ["threads", "0"]),
     ("pictograms --threads -1", ["threads", "-1"]),
     ("demo --seed x", ["--seed", "x"]),
+    (f"pictograms --threads {10**20}", ["threads", "100000000000000000000"]),
+    (f"verify nowhere --sample {'9' * 400}", ["sample", "999"]),
+    ("demo --out file", ["out", "file"]),
     ("demo --outt x", ["--outt", "--out"]),
     ("demo --out ''", ["--out"]),
     # configuration files
