@@ -159,6 +159,7 @@ class RunManifest(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follows the schedules of the whole training; defers requests to end until the current step is complete."""
         follow_schedules(trainer)
+        self._write_check(trainer, pl_module)
         self._wait()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,11 +168,18 @@ class RunManifest(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Defers requests to end until the current batch is written."""
+        self._write_check(trainer, pl_module)
         self._wait()
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops deferring requests to end before callbacks that merge and judge, which can be repeated."""
         self._pass()
+
+    def _write_check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stores the result of the model's self-check; the weights are loaded now."""
+        checked = getattr(getattr(pl_module, "vlm", None), "checked", None)
+        if trainer.is_global_zero and checked:
+            write_stage(Path(trainer.default_root_dir), stage_name(pl_module), self_check=checked)
 
     def _wait(self) -> None:
         if not self._waits:

@@ -7,11 +7,10 @@ plain forward pass with one row per completion. The common prefix of the questio
 Shapes: B questions of a batch, C completions, T tokens of the longest completion, N response tokens, H hidden units.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from string import Formatter
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -33,14 +32,16 @@ from safervlm.hashing import seed_for
 from safervlm.io.images import ImageSettings
 from safervlm.limits import TextLimits
 from safervlm.vlm.base import Answer, Unanswered, without_bad
-from safervlm.vlm.compat import PROCESSOR_MAPPING, grown_inputs
+from safervlm.vlm.compat import grown_inputs
 from safervlm.vlm.conversation import template_arguments_of
 from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_tokens
 from safervlm.vlm.heads import transform_between
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing, extend, join
+from safervlm.vlm.processors import read_processor
 from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
+from safervlm.vlm.selfcheck import self_check
 from safervlm.vlm.thinking import Setting, Thinking, valid_setting
 from safervlm.vlm.weights import load_model, reading
 
@@ -56,38 +57,6 @@ def switch_off_dropout(config: Any) -> None:
             switch_off_dropout(value)
         elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-
-
-def read_processor(name: str, revision: str | None, config: Any) -> ProcessorMixin:
-    """Loads a model's processor with the PIL image backend and without its video part, which needs torchvision.
-
-    Args:
-        name: Name on the Hugging Face Hub, or folder, of the model.
-        revision: Branch, tag or commit of a model on the Hub.
-        config: The model's configuration; its class determines the processor's class.
-
-    Raises:
-        ArgumentError: transformers has no processor for this type of model.
-    """
-    processor_class: Any = PROCESSOR_MAPPING.get(type(config), None)
-    if processor_class is None:
-        raise ArgumentError(f"vlm.model: {name!r} is a {config.model_type}, for which transformers has no processor")
-
-    class ImagesAlone(processor_class):
-        @classmethod
-        def get_attributes(cls) -> list[str]:
-            return [part for part in super().get_attributes() if part != "video_processor"]
-
-    ImagesAlone.__name__ = processor_class.__name__  # from_pretrained compares it with the class name in the folder
-    parameter = signature(processor_class.__init__).parameters.get("video_processor")
-    no_videos = {"video_processor": None} if parameter and parameter.default is parameter.empty else {}
-    processor = ImagesAlone.from_pretrained(
-        name, revision=revision, backend="pil", trust_remote_code=False, **no_videos
-    )
-    processor.__class__ = processor_class  # a local class can't be pickled
-    if no_videos:  # a processor that requires the part reads its settings even without videos
-        processor.video_processor = SimpleNamespace(num_frames=None, fps=None)
-    return processor
 
 
 class Transformers(LocalVLM):
@@ -140,6 +109,12 @@ class Transformers(LocalVLM):
         self.system, self.template, self.images = system, template, images
         self.template_arguments = template_arguments_of(template_arguments, template)
         self.thinking_setting, self.train_without_thinking = valid_setting(thinking), train_without_thinking
+        self.checked: dict[str, Any] = {}  # result of the self-check; empty before loading
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each question is computed alone, because a batch would change its result."""
+        return bool(self.checked.get("one_by_one"))
 
     @cached_property
     def config(self) -> Any:
@@ -216,6 +191,28 @@ class Transformers(LocalVLM):
         """Validates, before training on given answers, that they don't train a thinking model not to think."""
         if not self.train_without_thinking:
             self.collator.must_keep_thinking()
+
+    def load(self, train: Sequence[Adapter] = (), seed: int = 0) -> None:
+        """Loads the weights, checks them once (:mod:`safervlm.vlm.selfcheck`) and adds the adapters.
+
+        Args:
+            train: Adapters to create for training; see :meth:`LocalVLM.load`.
+            seed: Seed of the initial weights of the new adapters.
+
+        Raises:
+            ArgumentError: The model or an adapter can't be loaded, or the model fails the self-check.
+        """
+        if self.model is None:
+            super().load(train, seed)
+            training = self.training
+            self.eval()
+            try:
+                with active(self.base, "reference"):
+                    self_check(self)
+            except BaseException:
+                self.model = None  # a second call fails, too
+                raise
+            self.train(training)
 
     def load_base(self) -> PreTrainedModel:
         """Loads the base weights, from safetensors only."""
@@ -325,11 +322,8 @@ class Transformers(LocalVLM):
         target = pad_sequence([torch.tensor(answer) for _, answer in pairs], batch_first=True).to(device)
         lengths = torch.tensor([len(answer) for _, answer in pairs], device=device)
         mask = torch.arange(target.shape[1], device=device) < lengths[:, None]
-        starts = torch.tensor([encoding["input_ids"].shape[1] - 1 for encoding, _ in pairs], device=device)
-        source = starts[:, None] + torch.arange(target.shape[1], device=device)
-        rows = torch.arange(len(pairs), device=device)[:, None].expand_as(source)
         sequences = [extend(encoding, answer, self.written(encoding)) for encoding, answer in pairs]
-        inputs = join(sequences, self.pad_token_id, self.dtype)
+        together = [[sequence] for sequence in sequences] if self.one_by_one else [sequences]
 
         kept: list[Tensor] = []
 
@@ -340,11 +334,13 @@ class Transformers(LocalVLM):
         hook = self.base.get_output_embeddings().register_forward_pre_hook(keep)
         try:
             with active(self.base, adapter):
-                logits = self.base(**inputs, use_cache=False).logits
+                for rows in together:
+                    inputs = join(rows, self.pad_token_id, self.dtype)
+                    logits = self.base(**inputs, use_cache=False).logits
         finally:
             hook.remove()
         with torch.no_grad():
-            bare = self.base.get_output_embeddings()(kept[0][:, :1])
+            bare = self.base.get_output_embeddings()(kept[-1][:, :1])
             if self.logit_transform is None:
                 self.logit_transform = transform_between(self.base.config, bare, logits)
         if self.logit_transform is None:
@@ -352,7 +348,9 @@ class Transformers(LocalVLM):
                 f"vlm.model: {self.name!r} changes the logits behind its head in a way that its config.json does not "
                 "name, so that scoring can't repeat it: it can be measured, not trained; train another model"
             )
-        return Targets(target, mask), kept[0][rows[mask], source[mask]]
+        starts = [encoding["input_ids"].shape[1] - 1 for encoding, _ in pairs]
+        sources = zip((row for states in kept for row in states), starts, pairs, strict=True)
+        return Targets(target, mask), torch.cat([row[at : at + len(answer)] for row, at, (_, answer) in sources])
 
     def written(self, encoding: Encoding) -> Encoding:
         """Returns the values that the model's own ``generate`` appends to the inputs for each generated token.
@@ -366,7 +364,9 @@ class Transformers(LocalVLM):
             Tensors of shape (1, 1, ...), for the inputs that grow with the tokens.
         """
         grown = grown_inputs(self.base, dict(encoding))
-        return {name: grown[name][:, -1:] for name, tensor in encoding.items() if grown[name].shape != tensor.shape}
+        own = {name: grown[name][:, -1:] for name, tensor in encoding.items() if grown[name].shape != tensor.shape}
+        # Some models extend their token types themselves; a response is text, as the end of the prompt is.
+        return {name: encoding[name][:, -1:] for name in self.checked.get("aligned", ())} | own
 
     @cached_property
     def sharing(self) -> PrefixSharing:
@@ -408,6 +408,9 @@ class Transformers(LocalVLM):
             some = torch.tensor([row for row in range(len(batch)) if row not in reasons])
             answers = iter(self.generate(batch.select(some), sampling, seed, adapter) if len(some) else [])
             return [Unanswered(reasons[row]) if row in reasons else next(answers) for row in range(len(batch))]
+        if self.one_by_one and len(batch) > 1:
+            rows = torch.arange(len(batch)).split(1)
+            return [answer for row in rows for answer in self.generate(batch.select(row), sampling, seed, adapter)]
         tokenwise = {"input_ids", *self.written(batch.encodings[0])}
         finite = Finite()
         chain = LogitsProcessorList([finite, *processors(sampling, self.suppressed)])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from peft import PeftModel
@@ -225,6 +225,18 @@ class LocalVLM(VLM):
         self.train()  # the base is loaded in eval mode, and Lightning doesn't change modes
         if self.gradient_checkpointing:
             checkpoint_gradients(base)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode; layers with running statistics (BatchNorm) stay in evaluation mode, because they are frozen.
+
+        Args:
+            mode: True to train, False to evaluate.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(getattr(module, "running_mean", None), Tensor):
+                module.training = False
+        return self
 
     @property
     def base(self) -> PreTrainedModel:

@@ -6,7 +6,7 @@ a wide or high image if the family does so. The checks that apply to every famil
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -175,7 +175,14 @@ def llava_onevision(folder: Path) -> None:
 
 
 def qwen(
-    folder: Path, model: Any, config: Any, processor: str, patch: int, marks: tuple[str, ...] = (), **vision: Any
+    folder: Path,
+    model: Any,
+    config: Any,
+    processor: str,
+    patch: int,
+    marks: tuple[str, ...] = (),
+    text: Mapping[str, Any] = {},
+    **vision: Any,
 ) -> None:
     """The common part of the Qwen families, which preserve the aspect ratio of images; ``marks``: special tokens."""
     image = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -192,6 +199,7 @@ def qwen(
                     "head_dim": 8,
                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
                     "eos_token_id": words.eos_token_id,
+                    **text,
                 },
                 vision_config={"depth": 2, "num_heads": 2, "patch_size": patch, **vision},
                 image_token_id=words.image_token_id,
@@ -501,13 +509,12 @@ def encoded(vlm: Any, use: Callable[[], Any]) -> int:
     return sum(rows)
 
 
-def check_images_once(vlm: Any, examples: list[Example], packed: bool = False) -> None:
+def check_images_once(vlm: Any, examples: list[Example]) -> None:
     """Checks that five questions about three images, or ten completions, encode each image once.
 
     Args:
         vlm: loaded.
         examples: five, two about one image, two about another, one about a third, with two completions each.
-        packed: whether the encoder packs all images into one row, so that scoring encodes them without sharing.
     """
     greedy = Sampling(temperature=0, max_new_tokens=2)
     five, three = (vlm.collator(some) for some in (examples, examples[::2]))
@@ -515,8 +522,6 @@ def check_images_once(vlm: Any, examples: list[Example], packed: bool = False) -
     vlm.generate(five, greedy, seed=0)  # the first time, both ways are compared
     assert expected
     assert encoded(vlm, lambda: vlm.generate(five, greedy, seed=0)) == expected
-    if packed:
-        return
     vlm.score(five)  # the first time, both ways are compared
     assert encoded(vlm, lambda: vlm.score(five)) == expected
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from safervlm.records import Question
 from safervlm.vlm.auto import Transformers
-from safervlm.vlm.prefix import DeduplicatedEncoder, agree, equals
+from safervlm.vlm.prefix import DeduplicatedEncoder, agree, equals, split_images
 from safervlm.vlm.sampling import Sampling
 
 SHOWN = [2, 0, 2, 2, 1, 0]  # the image of each row
@@ -52,7 +52,7 @@ def test_each_image_is_encoded_once(images: Tensor) -> None:
             torch.testing.assert_close(mine, plain)
         assert found["name"] == "states"
     # The first time both ways, the second time one row per image; the comparisons here use all six.
-    assert seen == [3, 6, 6, 3, 6]
+    assert seen == [6, 3, 6, 3, 6]
     # The same image at another scale is a different row.
     once(images[SHOWN], torch.arange(6.0)[:, None], bias=0.0)
     assert seen[-1] == 6
@@ -100,18 +100,69 @@ def test_sizes_in_a_list_are_left_alone(images: Tensor) -> None:
 
 
 def test_an_encoder_that_looks_at_all_images_together_is_left_alone(images: Tensor) -> None:
-    def into_one_row(pixels: Tensor) -> Tensor:
-        return pixels.flatten(1).reshape(1, -1)
-
     def with_neighbours(pixels: Tensor) -> Tensor:
         return pixels.flatten(1) + pixels.cumsum(0).flatten(1)
 
-    for encode in (into_one_row, with_neighbours):
-        once = DeduplicatedEncoder(encode)
-        for shown in (SHOWN, [1, 1, 1]):
-            for _ in range(2):
-                torch.testing.assert_close(once(images[shown]), encode(images[shown]))
-        assert once.works is False
+    once = DeduplicatedEncoder(with_neighbours)
+    for shown in (SHOWN, [1, 1, 1]):
+        for _ in range(2):
+            torch.testing.assert_close(once(images[shown]), with_neighbours(images[shown]))
+    assert once.works is False
+
+
+def in_one_row(pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    """All images in one row, each as long as its size; the same images in another output with rows of their own."""
+    cropped = [image.flatten()[: int(size)] for image, size in zip(pixels, sizes, strict=True)]
+    return {"packed": torch.cat(cropped)[None, :, None], "rows": pixels.flatten(1)}
+
+
+def by_grid(patches: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """The patches of all images follow each other; every second one is an output."""
+    blocks = patches.split(grid.prod(-1).tolist())
+    return torch.cat([(block - block.mean())[::2] for block in blocks]), torch.stack([block.sum() for block in blocks])
+
+
+def test_an_encoder_that_packs_all_images_encodes_each_once(images: Tensor) -> None:
+    sizes = torch.tensor([5, 9, 40])
+    grids = torch.tensor([[1, 2, 2], [1, 2, 4], [2, 3, 2]])
+    patches = [torch.randn(int(grid.prod()), 6) + place for place, grid in enumerate(grids)]
+    cases: list[tuple[Any, Any]] = [
+        (in_one_row, lambda shown: (images[shown], sizes[shown])),
+        (by_grid, lambda shown: (torch.cat([patches[image] for image in shown]), grids[shown])),
+    ]
+    for encode, given in cases:
+        calls: list[int] = []
+
+        def counted(*args: Tensor, encode: Any = encode, calls: list[int] = calls) -> Any:
+            calls.append(len(args[1]))
+            return encode(*args)
+
+        once = DeduplicatedEncoder(counted)
+        for shown in (SHOWN, SHOWN, [1, 1, 1], [0, 1]):
+            calls.clear()
+            torch.testing.assert_close(once(*given(shown)), encode(*given(shown)))
+            assert once.works in (True, None)
+        assert once.works
+        assert calls == [2], "two distinct images are encoded together"
+        calls.clear()
+        once(*given(SHOWN))
+        assert calls == [1, 1, 1]
+
+
+def test_images_are_split_by_their_grids_if_those_count_the_patches() -> None:
+    patches, grid = torch.arange(6.0)[:, None], torch.tensor([[1, 2, 1], [1, 2, 2]])
+    cases: list[tuple[tuple[Any, ...], list[int]]] = [
+        ((patches, grid), [2, 4]),
+        ((patches, grid + 1), []),
+        ((patches, grid.float()), []),
+        ((patches, grid, patches[:5]), []),
+        ((patches[:2], grid), [1, 1]),
+        ((patches, [2, 4]), []),
+        ((torch.tensor(1.0), patches), []),
+        ((), []),
+    ]
+    for args, expected in cases:
+        assert [len(image[0]) for image, _ in split_images(args, {})] == expected
 
 
 def test_rounding_is_not_a_difference() -> None:

@@ -1,0 +1,72 @@
+"""The processor of a model: the class that its files name, with Pillow, without its video and audio parts."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import families
+import more_families
+import pytest
+import transformers as hf
+from transformers.utils import is_torchvision_available
+
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.vlm.auto import Transformers
+from safervlm.vlm.processors import processor_class, read_processor
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, "LlavaProcessor"),
+        ({"processor_config.json": "AyaVisionProcessor"}, "AyaVisionProcessor"),
+        ({"tokenizer_config.json": "AyaVisionProcessor"}, "AyaVisionProcessor"),
+        (
+            {"preprocessor_config.json": "Blip2Processor", "tokenizer_config.json": "AyaVisionProcessor"},
+            "Blip2Processor",
+        ),
+        ({"processor_config.json": "TheirOwnProcessor"}, "LlavaProcessor"),
+        ({"processor_config.json": "LlamaModel"}, "LlavaProcessor"),
+        ({"processor_config.json": ["LlavaProcessor"]}, "LlavaProcessor"),
+    ],
+)
+def test_the_files_name_the_class(files: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    for file, name in files.items():
+        (tmp_path / file).write_text(json.dumps({"processor_class": name}))
+    assert processor_class(str(tmp_path), None, hf.LlavaConfig()).__name__ == expected
+
+
+def test_a_type_without_a_processor_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(
+        ArgumentError, match=r"^vlm\.model: .* is a fast_vlm, for which transformers has no processor; use"
+    ):
+        processor_class(str(tmp_path), None, hf.FastVlmConfig())
+
+
+@pytest.mark.parametrize("build", [more_families.gemma4, more_families.llava_next_video, more_families.minicpmv4_6])
+def test_a_processor_that_asks_for_its_video_part_is_loaded_without(build: Any, tmp_path: Path) -> None:
+    build(tmp_path)
+    processor: Any = read_processor(str(tmp_path), None, hf.AutoConfig.from_pretrained(tmp_path))
+    assert type(processor).__module__.startswith("transformers.")
+    for copied in (processor, pickle.loads(pickle.dumps(processor))):
+        assert copied.video_processor.any_setting is None
+        assert type(copied.image_processor).__name__.endswith("Pil")
+        assert copied.tokenizer.image_token
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+def test_a_processor_that_needs_another_package_names_it(tmp_path: Path) -> None:
+    """A Pixtral is a LLaVA whose files name another processor."""
+    more_families.pixtral(tmp_path)
+    with pytest.raises(
+        ArgumentError, match=r"^vlm\.model: .*PixtralProcessor requires the Torchvision library.*; install"
+    ):
+        _ = Transformers(str(tmp_path)).processor
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    families.llava(tmp_path)
+    (tmp_path / "processor_config.json").write_text("{")
+    with pytest.raises(RecordError, match=rf"^{tmp_path}/processor_config\.json"):
+        _ = Transformers(str(tmp_path)).processor
