@@ -208,12 +208,15 @@ def split_images(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple
     """
     tree = (args, dict(kwargs))
     tensors = _tensors(tree)
-    # A list, for example of image sizes, may also have one entry per image.
-    listed = any(isinstance(value, list | tuple | Mapping) for value in (*args, *kwargs.values()))
-    if listed or not tensors or not all(tensor.dim() for tensor in tensors):
+    if not tensors or not all(tensor.dim() for tensor in tensors):
         return []
     fewest = min(len(tensor) for tensor in tensors)
     most = max(len(tensor) for tensor in tensors)
+    # A list may have one entry per image, for example of sizes; one of another length has not, if rows are images.
+    lists = [value for value in (*args, *kwargs.values()) if isinstance(value, list | tuple | Mapping)]
+    rows_are_images = most == fewest and max(tensor.dim() for tensor in tensors) > 3
+    if lists and (not rows_are_images or any(len(value) == fewest for value in lists)):
+        return []
     counts = [1] * fewest
     if most > fewest:
         grids = [t for t in tensors if len(t) == fewest and t.dim() == 2 and not t.is_floating_point()]

@@ -6,7 +6,7 @@ layers only.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoProcessor, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from safervlm.errors import ArgumentError, RecordError, first_line
+from safervlm.errors import ArgumentError, RecordError, explained, first_line
 from safervlm.io.boundary import warn
 from safervlm.io.images import ImageSettings
 from safervlm.records import Example, Question
@@ -91,11 +91,12 @@ def _checked(vlm: Any) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         questions = [_question(Path(folder), *asked) for asked in ASKED]
         collator = replace(vlm.collator, images=ImageSettings(), max_length=2**31)
-        try:
-            encodings = collator([Example(question) for question in questions]).encodings
-        except RecordError as error:
-            raise ArgumentError(f"vlm.model: {vlm.name!r} can't be asked: {first_line(error)}") from error
-        processor = compare_processor(vlm, collator, questions, encodings)
+        with works(vlm, "its processor fails"):
+            try:
+                encodings = collator([Example(question) for question in questions]).encodings
+            except RecordError as error:
+                raise ValueError(first_line(error)) from error
+            processor = compare_processor(vlm, collator, questions, encodings)
     result = {"processor": processor, "aligned": aligned(encodings), "layers": 0, "one_by_one": None}
     if getattr(vlm.base, "is_quantized", False):  # may need a GPU, where the model isn't yet
         return result
@@ -112,6 +113,17 @@ def _question(folder: Path, prompt: str, size: tuple[int, int]) -> Question:
     pixels = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return Question("self-check", "", "", str(path), "alignment", 0, prompt, "", "", "")
+
+
+def works(vlm: Any, what: str) -> AbstractContextManager[None]:
+    """Returns a context manager that rejects a model whose code raises any exception.
+
+    Args:
+        vlm: The model.
+        what: What fails.
+    """
+    remedy = "use another model, or another version of transformers"
+    return explained(f"vlm.model: {vlm.name!r} {UNLIKE}: {what}", remedy, Exception, error=ArgumentError)
 
 
 def aligned(encodings: Sequence[Encoding]) -> list[str]:
@@ -150,7 +162,9 @@ def compare_processor(
     mine = type(collator.processor).__name__
     try:
         own = AutoProcessor.from_pretrained(vlm.name, revision=vlm.revision, backend="pil", trust_remote_code=False)
-    except ImportError:  # of torchvision, which the video part needs
+    except (ImportError, ValueError):  # the video part needs torchvision
+        if "video_processor" not in type(collator.processor).get_attributes():
+            raise
         return f"{mine}, without its video part"
     for question, encoding in zip(questions, encodings, strict=True):
         expected = replace(collator, processor=own).encode(question)
@@ -194,15 +208,8 @@ def in_float32(vlm: Any, skip: Sequence[nn.Module] = ()) -> Iterator[None]:
 
 def _differences(vlm: Any, encodings: Sequence[Encoding], large: bool) -> str | None:
     """Returns what differs between a batch and its second question alone; None if nothing does."""
-    try:
+    with works(vlm, "its code in transformers fails"):
         alone = trace(vlm, encodings[1:], large)
-    except Exception as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            raise
-        raise ArgumentError(
-            f"vlm.model: {vlm.name!r} {UNLIKE}: its code in transformers fails ({type(error).__name__}: "
-            f"{first_line(error)}); use another model, or another version of transformers"
-        ) from error
     if not large and alone.steps != len(alone.logits):
         raise ArgumentError(
             f"vlm.model: {vlm.name!r} {UNLIKE}: its generate called the logits processor {alone.steps} times for "
@@ -210,7 +217,7 @@ def _differences(vlm: Any, encodings: Sequence[Encoding], large: bool) -> str | 
         )
     try:
         together = trace(vlm, encodings, large)
-        return compare(together, alone) or (None if large else _scores_differ(vlm, encodings))
+        return difference(together, alone) or (None if large else _scores_differ(vlm, encodings))
     except ArgumentError:  # can't be scored: said where it is trained
         return None
     except Exception as error:
@@ -265,7 +272,7 @@ def trace(vlm: Any, encodings: Sequence[Encoding], large: bool) -> Trace:
     return found
 
 
-def compare(together: Trace, alone: Trace) -> str | None:
+def difference(together: Trace, alone: Trace) -> str | None:
     """Returns what differs between two questions in a batch and the second one alone; None if nothing does.
 
     Args:

@@ -158,6 +158,8 @@ def test_images_are_split_by_their_grids_if_those_count_the_patches() -> None:
         ((patches, grid, patches[:5]), []),
         ((patches[:2], grid), [1, 1]),
         ((patches, [2, 4]), []),
+        ((torch.zeros(3, 3, 4, 4), [-1, -2]), [1, 1, 1]),  # numbers of layers
+        ((torch.zeros(2, 3, 4, 4), [4, 3]), []),  # may be sizes
         ((torch.tensor(1.0), patches), []),
         ((), []),
     ]

@@ -20,7 +20,7 @@ from safervlm.vlm.auto import Transformers
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.processors import read_processor
 from safervlm.vlm.sampling import Sampling
-from safervlm.vlm.selfcheck import Trace, compare, same_row
+from safervlm.vlm.selfcheck import Trace, difference, same_row
 
 
 def model(build: Callable[[Path], None], folder: Path, **settings: Any) -> Transformers:
@@ -88,9 +88,19 @@ def test_code_that_fails_is_rejected_with_its_reason(tmp_path: Path) -> None:
 
     with (
         patch.object(LlavaForConditionalGeneration, "forward", fails),
-        pytest.raises(ArgumentError, match=r"its code in transformers fails \(AttributeError: no image_outputs\); use"),
+        pytest.raises(ArgumentError, match=r"its code in transformers fails \(no image_outputs\); use another model"),
     ):
         vlm.load()
+
+
+def test_a_processor_that_fails_is_rejected_with_its_reason(tmp_path: Path) -> None:
+    vlm = model(families.llava, tmp_path)
+    for error in (TypeError("no images"), ValueError("no images")):
+        with (
+            patch("transformers.LlavaProcessor.__call__", side_effect=error),
+            pytest.raises(ArgumentError, match=r"^vlm\.model: .*: its processor fails \(.*no images\)?\); use another"),
+        ):
+            vlm.load()
 
 
 @pytest.mark.parametrize(("setting", "differs"), [("num_additional_image_tokens", "input_ids"), ("tokens", "token_ty")])
@@ -176,6 +186,6 @@ def test_logits_are_compared_while_the_tokens_are_the_same() -> None:
         logits[1] = logits[1] * second
         return Trace(3, logits=logits, tokens=torch.tensor(rows)[:, None].repeat(1, 2))
 
-    assert compare(traced([1, 2], 1.0), traced([2], 1.0)) is None
-    assert compare(traced([1, 2], 3.0), traced([2], 1.0)) == "the logits of token 2 differ"
-    assert compare(traced([1, 3], 3.0), traced([2], 1.0)) is None
+    assert difference(traced([1, 2], 1.0), traced([2], 1.0)) is None
+    assert difference(traced([1, 2], 3.0), traced([2], 1.0)) == "the logits of token 2 differ"
+    assert difference(traced([1, 3], 3.0), traced([2], 1.0)) is None

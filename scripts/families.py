@@ -1,0 +1,105 @@
+"""Writes the table of tested model types in docs/models.md, from a run of tests/vlm/test_transformers.py.
+
+python scripts/families.py                 # runs the tests (some minutes of one core), and writes the table
+python scripts/families.py --junit FILE    # takes the results of `pytest --junit-xml=FILE`
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import defaultdict
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from safervlm.io.files import write_atomically
+
+ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests" / "vlm" / "test_transformers.py"
+DOCUMENT = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+# Heading of a column -> the checks that it stands for.
+CHECKS = {
+    "image matters": ("another_image_changes_the_logits",),
+    "generate": (
+        "greedy_answers_are_those_of_the_library_asked_one_by_one",
+        "a_question_that_is_asked_twice_is_answered_twice",
+        "no_special_token_is_ever_drawn",
+    ),
+    "sample": ("a_drawn_answer_depends_on_its_record_alone",),
+    "score": ("score_equals_one_plain_forward_a_completion",),
+    "share": ("questions_about_an_image_share_what_they_begin_with", "an_image_is_encoded_once"),
+    "LoRA": ("lora_is_on_every_linear_layer_of_the_language_model_and_on_no_other",),
+    "SFT": ("a_few_steps_lower_the_loss_and_move_the_adapter_alone", "checkpointed_gradients_are_the_same"),
+    "reload": ("a_saved_adapter_scores_the_same", "the_collator_is_small_and_pickles"),
+}
+
+
+def results(junit: Path) -> dict[str, dict[str, str]]:
+    """Returns for each family the outcome of each check, and the properties that the checks recorded.
+
+    Args:
+        junit: Results of pytest in JUnit's format.
+    """
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for case in ET.parse(junit).iter("testcase"):  # noqa: S314 (written by pytest)
+        test, _, family = case.attrib["name"].removesuffix("]").partition("[")
+        check = test.removeprefix("test_")
+        if not any(check in checks for checks in CHECKS.values()):
+            continue
+        bad = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), None)
+        found[family][check] = "passed" if bad is None else bad
+        for each in case.iter("property"):
+            found[family][each.attrib["name"]] = each.attrib["value"]
+    return found
+
+
+def table(found: dict[str, dict[str, str]]) -> str:
+    """Returns the table in Markdown, with the number of model types that pass every check.
+
+    Args:
+        found: The results of :func:`results`.
+    """
+    rows, passing = [], set()
+    for family, outcome in found.items():
+        cells = []
+        for checks in CHECKS.values():
+            bad = [outcome.get(check, "not run") for check in checks if outcome.get(check) != "passed"]
+            cells.append(bad[0] if bad else "passed")
+        if set(cells) == {"passed"}:
+            passing.add(outcome["type"])
+        cells[list(CHECKS).index("share")] += f": {outcome.get('shared', '-')}"
+        cells[list(CHECKS).index("LoRA")] += f": {outcome.get('LoRA', '-')}"
+        rows.append([family, f"`{outcome.get('type', '-')}`", *cells])
+    lines = [["family", "model type", *CHECKS], ["---"] * (len(CHECKS) + 2), *rows]
+    head = (
+        f"{len(passing)} model types pass every check; transformers {version('transformers')}, torch "
+        f"{version('torch').partition('+')[0]}, {date.today().isoformat()}, written by `python scripts/families.py`."
+    )
+    return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def main() -> None:
+    """Writes the table; exit code 1 if a check failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--junit", type=Path, help="results of pytest; by default the tests are run")
+    junit = parser.parse_args().junit
+    with tempfile.TemporaryDirectory() as folder:
+        if junit is None:
+            junit = Path(folder) / "results.xml"
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={junit}"]
+            subprocess.run([*command, "-m", "not gpu", str(TESTS)], cwd=ROOT, check=False)  # noqa: S603
+        found = results(junit)
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    content = f"{before}{BEGIN}\n{table(found)}\n{END}{after}"
+    write_atomically(DOCUMENT, lambda path: path.write_text(content, encoding="utf-8"))
+    if any(value in ("failure", "error") for outcome in found.values() for value in outcome.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
