@@ -25,7 +25,7 @@ from safervlm.vlm.selfcheck import Trace, difference, same_row
 
 def model(build: Callable[[Path], None], folder: Path, **settings: Any) -> Transformers:
     build(folder)
-    return Transformers(str(folder), **{"dtype": "float32", "lora": LoRA(r=2, alpha=4), **settings})
+    return Transformers(str(folder), **{"dtype": "float32", "lora": LoRA(r=2, alpha=4, min_coverage=0.0), **settings})
 
 
 POSITIONS = "position_ids of the model differs"

@@ -55,7 +55,7 @@ SHARING = {
 PARTLY_ADAPTED = {"qwen3_5", "qwen3_5_moe", "minicpmv4_6", "glm4v_moe", "gemma4"}
 # Families whose batches would change a question (tests/vlm/test_selfcheck.py).
 ONE_BY_ONE = {"hunyuan_vl", "minicpmv4_6", "emu3"}
-LORA = LoRA(r=4, alpha=8, dropout=0.0)
+LORA = LoRA(r=4, alpha=8, dropout=0.0, min_coverage=0.0)
 
 
 @pytest.fixture(
