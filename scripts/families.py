@@ -70,8 +70,9 @@ def table(found: dict[str, dict[str, str]]) -> str:
             cells.append(bad[0] if bad else "passed")
         if set(cells) == {"passed"}:
             passing.add(outcome["type"])
-        cells[list(CHECKS).index("share")] += f": {outcome.get('shared', '-')}"
-        cells[list(CHECKS).index("LoRA")] += f": {outcome.get('LoRA', '-')}"
+        for column in ("share", "LoRA"):  # a passed check says what was found
+            place = list(CHECKS).index(column)
+            cells[place] = outcome.get(column, "passed") if cells[place] == "passed" else cells[place]
         rows.append([family, f"`{outcome.get('type', '-')}`", *cells])
     lines = [["family", "model type", *CHECKS], ["---"] * (len(CHECKS) + 2), *rows]
     head = (

@@ -69,7 +69,7 @@ def test_the_documented_table_is_of_the_tested_families(script: ModuleType) -> N
     text = script.DOCUMENT.read_text(encoding="utf-8").partition(script.BEGIN)[2].partition(script.END)[0]
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
     assert [row[0] for row in rows] == names, "run scripts/families.py"
-    assert {cell.partition(":")[0] for row in rows for cell in row[2:]} == {"passed"}
+    assert not {"failure", "error", "skipped", "not run"} & {cell for row in rows for cell in row}
     types = {row[1] for row in rows}
     assert text.strip().startswith(f"{len(types)} model types")
     assert len(types) >= 30
