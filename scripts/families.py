@@ -14,6 +14,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TYPES
+
 from safervlm.io.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -76,8 +78,9 @@ def table(found: dict[str, dict[str, str]]) -> str:
         rows.append([family, f"`{outcome.get('type', '-')}`", *cells])
     lines = [["family", "model type", *CHECKS], ["---"] * (len(CHECKS) + 2), *rows]
     head = (
-        f"{len(passing)} model types pass every check; transformers {version('transformers')}, torch "
-        f"{version('torch').partition('+')[0]}, {date.today().isoformat()}, written by `python scripts/families.py`."
+        f"{len(passing)} of the {len(TYPES)} model types of `AutoModelForImageTextToText` pass every check; "
+        f"transformers {version('transformers')}, torch {version('torch').partition('+')[0]}, "
+        f"{date.today().isoformat()}, written by `python scripts/families.py`."
     )
     return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)])
 

@@ -83,7 +83,8 @@ def self_check(vlm: Any) -> None:
 def _key(vlm: Any) -> tuple[Any, ...]:
     folder = Path(vlm.name)
     files = [(file.name, file.stat()) for file in sorted(folder.iterdir())] if folder.is_dir() else []
-    settings = (type(vlm), vlm.name, vlm.revision, vlm.dtype, vlm.template, vlm.system)
+    text = (vlm.template, vlm.system, repr(vlm.template_arguments))
+    settings = (type(vlm), vlm.name, vlm.revision, vlm.dtype, *text)
     return (*settings, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
 
 

@@ -266,12 +266,13 @@ def thinking(folder: Path, kind: str, special: bool = False) -> None:
     (folder / "chat_template.jinja").write_text(template)
 
 
-def internvl(folder: Path) -> None:
+def internvl(folder: Path, text: Any = hf.Qwen2Config, **values: Any) -> None:
+    """An InternVL on a language model, with values of its configuration."""
     names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     words = tokenizer("<|im_end|>", start="<|im_start|>", video_token="<video>", **names)
     config = hf.InternVLConfig(
         vision_config={**VISION, "image_size": [28, 28], "patch_size": [7, 7]},
-        text_config=hf.Qwen2Config(**TEXT, vocab_size=len(words), eos_token_id=words.eos_token_id),
+        text_config=text(**{**TEXT, "vocab_size": len(words), "eos_token_id": words.eos_token_id, **values}),
         image_token_id=words.context_image_token_id,
         image_seq_length=4,
     )

@@ -106,7 +106,7 @@ def glm46v(folder: Path) -> None:
 
 
 def glm4v_moe(folder: Path) -> None:
-    """Its first block is dense, and half of each head is rotated."""
+    """Its first block is dense; PEFT takes the names of its layers for those of experts."""
     text = {
         "moe_intermediate_size": 16,
         "n_routed_experts": 4,
@@ -118,27 +118,13 @@ def glm4v_moe(folder: Path) -> None:
     glm(folder, "Glm4vMoe", "Glm4v", text, {})
 
 
-def internvl(folder: Path, text: type[hf.PreTrainedConfig], **more: Any) -> None:
-    """InternVL3.5: the vision part of InternVL with another language model."""
-    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    words = tokenizer("<|im_end|>", start="<|im_start|>", video_token="<video>", **names)
-    config = hf.InternVLConfig(
-        vision_config={**VISION, "image_size": [28, 28], "patch_size": [7, 7]},
-        text_config=text(**TEXT, head_dim=8, vocab_size=len(words), eos_token_id=words.eos_token_id, **more),
-        image_token_id=words.context_image_token_id,
-        image_seq_length=4,
-    )
-    image = pillow("got_ocr2", "GotOcr2", size=SQUARE, crop_to_patches=True, max_patches=3)
-    save(folder, hf.InternVLForConditionalGeneration(config), image, words)
-    settings(folder, "InternVLProcessor", chatml("<IMG_CONTEXT>\n"), image_seq_length=4)
-
-
 def internvl_qwen3(folder: Path) -> None:
-    internvl(folder, hf.Qwen3Config)
+    """InternVL3.5: the vision part of InternVL with another language model."""
+    families.internvl(folder, hf.Qwen3Config, head_dim=8)
 
 
 def internvl_qwen3_moe(folder: Path) -> None:
-    internvl(folder, hf.Qwen3MoeConfig, **EXPERTS)
+    families.internvl(folder, hf.Qwen3MoeConfig, head_dim=8, **EXPERTS)
 
 
 def gemma4(folder: Path, **text: Any) -> None:
@@ -571,7 +557,7 @@ def pixtral(folder: Path) -> None:
 # Those that pass every check of tests/vlm/test_transformers.py; the others are rejected, or need another package.
 BUILDERS = (
     *(qwen3_vl_moe, qwen3_5, qwen3_5_moe, glm4v, glm46v, glm4v_moe, internvl_qwen3, internvl_qwen3_moe),
-    *(gemma4, gemma4_moe, aya_vision, idefics2, ovis2, deepseek_vl, deepseek_vl_hybrid, exaone4_5, minicpmv4_6),
-    *(vipllava, llava_next_video, video_llava, aria, ernie4_5_vl, hunyuan_vl, emu3),
+    *(gemma4, gemma4_capped, gemma4_moe, aya_vision, idefics2, ovis2, deepseek_vl, deepseek_vl_hybrid),
+    *(exaone4_5, minicpmv4_6, vipllava, llava_next_video, video_llava, aria, ernie4_5_vl, hunyuan_vl, emu3),
 )
 SLOW = {aria}  # each of its images has 980 x 980 pixels

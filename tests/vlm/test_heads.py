@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import families
-import mixtures
 import pytest
 import torch
 import transformers as hf
@@ -87,7 +86,7 @@ def test_scores_are_those_of_the_models_own_logits(
     name: str, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, values, change, expected = MODELS[name]
-    mixtures.internvl(tmp_path, text, **values)
+    families.internvl(tmp_path, text, **values)
     changed(monkeypatch, change)
     check(tmp_path, None, examples, expected)
 
@@ -105,7 +104,7 @@ def test_paligemma_2_is_scored_and_trained(examples: list[Example], tmp_path: Pa
 def test_what_the_configuration_does_not_name_is_rejected(
     examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixtures.internvl(tmp_path, hf.Qwen2Config)
+    families.internvl(tmp_path, hf.Qwen2Config)
     changed(monkeypatch, lambda _, logits: logits * 3)
     vlm = Transformers(str(tmp_path), dtype="float32")
     vlm.load()

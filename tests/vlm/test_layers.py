@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import families
-import mixtures
+import more_families
 import pytest
 import torch
 import transformers as hf
@@ -89,14 +89,15 @@ def gemma4() -> Any:
 
 def qwen3_5_moe() -> Any:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32, "num_position_embeddings": 16}
-    linear = {**mixtures.LINEAR, "linear_num_value_heads": 4}  # as many as there are experts
-    text = {**SIZES, **linear, **mixtures.MIXTURE, "shared_expert_intermediate_size": 16, "head_dim": 8}
+    # As many linear-attention heads as there are experts.
+    mixture = {**more_families.LINEAR, **more_families.EXPERTS, "shared_expert_intermediate_size": 16}
+    text = {**SIZES, **mixture, "head_dim": 8}
     return hf.Qwen3_5MoeConfig(text_config=text, vision_config={"depth": 2, "num_heads": 2, **sizes})
 
 
 def omni() -> Any:
     """A Qwen3-Omni: its audio tower has layers of the same names."""
-    text = {**SIZES, **mixtures.MIXTURE, "head_dim": 8, "rope_parameters": mixtures.ROPE}
+    text = {**SIZES, **more_families.EXPERTS, "head_dim": 8, "rope_parameters": more_families.MROPE}
     vision = {"depth": 2, "num_heads": 2, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32}
     audio = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "output_dim": 32}
     return hf.Qwen3OmniMoeThinkerConfig(text_config=text, vision_config=vision, audio_config=audio)
@@ -229,7 +230,7 @@ def test_what_matches_nothing_is_rejected() -> None:
 EXPERTS = LoRA(r=4, alpha=8, dropout=0.0, experts=True)
 
 
-@pytest.fixture(scope="module", params=[mixtures.qwen3_vl_moe, mixtures.glm4v_moe, mixtures.qwen3_5_moe])
+@pytest.fixture(scope="module", params=[more_families.qwen3_vl_moe, more_families.glm4v_moe, more_families.qwen3_5_moe])
 def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp(request.param.__name__)
     request.param(folder)

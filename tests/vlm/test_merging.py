@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import families
-import mixtures
+import more_families
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -36,7 +36,7 @@ def adapter(folder: Path, out: Path, lora: LoRA = LORA) -> str:
 
 
 @pytest.mark.parametrize(
-    "build", [families.llava, families.qwen2_vl, families.gemma3, families.internvl, tied, mixtures.qwen3_vl_moe]
+    "build", [families.llava, families.qwen2_vl, families.gemma3, families.internvl, tied, more_families.qwen3_vl_moe]
 )
 def test_a_merged_model_scores_as_base_plus_adapter(
     build: Callable[[Path], None], make_questions: Callable[[int], list[Question]], tmp_path: Path
@@ -45,7 +45,7 @@ def test_a_merged_model_scores_as_base_plus_adapter(
     base.mkdir()
     out.mkdir()
     build(base)
-    lora = LoRA(r=4, alpha=8, dropout=0.0, experts=build is mixtures.qwen3_vl_moe)
+    lora = LoRA(r=4, alpha=8, dropout=0.0, experts=build is more_families.qwen3_vl_moe)
     vlm = Transformers(str(base), dtype="float32", adapter=adapter(base, tmp_path / "adapter", lora))
     vlm.load()
     batch = vlm.collator(families.ask(make_questions(3)))
