@@ -560,4 +560,5 @@ BUILDERS = (
     *(gemma4, gemma4_capped, gemma4_moe, aya_vision, idefics2, ovis2, deepseek_vl, deepseek_vl_hybrid),
     *(exaone4_5, minicpmv4_6, vipllava, llava_next_video, video_llava, aria, ernie4_5_vl, hunyuan_vl, emu3),
 )
-SLOW = {aria}  # each of its images has 980 x 980 pixels
+# Linear attention, capped logits, questions that are computed one by one, and token types that choose experts.
+FAST = {qwen3_5, gemma4_capped, minicpmv4_6, ernie4_5_vl}

@@ -1,7 +1,7 @@
 """Models that cap or scale the logits behind their head: scored as the library computes them, and trained."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def examples(make_questions: Callable[[int], list[Question]]) -> list[Example]:
 def changed(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     forward = hf.InternVLForConditionalGeneration.forward
 
+    @wraps(forward)  # the library reads its arguments
     def changing(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
         output.logits = change(self.config.text_config, output.logits)

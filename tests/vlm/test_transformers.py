@@ -2,8 +2,9 @@
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -41,7 +42,6 @@ FAMILIES = [
     (families.gemma3, None),
     (families.mllama, None),
     (families.paligemma, "<image>{question}"),
-    (families.paligemma2, "<image>{question}"),
     (families.blip2, QUESTION),
     (families.instructblip, "{question}"),
     *((build, None) for build in more_families.BUILDERS),
@@ -56,13 +56,14 @@ SHARING = {
 ROUTERS = ("router.proj", "shared_expert_gate")
 # Families whose batches would change a question (tests/vlm/test_selfcheck.py).
 ONE_BY_ONE = {"hunyuan_vl", "minicpmv4_6", "emu3"}
+SLOW = set(more_families.BUILDERS) - more_families.FAST
 LORA = LoRA(r=4, alpha=8, dropout=0.0, min_coverage=0.0)
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(family, id=family[0].__name__, marks=[pytest.mark.slow] if family[0] in more_families.SLOW else [])
+        pytest.param(family, id=family[0].__name__, marks=[pytest.mark.slow] if family[0] in SLOW else [])
         for family in FAMILIES
     ],
 )
@@ -96,10 +97,20 @@ def base(family: tuple[Path, str | None]) -> Transformers:
     return loaded(family)
 
 
-@pytest.fixture
-def policy(family: tuple[Path, str | None]) -> Transformers:
+@pytest.fixture(scope="module")
+def adapted(family: tuple[Path, str | None]) -> Transformers:
     """The same with an effective adapter."""
     return families.with_effect(new(family))
+
+
+@pytest.fixture
+def policy(adapted: Transformers) -> Iterator[Transformers]:
+    """The same, whose adapter and gradients are restored after the test."""
+    before = {name: weight.detach().clone() for name, weight in adapted.named_parameters() if weight.requires_grad}
+    yield adapted
+    adapted.zero_grad()
+    for name, weight in before.items():
+        adapted.get_parameter(name).data.copy_(weight)
 
 
 @pytest.fixture
@@ -129,10 +140,9 @@ def plain_inputs(vlm: Transformers, question: Question, answer: str = "") -> dic
     return {name: tensor for name, tensor in inputs.items() if name != "labels"}
 
 
-def plain_logprobs(vlm: Transformers, model: nn.Module, example: Example, answer: str) -> Tensor:
-    """Log-probabilities of a response's tokens, by one plain forward pass of one sequence."""
-    start = plain_inputs(vlm, example.question)["input_ids"].shape[1]
-    inputs = plain_inputs(vlm, example.question, answer)
+@torch.no_grad()
+def plain_logprobs(model: nn.Module, inputs: dict[str, Tensor], start: int) -> Tensor:
+    """Log-probabilities of a response's tokens, from the place of the first, by one plain forward pass."""
     logprobs = model(**inputs).logits[0, start - 1 : -1].log_softmax(-1)
     return logprobs.gather(-1, inputs["input_ids"][0, start:, None])[:, 0]
 
@@ -227,11 +237,15 @@ def test_a_drawn_answer_depends_on_its_record_alone(base: Transformers, examples
 def test_score_equals_one_plain_forward_a_completion(policy: Transformers, plain: Any, examples: list[Example]) -> None:
     """The policy by its own weights, the reference by the library's model."""
 
+    @cache
+    def encoded(question: Question, answer: str) -> tuple[dict[str, Tensor], int]:
+        return plain_inputs(policy, question, answer), plain_inputs(policy, question)["input_ids"].shape[1]
+
     def alone(adapter: Adapter, example: Example, answer: str) -> Tensor:
         with active(policy.base, adapter):
-            return plain_logprobs(policy, policy.base if adapter == "policy" else plain, example, answer)
+            return plain_logprobs(policy.base if adapter == "policy" else plain, *encoded(example.question, answer))
 
-    families.check_scores(policy, examples, alone, rtol=5e-6)
+    families.check_scores(policy, examples, alone, rtol=1e-5)
 
 
 def test_lora_is_on_every_linear_layer_of_the_language_model_and_on_no_other(
@@ -264,12 +278,12 @@ def test_checkpointed_gradients_are_the_same(
     batch = policy.collator(examples[:2])
     policy.score(batch).logprobs.sum().backward()
     checkpointed.score(batch).logprobs.sum().backward()
-    expected = dict(policy.named_parameters())
-    for name, parameter in checkpointed.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-4)
-            assert parameter.grad is not None
-            assert parameter.grad.any()
+    expected = {name: weight.grad for name, weight in policy.named_parameters() if weight.requires_grad}
+    rounding = 1e-4 * max(gradient.abs().max().item() for gradient in expected.values())  # linear attention adds to it
+    for name, gradient in expected.items():
+        recomputed = checkpointed.get_parameter(name).grad
+        torch.testing.assert_close(recomputed, gradient, atol=rounding, rtol=1e-4)
+        assert gradient.any()
 
 
 def test_a_saved_adapter_scores_the_same(
