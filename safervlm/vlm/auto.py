@@ -41,7 +41,7 @@ from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing, extend, join
 from safervlm.vlm.processors import read_processor
 from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
-from safervlm.vlm.selfcheck import self_check
+from safervlm.vlm.selfcheck import PROCESSOR_FAILS, self_check, works
 from safervlm.vlm.thinking import Setting, Thinking, valid_setting
 from safervlm.vlm.weights import load_model, reading
 
@@ -169,7 +169,8 @@ class Transformers(LocalVLM):
         with reading(self.name):
             collator.begin(self.thinking_setting)
         if self.template is not None:
-            collator.must_show_image(self.image_token_ids)
+            with works(self, PROCESSOR_FAILS):
+                collator.must_show_image(self.image_token_ids)
         return collator
 
     def describe(self) -> dict[str, Any]:

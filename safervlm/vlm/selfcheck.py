@@ -32,6 +32,7 @@ LAYERS = 2  # their number
 TOKENS = 2  # that a small model generates
 RESULTS: dict[tuple[Any, ...], dict[str, Any]] = {}  # of this process
 UNLIKE = "can't be measured rightly"
+PROCESSOR_FAILS = "its processor fails"
 
 
 @dataclass
@@ -92,7 +93,7 @@ def _checked(vlm: Any) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         questions = [_question(Path(folder), *asked) for asked in ASKED]
         collator = replace(vlm.collator, images=ImageSettings(), max_length=2**31)
-        with works(vlm, "its processor fails"):
+        with works(vlm, PROCESSOR_FAILS):
             try:
                 encodings = collator([Example(question) for question in questions]).encodings
             except RecordError as error:

@@ -579,6 +579,14 @@ def check_learning(policy: Any, examples: list[Example]) -> None:
     assert moved == {name for name in before if ".lora_" in name and ".default." in name}
 
 
+def check_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Checks gradients by name. Rounding is relative to the largest one: linear attention adds to it."""
+    rounding = 1e-4 * max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=rounding, rtol=1e-4)
+        assert gradient.any()
+
+
 def check_gradients(policy: Any, checkpointed: Any, examples: list[Example], attention: str) -> None:
     """Checks that gradients are those of the adapter of the forward pass, recomputed or not, after a switch.
 
@@ -638,7 +646,7 @@ def check_reload(policy: Any, base: Any, load: Callable[[str], Any], examples: l
     policy.save_adapter(folder)
     batch = policy.collator(examples)
     expected = policy.score(batch).logprobs
-    torch.testing.assert_close(load(str(folder)).score(batch).logprobs, expected, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(load(str(folder)).score(batch).logprobs, expected, atol=1e-4, rtol=0)
     assert (base.score(batch).logprobs - expected).abs().max() > 1e-2
 
 

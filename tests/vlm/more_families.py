@@ -554,6 +554,80 @@ def pixtral(folder: Path) -> None:
     settings(folder, "PixtralProcessor", template, patch_size=14, spatial_merge_size=1, **tokens)
 
 
+def got_ocr2(folder: Path) -> None:
+    """Its processor nests each image in a list."""
+    words = tokenizer("<|im_end|>", start="<|im_start|>", image_token="<imgpad>", first="<img>", last="</img>")
+    config = hf.GotOcr2Config(
+        vision_config={
+            "hidden_size": 32,
+            "output_channels": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 16,
+            "window_size": 2,
+            "global_attn_indexes": [1],
+            "mlp_dim": 64,
+        },
+        text_config=hf.Qwen2Config(**TEXT, vocab_size=len(words), eos_token_id=words.eos_token_id),
+        image_token_index=words.image_token_id,
+    )
+    image = pillow("got_ocr2", "GotOcr2", size={"height": 64, "width": 64})
+    save(folder, hf.GotOcr2ForConditionalGeneration(config), image, words)
+    settings(folder, "GotOcr2Processor", chatml("<img><imgpad></img>"))
+
+
+def llama4(folder: Path) -> None:
+    """Its image processor has no version for Pillow."""
+    names = {"image_token": "<|patch|>", "first": "<|image_start|>", "last": "<|image_end|>", "image": "<|image|>"}
+    words = tokenizer("<|eot|>", start="<|header_start|>", **names)
+    config = hf.Llama4Config(
+        vision_config={
+            **{**VISION, "intermediate_size": 128},
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+            "pixel_shuffle_ratio": 0.5,
+        },
+        text_config={
+            **TEXT,
+            "intermediate_size_mlp": 64,
+            "vocab_size": len(words),
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "attention_chunk_size": 16,
+            "eos_token_id": words.eos_token_id,
+            "pad_token_id": 0,
+        },
+        image_token_index=words.image_token_id,
+        boi_token_index=words.first_id,
+        eoi_token_index=words.last_id,
+    )
+    save(folder, hf.Llama4ForConditionalGeneration(config), words)
+    image_settings(folder, "Llama4ImageProcessor", size=SQUARE, max_patches=3)
+    template = chat("<|header_start|>user\n\n", "<|header_start|>assistant\n\n", "<|image|>", "<|eot|>")
+    settings(folder, "Llama4Processor", template, patch_size=14, pixel_shuffle_ratio=0.5)
+
+
+def fuyu(folder: Path) -> None:
+    """Its image processor for Pillow fails."""
+    words = tokenizer("|ENDOFTEXT|", image_token="|SPEAKER|", row="|NEWLINE|")
+    text = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
+    config = hf.FuyuConfig(
+        text_config={
+            "model_type": "persimmon",
+            **text,
+            "vocab_size": len(words),
+            "eos_token_id": words.eos_token_id,
+        },
+        image_size=30,
+        patch_size=15,
+        image_token_id=words.image_token_id,
+    )
+    image = pillow("fuyu", "Fuyu", size={"height": 60, "width": 60}, patch_size={"height": 15, "width": 15})
+    save(folder, hf.FuyuForCausalLM(config), hf.FuyuProcessor(image, words))
+
+
 # Those that pass every check of tests/vlm/test_transformers.py; the others are rejected, or need another package.
 BUILDERS = (
     *(qwen3_vl_moe, qwen3_5, qwen3_5_moe, glm4v, glm46v, glm4v_moe, internvl_qwen3, internvl_qwen3_moe),

@@ -56,13 +56,20 @@ def test_a_processor_that_asks_for_its_video_part_is_loaded_without(build: Any, 
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
-def test_a_processor_that_needs_another_package_names_it(tmp_path: Path) -> None:
-    """A Pixtral is a LLaVA whose files name another processor."""
-    more_families.pixtral(tmp_path)
-    with pytest.raises(
-        ArgumentError, match=r"^vlm\.model: .*PixtralProcessor requires the Torchvision library.*; install"
-    ):
+@pytest.mark.parametrize("build", [more_families.pixtral, more_families.llama4])
+def test_a_processor_that_needs_another_package_names_it(build: Any, tmp_path: Path) -> None:
+    """A Pixtral is a LLaVA whose files name another processor; Llama 4 has no image processor for Pillow."""
+    build(tmp_path)
+    with pytest.raises(ArgumentError, match=r"^vlm\.model: .*(?i:torchvision).*; install it, or name another model"):
         _ = Transformers(str(tmp_path)).processor
+
+
+@pytest.mark.parametrize(("build", "template"), [(more_families.got_ocr2, None), (more_families.fuyu, "{question}")])
+def test_a_type_whose_processor_fails_is_rejected(build: Any, template: str | None, tmp_path: Path) -> None:
+    build(tmp_path)
+    vlm = Transformers(str(tmp_path), dtype="float32", template=template)
+    with pytest.raises(ArgumentError, match=r"^vlm\.\w+: .* processor (fails|rejects) .*; (use|write)"):
+        vlm.load()
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
