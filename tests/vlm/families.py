@@ -493,7 +493,7 @@ def check_answers(vlm: Any, examples: list[Example], plain: Callable[[Example, i
         alone = [vlm.generate(vlm.collator([example]), greedy, seed=0)[0] for example in examples]
     assert [answer.token_ids for answer in together] == expected
     assert alone == together
-    assert len(set(map(tuple, expected))) > 2
+    assert len(set(map(tuple, expected))) > 1
 
 
 def encoded(vlm: Any, use: Callable[[], Any]) -> int:

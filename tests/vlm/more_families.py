@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import families
+import pytest
 import transformers as hf
 from families import SQUARE, TEXT, VISION, chat, chatml, save, settings, tokenizer, vicuna
+from packaging.version import Version
 
 # Rotary positions in time, height and width.
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
@@ -636,3 +638,6 @@ BUILDERS = (
 )
 # Linear attention, capped logits, questions that are computed one by one, and token types that choose experts.
 FAST = {qwen3_5, gemma4_capped, minicpmv4_6, ernie4_5_vl}
+# Before transformers 5.24 these processors need torchvision.
+NEWEST = {gemma4, gemma4_capped, gemma4_moe, hunyuan_vl}
+NEEDS_5_24 = pytest.mark.skipif(Version(hf.__version__) < Version("5.24"), reason="needs transformers 5.24")

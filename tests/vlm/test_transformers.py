@@ -63,7 +63,14 @@ LORA = LoRA(r=4, alpha=8, dropout=0.0, min_coverage=0.0)
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(family, id=family[0].__name__, marks=[pytest.mark.slow] if family[0] in SLOW else [])
+        pytest.param(
+            family,
+            id=family[0].__name__,
+            marks=[
+                *([pytest.mark.slow] if family[0] in SLOW else []),
+                *([more_families.NEEDS_5_24] if family[0] in more_families.NEWEST else []),
+            ],
+        )
         for family in FAMILIES
     ],
 )
