@@ -22,6 +22,7 @@ from safervlm.io.images import ImageSettings
 from safervlm.limits import TextLimits
 from safervlm.measure import FaultTolerantCollator
 from safervlm.records import Example, Question
+from safervlm.run import read_manifest
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.base import Unanswered
 from safervlm.vlm.encoding import EncodedBatch
@@ -493,3 +494,7 @@ def test_the_command_line_measures_and_trains_such_a_model(tmp_path: Path, tiny_
     families.qwen2_vl(tmp_path / "vlm")
     vlm = ["--model.vlm=safervlm.vlm.auto.Transformers", f"--model.vlm.model={tmp_path / 'vlm'}"]
     families.check_command_line(vlm, tmp_path, tiny_sets)
+    for run, stage in (("sft", "sft"), ("measured", "measure")):
+        checked = read_manifest(tmp_path / run)["stages"][stage]["self_check"]
+        assert checked["processor"].startswith("Qwen2VLProcessor, ")
+        assert checked["one_by_one"] is None
