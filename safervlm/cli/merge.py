@@ -6,24 +6,23 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from safervlm.errors import ArgumentError, RecordError, UserError
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.caches import temporary
 from safervlm.io.outputs import refuse_to_fill
-from safervlm.io.settings import from_yaml
 from safervlm.io.tables import say
 from safervlm.io.trust import check_trust, named_in, read_config
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_response
 from safervlm.records import Example, Question
-from safervlm.reports.evaluation import folder_of
-from safervlm.results.suite import columns, evaluate, load_suite
-from safervlm.run import locked, read_manifest
+from safervlm.reports.model_card import model_card
+from safervlm.run import locked
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.merging import merge_adapter, write_merged
 from safervlm.vlm.remote.base import Remote
+
+QUESTIONS = f"{2 * len(ALIGNMENT_QUESTIONS)} questions about two images of noise with two responses each"
 
 
 def merge(
@@ -35,8 +34,9 @@ def merge(
 ) -> Path:
     """Writes the base model of a training with the adapter in its weights, for servers and other programs.
 
-    The folder holds weights (safetensors), the processor's files and a model card with data, objective, judge, scores
-    with their intervals, and the base model's licence. How far rounding moves log-probabilities is measured and stated.
+    The folder holds weights (safetensors), the processor's files and a model card with data, objective, scores with
+    their intervals and judges, and the base model's licence. How far rounding moves log-probabilities is measured and
+    stated.
 
     Args:
         run: The folder of a finished training.
@@ -64,10 +64,12 @@ def merge(
             merge_adapter(vlm)
             moved = (_logprobs(vlm, Path(folder)) - before).abs()
         rounding = f"at most {moved.max():.2g}, on average {moved.mean():.2g} nats per token"
+        differs = f"Log-probabilities differ from those of base plus adapter by {rounding}, on {QUESTIONS}."
+        card = model_card(run, vlm.name, vlm.revision, str(vlm.dtype).removeprefix("torch."), differs)
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary(out, directory=True) as aside:
             write_merged(vlm, aside, shard_size)
-            (aside / "README.md").write_text(_card(run, vlm, rounding), encoding="utf-8")
+            (aside / "README.md").write_text(card, encoding="utf-8")
             if out.is_dir():
                 out.rmdir()  # it is empty
             aside.rename(out)
@@ -107,54 +109,3 @@ def _logprobs(vlm: LocalVLM, folder: Path) -> torch.Tensor:
             scores = vlm.score(vlm.collator([Example(question, answers)]))
             found.append(scores.logprobs[scores.mask].double())
     return torch.cat(found)
-
-
-def _card(run: Path, vlm: LocalVLM, rounding: str) -> str:
-    """Returns the model card, with the metadata of the Hub at its beginning."""
-    licence, stages = _licence(Path(vlm.name)), read_manifest(run)["stages"]
-    trained = {name: stage["settings"] for name, stage in stages.items() if "settings" in stage}
-    head = {"base_model": vlm.name, "library_name": "transformers", "license": licence or "other"}
-    named = licence or "see the base model's card and the files beside this one"
-    parts = [
-        f"---\n{yaml.safe_dump(head)}---\n\n# {run.name}, merged\n",
-        f"`{vlm.name}` with the adapter of a training by SaferVLM in its weights (`safervlm merge`), in "
-        f"{str(vlm.dtype).removeprefix('torch.')}.\n\nBase model's licence: {named}.\n",
-        f"Log-probabilities differ from those of base plus adapter by {rounding}, on {2 * len(ALIGNMENT_QUESTIONS)} "
-        "questions about two images of noise with two responses each.\n",
-        _scores(run),
-    ]
-    for name, settings in trained.items():
-        model = {key: value for key, value in settings["model"].items() if key != "judge"}
-        parts.append(f"## Objective: {name}\n\n```yaml\n{yaml.safe_dump(model, sort_keys=False)}```\n")
-        if judge := settings["model"].get("judge"):
-            parts.append(f"## Judge\n\nFingerprint of the judge whose verdicts were the reward: `{judge}`.\n")
-        parts.append(f"## Data\n\n```yaml\n{yaml.safe_dump(settings['data'], sort_keys=False)}```\n")
-    return "\n".join(parts)
-
-
-def _scores(run: Path) -> str:
-    """Returns the table of the run's evaluation, if there is one."""
-    try:
-        measured = load_suite(folder_of(run), run.name)
-        table = evaluate(measured, columns([measured]))
-    except UserError as error:
-        return f"## Scores\n\nNot evaluated ({error}).\n"
-    lines = ["## Scores\n", "| group | measure | value | 95 % interval | varies | n |", "|---|---|---|---|---|---|"]
-    for row in table.to_dict("records"):
-        interval = "none" if np.isnan(row["low"]) else f"[{row['low']:.4g}, {row['high']:.4g}]"
-        cells = (row["group"], row["heading"], f"{row['value']:.4g}", interval, row["varies"], str(row["n"]))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "\nThe intervals do not include the judge's error.\n"])
-
-
-def _licence(folder: Path) -> str | None:
-    """Returns the licence in the metadata of a model's card; None if it names none."""
-    card = folder / "README.md"
-    head = card.read_text(encoding="utf-8", errors="replace").split("---", 2) if card.is_file() else []
-    if len(head) < 3 or head[0].strip():
-        return None
-    try:
-        named = from_yaml(head[1])
-    except (UserError, yaml.YAMLError, RecursionError):
-        return None
-    return str(named["license"]) if isinstance(named, dict) and named.get("license") else None

@@ -1,5 +1,6 @@
 """safervlm merge: a run's merged model with its card; nothing of a user's is replaced."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ def test_a_run_is_merged_with_its_card(run: Path, tiny_llava: Path, tmp_path: Pa
     main(["merge", str(run), "--out", str(out)])
     assert "log-probabilities differ from base plus adapter by at most" in capsys.readouterr().out
     _, head, text = (out / "README.md").read_text().split("---", 2)
-    assert yaml.safe_load(head)["base_model"] == str(tiny_llava)
-    for part in ("Base model's licence", "nats per token", "## Scores", "## Objective: sft", "## Data", "bfloat16"):
+    assert yaml.safe_load(head)["base_model"] == f"…/{tiny_llava.name}"
+    assert re.search(r"None: .*; evaluate the run: safervlm evaluate", text)
+    for part in ("Base model's licence", "nats per token", "## Objective: sft", "## Data", "bfloat16"):
         assert part in text
     merged = Llava(str(out))
     merged.load()
