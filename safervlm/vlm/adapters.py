@@ -18,8 +18,9 @@ from safervlm.hashing import fingerprint
 from safervlm.io.caches import remove_leftovers, temporary
 from safervlm.io.reading import read_object
 from safervlm.io.seals import SEAL, seal_folder, verify_folder
+from safervlm.io.tables import say
 from safervlm.limits import must_match_soon
-from safervlm.vlm.compat import names_as_given
+from safervlm.vlm.compat import names_as_given, renamed_by_peft
 from safervlm.vlm.lora import active, switched
 from safervlm.vlm.weights import must_be_finite, read_tensors, reading
 
@@ -248,6 +249,8 @@ def _changes(layer: nn.Module) -> bool:
 def export_adapter(model: PeftModel, folder: Path, origin: Mapping[str, Any]) -> None:
     """Writes the policy adapter as a PEFT folder that ``PeftModel.from_pretrained`` loads.
 
+    For a few mixtures of experts, PEFT alone can't load it; one line reports it.
+
     Args:
         model: Model with the trained adapter.
         folder: Folder to write. An existing adapter in it is replaced.
@@ -272,3 +275,8 @@ def export_adapter(model: PeftModel, folder: Path, origin: Mapping[str, Any]) ->
         # The seal is moved last: until then, a folder with an older adapter's seal is rejected, never partly loaded.
         for file in sorted(aside.iterdir(), key=lambda file: file.name == SEAL):
             file.replace(folder / file.name)
+    if renamed_by_peft(model.peft_config["default"], model.get_base_model()):
+        say(
+            f"{folder}: PEFT alone takes names of this adapter for those of experts, so only SaferVLM loads it; for a "
+            "server, merge it into its base (safervlm merge)"
+        )

@@ -6,10 +6,12 @@ version or imports a private name of transformers or torch.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from inspect import signature
 from typing import Any
 from unittest.mock import patch
 
+from peft import PeftConfig
 from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map  # Remove when torch.utils.pytree is public in the oldest release.
@@ -28,6 +30,7 @@ __all__ = [
     "local_torch_dtype",
     "names_as_given",
     "position_ids",
+    "renamed_by_peft",
     "takes_a_plain_cache",
     "tree_leaves",
     "tree_map",
@@ -35,6 +38,8 @@ __all__ = [
 
 # The name of the KV cache among a model's arguments and outputs. Remove when transformers>=5.24 is required.
 CACHE = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+# What PEFT adapts, among the settings of an adapter.
+TARGETS = ("target_modules", "target_parameters")
 
 
 def checkpoint_activations(model: nn.Module, settings: dict[str, Any]) -> None:
@@ -61,6 +66,23 @@ def names_as_given() -> Iterator[None]:
     """
     with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: None):
         yield
+
+
+def renamed_by_peft(config: PeftConfig, model: nn.Module) -> bool:
+    """Returns whether PEFT, outside :func:`names_as_given`, would adapt other modules than a configuration names.
+
+    Remove together with :func:`names_as_given`.
+
+    Args:
+        config: Configuration of an adapter.
+        model: The base model.
+    """
+    copied = deepcopy(config)
+    try:
+        transformers_weight_conversion.convert_peft_config_for_transformers(copied, model, None)
+    except ValueError:  # some of the names that PEFT fuses are missing
+        return True
+    return any(set(getattr(copied, name) or ()) != set(getattr(config, name) or ()) for name in TARGETS)
 
 
 def takes_a_plain_cache(model: PreTrainedModel) -> bool:
