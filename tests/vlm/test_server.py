@@ -609,8 +609,8 @@ TEMPLATE = (
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("uvicorn") is None, reason="needs transformers[serving]")
-@pytest.mark.parametrize("merged", [False, True])
-def test_transformers_serve_answers_as_the_model_does_here(tiny_llava, make_questions, tmp_path, merged):
+@pytest.mark.parametrize("served", ["base", "merged", "adapter"])
+def test_transformers_serve_answers_as_the_model_does_here(tiny_llava, make_questions, tmp_path, served):
     folder = tmp_path / "served"
     shutil.copytree(tiny_llava, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -622,15 +622,18 @@ def test_transformers_serve_answers_as_the_model_does_here(tiny_llava, make_ques
     weights[head][local.suppressed] = 0
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     local = Transformers(str(folder), dtype="float32")
-    if merged:
+    if served != "base":
         trained = families.with_effect(Transformers(str(folder), dtype="float32", lora=LoRA(r=4, alpha=8)))
         trained.save_adapter(tmp_path / "adapter")
         local = Transformers(str(folder), dtype="float32", adapter=str(tmp_path / "adapter"))
         local.load()
-        folder = tmp_path / "merged"
-        folder.mkdir()
-        merge_adapter(local)
-        write_merged(local, folder, "5GB")
+        folder = tmp_path / served
+        if served == "merged":
+            folder.mkdir()
+            merge_adapter(local)
+            write_merged(local, folder, "5GB")
+        else:  # docs/serving.md: the adapter's files beside the base's
+            shutil.copytree(tmp_path / "served", folder, dirs_exist_ok=True)
         local = Transformers(str(tmp_path / "served"), dtype="float32", adapter=str(tmp_path / "adapter"))
     local.load()
     questions = make_questions(6)
