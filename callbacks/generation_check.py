@@ -19,6 +19,10 @@ from safervlm.run import write_stage
 from safervlm.statistics.differences import difference_of_items
 from safervlm.vlm.base import must_be_answered
 from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.thinking import many_unfinished
+
+# Stands for a response without an answer where the flags, 0 and 1, of all processes are put together.
+NO_ANSWER = 2.0
 
 
 class OverFlaggingWarning(UserWarning):
@@ -36,6 +40,9 @@ class GenerationCheck(Callback):
     interval is Tango's score interval for a difference of paired proportions
     (:func:`safervlm.statistics.differences.difference_of_items`), so that sampling variation of a few images does not
     trigger the warning.
+
+    A response of a thinking model that ended inside its reasoning has no answer. It is part of no share, and its image
+    is compared only if it was answered both times. If there are many, one line reports their number.
 
     Args:
         judge: The alignment judge.
@@ -118,7 +125,9 @@ class GenerationCheck(Callback):
         """
         if self.is_due(trainer.fit_loop.epoch_loop.total_batch_idx):
             begun = time.monotonic()
-            pl_module.log("train/unsafe_rate_on_safe", self.check(trainer, pl_module), batch_size=1)
+            rate = self.check(trainer, pl_module)
+            if rate is not None:
+                pl_module.log("train/unsafe_rate_on_safe", rate, batch_size=1)
             self.seconds = time.monotonic() - begun
 
     def on_train_batch_end(
@@ -135,10 +144,10 @@ class GenerationCheck(Callback):
                 rates = {"before": share_of(self.before), "after": rate}
                 write_stage(Path(trainer.default_root_dir), stage_name(pl_module), unsafe_rate_on_safe=rates)
 
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> float:
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """Returns the share of the images that the policy calls Unsafe, and warns if it has risen.
 
-        The first call sets the baseline.
+        The first call sets the baseline. The share is None if no response has an answer.
 
         Args:
             trainer: see :meth:`flagged`.
@@ -147,14 +156,16 @@ class GenerationCheck(Callback):
         now = self.flagged(trainer, pl_module)
         if self.before is None:
             self.before = now
-        lost = sum(self.before[question] and not flag for question, flag in now.items())
-        gained = sum(flag and not self.before[question] for question, flag in now.items())
-        increase = difference_of_items(lost, gained, len(now))
-        if increase.low > self.tolerance:
+        asked = len(self.questions(trainer))
+        if trainer.is_global_zero and (many := many_unfinished("GenerationCheck", asked - len(now), asked)):
+            say(many)
+        pairs = [(self.before[question], flag) for question, flag in now.items() if question in self.before]
+        lost, gained = pairs.count((True, False)), pairs.count((False, True))
+        if pairs and (increase := difference_of_items(lost, gained, len(pairs))).low > self.tolerance:
+            first, last = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
             warnings.warn(
-                f"{share_of(now):.0%} of the held-out safe images are called {UNSAFE} now, {share_of(self.before):.0%} "
-                f"before training (an increase of {increase.low:.0%} to {increase.high:.0%}, 95 % interval): the "
-                "policy over-flags",
+                f"{last:.0%} of the held-out safe images are called {UNSAFE} now, {first:.0%} before training (an "
+                f"increase of {increase.low:.0%} to {increase.high:.0%}, 95 % interval): the policy over-flags",
                 OverFlaggingWarning,
                 stacklevel=2,
             )
@@ -164,14 +175,13 @@ class GenerationCheck(Callback):
     def flagged(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, bool]:
         """Asks the policy about the held-out safe images and classifies the responses.
 
-        A response that ended inside its reasoning calls no image Unsafe.
-
         Args:
             trainer: the trainer; its data module provides the validation batches.
             pl_module: the objective, whose ``vlm`` is the policy.
 
         Returns:
-            By the question's id, whether its image is called Unsafe; all questions, on every process.
+            By the question's id, whether its image is called Unsafe; without the questions whose response has no
+            answer. The same on every process.
         """
         questions = self.questions(trainer)
         place = {question: number for number, question in enumerate(questions)}
@@ -182,11 +192,12 @@ class GenerationCheck(Callback):
             labels = self.judge.judge([answer.text for answer in answers]).argmax(-1).tolist()
             for label, question, answer in zip(labels, batch.questions, answers, strict=True):
                 if question.answer == SAFE:
-                    says = self.judge.labels[label] == UNSAFE and answer.answered
-                    flags[place[question.id]] = float(says)
+                    flag = float(self.judge.labels[label] == UNSAFE)
+                    flags[place[question.id]] = flag if answer.answered else NO_ANSWER
         # Each process asks about its own share of the images, and each image is asked about by one process.
         flags = trainer.strategy.reduce(flags, reduce_op="sum")
-        return {question: bool(flag) for question, flag in zip(questions, flags.tolist(), strict=True)}
+        pairs = zip(questions, flags.tolist(), strict=True)
+        return {question: bool(flag) for question, flag in pairs if flag != NO_ANSWER}
 
     @staticmethod
     def questions(trainer: Trainer) -> list[str]:
@@ -199,10 +210,10 @@ class GenerationCheck(Callback):
         return [example.question.id for example in held_out if example.question.answer == SAFE]
 
 
-def share_of(flags: dict[str, bool]) -> float:
-    """Returns the share of True values.
+def share_of(flags: dict[str, bool]) -> float | None:
+    """Returns the share of True values; None if there are no values.
 
     Args:
-        flags: at least one, by question.
+        flags: Values by question.
     """
-    return sum(flags.values()) / len(flags)
+    return sum(flags.values()) / len(flags) if flags else None

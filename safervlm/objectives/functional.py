@@ -128,10 +128,11 @@ def sequence_rewards(
     implementation divides 0 by 0).
 
     Args:
-        judged: (B,) judge score of each response: minus the judge's cross entropy against the image's label.
+        judged: (B,) judge score of each response: minus the judge's cross entropy against the image's label. That of a
+            response without an answer (unfinished thinking) is ``low``.
         low: scalar minimum of the scores over the global batch (all processes together).
         high: scalar maximum of the scores over the global batch.
-        stopped: (B,) True where the response ended with the end token.
+        stopped: (B,) True where the response has an answer and ended with the end token.
         lengths: (B,) number of tokens of each response.
         response_length: maximum number of tokens of a response.
         no_eos_penalty: added to the reward of a response that was cut off.

@@ -5,7 +5,7 @@ A batch is a rollout:
 1. The policy generates responses to the questions.
 2. The responses are scored under the policy, under the reference (adapter disabled), and by the value function.
 3. The judge classifies the responses; ``sequence_rewards`` and ``token_rewards`` (functional.py) compute the paper's
-   reward.
+   reward. A response without an answer (unfinished thinking) is in none of the metrics ``judged`` and ``accuracy``.
 4. GAE computes the advantages. Returns are advantages + values; the advantages are then whitened over the batch.
 5. ``ppo_epochs`` passes over mini-batches, with one optimizer step each, minimise ``L_policy + c_v L_value - c_e H``,
    averaged over the response tokens of a mini-batch (of all processes together, as are the statistics above).
@@ -228,20 +228,20 @@ class PPO(Objective):
         labels = torch.tensor([self.judge.labels.index(q.answer) for q in batch.questions], device=self.device)
         judged = verdicts.gather(1, labels[:, None])[:, 0]
         must_be_finite_now("model: outputs of model.judge or of the value function", judged, values)
+        answered = torch.tensor([answer.answered for answer in answers], device=self.device)
         # The last batch of an epoch may hold one response more in one process than in another.
-        low = self.all_gather(judged.min()).min()  # type: ignore[union-attr]
-        high = self.all_gather(judged.max()).max()  # type: ignore[union-attr]
+        low = self.all_gather(judged.where(answered, torch.inf).min()).min()  # type: ignore[union-attr]
+        high = self.all_gather(judged.where(answered, -torch.inf).max()).max()  # type: ignore[union-attr]
         lengths, stopped = mask.sum(-1), torch.tensor([a.finish_reason == "stop" for a in answers], device=self.device)
-        earned = sequence_rewards(
-            judged, low, high, stopped, lengths, self.sampling.max_new_tokens, self.no_eos_penalty, self.length_bonus
-        )
+        longest, bonus = self.sampling.max_new_tokens, self.length_bonus
+        scored = judged.where(answered, low)  # a response without an answer has the lowest score of those with one
+        earned = sequence_rewards(scored, low, high, stopped, lengths, longest, self.no_eos_penalty, bonus)
         rewards = token_rewards(earned, logprobs, reference, mask, self.kl_coef, self.reward_scale)
         advantages = gae(rewards, values, mask, self.gamma, self.lam)
         returns = advantages + values
-        answered = torch.tensor([answer.answered for answer in answers], device=self.device)
         metrics = {
             "reward": earned.mean(),
-            "judged": judged.mean(),
+            "judged": judged[answered].sum() / answered.sum().clamp(min=1),
             "accuracy": ((verdicts.argmax(-1) == labels) & answered).sum() / answered.sum().clamp(min=1),
             "kl": ((logprobs - reference) * mask).sum(-1).mean(),
             "length": lengths.float().mean(),

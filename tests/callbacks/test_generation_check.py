@@ -12,7 +12,7 @@ from callbacks.generation_check import GenerationCheck, OverFlaggingWarning
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.judging.classifier import Judge
 from safervlm.protocol import LABELS, SAFE, UNSAFE
-from safervlm.records import Example, Question
+from safervlm.records import THINKING_UNFINISHED, Example, Question
 from safervlm.run import read_manifest
 from safervlm.vlm.base import Generation
 from safervlm.vlm.packed import PackedBatch
@@ -37,12 +37,15 @@ class Policy:
 
     def __init__(self) -> None:
         self.flagged: set[str] = set()
+        self.unfinished: set[str] = set()
         self.asked: list[tuple[Sampling, int]] = []
 
     def generate(self, batch, sampling, seed):
         self.asked.append((sampling, seed))
         return [
-            Generation([1], f"{UNSAFE if question.image in self.flagged else SAFE}, I'd say.", "stop")
+            Generation([1], "", THINKING_UNFINISHED)
+            if question.image in self.unfinished
+            else Generation([1], f"{UNSAFE if question.image in self.flagged else SAFE}, I'd say.", "stop")
             for question in batch.questions
         ]
 
@@ -181,6 +184,23 @@ def test_a_resumed_run_compares_with_the_same_images(tmp_path: Path):
     again = GenerationCheck(Reader(), every_n_batches=2)
     again.load_state_dict(check.state_dict())
     silent(scene, again, set(range(28, 43)))  # 1.5 times the share, but other images: no such increase by paired images
+
+
+def test_unfinished_thinking_is_in_no_share_and_in_no_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    scene, check = Scene(run=tmp_path), GenerationCheck(Reader(), every_n_batches=1)
+    scene.vlm.unfinished = {str(number) for number in range(50)}
+    scene.play(check, 1, set(range(55)))  # 5 of the 50 with an answer
+    assert "thinking unfinished in 50 of 100 responses (50%), which have no answer; increase" in capsys.readouterr().out
+    scene.vlm.unfinished = {str(number) for number in range(96, 100)}
+    silent(scene, check, set(range(55)))  # 50 more are answered, all of them Unsafe: no image has changed its answer
+    assert not capsys.readouterr().out  # few
+    with pytest.warns(OverFlaggingWarning, match="^43% of the held-out .* now, 11% before training"):
+        scene.play(check, 1, set(range(50, 70)))  # of the 46 that were answered both times
+    scene.vlm.unfinished = {str(number) for number in range(120)}
+    silent(scene, check, set())
+    assert [value for _, _, value in scene.logged] == [0.1, 55 / 96, 20 / 96]
+    check.on_train_end(scene, scene)
+    assert read_manifest(tmp_path)["stages"]["scene"]["unsafe_rate_on_safe"] == {"before": 0.1, "after": None}
 
 
 def test_an_earlier_versions_checkpoint_is_rejected():

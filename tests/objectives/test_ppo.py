@@ -6,7 +6,7 @@ The reference uses nothing of the package except the sampled responses and the o
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from safervlm.judging.classifier import Judge
 from safervlm.objectives import PPO
 from safervlm.objectives.ppo import Rollout
 from safervlm.protocol import LABELS
-from safervlm.records import Example, Question
+from safervlm.records import THINKING_UNFINISHED, Example, Question
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.packed import pack
+from safervlm.vlm.thinking import COMMON, Thinking
 
 TEMPERATURE, LENGTH, EPOCHS, MINI = 0.8, 7, 2, 3
 SETTINGS: dict[str, Any] = {
@@ -410,6 +411,44 @@ def test_equal_rewards_earn_the_half(run: Callable[..., Run]) -> None:
     assert done.steps.metrics["train/reward"] == pytest.approx(expected.mean().item(), abs=1e-6)
     assert all(math.isfinite(value) for value in done.steps.metrics.values())
     assert all(p.isfinite().all() for p in done.ppo.parameters())
+
+
+@pytest.mark.parametrize("unfinished", [{1, 3}, {0, 1, 2, 3, 4}])
+def test_unfinished_thinking_earns_the_lowest_judgement(
+    unfinished: set[int], run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge prefers the empty text to any other."""
+    monkeypatch.setattr(Llava, "thinking", Thinking(COMMON))
+
+    def prepare(ppo: PPO) -> None:
+        generate = ppo.vlm.generate
+
+        def cut(*args: Any) -> list[Any]:
+            answers = generate(*args)
+            return [
+                replace(answer, text="", finish_reason=THINKING_UNFINISHED) if row in unfinished else answer
+                for row, answer in enumerate(answers)
+            ]
+
+        ppo.vlm.generate = cut
+
+    def judge(texts: Sequence[str]) -> Tensor:
+        scores = [0.0 if not text else -1.0 - row for row, text in enumerate(texts)]
+        return torch.tensor(scores)[:, None].expand(-1, 3)
+
+    done = run(judge=judge, prepare=prepare, response_length=40)
+    (rollout,), metrics = done.rollouts, done.steps.metrics
+    stopped = [answer.finish_reason == "stop" for answer in rollout.answers]
+    judged = {row: -1.0 - row for row in range(5) if row not in unfinished}
+    spread = {row: (value + 5.0) / 4.0 for row, value in judged.items()}  # the others are from -1 to -5
+    earned = [
+        (spread.get(row, 0.0) if judged else 0.5) + 1.5 * len(answer.token_ids) / 40 - 2.0 * (not stopped[row])
+        for row, answer in enumerate(rollout.answers)
+    ]
+    assert metrics["train/reward"] == pytest.approx(np.mean(earned), abs=1e-6)
+    assert metrics["train/judged"] == pytest.approx(sum(judged.values()) / max(1, len(judged)))
+    assert metrics["train/thinking_unfinished"] == pytest.approx(len(unfinished) / 5)
+    assert all(math.isfinite(value) for value in metrics.values())
 
 
 def test_equal_advantages_move_nothing(run: Callable[..., Run]) -> None:
