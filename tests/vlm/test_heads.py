@@ -15,6 +15,7 @@ from safervlm.records import Example, Question
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.heads import LogitTransform, candidates, transform_between
 from safervlm.vlm.lora import LoRA, active
+from safervlm.vlm.sampling import Sampling
 
 LORA = LoRA(r=4, alpha=8, dropout=0.0)
 
@@ -60,11 +61,16 @@ def changed(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
 
 
 def check(folder: Path, template: str | None, examples: list[Example], expected: LogitTransform) -> None:
-    """Scores equal the library's logits, a few steps lower the loss, and the adapter reloads."""
+    """Scores under each adapter and of what is sampled equal those of the library's logits, and training learns."""
     new = partial(Transformers, str(folder), dtype="float32", template=template)
     policy = families.with_effect(new(lora=LORA))
     batch = policy.collator(examples)
-    scores = policy.score(batch)
+    drawn = Sampling(temperature=0.7, top_p=1.0)
+    scores = {  # as SFT and DPO score, as DPO and PPO score the reference, and as PPO scores what it has sampled
+        "policy": policy.score(batch),
+        "reference": policy.score(batch, adapter="reference"),
+        "sampled": policy.score(batch, sampling=drawn, entropy=True),
+    }
     assert policy.logit_transform == expected
     row = 0
     for encoding, answers in zip(batch.encodings, batch.completions, strict=True):
@@ -74,10 +80,16 @@ def check(folder: Path, template: str | None, examples: list[Example], expected:
             rest = {name: value.expand(-1, len(answer)) for name, value in grown.items()}
             rest["input_ids"] = torch.tensor([answer])
             inputs = {**encoding, **{name: torch.cat([encoding[name], more], 1) for name, more in rest.items()}}
-            with active(policy.base, "policy"):
-                logits = policy.base(**inputs).logits[0, start - 1 : -1]
-            plain = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
-            torch.testing.assert_close(scores.logprobs[row, : len(answer)], plain, atol=1e-5, rtol=0)
+            for kind, found in scores.items():
+                with active(policy.base, "reference" if kind == "reference" else "policy"):
+                    logits = policy.base(**inputs).logits[0, start - 1 : -1]
+                if kind == "sampled":
+                    logits = logits.index_fill(1, policy.suppressed, -torch.inf) / drawn.temperature
+                logprobs = logits.log_softmax(-1)
+                plain = logprobs.gather(-1, torch.tensor(answer)[:, None])[:, 0]
+                torch.testing.assert_close(found.logprobs[row, : len(answer)], plain, atol=1e-5, rtol=0)
+            entropy = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)
+            torch.testing.assert_close(scores["sampled"].entropy[row, : len(answer)], entropy, atol=1e-4, rtol=0)
             row += 1
     families.check_learning(policy, examples)
 
@@ -100,6 +112,39 @@ def test_paligemma_2_is_scored_and_trained(examples: list[Example], tmp_path: Pa
     omitted = torch.allclose(model(input_ids=words).logits, bare, atol=1e-4)  # by transformers 5.20
     expected = LogitTransform(cap=None if omitted else 30.0)
     check(tmp_path, "<image>{question}", examples, expected)
+
+
+SMALL: dict[str, Any] = {**families.TEXT, "vocab_size": 64, "head_dim": 8, "sliding_window": 16}
+SMALL |= {"layer_types": GEMMA["layer_types"], "vocab_size_per_layer_input": 64, "final_logit_softcapping": 2.0}
+
+
+def gemma3n() -> Any:
+    """Its language model alone: its encoder of images needs timm."""
+    sparse = {"activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 8, "num_kv_shared_layers": 0}
+    return hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**SMALL, **sparse, hidden_size_per_layer_input=8))
+
+
+def gemma4() -> Any:
+    vision = {
+        **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2},
+        "position_embedding_size": 64,
+    }
+    text = {**SMALL, "global_head_dim": 8, "hidden_size_per_layer_input": 0}
+    return hf.Gemma4ForConditionalGeneration(hf.Gemma4Config(text_config=text, vision_config=vision, audio_config=None))
+
+
+@pytest.mark.parametrize("build", [gemma3n, gemma4])
+def test_the_cap_of_gemmas_own_classes_is_found_in_their_text_configuration(build: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)
+        words = torch.tensor([[5, 6, 7]])
+        bare = model.lm_head(model.model(input_ids=words).last_hidden_state)
+        logits = model(input_ids=words).logits
+    assert bare.abs().max() > 2 >= logits.abs().max()
+    assert transform_between(model.config, bare, logits) == LogitTransform(cap=2.0)
 
 
 def test_what_the_configuration_does_not_name_is_rejected(
