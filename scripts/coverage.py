@@ -10,20 +10,22 @@ of the modality gap are sampled independently or from one quantile ("tied"), wit
 image. The designs of the tables of MME and LLaVABench are described above these tables.
 
 ``--write`` also writes the lowest and the highest coverage of each method, for the captions of tables. 2,000
-repetitions take about 7 minutes on one core, 200 a tenth of that.
+repetitions take about 10 minutes on one core, 200 a tenth of that.
 """
 
 import argparse
 import csv
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betaincinv, ndtr
+from scipy.optimize import brentq
+from scipy.special import betaincinv, expit, ndtr, stdtrit
 
 from safervlm.statistics import differences, intervals
 from safervlm.statistics.differences import (
@@ -40,6 +42,7 @@ from safervlm.statistics.intervals import (
     interval_ratio,
     interval_sum_of_means,
     interval_these_concepts,
+    strata_of,
 )
 
 # Number of images of every concept of UnsafeConcepts, by category.
@@ -59,9 +62,10 @@ TEST = {category: tuple(n - int(0.8 * n) for n in sizes) for category, sizes in 
 
 # The methods, by the names that the scores use.
 WITHIN, NAMES_WITHIN = ("Korn-Graubard, images within concepts", "Korn-Graubard, answers within concepts")
-BY_CONCEPT = "Korn-Graubard, concepts (CR2)"
+BY_CONCEPT = "Korn-Graubard, concepts within categories (CR2)"
 # The parts of the coverage table that `intervals.coverage` looks up.
 OVERALL, CATEGORY, PICTOGRAMS, ALIKE = "overall", "category", "pictograms", "independent images"
+SKEWED = intervals.SKEWED
 
 # The simulated designs: part, name, images of each concept, questions per image.
 DESIGNS: tuple[tuple[str, str, Sequence[int], int], ...] = (
@@ -82,6 +86,8 @@ DESIGNS: tuple[tuple[str, str, Sequence[int], int], ...] = (
 PAIRED = (DESIGNS[0], DESIGNS[2], DESIGNS[-1])
 RATES = (0.3, 0.5, 0.8, 0.97)
 CORRELATIONS = (0.0, 0.1, 0.3)
+BETWEEN = (0.3, 0.6)  # share of the variance between concepts that lies between categories, at correlation .3
+SKEWS = ("t", "rare")  # logits with a t distribution of 2 degrees of freedom; 5 % of the concepts 6.5 below the others
 WITHIN_IMAGE = 0.5
 
 # Number of images of every task of MME, each with two questions.
@@ -136,6 +142,50 @@ def rates(quantiles: Floats, mean: float | Floats, correlation: float) -> Floats
         return np.broadcast_to(np.asarray(mean, float), quantiles.shape)
     total = 1 / correlation - 1
     return betaincinv(np.maximum(total * mean, 1e-9), np.maximum(total * (1 - mean), 1e-9), quantiles)
+
+
+def categories_of(concepts: int) -> npt.NDArray[np.integer]:
+    """Returns the category of each concept: those of UnsafeConcepts, the pictograms' nine of three, else a single one.
+
+    Args:
+        concepts: number of concepts.
+    """
+    if concepts == sum(map(len, IMAGES.values())):
+        return np.repeat(np.arange(len(IMAGES)), [len(sizes) for sizes in IMAGES.values()])
+    return np.arange(concepts) // 3 if concepts == 27 else np.zeros(concepts, int)
+
+
+def skewed(quantiles: Floats, mean: float, skew: str) -> Floats:
+    """Returns quantiles of a skewed distribution of rates with a given mean.
+
+    Args:
+        quantiles: values in [0, 1].
+        mean: the mean of the distribution.
+        skew: one of :data:`SKEWS`.
+    """
+    return expit(centre(mean, skew) + deviations(quantiles, skew))
+
+
+def deviations(quantiles: Floats, skew: str) -> Floats:
+    """Returns the deviations of the logits from their centre, see :func:`skewed`.
+
+    Args:
+        quantiles: values in [0, 1].
+        skew: one of :data:`SKEWS`.
+    """
+    return 0.8 * stdtrit(2, quantiles) if skew == "t" else np.where(quantiles < 0.05, -6.5, 0.0)
+
+
+@cache
+def centre(mean: float, skew: str) -> float:
+    """Returns the centre of the logits for which the rates have a given mean.
+
+    Args:
+        mean: the mean of the rates.
+        skew: one of :data:`SKEWS`.
+    """
+    grid = (np.arange(20_000) + 0.5) / 20_000
+    return float(brentq(lambda at: expit(at + deviations(grid, skew)).mean() - mean, -30, 30))
 
 
 def held(interval: Interval | Difference, truth: float) -> tuple[float, float]:
@@ -194,7 +244,13 @@ def header(*columns: str) -> str:
 
 
 def share(
-    sizes: Sequence[int], questions: int, rate: float, correlation: float, rng: np.random.Generator
+    sizes: Sequence[int],
+    questions: int,
+    rate: float,
+    correlation: float,
+    rng: np.random.Generator,
+    between: float = 0.0,
+    skew: str = "",
 ) -> tuple[float, ...]:
     """Simulates the intervals of a share.
 
@@ -204,20 +260,30 @@ def share(
         rate: mean accuracy.
         correlation: intra-concept correlation.
         rng: random generator.
+        between: share of the concepts' variance that lies between categories.
+        skew: one of :data:`SKEWS` instead of a beta distribution, whose correlation is not used.
 
     Returns:
         Coverage and length for these concepts and for new concepts; the latter are NaN for fewer than 10 concepts.
     """
-    concepts = np.repeat(np.arange(len(sizes)), sizes)
+    concepts, categories = np.repeat(np.arange(len(sizes)), sizes), categories_of(len(sizes))
     answers = np.full(len(concepts), float(questions))
-    by_concept = rates(rng.random(len(sizes)), rate, correlation)
+    quantiles = rng.random(len(sizes))
+    if skew:
+        means = np.full(len(sizes), rate)
+        by_concept = skewed(quantiles, rate, skew)
+    else:
+        of_category = rates(rng.random(categories.max() + 1), rate, between * correlation)
+        means = of_category[categories]
+        by_concept = rates(quantiles, means, correlation * (1 - between) / (1 - between * correlation))
     by_image = by_concept[concepts]
     if questions > 1:
         by_image = rates(rng.random(len(concepts)), by_image, WITHIN_IMAGE)
     right = rng.binomial(questions, by_image).astype(float)
-    new = interval_new_concepts(np.bincount(concepts, right), np.bincount(concepts, answers))
-    truth = float(np.average(by_concept, weights=sizes))
-    return *held(interval_these_concepts(right, answers, concepts), truth), *held(new, rate)
+    by = (np.bincount(concepts, right), np.bincount(concepts, answers))
+    new = interval_new_concepts(*by, categories=categories)
+    truth, expected = (float(np.average(of, weights=sizes)) for of in (by_concept, means))
+    return *held(interval_these_concepts(right, answers, concepts), truth), *held(new, expected)
 
 
 def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
@@ -256,6 +322,8 @@ def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator
             for varies, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
                 yield f"| {name} | {questions} | {varies} | " + " | ".join(map(cell, of)) + " |"
     yield ""
+    yield from hard_shares(repetitions, rng, found)
+    yield ""
     yield "Images without concepts, as in SMID or NSFW: one concept for all images. Columns: accuracy."
     yield ""
     yield header("images", "questions an image", *(f"{rate:g}" for rate in RATES))
@@ -263,6 +331,43 @@ def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator
         cells = np.array([repeat(repetitions, share, [images], questions, rate, 0.0, rng)[:2] for rate in RATES])
         found[WITHIN, ALIKE] += cells[:, 0].tolist()
         yield f"| {images} | {questions} | " + " | ".join(map(cell, cells)) + " |"
+
+
+def hard_shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
+    """Simulates the intervals of shares where categories differ, and where few concepts make the errors.
+
+    Args:
+        repetitions: number of simulated experiments per cell.
+        rng: random generator.
+        found: receives the coverages by method and part.
+
+    Yields:
+        The lines of the tables.
+    """
+    designs = [design for design in DESIGNS if design[0] == OVERALL and not design[1].startswith("names")]
+    yield "Categories differ. Columns: accuracy, share of the variance between concepts (correlation .3) that lies"
+    yield "between categories."
+    yield ""
+    columns: list[tuple[float, Any]] = list(product(RATES, BETWEEN))
+    yield header("clusters", "questions per image", "sampling unit", *(f"{rate:g}, {b:g}" for rate, b in columns))
+    for part, name, sizes, questions in designs:
+        cells = np.array([repeat(repetitions, share, sizes, questions, r, 0.3, rng, b) for r, b in columns])
+        found[WITHIN, part] += cells[:, 0].tolist()
+        found[BY_CONCEPT, part] += cells[:, 2].tolist()
+        for varies, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
+            yield f"| {name} | {questions} | {varies} | " + " | ".join(map(cell, of)) + " |"
+    yield ""
+    yield "Skewed concepts. Columns: accuracy; t: logits with a t distribution of 2 degrees of freedom, rare: 5 % of"
+    yield "the concepts 6.5 below the others."
+    yield ""
+    columns = list(product(RATES, SKEWS))
+    yield header("clusters", "questions per image", "sampling unit", *(f"{rate:g}, {s}" for rate, s in columns))
+    for _, name, sizes, questions in designs:
+        cells = np.array([repeat(repetitions, share, sizes, questions, r, 0.0, rng, 0.0, s) for r, s in columns])
+        found[WITHIN, SKEWED] += cells[:, 0].tolist()
+        found[BY_CONCEPT, SKEWED] += cells[:, 2].tolist()
+        for varies, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
+            yield f"| {name} | {questions} | {varies} | " + " | ".join(map(cell, of)) + " |"
 
 
 def gap(
@@ -285,7 +390,8 @@ def gap(
     quantiles = rng.random(len(images))
     names = rates(quantiles, text, correlation)
     pictures = rates(quantiles if tied else rng.random(len(images)), image, correlation)
-    return held(interval_paired(rng.binomial(5, names) / 5 - rng.binomial(images, pictures) / images), text - image)
+    gaps = rng.binomial(5, names) / 5 - rng.binomial(images, pictures) / images
+    return held(interval_paired(gaps, categories_of(len(sizes))), text - image)
 
 
 def gaps(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
@@ -506,12 +612,18 @@ def answers_of_two(
 
 
 def share_difference(
-    sizes: Sequence[int], first: float, second: float, correlation: float, rng: np.random.Generator
+    sizes: Sequence[int],
+    first: float,
+    second: float,
+    correlation: float,
+    rng: np.random.Generator,
+    between: float = 0.0,
+    skew: str = "",
 ) -> tuple[float, float]:
-    """Simulates the interval of the difference of two runs' shares, clustered by concept.
+    """Simulates the interval of the difference of two runs' shares, clustered by concept within categories.
 
-    The runs share the quantile of each concept (a concept that is hard for one run is hard for the other), and with
-    probability 1/2 the random number of an image.
+    The runs share the quantile of each category and concept (a concept that is hard for one run is hard for the other),
+    and with probability 1/2 the random number of an image.
 
     Args:
         sizes: number of images of each concept.
@@ -519,15 +631,24 @@ def share_difference(
         second: mean accuracy of the second run.
         correlation: intra-concept correlation.
         rng: random generator.
+        between: share of the concepts' variance that lies between categories.
+        skew: one of :data:`SKEWS` instead of a beta distribution, whose correlation is not used.
 
     Returns:
         Coverage and length.
     """
-    concepts = np.repeat(np.arange(len(sizes)), sizes)
-    quantiles = rng.random(len(sizes))
-    by_image = (rates(quantiles, first, correlation)[concepts], rates(quantiles, second, correlation)[concepts])
+    concepts, categories = np.repeat(np.arange(len(sizes)), sizes), categories_of(len(sizes))
+    quantiles, of_category = rng.random(len(sizes)), rng.random(categories.max() + 1)
+    means, by_concept = [], []
+    for accuracy in (first, second):
+        means.append(rates(of_category, accuracy, between * correlation)[categories])
+        rest = correlation * (1 - between) / (1 - between * correlation)
+        by_concept.append(skewed(quantiles, accuracy, skew) if skew else rates(quantiles, means[-1], rest))
+    by_image = (by_concept[0][concepts], by_concept[1][concepts])
     base, run = (right[:, 0] for right in answers_of_two(by_image, 1, 0.5, rng))
-    return held(difference_of_shares(np.bincount(concepts, run - base), np.asarray(sizes, float)), second - first)
+    strata = strata_of(np.zeros(len(sizes), int), categories)
+    found = difference_of_shares(np.bincount(concepts, run - base), np.asarray(sizes, float), strata)
+    return held(found, float(np.average(means[1] - means[0], weights=sizes)))
 
 
 def alike_difference(
@@ -601,6 +722,17 @@ def runs(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[s
         found[differences.SHARES_BY_CONCEPT, part] += [values[0] for values in cells]
         yield f"| {name} | {first:g}, {second:g} | " + " | ".join(map(cell, cells)) + " |"
     yield ""
+    yield "The same where categories differ (share of the variance between concepts, correlation .3), and for skewed"
+    yield "concepts."
+    yield ""
+    yield header("clusters", "accuracies", *(f"between categories {b:g}" for b in BETWEEN), *SKEWS)
+    for (part, name, sizes, _), (first, second) in product(PAIRED[:2], pairs):
+        cells = [repeat(repetitions, share_difference, sizes, first, second, 0.3, rng, b) for b in BETWEEN]
+        hard = [repeat(repetitions, share_difference, sizes, first, second, 0.0, rng, 0.0, s) for s in SKEWS]
+        found[differences.SHARES_BY_CONCEPT, part] += [values[0] for values in cells]
+        found[differences.SHARES_BY_CONCEPT, SKEWED] += [values[0] for values in hard]
+        yield f"| {name} | {first:g}, {second:g} | " + " | ".join(map(cell, cells + hard)) + " |"
+    yield ""
     yield "The same for images without concepts, clustered by image, and for items of one question each (Tango)."
     yield "Columns: accuracies, and the probability that both runs share a question's random effect."
     yield ""
@@ -644,18 +776,19 @@ def both_sides(
     """
     sizes = np.array([n for part in TEST.values() for n in part])
     sizes = np.r_[sizes, np.ones(sizes.sum(), int)]
-    strata = np.repeat([0, 1], [75, len(sizes) - 75])
+    datasets = np.repeat([0, 1], [75, len(sizes) - 75])
+    categories = np.r_[categories_of(75), np.zeros(len(sizes) - 75, int)]
     quantiles, concepts = rng.random(len(sizes)), np.repeat(np.arange(len(sizes)), sizes)
     answers = sizes * float(questions)
     right = []
     for shift in (0.0, change):
-        means = np.where(strata == 0, unsafe + shift, safe + shift)
+        means = np.where(datasets == 0, unsafe + shift, safe + shift)
         by_image = rates(quantiles, means, correlation)[concepts]
         right.append(np.bincount(concepts, rng.binomial(questions, by_image)).astype(float))
-    truth = float(np.average(np.where(strata == 0, unsafe, safe), weights=sizes))
+    truth = float(np.average(np.where(datasets == 0, unsafe, safe), weights=sizes))
     return (
-        *held(interval_new_concepts(right[0], answers, strata), truth),
-        *held(difference_of_shares(right[1] - right[0], answers, strata), change),
+        *held(interval_new_concepts(right[0], answers, datasets, categories), truth),
+        *held(difference_of_shares(right[1] - right[0], answers, strata_of(datasets, categories)), change),
     )
 
 

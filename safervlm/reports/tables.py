@@ -10,7 +10,7 @@ from safervlm.io.tables import JUDGE_NOTE, TextTable
 from safervlm.results.measures import COLUMNS, DIVERSITIES, GAP_WEIGHTS, MEASURES, MODALITY_GAP, OVERALL
 from safervlm.results.scores import ACCURACIES, by_category
 from safervlm.statistics.diversity import SUBSAMPLES, TEXTS
-from safervlm.statistics.intervals import coverage
+from safervlm.statistics.intervals import SKEWED, coverage
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
 
@@ -102,8 +102,10 @@ def with_coverage(method: str, part: str = OVERALL) -> str:
         part: ``overall`` or ``category``; if this was not simulated for the method, the range over all simulations is
             used.
     """
-    held = coverage(method, part) or coverage(method)
-    return method if held is None else f"{method}; simulated coverage {held}"
+    held, skewed = coverage(method, part) or coverage(method), coverage(method, SKEWED)
+    if held is None:
+        return method
+    return f"{method}; simulated coverage {held}" + (f", {skewed} if few concepts make the errors" if skewed else "")
 
 
 def methods(table: pd.DataFrame) -> list[str]:

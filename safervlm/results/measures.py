@@ -9,7 +9,7 @@ import pandas as pd
 
 from safervlm.protocol import NOT_APPLICABLE, UNSAFE
 from safervlm.records import THINKING_UNFINISHED
-from safervlm.statistics.differences import difference_of_shares
+from safervlm.statistics.differences import SHARES_BY_CONCEPT, difference_of_shares
 from safervlm.statistics.intervals import (
     FEWEST_CONCEPTS,
     Floats,
@@ -17,6 +17,7 @@ from safervlm.statistics.intervals import (
     interval_new_concepts,
     interval_paired,
     interval_these_concepts,
+    strata_of,
 )
 
 # Values of the column ``measure`` of `scores`.
@@ -59,8 +60,8 @@ UNFINISHED = THINKING_UNFINISHED
 LABEL_OF_UNFINISHED = {"apart": UNFINISHED, "N/A": NOT_APPLICABLE, "wrong": f"{UNFINISHED}, wrong"}
 
 _WITHIN = "Korn-Graubard, {} within concepts"
-_BY_CONCEPT = "Korn-Graubard, concepts (CR2)"
-_BY_PAIR = "paired t, concepts"
+_BY_CONCEPT = "Korn-Graubard, concepts within categories (CR2)"
+_BY_PAIR = SHARES_BY_CONCEPT
 _TOO_FEW = f"none: fewer than {FEWEST_CONCEPTS} concepts"
 _NO_SPREAD = "none: no spread between concepts"
 _NOTHING = "none: no answer counts"
@@ -160,21 +161,23 @@ def proportion(hits: Floats, answers: Floats, counts: Counts, varies: str, units
     Args:
         hits: (units,) number of responses that are counted, of each unit.
         answers: (units,) number of responses that they are a share of; units with 0 are excluded.
-        counts: the units; new concepts are sampled within each dataset (unsafe and safe).
+        counts: the units; new concepts are sampled within the categories of each dataset (unsafe and safe).
         varies: the interval's sampling unit, :data:`THESE_CONCEPTS` or :data:`NEW_CONCEPTS`.
         units: what a unit is, for the method's name.
     """
     there = answers > 0
-    hits, answers, concept, dataset = hits[there], answers[there], counts.concept[there], counts.dataset[there]
+    hits, answers, concept = hits[there], answers[there], counts.concept[there]
     if not len(answers):
         return Estimate(np.nan, np.nan, np.nan, _NOTHING)
     value = float(hits.sum() / answers.sum())
     _, first, concept = np.unique(concept, return_index=True, return_inverse=True)  # indices without gaps
-    strata = np.unique(dataset[first], return_inverse=True)[1]
+    datasets, categories = (
+        np.unique(each[there][first], return_inverse=True)[1] for each in (counts.dataset, counts.category)
+    )
     if varies == THESE_CONCEPTS:
         return Estimate(value, *interval_these_concepts(hits, answers, concept), _WITHIN.format(units))
     right, asked = (np.bincount(concept, x).astype(np.float64) for x in (hits, answers))
-    interval = interval_new_concepts(right, asked, strata)
+    interval = interval_new_concepts(right, asked, datasets, categories)
     return Estimate(value, *interval, _BY_CONCEPT) if interval else Estimate(value, np.nan, np.nan, _TOO_FEW)
 
 
@@ -205,10 +208,11 @@ def modality_gap(frame: pd.DataFrame) -> Estimate:
     Args:
         frame: of :func:`~safervlm.results.runs.load_run`.
     """
-    gaps = concept_gaps(frame)["gap"].to_numpy(float)
+    concepts = concept_gaps(frame)
+    gaps = concepts["gap"].to_numpy(float)
     if not len(gaps):
         return Estimate(np.nan, np.nan, np.nan, _NOTHING)
-    interval = interval_paired(gaps)
+    interval = interval_paired(gaps, concepts.groupby(["dataset", "category"]).ngroup().to_numpy())
     if interval is None:
         return Estimate(gaps.mean(), np.nan, np.nan, _TOO_FEW if len(gaps) < FEWEST_CONCEPTS else _NO_SPREAD)
     return Estimate(gaps.mean(), *interval, _BY_PAIR)
@@ -235,10 +239,11 @@ def paired_difference(frame: pd.DataFrame, base: pd.DataFrame, column: str) -> E
     concepts = [asked[name] for name in CONCEPT]
     # pandas subtracts by index, the questions' ids.
     by_concept = (hits[0] - hits[1]).reindex(asked.index).groupby(concepts)
-    differences, answers = np.asarray(by_concept.sum(), np.float64), np.asarray(by_concept.size(), np.float64)
+    sums, answers = by_concept.sum(), np.asarray(by_concept.size(), np.float64)
     if not len(answers):
         return Estimate(np.nan, np.nan, np.nan, _NOTHING)
-    found = difference_of_shares(differences, answers)
+    strata = strata_of(*(sums.index.get_level_values(level).to_numpy() for level in ("dataset", "category")))
+    found = difference_of_shares(np.asarray(sums, np.float64), answers, strata)
     return Estimate(found.value, found.low, found.high, _TOO_FEW if np.isnan(found.low) else _BY_PAIR)
 
 

@@ -31,7 +31,7 @@ from safervlm.statistics.differences import (
     difference_of_sums_of_means,
     holm,
 )
-from safervlm.statistics.intervals import FEWEST_CONCEPTS
+from safervlm.statistics.intervals import FEWEST_CONCEPTS, strata_of
 
 # --- differences ------------------------------------------------------------------------------------------------------
 
@@ -146,7 +146,9 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
                 difference_of_items(lost, gained, len(items)), varies, SHARES_BY_ITEM, len(items), lost, gained
             )
     sums = clusters.sum()
-    strata = pd.factorize(sums.index.get_level_values(0))[0]  # new concepts are sampled within each dataset
+    datasets = sums.index.get_level_values(0).to_numpy()
+    # New concepts are sampled within the categories of each dataset.
+    strata = strata_of(datasets, sums.index.get_level_values(1).to_numpy() if varies == NEW_CONCEPTS else datasets)
     answered = np.asarray(clusters.size(), np.float64)
     difference = difference_of_shares(np.asarray(sums, np.float64), answered, strata)
     return _with_method(difference, varies, method, units, len(items), lost, gained)

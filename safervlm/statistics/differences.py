@@ -18,13 +18,14 @@ from safervlm.statistics.intervals import (
     Numbers,
     effective_clusters,
     effective_freedom,
+    last_freedom,
     ratio_squares,
     smoothed_sum,
     t_interval,
 )
 
 # Names of interval methods, for table captions; ``intervals.coverage`` looks them up.
-SHARES_BY_CONCEPT = "paired t, concepts"
+SHARES_BY_CONCEPT = "paired t, concepts within categories (CR2)"
 SHARES_BY_IMAGE = "paired t, images"
 SHARES_BY_ITEM = "Tango, items; p: McNemar, exact"
 SUMS_BY_TASK = "paired stratified t, images within tasks"
@@ -60,8 +61,8 @@ def difference_of_shares(differences: Floats, answers: Floats, strata: Numbers |
     Args:
         differences: (clusters,) right responses of the one run minus those of the other.
         answers: (clusters,) number of responses of each run about each cluster, at least 1.
-        strata: (clusters,) the stratum of each (unsafe or safe), as a number from 0: new clusters are sampled from the
-            same strata. None is a single stratum.
+        strata: (clusters,) the stratum of each, of :func:`~safervlm.statistics.intervals.strata_of`: new clusters are
+            sampled from the same strata. None is a single stratum.
 
     Returns:
         The difference; without interval and p-value for fewer than 10 clusters.
@@ -70,12 +71,13 @@ def difference_of_shares(differences: Floats, answers: Floats, strata: Numbers |
     if len(answers) < FEWEST_CONCEPTS:
         return Difference(value)
     clusters = effective_clusters(answers)
+    strata = np.zeros(len(answers), int) if strata is None else strata
     squares = ratio_squares(differences, answers, strata)
     if squares.sum() < 1e-15:
         other = most_differ(0.0, clusters)
         p = min(2 * (1 + abs(value)) ** -clusters, 1.0)  # the level at which an end of the interval is 0
         return Difference(value, value - other * (1 + value), value + other * (1 - value), p)
-    freedom = effective_freedom(squares)
+    freedom = effective_freedom(squares, last_freedom(strata))
     low, high = t_interval(value, squares.sum(), freedom)
     most = most_differ(float(answers[differences != 0].sum() / answers.sum()), clusters)
     return Difference(value, max(low, -most), min(high, most), p_value(value, squares.sum(), freedom))

@@ -278,7 +278,7 @@ def test_gap_table(dom, runs):
         by_name, by_image = (float(row[place]["data"][0][0]) for place in (2, 3))
         assert by_name - by_image == pytest.approx(gap.value)  # of the same weights
         assert row[4]["text"] == f"[{100 * gap.low:.1f}, {100 * gap.high:.1f}]"
-        assert row[7]["text"] == "paired t, concepts"
+        assert row[7]["text"] == "paired t, concepts within categories (CR2)"
 
 
 def test_the_screenshot_shows_something(page, tmp_path):

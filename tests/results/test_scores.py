@@ -344,10 +344,10 @@ def test_new_concepts_overall():
     row = pick(table, "accuracy", "alignment", "unsafe", varies="new concepts")
     right = np.array([6.0 if concept % 3 == 0 else 4.0 for concept in range(12)])
     assert (row.low, row.high) == pytest.approx(intervals.interval_new_concepts(right, np.full(12, 6.0)))
-    assert row.method == "Korn-Graubard, concepts (CR2)"
+    assert row.method == "Korn-Graubard, concepts within categories (CR2)"
     gap = pick(table, "modality_gap", "alignment_text_only - alignment", "unsafe", varies="new concepts")
     assert (gap.low, gap.high) == pytest.approx(intervals.interval_paired(1 - right / 6))
-    assert gap.method == "paired t, concepts"
+    assert gap.method == "paired t, concepts within categories (CR2)"
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_terminal_tables(table):
     text = printed(accuracy_table(table))
     _, alignment = text.split("alignment, unsafe", 1)
     line = next(line for line in alignment.splitlines() if "Violence" in line)
-    assert line.split() == ["Violence", "2", "100.0", "0.0", "[0.0,", "97.5]", "-"]
+    assert line.split() == ["Violence", "2", "100.0", "0.0", "[0.0,", "93.7]", "-"]
     assert "Korn-Graubard, images within concepts" in text
     text = printed(other_table(table))
     assert "66.7" in text

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from safervlm.statistics import differences
+from safervlm.statistics import differences, intervals
 
 
 def same(difference, value, low, high, p, **tolerance):
@@ -72,6 +72,21 @@ def test_a_difference_is_no_larger_than_the_share_of_clusters_that_differ():
     found = differences.difference_of_shares(np.eye(100)[0], np.ones(100))
     assert (found.value, found.low, found.high) == pytest.approx((0.01, -most, most))
     assert found.p == pytest.approx(0.5, abs=0.01)
+
+
+def test_differences_within_categories():
+    """As in a regression on categories: only what differs within them is uncertain, with concepts - categories."""
+    rng = np.random.default_rng(0)
+    strata, answers = np.repeat(np.arange(3), 8), np.full(24, 10.0)
+    change = np.array([0.0, 3.0, 6.0])[strata] + rng.integers(-1, 2, 24)
+    found = differences.difference_of_shares(change, answers, strata)
+    within = sum((change[strata == s] / 10).var(ddof=1) / 8 / 9 for s in range(3))
+    squares = intervals.ratio_squares(change, answers, strata)
+    freedom = min(2 * squares.sum() ** 2 / (squares**2).sum() - 1, 24 - 3)
+    half = stats.t.ppf(0.975, freedom) * within**0.5
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
+    plain = differences.difference_of_shares(change, answers)
+    assert found.high - found.low < 0.5 * (plain.high - plain.low)
 
 
 # --- sums of means ----------------------------------------------------------------------------------------------------

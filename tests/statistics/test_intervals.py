@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from safervlm.reports.tables import with_coverage
 from safervlm.results.measures import _BY_CONCEPT, _BY_PAIR, _WITHIN
 from safervlm.statistics import differences, intervals
 
 
 def test_effective_interval_is_clopper_pearson_of_the_effective_size():
     # Variance of 50 independent responses, known exactly.
-    low, high = intervals.effective_interval(0.8, 0.8 * 0.2 / 50, np.inf, 10, 200)
+    low, high = intervals.effective_interval(0.8, 0.8 * 0.2 / 50, np.inf, 10, 200, 30)
     exact = stats.binomtest(40, 50).proportion_ci(method="exact")
     assert (low, high) == (pytest.approx(exact.low), pytest.approx(exact.high))
 
@@ -22,19 +23,19 @@ def test_effective_interval_is_clopper_pearson_of_the_effective_size():
 @pytest.mark.parametrize(("variance", "freedom", "size"), [(1e-9, 5, 200), (0.0, 5, 10), (1.0, 5, 10), (0.01, 0, 10)])
 def test_effective_size_stays_within_its_bounds(variance, freedom, size):
     exact = stats.binomtest(round(0.8 * size), size).proportion_ci(method="exact")
-    low, high = intervals.effective_interval(0.8, variance, freedom, 10, 200)
+    low, high = intervals.effective_interval(0.8, variance, freedom, 10, 200, 30)
     assert (low, high) == (pytest.approx(exact.low), pytest.approx(exact.high))
 
 
 def test_effective_size_shrinks_with_the_degrees_of_freedom():
     size = 50 * (stats.norm.ppf(0.975) / stats.t.ppf(0.975, 6)) ** 2
-    low, high = intervals.effective_interval(0.8, 0.8 * 0.2 / 50, 6, 10, 200)
+    low, high = intervals.effective_interval(0.8, 0.8 * 0.2 / 50, 6, 10, 200, 30)
     assert low == pytest.approx(stats.beta.ppf(0.025, 0.8 * size, 0.2 * size + 1))
     assert high == pytest.approx(stats.beta.ppf(0.975, 0.8 * size + 1, 0.2 * size))
 
 
 def caught(monkeypatch):
-    """The arguments of `effective_interval`: share, variance, degrees of freedom, least, most."""
+    """The arguments of `effective_interval`: share, variance, degrees of freedom, least, most, size at the edge."""
     calls = []
     monkeypatch.setattr(intervals, "effective_interval", lambda *values: calls.append(values) or (0.0, 1.0))
     return calls
@@ -54,7 +55,8 @@ def test_variance_of_these_concepts_by_hand(monkeypatch):
         squares += [len(z) / (len(z) - 1) * (x - sum(z) / len(z)) ** 2 for x in z]
     freedom = 2 * sum(squares) ** 2 / sum(x**2 for x in squares) - 1
     assert freedom > 1 + 2 + 1  # what the strata leave, then
-    assert calls == [pytest.approx((p, sum(squares), 1 + 2 + 1, 34**2 / (6 * 25 + 16), 2 * 34))]
+    edge = 34 / (1 + ((6 * 25 + 16) / 34 - 1) / 2)
+    assert calls == [pytest.approx((p, sum(squares), 1 + 2 + 1, 34**2 / (6 * 25 + 16), 2 * 34, edge))]
 
 
 def test_freedom_of_these_concepts_where_one_image_makes_the_errors(monkeypatch):
@@ -66,7 +68,7 @@ def test_freedom_of_these_concepts_where_one_image_makes_the_errors(monkeypatch)
     squares = np.array([0.9**2] + [0.1**2] * 9)
     freedom = 2 * squares.sum() ** 2 / (squares**2).sum() - 1
     assert freedom < 2
-    assert calls == [pytest.approx((0.95, 10 / 9 * squares.sum() / 400, freedom, 20, 40))]
+    assert calls == [pytest.approx((0.95, 10 / 9 * squares.sum() / 400, freedom, 20, 40, 20))]
 
 
 def test_where_concepts_differ_the_interval_is_shorter_than_that_of_independent_answers():
@@ -82,7 +84,7 @@ def test_a_lonely_single_image_is_measured_from_the_overall_mean(monkeypatch):
     calls = caught(monkeypatch)
     intervals.interval_these_concepts(np.array([1, 0, 1.0]), np.ones(3), np.array([0, 0, 1]))
     # 2 / (2 - 1) * ((1/6)^2 + (1/6)^2) within concept 0, ((1 - 2/3) / 3)^2 of the single.
-    assert calls == [pytest.approx((2 / 3, 2 * 2 / 36 + 1 / 81, 1, 3, 6))]
+    assert calls == [pytest.approx((2 / 3, 2 * 2 / 36 + 1 / 81, 1, 3, 6, 3))]
 
 
 def test_variance_of_new_concepts_is_cr2(monkeypatch):
@@ -100,7 +102,8 @@ def test_variance_of_new_concepts_is_cr2(monkeypatch):
         values, vectors = np.linalg.eigh(np.eye(n) - np.ones((n, n)) / total)
         squares.append((np.ones(n) @ (vectors * values**-0.5) @ vectors.T @ residual / total) ** 2)
     freedom = min(2 * sum(squares) ** 2 / sum(s**2 for s in squares) - 1, 11)
-    assert calls == [pytest.approx((share, sum(squares), freedom, total**2 / (answers**2).sum(), total))]
+    least, edge = total**2 / (answers**2).sum(), total / (1 + ((answers**2).sum() / total - 1) / 2)
+    assert calls == [pytest.approx((share, sum(squares), freedom, least, total, edge))]
 
 
 def test_new_concepts_need_ten():
@@ -110,11 +113,23 @@ def test_new_concepts_need_ten():
 
 def test_nothing_wrong_is_not_certainty():
     low, high = intervals.interval_these_concepts(np.full(8, 5.0), np.full(8, 5.0), np.arange(8) // 2)
-    assert (low, high) == (pytest.approx(0.025 ** (1 / 8)), 1.0)  # eight images, not forty responses
+    # Five responses to an image are correlated by .5, so they count as 5 / 3: neither one nor five.
+    assert (low, high) == (pytest.approx(0.025 ** (3 / 40)), 1.0)
     interval = intervals.interval_new_concepts(np.full(12, 20.0), np.full(12, 20.0))
-    assert interval == (pytest.approx(0.025 ** (1 / 12)), 1.0)
+    assert interval == (pytest.approx(0.025 ** (10.5 / 240)), 1.0)
     low, high = intervals.interval_these_concepts(np.zeros(1), np.full(1, 5.0), np.zeros(1, int))
-    assert (low, high) == (0.0, pytest.approx(0.975))
+    assert (low, high) == (0.0, pytest.approx(1 - 0.025 ** (3 / 5)))
+    # Concepts of unequal size, as in the pictograms: 104 responses about 26 concepts.
+    sizes = np.r_[np.full(8, 10.0), np.full(6, 2.0), np.full(12, 1.0)]
+    low, _ = intervals.interval_new_concepts(sizes, sizes)
+    mean = (sizes**2).sum() / 104
+    assert low == pytest.approx(0.025 ** ((1 + (mean - 1) / 2) / 104))
+
+
+def test_the_cost_of_the_size_at_the_edge():
+    """If the responses of a concept are always alike, 26 concepts of 4 images exceed the bound in 10 %, not 2.5 %."""
+    bound, _ = intervals.interval_new_concepts(np.full(26, 4.0), np.full(26, 4.0))
+    assert bound**26 == pytest.approx(0.10, abs=0.005)
 
 
 def test_one_image_a_concept_takes_the_images_as_they_are():
@@ -310,6 +325,14 @@ def test_coverage_reads_outward(monkeypatch):
     assert intervals.coverage("b") == ".94 to .97"
 
 
+def test_skewed_concepts_are_a_coverage_of_their_own(monkeypatch):
+    rows = (("a", "overall", 0.94, 0.97), ("a", intervals.SKEWED, 0.86, 0.97))
+    monkeypatch.setattr(intervals, "_coverage", lambda: rows)
+    assert intervals.coverage("a") == ".94 to .97"
+    assert intervals.coverage("a", intervals.SKEWED) == ".86 to .97"
+    assert with_coverage("a") == "a; simulated coverage .94 to .97, .86 to .97 if few concepts make the errors"
+
+
 def test_docs_and_package_hold_the_same_coverages():
     root = Path(__file__).parent.parent.parent
     with (root / "safervlm" / "coverage.csv").open(encoding="utf-8", newline="") as file:
@@ -383,6 +406,71 @@ def test_new_concepts_of_two_kinds_are_drawn_within_each():
     )
     assert intervals.ratio_squares(right[:21], answers[:21], np.r_[one, 1])[20] == 0
     assert intervals.interval_new_concepts(right[:29], answers[:29], strata[:29]) is None  # nine of the other kind
+
+
+def test_strata_are_the_categories_of_each_dataset():
+    datasets = np.array(["UC"] * 8 + ["safe"] * 3)
+    categories = np.array(
+        ["Hate", "Hate", "Hate", "Sexual", "Sexual", "Deception", "Violence", "Shocking"] + ["safe"] * 3
+    )
+    strata = intervals.strata_of(datasets, categories)
+    # Those of a single concept are one stratum.
+    groups = {frozenset(np.flatnonzero(strata == stratum)) for stratum in set(strata)}
+    assert groups == {frozenset({0, 1, 2}), frozenset({3, 4}), frozenset({5, 6, 7}), frozenset({8, 9, 10})}
+    assert sorted(set(strata)) == [0, 1, 2, 3]
+    # One alone joins the smallest other category.
+    strata = intervals.strata_of(datasets[:6], categories[:6])
+    groups = {frozenset(np.flatnonzero(strata == stratum)) for stratum in set(strata)}
+    assert groups == {frozenset({0, 1, 2}), frozenset({3, 4, 5})}
+    # Nothing is pooled across datasets, and a dataset's only concept stays alone.
+    assert len(set(intervals.strata_of(np.array(["a", "b", "b", "b"]), np.array(["x", "x", "y", "z"])))) == 2
+    assert intervals.strata_of(np.array(["a"]), np.array(["x"])).tolist() == [0]
+    assert intervals.strata_of(np.array([], int), np.array([], int)).tolist() == []
+
+
+def test_the_variance_within_categories_is_cr2_of_a_regression_on_them(monkeypatch):
+    calls = caught(monkeypatch)
+    rng = np.random.default_rng(3)
+    categories = np.repeat([0, 1, 2], [3, 5, 6])
+    answers = rng.integers(1, 12, 14).astype(float)
+    right = rng.binomial(answers.astype(int), np.array([0.2, 0.5, 0.9])[categories]).astype(float)
+    intervals.interval_new_concepts(right, answers, categories=categories)
+    # One row per response, one dummy variable per category; the share is a contrast of the coefficients.
+    concept = np.repeat(np.arange(14), answers.astype(int))
+    outcome = np.concatenate(
+        [np.r_[np.ones(int(r)), np.zeros(int(n - r))] for r, n in zip(right, answers, strict=True)]
+    )
+    design = np.eye(3)[categories[concept]]
+    bread = np.linalg.inv(design.T @ design)
+    residual = outcome - design @ bread @ design.T @ outcome
+    contrast = design.sum(axis=0) / len(outcome)
+    squares = []
+    for number in range(14):
+        rows = design[concept == number]
+        values, vectors = np.linalg.eigh(np.eye(len(rows)) - rows @ bread @ rows.T)
+        adjusted = (vectors * values**-0.5) @ vectors.T @ residual[concept == number]
+        squares.append((contrast @ bread @ rows.T @ adjusted) ** 2)
+    assert calls[0][1] == pytest.approx(sum(squares))
+    assert calls[0][2] == pytest.approx(min(2 * sum(squares) ** 2 / sum(s**2 for s in squares) - 1, 14 - 3))
+
+
+def test_categories_shorten_an_interval_only_where_they_differ():
+    rng = np.random.default_rng(0)
+    categories, answers = np.repeat(np.arange(9), 8), np.full(72, 5.0)
+    between = rng.binomial(5, np.linspace(0.1, 0.9, 9)[categories]).astype(float)
+    (low, high), (plain_low, plain_high) = (
+        intervals.interval_new_concepts(between, answers, categories=groups) for groups in (categories, None)
+    )
+    assert high - low < 0.7 * (plain_high - plain_low)
+    alike = rng.binomial(5, rng.beta(2, 2, 72)).astype(float)
+    (low, high), (plain_low, plain_high) = (
+        intervals.interval_new_concepts(alike, answers, categories=groups) for groups in (categories, None)
+    )
+    assert high - low == pytest.approx(plain_high - plain_low, rel=0.1)
+    gaps = np.linspace(0, 0.8, 9)[categories] + rng.normal(0, 0.05, 72)
+    (low, high), (plain_low, plain_high) = (intervals.interval_paired(gaps, groups) for groups in (categories, None))
+    assert high - low < 0.4 * (plain_high - plain_low)
+    assert intervals.interval_paired(np.linspace(0, 0.8, 9)[categories], categories) is None  # no spread within any
 
 
 def test_both_kinds_together_hold_the_truth():
