@@ -1,15 +1,16 @@
 """The tables of a report in LaTeX."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
 from safervlm.io.escape import for_latex
 from safervlm.io.tables import JUDGE_NOTE, escaped
 from safervlm.reports.runs import Run
-from safervlm.reports.tables import percent, records, shown, with_interval
+from safervlm.reports.tables import bracketed, percent, records, shown, with_interval
 from safervlm.results.measures import COLUMNS, GAP_WEIGHTS
-from safervlm.results.scores import by_category
+from safervlm.results.scores import by_category, interval_rows
 from safervlm.statistics.diversity import SUBSAMPLES, TEXTS
 
 # --- LaTeX ------------------------------------------------------------------------------------------------------------
@@ -22,16 +23,17 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
         runs: the runs.
         comparison: of :func:`safervlm.results.scores.compare`, for the same runs.
     """
-    side_by_side = pd.DataFrame(
-        {
-            str(name): {COLUMNS[column][0]: shown(COLUMNS[column][1], row[column]) for column in COLUMNS}
-            | {"N/A": percent(row["na_rate"]), "thinking unfinished": str(row["thinking_unfinished"])}
-            | {"answers": str(row["n"])}
-            for name, row in zip(comparison.index, records(comparison), strict=True)
-        }
-    )
+    cells = {
+        str(name): _overall(run.scores, row)
+        | {"N/A": percent(row["na_rate"]), "thinking unfinished": str(row["thinking_unfinished"])}
+        | {"answers": str(row["n"])}
+        for name, row, run in zip(comparison.index, records(comparison), runs, strict=True)
+    }
+    lines = max(cells.values(), key=len)  # the intervals that a run lacks are dashes
+    side_by_side = pd.DataFrame({name: {line: own.get(line, "-") for line in lines} for name, own in cells.items()})
     caption = (
-        f"Runs side by side; accuracies, over-flagging and the gap in percent, N/A as wrong unless said. {GAP_WEIGHTS} "
+        "Runs side by side; accuracies, over-flagging and the gap in percent, N/A as wrong unless said, with 95 % "
+        f"intervals for other images of these concepts and for new concepts. {JUDGE_NOTE} {GAP_WEIGHTS} "
         f"1 - self-BLEU: mean over {SUBSAMPLES} subsamples of {TEXTS} texts (of all, if there are fewer)."
     )
     tables = [latex_table(side_by_side, "l" + "r" * len(runs), caption, index=True)]
@@ -54,6 +56,17 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
         caption = f"{run.name}: accuracy in percent with 95 % intervals. {JUDGE_NOTE}"
         tables.append(latex_table(pd.DataFrame(rows), "lllrrrrrll", caption, index=False))
     return "% \\usepackage{booktabs}\n\n" + "\n".join(tables)
+
+
+def _overall(table: pd.DataFrame, row: dict[str, Any]) -> dict[str, str]:
+    """The cells of a run: its numbers, and below each the intervals."""
+    cells = {}
+    for column, (heading, measure, _, _) in COLUMNS.items():
+        cells[heading] = shown(measure, row[column])
+        if not column.endswith("_na_left_out"):
+            for varies, found in interval_rows(table, column).items():
+                cells[f"{heading}: {varies}"] = bracketed(found)
+    return cells
 
 
 def latex_table(table: pd.DataFrame, columns: str, caption: str, index: bool, escape: bool = True) -> str:

@@ -42,7 +42,7 @@ from safervlm.results.measures import (
     modality_gap,
     paired_difference,
 )
-from safervlm.results.scores import by_category, category_order, compare, overall, unfinished_in
+from safervlm.results.scores import by_category, category_order, compare, interval_rows, overall, unfinished_in
 from safervlm.run_folder import RunFolder
 from safervlm.statistics.diversity import SUBSAMPLES, TEXTS, TOO_FEW
 from safervlm.vlm.thinking import many_unfinished
@@ -105,7 +105,7 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
     write_csv(out.with_name(f"{out.stem}_overall.csv"), comparison, index=True)
     sheets = {"overall": comparison.reset_index(), "by category": wide, "scores": long}
     write_workbook(out.with_suffix(".xlsx"), sheets, NOTES)
-    show_table(comparison_table(comparison))
+    show_table(comparison_table({run.name: run.scores for run in loaded}))
     for line in warnings(loaded):
         say(f"not comparable: {line}")
     say(f"report: {out} (with .csv, .xlsx and .tex beside it)")
@@ -233,7 +233,10 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, An
                     "column": column,
                     "value": row[column],
                     "shown": shown(measure, row[column]),
-                    "interval": None if source is None or np.isnan(source["low"]) else (source["low"], source["high"]),
+                    "intervals": [
+                        {"of": varies.removesuffix(" concepts"), "low": found["low"], "high": found["high"]}
+                        for varies, found in interval_rows(run.scores, column).items()
+                    ],
                     "method": "" if source is None else f"{source['varies']}; {source['method']}".removeprefix("; "),
                     "difference": None if run is runs[0] or np.isnan(difference) or not comparable else signed,
                     "paired": paired(run, runs[0], column) if run is not runs[0] and comparable else "",

@@ -1,5 +1,6 @@
 """The tables of scores, for the terminal, a page and a workbook."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -7,22 +8,33 @@ import pandas as pd
 from rich.box import SIMPLE_HEAD
 
 from safervlm.io.tables import JUDGE_NOTE, TextTable
-from safervlm.results.measures import COLUMNS, DIVERSITIES, GAP_WEIGHTS, MEASURES, MODALITY_GAP, OVERALL
-from safervlm.results.scores import ACCURACIES, by_category
+from safervlm.results.measures import (
+    COLUMNS,
+    DIVERSITIES,
+    GAP_WEIGHTS,
+    MEASURES,
+    MODALITY_GAP,
+    NEW_CONCEPTS,
+    OVERALL,
+    THESE_CONCEPTS,
+)
+from safervlm.results.scores import ACCURACIES, by_category, compare, interval_rows
 from safervlm.statistics.diversity import SUBSAMPLES, TEXTS
 from safervlm.statistics.intervals import SKEWED, coverage
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
 
 
-def comparison_table(comparison: pd.DataFrame) -> TextTable:
+def comparison_table(runs: Mapping[str, pd.DataFrame]) -> TextTable:
     """Returns the comparison of runs for the terminal, with one column per run (narrower than one row per run).
 
     Args:
-        comparison: of :func:`safervlm.results.scores.compare`.
+        runs: name -> table of :func:`safervlm.results.scores.scores`.
     """
+    comparison = compare(runs)
     caption = (
-        f"in %, N/A counted as wrong unless said\n{GAP_WEIGHTS}\n"
+        "in %, N/A counted as wrong unless said; in brackets 95 % intervals, for other images of these concepts and "
+        f"for new concepts\n{JUDGE_NOTE}\n{GAP_WEIGHTS}\n"
         f"1 - self-BLEU: of {TEXTS} texts, mean over {SUBSAMPLES} subsamples (of all, if there are fewer)"
     )
     table = TextTable(title="Overall", caption=caption)
@@ -31,11 +43,26 @@ def comparison_table(comparison: pd.DataFrame) -> TextTable:
         table.add_column(run, justify="right")
     for column, (heading, measure, _, _) in COLUMNS.items():
         table.add_row(heading, *(shown(measure, value) for value in comparison[column]))
+        if column.endswith("_na_left_out"):
+            continue
+        rows = [interval_rows(of, column) for of in runs.values()]
+        for varies in (THESE_CONCEPTS, NEW_CONCEPTS):
+            if any(varies in each for each in rows):
+                table.add_row(f"  {varies}", *(bracketed(each[varies]) if varies in each else "-" for each in rows))
     table.add_row("N/A, share of all answers", *map(percent, comparison["na_rate"]))
     if comparison["thinking_unfinished"].any():
         table.add_row("thinking unfinished", *map(str, comparison["thinking_unfinished"]))
     table.add_row("answers", *map(str, comparison["n"]))
     return table
+
+
+def bracketed(row: "pd.Series[Any]") -> str:
+    """Formats the interval of a row in percent, ``[90.2, 97.0]``.
+
+    Args:
+        row: of :func:`safervlm.results.scores.scores`, with an interval.
+    """
+    return f"[{percent(row['low'])}, {percent(row['high'])}]"
 
 
 def accuracy_table(table: pd.DataFrame, title: str = "Accuracy") -> TextTable:

@@ -261,6 +261,17 @@ def overall(table: pd.DataFrame, column: str, varies: str = NEW_CONCEPTS) -> "pd
     return None if rows.empty else rows.iloc[0]
 
 
+def interval_rows(table: pd.DataFrame, column: str) -> "dict[str, pd.Series[Any]]":
+    """Returns the overall rows of a column that have an interval, by sampling unit: these concepts, new concepts.
+
+    Args:
+        table: of :func:`scores`.
+        column: a key of :data:`COLUMNS`.
+    """
+    found = {varies: overall(table, column, varies) for varies in (THESE_CONCEPTS, NEW_CONCEPTS)}
+    return {varies: row for varies, row in found.items() if row is not None and not np.isnan(row["low"])}
+
+
 def compare(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Compares runs side by side: one row per run, in the given order.
 

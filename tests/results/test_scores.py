@@ -360,7 +360,7 @@ def printed(table):
 
 
 def test_terminal_tables(table):
-    text = printed(comparison_table(compare({"base": table})))
+    text = printed(comparison_table({"base": table}))
     assert [line.split("│")[2].strip() for line in text.splitlines() if "Image, unsafe" in line] == ["25.0", "40.0"]
     text = printed(accuracy_table(table))
     _, alignment = text.split("alignment, unsafe", 1)
@@ -429,7 +429,7 @@ def test_tables_count_unfinished_thinking(run, thinking):
     def printed(folder):
         table = scores(load_run(folder))
         console = Console(file=io.StringIO(), width=200)
-        for each in (comparison_table(compare({"run": table})), accuracy_table(table)):
+        for each in (comparison_table({"run": table}), accuracy_table(table)):
             console.print(each)
         return console.file.getvalue()
 
