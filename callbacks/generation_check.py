@@ -160,8 +160,8 @@ class GenerationCheck(Callback):
         if trainer.is_global_zero and (many := many_unfinished("GenerationCheck", asked - len(now), asked)):
             say(many)
         pairs = [(self.before[question], flag) for question, flag in now.items() if question in self.before]
-        lost, gained = pairs.count((True, False)), pairs.count((False, True))
-        if pairs and (increase := difference_of_items(lost, gained, len(pairs))).low > self.tolerance:
+        cleared, newly_flagged = pairs.count((True, False)), pairs.count((False, True))
+        if pairs and (increase := difference_of_items(cleared, newly_flagged, len(pairs))).low > self.tolerance:
             first, last = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
             warnings.warn(
                 f"{last:.0%} of the held-out safe images are called {UNSAFE} now, {first:.0%} before training (an "

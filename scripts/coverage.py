@@ -319,8 +319,8 @@ def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator
             cells = np.array([repeat(repetitions, share, sizes, questions, *column, rng) for column in columns])
             found[NAMES_WITHIN if name.startswith("names") else WITHIN, part] += cells[:, 0].tolist()
             found[BY_CONCEPT, part] += cells[:, 2].tolist()
-            for varies, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
-                yield f"| {name} | {questions} | {varies} | " + " | ".join(map(cell, of)) + " |"
+            for sampling_unit, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
+                yield f"| {name} | {questions} | {sampling_unit} | " + " | ".join(map(cell, of)) + " |"
     yield ""
     yield from hard_shares(repetitions, rng, found)
     yield ""
@@ -354,8 +354,8 @@ def hard_shares(repetitions: int, rng: np.random.Generator, found: Found) -> Ite
         cells = np.array([repeat(repetitions, share, sizes, questions, r, 0.3, rng, b) for r, b in columns])
         found[WITHIN, part] += cells[:, 0].tolist()
         found[BY_CONCEPT, part] += cells[:, 2].tolist()
-        for varies, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
-            yield f"| {name} | {questions} | {varies} | " + " | ".join(map(cell, of)) + " |"
+        for sampling_unit, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
+            yield f"| {name} | {questions} | {sampling_unit} | " + " | ".join(map(cell, of)) + " |"
     yield ""
     yield "Skewed concepts. Columns: accuracy; t: logits with a t distribution of 2 degrees of freedom, rare: 5 % of"
     yield "the concepts 6.5 below the others."
@@ -366,8 +366,8 @@ def hard_shares(repetitions: int, rng: np.random.Generator, found: Found) -> Ite
         cells = np.array([repeat(repetitions, share, sizes, questions, r, 0.0, rng, 0.0, s) for r, s in columns])
         found[WITHIN, SKEWED] += cells[:, 0].tolist()
         found[BY_CONCEPT, SKEWED] += cells[:, 2].tolist()
-        for varies, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
-            yield f"| {name} | {questions} | {varies} | " + " | ".join(map(cell, of)) + " |"
+        for sampling_unit, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
+            yield f"| {name} | {questions} | {sampling_unit} | " + " | ".join(map(cell, of)) + " |"
 
 
 def gap(

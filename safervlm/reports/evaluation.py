@@ -247,8 +247,8 @@ def flipped(
         if not parts:
             continue
         table = pd.concat(parts).drop_duplicates("id")
-        for gained, direction in ((True, "turned right"), (False, "turned wrong")):
-            some = table[table["gained"] == gained]
+        for improved, direction in ((True, "turned right"), (False, "turned wrong")):
+            some = table[table["improved"] == improved]
             names = sorted(some["id"], key=lambda name: seed_for("flipped", name))[:FLIPS]
             rows = some.set_index("id", drop=False)
             if names:

@@ -192,7 +192,7 @@ def plot_categories(runs: Sequence[Run]) -> Figure | None:
         The figure; None if neither was measured.
     """
     tables = [by_category(run.scores) for run in runs]
-    tables = [table[(table["side"] == "unsafe") & (table["varies"] == THESE_CONCEPTS)] for table in tables]
+    tables = [table[(table["side"] == "unsafe") & (table["sampling_unit"] == THESE_CONCEPTS)] for table in tables]
     everything = pd.concat(tables)
     panels = [
         (capability, title)

@@ -48,7 +48,7 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
                 "thinking unfinished": str(row["thinking_unfinished"]),
                 "N/A as wrong": with_interval(row["accuracy_na_wrong"], row["low_na_wrong"], row["high_na_wrong"]),
                 "N/A excluded": with_interval(row["accuracy"], row["low"], row["high"]),
-                "varies": row["varies"],
+                "sampling_unit": row["sampling_unit"],
                 "method": row["method"],
             }
             for row in records(by_category(run.scores))
@@ -64,8 +64,8 @@ def _overall(table: pd.DataFrame, row: dict[str, Any]) -> dict[str, str]:
     for column, (heading, measure, _, _) in COLUMNS.items():
         cells[heading] = shown(measure, row[column])
         if not column.endswith("_na_left_out"):
-            for varies, found in interval_rows(table, column).items():
-                cells[f"{heading}: {varies}"] = bracketed(found)
+            for sampling_unit, found in interval_rows(table, column).items():
+                cells[f"{heading}: {sampling_unit}"] = bracketed(found)
     return cells
 
 

@@ -21,7 +21,7 @@ from safervlm.run import read_manifest, refuse_while_at_work
 from safervlm.run_folder import RunFolder
 from safervlm.vlm.adapters import adapter_fingerprint
 
-HEADINGS = ("group", "measure", "value", "95 % interval", "varies", "n", "thinking unfinished", "judge")
+HEADINGS = ("group", "measure", "value", "95 % interval", "sampling unit", "n", "thinking unfinished", "judge")
 
 
 def model_card(run: Path, base: str, revision: str | None, dtype: str, rounding: str) -> str:
@@ -113,7 +113,7 @@ def _table(run: Path) -> str:
     ]
     for row in evaluate(evaluation, wanted).to_dict("records"):
         interval = "none" if np.isnan(row["low"]) else f"[{row['low']:.4g}, {row['high']:.4g}]"
-        cells = [row["group"], row["heading"], f"{row['value']:.4g}", interval, row["varies"], row["n"]]
+        cells = [row["group"], row["heading"], f"{row['value']:.4g}", interval, row["sampling_unit"], row["n"]]
         cells += [row["thinking_unfinished"], judges[row["column"]]]
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join([*lines, f"\n{JUDGE_NOTE} {_checkpoints(folder)}\n"])

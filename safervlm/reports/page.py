@@ -234,10 +234,12 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, An
                     "value": row[column],
                     "shown": shown(measure, row[column]),
                     "intervals": [
-                        {"of": varies.removesuffix(" concepts"), "low": found["low"], "high": found["high"]}
-                        for varies, found in interval_rows(run.scores, column).items()
+                        {"of": sampling_unit.removesuffix(" concepts"), "low": found["low"], "high": found["high"]}
+                        for sampling_unit, found in interval_rows(run.scores, column).items()
                     ],
-                    "method": "" if source is None else f"{source['varies']}; {source['method']}".removeprefix("; "),
+                    "method": ""
+                    if source is None
+                    else f"{source['sampling_unit']}; {source['method']}".removeprefix("; "),
                     "difference": None if run is runs[0] or np.isnan(difference) or not comparable else signed,
                     "paired": paired(run, runs[0], column) if run is not runs[0] and comparable else "",
                     "left_out": None if left_out is None or np.isnan(left_out) else left_out,
@@ -353,7 +355,11 @@ def side_by_side(runs: Sequence[Run]) -> dict[str, list[dict[str, Any] | None]]:
     tables = []
     for run in runs:
         table = by_category(run.scores)
-        these = (table["varies"] == THESE_CONCEPTS) & (table["side"] == "unsafe") & (table["capability"] == "alignment")
+        these = (
+            (table["sampling_unit"] == THESE_CONCEPTS)
+            & (table["side"] == "unsafe")
+            & (table["capability"] == "alignment")
+        )
         tables.append({row["category"]: row for row in records(table[these])})
     found = set().union(*tables) - {OVERALL}
     return {name: [table.get(name) for table in tables] for name in (*sorted(found, key=category_order), OVERALL)}

@@ -33,7 +33,7 @@ def suite_latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Seq
         differences: of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
         names: the runs' names, in the order of the rows; the first is the original.
     """
-    found = {(row["run"], row["column"], row["varies"]): row for row in records(long)}
+    found = {(row["run"], row["column"], row["sampling_unit"]): row for row in records(long)}
     tables = []
     for group in GROUPS:
         cells: dict[str, list[list[str]]] = {}  # heading -> of each run the number and its intervals
@@ -42,7 +42,7 @@ def suite_latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Seq
                 continue
             column = cells.setdefault(line["heading"], [[] for _ in names])
             for cell, name in zip(column, names, strict=True):
-                row = found.get((name, line["column"], line["varies"]))
+                row = found.get((name, line["column"], line["sampling_unit"]))
                 if line["first"]:
                     if row:
                         numbers = shown_estimate(row["unit"], row["value"]), interval(row)

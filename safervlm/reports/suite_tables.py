@@ -89,14 +89,14 @@ def lines(long: pd.DataFrame) -> list[dict[str, Any]]:
         long: of :func:`safervlm.results.suite.evaluate`, for all runs.
 
     Returns:
-        Per line: group, column, heading, varies, and first (whether it is the column's first line).
+        Per line: group, column, heading, sampling_unit, and first (whether it is the column's first line).
     """
     measured = long.groupby("column")["method"].transform(lambda methods: (methods != NOT_MEASURED).any())
     rows = long[~long["detail"] & ~(measured & (long["method"] == NOT_MEASURED))]
-    rows = rows.drop_duplicates(["column", "varies"])
-    rank = rows.groupby("column", sort=False).ngroup() * 2 + (rows["varies"] == THESE_CONCEPTS)
-    rows = rows.assign(first=rows["varies"] != THESE_CONCEPTS).iloc[rank.argsort(kind="stable")]
-    return records(rows[["group", "column", "heading", "varies", "first"]])
+    rows = rows.drop_duplicates(["column", "sampling_unit"])
+    rank = rows.groupby("column", sort=False).ngroup() * 2 + (rows["sampling_unit"] == THESE_CONCEPTS)
+    rows = rows.assign(first=rows["sampling_unit"] != THESE_CONCEPTS).iloc[rank.argsort(kind="stable")]
+    return records(rows[["group", "column", "heading", "sampling_unit", "first"]])
 
 
 def texts(long: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
@@ -109,11 +109,11 @@ def texts(long: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
     Returns:
         Heading of a line -> its cell for each run.
     """
-    found = {(row["run"], row["column"], row["varies"]): row for row in records(long)}
+    found = {(row["run"], row["column"], row["sampling_unit"]): row for row in records(long)}
     table = {}
     for line in lines(long):
-        rows = [found.get((name, line["column"], line["varies"])) for name in names]
-        heading = line["heading"] if line["first"] else f"{line['heading']}: {line['varies']}"
+        rows = [found.get((name, line["column"], line["sampling_unit"])) for name in names]
+        heading = line["heading"] if line["first"] else f"{line['heading']}: {line['sampling_unit']}"
         cell = estimate_with_interval if line["first"] else interval
         table[heading] = [(row and cell(row)) or "-" for row in rows]
     return table
@@ -154,7 +154,9 @@ def evaluation_table(long: pd.DataFrame, names: Sequence[str]) -> TextTable:
             printed.add_section()
             printed.add_row(group, style="bold")
         printed.add_row(
-            f"  {heading}" if line["first"] else f"    {line['varies']}", *row, style=None if line["first"] else "dim"
+            f"  {heading}" if line["first"] else f"    {line['sampling_unit']}",
+            *row,
+            style=None if line["first"] else "dim",
         )
     return printed
 
@@ -170,7 +172,7 @@ def difference_table(differences: pd.DataFrame, original: str) -> TextTable:
     title = f"{differences['run'].iloc[0]} minus {original}"
     printed = TextTable(title=title, caption=caption, box=SIMPLE_HEAD)
     printed.add_column("")
-    for heading in ("difference", "95 %", "p", "p (Holm)", "lost", "gained", "of"):
+    for heading in ("difference", "95 %", "p", "p (Holm)", "regressions", "improvements", "of"):
         printed.add_column(heading, justify="right")
     for row in records(differences[~differences["detail"]]):
         p, by_holm = (
@@ -178,7 +180,7 @@ def difference_table(differences: pd.DataFrame, original: str) -> TextTable:
             for value in (row["p"], row["p_holm"])
         )
         star = " *" if row["p_holm"] < LEVEL else ""
-        counts = ["-" if np.isnan(row["p"]) else str(row[key]) for key in ("lost", "gained", "n")]
+        counts = ["-" if np.isnan(row["p"]) else str(row[key]) for key in ("regressions", "improvements", "n")]
         number = shown_estimate(row["unit"], row["difference"], signed=True)
         printed.add_row(row["heading"], number, interval(row, signed=True), p, by_holm + star, *counts)
     return printed
@@ -285,13 +287,13 @@ def held(table: pd.DataFrame) -> list[str]:
     """
     simulated = table[table["coverage"].notna() & ~table["detail"]]
     lines = []
-    for (varies, method), part in simulated.groupby(["varies", "method"], sort=False):
+    for (sampling_unit, method), part in simulated.groupby(["sampling_unit", "method"], sort=False):
         made = []
         for group, rows in part.groupby("group", sort=False):
-            every = simulated[(simulated["group"] == group) & (simulated["varies"] == varies)]
+            every = simulated[(simulated["group"] == group) & (simulated["sampling_unit"] == sampling_unit)]
             headings = rows["heading"].unique()
             made += [str(group)] if len(headings) == every["heading"].nunique() > 1 else [*headings]
-        lines.append(f"{'; '.join(made)}: {varies} by {method}, simulated coverage {part['coverage'].iloc[0]}")
+        lines.append(f"{'; '.join(made)}: {sampling_unit} by {method}, simulated coverage {part['coverage'].iloc[0]}")
     return lines
 
 

@@ -46,9 +46,12 @@ def comparison_table(runs: Mapping[str, pd.DataFrame]) -> TextTable:
         if column.endswith("_na_left_out"):
             continue
         rows = [interval_rows(of, column) for of in runs.values()]
-        for varies in (THESE_CONCEPTS, NEW_CONCEPTS):
-            if any(varies in each for each in rows):
-                table.add_row(f"  {varies}", *(bracketed(each[varies]) if varies in each else "-" for each in rows))
+        for sampling_unit in (THESE_CONCEPTS, NEW_CONCEPTS):
+            if any(sampling_unit in each for each in rows):
+                table.add_row(
+                    f"  {sampling_unit}",
+                    *(bracketed(each[sampling_unit]) if sampling_unit in each else "-" for each in rows),
+                )
     table.add_row("N/A, share of all answers", *map(percent, comparison["na_rate"]))
     if comparison["thinking_unfinished"].any():
         table.add_row("thinking unfinished", *map(str, comparison["thinking_unfinished"]))
@@ -88,7 +91,7 @@ def accuracy_table(table: pd.DataFrame, title: str = "Accuracy") -> TextTable:
         wrong = with_interval(row["accuracy_na_wrong"], row["low_na_wrong"], row["high_na_wrong"])
         left_out = with_interval(row["accuracy"], row["low"], row["high"])
         whole = row["category"] == OVERALL
-        name = f"{OVERALL}, {row['varies']}" if whole and row["varies"] else row["category"]
+        name = f"{OVERALL}, {row['sampling_unit']}" if whole and row["sampling_unit"] else row["category"]
         counted = [str(row["n"]), percent(row["na_rate"]), *([str(row["thinking_unfinished"])] if inside else [])]
         printed.add_row(f"  {name}", *counted, wrong, left_out, style="bold" if whole else None)
     return printed
@@ -102,7 +105,7 @@ def other_table(table: pd.DataFrame, title: str = "Gap, over-flagging, diversity
         title: the table's title.
     """
     rows = records(table[~table["measure"].isin(ACCURACIES) & (table["category"] == OVERALL)])
-    about = [", ".join(filter(None, (MEASURES[row["measure"]], row["varies"]))) for row in rows]
+    about = [", ".join(filter(None, (MEASURES[row["measure"]], row["sampling_unit"]))) for row in rows]
     made = {f"{name}: {with_coverage(row['method'])}": None for name, row in zip(about, rows, strict=True)}
     said = [GAP_WEIGHTS] if any(row["measure"] == MODALITY_GAP for row in rows) else []
     caption = "\n".join(["95 % intervals", *made, JUDGE_NOTE, *said])
@@ -111,13 +114,13 @@ def other_table(table: pd.DataFrame, title: str = "Gap, over-flagging, diversity
         printed.add_column(heading)
     for heading in ("n", "value"):
         printed.add_column(heading, justify="right")
-    printed.add_column("varies")
+    printed.add_column("sampling unit")
     for row in rows:
         value = shown(row["measure"], row["value"])
         if not np.isnan(row["low"]):
             value = with_interval(row["value"], row["low"], row["high"])
         of = row["capability"] + (f", {row['side']}" if row["side"] != "-" else "")
-        printed.add_row(MEASURES[row["measure"]], of, str(row["n"]), value, row["varies"])
+        printed.add_row(MEASURES[row["measure"]], of, str(row["n"]), value, row["sampling_unit"])
     return printed
 
 
@@ -144,8 +147,8 @@ def methods(table: pd.DataFrame) -> list[str]:
     found: dict[str, None] = {}
     for row in records(table[table["method"] != ""]):
         part = OVERALL if row["category"] == OVERALL else "category"
-        varies = f"{row['varies']}{'' if part == OVERALL else ', by category'}"
-        found[f"{varies}: {with_coverage(row['method'], part)}".removeprefix(": ")] = None
+        sampling_unit = f"{row['sampling_unit']}{'' if part == OVERALL else ', by category'}"
+        found[f"{sampling_unit}: {with_coverage(row['method'], part)}".removeprefix(": ")] = None
     return list(found)
 
 

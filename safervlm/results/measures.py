@@ -43,7 +43,7 @@ GAP_WEIGHTS = (
     "are averaged over answers, so their difference is not the gap."
 )
 
-# Sampling unit of an interval: what is considered random (column ``varies``).
+# Sampling unit of an interval: what is considered random (column ``sampling_unit``).
 THESE_CONCEPTS = "these concepts"
 NEW_CONCEPTS = "new concepts"
 
@@ -155,14 +155,14 @@ class Counts:
         return type(self)(*(getattr(self, field.name)[mask] for field in fields(self)))
 
 
-def proportion(hits: Floats, answers: Floats, counts: Counts, varies: str, units: str = "images") -> Estimate:
+def proportion(hits: Floats, answers: Floats, counts: Counts, sampling_unit: str, units: str = "images") -> Estimate:
     """Computes a share of the responses, with its interval.
 
     Args:
         hits: (units,) number of responses that are counted, of each unit.
         answers: (units,) number of responses that they are a share of; units with 0 are excluded.
         counts: the units; new concepts are sampled within the categories of each dataset (unsafe and safe).
-        varies: the interval's sampling unit, :data:`THESE_CONCEPTS` or :data:`NEW_CONCEPTS`.
+        sampling_unit: the interval's sampling unit, :data:`THESE_CONCEPTS` or :data:`NEW_CONCEPTS`.
         units: what a unit is, for the method's name.
     """
     there = answers > 0
@@ -174,7 +174,7 @@ def proportion(hits: Floats, answers: Floats, counts: Counts, varies: str, units
     datasets, categories = (
         np.unique(each[there][first], return_inverse=True)[1] for each in (counts.dataset, counts.category)
     )
-    if varies == THESE_CONCEPTS:
+    if sampling_unit == THESE_CONCEPTS:
         return Estimate(value, *interval_these_concepts(hits, answers, concept), _WITHIN.format(units))
     right, asked = (np.bincount(concept, x).astype(np.float64) for x in (hits, answers))
     interval = interval_new_concepts(right, asked, datasets, categories)

@@ -91,7 +91,7 @@ def scores(frame: pd.DataFrame) -> pd.DataFrame:
         - side: ``unsafe``, ``safe``, ``both``; ``-`` for perception;
         - category: one of the dataset's, or ``overall``;
         - value, low, high: the number and its 95 % interval (NaN: there is none);
-        - varies: the interval's sampling unit: ``these concepts`` or ``new concepts``; overall accuracies and
+        - sampling_unit: the interval's sampling unit: ``these concepts`` or ``new concepts``; overall accuracies and
           over-flagging have a row for each;
         - method: name of the interval's method, or the reason why there is no interval;
         - n: number of responses that count;
@@ -115,7 +115,7 @@ def scores(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 _SCORES = [
-    *("measure", "capability", "side", "category", "value", "low", "high", "varies", "method", "n", "na_rate"),
+    *("measure", "capability", "side", "category", "value", "low", "high", "sampling_unit", "method", "n", "na_rate"),
     *("thinking_unfinished", "images", "concepts", "excludes"),
 ]
 
@@ -140,15 +140,15 @@ def _part_scores(part: pd.DataFrame, capability: str, side: str) -> Iterator[dic
         keys = (capability, side, category)
         unfinished = unfinished_in(every if category == OVERALL else every[every["category"] == category])
         these = counts if category == OVERALL else counts.of_category(category)
-        for varies in (THESE_CONCEPTS, NEW_CONCEPTS) if category == OVERALL else (THESE_CONCEPTS,):
+        for sampling_unit in (THESE_CONCEPTS, NEW_CONCEPTS) if category == OVERALL else (THESE_CONCEPTS,):
             for measure, hits, answers in (
                 (ACCURACY, these.right, these.answered),
                 (ACCURACY_NA_WRONG, these.right, these.asked),
                 (OVER_FLAGGING, these.flagged, these.asked),
             ):
                 if measure != OVER_FLAGGING or side == "safe":
-                    estimate = proportion(hits, answers, these, varies, units)
-                    yield _row(measure, keys, varies, estimate, these, answers, unfinished)
+                    estimate = proportion(hits, answers, these, sampling_unit, units)
+                    yield _row(measure, keys, sampling_unit, estimate, these, answers, unfinished)
     texts = part["response"].tolist()
     for measure, (value, method) in (
         (DIVERSITY, diversity(texts, part["id"].tolist())),
@@ -180,7 +180,7 @@ def unfinished_in(frame: pd.DataFrame) -> int:
 def _row(
     measure: str,
     keys: tuple[str, str, str],
-    varies: str,
+    sampling_unit: str,
     estimate: Estimate,
     counts: Counts,
     answers: Floats,
@@ -195,7 +195,7 @@ def _row(
         "value": estimate.value,
         "low": estimate.low,
         "high": estimate.high,
-        "varies": varies,
+        "sampling_unit": sampling_unit,
         "method": estimate.method,
         "n": int(answers.sum()),
         "na_rate": 1 - float(counts.answered.sum() / counts.asked.sum()) if len(counts.asked) else np.nan,
@@ -216,11 +216,11 @@ def by_category(table: pd.DataFrame) -> pd.DataFrame:
         table: of :func:`scores`.
 
     Returns:
-        One row for each capability, side, category and varies, with n (all responses that count), answered (without
-        N/A), na_rate, thinking_unfinished, accuracy_na_wrong, low_na_wrong, high_na_wrong, accuracy, low, high, images,
-        concepts, varies, method, excludes.
+        One row for each capability, side, category and sampling_unit, with n (all responses that count), answered
+        (without N/A), na_rate, thinking_unfinished, accuracy_na_wrong, low_na_wrong, high_na_wrong, accuracy, low,
+        high, images, concepts, sampling_unit, method, excludes.
     """
-    keys = ["capability", "side", "category", "varies"]
+    keys = ["capability", "side", "category", "sampling_unit"]
     wrong = table[table["measure"] == ACCURACY_NA_WRONG].drop(columns="measure")
     left_out = table[table["measure"] == ACCURACY][[*keys, "value", "low", "high", "n"]]
     left_out = left_out.rename(columns={"value": "accuracy", "n": "answered"})
@@ -235,20 +235,20 @@ def by_category(table: pd.DataFrame) -> pd.DataFrame:
         "high",
         "images",
         "concepts",
-        "varies",
+        "sampling_unit",
         "method",
         "excludes",
     ]
     return pairs[columns].rename(columns={"value": "accuracy_na_wrong"})
 
 
-def overall(table: pd.DataFrame, column: str, varies: str = NEW_CONCEPTS) -> "pd.Series[Any] | None":
+def overall(table: pd.DataFrame, column: str, sampling_unit: str = NEW_CONCEPTS) -> "pd.Series[Any] | None":
     """Returns the row of a score table that a column of :func:`compare` shows; None if it was not measured.
 
     Args:
         table: of :func:`scores`.
         column: a key of :data:`COLUMNS`.
-        varies: the sampling unit of the row's interval; ignored for diversity, which has no interval.
+        sampling_unit: the sampling unit of the row's interval; ignored for diversity, which has no interval.
     """
     _, measure, capability, side = COLUMNS[column]
     rows = table[
@@ -256,7 +256,7 @@ def overall(table: pd.DataFrame, column: str, varies: str = NEW_CONCEPTS) -> "pd
         & (table["capability"] == capability)
         & (table["side"] == side)
         & (table["category"] == OVERALL)
-        & ((table["varies"] == varies) | (measure in DIVERSITIES))
+        & ((table["sampling_unit"] == sampling_unit) | (measure in DIVERSITIES))
     ]
     return None if rows.empty else rows.iloc[0]
 
@@ -268,8 +268,8 @@ def interval_rows(table: pd.DataFrame, column: str) -> "dict[str, pd.Series[Any]
         table: of :func:`scores`.
         column: a key of :data:`COLUMNS`.
     """
-    found = {varies: overall(table, column, varies) for varies in (THESE_CONCEPTS, NEW_CONCEPTS)}
-    return {varies: row for varies, row in found.items() if row is not None and not np.isnan(row["low"])}
+    found = {sampling_unit: overall(table, column, sampling_unit) for sampling_unit in (THESE_CONCEPTS, NEW_CONCEPTS)}
+    return {sampling_unit: row for sampling_unit, row in found.items() if row is not None and not np.isnan(row["low"])}
 
 
 def compare(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -291,7 +291,7 @@ def compare(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         parts = table[
             (table["measure"] == ACCURACY_NA_WRONG)
             & (table["category"] == OVERALL)
-            & (table["varies"] == THESE_CONCEPTS)
+            & (table["sampling_unit"] == THESE_CONCEPTS)
             & (table["side"] != BOTH)
         ]
         rows[name] = {column: np.nan if row is None else float(row["value"]) for column, row in found.items()} | {

@@ -330,7 +330,7 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
         wanted: of :func:`columns`.
 
     Returns:
-        The columns run, group, column, heading, detail, unit, value, low, high, varies, method (as in
+        The columns run, group, column, heading, detail, unit, value, low, high, sampling_unit, method (as in
         :func:`safervlm.results.scores.scores`), coverage (simulated, of the method), n (responses), images, na_rate
         (the share of N/A among them), thinking_unfinished (responses without an answer), missing (questions without a
         response, or without a rating) and excludes (what the interval does not include: the judge's error).
@@ -340,7 +340,7 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
     """
     rows = []
     for column in wanted:
-        for varies, estimate in estimates(evaluation, column):
+        for sampling_unit, estimate in estimates(evaluation, column):
             part = column.part(evaluation.ratings if column.measure == "ratio" else evaluation.answers)
             missing = len(column.part(evaluation.unanswered))
             if column.measure == "ratio":
@@ -355,7 +355,7 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
                     "value": estimate.value,
                     "low": estimate.low,
                     "high": estimate.high,
-                    "varies": varies,
+                    "sampling_unit": sampling_unit,
                     "method": estimate.method,
                     "coverage": how_often(estimate.method),
                     "n": len(part),
@@ -408,8 +408,8 @@ def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimat
     if (part["concept"] != "").all():
         units = "images" if column.capability in ("alignment", "context") else "answers"
         return [
-            (varies, proportion(counts.right, counts.asked, counts, varies, units))
-            for varies in (THESE_CONCEPTS, NEW_CONCEPTS)
+            (sampling_unit, proportion(counts.right, counts.asked, counts, sampling_unit, units))
+            for sampling_unit in (THESE_CONCEPTS, NEW_CONCEPTS)
         ]
     value = float(counts.right.sum() / counts.asked.sum())
     interval = interval_these_concepts(counts.right, counts.asked, np.zeros(len(counts.asked), int))

@@ -46,9 +46,9 @@ def compare_suites(evaluation: Evaluation, original: Evaluation, wanted: Sequenc
 
     Returns:
         The columns run, group, column, heading, detail, unit, difference (the model's number minus the original's),
-        low, high (95 % interval), p (two-sided), p_holm (Holm's, over the model's columns without details), varies (the
-        interval's sampling unit), method, coverage (simulated, of the method), n (items that both answered), lost and
-        gained (regressions and improvements: items that turned wrong, and right; for ratings those that decreased, and
+        low, high (95 % interval), p (two-sided), p_holm (Holm's, over the model's columns without details),
+        sampling_unit (of the interval), method, coverage (simulated, of the method), n (items that both answered),
+        regressions and improvements (items that turned wrong, and right; for ratings those that decreased, and
         increased), excludes (what the interval does not include: the judge's error).
 
     Raises:
@@ -65,12 +65,12 @@ def compare_suites(evaluation: Evaluation, original: Evaluation, wanted: Sequenc
                 "low": comparison.difference.low,
                 "high": comparison.difference.high,
                 "p": comparison.difference.p,
-                "varies": comparison.varies,
+                "sampling_unit": comparison.sampling_unit,
                 "method": comparison.method,
                 "coverage": how_often(comparison.method),
                 "n": comparison.items,
-                "lost": comparison.lost,
-                "gained": comparison.gained,
+                "regressions": comparison.regressions,
+                "improvements": comparison.improvements,
                 "excludes": "" if np.isnan(comparison.difference.low) else EXCLUDED,
             }
         )
@@ -85,19 +85,19 @@ class Comparison:
 
     Attributes:
         difference: the number with its interval and p-value.
-        varies: the interval's sampling unit; empty for diversity, and if there is no difference.
+        sampling_unit: the interval's sampling unit; empty for diversity, and if there is no difference.
         method: name of the interval's method, or the reason why there is no interval or no difference.
         items: number of items that both answered.
-        lost: regressions: items that only the original has right; of ratings, those that decreased.
-        gained: improvements: items that only the model has right; of ratings, those that increased.
+        regressions: items that only the original has right; of ratings, those that decreased.
+        improvements: items that only the model has right; of ratings, those that increased.
     """
 
     difference: Difference
-    varies: str = ""
+    sampling_unit: str = ""
     method: str = ""
     items: int = 0
-    lost: int = 0
-    gained: int = 0
+    regressions: int = 0
+    improvements: int = 0
 
 
 def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Comparison:
@@ -116,7 +116,10 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
         return _compare_ratios(*both)
     right = [part.set_index("id")["label"] == part.set_index("id")["answer"] for part in both]
     items = pd.DataFrame({"now": right[0], "before": right[1]}).dropna().astype(bool)  # what both answered
-    lost, gained = int((items["before"] & ~items["now"]).sum()), int((items["now"] & ~items["before"]).sum())
+    regressions, improvements = (
+        int((items["before"] & ~items["now"]).sum()),
+        int((items["now"] & ~items["before"]).sum()),
+    )
     if column.measure in ("mme", "both"):
         parts = [
             pair_answers(*map(column.part, (e.answers, e.unanswered, e.unfinished))) for e in (evaluation, original)
@@ -127,31 +130,38 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
         if not len(change):
             return Comparison(Difference(np.nan), method="none: no item has an answer in both")
         if column.measure == "both":
-            lost, gained = int((change < 0).sum()), int((change > 0).sum())
-            difference = difference_of_items(lost, gained, len(change))
-            return Comparison(difference, NEW_IMAGES, SHARES_BY_ITEM, len(change), lost, gained)
+            regressions, improvements = int((change < 0).sum()), int((change > 0).sum())
+            difference = difference_of_items(regressions, improvements, len(change))
+            return Comparison(difference, NEW_IMAGES, SHARES_BY_ITEM, len(change), regressions, improvements)
         tasks = change.groupby(level="category").ngroup().to_numpy()
         difference = difference_of_sums_of_means(change.to_numpy(float), tasks)
-        return _with_method(difference, NEW_IMAGES, SUMS_BY_TASK, "images", len(items), lost, gained)
+        return _with_method(difference, NEW_IMAGES, SUMS_BY_TASK, "images", len(items), regressions, improvements)
     first = both[0].set_index("id").loc[items.index]
     change = items["now"].astype(float) - items["before"].astype(float)
     if (first["concept"] != "").all():
         clusters = change.groupby([first["dataset"], first["category"], first["concept"]])
-        varies, method, units = NEW_CONCEPTS, SHARES_BY_CONCEPT, "concepts"
+        sampling_unit, method, units = NEW_CONCEPTS, SHARES_BY_CONCEPT, "concepts"
     else:
         clusters = change.groupby([first["dataset"], first["image"]])
-        varies, method, units = NEW_IMAGES, SHARES_BY_IMAGE, "images"
+        sampling_unit, method, units = NEW_IMAGES, SHARES_BY_IMAGE, "images"
         if len(clusters) == len(items):  # one question per image: independent items
             return Comparison(
-                difference_of_items(lost, gained, len(items)), varies, SHARES_BY_ITEM, len(items), lost, gained
+                difference_of_items(regressions, improvements, len(items)),
+                sampling_unit,
+                SHARES_BY_ITEM,
+                len(items),
+                regressions,
+                improvements,
             )
     sums = clusters.sum()
     datasets = sums.index.get_level_values(0).to_numpy()
     # New concepts are sampled within the categories of each dataset.
-    strata = strata_of(datasets, sums.index.get_level_values(1).to_numpy() if varies == NEW_CONCEPTS else datasets)
+    strata = strata_of(
+        datasets, sums.index.get_level_values(1).to_numpy() if sampling_unit == NEW_CONCEPTS else datasets
+    )
     answered = np.asarray(clusters.size(), np.float64)
     difference = difference_of_shares(np.asarray(sums, np.float64), answered, strata)
-    return _with_method(difference, varies, method, units, len(items), lost, gained)
+    return _with_method(difference, sampling_unit, method, units, len(items), regressions, improvements)
 
 
 def _incomparable(
@@ -199,16 +209,16 @@ def _compare_ratios(now: pd.DataFrame, before: pd.DataFrame) -> Comparison:
     )
     images = pairs.groupby("image").ngroup().to_numpy()
     difference = difference_of_ratios(said, reference, said_before, reference_before, images)
-    lost, gained = int((said < said_before).sum()), int((said > said_before).sum())
-    return _with_method(difference, NEW_IMAGES, RATIOS_BY_IMAGE, "images", len(pairs), lost, gained)
+    regressions, improvements = int((said < said_before).sum()), int((said > said_before).sum())
+    return _with_method(difference, NEW_IMAGES, RATIOS_BY_IMAGE, "images", len(pairs), regressions, improvements)
 
 
 def _with_method(
-    difference: Difference, varies: str, method: str, units: str, items: int, lost: int, gained: int
+    difference: Difference, sampling_unit: str, method: str, units: str, items: int, regressions: int, improvements: int
 ) -> Comparison:
     if np.isnan(difference.low):
         method = f"none: fewer than {FEWEST_CONCEPTS} {units}"
-    return Comparison(difference, varies, method, items, lost, gained)
+    return Comparison(difference, sampling_unit, method, items, regressions, improvements)
 
 
 def flips(evaluation: Evaluation, original: Evaluation, column: Column) -> pd.DataFrame:
@@ -220,10 +230,10 @@ def flips(evaluation: Evaluation, original: Evaluation, column: Column) -> pd.Da
         column: the column.
 
     Returns:
-        The model's rows of the responses, with response_before and label_before of the original, and gained: whether
+        The model's rows of the responses, with response_before and label_before of the original, and improved: whether
         the response turned right.
     """
     now, before = (column.part(e.answers) for e in (evaluation, original))
     pairs = now.merge(before[["id", "response", "label"]], on="id", suffixes=("", "_before"))
     right, was = pairs["label"] == pairs["answer"], pairs["label_before"] == pairs["answer"]
-    return pairs.assign(gained=right)[right != was]
+    return pairs.assign(improved=right)[right != was]

@@ -158,46 +158,48 @@ def difference_of_ratios(
     return Difference(value, *t_interval(value, squares.sum(), freedom), p_value(value, squares.sum(), freedom))
 
 
-def difference_of_items(lost: int, gained: int, items: int) -> Difference:
-    """Computes the difference of two shares of the same independent items, ``(gained - lost) / items``.
+def difference_of_items(regressions: int, improvements: int, items: int) -> Difference:
+    """Computes the difference of two shares of the same independent items, ``(improvements - regressions) / items``.
 
     The interval is Tango's score interval (1998, Equivalence test and confidence interval for the difference in
     proportions for the paired-sample design, Statistics in Medicine 17), which is also valid if no item differs. The
     p-value is McNemar's.
 
     Args:
-        lost: regressions: number of items that only the other run has right.
-        gained: improvements: number of items that only this run has right.
+        regressions: number of items that only the other run has right.
+        improvements: number of items that only this run has right.
         items: number of all items, at least one.
     """
-    value = (gained - lost) / items
+    value = (improvements - regressions) / items
 
     def score(difference: float) -> float:
         """Score statistic of a difference; it decreases, and equals +-1.96 at the interval's ends."""
         if abs(difference - value) < 1e-12:
             return 0.0  # also where the variance is 0
         # Maximum likelihood share q of regressions given the difference: the larger root of 2 n q^2 + b q + c.
-        b = (2 * items - gained + lost) * difference - gained - lost
-        c = -lost * difference * (1 - difference)
+        b = (2 * items - improvements + regressions) * difference - improvements - regressions
+        c = -regressions * difference * (1 - difference)
         q = (np.sqrt(b * b - 8 * items * c) - b) / (4 * items)
-        return float((gained - lost - items * difference) / np.sqrt(items * (2 * q + difference * (1 - difference))))
+        return float(
+            (improvements - regressions - items * difference) / np.sqrt(items * (2 * q + difference * (1 - difference)))
+        )
 
     edge = 1 - 1e-9  # the variance is 0 at 1
-    low = brentq(lambda x: score(x) - NORMAL, -edge, value) if lost < items else -1.0
-    high = brentq(lambda x: score(x) + NORMAL, value, edge) if gained < items else 1.0
-    return Difference(value, float(low), float(high), mcnemar(lost, gained))
+    low = brentq(lambda x: score(x) - NORMAL, -edge, value) if regressions < items else -1.0
+    high = brentq(lambda x: score(x) + NORMAL, value, edge) if improvements < items else 1.0
+    return Difference(value, float(low), float(high), mcnemar(regressions, improvements))
 
 
-def mcnemar(lost: int, gained: int) -> float:
+def mcnemar(regressions: int, improvements: int) -> float:
     """Returns the exact two-sided p-value of McNemar's test (1947, Psychometrika 12).
 
     The null hypothesis is that an item changes from right to wrong with the same probability as from wrong to right.
 
     Args:
-        lost: regressions: number of items that changed from right to wrong.
-        gained: improvements: number of items that changed from wrong to right.
+        regressions: number of items that changed from right to wrong.
+        improvements: number of items that changed from wrong to right.
     """
-    return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+    return float(binomtest(regressions, regressions + improvements).pvalue) if regressions + improvements else 1.0
 
 
 def holm(p_values: Sequence[float] | Floats) -> Floats:

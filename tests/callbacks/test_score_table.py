@@ -59,7 +59,9 @@ def test_scores_are_written_and_printed(tmp_path, capsys):
     predict(run, [JudgeLast(), ScoreTable()])
     table = scores(load_run(run))
     written = pd.read_csv(run / "scores.csv")
-    row = written.query("measure == 'accuracy_na_wrong' and category == 'overall' and varies == 'these concepts'")
+    row = written.query(
+        "measure == 'accuracy_na_wrong' and category == 'overall' and sampling_unit == 'these concepts'"
+    )
     assert row.value.item() == pytest.approx(4 / 6)
     assert written.value.tolist() == pytest.approx(table.value.tolist(), nan_ok=True)
     sheets = pd.read_excel(run / "scores.xlsx", sheet_name=None)

@@ -49,7 +49,9 @@ def test_one_table_everywhere(runs, tmp_path, capsys):
     wide = pd.read_csv(out.with_name("all_table.csv"), index_col="run")
     share = long[(long["column"] == "SMID") & (long["run"] == "ppo")].iloc[0]
     text = f"{100 * share['value']:.1f} [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
-    these = long[(long["column"] == "alignment_all") & (long["varies"] == "these concepts") & (long["run"] == "ppo")]
+    these = long[
+        (long["column"] == "alignment_all") & (long["sampling_unit"] == "these concepts") & (long["run"] == "ppo")
+    ]
     assert wide.loc["ppo", "Alignment of all images: these concepts"] == (
         f"[{100 * these['low'].item():.1f}, {100 * these['high'].item():.1f}]"
     )
@@ -164,7 +166,7 @@ def test_a_file_of_the_users_is_not_overwritten(runs, tmp_path):
 
 def test_a_line_break_in_a_name_does_not_end_a_latex_comment(monkeypatch):
     monkeypatch.setattr("safervlm.reports.suite_latex.held", lambda table: ["a\n\\input{x}\u2028: by bootstrap"])
-    table = pd.DataFrame(columns=["run", "column", "varies", "group", "heading", "method", "detail"])
+    table = pd.DataFrame(columns=["run", "column", "sampling_unit", "group", "heading", "method", "detail"])
     written = suite_latex_tables(table, pd.DataFrame(), [])
     assert "% a\\n\\input{x}\\u2028: by bootstrap" in written.splitlines()
 

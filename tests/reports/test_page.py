@@ -226,7 +226,7 @@ def test_category_tables_equal_the_csv(dom, page, runs, name):
     table = scores_of(load_run(run))
     written = pd.read_csv(page.with_suffix(".csv"), keep_default_na=False, na_values=[""]).query("run == @name")
     pd.testing.assert_frame_equal(
-        written.drop(columns="run").fillna({"varies": "", "excludes": ""}).reset_index(drop=True),
+        written.drop(columns="run").fillna({"sampling_unit": "", "excludes": ""}).reset_index(drop=True),
         table,
         check_dtype=False,
     )
@@ -239,12 +239,12 @@ def test_category_tables_equal_the_csv(dom, page, runs, name):
         if len(row) == 1:
             part = dom.parts[id(row)]
             continue
-        category, n, na, unfinished, wrong, left_out, images, concepts, varies, method = row
+        category, n, na, unfinished, wrong, left_out, images, concepts, sampling_unit, method = row
         keys = {
             "category": category["text"],
             "capability": part["data-capability"],
             "side": part["data-side"],
-            "varies": varies["text"],
+            "sampling_unit": sampling_unit["text"],
         }
         found = written[(written[list(keys)] == pd.Series(keys)).all(axis=1)].set_index("measure")
         for measure, cell in (("accuracy_na_wrong", wrong), ("accuracy", left_out)):
@@ -498,7 +498,7 @@ def test_questions_of_the_same_id_in_other_words_are_other_questions(what, folde
 def test_what_has_no_answer_is_said(folder, tmp_path):
     run = make_run(tmp_path / "base", folder / "data", BASE)
     kept = [Question.from_dict(json.loads(line)) for line in (run / "responses.jsonl").read_text().splitlines()]
-    lost = replace(kept[0], id="lost")
+    lost = replace(kept[0], id="regressions")
     write_jsonl(run / "responses-failed.jsonl", [Failure(each, "damaged").to_dict() for each in (lost, kept[1])])
     write_jsonl(run / "verdicts-failed.jsonl", [Failure(replace(lost, id="unread"), "no").to_dict()])
     assert "base has no answer, or no verdict on it, to 2 more questions" in report([run]).read_text()

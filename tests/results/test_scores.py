@@ -128,13 +128,13 @@ def table(run):
     return scores(load_run(run))
 
 
-def pick(table, measure, capability, side, category="overall", varies="these concepts"):
+def pick(table, measure, capability, side, category="overall", sampling_unit="these concepts"):
     rows = table[
         (table.measure == measure)
         & (table.capability == capability)
         & (table.side == side)
         & (table.category == category)
-        & (table.varies == varies)
+        & (table.sampling_unit == sampling_unit)
     ]
     assert len(rows) == 1, rows
     return rows.iloc[0]
@@ -217,7 +217,7 @@ def test_accuracies(table, capability, side, category, left_out, answered, wrong
     assert row.na_rate == pytest.approx(na)
     assert (row.images, row.concepts) == (images, concepts)
     pair = by_category(table).query(
-        "capability == @capability and side == @side and category == @category and varies == 'these concepts'"
+        "capability == @capability and side == @side and category == @category and sampling_unit == 'these concepts'"
     )
     assert pair.accuracy.item() == pytest.approx(left_out, nan_ok=True)
     assert (pair.accuracy_na_wrong.item(), pair.n.item(), pair.answered.item()) == (pytest.approx(wrong), n, answered)
@@ -241,7 +241,7 @@ def test_gap_by_hand(run):
     assert gap.value == pytest.approx((0.5 + 0.5 + 1.0) / 3)
     assert np.isnan(gap.low)
     assert gap.method == "none: fewer than 10 concepts"
-    row = pick(scores(frame), "modality_gap", "alignment_text_only - alignment", "unsafe", varies="new concepts")
+    row = pick(scores(frame), "modality_gap", "alignment_text_only - alignment", "unsafe", sampling_unit="new concepts")
     assert (row.n, row.concepts) == (14, 3)
 
 
@@ -286,8 +286,8 @@ def test_compare(run, tmp_path):
 
 def test_the_table_names_what_varies_and_how(table):
     accuracies = table[table.measure.isin(["accuracy", "accuracy_na_wrong"])]
-    assert set(accuracies[accuracies.varies == "new concepts"].category) == {"overall"}
-    assert set(accuracies[accuracies.varies == "new concepts"].method) == {"none: fewer than 10 concepts"}
+    assert set(accuracies[accuracies.sampling_unit == "new concepts"].category) == {"overall"}
+    assert set(accuracies[accuracies.sampling_unit == "new concepts"].method) == {"none: fewer than 10 concepts"}
     with_interval = table[table.low.notna()]
     text = with_interval.capability == "alignment_text_only"
     assert set(with_interval[text].method) == {"Korn-Graubard, answers within concepts"}
@@ -341,11 +341,11 @@ def many_concepts(count):
 def test_new_concepts_overall():
     frame = frame_of(many_concepts(12))
     table = scores(frame)
-    row = pick(table, "accuracy", "alignment", "unsafe", varies="new concepts")
+    row = pick(table, "accuracy", "alignment", "unsafe", sampling_unit="new concepts")
     right = np.array([6.0 if concept % 3 == 0 else 4.0 for concept in range(12)])
     assert (row.low, row.high) == pytest.approx(intervals.interval_new_concepts(right, np.full(12, 6.0)))
     assert row.method == "Korn-Graubard, concepts within categories (CR2)"
-    gap = pick(table, "modality_gap", "alignment_text_only - alignment", "unsafe", varies="new concepts")
+    gap = pick(table, "modality_gap", "alignment_text_only - alignment", "unsafe", sampling_unit="new concepts")
     assert (gap.low, gap.high) == pytest.approx(intervals.interval_paired(1 - right / 6))
     assert gap.method == "paired t, concepts within categories (CR2)"
 
@@ -377,7 +377,7 @@ def test_scores_go_through_csv(table, tmp_path):
     plain = pd.read_csv(tmp_path / "scores.csv")
     pd.testing.assert_frame_equal(compare({"run": plain}), compare({"run": table}))
     again = pd.read_csv(tmp_path / "scores.csv", keep_default_na=False, na_values=[""])
-    pd.testing.assert_frame_equal(again.fillna({"varies": "", "excludes": ""}), table, check_dtype=False)
+    pd.testing.assert_frame_equal(again.fillna({"sampling_unit": "", "excludes": ""}), table, check_dtype=False)
     json.dumps(records_of(table))
 
 
@@ -413,7 +413,7 @@ def test_unfinished_thinking_is_neither_na_nor_wrong_unless_said(run, thinking):
     assert by_category(table)["thinking_unfinished"].sum() > 0
 
     wrong, na = (scores(load_run(thinking, how)) for how in ("wrong", "N/A"))
-    key = ["measure", "capability", "side", "category", "varies"]
+    key = ["measure", "capability", "side", "category", "sampling_unit"]
     say = {name: each.set_index(key)["n"] for name, each in (("wrong", wrong), ("N/A", na), ("apart", table))}
     place = ("accuracy_na_wrong", "alignment", "unsafe", "overall", "new concepts")
     assert [int(say[name].loc[place]) for name in ("wrong", "N/A", "apart")] == [8, 8, 6]

@@ -226,10 +226,10 @@ def test_alignment_equals_the_measurements_scores(tmp_path):
     table = evaluate(evaluation, columns([evaluation]))
     expected = scores(evaluation.answers)
     for key, side in (("alignment_all", "both"), ("alignment_safe", "safe"), ("alignment_unsafe", "unsafe")):
-        for varies in ("these concepts", "new concepts"):
-            ours = table[(table["column"] == key) & (table["varies"] == varies)].iloc[0]
+        for sampling_unit in ("these concepts", "new concepts"):
+            ours = table[(table["column"] == key) & (table["sampling_unit"] == sampling_unit)].iloc[0]
             theirs = expected[(expected["measure"] == "accuracy_na_wrong") & (expected["side"] == side)]
-            theirs = theirs[(theirs["category"] == "overall") & (theirs["varies"] == varies)].iloc[0]
+            theirs = theirs[(theirs["category"] == "overall") & (theirs["sampling_unit"] == sampling_unit)].iloc[0]
             assert (
                 ours[["value", "low", "high", "method"]].tolist() == theirs[["value", "low", "high", "method"]].tolist()
             )
@@ -246,11 +246,11 @@ def test_alignment_equals_the_measurements_scores(tmp_path):
 def test_an_image_without_a_concept_is_a_cluster_of_its_own(tmp_path):
     evaluation = load_suite(write(tmp_path, safety(np.random.default_rng(2))), "model")
     column = next(column for column in columns([evaluation]) if column.key == "SMID")
-    ((varies, share),) = estimates(evaluation, column)
+    ((sampling_unit, share),) = estimates(evaluation, column)
     right = (evaluation.answers["capability"] == "generalisation") & (
         evaluation.answers["label"] == evaluation.answers["answer"]
     )
-    assert varies == "new images"
+    assert sampling_unit == "new images"
     assert share.value == pytest.approx(right.sum() / 40)
     assert share.low < share.value < share.high
 
@@ -270,12 +270,12 @@ def test_items_that_dont_repeat_are_compared_by_mcnemar(tmp_path):
     model = smid(tmp_path / "model", ["Unsafe"] * 18 + ["Safe"] * 2 + ["Unsafe"] * 9 + ["N/A"] * 11)
     wanted = columns([original, model])
     row = compare_suites(model, original, wanted).set_index("column").loc["SMID"]
-    assert (row["lost"], row["gained"], row["n"]) == (2, 9, 40)
+    assert (row["regressions"], row["improvements"], row["n"]) == (2, 9, 40)
     assert row["difference"] == pytest.approx(7 / 40)
     assert row["p"] == pytest.approx(2 * sum(comb(11, k) for k in range(3)) / 2**11)
     assert row["low"] < 7 / 40 < row["high"]
     turned = flips(model, original, wanted[0])
-    assert (turned["gained"].sum(), (~turned["gained"]).sum()) == (9, 2)
+    assert (turned["improved"].sum(), (~turned["improved"]).sum()) == (9, 2)
 
 
 def test_a_model_is_compared_with_itself(tmp_path):
@@ -304,7 +304,7 @@ def test_what_one_of_them_couldnt_answer_is_left_out_of_both(tmp_path):
     answers = [(question("SMID", str(i), "generalisation", 0, "Unsafe", "SMID"), "No", "Safe") for i in range(19)]
     model = load_suite(write(tmp_path / "model", answers, failed=[asked]), "model")
     row = compare_suites(model, original, columns([original, model])).set_index("column").loc["SMID"]
-    assert (row["difference"], row["n"], row["lost"]) == (-1.0, 19, 19)
+    assert (row["difference"], row["n"], row["regressions"]) == (-1.0, 19, 19)
 
 
 @pytest.mark.parametrize(
@@ -349,10 +349,10 @@ def test_mme_and_llavabench_are_paired(tmp_path):
     original, model = mme(tmp_path / "o", rows), mme(tmp_path / "m", worse)
     table = compare_suites(model, replace(original, name="original"), columns([original])).set_index("column")
     assert table.loc["MME", "difference"] == pytest.approx(-150 * 3 / 12)
-    assert (table.loc["MME", "lost"], table.loc["MME", "gained"]) == (3, 0)
+    assert (table.loc["MME", "regressions"], table.loc["MME", "improvements"]) == (3, 0)
     pairs = [(n, False, 8, 4 + n % 3) for n in range(24)]
     original = rated(tmp_path / "lo", pairs, 24)
     model = rated(tmp_path / "lm", [(n, s, r, m + (n < 6)) for n, s, r, m in pairs], 24)
     row = compare_suites(model, original, columns([original])).iloc[0]
     assert row["difference"] == pytest.approx(6 / (8 * 24))
-    assert (row["lost"], row["gained"], row["n"]) == (0, 6, 24)
+    assert (row["regressions"], row["improvements"], row["n"]) == (0, 6, 24)

@@ -185,28 +185,28 @@ def test_nothing_is_claimed_with_fewer_than_ten_clusters():
 
 
 @pytest.mark.parametrize(
-    ("lost", "gained", "items", "low", "high", "p"),
+    ("regressions", "improvements", "items", "low", "high", "p"),
     [
         # Fagerland, Lydersen and Laake (2014), Statistics in Medicine 33: airway reactivity, complete response.
         (7, 1, 21, -0.517, -0.026, 0.0703),
         (16, 6, 161, -0.124, -0.0054, 0.0525),
     ],
 )
-def test_published_examples(lost, gained, items, low, high, p):
-    found = differences.difference_of_items(lost, gained, items)
-    assert found.value == pytest.approx((gained - lost) / items)
+def test_published_examples(regressions, improvements, items, low, high, p):
+    found = differences.difference_of_items(regressions, improvements, items)
+    assert found.value == pytest.approx((improvements - regressions) / items)
     assert (found.low, found.high) == pytest.approx((low, high), abs=5e-4)
     assert found.p == pytest.approx(p, abs=5e-5)
 
 
-@pytest.mark.parametrize(("lost", "gained", "items"), [(7, 1, 21), (0, 4, 50), (3, 3, 30), (10, 2, 1000)])
-def test_the_ends_are_1_96_of_their_deviations_off(lost, gained, items):
+@pytest.mark.parametrize(("regressions", "improvements", "items"), [(7, 1, 21), (0, 4, 50), (3, 3, 30), (10, 2, 1000)])
+def test_the_ends_are_1_96_of_their_deviations_off(regressions, improvements, items):
     """By numerical maximum likelihood: (value - d) is 1.96 standard deviations at either end d."""
-    found = differences.difference_of_items(lost, gained, items)
+    found = differences.difference_of_items(regressions, improvements, items)
     for end in (found.low, found.high):
 
         def unlikely(q, d=end):
-            cells = ((gained, q + d), (lost, q), (items - gained - lost, 1 - 2 * q - d))
+            cells = ((improvements, q + d), (regressions, q), (items - improvements - regressions, 1 - 2 * q - d))
             return -sum(n * np.log(max(p, 1e-300)) for n, p in cells if n)
 
         q = optimize.minimize_scalar(
@@ -274,8 +274,8 @@ def test_coverage():
         ratios = differences.difference_of_ratios(scores[1], reference[1], scores[0], reference[0], images)
         both = rng.multinomial(100, (0.06, 0.02, 0.92))
         items = differences.difference_of_items(both[0], both[1], 100)
-        lost = rng.binomial(1, 0.06, (75, 8)) - rng.binomial(1, 0.02, (75, 8))
-        shares = differences.difference_of_shares(lost.sum(axis=1).astype(float), np.full(75, 8.0))
+        regressions = rng.binomial(1, 0.06, (75, 8)) - rng.binomial(1, 0.02, (75, 8))
+        shares = differences.difference_of_shares(regressions.sum(axis=1).astype(float), np.full(75, 8.0))
         cells = ((sums, truth), (ratios, 0.5 / 8.5), (items, -0.04), (shares, 0.04))
         held.append([found.low <= value <= found.high for found, value in cells])
     assert ((np.mean(held, axis=0) >= 0.925) & (np.mean(held, axis=0) <= 0.98)).all(), np.mean(held, axis=0)
