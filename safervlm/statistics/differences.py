@@ -17,8 +17,7 @@ from safervlm.statistics.intervals import (
     Floats,
     Numbers,
     effective_clusters,
-    effective_freedom,
-    last_freedom,
+    freedom_within,
     ratio_squares,
     smoothed_sum,
     t_interval,
@@ -53,7 +52,7 @@ def difference_of_shares(differences: Floats, answers: Floats, strata: Numbers |
     """Computes the difference of two shares, ``sum(differences) / sum(answers)``, over new clusters.
 
     Clusters are concepts or images. The interval is Student's t, with the CR2 variance and the degrees of freedom of
-    :func:`~safervlm.statistics.intervals.effective_freedom`. It is limited to plus and minus the upper bound of the
+    :func:`~safervlm.statistics.intervals.freedom_within`. It is limited to plus and minus the upper bound of the
     share of clusters that differ at all (Clopper and Pearson 1934, Biometrika 26), which is also valid if none differs.
     If all clusters differ by the same amount, the share of clusters that do not is bounded in the same way, and those
     may differ by any amount.
@@ -71,13 +70,12 @@ def difference_of_shares(differences: Floats, answers: Floats, strata: Numbers |
     if len(answers) < FEWEST_CONCEPTS:
         return Difference(value)
     clusters = effective_clusters(answers)
-    strata = np.zeros(len(answers), int) if strata is None else strata
     squares = ratio_squares(differences, answers, strata)
     if squares.sum() < 1e-15:
         other = most_differ(0.0, clusters)
         p = min(2 * (1 + abs(value)) ** -clusters, 1.0)  # the level at which an end of the interval is 0
         return Difference(value, value - other * (1 + value), value + other * (1 - value), p)
-    freedom = effective_freedom(squares, last_freedom(strata))
+    freedom = freedom_within(squares, strata)
     low, high = t_interval(value, squares.sum(), freedom)
     most = most_differ(float(answers[differences != 0].sum() / answers.sum()), clusters)
     return Difference(value, max(low, -most), min(high, most), p_value(value, squares.sum(), freedom))
@@ -154,7 +152,7 @@ def difference_of_ratios(
         return Difference(0.0, -most, most, 1.0)
     if squares.sum() < 1e-15:
         return Difference(value)
-    freedom = effective_freedom(squares)
+    freedom = freedom_within(squares)
     return Difference(value, *t_interval(value, squares.sum(), freedom), p_value(value, squares.sum(), freedom))
 
 

@@ -135,6 +135,30 @@ def effective_freedom(squares: Floats, last: float | None = None) -> float:
     return float(min(2 * total**2 / (squares**2).sum() - 1, last)) if total > 0 else last
 
 
+def freedom_within(squares: Floats, strata: Numbers | None = None) -> float:
+    """Degrees of freedom of a sum of squares that are deviations from the means of strata.
+
+    A cluster that deviates alone also makes the others of its stratum deviate from their common mean. In a small
+    stratum these count as if further clusters contributed to the variance: a single deviating one of n has
+    ``(sum s)^2 / sum s^2 = n^2 (n - 1) / ((n - 1)^3 + 1)``, 1.26 for n = 9. So the squares s^2 are multiplied by this
+    ratio of their stratum, which restores one degree of freedom for a single deviating cluster, see
+    :func:`effective_freedom`. Without it, the coverage for rates near 1 is up to .02 lower.
+
+    Args:
+        squares: (clusters,) each cluster's contribution to the variance, of :func:`ratio_squares`.
+        strata: (clusters,) the stratum of each, as a number from 0 without gaps; None is a single stratum.
+
+    Returns:
+        At most the number of clusters less that of strata.
+    """
+    strata = np.zeros(len(squares), int) if strata is None else strata
+    sizes = np.bincount(strata)[strata].astype(np.float64)
+    spread = sizes**2 * np.maximum(sizes - 1, 1) / ((sizes - 1) ** 3 + 1)  # a stratum of one contributes 0
+    last = float(len(strata) - int(strata.max(initial=-1)) - 1)
+    total = squares.sum()
+    return float(min(2 * total**2 / (squares**2 * spread).sum() - 1, last)) if total > 0 else last
+
+
 def ratio_squares(numerators: Floats, denominators: Floats, strata: Numbers | None = None) -> Floats:
     """Returns each cluster's contribution to the linearised variance of ``sum(numerators) / sum(denominators)``.
 
@@ -228,18 +252,9 @@ def interval_new_concepts(
         return None
     strata = strata_of(none, categories)
     total, squares = answers.sum(), ratio_squares(right, answers, strata)
-    freedom = effective_freedom(squares, last_freedom(strata))
+    freedom = freedom_within(squares, strata)
     least, edge = effective_clusters(answers), size_if_all_alike(answers)
     return effective_interval(right.sum() / total, squares.sum(), freedom, least, total, edge)
-
-
-def last_freedom(strata: Numbers) -> int:
-    """Returns the largest possible degrees of freedom of a variance within strata: clusters less strata.
-
-    Args:
-        strata: (clusters,) the stratum of each, as a number from 0 without gaps.
-    """
-    return len(strata) - int(strata.max()) - 1
 
 
 def interval_ratio(numerators: Floats, denominators: Floats, clusters: Numbers) -> tuple[float, float] | None:
@@ -259,7 +274,7 @@ def interval_ratio(numerators: Floats, denominators: Floats, clusters: Numbers) 
     squares = ratio_squares(above, below)
     if squares.sum() < 1e-15:
         return None
-    return t_interval(float(above.sum() / below.sum()), squares.sum(), effective_freedom(squares))
+    return t_interval(float(above.sum() / below.sum()), squares.sum(), freedom_within(squares))
 
 
 def interval_sum_of_means(
@@ -357,7 +372,7 @@ def interval_paired(differences: Floats, categories: Numbers | None = None) -> t
     squares = ratio_squares(differences, np.ones(len(differences)), strata)
     if len(differences) < FEWEST_CONCEPTS or squares.sum() < 1e-15:
         return None
-    low, high = t_interval(float(differences.mean()), squares.sum(), effective_freedom(squares, last_freedom(strata)))
+    low, high = t_interval(float(differences.mean()), squares.sum(), freedom_within(squares, strata))
     return max(low, -1.0), min(high, 1.0)
 
 

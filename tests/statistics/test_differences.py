@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from satterthwaite import freedom_of
 from scipy import optimize, stats
 
 from safervlm.statistics import differences, intervals
@@ -31,7 +32,7 @@ def test_shares_weigh_clusters_by_their_answers_and_are_cr2():
         (d - value * n) ** 2 / (1 - n / answers.sum()) / answers.sum() ** 2
         for d, n in zip(change, answers, strict=True)
     ]
-    freedom = min(2 * sum(squares) ** 2 / sum(s**2 for s in squares) - 1, 9)
+    freedom = freedom_of(squares)
     assert freedom < 9
     error = sum(squares) ** 0.5
     half = stats.t.ppf(0.975, freedom) * error
@@ -82,7 +83,7 @@ def test_differences_within_categories():
     found = differences.difference_of_shares(change, answers, strata)
     within = sum((change[strata == s] / 10).var(ddof=1) / 8 / 9 for s in range(3))
     squares = intervals.ratio_squares(change, answers, strata)
-    freedom = min(2 * squares.sum() ** 2 / (squares**2).sum() - 1, 24 - 3)
+    freedom = freedom_of(squares, strata)
     half = stats.t.ppf(0.975, freedom) * within**0.5
     assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
     plain = differences.difference_of_shares(change, answers)

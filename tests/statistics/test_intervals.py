@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from satterthwaite import freedom_of
 from scipy import stats
 
 from safervlm.reports.tables import with_coverage
@@ -101,7 +102,7 @@ def test_variance_of_new_concepts_is_cr2(monkeypatch):
         residual = np.r_[np.ones(r), np.zeros(n - r)] - share
         values, vectors = np.linalg.eigh(np.eye(n) - np.ones((n, n)) / total)
         squares.append((np.ones(n) @ (vectors * values**-0.5) @ vectors.T @ residual / total) ** 2)
-    freedom = min(2 * sum(squares) ** 2 / sum(s**2 for s in squares) - 1, 11)
+    freedom = freedom_of(squares)
     least, edge = total**2 / (answers**2).sum(), total / (1 + ((answers**2).sum() / total - 1) / 2)
     assert calls == [pytest.approx((share, sum(squares), freedom, least, total, edge))]
 
@@ -149,6 +150,18 @@ def test_effective_freedom_counts_the_concepts_that_carry_the_variance():
     assert intervals.effective_freedom(np.zeros(8)) == 7
 
 
+def test_a_cluster_that_deviates_alone_has_one_degree_of_freedom():
+    for sizes in ([2, 5, 9], [75], [3, 3]):
+        strata = np.repeat(np.arange(len(sizes)), sizes)
+        values = np.zeros(len(strata))
+        values[-1] = 1.0
+        squares = intervals.ratio_squares(values, np.ones(len(values)), strata)
+        assert intervals.freedom_within(squares, strata) == pytest.approx(1.0)
+    even = np.tile([1.0, -1.0], 30)
+    assert intervals.freedom_within(even**2, np.repeat(np.arange(3), 20)) == 57  # clusters less strata
+    assert intervals.freedom_within(np.zeros(6), np.repeat([0, 1], 3)) == 4
+
+
 @pytest.mark.parametrize(("large", "number"), [(1, 3000), (2, 3000 * (1 + 4) ** 2 / (1 + 16) / 2)])
 def test_effective_freedom_of_normal_clusters_is_two_thirds_of_satterthwaites(large, number):
     deviations = np.repeat([1, large], 1500)
@@ -166,9 +179,7 @@ def test_paired_interval():
     differences = np.r_[np.zeros(18), 0.9, 0.8]  # two concepts contribute all of it
     low, high = intervals.interval_paired(differences)
     theirs = stats.ttest_1samp(differences, 0).confidence_interval()
-    half = stats.t.ppf(0.975, intervals.effective_freedom((differences - differences.mean()) ** 2)) * stats.sem(
-        differences
-    )
+    half = stats.t.ppf(0.975, freedom_of((differences - differences.mean()) ** 2)) * stats.sem(differences)
     assert (low, high) == (pytest.approx(differences.mean() - half), pytest.approx(differences.mean() + half))
     assert high - low > 1.2 * (theirs.high - theirs.low)
     assert intervals.interval_paired(rng.random(9)) is None
@@ -197,7 +208,7 @@ def test_interval_of_a_ratio_is_cr2_by_matrices():
         values, vectors = np.linalg.eigh(np.eye(of.sum()) - np.outer(x[of], x[of]) / (x @ x))
         adjusted = (vectors * values**-0.5) @ vectors.T @ (y - slope * x)[of]
         squares.append((x[of] @ adjusted / (x @ x)) ** 2)
-    freedom = min(2 * sum(squares) ** 2 / sum(s**2 for s in squares) - 1, 23)
+    freedom = freedom_of(squares)
     half = stats.t.ppf(0.975, freedom) * sum(squares) ** 0.5
     assert slope == pytest.approx(scores.sum() / reference.sum())
     assert (low, high) == (pytest.approx(slope - half), pytest.approx(slope + half))
@@ -451,7 +462,7 @@ def test_the_variance_within_categories_is_cr2_of_a_regression_on_them(monkeypat
         adjusted = (vectors * values**-0.5) @ vectors.T @ residual[concept == number]
         squares.append((contrast @ bread @ rows.T @ adjusted) ** 2)
     assert calls[0][1] == pytest.approx(sum(squares))
-    assert calls[0][2] == pytest.approx(min(2 * sum(squares) ** 2 / sum(s**2 for s in squares) - 1, 14 - 3))
+    assert calls[0][2] == pytest.approx(freedom_of(squares, categories))
 
 
 def test_categories_shorten_an_interval_only_where_they_differ():
