@@ -58,6 +58,19 @@ def effective_interval(
     if 0 < share < 1 and freedom > 0 and variance > 1e-15:
         shrink = float(NORMAL / stdtrit(freedom, 0.975)) ** 2
         size = min(max(share * (1 - share) / variance * shrink, least), most)
+    return exact_interval(share, size)
+
+
+def exact_interval(share: float, size: float) -> tuple[float, float]:
+    """Computes Clopper and Pearson's 95 % interval (1934, Biometrika 26) of a share of independent responses.
+
+    Args:
+        share: the share, 0 to 1.
+        size: number of responses; may be an effective number, with a fraction.
+
+    Returns:
+        Lower and upper end.
+    """
     right = share * size
     low = float(betaincinv(right, size - right + 1, 0.025)) if right > 0 else 0.0
     high = float(betaincinv(right + 1, size - right, 0.975)) if right < size else 1.0
