@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
+from pages import write_between
 
 from safervlm.cli.demo import OBJECTIVES, margins
 from safervlm.results.runs import load_run
@@ -97,27 +98,6 @@ def table_of(kind: str, tables: dict[str, pd.DataFrame]) -> str:
     return "\n".join(lines)
 
 
-def write(name: str, text: str) -> None:
-    """Replaces the text between two markers in docs/seeds.md.
-
-    Args:
-        name: the name of the markers.
-        text: Markdown.
-
-    Raises:
-        SystemExit: the page does not have these markers exactly once.
-    """
-    page, found = re.subn(
-        rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)",
-        lambda match: f"{match[1]}\n{text}\n\n{match[2]}",
-        PAGE.read_text(encoding="utf-8"),
-        flags=re.DOTALL,
-    )
-    if found != 1:
-        raise SystemExit(f"{PAGE}: no markers of {name}")
-    PAGE.write_text(page, encoding="utf-8")
-
-
 def main() -> int:
     """Runs the demos and writes the table; returns 1 if a bound is met too narrowly."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,7 +114,7 @@ def main() -> int:
     places = [given.out / re.sub(r"\W+", "-", f"{kind} {name}") for name in variants]
     with ThreadPoolExecutor(given.jobs) as pool:
         tables = dict(zip(variants, pool.map(play, places, variants.values()), strict=True))
-    write(f"{kind}s", table_of(kind, tables))
+    write_between(PAGE, f"{kind}s", table_of(kind, tables))
     print(table_of(kind, tables))
     return narrow(tables, MARGIN)
 
