@@ -43,8 +43,17 @@ def record_id(dataset: str, image: str, capability: str, prompt_number: int) -> 
     return f"{dataset}/{image}/{capability}/{prompt_number}"
 
 
-def _check(record: Mapping[str, Any], /, **kinds: type | tuple[type, ...]) -> None:
-    """Raises a KeyError for a missing field and a RecordError for a value of another type or range."""
+def check_fields(record: Mapping[str, Any], /, **kinds: type | tuple[type, ...]) -> None:
+    """Checks the types of a record's fields.
+
+    Args:
+        record: Fields of the record.
+        **kinds: Name of a field -> its type, or types.
+
+    Raises:
+        KeyError: A field is missing.
+        RecordError: A value has another type, or is an integer that is negative or too large.
+    """
     for name, kind in kinds.items():
         value = record[name]
         # bool is a subclass of int in Python, but JSON's true is no number.
@@ -106,9 +115,9 @@ class Question:
             KeyError: A field is missing.
             RecordError: A field has a value of another type, or the capability is unknown.
         """
-        _check(record, image_path=(str, type(None)), prompt_number=int, capability=str)
-        _check(record, **dict.fromkeys(("id", "dataset", "image", "prompt", "category", "concept", "answer"), str))
-        _check({"context": "", "drawn": False} | dict(record), context=str, drawn=bool)
+        check_fields(record, image_path=(str, type(None)), prompt_number=int, capability=str)
+        check_fields(record, **dict.fromkeys(("id", "dataset", "image", "prompt", "category", "concept", "answer"), str))
+        check_fields({"context": "", "drawn": False} | dict(record), context=str, drawn=bool)
         if record["capability"] not in get_args(Capability):
             raise RecordError(f"the field 'capability' must be one of the protocol's, got {record['capability']!r}")
         there = {field.name: record[field.name] for field in fields(cls) if field.name not in ("context", "drawn")}
@@ -170,7 +179,7 @@ class Response:
             KeyError: A field is missing.
             RecordError: A field has a value of another type, or the capability is unknown.
         """
-        _check({"reasoning": ""} | dict(record), response=str, finish_reason=str, tokens=int, reasoning=str)
+        check_fields({"reasoning": ""} | dict(record), response=str, finish_reason=str, tokens=int, reasoning=str)
         answer = record["response"], record["finish_reason"], record["tokens"], record.get("reasoning", "")
         return cls(Question.from_dict(record), *answer)
 
@@ -207,7 +216,7 @@ class Failure:
             KeyError: A field is missing.
             RecordError: A field has a value of another type, or the capability is unknown.
         """
-        _check(record, reason=str)
+        check_fields(record, reason=str)
         return cls(Question.from_dict(record), record["reason"])
 
 
@@ -268,9 +277,9 @@ class Verdict:
         names = [field.name for field in fields(cls)]
         if unknown := set(record) - set(names):
             raise RecordError(f"the field {min(unknown)!r} is unknown; a verdict has {', '.join(names)}")
-        _check(record, id=str, label=str, judge=str)
+        check_fields(record, id=str, label=str, judge=str)
         try:
-            _check({"answer": "", **record}, probabilities=dict, answer=str)
+            check_fields({"answer": "", **record}, probabilities=dict, answer=str)
         except RecordError as error:
             raise RecordError(f"the verdict on {record['id']!r}: {error}; judge again") from None
         verdict = cls(**record)

@@ -66,6 +66,26 @@ class RunFolder:
         return self._file("verdicts-failed.jsonl")
 
     @property
+    def labels_plan(self) -> Path:
+        """The sample of responses that people label."""
+        return self._file("labels-plan.json")
+
+    @property
+    def labels(self) -> Path:
+        """Labels of people, one per line."""
+        return self._file("labels.jsonl")
+
+    @property
+    def label_sheet(self) -> Path:
+        """Table to be filled with labels; the workbook beside it has the ending ``.xlsx``."""
+        return self._file("labels.csv")
+
+    @property
+    def labels_summary(self) -> Path:
+        """Agreement of the people with each other and with the judge."""
+        return self._file("labels-summary.csv")
+
+    @property
     def ratings(self) -> Path:
         """A rating model's scores of the responses."""
         return self._file("ratings.jsonl")

@@ -33,7 +33,7 @@ LAYERS = (
     ("records",),
     ("unfinished",),
     ("run", "manifest", "progress_lines", "vlm", "data"),
-    ("judging",),
+    ("judging", "labelling"),
     ("objectives", "measure", "results"),
     ("reports",),
     ("pictograms", "cli", "api", "__init__", "__main__"),

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safervlm.errors import ArgumentError
 from safervlm.io.boundary import one_line_errors, run_folder
@@ -31,6 +31,7 @@ Several models one after the other (safervlm COMMAND --help):
 Analysing runs:
   report       one page, tables and plots of one or several measurements or evaluations
   verify       ask a sample of a run's questions again: do its responses and verdicts stay the same?
+  label        people label a sample of a run's responses: rates are then corrected for the judge's error
   merge        write the trained model with the adapter in its weights: safervlm merge runs/ppo --out merged
   export       write the training data in the first implementation's formats
 
@@ -62,6 +63,7 @@ def plain_commands() -> dict[str, Callable[..., Any]]:
     """Returns the commands that run no Lightning loop, as functions whose signatures define the arguments."""
     from safervlm.cli.demo import demo
     from safervlm.cli.doctor import doctor
+    from safervlm.cli.label import label
     from safervlm.cli.merge import merge
     from safervlm.cli.verify import verify
     from safervlm.data.export import export_training_files
@@ -74,6 +76,7 @@ def plain_commands() -> dict[str, Callable[..., Any]]:
         "report": report_runs,
         "evaluation": evaluation,
         "verify": verify,
+        "label": label,
         "merge": merge,
         "export": export_training_files,
         "pictograms": build,
@@ -114,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 print(text, end="")
                 raise SystemExit(0)
             function(words)
-        elif args[0] in ("doctor", "report", "evaluation", "verify", "merge", "export", "pictograms", "demo"):
+        elif args[0] in ("doctor", "report", "evaluation", "verify", "label", "merge", "export", "pictograms", "demo"):
             plain(args)
         else:
             raise ArgumentError(f"no command {args[0]!r}; see safervlm --help")
@@ -153,7 +156,10 @@ def plain(args: Sequence[str]) -> None:
     function = plain_commands()[name]
     if name == "demo":
         function = partial(function, main)
-    function(**given.as_dict())
+    arguments = given.as_dict()
+    if name == "label":
+        arguments["using"] = arguments.pop("with")  # a word of Python can't be a parameter
+    function(**arguments)
 
 
 def plain_parser(name: str) -> "OneLineParser":
@@ -173,6 +179,15 @@ def plain_parser(name: str) -> "OneLineParser":
     if name == "verify":
         own = {"run"}
         parser.add_argument("run", help="The folder of a finished measurement.")
+    if name == "label":
+        own = {"run", "using"}
+        parser.add_argument("run", help="The folder of a measurement with verdicts.")
+        parser.add_argument(
+            "--with",
+            type=Literal["terminal", "sheet", "summary"],
+            default="terminal",
+            help="Where to label: on the terminal, or in a sheet (labels.csv, labels.xlsx); summary: only its results.",
+        )
     if name == "merge":
         own = {"run"}
         parser.add_argument("run", help="The folder of a finished training.")

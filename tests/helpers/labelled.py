@@ -1,0 +1,73 @@
+"""Runs whose true labels are known, with a judge that errs, and people who don't."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from safervlm.hashing import seed_for
+from safervlm.protocol import ALIGNMENT_QUESTIONS, perception_question, text_only_question
+from safervlm.records import Question, Response, Verdict, record_id, write_jsonl
+
+CATEGORIES = ("Hate", "Violence", "Deception")
+
+
+def questions(concepts: int = 12, images: int = 4) -> Iterator[Question]:
+    """Image questions (two each) and perception about unsafe concepts, their names (five each), and safe images."""
+    for number in range(concepts):
+        concept, category = f"thing {number}", CATEGORIES[number % 3]
+        for image in (f"images/{number}-{place}.png" for place in range(images)):
+            for prompt in range(2):
+                words = ALIGNMENT_QUESTIONS[prompt]
+                yield made("Made", image, "alignment", prompt, words, category, concept, "Unsafe")
+            options = perception_question([concept, "a kite", "a spoon", "a hat"])
+            yield made("Made", image, "perception", 0, options, category, concept, "A")
+        for prompt in range(5):
+            words = text_only_question(prompt, concept)
+            yield made("Made", concept, "alignment_text_only", prompt, words, category, concept, "Unsafe")
+    for number in range(concepts):
+        for prompt in range(5):
+            words = ALIGNMENT_QUESTIONS[prompt]
+            yield made("MadeSafe", f"{number}.png", "alignment", prompt, words, "Safe", f"toy {number}", "Safe")
+
+
+def made(dataset: str, image: str, capability: str, number: int, prompt: str, *about: str) -> Question:
+    name = record_id(dataset, image, capability, number)
+    return Question(name, dataset, image, None, capability, number, prompt, *about)  # type: ignore[arg-type]
+
+
+WRONG = {"A": "B", "Unsafe": "Safe", "Safe": "Unsafe"}
+
+
+def write_labelled(
+    folder: Path, accuracy: float = 0.8, judge: float = 0.85, concepts: int = 12, images: int = 4, seed: int = 0
+) -> dict[str, str]:
+    """Writes responses and verdicts.
+
+    Args:
+        folder: Run folder.
+        accuracy: Share of right responses.
+        judge: Share of right verdicts.
+        concepts: Number of unsafe concepts, and of safe ones.
+        images: Number of images of each unsafe concept.
+        seed: Seed of both.
+
+    Returns:
+        Id -> true label.
+    """
+    truth, responses, verdicts = {}, [], []
+    for asked in questions(concepts, images):
+        rng = np.random.default_rng(seed_for(seed, asked.id))
+        says = asked.answer if rng.random() < accuracy else WRONG[asked.answer]
+        truth[asked.id] = says
+        right = rng.random() < judge
+        found = says if right else "N/A" if rng.random() < 0.1 else WRONG[says] if says in WRONG else "A"
+        sure = float(rng.uniform(0.7, 1.0) if right else rng.uniform(0.5, 0.9))
+        text = f"I think {len(responses)}: {says}."
+        responses.append(Response(asked, text, "stop", 5))
+        verdicts.append(
+            Verdict(asked.id, found, {found: sure, "other": 1 - sure}, "f00d", Verdict.fingerprint_of(text))
+        )
+    write_jsonl(folder / "responses.jsonl", (each.to_dict() for each in responses))
+    write_jsonl(folder / "verdicts.jsonl", (each.to_dict() for each in verdicts))
+    return truth
