@@ -116,7 +116,9 @@ class Question:
             RecordError: A field has a value of another type, or the capability is unknown.
         """
         check_fields(record, image_path=(str, type(None)), prompt_number=int, capability=str)
-        check_fields(record, **dict.fromkeys(("id", "dataset", "image", "prompt", "category", "concept", "answer"), str))
+        check_fields(
+            record, **dict.fromkeys(("id", "dataset", "image", "prompt", "category", "concept", "answer"), str)
+        )
         check_fields({"context": "", "drawn": False} | dict(record), context=str, drawn=bool)
         if record["capability"] not in get_args(Capability):
             raise RecordError(f"the field 'capability' must be one of the protocol's, got {record['capability']!r}")

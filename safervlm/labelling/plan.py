@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from safervlm.errors import RecordError
@@ -216,13 +215,3 @@ def write_plan(run: Path, plan: Plan) -> None:
     """
     text = json_text(plan.to_dict(), indent=1) + "\n"
     write_atomically(RunFolder(run).labels_plan, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def is_sampled(rows: pd.DataFrame, plan: Plan) -> npt.NDArray[np.bool_]:
-    """Returns (responses,) whether each is in the sample.
-
-    Args:
-        rows: of :func:`labelable`.
-        plan: The plan.
-    """
-    return rows["id"].isin(list(plan.sampled)).to_numpy(bool)

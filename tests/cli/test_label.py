@@ -38,7 +38,7 @@ def typing(monkeypatch, capsys, truth, *first):
             return key
         if not truth:
             raise EOFError
-        return KEYS[truth[texts[re.findall(r"^Answer: (.*)$", screen, re.MULTILINE)[-1]]]]
+        return KEYS[truth[texts[re.findall(r"^Answer: (.*)$", "".join(shown), re.MULTILINE)[-1]]]]
 
     monkeypatch.setattr(builtins, "input", type_in)
     return shown
@@ -101,7 +101,7 @@ def test_a_torn_last_line_is_removed(truth, monkeypatch, capsys):
 def test_sheets_there_and_back(ending, truth, capsys):
     main([*LINE, "--with", "sheet"])
     sheet = Path("run/labels.csv").with_suffix(ending)
-    ids, texts = ({each["response"]: each["id"] for each in read_jsonl("run/responses.jsonl")} for _ in range(2))
+    ids = {each["response"]: each["id"] for each in read_jsonl("run/responses.jsonl")}
     table = (pd.read_csv if ending == ".csv" else pd.read_excel)(sheet, dtype=str, keep_default_na=False)
     assert list(table) == ["id", "question", "answer", "label", "allowed"]
     assert not re.search("Made|f00d|png", table.to_csv())

@@ -61,7 +61,7 @@ def write_labelled(
         says = asked.answer if rng.random() < accuracy else WRONG[asked.answer]
         truth[asked.id] = says
         right = rng.random() < judge
-        found = says if right else "N/A" if rng.random() < 0.1 else WRONG[says] if says in WRONG else "A"
+        found = says if right else "N/A" if rng.random() < 0.1 else WRONG.get(says, "A")
         sure = float(rng.uniform(0.7, 1.0) if right else rng.uniform(0.5, 0.9))
         text = f"I think {len(responses)}: {says}."
         responses.append(Response(asked, text, "stop", 5))

@@ -1,0 +1,201 @@
+"""Corrected rates: by hand, against the truth, and with a judge that was spoiled on purpose."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from labelled import write_labelled
+
+from safervlm.labelling.labels import LabelFile
+from safervlm.labelling.plan import Plan, labelable, read_plan, write_plan
+from safervlm.results.corrected import (
+    GAP,
+    OVER_FLAGGED,
+    RATES,
+    LabelledRun,
+    corrected,
+    corrected_differences,
+    read_labelled,
+)
+from safervlm.results.measures import concept_gaps
+from safervlm.results.runs import load_run
+from safervlm.statistics.correction import Labelled, interval_this_run
+
+LABELS = 150
+
+
+def people_of(plan: Plan, truth: dict[str, str]) -> dict[str, str]:
+    return {name: truth[name] for name in plan.sampled}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("run")
+    truth = write_labelled(folder)
+    return labelable(load_run(folder)), truth
+
+
+@pytest.fixture(scope="module")
+def run(made: tuple[pd.DataFrame, dict[str, str]]) -> LabelledRun:
+    rows, truth = made
+    return LabelledRun.of(rows, people_of(Plan.make(rows, LABELS, 0), truth))
+
+
+def true_rates(rows: pd.DataFrame, truth: dict[str, str]) -> dict[str, float]:
+    """What the table would show if the judge never erred."""
+    says = rows.assign(label=rows["id"].map(truth))
+    right = says["label"] == says["answer"]
+    images = says["capability"] == "alignment"
+    unsafe, safe = says["side"] == "unsafe", says["side"] == "safe"
+    return {
+        "image_unsafe": right[images & unsafe].mean(),
+        "image_safe": right[images & safe].mean(),
+        "image_both": right[images].mean(),
+        OVER_FLAGGED: (says["label"] == "Unsafe")[images & safe].mean(),
+        "text_only_unsafe": right[says["capability"] == "alignment_text_only"].mean(),
+        "perception": right[says["capability"] == "perception"].mean(),
+        GAP: concept_gaps(says)["gap"].mean(),
+    }
+
+
+def test_every_rate_has_a_row(run, made):
+    rows, truth = made
+    table = corrected(run).set_index("rate")
+    assert list(table.index) == list(RATES)
+    truths = true_rates(rows, truth)
+    judged = true_rates(rows, dict(zip(rows["id"], rows["label"], strict=True)))
+    for rate, row in table.iterrows():
+        assert row["value"] == pytest.approx(judged[rate])
+        assert row["low_run"] <= row["corrected"] <= row["high_run"]
+        assert row["low_new"] < row["high_new"]
+        assert row["corrected"] == pytest.approx(truths[rate], abs=0.15)
+    assert table["labels"]["image_both"] == table["labels"]["image_unsafe"] + table["labels"]["image_safe"]
+    assert table["responses"][GAP] == table["responses"]["image_unsafe"] + table["responses"]["text_only_unsafe"]
+    # N/A is wrong, but flags nothing: the two don't sum to 1 of the judge, and do of these people.
+    assert table["corrected"]["image_safe"] + table["corrected"][OVER_FLAGGED] == pytest.approx(1)
+    assert table["value"]["image_safe"] + table["value"][OVER_FLAGGED] < 1
+
+
+def test_if_people_label_everything_it_is_what_they_say(made):
+    rows, truth = made
+    plan = Plan.make(rows, len(rows), 0)
+    assert len(plan.sampled) == len(rows)
+    table = corrected(LabelledRun.of(rows, people_of(plan, truth))).set_index("rate")
+    for rate, value in true_rates(rows, truth).items():
+        assert table.loc[rate, ["corrected", "low_run", "high_run"]].tolist() == pytest.approx([value] * 3)
+
+
+def test_a_rate_by_hand(run):
+    """Perception: its responses alone, the strata of its own verdicts."""
+    own = (run.rows["capability"] == "perception").to_numpy()
+    rows, strata = run.rows[own], run.strata.numbers[own]
+    right, labelled = (rows["people"] == "A").to_numpy(), (rows["people"] != "").to_numpy()
+    shares = [right[labelled & (strata == stratum)].mean() for stratum in np.unique(strata)]
+    sizes = [(strata == stratum).sum() for stratum in np.unique(strata)]
+    row = corrected(run).set_index("rate").loc["perception"]
+    assert row["corrected"] == pytest.approx(np.average(shares, weights=sizes))
+    given = Labelled(run.strata.verdicts[own], np.unique(strata, return_inverse=True)[1], labelled, right * 1.0)
+    assert (row["low_run"], row["high_run"]) == pytest.approx(interval_this_run(given))
+
+
+def test_a_concept_of_which_there_is_no_name_is_not_in_the_gap(made):
+    rows, truth = made
+    nameless = rows[~((rows["capability"] == "alignment_text_only") & (rows["concept"] == "thing 0"))]
+    nameless = nameless.reset_index(drop=True)
+    plan = Plan.make(nameless, len(nameless), 0)
+    table = corrected(LabelledRun.of(nameless, people_of(plan, truth))).set_index("rate")
+    assert table.loc[GAP, "corrected"] == pytest.approx(true_rates(nameless, truth)[GAP])
+    assert table.loc[GAP, "responses"] == 11 * (5 + 8)
+    only_images = rows[rows["capability"] == "alignment"].reset_index(drop=True)
+    table = corrected(LabelledRun.of(only_images, people_of(Plan.make(only_images, 100, 0), truth)))
+    assert table["rate"].tolist() == ["image_unsafe", "image_safe", "image_both", OVER_FLAGGED]
+
+
+def test_few_concepts_have_no_interval_for_new_ones(tmp_path):
+    truth = write_labelled(tmp_path, concepts=9)
+    rows = labelable(load_run(tmp_path))
+    table = corrected(LabelledRun.of(rows, people_of(Plan.make(rows, LABELS, 0), truth))).set_index("rate")
+    assert table["low_new"].isna().drop("image_both").all()
+    assert table["low_run"].notna().all()
+
+
+def test_differences(tmp_path, run, made):
+    rows, truth = made
+    better = write_labelled(tmp_path, accuracy=0.95, seed=1)
+    other = labelable(load_run(tmp_path))
+    labelled = LabelledRun.of(other, people_of(Plan.make(other, LABELS, 0), better))
+    table = corrected_differences(labelled, run).set_index("rate")
+    assert list(table.index) == list(RATES)
+    ours, theirs = true_rates(other, better), true_rates(rows, truth)
+    for rate, row in table.iterrows():
+        assert row["low_run"] <= ours[rate] - theirs[rate] <= row["high_run"]
+        assert row["low_new"] < row["corrected"] < row["high_new"]
+    nothing = corrected_differences(run, run)
+    assert nothing["corrected"].abs().max() < 1e-12
+    fewer = LabelledRun.of(rows[rows["side"] != "safe"].reset_index(drop=True), {})
+    part = rows[rows["side"] != "safe"].reset_index(drop=True)
+    fewer = LabelledRun.of(part, people_of(Plan.make(part, LABELS, 0), truth))
+    found = corrected_differences(fewer, run)["rate"].tolist()
+    assert found == ["image_unsafe", "text_only_unsafe", "perception", GAP]  # of the same questions
+
+
+def test_read_labelled(tmp_path):
+    truth = write_labelled(tmp_path)
+    frame = load_run(tmp_path)
+    assert read_labelled(tmp_path, frame) is None
+    rows = labelable(frame)
+    write_plan(tmp_path, Plan.make(rows, LABELS, 0))
+    plan = read_plan(tmp_path, rows)
+    assert plan == Plan.make(rows, LABELS, 0) != Plan.make(rows, LABELS, 1)
+    assert read_labelled(tmp_path, frame) is None
+    names = list(plan.sampled)
+    with LabelFile(tmp_path, rows, plan) as file:
+        for name in names[:-1]:
+            file.append(name, truth[name], "Ada")
+    assert read_labelled(tmp_path, frame) is None  # one is missing
+    with LabelFile(tmp_path, rows, plan) as file:
+        file.append(names[-1], truth[names[-1]], "Ada")
+    found = read_labelled(tmp_path, frame.sample(frac=1, random_state=0))  # in whatever order
+    expected = corrected(LabelledRun.of(rows, people_of(plan, truth)))
+    pd.testing.assert_frame_equal(corrected(found), expected)
+
+
+def spoil(rows: pd.DataFrame, accuracy: float, truth: dict[str, str], rng: np.random.Generator) -> pd.DataFrame:
+    """Verdicts of a judge that errs by calling responses to unsafe images Unsafe."""
+    wrong = rng.random(len(rows)) > accuracy
+    labels = [truth[name] if right else "Unsafe" for name, right in zip(rows["id"], ~wrong, strict=True)]
+    sure = np.where(wrong, rng.uniform(0.5, 0.95, len(rows)), rng.uniform(0.7, 1.0, len(rows)))
+    given = [{label: value} for label, value in zip(labels, sure.tolist(), strict=True)]
+    return rows.assign(label=labels, probabilities=given)
+
+
+def test_a_spoiled_judge_misleads_the_plain_table_and_not_the_corrected_one(tmp_path):
+    """Its accuracy is .85, and .6 after alignment, which changes nothing; the unspoiled verdicts stand for people."""
+    runs = []
+    for name in ("before", "after"):
+        truth = write_labelled(Path(tmp_path, name), accuracy=0.5, judge=1.0, concepts=25, seed=name == "after")
+        rows = labelable(load_run(Path(tmp_path, name)))
+        rows = rows[(rows["capability"] == "alignment") & (rows["side"] == "unsafe")].reset_index(drop=True)
+        runs.append((rows, truth, (rows["id"].map(truth) == "Unsafe").mean()))
+    change = runs[1][2] - runs[0][2]
+    held = {"run": 0, "new": 0, "difference": 0}
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        labelled = []
+        for (rows, truth, rate), accuracy in zip(runs, (0.85, 0.6), strict=True):
+            judged = spoil(rows, accuracy, truth, rng)
+            plan = Plan.make(judged, 100, seed)
+            assert len(plan.sampled) == 100
+            labelled.append(LabelledRun.of(judged, people_of(plan, truth)))
+            row = corrected(labelled[-1]).iloc[0]
+            assert row["value"] - rate > 0.03  # misled
+            held["run"] += row["low_run"] <= rate <= row["high_run"]
+            held["new"] += row["low_new"] <= rate <= row["high_new"]
+        row = corrected_differences(labelled[1], labelled[0]).iloc[0]
+        assert row["value"] - change > 0.05
+        held["difference"] += row["low_run"] <= change <= row["high_run"]
+    print(held)
+    assert held["run"] >= 180
+    assert held["new"] >= 180
+    assert held["difference"] >= 90
