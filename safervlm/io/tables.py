@@ -1,7 +1,7 @@
 """Output of tables on the terminal, as CSV and as Excel, with escaped texts.
 
-:data:`JUDGE_NOTE` states that the intervals do not include the judge's error. Every table and page with intervals shows
-it. In CSV and Excel the column ``excludes`` states it in each row.
+:data:`JUDGE_NOTE` states that numbers and intervals disregard the judge's error. Every table and page with intervals of
+uncorrected numbers shows it. In CSV and Excel the column ``excludes`` states it in each row.
 """
 
 import os
@@ -18,7 +18,7 @@ from rich.text import Text
 from safervlm.io.escape import for_csv, for_rich, for_terminal, for_xlsx, sheet_titles
 from safervlm.io.files import write_atomically
 
-JUDGE_NOTE = "The intervals do not include the judge's error."
+JUDGE_NOTE = "The numbers are not corrected for the judge's error, and the intervals do not include it."
 EXCLUDED = "the judge's error"  # value of the column ``excludes``
 
 

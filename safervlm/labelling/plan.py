@@ -106,7 +106,8 @@ class Plan:
         strata = Strata.of(rows)
         wanted = allocation(strata.numbers, strata.confidence, labels)
         chosen = sample(strata.numbers, wanted, np.random.default_rng(seed_for(seed, "label")))
-        sampled = {str(rows["id"].iloc[place]): int(strata.numbers[place]) for place in chosen}
+        names = rows["id"].tolist()
+        sampled = {names[place]: int(strata.numbers[place]) for place in chosen.tolist()}
         sizes = tuple(map(int, np.bincount(strata.numbers)))
         return cls(seed, labels, tuple(sorted(set(rows["judge"]))), state_of_verdicts(rows), sizes, sampled)
 

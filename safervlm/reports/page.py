@@ -22,6 +22,7 @@ from safervlm.io.files import write_atomically
 from safervlm.io.outputs import refuse_to_replace_page
 from safervlm.io.tables import JUDGE_NOTE, say, show_table, write_csv, write_workbook
 from safervlm.records import Failure, read_records
+from safervlm.reports.corrected import CORRECTED_NOTE, corrected_rates, corrected_rows, corrected_table
 from safervlm.reports.examples import examples
 from safervlm.reports.figures import figures
 from safervlm.reports.latex import latex_tables
@@ -66,7 +67,8 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
     """Writes a report of one or several runs: a page with tables and plots.
 
     Next to FILE.html it writes FILE.csv (every score), FILE_overall.csv (the runs side by side), FILE.xlsx and
-    FILE.tex.
+    FILE.tex; FILE_corrected.csv (rates corrected for the judge's error) if people have labelled a run (``safervlm
+    label``).
 
     Args:
         runs: Run folders that contain responses.jsonl and verdicts.jsonl. The first is the baseline, with which the
@@ -89,10 +91,11 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
     out = Path(out) if out else Path(runs[0]) / "report.html"
     if out.suffix != ".html":
         raise ArgumentError(f"out: the report is a page, {str(out)!r} must end in .html")
-    refuse_to_replace_page(out, "report", ".csv", "_overall.csv", ".xlsx", ".tex")
+    refuse_to_replace_page(out, "report", ".csv", "_overall.csv", "_corrected.csv", ".xlsx", ".tex")
     loaded = load_runs(runs, thinking_unfinished)
     comparison = compare({run.name: run.scores for run in loaded})
-    page = render(loaded, comparison, out)
+    corrected = corrected_rates(loaded)
+    page = render(loaded, comparison, corrected, out)
     tex = latex_tables(loaded, comparison)
     long = pd.concat([run.scores.assign(run=run.name) for run in loaded])
     long = long[["run", *long.columns.drop("run")]]
@@ -104,8 +107,15 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
     write_csv(out.with_suffix(".csv"), long)
     write_csv(out.with_name(f"{out.stem}_overall.csv"), comparison, index=True)
     sheets = {"overall": comparison.reset_index(), "by category": wide, "scores": long}
-    write_workbook(out.with_suffix(".xlsx"), sheets, NOTES)
+    beside = out.with_name(f"{out.stem}_corrected.csv")
+    beside.unlink(missing_ok=True)  # from an earlier call
+    if len(corrected):
+        write_csv(beside, corrected)
+        sheets["corrected"] = corrected
+    write_workbook(out.with_suffix(".xlsx"), sheets, [*NOTES, *([CORRECTED_NOTE] if len(corrected) else [])])
     show_table(comparison_table({run.name: run.scores for run in loaded}))
+    if len(corrected):
+        show_table(corrected_table(corrected))
     for line in warnings(loaded):
         say(f"not comparable: {line}")
     say(f"report: {out} (with .csv, .xlsx and .tex beside it)")
@@ -115,12 +125,13 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def render(runs: Sequence[Run], comparison: pd.DataFrame, out: Path) -> str:
+def render(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.DataFrame, out: Path) -> str:
     """Renders the page.
 
     Args:
         runs: the runs; the first is the baseline.
         comparison: of :func:`safervlm.results.scores.compare`.
+        corrected: of :func:`safervlm.reports.corrected.corrected_rates`.
         out: the page's file, from which images are linked.
 
     Returns:
@@ -131,6 +142,8 @@ def render(runs: Sequence[Run], comparison: pd.DataFrame, out: Path) -> str:
         runs=[{"name": run.name, "answers": len(run.frame)} for run in runs],
         headline=headline(comparison),
         overall=overall_cells(runs, comparison),
+        corrected=corrected_rows(corrected),
+        corrected_note=CORRECTED_NOTE,
         figures=figures(runs),
         gaps=[(run.name, modality_gap(run.frame), concept_gaps(run.frame)) for run in runs],
         categories=[

@@ -61,7 +61,7 @@ class LabelledRun:
             rows: of :func:`safervlm.labelling.plan.labelable`.
             people: Id -> label, of the whole sample.
         """
-        return cls(rows.assign(people=rows["id"].map(people).fillna("")), Strata.of(rows))
+        return cls(rows.assign(people=[people.get(name, "") for name in rows["id"]]), Strata.of(rows))
 
     def of_rate(self, rate: str) -> tuple[pd.DataFrame, Labelled] | None:
         """Returns the responses of a rate other than the gap.

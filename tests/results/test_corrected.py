@@ -1,14 +1,12 @@
 """Corrected rates: by hand, against the truth, and with a judge that was spoiled on purpose."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 from labelled import write_labelled
 
 from safervlm.labelling.labels import LabelFile
-from safervlm.labelling.plan import Plan, labelable, read_plan, write_plan
+from safervlm.labelling.plan import Plan, Strata, labelable, read_plan, write_plan
 from safervlm.results.corrected import (
     GAP,
     OVER_FLAGGED,
@@ -20,7 +18,7 @@ from safervlm.results.corrected import (
 )
 from safervlm.results.measures import concept_gaps
 from safervlm.results.runs import load_run
-from safervlm.statistics.correction import Labelled, interval_this_run
+from safervlm.statistics.correction import Labelled, allocation, difference_this_run, interval_this_run, sample
 
 LABELS = 150
 
@@ -133,7 +131,6 @@ def test_differences(tmp_path, run, made):
         assert row["low_new"] < row["corrected"] < row["high_new"]
     nothing = corrected_differences(run, run)
     assert nothing["corrected"].abs().max() < 1e-12
-    fewer = LabelledRun.of(rows[rows["side"] != "safe"].reset_index(drop=True), {})
     part = rows[rows["side"] != "safe"].reset_index(drop=True)
     fewer = LabelledRun.of(part, people_of(Plan.make(part, LABELS, 0), truth))
     found = corrected_differences(fewer, run)["rate"].tolist()
@@ -171,31 +168,33 @@ def spoil(rows: pd.DataFrame, accuracy: float, truth: dict[str, str], rng: np.ra
 
 
 def test_a_spoiled_judge_misleads_the_plain_table_and_not_the_corrected_one(tmp_path):
-    """Its accuracy is .85, and .6 after alignment, which changes nothing; the unspoiled verdicts stand for people."""
-    runs = []
-    for name in ("before", "after"):
-        truth = write_labelled(Path(tmp_path, name), accuracy=0.5, judge=1.0, concepts=25, seed=name == "after")
-        rows = labelable(load_run(Path(tmp_path, name)))
+    """Its accuracy is .85, and .6 after alignment; the unspoiled verdicts stand for people, with 100 labels a run."""
+    runs, value, rates = [], [], []
+    for number, (name, accuracy) in enumerate((("before", 0.85), ("after", 0.6))):
+        truth = write_labelled(tmp_path / name, accuracy=0.5, judge=1.0, concepts=25, seed=number)
+        rows = labelable(load_run(tmp_path / name))
         rows = rows[(rows["capability"] == "alignment") & (rows["side"] == "unsafe")].reset_index(drop=True)
-        runs.append((rows, truth, (rows["id"].map(truth) == "Unsafe").mean()))
-    change = runs[1][2] - runs[0][2]
-    held = {"run": 0, "new": 0, "difference": 0}
+        judged = spoil(rows, accuracy, truth, np.random.default_rng(number))
+        strata, right = Strata.of(judged), (rows["id"].map(truth) == "Unsafe").to_numpy(float)
+        runs.append((strata, allocation(strata.numbers, strata.confidence, 100), right))
+        table = corrected(LabelledRun.of(judged, people_of(Plan.make(judged, 100, 0), truth)))
+        value.append(table["value"][0])
+        rates.append(right.mean())
+        assert value[-1] - rates[-1] > 0.05  # misled
+    change = rates[1] - rates[0]
+    assert value[1] - value[0] - change > 0.1
+    held = np.zeros(3, int)
     for seed in range(100):
-        rng = np.random.default_rng(seed)
-        labelled = []
-        for (rows, truth, rate), accuracy in zip(runs, (0.85, 0.6), strict=True):
-            judged = spoil(rows, accuracy, truth, rng)
-            plan = Plan.make(judged, 100, seed)
-            assert len(plan.sampled) == 100
-            labelled.append(LabelledRun.of(judged, people_of(plan, truth)))
-            row = corrected(labelled[-1]).iloc[0]
-            assert row["value"] - rate > 0.03  # misled
-            held["run"] += row["low_run"] <= rate <= row["high_run"]
-            held["new"] += row["low_new"] <= rate <= row["high_new"]
-        row = corrected_differences(labelled[1], labelled[0]).iloc[0]
-        assert row["value"] - change > 0.05
-        held["difference"] += row["low_run"] <= change <= row["high_run"]
+        found = []
+        for strata, wanted, right in runs:
+            chosen = sample(strata.numbers, wanted, np.random.default_rng(seed))
+            labelled = np.isin(np.arange(len(right)), chosen)
+            found.append(Labelled(strata.verdicts, strata.numbers, labelled, right * labelled))
+        ends = [interval_this_run(each) for each in found]
+        after, before = (each.values().mean() for each in found[::-1])
+        difference = difference_this_run(after, ends[1], before, ends[0])
+        held += [low <= rate <= high for rate, (low, high) in zip(rates, ends, strict=True)] + [
+            difference.low <= change <= difference.high
+        ]
     print(held)
-    assert held["run"] >= 180
-    assert held["new"] >= 180
-    assert held["difference"] >= 90
+    assert (held >= 90).all()

@@ -1,0 +1,107 @@
+"""The table of rates that are corrected for the judge's error, for the runs that people have labelled."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safervlm.errors import RecordError
+from safervlm.io.tables import TextTable, say
+from safervlm.reports.runs import Run
+from safervlm.reports.tables import percent, records
+from safervlm.results.corrected import COLUMNS_OF_RATES, RATES, corrected, corrected_differences, read_labelled
+
+CORRECTED_NOTE = (
+    "Corrected: what people would say of all responses, estimated from their labels of a sample. The intervals include "
+    "the judge's error: for this run (these responses, other samples of labels) and for new concepts (and other "
+    "labels). N/A counts as wrong; responses with unfinished thinking are excluded."
+)
+
+
+def corrected_rates(runs: Sequence[Run]) -> pd.DataFrame:
+    """Computes the corrected rates of the labelled runs, and their differences from the first run if it is labelled.
+
+    A run whose labels can't be used is excluded with a message.
+
+    Args:
+        runs: the runs; the first is the baseline.
+
+    Returns:
+        Columns run, minus (the run that is subtracted; empty for a rate) and those of
+        :func:`safervlm.results.corrected.corrected`; empty if no run is labelled.
+    """
+    labelled = {}
+    for run in runs:
+        try:
+            found = read_labelled(run.folder, run.frame)
+        except RecordError as error:
+            say(f"{run.name}: not corrected for the judge's error: {error}")
+            continue
+        if found is not None:
+            labelled[run.name] = found
+    tables = [corrected(each).assign(run=name, minus="") for name, each in labelled.items()]
+    first = runs[0].name
+    if first in labelled:
+        tables += [
+            corrected_differences(each, labelled[first]).assign(run=name, minus=first)
+            for name, each in labelled.items()
+            if name != first
+        ]
+    columns = ["run", "minus", *COLUMNS_OF_RATES]
+    return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def corrected_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Returns the rows of a table for display, in percent or points.
+
+    Args:
+        table: of :func:`corrected_rates`.
+
+    Returns:
+        Rows with run, minus, rate (the heading), judged, corrected, this_run, new_concepts (intervals, ``-`` if there
+        is none), labels and responses, as texts.
+    """
+    return [
+        {
+            "run": row["run"],
+            "minus": row["minus"],
+            "rate": RATES[row["rate"]][0],
+            "judged": _points(row["value"], row["minus"]),
+            "corrected": _points(row["corrected"], row["minus"]),
+            **{
+                name: "-"
+                if np.isnan(row[f"low_{of}"])
+                else f"[{percent(row[f'low_{of}'])}, {percent(row[f'high_{of}'])}]"
+                for name, of in (("this_run", "run"), ("new_concepts", "new"))
+            },
+            "labels": str(row["labels"]),
+            "responses": str(row["responses"]),
+        }
+        for row in records(table)
+    ]
+
+
+def _points(value: float, minus: str) -> str:
+    """Formats a rate in percent, or a difference with its sign."""
+    return f"{100 * value + 0.0:+.1f}" if minus else percent(value)
+
+
+def corrected_table(table: pd.DataFrame) -> TextTable:
+    """Returns the corrected rates for the terminal.
+
+    Args:
+        table: of :func:`corrected_rates`, not empty.
+    """
+    printed = TextTable(title="Corrected for the judge's error", caption=f"in %\n{CORRECTED_NOTE}")
+    printed.add_column("")
+    for heading in ("as judged", "corrected", "this run", "new concepts", "labels"):
+        printed.add_column(heading, justify="right")
+    group = None
+    for row in corrected_rows(table):
+        if group != (group := (row["run"], row["minus"])):
+            printed.add_section()
+            printed.add_row(row["run"] + (f" - {row['minus']}" if row["minus"] else ""), style="bold")
+        cells = (row[name] for name in ("judged", "corrected", "this_run", "new_concepts", "labels"))
+        printed.add_row(f"  {row['rate']}", *cells)
+    return printed

@@ -1,0 +1,69 @@
+"""Corrected rates in a report: terminal, page, CSV and workbook; without labels none."""
+
+import openpyxl
+import pandas as pd
+import pytest
+from labelled import write_labelled
+
+from safervlm.labelling.labels import LabelFile
+from safervlm.labelling.plan import Plan, labelable, write_plan
+from safervlm.records import read_jsonl, write_jsonl
+from safervlm.reports.page import report
+from safervlm.results.corrected import RATES
+from safervlm.results.runs import load_run
+
+
+def label(run, truth):
+    rows = labelable(load_run(run))
+    plan = Plan.make(rows, 150, 0)
+    write_plan(run, plan)
+    with LabelFile(run, rows, plan) as file:
+        for name in plan.sampled:
+            file.append(name, truth[name], "Ada")
+
+
+def test_corrected_rates_are_reported(tmp_path, capsys):
+    runs = [tmp_path / name for name in ("base", "ppo")]
+    truths = [write_labelled(run, accuracy, seed=seed) for seed, (run, accuracy) in enumerate(zip(runs, (0.6, 0.9)))]
+    page = report(runs, tmp_path / "page.html")
+    beside = tmp_path / "page_corrected.csv"
+    assert not beside.exists()
+    assert 'id="corrected' not in page.read_text()
+    said = capsys.readouterr().out
+    assert "Corrected for" not in said
+    assert "not corrected for the judge's error" in " ".join(said.split())
+
+    for run, truth in zip(runs, truths, strict=True):
+        label(run, truth)
+    report(runs, page)
+    table = pd.read_csv(beside, keep_default_na=False)
+    assert table["rate"].tolist() == list(RATES) * 3
+    assert set(zip(table["run"], table["minus"], strict=True)) == {("base", ""), ("ppo", ""), ("ppo", "base")}
+    said = capsys.readouterr().out
+    assert "Corrected for the judge's error" in said
+    assert "ppo - base" in said
+    text = page.read_text()
+    part = text[text.index('<table id="corrected">') :]
+    part = part[: part.index("</table>")]
+    assert part.count("<tr>") == 1 + len(table)
+    first = table.iloc[0]
+    assert f'<td class="number">{100 * float(first["corrected"]):.1f}</td>' in part
+    assert f"[{100 * float(first['low_new']):.1f}, {100 * float(first['high_new']):.1f}]" in part
+    sheet = openpyxl.load_workbook(page.with_suffix(".xlsx"))["corrected"]
+    assert sheet.max_row == 1 + len(table)
+    assert [cell.value for cell in sheet[1]] == list(table)
+    assert sheet["E2"].value == pytest.approx(float(first["corrected"]))
+
+
+def test_labels_of_a_run_that_has_changed_are_not_used(tmp_path, capsys):
+    run = tmp_path / "base"
+    label(run, write_labelled(run))
+    page = report([run], tmp_path / "page.html")
+    verdicts = list(read_jsonl(run / "verdicts.jsonl"))
+    write_jsonl(run / "verdicts.jsonl", [verdicts[0] | {"judge": "another"}, *verdicts[1:]])
+    capsys.readouterr()
+    report([run], page)
+    said = capsys.readouterr().out
+    assert "base: not corrected for the judge's error: " in said
+    assert "have changed since" in said
+    assert not (tmp_path / "page_corrected.csv").exists()
