@@ -73,7 +73,7 @@ def label(
                 for sheet in write_sheets(run, rows, plan, file):
                     say(f"{sheet}: fill in its column label, then `safervlm label {run} --read FILE --rater NAME`")
             elif using == "terminal":
-                ask(rows, plan, file, rater)
+                ask_for_labels(rows, plan, file, rater)
             show_state(run, rows, plan, file)
 
 
@@ -115,7 +115,7 @@ def planned(run: Path, rows: pd.DataFrame, labels: int | None, seed: int | None)
     return plan
 
 
-def ask(rows: pd.DataFrame, plan: Plan, file: LabelFile, rater: str) -> None:
+def ask_for_labels(rows: pd.DataFrame, plan: Plan, file: LabelFile, rater: str) -> None:
     """Asks a person for the labels that are missing, one after the other.
 
     Args:

@@ -10,7 +10,7 @@ from safervlm.errors import RecordError
 from safervlm.io.tables import TextTable, say
 from safervlm.reports.runs import Run
 from safervlm.reports.tables import percent, records
-from safervlm.results.corrected import COLUMNS_OF_RATES, RATES, corrected, corrected_differences, read_labelled
+from safervlm.results.corrected import COLUMNS_OF_RATES, RATES, corrected, corrected_differences, read_labelled_run
 
 CORRECTED_NOTE = (
     "Corrected: what people would say of all responses, estimated from their labels of a sample. The intervals include "
@@ -34,7 +34,7 @@ def corrected_rates(runs: Sequence[Run]) -> pd.DataFrame:
     labelled = {}
     for run in runs:
         try:
-            found = read_labelled(run.folder, run.frame)
+            found = read_labelled_run(run.folder, run.frame)
         except RecordError as error:
             say(f"{run.name}: not corrected for the judge's error: {error}")
             continue
@@ -84,7 +84,10 @@ def corrected_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _points(value: float, minus: str) -> str:
     """Formats a rate in percent, or a difference with its sign."""
-    return f"{100 * value + 0.0:+.1f}" if minus else percent(value)
+    if not minus:
+        return percent(value)
+    signed = f"{100 * value:+.1f}"
+    return signed if float(signed) else signed.replace("-", "+")
 
 
 def corrected_table(table: pd.DataFrame) -> TextTable:

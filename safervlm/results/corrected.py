@@ -81,10 +81,10 @@ class LabelledRun:
         right = rows["people"] == (UNSAFE if rate == OVER_FLAGGED else rows["answer"])
         strata = np.unique(self.strata.numbers[own], return_inverse=True)[1]
         labelled = (rows["people"] != "").to_numpy(bool)
-        return rows, Labelled(self.strata.verdicts[own], strata, labelled, right.to_numpy(np.float64))
+        return rows, Labelled(self.strata.verdicts[own], strata, labelled, np.asarray(right, np.float64))
 
 
-def read_labelled(run: Path, frame: pd.DataFrame) -> LabelledRun | None:
+def read_labelled_run(run: Path, frame: pd.DataFrame) -> LabelledRun | None:
     """Joins a run with the labels of people.
 
     Args:
@@ -117,8 +117,11 @@ def corrected(run: LabelledRun) -> pd.DataFrame:
         (95 % interval for these responses, over other samples of labels), low_new and high_new (for new concepts and
         other labels; NaN with fewer than 10), labels (number of labelled responses) and responses.
     """
-    rows = [row for rate in RATES if (row := _gap_row(run) if rate == GAP else _rate_row(run, rate))]
-    return pd.DataFrame(rows, columns=COLUMNS_OF_RATES)
+    return pd.DataFrame(_rows(run), columns=COLUMNS_OF_RATES)
+
+
+def _rows(run: LabelledRun) -> list[dict[str, Any]]:
+    return [row for rate in RATES if (row := _gap_row(run) if rate == GAP else _rate_row(run, rate))]
 
 
 def _rate_row(run: LabelledRun, rate: str) -> dict[str, Any] | None:
@@ -281,12 +284,12 @@ def corrected_differences(run: LabelledRun, base: LabelledRun) -> pd.DataFrame:
         Columns as of :func:`corrected`, with differences in ``value`` and ``corrected`` and the labels and responses of
         both runs; one row per rate for which both runs answered the same questions.
     """
-    of_run, of_base = (corrected(each).set_index("rate") for each in (run, base))
+    of_run, of_base = ({row["rate"]: row for row in _rows(each)} for each in (run, base))
     lines = []
     for rate in RATES:
-        if rate not in of_run.index or rate not in of_base.index or _asked(run, rate) != _asked(base, rate):
+        if rate not in of_run or rate not in of_base or _asked(run, rate) != _asked(base, rate):
             continue
-        one, other = of_run.loc[rate], of_base.loc[rate]
+        one, other = of_run[rate], of_base[rate]
         this_run = difference_this_run(
             one["corrected"],
             (one["low_run"], one["high_run"]),
@@ -303,8 +306,8 @@ def corrected_differences(run: LabelledRun, base: LabelledRun) -> pd.DataFrame:
                 "high_run": this_run.high,
                 "low_new": low_new,
                 "high_new": high_new,
-                "labels": int(one["labels"] + other["labels"]),
-                "responses": int(one["responses"] + other["responses"]),
+                "labels": one["labels"] + other["labels"],
+                "responses": one["responses"] + other["responses"],
             }
         )
     return pd.DataFrame(lines, columns=COLUMNS_OF_RATES)

@@ -12,10 +12,12 @@ from safervlm.reports.page import report
 from safervlm.results.corrected import RATES
 from safervlm.results.runs import load_run
 
+SMALL = {"concepts": 10, "images": 1}
+
 
 def label(run, truth):
     rows = labelable(load_run(run))
-    plan = Plan.make(rows, 150, 0)
+    plan = Plan.make(rows, 100, 0)
     write_plan(run, plan)
     with LabelFile(run, rows, plan) as file:
         for name in plan.sampled:
@@ -24,7 +26,7 @@ def label(run, truth):
 
 def test_corrected_rates_are_reported(tmp_path, capsys):
     runs = [tmp_path / name for name in ("base", "ppo")]
-    truths = [write_labelled(run, accuracy, seed=seed) for seed, (run, accuracy) in enumerate(zip(runs, (0.6, 0.9)))]
+    truths = [write_labelled(run, accuracy, **SMALL) for run, accuracy in zip(runs, (0.6, 0.9), strict=True)]
     page = report(runs, tmp_path / "page.html")
     beside = tmp_path / "page_corrected.csv"
     assert not beside.exists()
@@ -57,7 +59,7 @@ def test_corrected_rates_are_reported(tmp_path, capsys):
 
 def test_labels_of_a_run_that_has_changed_are_not_used(tmp_path, capsys):
     run = tmp_path / "base"
-    label(run, write_labelled(run))
+    label(run, write_labelled(run, **SMALL))
     page = report([run], tmp_path / "page.html")
     verdicts = list(read_jsonl(run / "verdicts.jsonl"))
     write_jsonl(run / "verdicts.jsonl", [verdicts[0] | {"judge": "another"}, *verdicts[1:]])

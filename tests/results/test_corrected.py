@@ -14,7 +14,7 @@ from safervlm.results.corrected import (
     LabelledRun,
     corrected,
     corrected_differences,
-    read_labelled,
+    read_labelled_run,
 )
 from safervlm.results.measures import concept_gaps
 from safervlm.results.runs import load_run
@@ -140,20 +140,20 @@ def test_differences(tmp_path, run, made):
 def test_read_labelled(tmp_path):
     truth = write_labelled(tmp_path)
     frame = load_run(tmp_path)
-    assert read_labelled(tmp_path, frame) is None
+    assert read_labelled_run(tmp_path, frame) is None
     rows = labelable(frame)
     write_plan(tmp_path, Plan.make(rows, LABELS, 0))
     plan = read_plan(tmp_path, rows)
     assert plan == Plan.make(rows, LABELS, 0) != Plan.make(rows, LABELS, 1)
-    assert read_labelled(tmp_path, frame) is None
+    assert read_labelled_run(tmp_path, frame) is None
     names = list(plan.sampled)
     with LabelFile(tmp_path, rows, plan) as file:
         for name in names[:-1]:
             file.append(name, truth[name], "Ada")
-    assert read_labelled(tmp_path, frame) is None  # one is missing
+    assert read_labelled_run(tmp_path, frame) is None  # one is missing
     with LabelFile(tmp_path, rows, plan) as file:
         file.append(names[-1], truth[names[-1]], "Ada")
-    found = read_labelled(tmp_path, frame.sample(frac=1, random_state=0))  # in whatever order
+    found = read_labelled_run(tmp_path, frame.sample(frac=1, random_state=0))  # in whatever order
     expected = corrected(LabelledRun.of(rows, people_of(plan, truth)))
     pd.testing.assert_frame_equal(corrected(found), expected)
 
