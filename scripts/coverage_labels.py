@@ -29,14 +29,13 @@ from scipy.stats import binomtest
 from safervlm.statistics.correction import (
     Labelled,
     allocation,
-    interval_new_concepts,
+    interval_over_new_concepts,
     interval_this_run,
     sample,
     strata_of_verdicts,
 )
 from safervlm.statistics.differences import holm
-from safervlm.statistics.intervals import NORMAL
-from safervlm.statistics.intervals import interval_new_concepts as interval_of_verdicts
+from safervlm.statistics.intervals import NORMAL, interval_new_concepts
 
 QUESTIONS = 5
 CORRELATION = 0.15
@@ -118,8 +117,8 @@ def study(judge: Judge, rate: float, labels: int, rng: np.random.Generator) -> t
     labelled[sample(strata, allocation(strata, confidence, labels), rng)] = True
     given = Labelled(verdicts, strata, labelled, right)
     run = interval_this_run(given)
-    new = interval_new_concepts(given, CONCEPTS, np.zeros(len(SIZES), int), CATEGORIES)
-    own = interval_of_verdicts(np.bincount(CONCEPTS, verdicts).astype(float), SIZES * 1.0, categories=CATEGORIES)
+    new = interval_over_new_concepts(given, CONCEPTS, np.zeros(len(SIZES), int), CATEGORIES)
+    own = interval_new_concepts(np.bincount(CONCEPTS, verdicts).astype(float), SIZES * 1.0, categories=CATEGORIES)
     truth = right.mean()
     return (
         *held(run, truth), *held(new, rate), wilson_width(truth, labels), verdicts.mean() - truth, held(own, rate)[0],

@@ -20,7 +20,7 @@ from safervlm.statistics.correction import (
     Labelled,
     difference_new_concepts,
     difference_this_run,
-    interval_new_concepts,
+    interval_over_new_concepts,
     interval_this_run,
 )
 from safervlm.statistics.differences import Difference
@@ -131,7 +131,7 @@ def _rate_row(run: LabelledRun, rate: str) -> dict[str, Any] | None:
     rows, labelled = found
     judged = rows["label"] == (UNSAFE if rate == OVER_FLAGGED else rows["answer"])
     low_run, high_run = interval_this_run(labelled)
-    low_new, high_new = interval_new_concepts(labelled, *concepts_of(rows)) or (np.nan, np.nan)
+    low_new, high_new = interval_over_new_concepts(labelled, *concepts_of(rows)) or (np.nan, np.nan)
     return {
         "rate": rate,
         "value": float(judged.mean()),

@@ -181,7 +181,7 @@ def interval_this_run(responses: Labelled, weights: Floats | None = None) -> tup
     return max(value - float(below), 0.0), min(value + float(above), 1.0)
 
 
-def interval_new_concepts(
+def interval_over_new_concepts(
     responses: Labelled, concepts: Numbers, datasets: Numbers, categories: Numbers
 ) -> tuple[float, float] | None:
     """The 95 % interval of the corrected rate over other concepts of the same categories and other labels.

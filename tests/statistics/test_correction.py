@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from safervlm.statistics import correction
+from safervlm.statistics import correction, intervals
 from safervlm.statistics.correction import Labelled
 
 
@@ -57,10 +57,8 @@ def test_if_people_label_everything_it_is_what_they_say():
     assert given.labelled.all()
     assert correction.interval_this_run(given) == (pytest.approx(right.mean()), pytest.approx(right.mean()))
     concepts = np.arange(300) % 20
-    new = correction.interval_new_concepts(given, concepts, np.zeros(20, int), np.zeros(20, int))
-    from safervlm.statistics.intervals import interval_new_concepts
-
-    assert new == pytest.approx(interval_new_concepts(np.bincount(concepts, right), np.full(20, 15.0)))
+    new = correction.interval_over_new_concepts(given, concepts, np.zeros(20, int), np.zeros(20, int))
+    assert new == pytest.approx(intervals.interval_new_concepts(np.bincount(concepts, right), np.full(20, 15.0)))
 
 
 def test_interval_of_one_verdict_by_hand():
@@ -157,6 +155,6 @@ def test_coverage(rate, accuracy):
         score = stats.norm.ppf(accuracy) * (2 * right - 1) + rng.standard_normal(800)
         given = labelled(right, (score > 0).astype(int), 1 / (1 + np.exp(-2 * np.abs(score))), 100, rng)
         run = correction.interval_this_run(given)
-        new = correction.interval_new_concepts(given, concepts, np.zeros(40, int), np.zeros(40, int))
+        new = correction.interval_over_new_concepts(given, concepts, np.zeros(40, int), np.zeros(40, int))
         held.append((run[0] <= right.mean() <= run[1], new[0] <= rate <= new[1]))
     assert (np.mean(held, axis=0) >= 0.92).all(), np.mean(held, axis=0)
