@@ -22,7 +22,7 @@ class AttemptFile:
     def __init__(self, path: Path) -> None:
         if path.is_file():
             write_jsonl(path, read_torn_jsonl(path))  # a process that was killed may have left a torn line
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, attempt: dict[str, Any]) -> None:
         """Appends an attempt and flushes the file.

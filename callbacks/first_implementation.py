@@ -1,7 +1,6 @@
 """Writes responses in the file format of the first implementation, for scripts that read it."""
 
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from safervlm.data.responses import read_responses
 from safervlm.errors import RecordError
-from safervlm.io.files import write_atomically
+from safervlm.io.files import write_text_atomically
 from safervlm.io.reading import json_text
 
 
@@ -47,4 +46,4 @@ class FirstImplementationFiles(Callback):
             files[file].append({"prompt": question.prompt, "image_fname": image, "output": response.response})
         for file, records in files.items():
             text = json_text(records, indent=2)
-            write_atomically(file, partial(Path.write_text, data=text, encoding="utf-8"))
+            write_text_atomically(file, text)

@@ -180,7 +180,10 @@ class RateResponses(Callback):
             log.write(attempt)
             models[attempt["id"]] = attempt.get("model", "")
 
-        with closing(AttemptFile(files.rating_attempts)) as log, files.ratings.open("a", encoding="utf-8") as file:
+        with (
+            closing(AttemptFile(files.rating_attempts)) as log,
+            files.ratings.open("a", encoding="utf-8", newline="\n") as file,
+        ):
             self.judge.on_attempt = told
             for seed in range(SEED, SEED + self.attempts):
                 unread: list[Wanted] = []

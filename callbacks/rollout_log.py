@@ -39,7 +39,7 @@ class RolloutLog(Callback):
             return
         number = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         pairs = list(zip(outputs["questions"], outputs["answers"], strict=True))[: self.answers]
-        with self._path(trainer).open("a", encoding="utf-8") as file:
+        with self._path(trainer).open("a", encoding="utf-8", newline="\n") as file:
             for question, answer in pairs:
                 record = {"batch": number, "id": question.id, "answer": question.answer, "response": answer.text}
                 record |= {"finish_reason": answer.finish_reason}

@@ -5,6 +5,7 @@ Such text is the chat template of a model, or a regular expression of an adapter
 
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,8 +53,8 @@ def computing_limit(message: str, seconds: float | None = None) -> Iterator[None
     Raises:
         ArgumentError: The block exceeded the limit.
     """
-    elsewhere = threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer")
-    if elsewhere or signal.getitimer(signal.ITIMER_VIRTUAL)[0]:
+    elsewhere = threading.current_thread() is not threading.main_thread()
+    if sys.platform == "win32" or elsewhere or signal.getitimer(signal.ITIMER_VIRTUAL)[0]:
         yield
         return
 

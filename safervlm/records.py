@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self, TypeVar, get_args
 
 from safervlm.errors import RecordError, first_line
 from safervlm.hashing import fingerprint
-from safervlm.io.files import write_atomically
+from safervlm.io.files import write_text_atomically
 from safervlm.io.reading import json_text, numbered_jsonl, parse_json
 from safervlm.protocol import Capability
 from safervlm.ranges import LARGEST
@@ -426,4 +426,4 @@ def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
         RecordError: A number of a record is NaN or infinite.
         OSError: The file can't be written.
     """
-    write_atomically(path, lambda file: file.write_text("".join(map(to_line, records)), encoding="utf-8"))
+    write_text_atomically(path, "".join(map(to_line, records)))

@@ -16,7 +16,7 @@ from typing import Any
 
 from safervlm.errors import RecordError
 from safervlm.io.caches import LOCK, TEMPORARY, remove_leftovers
-from safervlm.io.files import write_atomically
+from safervlm.io.files import write_text_atomically
 from safervlm.io.locks import Lock, acquire, holder
 from safervlm.io.reading import json_text, read_object
 from safervlm.io.settings import flat
@@ -259,7 +259,7 @@ def write_stage(run: Path, stage: str, **entry: Any) -> None:
     manifest = read_manifest(run)
     manifest["stages"][stage] = manifest["stages"].get(stage, {}) | entry
     text = json_text(manifest, indent=2, finite=False) + "\n"
-    write_atomically(RunFolder(run).manifest, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text_atomically(RunFolder(run).manifest, text)
 
 
 def finished(run: Path, stage: str) -> bool:

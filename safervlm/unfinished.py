@@ -41,7 +41,7 @@ class UnfinishedFile(Generic[Made]):
         except (KeyError, TypeError, ValueError) as error:  # RecordError among them
             raise self._damaged(f"{type(error).__name__}: {first_line(error)}") from None
         write_jsonl(path, [{"key": key}, *lines])  # removes a torn last line
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def _read(self, key: str) -> list[dict[str, Any]]:
         if not self.path.is_file():

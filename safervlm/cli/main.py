@@ -1,5 +1,6 @@
 """The command line: ``safervlm --help`` imports nothing else, and each command imports only what it needs."""
 
+import io
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -94,6 +95,8 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: The command failed or was asked to end.
     """
     args = list(sys.argv[1:] if args is None else args)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # into a pipe or file, Windows's encoding lacks most characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not args or args[0] in ("-h", "--help"):
         print(HELP, end="")
         return

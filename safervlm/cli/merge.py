@@ -69,7 +69,7 @@ def merge(
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary(out, directory=True) as aside:
             write_merged(vlm, aside, shard_size)
-            (aside / "README.md").write_text(card, encoding="utf-8")
+            (aside / "README.md").write_text(card, encoding="utf-8", newline="\n")
             if out.is_dir():
                 out.rmdir()  # it is empty
             aside.rename(out)

@@ -11,7 +11,7 @@ from safervlm.addresses import public
 from safervlm.cli.messages import one_line
 from safervlm.cli.trainer import has_folder
 from safervlm.io.boundary import fail
-from safervlm.io.files import write_atomically
+from safervlm.io.files import write_text_atomically
 from safervlm.io.settings import flat, from_yaml
 
 
@@ -73,4 +73,4 @@ class ConfigInRunFolder(SaveConfigCallback):
             if isinstance(value, str):
                 text = text.replace(value, public(value)) if public(value) != value else text
         path = Path(trainer.default_root_dir) / self.config_filename
-        write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+        write_text_atomically(path, text)

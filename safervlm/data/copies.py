@@ -16,7 +16,7 @@ from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 
 from safervlm.data.hub import hub_rows
 from safervlm.hashing import fingerprint
-from safervlm.io.files import write_atomically
+from safervlm.io.files import write_text_atomically
 from safervlm.io.tables import say
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -62,7 +62,7 @@ def keep_copy(repo: str, cache: Path, local: str, save: Callable[[datasets.Datas
             rows = hub_rows(repo if Path(repo).exists() else f"{name}@{commit}", local)
         save(rows, path)
     if commit not in (revision, _last_commit(repo, cache)):
-        write_atomically(_last(repo, cache), lambda file: file.write_text(f"{commit}\n", encoding="ascii"))
+        write_text_atomically(_last(repo, cache), f"{commit}\n")
 
 
 def _named(repo: str, cache: Path, commit: str | None, suffix: str) -> Path:

@@ -76,7 +76,7 @@ def write_images(folder: Path, dataset: str, values: Mapping[int, str]) -> None:
             content, ending = decoded(value)
             files[str(row)] = f"{row}{ending}"
             (aside / files[str(row)]).write_bytes(content)
-        (aside / "files.json").write_text(json.dumps(files), encoding="utf-8")
+        (aside / "files.json").write_text(json.dumps(files), encoding="utf-8", newline="\n")
 
     build_folder(folder, build)
 

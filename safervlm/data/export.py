@@ -1,13 +1,12 @@
 """Exports training examples in the file formats of the first implementation."""
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safervlm.data.alignment import DPOData, SFTData
 from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, spread
-from safervlm.io.files import write_atomically
+from safervlm.io.files import write_text_atomically
 from safervlm.io.names import path_text
 from safervlm.io.outputs import refuse_to_replace_texts
 from safervlm.io.reading import json_text
@@ -86,5 +85,5 @@ def export_training_files(
     texts = {Path(out) / file: json_text(records, indent=2, name=file) for file, records in written.items()}
     refuse_to_replace_texts("--out", texts)
     for file, text in texts.items():
-        write_atomically(file, partial(Path.write_text, data=text, encoding="utf-8"))
+        write_text_atomically(file, text)
     say(f"{out} holds {', '.join(written)}")

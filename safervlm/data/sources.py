@@ -150,7 +150,7 @@ def save_table(rows: datasets.Dataset, file: Path) -> None:
     cache_folder(file.parent)
 
     def write(path: Path) -> None:
-        with path.open("w", encoding="utf-8") as lines:
+        with path.open("w", encoding="utf-8", newline="\n") as lines:
             for row in rows:
                 lines.write(to_line({column: _plain(value) for column, value in row.items()}))
 

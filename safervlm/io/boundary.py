@@ -199,7 +199,7 @@ def _to_run_folder(text: str) -> Path | None:
     file = folder / TRACEBACK
     if file.exists() and BEGINS not in file.read_text(encoding="utf-8", errors="replace"):
         return None
-    file.write_text(text, encoding="utf-8", errors="backslashreplace")
+    file.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     return file
 
 

@@ -22,6 +22,19 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary(path) as aside:
         write(aside)
-        with aside.open("rb") as file:
+        with aside.open("r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         aside.replace(path)
+
+
+def write_text_atomically(path: str | Path, text: str) -> None:
+    """Writes a text file atomically: the same bytes on every system, UTF-8 with line feeds.
+
+    Args:
+        path: File to write.
+        text: Content.
+
+    Raises:
+        OSError: The file can't be written.
+    """
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))

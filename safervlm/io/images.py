@@ -241,7 +241,7 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     Args:
         path: File to open.
     """
-    return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: PTH123 (a descriptor)
+    return open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")  # noqa: PTH123 (a descriptor)
 
 
 @contextmanager

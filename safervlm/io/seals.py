@@ -79,10 +79,10 @@ def seal_folder(folder: Path, origin: Mapping[str, Any]) -> None:
         folder: Folder; all its files must be complete.
         origin: Settings that it was made with, as plain JSON values.
     """
-    files = {str(file.relative_to(folder)): file_digest(file) for file in files_of(folder)}
+    files = {file.relative_to(folder).as_posix(): file_digest(file) for file in files_of(folder)}
     text = json.dumps(seal(origin) | {"files": files}, indent=2)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    with (folder / SEAL).open("w", encoding="utf-8") as file:
+    with (folder / SEAL).open("w", encoding="utf-8", newline="\n") as file:
         file.write(f"{text}\n{digest}\n")
         file.flush()
         os.fsync(file.fileno())

@@ -19,6 +19,7 @@ import selectors
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -236,7 +237,8 @@ def keep_until_asked(worker: int = 0) -> None:
     seconds = grace() + 1
 
     def end_later(number: int, frame: FrameType | None) -> None:
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM's default action ends it
+        if sys.platform != "win32":  # there, nothing sends this signal
+            signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM's default action ends it
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_later)
@@ -350,4 +352,5 @@ def _forget() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent handles it
 
 
-os.register_at_fork(after_in_child=_forget)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

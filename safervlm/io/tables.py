@@ -114,7 +114,7 @@ def write_csv(path: Path, table: pd.DataFrame, index: bool = False) -> None:
         table: Table of numbers and texts.
         index: Whether to write the row names as a column.
     """
-    write_atomically(path, lambda file: escaped(table, for_csv).to_csv(file, index=index))
+    write_atomically(path, lambda file: escaped(table, for_csv).to_csv(file, index=index, lineterminator="\n"))
 
 
 def write_workbook(path: Path, sheets: Mapping[str, pd.DataFrame], notes: Sequence[str] = (JUDGE_NOTE,)) -> None:

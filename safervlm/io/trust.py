@@ -6,6 +6,7 @@ command line, and reads images only from the folders of the run's data.
 """
 
 import codecs
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -158,7 +159,7 @@ def _paths(value: Any, key: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _paths(inner, key)
-    elif isinstance(value, str) and value.strip() and (key in PATHS or "/" in value):
+    elif isinstance(value, str) and value.strip() and (key in PATHS or "/" in value or os.sep in value):
         yield value
 
 

@@ -321,5 +321,6 @@ def write_benchmarks(world: Path, seed: int) -> None:
     for name, rows in tables.items():
         pd.DataFrame(rows).to_csv(folder / f"{name}.tsv", sep="\t", index=False, lineterminator="\n")
     records = list(contexts(list(read_jsonl(world / "unsafe" / "metadata.jsonl"))))
-    (folder / "contexts.json").write_text(json.dumps(records, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "LICENSE.txt").write_text(f"{CREDITS}\n", encoding="utf-8")
+    text = json.dumps(records, indent=4, ensure_ascii=False) + "\n"
+    (folder / "contexts.json").write_text(text, encoding="utf-8", newline="\n")
+    (folder / "LICENSE.txt").write_text(f"{CREDITS}\n", encoding="utf-8", newline="\n")

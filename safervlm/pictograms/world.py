@@ -24,7 +24,7 @@ from safervlm.data.unsafe_concepts import paper_split, safe_split
 from safervlm.errors import ArgumentError
 from safervlm.hashing import fingerprint, seed_for
 from safervlm.io.caches import remove_leftovers, temporary
-from safervlm.io.files import write_atomically
+from safervlm.io.files import write_text_atomically
 from safervlm.io.images import open_image
 from safervlm.io.progress import track
 from safervlm.pictograms import judges, train
@@ -123,7 +123,7 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int | None = N
                 "content": content_of(unfinished, files),
             }
             text = json.dumps(record, indent=2) + "\n"
-            write_atomically(unfinished / "manifest.json", lambda file: file.write_text(text, encoding="utf-8"))
+            write_text_atomically(unfinished / "manifest.json", text)
             refuse_strangers(out)
             if out.exists():
                 out.rename(before / out.name)
@@ -176,7 +176,7 @@ def write_data_sets(folder: Path, seed: int) -> None:
     perception = []
     for name, concepts in (("unsafe", UNSAFE_CONCEPTS), ("safe", SAFE_CONCEPTS)):
         (folder / name / "images").mkdir(parents=True)
-        (folder / name / "LICENSE.txt").write_text(f"{CREDITS}\n", encoding="utf-8")
+        (folder / name / "LICENSE.txt").write_text(f"{CREDITS}\n", encoding="utf-8", newline="\n")
         images = [concept for concept in concepts for _ in range(IMAGES_PER_CONCEPT)]
         for number, concept in enumerate(track(images, f"{name} images")):
             file = f"images/{number}.png"

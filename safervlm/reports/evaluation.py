@@ -14,7 +14,7 @@ import pandas as pd
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.hashing import seed_for
 from safervlm.io.escape import without_folders
-from safervlm.io.files import write_atomically
+from safervlm.io.files import write_text_atomically
 from safervlm.io.outputs import refuse_to_replace_page
 from safervlm.io.tables import JUDGE_NOTE, say, show_table, write_csv, write_workbook
 from safervlm.reports.examples import picture
@@ -92,7 +92,7 @@ def evaluation(runs: list[Path], out: Path | None = None, thinking_unfinished: U
     manifests = [(each.name, read_summary(RunFolder(each.folder).manifest)) for each in loaded]
     said = [*unread, *remarks(long, differences, loaded, wanted, manifests)]
     page = render_suite(loaded, wanted, long, differences, said, manifests, out)
-    write_atomically(out, lambda file: file.write_text(page, encoding="utf-8"))
+    write_text_atomically(out, page)
     write_csv(out.with_suffix(".csv"), long)
     write_csv(out.with_name(f"{out.stem}_table.csv"), wide, index=True)
     sheets = {"table": wide.reset_index(), "evaluation": long}
@@ -103,7 +103,7 @@ def evaluation(runs: list[Path], out: Path | None = None, thinking_unfinished: U
         sheets["differences"] = differences
     write_workbook(out.with_suffix(".xlsx"), sheets, [JUDGE_NOTE, DIVERSITY_NOTE])
     tex = suite_latex_tables(long, differences, names)
-    write_atomically(out.with_suffix(".tex"), lambda file: file.write_text(tex, encoding="utf-8"))
+    write_text_atomically(out.with_suffix(".tex"), tex)
     show_table(evaluation_table(long, names))
     for _, table in differences.groupby("run", sort=False) if len(differences) else ():
         show_table(difference_table(table, names[0]))

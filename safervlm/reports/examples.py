@@ -115,14 +115,18 @@ def picture(path: str, record: str, out: Path, run: Path) -> dict[str, Any]:
         reason = f"{Path(path).name} is not shown: it lies outside the datasets that the run's configuration names"
         return {"blur": None, "original": None, "reason": reason}
     try:
+        # Resolve `..` without following links, as a browser does: abspath, not resolve.
+        link = os.path.relpath(os.path.abspath(path), os.path.abspath(out.parent))  # noqa: PTH100
+    except ValueError:
+        reason = f"{Path(path).name} is not shown: it lies on another drive than the page"
+        return {"blur": None, "original": None, "reason": reason}
+    try:
         blur = blurred(open_image(path, record))
     except RecordError as error:
         return {"blur": None, "original": None, "reason": without_folders(str(error).replace(path, Path(path).name))}
     buffer = io.BytesIO()
     blur.save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    # Resolve `..` without following links, as a browser does: abspath, not resolve.
-    link = os.path.relpath(os.path.abspath(path), os.path.abspath(out.parent))  # noqa: PTH100
     return {
         "blur": Markup("data:image/png;base64,") + data,
         "width": blur.width,

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from safervlm.errors import ArgumentError
 from safervlm.io.escape import for_html
-from safervlm.io.files import write_atomically
+from safervlm.io.files import write_text_atomically
 from safervlm.io.outputs import refuse_to_replace_page
 from safervlm.io.tables import JUDGE_NOTE, say, show_table, write_csv, write_workbook
 from safervlm.records import Failure, read_records
@@ -102,8 +102,8 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
     wide = pd.concat([by_category(run.scores).assign(run=run.name) for run in loaded])
     wide = wide[["run", *wide.columns.drop("run")]]
 
-    write_atomically(out, lambda file: file.write_text(page, encoding="utf-8"))
-    write_atomically(out.with_suffix(".tex"), lambda file: file.write_text(tex, encoding="utf-8"))
+    write_text_atomically(out, page)
+    write_text_atomically(out.with_suffix(".tex"), tex)
     write_csv(out.with_suffix(".csv"), long)
     write_csv(out.with_name(f"{out.stem}_overall.csv"), comparison, index=True)
     sheets = {"overall": comparison.reset_index(), "by category": wide, "scores": long}

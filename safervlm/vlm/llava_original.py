@@ -254,7 +254,7 @@ def convert_adapter(folder: Path, cache: Path) -> Path:
 
     def build(aside: Path) -> None:
         save_file(moved, aside / "adapter_model.safetensors")
-        (aside / CONFIG).write_text(json_text(config, indent=2, name=CONFIG), encoding="utf-8")
+        (aside / CONFIG).write_text(json_text(config, indent=2, name=CONFIG), encoding="utf-8", newline="\n")
 
     there = cache / fingerprint(FORMAT, folder / CONFIG, weights)
     build_folder(there, build, "vlm.cache_dir")

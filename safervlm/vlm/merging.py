@@ -90,7 +90,7 @@ def write_merged(vlm: LocalVLM, folder: Path, shard_size: str) -> None:
         shutil.copytree(there, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
     config = folder / "config.json"
     named = str(vlm.dtype).removeprefix("torch.")
-    config.write_text(json.dumps(_with_dtype(read_object(config), named), indent=2), "utf-8")
+    config.write_text(json.dumps(_with_dtype(read_object(config), named), indent=2), "utf-8", newline="\n")
 
 
 def _with_dtype(config: Any, named: str) -> Any:
