@@ -24,7 +24,7 @@ def missing(text: str) -> list[str]:
     named = [
         word for word in words if re.fullmatch(r"(?:scripts|tests|docs|configs|safervlm|callbacks)(?:/[\w./-]+)?", word)
     ]
-    named += [word for word in words if re.fullmatch(r"[\w/-]+\.(?:sh|py|toml|txt|yml|yaml|md)", word)]
+    named += [word for word in words if re.fullmatch(r"[\w./-]+\.(?:sh|py|toml|txt|yml|yaml|md)", word)]
     return [word for word in named if word != "safervlm" and not (ROOT / word).exists()]
 
 

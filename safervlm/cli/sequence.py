@@ -89,7 +89,7 @@ def recipe_file(name: str, folder: str) -> str:
     Raises:
         ArgumentError: There is no such file.
     """
-    if Path(name).is_file():
+    if Path(local_or_shipped(name)).is_file():
         return name
     file = f"{folder}/{name}.yaml"
     if not Path(local_or_shipped(file)).is_file():

@@ -12,7 +12,7 @@ import pytest
 from processes import must_end
 
 from safervlm.cli.main import main
-from safervlm.cli.sequence import typed
+from safervlm.cli.sequence import recipe_file, typed
 from safervlm.errors import ArgumentError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -150,6 +150,11 @@ def test_a_command_that_ignores_the_request_does_not_hold_up_its_sequence(driver
     assert running.returncode == 143
 
 
+def test_a_shipped_recipe_is_found_from_any_folder() -> None:
+    assert recipe_file("sft", "configs") == "configs/sft.yaml"
+    assert recipe_file("configs/pictograms/vlm.yaml", "configs/vlm") == "configs/pictograms/vlm.yaml"
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -159,11 +164,15 @@ def test_a_command_that_ignores_the_request_does_not_hold_up_its_sequence(driver
     ],
 )
 def test_a_script_is_its_command(script: str, words: list[str], tmp_path: Path) -> None:
-    (tmp_path / "safervlm").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"; exit 3\n')
-    (tmp_path / "safervlm").chmod(0o755)
+    environment = tmp_path / "environment"  # as if scripts/environment.sh had made it
+    (environment / "bin").mkdir(parents=True)
+    command = environment / "bin" / "safervlm"
+    command.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"; exit 3\n')
+    command.chmod(0o755)
+    (environment / ".installed-demo").touch()
     ended = subprocess.run(
         ["bash", str(ROOT / "scripts" / script), "sft", "--", "--x"],
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        env=os.environ | {"SAFERVLM_VENV": str(environment)},
         capture_output=True,
         text=True,
         check=False,
