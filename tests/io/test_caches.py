@@ -86,7 +86,7 @@ def test_a_killed_builder_leaves_nothing_for_long(tmp_path: Path) -> None:
     """After a kill while writing a folder and a file, the next build beside them removes both."""
     program = (
         "import sys, time; from pathlib import Path; from safervlm.io.caches import build_folder\n"
-        "from safervlm.records import write_atomically\n"
+        "from safervlm.io.files import write_atomically\n"
         "def hang(path): path.write_text('half'); print('there', flush=True); time.sleep(60)\n"
         "where = Path(sys.argv[1])\n"
         "build_folder(where / 'x', lambda aside: (aside / 'a').write_text('half') and "
