@@ -41,7 +41,7 @@ from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing, extend, join
 from safervlm.vlm.processors import read_processor
 from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
-from safervlm.vlm.selfcheck import PROCESSOR_FAILS, self_check, works
+from safervlm.vlm.selfcheck import PROCESSOR_FAILS, UNLIKE, self_check, works
 from safervlm.vlm.thinking import Setting, Thinking, valid_setting
 from safervlm.vlm.weights import load_model, reading
 
@@ -404,6 +404,9 @@ class Transformers(LocalVLM):
         Returns:
             For each question its response, or the reason why it has none: the prompt with its response may exceed the
             learned positions, or the logits were not finite.
+
+        Raises:
+            ArgumentError: The model's own ``generate`` ignores the sampling.
         """
         if reasons := self.without_room(batch, sampling):
             some = torch.tensor([row for row in range(len(batch)) if row not in reasons])
@@ -433,5 +436,10 @@ class Transformers(LocalVLM):
                 ),
             )
         self.train(training)
+        if finite.bad is None:  # the self-check of a large model computes no logits
+            raise ArgumentError(
+                f"vlm.model: {self.name!r} {UNLIKE}: its generate never called the logits processor, so it ignores "
+                "vlm.sampling; use another model"
+            )
         found = [self.generation(tokens) for tokens in generated[:, inputs["input_ids"].shape[1] :].tolist()]
-        return without_bad(batch.questions, found, [False] * len(found) if finite.bad is None else finite.bad.tolist())
+        return without_bad(batch.questions, found, finite.bad.tolist())

@@ -79,6 +79,19 @@ def test_a_generate_without_our_sampling_is_rejected(tmp_path: Path) -> None:
         vlm.load()
 
 
+def test_a_large_model_without_our_sampling_is_rejected_at_its_first_question(
+    tmp_path: Path, make_questions: Callable[[int], list[Question]], monkeypatch: Any
+) -> None:
+    """The self-check of a large model stops before the logits."""
+    monkeypatch.setattr(selfcheck, "LARGE", 0)
+    vlm = model(more_families.janus, tmp_path)
+    vlm.load()
+    batch = vlm.collator(families.ask(make_questions(1)))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ArgumentError, match=r"^vlm\.model: .* its generate never called the logits processor, so it"):
+            vlm.generate(batch, Sampling(temperature=temperature, max_new_tokens=2), seed=0)
+
+
 def test_code_that_fails_is_rejected_with_its_reason(tmp_path: Path) -> None:
     vlm = model(families.llava, tmp_path)
 

@@ -85,7 +85,8 @@ def says(vlm: Transformers, text: str, monkeypatch: pytest.MonkeyPatch, ends: bo
     """Makes the model generate a text whatever it is asked."""
     ids = vlm.tokenizer(text, add_special_tokens=False).input_ids + vlm.eos_token_ids[:1] * ends
 
-    def generate(input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def generate(input_ids: torch.Tensor, logits_processor: Any, **inputs: Any) -> torch.Tensor:
+        logits_processor(input_ids, torch.zeros(len(input_ids), vlm.words))
         return torch.cat([input_ids, torch.tensor([ids]).expand(len(input_ids), -1)], dim=1)
 
     monkeypatch.setattr(vlm.base, "generate", generate)
