@@ -145,7 +145,7 @@ def render(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.DataFram
         corrected=corrected_rows(corrected),
         corrected_note=CORRECTED_NOTE,
         figures=figures(runs),
-        gaps=[(run.name, modality_gap(run.frame), concept_gaps(run.frame)) for run in runs],
+        gaps=[(run.name, modality_gap(run.frame), concept_gaps(run.frame), unfinished_in_gap(run)) for run in runs],
         categories=[
             (
                 run.name,
@@ -354,6 +354,16 @@ def missing(run: Run) -> int:
     """
     files = [file for file in (RunFolder(run.folder).failed, RunFolder(run.folder).unjudged) if file.is_file()]
     return len({each.id for file in files for each in read_records(file, Failure)} - {*run.frame["id"]})
+
+
+def unfinished_in_gap(run: Run) -> int:
+    """Returns the number of responses with unfinished thinking that the modality gap excludes.
+
+    Args:
+        run: the run.
+    """
+    row = overall(run.scores, "modality_gap")
+    return 0 if row is None else int(row["thinking_unfinished"])
 
 
 def side_by_side(runs: Sequence[Run]) -> dict[str, list[dict[str, Any] | None]]:

@@ -112,7 +112,8 @@ def other_table(table: pd.DataFrame, title: str = "Gap, over-flagging, diversity
     printed = TextTable(title=title, caption=caption, box=SIMPLE_HEAD)
     for heading in ("measure", "of"):
         printed.add_column(heading)
-    for heading in ("n", "value"):
+    inside = any(row["thinking_unfinished"] for row in rows)
+    for heading in ("n", *(["thinking unfinished"] if inside else []), "value"):
         printed.add_column(heading, justify="right")
     printed.add_column("sampling unit")
     for row in rows:
@@ -120,7 +121,8 @@ def other_table(table: pd.DataFrame, title: str = "Gap, over-flagging, diversity
         if not np.isnan(row["low"]):
             value = with_interval(row["value"], row["low"], row["high"])
         of = row["capability"] + (f", {row['side']}" if row["side"] != "-" else "")
-        printed.add_row(MEASURES[row["measure"]], of, str(row["n"]), value, row["sampling_unit"])
+        counted = [str(row["n"]), *([str(row["thinking_unfinished"])] if inside else [])]
+        printed.add_row(MEASURES[row["measure"]], of, *counted, value, row["sampling_unit"])
     return printed
 
 

@@ -278,7 +278,27 @@ def test_gap_table(dom, runs):
         by_name, by_image = (float(row[place]["data"][0][0]) for place in (2, 3))
         assert by_name - by_image == pytest.approx(gap.value)  # of the same weights
         assert row[4]["text"] == f"[{100 * gap.low:.1f}, {100 * gap.high:.1f}]"
-        assert row[7]["text"] == "paired t, concepts within categories (CR2)"
+        assert row[-1]["text"] == "paired t, concepts within categories (CR2)"
+
+
+def test_unfinished_thinking_is_counted_in_every_table(runs, folder, tmp_path):
+    run = make_run(tmp_path / "thinking", folder / "data", PPO)
+    cut, lines = 0, []
+    for line in (run / "responses.jsonl").read_text().splitlines():
+        response = json.loads(line)
+        if response["capability"] == "alignment" and response["answer"] == "Unsafe" and cut < 3:
+            response, cut = response | {"response": "", "finish_reason": "thinking unfinished"}, cut + 1
+        lines.append(json.dumps(response) + "\n")
+    (run / "responses.jsonl").write_text("".join(lines))
+    dom = Reader(report([runs[0], run], tmp_path / "report.html").read_text())
+    tables = [{"id": "overall"}, {"id": "gap"}]
+    tables += [{"class": each, "data-run": "thinking"} for each in ("categories", "others")]
+    for wanted in tables:
+        heading, *rows = dom.table(**wanted)
+        place = [cell["text"] for cell in heading].index("Thinking unfinished")
+        assert "3" in {row[place]["text"] for row in rows if len(row) == len(heading)}, wanted
+        assert {int(row[0]["attributes"]["colspan"]) for row in rows if len(row) == 1} <= {len(heading)}
+    assert "3 thinking unfinished" in dom.table(id="unsafe-images")[-1][2]["text"]
 
 
 def test_the_screenshot_shows_something(page, tmp_path):

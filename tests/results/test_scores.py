@@ -429,11 +429,11 @@ def test_tables_count_unfinished_thinking(run, thinking):
     def printed(folder):
         table = scores(load_run(folder))
         console = Console(file=io.StringIO(), width=200)
-        for each in (comparison_table({"run": table}), accuracy_table(table)):
+        for each in (comparison_table({"run": table}), accuracy_table(table), other_table(table)):
             console.print(each)
         return console.file.getvalue()
 
-    assert printed(thinking).count("thinking unfinished") == 2
+    assert printed(thinking).count("thinking unfinished") == 3
     assert "thinking unfinished" not in printed(run)
 
 
