@@ -12,6 +12,7 @@ from safervlm.protocol import CAPABILITIES
 from safervlm.records import Failure, Response, read_records
 from safervlm.run import finished, read_manifest
 from safervlm.run_folder import RunFolder
+from safervlm.vlm.thinking import thinking_unfinished
 
 HELP = """usage: safervlm measure [VLM...] [OPTIONS] [ARGUMENTS of safervlm predict]
 
@@ -85,7 +86,9 @@ def state_of(run: Path) -> dict[str, str]:
     files = RunFolder(run)
     unanswered = read_records(files.failed, Failure) if files.failed.exists() else []
     failed = Counter(failure.question.capability for failure in unanswered)
-    answered = Counter(response.question.capability for response in responses_of(run))
+    responses = responses_of(run)
+    answered = Counter(response.question.capability for response in responses)
+    inside = Counter(response.question.capability for response in responses if thinking_unfinished(response))
     if not answered and not failed:
         return dict.fromkeys(map(str, CAPABILITIES), f"failed: {last_line(run)}")
     states: dict[str, str] = {}
@@ -96,6 +99,8 @@ def state_of(run: Path) -> dict[str, str]:
             states[name] = f"complete, {answered[name]}" if answered[name] else "not asked"
         else:
             states[name] = f"partial, {answered[name]}: {last_line(run)}"
+        if inside[name]:
+            states[name] += f"; thinking unfinished: {inside[name]}"
     return states
 
 

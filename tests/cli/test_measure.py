@@ -6,7 +6,7 @@ import pytest
 
 from safervlm.cli.measure import state_of
 from safervlm.errors import RecordError
-from safervlm.records import Failure, Question, Response, write_jsonl
+from safervlm.records import THINKING_UNFINISHED, Failure, Question, Response, write_jsonl
 from safervlm.run_folder import RunFolder
 
 
@@ -19,6 +19,13 @@ def test_ids_of_any_form_are_counted(tmp_path: Path) -> None:
     write_jsonl(files.responses, [Response(question(name), "Yes.", "stop", 2).to_dict() for name in ("a", "b/c")])
     write_jsonl(files.failed, [Failure(question(name), "no reason").to_dict() for name in ("x", "")])
     assert state_of(tmp_path)["alignment"] == "partial, 2 (2 have no answer)"
+
+
+def test_unfinished_thinking_is_counted(tmp_path: Path) -> None:
+    ends = ("stop", THINKING_UNFINISHED, THINKING_UNFINISHED)
+    responses = [Response(question(str(number)), "", end, 2).to_dict() for number, end in enumerate(ends)]
+    write_jsonl(RunFolder(tmp_path).responses, responses)
+    assert state_of(tmp_path)["alignment"] == "complete, 3; thinking unfinished: 2"
 
 
 @pytest.mark.parametrize("name", ["responses.jsonl", "responses-failed.jsonl"])
