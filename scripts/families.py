@@ -1,7 +1,8 @@
-"""Writes the table of tested model types in docs/models.md, from a run of tests/vlm/test_transformers.py.
+"""Writes the tables of tested model types in docs/models.md, from a run of tests/vlm/test_transformers.py.
 
 python scripts/families.py                 # runs the tests (some minutes of one core), and writes the table
 python scripts/families.py --junit FILE    # takes the results of `pytest --junit-xml=FILE`
+python scripts/families.py --vision        # the families that need torchvision, in an environment with [test,vision]
 """
 
 import argparse
@@ -11,7 +12,7 @@ import tempfile
 import xml.etree.ElementTree as ET
 from collections import defaultdict
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TYPES
@@ -21,7 +22,8 @@ from safervlm.io.files import write_atomically
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests" / "vlm" / "test_transformers.py"
 DOCUMENT = ROOT / "docs" / "models.md"
-BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+# Name of a table -> marker expression of its tests.
+TABLES = {"families": "not gpu and not torchvision", "vision": "not gpu and torchvision"}
 # Heading of a column -> the checks that it stands for.
 CHECKS = {
     "image matters": ("another_image_changes_the_logits",),
@@ -39,8 +41,19 @@ CHECKS = {
 }
 
 
+def edges(name: str) -> tuple[str, str]:
+    """Returns the comments around a table in the document.
+
+    Args:
+        name: Name of the table.
+    """
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
 def results(junit: Path) -> dict[str, dict[str, str]]:
     """Returns for each family the outcome of each check, and the properties that the checks recorded.
+
+    A family of which every check is skipped, because it needs a package that is missing, is left out.
 
     Args:
         junit: Results of pytest in JUnit's format.
@@ -55,14 +68,15 @@ def results(junit: Path) -> dict[str, dict[str, str]]:
         found[family][check] = "passed" if bad is None else bad
         for each in case.iter("property"):
             found[family][each.attrib["name"]] = each.attrib["value"]
-    return found
+    return {family: outcome for family, outcome in found.items() if set(outcome.values()) != {"skipped"}}
 
 
-def table(found: dict[str, dict[str, str]]) -> str:
+def table(found: dict[str, dict[str, str]], name: str = "families") -> str:
     """Returns the table in Markdown, with the number of model types that pass every check.
 
     Args:
         found: The results of :func:`results`.
+        name: Name of the table.
     """
     rows, passing = [], set()
     for family, outcome in found.items():
@@ -77,11 +91,14 @@ def table(found: dict[str, dict[str, str]]) -> str:
             cells[place] = outcome.get(column, "passed") if cells[place] == "passed" else cells[place]
         rows.append([family, f"`{outcome.get('type', '-')}`", *cells])
     lines = [["family", "model type", *CHECKS], ["---"] * (len(CHECKS) + 2), *rows]
-    head = (
-        f"{len(passing)} of the {len(TYPES)} model types of `AutoModelForImageTextToText` pass every check; "
-        f"transformers {version('transformers')}, torch {version('torch').partition('+')[0]}, "
-        f"{date.today().isoformat()}, written by `python scripts/families.py`."
-    )
+    vision = name == "vision"
+    counted = f"{len(passing)} of the {len(TYPES)} model types of `AutoModelForImageTextToText` pass every check"
+    if vision:
+        counted = f"With torchvision, {len(passing)} model types pass every check"
+    packages = ("transformers", "torch", *(["torchvision"] if vision else []))
+    versions = ", ".join(f"{package} {version(package).partition('+')[0]}" for package in packages)
+    command = f"python scripts/families.py{' --vision' if vision else ''}"
+    head = f"{counted}; {versions}, {date.today().isoformat()}, written by `{command}`."
     return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
@@ -89,17 +106,25 @@ def main() -> None:
     """Writes the table; exit code 1 if a check failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--junit", type=Path, help="results of pytest; by default the tests are run")
-    junit = parser.parse_args().junit
+    parser.add_argument("--vision", action="store_true", help="the families that need torchvision")
+    given = parser.parse_args()
+    junit, name = given.junit, "vision" if given.vision else "families"
+    if given.vision:
+        try:
+            version("torchvision")
+        except PackageNotFoundError:
+            parser.error("--vision: torchvision is missing: pip install '.[test,vision]'")
     with tempfile.TemporaryDirectory() as folder:
         if junit is None:
             junit = Path(folder) / "results.xml"
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={junit}"]
-            subprocess.run([*command, "-m", "not gpu", str(TESTS)], cwd=ROOT, check=False)  # noqa: S603
+            subprocess.run([*command, "-m", TABLES[name], str(TESTS)], cwd=ROOT, check=False)  # noqa: S603
         found = results(junit)
     text = DOCUMENT.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    content = f"{before}{BEGIN}\n{table(found)}\n{END}{after}"
+    begin, end = edges(name)
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    content = f"{before}{begin}\n{table(found, name)}\n{end}{after}"
     write_atomically(DOCUMENT, lambda path: path.write_text(content, encoding="utf-8"))
     if any(value in ("failure", "error") for outcome in found.values() for value in outcome.values()):
         raise SystemExit(1)

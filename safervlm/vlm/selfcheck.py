@@ -63,9 +63,10 @@ class FirstLayersDone(Exception):  # noqa: N818 (no error)
 def self_check(vlm: Any) -> None:
     """Checks a loaded model, whose adapters have no effect yet; once per process and state of its files.
 
-    It sets ``vlm.checked``, which the manifest records: how the processor was compared (``processor``); the integer
-    inputs with a value for each token (``aligned``); how many layers were computed (``layers``, None for all); and why
-    questions have to be computed one by one (``one_by_one``, None if they needn't).
+    It sets ``vlm.checked``, which the manifest records: how the processor was compared (``processor``); the class that
+    prepares images, whose name ends with ``Pil`` if there is one for Pillow and one for torchvision (``images``); the
+    integer inputs with a value for each token (``aligned``); how many layers were computed (``layers``, None for all);
+    and why questions have to be computed one by one (``one_by_one``, None if they needn't).
 
     Args:
         vlm: The loaded model, a :class:`safervlm.vlm.auto.Transformers`.
@@ -99,7 +100,8 @@ def _checked(vlm: Any) -> dict[str, Any]:
             except RecordError as error:
                 raise ValueError(first_line(error)) from error
             processor = compare_processor(vlm, collator, questions, encodings)
-    result = {"processor": processor, "aligned": aligned(encodings), "layers": 0, "one_by_one": None}
+    images = type(getattr(collator.processor, "image_processor", collator)).__name__  # or its own code
+    result = {"processor": processor, "images": images, "aligned": aligned(encodings), "layers": 0, "one_by_one": None}
     if getattr(vlm.base, "is_quantized", False):  # may need a GPU, where the model isn't yet
         return result
     vlm.checked = result

@@ -66,7 +66,9 @@ def reading(name: str, argument: str = "vlm.model") -> Iterator[None]:
         remedy = "give a folder that save_pretrained wrote, or a name on the Hugging Face Hub"
         if isinstance(error, OSError):
             remedy += " (`hf auth login` for a gated model)"
-        if isinstance(error, ImportError) or "torchvision" in str(error):
+        if "torchvision" in str(error).lower():
+            remedy = "pip install 'safervlm[vision]', or name another model"
+        elif isinstance(error, ImportError):
             remedy = "install it, or name another model"
         if "trust_remote_code" in str(error):
             raise ArgumentError(

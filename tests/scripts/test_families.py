@@ -50,28 +50,84 @@ def test_a_failed_check_is_written_and_ends_the_script_with_1(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document = tmp_path / "models.md"
-    document.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
+    begin, end = script.edges("families")
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     monkeypatch.setattr(script, "DOCUMENT", document)
     monkeypatch.setattr(sys, "argv", ["families.py", "--junit", str(junit(script, tmp_path / "r.xml", "failure"))])
     with pytest.raises(SystemExit, match="1"):
         script.main()
     text = document.read_text()
-    assert re.fullmatch(rf"before\n{script.BEGIN}\n1 of the .*\n{script.END}\nafter\n", text, re.DOTALL)
+    assert re.fullmatch(rf"before\n{begin}\n1 of the .*\n{end}\nafter\n", text, re.DOTALL)
     assert "old" not in text
 
 
+def test_a_family_that_is_skipped_whole_is_left_out(script: ModuleType, tmp_path: Path) -> None:
+    """It needs a package that is missing, and is in the table of an environment that has it."""
+    file = junit(script, tmp_path / "results.xml")
+    whole = re.sub(
+        r'(<testcase name="test_\w+\[emu3\]">)[^\n]*?</testcase>', r"\1<skipped/></testcase>", file.read_text()
+    )
+    file.write_text(whole)
+    assert list(script.results(file)) == ["llava"]
+
+
+def test_torchvision_has_a_table_of_its_own(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (begin, end), (other, last) = map(script.edges, ("vision", "families"))
+    document = tmp_path / "models.md"
+    document.write_text(f"{other}\nkept\n{last}\n{begin}\nold\n{end}\n")
+    monkeypatch.setattr(script, "DOCUMENT", document)
+    monkeypatch.setattr(sys, "argv", ["families.py", "--vision", "--junit", str(junit(script, tmp_path / "r.xml"))])
+    known = script.version
+
+    def version(name: str) -> str:
+        return "0.29.1+cpu" if name == "torchvision" else known(name)
+
+    monkeypatch.setattr(script, "version", version)
+    script.main()
+    text = document.read_text()
+    assert text.startswith(f"{other}\nkept\n{last}\n{begin}\nWith torchvision, 2 model types pass every check; ")
+    assert "torchvision 0.29.1, " in text
+    assert "`python scripts/families.py --vision`." in text
+
+    def missing(name: str) -> str:
+        raise script.PackageNotFoundError(name)
+
+    monkeypatch.setattr(script, "version", missing)
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert "torchvision is missing: pip install '.[test,vision]'" in capsys.readouterr().err
+
+
+def documented(script: ModuleType, name: str) -> tuple[str, list[list[str]]]:
+    """The sentence before a table of the document, and the table's rows; every check passed."""
+    begin, end = script.edges(name)
+    text = script.DOCUMENT.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
+    assert not {"failure", "error", "skipped", "not run"} & {cell for row in rows for cell in row}
+    return text.splitlines()[0], rows
+
+
+def builders(file: str) -> list[str]:
+    """The names in the tuple BUILDERS of a file beside tests/vlm/test_transformers.py."""
+    text = (ROOT / "tests" / "vlm" / file).read_text(encoding="utf-8").partition("BUILDERS = (")[2]
+    return re.findall(r"\w+", re.sub(r"\*|\(|\)|#.*", " ", re.split(r"\n\)|\)\n", text)[0]))
+
+
 def test_the_documented_table_is_of_the_tested_families(script: ModuleType) -> None:
-    """And every check of it passed."""
     tests = script.TESTS.read_text(encoding="utf-8")
     names = re.findall(r"\(families\.(\w+), (?:None|QUESTION|\"[^\"]*\")\),", tests)
-    more = (ROOT / "tests" / "vlm" / "more_families.py").read_text(encoding="utf-8")
-    names += re.findall(r"\w+", re.sub(r"\*|\(|\)|#.*", " ", more.partition("BUILDERS = (")[2].partition("\n)")[0]))
-    text = script.DOCUMENT.read_text(encoding="utf-8").partition(script.BEGIN)[2].partition(script.END)[0]
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
-    assert [row[0] for row in rows] == names, "run scripts/families.py"
-    assert not {"failure", "error", "skipped", "not run"} & {cell for row in rows for cell in row}
+    head, rows = documented(script, "families")
+    assert [row[0] for row in rows] == [*names, *builders("more_families.py")], "run scripts/families.py"
     types = {row[1] for row in rows}
-    stated = re.match(r"(\d+) of the \d+ model types of `AutoModelForImageTextToText`", text.strip())
+    stated = re.match(r"(\d+) of the \d+ model types of `AutoModelForImageTextToText`", head)
     assert stated is not None
     assert int(stated[1]) == len(types) >= 30
     assert stated[0] in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def test_the_documented_table_with_torchvision_is_of_the_tested_families(script: ModuleType) -> None:
+    head, rows = documented(script, "vision")
+    assert [row[0] for row in rows] == builders("vision_families.py"), "run scripts/families.py --vision"
+    assert re.match(rf"With torchvision, {len({row[1] for row in rows})} model types pass .*, torchvision \d", head)

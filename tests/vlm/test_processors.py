@@ -67,8 +67,23 @@ def test_a_processor_that_asks_for_its_video_part_is_loaded_without(build: Any, 
 def test_a_processor_that_needs_another_package_names_it(build: Any, tmp_path: Path) -> None:
     """A Pixtral is a LLaVA whose files name another processor; Llama 4 has no image processor for Pillow."""
     build(tmp_path)
-    with pytest.raises(ArgumentError, match=r"^vlm\.model: .*(?i:torchvision).*; install it, or name another model"):
+    with pytest.raises(ArgumentError, match=r"^vlm\.model: .*(?i:torchvision).*; pip install 'safervlm\[vision\]'"):
         _ = Transformers(str(tmp_path)).processor
+
+
+@pytest.mark.torchvision
+@pytest.mark.skipif(not is_torchvision_available(), reason="needs torchvision")
+def test_with_torchvision_the_processor_of_the_files_is_compared(tmp_path: Path) -> None:
+    """LLaVA's processor would write Pixtral's prompt without the tokens that end a row of an image."""
+    more_families.pixtral(tmp_path)
+    vlm = Transformers(str(tmp_path), dtype="float32")
+    vlm.load()
+    assert vlm.checked["processor"] == "PixtralProcessor, compared"
+    assert vlm.checked["images"] == "PixtralImageProcessorPil"
+    (tmp_path / "llama4").mkdir()
+    more_families.llama4(tmp_path / "llama4")
+    with pytest.raises(ArgumentError, match=r"^vlm\.model: .*: its code in transformers fails \(.*\); use another"):
+        Transformers(str(tmp_path / "llama4"), dtype="float32").load()
 
 
 @pytest.mark.parametrize(("build", "template"), [(more_families.got_ocr2, None), (more_families.fuyu, "{question}")])

@@ -13,6 +13,7 @@ import families
 import more_families
 import pytest
 import torch
+import vision_families
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
@@ -46,18 +47,19 @@ FAMILIES = [
     (families.blip2, QUESTION),
     (families.instructblip, "{question}"),
     *((build, None) for build in more_families.BUILDERS),
+    *((build, None) for build in vision_families.BUILDERS),
 ]
 # Families with causal attention and a cache that the library's ``generate`` can continue.
 SHARING = {
     *("llava", "llava_next", "llava_onevision", "internvl", "idefics2", "idefics3", "smolvlm", "vipllava", "aria"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v", "glm4v_moe", "ovis2"),
-    *("deepseek_vl", "deepseek_vl_hybrid", "llava_next_video", "video_llava"),
+    *("deepseek_vl", "deepseek_vl_hybrid", "llava_next_video", "video_llava", "mistral3", "kimi_k25"),
 }
 # Linear layers of the language model that the default LoRA omits.
 ROUTERS = ("router.proj", "shared_expert_gate")
 # Families whose batches would change a question (tests/vlm/test_selfcheck.py).
 ONE_BY_ONE = {"hunyuan_vl", "minicpmv4_6", "emu3"}
-SLOW = set(more_families.BUILDERS) - more_families.FAST
+SLOW = {*more_families.BUILDERS, *vision_families.BUILDERS} - more_families.FAST
 LORA = LoRA(r=4, alpha=8, dropout=0.0, min_coverage=0.0)
 
 
@@ -70,6 +72,7 @@ LORA = LoRA(r=4, alpha=8, dropout=0.0, min_coverage=0.0)
             marks=[
                 *([pytest.mark.slow] if family[0] in SLOW else []),
                 *([more_families.NEEDS_5_24] if family[0] in more_families.NEWEST else []),
+                *(vision_families.MARKS if family[0] in vision_families.BUILDERS else []),
             ],
         )
         for family in FAMILIES
