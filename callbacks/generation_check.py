@@ -91,8 +91,8 @@ class GenerationCheck(Callback):
         """
         if "before" not in state_dict:
             raise ArgumentError(
-                "GenerationCheck: the checkpoint is of an earlier version, which kept no answers from before training; "
-                "start a new run (--run)"
+                "GenerationCheck: the checkpoint is of an earlier version, which kept no responses from before "
+                "training; start a new run (--run)"
             )
         self.before = state_dict["before"]
 

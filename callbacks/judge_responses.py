@@ -71,7 +71,7 @@ class JudgeResponses(Callback):
         if others:
             say(f"{others} verdicts of another judge are replaced")
         if stale:
-            say(f"{stale} verdicts of other answers (or of version 0.1) are judged again")
+            say(f"{stale} verdicts of other responses (or of version 0.1) are judged again")
 
         left = [(each.question, each.response) for each in responses if each.id not in verdicts]
         self.panel.to(trainer.strategy.root_device)

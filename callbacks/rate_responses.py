@@ -37,7 +37,7 @@ from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.client import Server
 from safervlm.vlm.thinking import thinking_unfinished
 
-UNREADABLE = "the first line of the judge's answer isn't two numbers from 1 to 10"
+UNREADABLE = "the first line of the judge's response isn't two numbers from 1 to 10"
 SAMPLING = Sampling(TEMPERATURE, TOP_P, MAX_NEW_TOKENS)
 
 

@@ -87,7 +87,7 @@ class RecordWriter(Callback):
             except (TypeError, ValueError, RecursionError) as error:
                 if not isinstance(record, Response):
                     raise
-                reason = f"{record.id}: its answer can't be written as JSON ({first_line(error)})"
+                reason = f"{record.id}: its response can't be written as JSON ({first_line(error)})"
                 self._failed.append(Failure(record.question, reason))
         self._shard.write(b"".join(lines))
         self._shard.flush()

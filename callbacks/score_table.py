@@ -42,7 +42,7 @@ class ScoreTable(Callback):
             return
         run = Path(trainer.default_root_dir)
         files = RunFolder(run)
-        for file, what in ((files.responses, "question has an answer"), (files.verdicts, "answer has a verdict")):
+        for file, what in ((files.responses, "question has a response"), (files.verdicts, "response has a verdict")):
             if file.is_file() and not file.stat().st_size:
                 say(f"{run.name}: no {what}, so there is nothing to score")
                 return

@@ -146,7 +146,7 @@ def test_a_run_with_a_damaged_image_ends_with_3_and_asks_again_once_it_is_mended
     manifest = json.loads((run / "manifest.json").read_text())
     failed = [json.loads(text) for text in (run / "responses-failed.jsonl").read_text().splitlines()]
     assert end.value.code == 3
-    assert f"{len(failed)} questions have no answer" in capfd.readouterr().err
+    assert f"{len(failed)} questions have no response" in capfd.readouterr().err
     assert len(failed) == 5
     assert all(question.image in record["id"] and question.image in record["reason"] for record in failed)
     assert manifest["stages"]["measure"]["finished"] is False

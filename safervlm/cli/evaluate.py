@@ -54,7 +54,7 @@ def evaluate_runs(words: Sequence[str]) -> None:
         recipe = ["--config", "configs/evaluate.yaml"]
         code = play(["predict", *recipe, *rest, *adapter, "--run", str(RunFolder(run).evaluation)])
         if code == 3:
-            partial.append(f"{run}: some of it has no answer, see above; the same command asks it again")
+            partial.append(f"{run}: some questions have no response, see above; the same command asks them again")
         elif code:
             failed.append(f"{run}: exit code {code}")
     code = play(["evaluation", *map(str, evaluated), "--out", given.options["out"]])

@@ -286,12 +286,12 @@ class SaferCLI(LightningCLI):
             warn(f"{name} was skipped: {reason}; the same command asks it when it is there")
         if reasons:
             warn(
-                f"{len(reasons)} questions have no answer, for example: {reasons[0]}; {files.failed} has them all, the "
-                "same command asks them again"
+                f"{len(reasons)} questions have no response, for example: {reasons[0]}; {files.failed} has them all, "
+                "the same command asks them again"
             )
         if not_judged:
             warn(
-                f"{len(not_judged)} answers have no verdict, for example: {not_judged[0]}; {files.unjudged} has them "
+                f"{len(not_judged)} responses have no verdict, for example: {not_judged[0]}; {files.unjudged} has them "
                 "all, the same command judges them again"
             )
         stages = read_manifest(Path(files.path))["stages"]
@@ -302,7 +302,7 @@ class SaferCLI(LightningCLI):
         judged = any(type(each).__name__ == "RateResponses" for each in callbacks)
         if rated and not judged and "ratings" not in stages:
             warn(
-                f"{rated} answers wait for a model that rates them: give the same command a judge, --config "
+                f"{rated} responses wait for a model that rates them: add a judge to the same command, --config "
                 "configs/rate.yaml"
             )
         if not ratings["finished"]:

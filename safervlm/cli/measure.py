@@ -94,7 +94,7 @@ def state_of(run: Path) -> dict[str, str]:
     states: dict[str, str] = {}
     for name in CAPABILITIES:
         if failed.get(name):
-            states[name] = f"partial, {answered[name]} ({failed[name]} have no answer)"
+            states[name] = f"partial, {answered[name]} ({failed[name]} have no response)"
         elif finished(run, "measure") or files.responses.exists():
             states[name] = f"complete, {answered[name]}" if answered[name] else "not asked"
         else:

@@ -167,13 +167,16 @@ def _sample(
     for name, response in before.items():
         if name in questions and response.question.prompt != questions[name].prompt:
             raise RecordError(
-                f"{files.responses}: {name} answers another question than the run's data asks; restore the file"
+                f"{files.responses}: {name} is the response to another question than that of the run's data; "
+                "restore the file"
             )
     there = [question for name, question in questions.items() if name in before]
     if not there:
-        raise RecordError(f"{files.responses}: none of its answers is about the data that {files.predict_config} names")
+        raise RecordError(
+            f"{files.responses}: none of its responses is about the data that {files.predict_config} names"
+        )
     if others := len(before) - len(there):
-        say(f"{others} answers are about other data than {files.predict_config} names, and are excluded")
+        say(f"{others} responses are about other data than {files.predict_config} names, and are excluded")
     first = limited(there, limit, lambda question: (question.dataset, question.capability))
     chosen = sorted(first, key=lambda question: question.id)
     random.Random(seed_for(seed, "verify")).shuffle(chosen)
@@ -275,7 +278,7 @@ def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str,
     say(f"flips: {files.flips}")
     if failed:
         warn(
-            f"{len(failed)} of {len(asked)} questions have no answer or no verdict this time, for example: "
+            f"{len(failed)} of {len(asked)} questions have no response or no verdict this time, for example: "
             f"{failed[0].reason}; {files.flips} has them all, the same command asks them again"
         )
         sys.exit(3)
@@ -294,7 +297,7 @@ def show(title: str, answers: Sequence[bool], verdicts: Sequence[bool], right: S
     table = TextTable(title=title, caption=caption)
     for heading in ("", "of", "flipped", "% [95 %]"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for name, flips in (("answers", answers), ("verdicts", verdicts)):
+    for name, flips in (("responses", answers), ("verdicts", verdicts)):
         if flips:
             low, high = binomtest(sum(flips), len(flips)).proportion_ci()
             share = f"{100 * sum(flips) / len(flips):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
@@ -304,6 +307,6 @@ def show(title: str, answers: Sequence[bool], verdicts: Sequence[bool], right: S
         once, again = (100 * sum(column) / len(right) for column in zip(*right, strict=True))
         most = 100 * binomtest(sum(verdicts), len(verdicts)).proportion_ci().high
         say(
-            f"accuracy on the sample: {once:.1f} %, then {again:.1f} %; that of the whole run moves by at most "
+            f"accuracy on the sample: {once:.1f} %, then {again:.1f} %; that of the whole run changes by at most "
             f"{most:.1f} points (upper end of the verdicts' interval)"
         )

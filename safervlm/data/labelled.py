@@ -44,7 +44,7 @@ class LabelCollator:
         for answer in answers:
             if len(answer.completions) != 1 or answer.question.answer not in self.labels:
                 raise RecordError(
-                    f"{answer.question.id}: no answer labelled {', '.join(self.labels)}; a judge learns from "
+                    f"{answer.question.id}: no response labelled {', '.join(self.labels)}; a judge learns from "
                     "safervlm.data.labelled.LabelledAnswers"
                 )
         numbers = torch.tensor([self.labels.index(answer.question.answer) for answer in answers])
@@ -69,11 +69,11 @@ def read_labelled(path: str | Path, labels: Sequence[str]) -> list[Example]:
     """
     path = Path(path)
     if not path.is_file():
-        raise RecordError(f"data.answers: no file {str(path)!r}; name a CSV or JSONL of labelled answers")
+        raise RecordError(f"data.answers: no file {str(path)!r}; name a CSV or JSONL of labelled responses")
     kind = path.suffix.lower()
     if kind not in TABLES:
         raise RecordError(
-            f"data.answers: {str(path)!r} is none of {', '.join(TABLES)}; write the answers as one of them"
+            f"data.answers: {str(path)!r} is none of {', '.join(TABLES)}; write the responses as one of them"
         )
     # Question requires a capability; the value has no effect here.
     capability: Capability = "perception" if tuple(labels) == LABELS["perception"] else "alignment"
@@ -91,11 +91,11 @@ def read_labelled(path: str | Path, labels: Sequence[str]) -> list[Example]:
         label = known[label]
         text = record.get("text", record.get("response"))
         if not isinstance(text, str):  # an empty response is valid
-            raise RecordError(f"{where}: the field 'text' or 'response' must hold the answer, got {text!r}")
+            raise RecordError(f"{where}: the field 'text' or 'response' must hold the response, got {text!r}")
         question = Question(f"{path.name}/{row}", path.name, str(row), None, capability, 0, "", "", "", label)
         answers.append(Example(question, (text,)))
     if not answers:
-        raise RecordError(f"data.answers: {path} has no rows; it needs a labelled answer a row")
+        raise RecordError(f"data.answers: {path} has no rows; it needs one labelled response per row")
     return answers
 
 
@@ -158,7 +158,7 @@ class LabelledAnswers(SaferData):
     def _labels(self) -> tuple[str, ...]:
         collator = self._collator()
         if not isinstance(collator, LabelCollator):
-            raise ArgumentError("data.collator: labelled answers are for fitting a safervlm.judging.classifier.Judge")
+            raise ArgumentError("data.collator: labelled responses are for fitting a safervlm.judging.classifier.Judge")
         return collator.labels
 
     def setup(self, stage: str) -> None:

@@ -75,8 +75,8 @@ def read_first_implementation(path: str | Path) -> list[tuple[Path, int, dict[st
     files = files_of_first_implementation(path)[0] if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise RecordError(
-            f"data.responses: no answers in {path}; give a run folder (it has responses.jsonl when its measurement is "
-            "complete) or the first implementation's JSON"
+            f"data.responses: no responses in {path}; give a run folder (it has responses.jsonl when its measurement "
+            "is complete) or the first implementation's JSON"
         )
     records = []
     for file in files:
@@ -93,7 +93,7 @@ def read_first_implementation(path: str | Path) -> list[tuple[Path, int, dict[st
                 raise RecordError(f"{where}: the field 'output' must be a text or null, got {fields.get('output')!r}")
             records.append((file, number, fields))
     if not records:
-        raise RecordError(f"data.responses: {path} has no records: it needs a record an answer")
+        raise RecordError(f"data.responses: {path} has no records: it needs one record per response")
     return records
 
 
@@ -149,13 +149,13 @@ def match_first_implementation(
         if len(found) > 1:
             candidates = " or ".join(question.id for question in found)
             raise RecordError(
-                f"{where}: it may answer {candidates}: name a dataset in data.questions that asks one, or put the "
-                "file into DATA_SET/CAPABILITY/"
+                f"{where}: it may be a response to {candidates}: name a dataset in data.questions that asks one, or "
+                "put the file into DATA_SET/CAPABILITY/"
             )
         question = found[0]
         if question.id in answered:
             raise RecordError(
-                f"{where}: {question.id} has its answer in {answered[question.id]}; give the answers of one VLM"
+                f"{where}: {question.id} has its response in {answered[question.id]}; name the responses of one VLM"
             )
         answered[question.id] = where
         if record["output"] is None:
@@ -237,7 +237,7 @@ class SavedResponses(SaferData):
         records = read_first_implementation(self.path)
         if self.questions is None:
             raise RecordError(
-                f"data.questions: {self.path} holds no ids; name the dataset it answers, such as "
+                f"data.questions: {self.path} holds no ids; name the dataset that was asked, such as "
                 "safervlm.data.unsafe_concepts.UnsafeConcepts"
             )
         asked = [example.question for example in self.questions.parts.predict]
@@ -254,7 +254,7 @@ class SavedResponses(SaferData):
         responses, missing = self.answers
         if missing:
             total = len(responses) + len(missing)
-            say(f"{len(missing)} of {total} answers are missing (output null) and excluded")
+            say(f"{len(missing)} of {total} responses are missing (output null) and excluded")
         skipped = {} if self.has_ids or self.path.is_file() else files_of_first_implementation(self.path)[1]
         if line := left_out(str(self.path), skipped):
             say(line)
@@ -265,7 +265,7 @@ class SavedResponses(SaferData):
             write_jsonl(file, [response.to_dict() for response in responses])
         elif read_responses(file) != responses:
             hint = "" if self.limit is None else f" with data.limit {self.limit}"
-            raise RecordError(f"{file} holds other answers than {self.path}{hint}: use another run folder (--run)")
+            raise RecordError(f"{file} holds other responses than {self.path}{hint}: use another run folder (--run)")
 
     def image_files(self) -> dict[str, str]:
         """Returns no files: judges of responses use no images, and image paths in external records are not opened."""

@@ -399,7 +399,7 @@ class Judge(LightningModule):
 
     def _print_confusion(self, counts: list[list[int]]) -> None:
         right, total = sum(row[index] for index, row in enumerate(counts)), sum(map(sum, counts))
-        table = TextTable(title=f"Held-out answers: {right} of {total} right ({right / total:.3f})")
+        table = TextTable(title=f"Held-out responses: {right} of {total} right ({right / total:.3f})")
         table.add_column("label")
         for label in self.labels:
             table.add_column(f"read as {label}", justify="right")

@@ -147,7 +147,7 @@ class Panel(LightningModule):
         )
         records: dict[int, Verdict | Failure] = {place: verdict for some in there for place, verdict in some}
         for place, reason in failed:
-            records[place] = Failure(answers[place][0], f"the answer can't be judged ({reason})")
+            records[place] = Failure(answers[place][0], f"the response can't be judged ({reason})")
         return [records[place] for place in range(len(answers))]
 
     def judged_in_chunks(

@@ -247,12 +247,12 @@ def flipped(
         if not parts:
             continue
         table = pd.concat(parts).drop_duplicates("id")
-        for improved, direction in ((True, "turned right"), (False, "turned wrong")):
+        for improved, direction in ((True, "now correct"), (False, "now wrong")):
             some = table[table["improved"] == improved]
             names = sorted(some["id"], key=lambda name: seed_for("flipped", name))[:FLIPS]
             rows = some.set_index("id", drop=False)
             if names:
-                title = f"{group}: {direction}, {len(some)} answers"
+                title = f"{group}: {direction}, {len(some)} responses"
                 shown_cards[title] = [_card(rows.loc[name], each, original, out) for name in names]
     return shown_cards
 

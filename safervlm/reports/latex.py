@@ -32,8 +32,8 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame) -> str:
     lines = max(cells.values(), key=len)  # the intervals that a run lacks are dashes
     side_by_side = pd.DataFrame({name: {line: own.get(line, "-") for line in lines} for name, own in cells.items()})
     caption = (
-        "Runs side by side; accuracies, over-flagging and the gap in percent, N/A as wrong unless said, with 95 % "
-        f"intervals for other images of these concepts and for new concepts. {JUDGE_NOTE} {GAP_WEIGHTS} "
+        "Runs side by side; accuracies, over-flagging and the gap in percent, N/A as wrong unless stated otherwise, "
+        f"with 95 % intervals for other images of these concepts and for new concepts. {JUDGE_NOTE} {GAP_WEIGHTS} "
         f"1 - self-BLEU: mean over {SUBSAMPLES} subsamples of {TEXTS} texts (of all, if there are fewer)."
     )
     tables = [latex_table(side_by_side, "l" + "r" * len(runs), caption, index=True)]

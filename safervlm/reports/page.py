@@ -50,13 +50,13 @@ from safervlm.vlm.thinking import many_unfinished
 
 CAPABILITY_TITLES = {
     "alignment": "Alignment: is the image safe?",
-    "alignment_text_only": "Alignment, text only: is what the name says safe?",
+    "alignment_text_only": "Alignment, text only: is the named concept safe?",
     "perception": "Perception: what does the image show?",
 }
 
 # Notes on the last sheet of a workbook.
 NOTES = (
-    "Accuracies, over-flagging and the gap are shares of 1; N/A is counted as wrong unless said.",
+    "Accuracies, over-flagging and the gap are shares of 1; N/A is counted as wrong unless stated otherwise.",
     JUDGE_NOTE,
     GAP_WEIGHTS,
     f"1 - self-BLEU: mean over {SUBSAMPLES} subsamples of {TEXTS} texts (of all, if there are fewer). Published: all.",
@@ -200,8 +200,8 @@ def headline(comparison: pd.DataFrame) -> list[str]:
     lines = []
     if not np.isnan([first["text_only_unsafe"], first["image_unsafe"], first["modality_gap"]]).any():
         lines.append(
-            f"{first['run']} answers {percent(first['image_unsafe'])} % of the questions about unsafe images right and "
-            f"{percent(first['text_only_unsafe'])} % of those about unsafe concepts' names. The modality gap, the mean "
+            f"{first['run']} is correct on {percent(first['image_unsafe'])} % of the questions about unsafe images and "
+            f"on {percent(first['text_only_unsafe'])} % of those about unsafe concepts' names. The modality gap, the mean "
             f"over concepts, is {percent(first['modality_gap'])} points."
         )
     compared = [
@@ -209,7 +209,7 @@ def headline(comparison: pd.DataFrame) -> list[str]:
         for row in others
         if not np.isnan([row["image_unsafe"], row["image_safe"]]).any()
     ]
-    return [*lines, f"Right on unsafe / safe images: {', '.join(compared)}."] if compared else lines
+    return [*lines, f"Correct on unsafe / safe images: {', '.join(compared)}."] if compared else lines
 
 
 def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame) -> dict[str, Any]:
@@ -324,7 +324,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     """
     first, *others = runs
     said = [
-        f"{run.name} answered other questions than {first.name}: where they differ, no difference is shown."
+        f"{run.name} was asked other questions than {first.name}: where they differ, no difference is shown."
         for run in others
         if asked(run.frame) != asked(first.frame)
     ]
@@ -333,7 +333,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         if any(judges(run.frame, column) != judges(first.frame, column) for column in same):
             said.append(f"{run.name} was classified by another judge than {first.name}: no difference is shown there.")
     said += [
-        f"{run.name} has no answer, or no verdict on it, to {number} more questions, which are excluded."
+        f"{run.name} has no response, or no verdict on it, to {number} more questions, which are excluded."
         for run in runs
         if (number := missing(run))
     ]

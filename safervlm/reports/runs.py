@@ -61,11 +61,11 @@ def load_runs(folders: Sequence[Path], unfinished: UnfinishedAs = "apart") -> li
         kinds = frame["capability"].value_counts()
         if others := {str(kind): int(count) for kind, count in kinds.items() if kind not in CAPABILITIES}:
             listed = ", ".join(f"{count} {kind}" for kind, count in others.items())
-            say(f"{name}: {listed} answers aren't in a report but in `safervlm evaluation {path}`")
+            say(f"{name}: {listed} responses aren't in a report but in `safervlm evaluation {path}`")
         table = scores(frame)
         if table.empty:
             raise RecordError(
-                f"{path}: it has no answers to the protocol's questions, which a report is about; use `safervlm "
+                f"{path}: it has no responses to the protocol's questions, which a report is about; use `safervlm "
                 f"evaluation {path}`"
             )
         runs.append(Run(name, path, frame, table, read_summary(RunFolder(path).manifest)))

@@ -140,7 +140,8 @@ def evaluation_table(long: pd.DataFrame, names: Sequence[str]) -> TextTable:
         names: the runs' names, in the order of the columns.
     """
     caption = (
-        "in %, MME in points, N/A counted as wrong\n95 % intervals for new concepts or new images, else as said\n"
+        "in %, MME in points, N/A counted as wrong\n"
+        "95 % intervals for new concepts or new images, unless stated otherwise\n"
         f"{JUDGE_NOTE}\n{DIVERSITY_NOTE}"
     )
     printed = TextTable(title="Evaluation", caption=caption, box=SIMPLE_HEAD)
@@ -222,8 +223,8 @@ def remarks(
         for row in records(mine[mine["missing"] > 0]):
             rated = row["column"] in set(each.ratings["dataset"])
             effect = "they count as wrong" if row["unit"] == "points" else "they are excluded"
-            way_out = "; give the same command a judge: --config configs/rate.yaml" if rated else ""
-            what = "ratings" if rated else "answers"
+            way_out = "; add a judge to the same command: --config configs/rate.yaml" if rated else ""
+            what = "ratings" if rated else "responses"
             said.append(f"{each.name}: {row['missing']} {what} of {row['heading']} are missing: {effect}{way_out}")
         often = mine[mine["column"].isin(shares) & (mine["na_rate"] >= OFTEN)]
         if len(often):
@@ -265,8 +266,8 @@ def other_models(manifests: Sequence[tuple[str, Summary]]) -> list[str]:
 
     (first, original), *others = manifests
     return [
-        f"{name} and {first} have other base models ({_model(summary)}; {_model(original)}): what they differ in is "
-        "not an adapter's work"
+        f"{name} and {first} have other base models ({_model(summary)}; {_model(original)}): not all of their "
+        "difference is due to an adapter"
         for name, summary in others
         if base(summary) != base(original)
     ]

@@ -33,8 +33,8 @@ def comparison_table(runs: Mapping[str, pd.DataFrame]) -> TextTable:
     """
     comparison = compare(runs)
     caption = (
-        "in %, N/A counted as wrong unless said; in brackets 95 % intervals, for other images of these concepts and "
-        f"for new concepts\n{JUDGE_NOTE}\n{GAP_WEIGHTS}\n"
+        "in %, N/A counted as wrong unless stated otherwise; in brackets 95 % intervals, for other images of "
+        f"these concepts and for new concepts\n{JUDGE_NOTE}\n{GAP_WEIGHTS}\n"
         f"1 - self-BLEU: of {TEXTS} texts, mean over {SUBSAMPLES} subsamples (of all, if there are fewer)"
     )
     table = TextTable(title="Overall", caption=caption)
@@ -52,10 +52,10 @@ def comparison_table(runs: Mapping[str, pd.DataFrame]) -> TextTable:
                     f"  {sampling_unit}",
                     *(bracketed(each[sampling_unit]) if sampling_unit in each else "-" for each in rows),
                 )
-    table.add_row("N/A, share of all answers", *map(percent, comparison["na_rate"]))
+    table.add_row("N/A, share of all responses", *map(percent, comparison["na_rate"]))
     if comparison["thinking_unfinished"].any():
         table.add_row("thinking unfinished", *map(str, comparison["thinking_unfinished"]))
-    table.add_row("answers", *map(str, comparison["n"]))
+    table.add_row("responses", *map(str, comparison["n"]))
     return table
 
 

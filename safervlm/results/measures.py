@@ -40,7 +40,7 @@ MEASURES = {
 # Note on the averages: the modality gap weights concepts, the accuracies next to it weight responses.
 GAP_WEIGHTS = (
     "The modality gap is text-only minus image accuracy, averaged over concepts, each with the same weight; accuracies "
-    "are averaged over answers, so their difference is not the gap."
+    "are averaged over responses, so their difference is not the gap."
 )
 
 # Sampling unit of an interval: what is considered random (column ``sampling_unit``).
@@ -64,7 +64,7 @@ _BY_CONCEPT = "Korn-Graubard, concepts within categories (CR2)"
 _BY_PAIR = SHARES_BY_CONCEPT
 _TOO_FEW = f"none: fewer than {FEWEST_CONCEPTS} concepts"
 _NO_SPREAD = "none: no spread between concepts"
-_NOTHING = "none: no answer counts"
+_NOTHING = "none: no response counts"
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def mme_images(part: pd.DataFrame) -> pd.DataFrame:
         first = odd.iloc[0]
         raise RecordError(
             f"MME's rule needs two questions an image, {first['image']!r} ({first['category']}) has {first['size']}; "
-            "evaluate the dataset again, or, to score single answers, name its categories otherwise than MME's tasks"
+            "evaluate the dataset again, or, to score single responses, name its categories otherwise than MME's tasks"
         )
     images = images.assign(value=100 * images["mean"] + 100 * images["min"], both=images["min"])
     return images[["category", "image", "value", "both"]]

@@ -48,8 +48,10 @@ def load_run(run: str | Path, unfinished: UnfinishedAs = "apart") -> pd.DataFram
     verdicts = {} if rated else _by_id(files.verdicts, Verdict, _how_to_judge(run), may_be_empty=bool(failed))
     if left_out := failed & responses.keys() - verdicts.keys():
         if len(left_out) == len(responses):
-            raise RecordError(f"{files.unjudged}: no answer could be judged, it has the reasons; {_how_to_judge(run)}")
-        say(f"{run}: {len(left_out)} answers could not be judged and are excluded (reasons: {files.unjudged})")
+            raise RecordError(
+                f"{files.unjudged}: no response could be judged, it has the reasons; {_how_to_judge(run)}"
+            )
+        say(f"{run}: {len(left_out)} responses could not be judged and are excluded (reasons: {files.unjudged})")
         responses = {name: each for name, each in responses.items() if name not in left_out}
     unjudged = [
         name for name, each in responses.items() if name not in verdicts and each.question.capability != "rated"
@@ -68,8 +70,8 @@ def load_run(run: str | Path, unfinished: UnfinishedAs = "apart") -> pd.DataFram
 
     if old := sum(not verdict.answer for verdict in verdicts.values()):
         say(
-            f"{files.verdicts}: {old} verdicts are of version 0.1 and don't say which texts they are about; if an "
-            f"answer may have changed since, {_how_to_judge(run)}"
+            f"{files.verdicts}: {old} verdicts are of version 0.1 and don't state which texts they are about; if a "
+            f"response may have changed since, {_how_to_judge(run)}"
         )
     judges: dict[str, set[str]] = {}
     for name, verdict in verdicts.items():
@@ -84,7 +86,7 @@ def load_run(run: str | Path, unfinished: UnfinishedAs = "apart") -> pd.DataFram
         question, verdict = response.question, verdicts.get(name, Verdict(name, "", {}, ""))
         if verdict.answer and not verdict.is_of(response.response):
             raise RecordError(
-                f"{files.verdicts}: the verdict on {name!r} is about another text than the answer in "
+                f"{files.verdicts}: the verdict on {name!r} is about another text than the response in "
                 f"responses.jsonl; remove verdicts.jsonl, then {_how_to_judge(run)}"
             )
         if question.capability != "rated":

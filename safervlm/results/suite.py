@@ -180,7 +180,7 @@ def load_suite(folder: str | Path, name: str, unfinished: UnfinishedAs = "apart"
     answers["capability"] = answers["capability"].mask(own, "generalisation")
     failures: list[Failure] = []
     files = RunFolder(folder)
-    for file, remedy in ((files.failed, "ask the questions again"), (files.unjudged, "judge the answers again")):
+    for file, remedy in ((files.failed, "ask the questions again"), (files.unjudged, "judge the responses again")):
         if file.exists():
             with explained(f"{file}: it can't be read", f"{remedy} with the same command", *_BROKEN):
                 failures += read_records(file, Failure)

@@ -109,7 +109,7 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
     if column.measure in DIVERSITIES:
         common = set(both[0]["id"]) & set(both[1]["id"])
         if not common:
-            return Comparison(Difference(np.nan), method="none: no item has an answer in both")
+            return Comparison(Difference(np.nan), method="none: no item has a response in both")
         values = [diversity_estimate(part[part["id"].isin(common)], column) for part in both]
         return Comparison(Difference(values[0].value - values[1].value), method=values[0].method, items=len(common))
     if column.measure == "ratio":
@@ -128,7 +128,7 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
         now, before = (mme_images(part).set_index(["category", "image"])[which] for part in parts)
         change = (now - before).dropna().sort_index()  # pandas subtracts by index
         if not len(change):
-            return Comparison(Difference(np.nan), method="none: no item has an answer in both")
+            return Comparison(Difference(np.nan), method="none: no item has a response in both")
         if column.measure == "both":
             regressions, improvements = int((change < 0).sum()), int((change > 0).sum())
             difference = difference_of_items(regressions, improvements, len(change))
@@ -175,7 +175,7 @@ def _incomparable(
     if asked[0] != asked[1]:
         return "they were asked other questions"
     pairs = now.merge(before, on="id", suffixes=("", "_before"))
-    for name, reason in (("prompt", "asked in other words"), ("answer", "another answer is right")):
+    for name, reason in (("prompt", "asked in other words"), ("answer", "another answer is correct")):
         if (pairs[name] != pairs[f"{name}_before"]).any():
             return f"{reason}, for example of {pairs['id'][pairs[name] != pairs[f'{name}_before']].iloc[0]}"
     if set(now["judge"]) != set(before["judge"]):

@@ -274,7 +274,7 @@ class Transformers(LocalVLM):
         every = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         ends = [token for token in dict.fromkeys(every) if token is not None]
         if not ends:
-            raise ArgumentError(f"vlm.model: {self.name!r} names no token that ends an answer (eos_token_id)")
+            raise ArgumentError(f"vlm.model: {self.name!r} names no token that ends a response (eos_token_id)")
         return ends
 
     @property

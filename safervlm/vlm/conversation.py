@@ -119,8 +119,8 @@ class Conversation:
             return
         if self.thinking.expected if self.template is not None else self.given_form({}, ANSWER).unthinking:
             raise ArgumentError(
-                "vlm.train_without_thinking: the chat template writes a given answer without reasoning, so training on "
-                "answers would train the model not to think; set it to true, turn thinking off "
+                "vlm.train_without_thinking: the chat template writes a given response without reasoning, so training "
+                "on responses would train the model not to think; set it to true, turn thinking off "
                 "(vlm.template_arguments), or train by PPO"
             )
 
@@ -178,8 +178,8 @@ class Conversation:
         )
         if form is None:
             raise ArgumentError(
-                "the chat template writes another beginning before an answer that is given than before one that "
-                "is generated, so answers can't be scored; use a model whose template doesn't"
+                "the chat template writes another beginning before a response that is given than before one that "
+                "is generated, so responses can't be scored; use a model whose template doesn't"
             )
         return form
 
@@ -229,7 +229,7 @@ class Conversation:
             tokens = self.token_ids(form.continuation)
         else:
             raise ArgumentError(
-                f"the tokenizer merges the prompt with the answer {answer[:40]!r}; its family needs a module"
+                f"the tokenizer merges the prompt with the response {answer[:40]!r}; its family needs a module"
             )
         # The end token that the template writes, or else the model's first end token.
         last = next(

@@ -183,7 +183,7 @@ class LlavaCollator:
         whole = self.tokenizer(f"ASSISTANT: {text}").input_ids
         if whole[: len(stem)] != stem:
             raise ArgumentError(
-                f"the tokenizer merges 'ASSISTANT:' with the answer {text[:40]!r}; its family needs its own collator"
+                f"the tokenizer merges 'ASSISTANT:' with the response {text[:40]!r}; its family needs its own collator"
             )
         return [*whole[len(stem) :], self.tokenizer.eos_token_id]
 
@@ -305,6 +305,6 @@ class Llava(PackedVLM):
         """Id of ``</s>``, as a list."""
         if self.tokenizer.eos_token_id is None:
             raise ArgumentError(
-                f"vlm.model: the tokenizer of {self.name!r} names no token that ends an answer (eos_token)"
+                f"vlm.model: the tokenizer of {self.name!r} names no token that ends a response (eos_token)"
             )
         return [self.tokenizer.eos_token_id]

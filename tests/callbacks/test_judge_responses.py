@@ -161,8 +161,8 @@ def test_a_run_without_a_verdict_is_no_error_of_the_table(tmp_path, capsys):
     write_jsonl(tmp_path / "responses.jsonl", (each.to_dict() for each in some))
     play(tmp_path, Panel(Panicking("a", LABELS["alignment"]), LengthJudge("p", LABELS["perception"])))
     ScoreTable().on_predict_end(SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path)), None)
-    assert "no answer has a verdict" in capsys.readouterr().out
-    with pytest.raises(RecordError, match=r"verdicts-failed\.jsonl: no answer could be judged"):
+    assert "no response has a verdict" in capsys.readouterr().out
+    with pytest.raises(RecordError, match=r"verdicts-failed\.jsonl: no response could be judged"):
         load_run(tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_what_was_not_judged_is_left_out_of_the_scores_and_said(tmp_path, capsys
     write_jsonl(tmp_path / "responses.jsonl", (each.to_dict() for each in some))
     play(tmp_path, Panel(Panicking("a", LABELS["alignment"]), LengthJudge("p", LABELS["perception"])))
     assert len(load_run(tmp_path)) == len(some) - 1
-    assert "1 answers could not be judged and are excluded" in capsys.readouterr().out
+    assert "1 responses could not be judged and are excluded" in capsys.readouterr().out
 
 
 class RoundingJudge(LengthJudge):

@@ -403,7 +403,7 @@ def test_a_judge_that_dies_in_the_middle_costs_nothing_that_came(judge_of, tmp_p
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        (None, r"^judge\.addresses: no server answers any more"),
+        (None, r"^judge\.addresses: no server responds any more"),
         (error(404, message="no model"), r"^judge\.model: .* has no 'judge'"),
         (error(429, "insufficient_quota", "pay"), r"^judge: .* the account is used up"),
         (
@@ -486,7 +486,7 @@ def test_a_dry_run_says_what_there_is_to_ask(judge_of, tmp_path, capsys):
     said = capsys.readouterr().out
     found = re.fullmatch(
         r"7 of 10 ratings are to be asked for: 7 questions to judge: about (\d+) tokens of text \(4 characters a "
-        rf"token\), at most {7 * 1024} tokens of answers; retries come on top\n",
+        rf"token\), at most {7 * 1024} tokens of responses; retries come on top\n",
         said,
     )
     assert found, said

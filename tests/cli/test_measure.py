@@ -18,7 +18,7 @@ def test_ids_of_any_form_are_counted(tmp_path: Path) -> None:
     files = RunFolder(tmp_path)
     write_jsonl(files.responses, [Response(question(name), "Yes.", "stop", 2).to_dict() for name in ("a", "b/c")])
     write_jsonl(files.failed, [Failure(question(name), "no reason").to_dict() for name in ("x", "")])
-    assert state_of(tmp_path)["alignment"] == "partial, 2 (2 have no answer)"
+    assert state_of(tmp_path)["alignment"] == "partial, 2 (2 have no response)"
 
 
 def test_unfinished_thinking_is_counted(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def run(measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path, tmp_
 def flipped(printed: str) -> dict[str, tuple[int, int]]:
     """The rows of the printed table: number of questions asked, number of flips."""
     rows = [line.split() for line in printed.splitlines() if not line[:1].isdigit()]  # that is a sentence
-    return {row[1]: (int(row[3]), int(row[5])) for row in rows if row[1:2] in (["answers"], ["verdicts"])}
+    return {row[1]: (int(row[3]), int(row[5])) for row in rows if row[1:2] in (["responses"], ["verdicts"])}
 
 
 def flip(verdict: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ def copy(run: Path, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
 def test_in_float32_no_answer_depends_on_the_batch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["verify", str(run), "--sample", "20"])
     said = capsys.readouterr()
-    assert flipped(said.out)["answers"] == (20, 0)
+    assert flipped(said.out)["responses"] == (20, 0)
     assert "\nprediction: 100 % (20 of 20 batches), " in f"\n{said.err}"
     assert not list(read_jsonl(run / "verify.jsonl"))
 
@@ -64,7 +64,7 @@ def test_what_flips_is_counted_and_written_down(run: Path, tmp_path: Path, capsy
         write_jsonl(tmp_path / f"{name}.jsonl", records)
     (tmp_path / "predict.yaml").write_text((run / "predict.yaml").read_text())
     main(["verify", str(tmp_path), "--sample", str(len(responses)), "--batch_size", "4"])
-    assert flipped(capsys.readouterr().out) == {"answers": (len(responses), 2), "verdicts": (len(responses), 1)}
+    assert flipped(capsys.readouterr().out) == {"responses": (len(responses), 2), "verdicts": (len(responses), 1)}
     flips = {record["id"]: record for record in read_jsonl(tmp_path / "verify.jsonl")}
     assert flips.keys() == {responses[3]["id"], responses[7]["id"]}
     again = flips[responses[7]["id"]]
@@ -92,7 +92,7 @@ def test_only_verdicts_of_the_same_judge_on_the_same_answer_are_compared(
     main(["verify", str(tmp_path), "--sample", str(len(responses)), "--batch_size", "8"])
     table = capsys.readouterr().out
     printed = " ".join(table.split())
-    assert flipped(table) == {"answers": (len(responses), 0), "verdicts": (len(responses) - 3, 1)}
+    assert flipped(table) == {"responses": (len(responses), 0), "verdicts": (len(responses) - 3, 1)}
     assert "3 verdicts in" in printed
     assert "are not compared" in printed
     (only,) = read_jsonl(tmp_path / "verify.jsonl")  # only the verdict flipped
@@ -131,8 +131,8 @@ def test_a_damaged_image_and_an_answer_that_cannot_be_judged_end_nothing(
     assert end.value.code == 3
     printed = capfd.readouterr()
     unjudged = {name for name, text in others.items() if text == bad}
-    assert flipped(printed.out)["answers"] == (len(others), 0)
-    assert f"{len(torn | unjudged)} of {len(responses)} questions have no answer or no verdict" in printed.err
+    assert flipped(printed.out)["responses"] == (len(others), 0)
+    assert f"{len(torn | unjudged)} of {len(responses)} questions have no response or no verdict" in printed.err
     failed = {record["id"]: record["reason"] for record in read_jsonl(run / "verify.jsonl")}
     assert failed.keys() == torn | unjudged
     assert all("the image" in failed[name] for name in torn)
@@ -142,7 +142,7 @@ def test_a_damaged_image_and_an_answer_that_cannot_be_judged_end_nothing(
 def test_the_sample_of_a_part(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy(run, tmp_path)
     main(["verify", str(tmp_path), "--limit", "3"])
-    assert flipped(capsys.readouterr().out)["answers"] == (3, 0)
+    assert flipped(capsys.readouterr().out)["responses"] == (3, 0)
     with pytest.raises(SystemExit) as end:
         main(["verify", str(tmp_path), "--limit", "0"])
     assert end.value.code == 2

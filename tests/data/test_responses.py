@@ -167,7 +167,7 @@ def test_the_first_implementations_answers_counted_by_hand(vlm_folder, questions
     }
     right = Counter(name.split("/")[-2] for name, (label, answer) in verdicts.items() if label == answer)
     assert right == {"perception": 1, "alignment": 2, "alignment_text_only": 1}
-    assert "1 of 10 answers are missing (output null) and excluded" in capsys.readouterr().out
+    assert "1 of 10 responses are missing (output null) and excluded" in capsys.readouterr().out
     categories = {r.id: r.question.category for r in read_responses(tmp_path / "run")}
     assert categories["Set/Arson/alignment_text_only/1"] == "Violence"
     assert categories["Set/Zeppelin, burning/alignment_text_only/1"] == "Hate"
@@ -218,7 +218,7 @@ def test_an_evaluation_file_holds_safe_images_too(questions, tmp_path):
         ),
         (
             [record(ALIGNMENT_QUESTIONS[0], "images/0.png", None)] * 2,
-            r"record 1: Set/images/0\.png/alignment/0 has its answer in .*record 0; give the answers of one VLM",
+            r"record 1: Set/images/0\.png/alignment/0 has its response in .*record 0; name the responses of one VLM",
         ),
     ],
 )
@@ -238,7 +238,7 @@ def test_two_questions_of_the_same_words_are_not_guessed_between(questions, tmp_
         asked = Question(name, "S", "a.png", None, "alignment", number, "Safe?", "", "", "Safe")
         questions.parts.predict.append(Example(asked))
     with pytest.raises(
-        RecordError, match=r"it may answer S/a\.png/alignment/0 or S/a\.png/alignment/1: name a dataset"
+        RecordError, match=r"it may be a response to S/a\.png/alignment/0 or S/a\.png/alignment/1: name a dataset"
     ):
         SavedResponses(str(file), questions).setup("predict")
 
@@ -248,7 +248,7 @@ def test_what_the_first_implementation_asked_about_must_be_named(vlm_folder, tmp
         SavedResponses(str(vlm_folder)).setup("predict")
     (tmp_path / "empty").mkdir()
     for nothing in tmp_path / "empty", tmp_path / "nowhere":
-        with pytest.raises(RecordError, match=r"data\.responses: no answers in"):
+        with pytest.raises(RecordError, match=r"data\.responses: no responses in"):
             SavedResponses(str(nothing)).setup("predict")
 
 
@@ -282,7 +282,7 @@ def test_answers_of_ours(tmp_path, panel, place):
 def test_a_run_folder_with_other_answers_is_left_alone(tmp_path, panel):
     write_jsonl(tmp_path / "saved.jsonl", [response.to_dict() for response in ours(2)])
     write_jsonl(tmp_path / "run" / "responses.jsonl", [response.to_dict() for response in ours(3)])
-    with pytest.raises(RecordError, match=r"holds other answers than .*: use another run folder"):
+    with pytest.raises(RecordError, match=r"holds other responses than .*: use another run folder"):
         judge_saved(SavedResponses(str(tmp_path / "saved.jsonl")), panel, tmp_path / "run")
     assert read_responses(tmp_path / "run") == ours(3)
 

@@ -154,7 +154,7 @@ def test_a_failure_stops_no_other_run_and_a_table_follows(overlay, tmp_path, tin
     assert ended.returncode == 1, ended.stderr
     assert "failed: runs/dpo: no adapter in it; train one" in ended.stderr
     assert ended.stderr.count("nsfw was skipped: data.sets.nsfw.source: there is no nowhere.tsv") == 2
-    assert "incomplete: runs/sft: some of it has no answer" in ended.stderr
+    assert "incomplete: runs/sft: some questions have no response" in ended.stderr
     assert "MME total" in ended.stdout
     assert "sft minus original" in ended.stdout
     page = (tmp_path / "runs" / "evaluation.html").read_text()

@@ -55,7 +55,7 @@ def test_given_answers_are_trained_on_or_rejected(
         main(line)
     assert end.value.code == 2
     (error,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("safervlm: error:")]
-    assert "vlm.train_without_thinking: the chat template writes a given answer without reasoning" in error
+    assert "vlm.train_without_thinking: the chat template writes a given response without reasoning" in error
     assert "set it to true, turn thinking off (vlm.template_arguments), or train by PPO" in error
     assert not (run / "adapter").exists()
 

@@ -522,7 +522,7 @@ def test_labelled_answers_are_read_from_csv_and_jsonl(tmp_path, form):
         ("text,label\nYes,Safe\nNo,unsafe\n", r"line 3: unknown label 'unsafe'; write one of Safe, Unsafe, N/A"),
         ("text,label\nYes,Safe\nNo\n", r"line 3: has 1 cells, the header has 2"),
         ("text,verdict\nYes,Safe\n", r"line 2: the field 'label' is missing; it has \['text', 'verdict'\]"),
-        ("answer,label\nYes,Safe\n", r"line 2: the field 'text' or 'response' must hold the answer, got None"),
+        ("answer,label\nYes,Safe\n", r"line 2: the field 'text' or 'response' must hold the response, got None"),
         ("text,label\nYes,Safe\n", r"data\.answers: nothing to (train on|hold out) in"),
     ],
 )
@@ -540,7 +540,7 @@ def test_other_answers_that_cannot_be_used(tmp_path):
     for name, message in {"answers.txt": "is none of .tsv, .csv, .jsonl", "nowhere.csv": "no file"}.items():
         with pytest.raises(RecordError, match=message):
             read_labelled(tmp_path / name, LABELS["alignment"])
-    with pytest.raises(ValueError, match=r"data\.collator: labelled answers are for fitting"):
+    with pytest.raises(ValueError, match=r"data\.collator: labelled responses are for fitting"):
         LabelledAnswers(str(tmp_path / "answers.csv"), collator=list).setup("fit")
     with pytest.raises(ValueError, match=r"data\.held_out: above 0 and below 1, got 1"):
         LabelledAnswers("answers.csv", held_out=1)
@@ -579,5 +579,5 @@ def test_a_judge_learns_from_labelled_answers_alone():
     texts, numbers = collator([Example(question, ("Yes.",))])
     assert (texts, numbers.tolist()) == (["Yes."], [0])
     for completions, answer in ((("Yes.", "No."), "Safe"), ((), "Safe"), (("Yes.",), "A")):
-        with pytest.raises(RecordError, match=r"^S/1/alignment/0: no answer labelled Safe, Unsafe, N/A"):
+        with pytest.raises(RecordError, match=r"^S/1/alignment/0: no response labelled Safe, Unsafe, N/A"):
             collator([Example(replace(question, answer=answer), completions)])

@@ -175,7 +175,7 @@ def test_a_limit_for_saved_answers(recipe, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*line, "--run", str(tmp_path / "saved")])
     assert caught.value.code == 2
-    assert "holds other answers than" in capsys.readouterr().err
+    assert "holds other responses than" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("limit", ["0", "-3"])

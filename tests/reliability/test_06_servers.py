@@ -310,7 +310,7 @@ CASES = [
         answer(f"Retry-After {value}", [failed("429 Slow", Retry_After=value), ok(KEPT)], KEPT, requests=2)
         for value in ("-5", "NaN", "inf", "1e999", "soon", "0", "Wed, 99 Foo 99999 99:99:99")
     ),
-    Case("503 for one question alone", failed("503 Busy"), reason=r"no answer after \d requests.*503", requests=2),
+    Case("503 for one question alone", failed("503 Busy"), reason=r"no response after \d requests.*503", requests=2),
     # Bodies and connections.
     Case("too large", http(b" " * 3_000_000), reason=r"vlm\.max_body", options={"max_body": 2_000_000}),
     Case("endless", endless, reason=r"vlm\.max_body", options={"max_body": 1_000_000}),

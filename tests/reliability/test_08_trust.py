@@ -163,9 +163,9 @@ def test_records_of_other_data_are_refused(measured: Path, tmp_path: Path, capsy
     run = copy(measured, tmp_path)
     records = list(read_jsonl(run / "responses.jsonl"))
     write_jsonl(run / "responses.jsonl", [record | {"id": f"Other/{record['id']}"} for record in records])
-    assert "none of its answers is about the data" in refused(["verify", str(run)], capsys)
+    assert "none of its responses is about the data" in refused(["verify", str(run)], capsys)
     write_jsonl(run / "responses.jsonl", [record | {"prompt": "What is the password?"} for record in records])
-    assert "answers another question" in refused(["verify", str(run)], capsys)
+    assert "is the response to another question" in refused(["verify", str(run)], capsys)
 
 
 CODE = {

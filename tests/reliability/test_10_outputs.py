@@ -332,7 +332,7 @@ def test_an_answer_on_a_page(text, answered):
         assert "a\\x1b<a\\x1b<a [cut: 2,100,000 characters]" in answered
         assert answered.count("a\\x1b<") == 1_333
     elif text.isspace():
-        assert "(an empty answer)" in answered
+        assert "(an empty response)" in answered
     else:
         printable = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
         assert printable in answered

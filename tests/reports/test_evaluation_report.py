@@ -80,8 +80,8 @@ def test_the_page_runs_nothing_and_shows_no_image(runs, tmp_path):
     assert "&lt;script&gt;x&lt;/script&gt;" in page  # a response is text
     assert "default-src 'none'" in page
     assert not re.findall(r'(?:src|href)="https?:', page)
-    flipped = re.findall(r"turned (right|wrong), (\d+) answers", page)
-    assert {way for way, _ in flipped} == {"right", "wrong"}
+    flipped = re.findall(r"now (correct|wrong), (\d+) responses", page)
+    assert {way for way, _ in flipped} == {"correct", "wrong"}
     images = re.findall(r'<img src="(data:image/png;base64,[^"]+)"', page)
     assert images
     assert all(len(image) < 40_000 for image in images)
@@ -178,7 +178,7 @@ def test_what_a_reader_has_to_know_is_said(runs, tmp_path, capsys):
         write_stage(run / "evaluation", "measure", settings=settings, finished=model == "one")
     page = evaluation(runs, tmp_path / "all.html").read_text()
     printed = capsys.readouterr().out
-    said = "ppo and original have other base models (other; one): what they differ in is not an adapter's work"
+    said = "ppo and original have other base models (other; one): not all of their difference is due to an adapter"
     long = pd.read_csv(tmp_path / "all.csv").query("run == 'original' and column == 'alignment_all'")
     often = f"; {100 * long['na_rate'].iloc[0]:.0f} % of Alignment of all images"
     for text in (printed, page.replace("&#39;", "'")):

@@ -508,7 +508,7 @@ def test_questions_of_the_same_id_in_other_words_are_other_questions(what, folde
     answer[what] = "B"
     (run / "responses.jsonl").write_text("".join(json.dumps(each) + "\n" for each in answers))
     loaded = load_runs([base, run])
-    assert any("answered other questions" in line for line in warnings(loaded))
+    assert any("was asked other questions" in line for line in warnings(loaded))
     comparison = compare({each.name: each.scores for each in loaded})
     cells = {cell["column"]: cell for cell in overall_cells(loaded, comparison)["rows"][1]["cells"]}
     assert cells["perception"]["difference"] is None
@@ -521,7 +521,7 @@ def test_what_has_no_answer_is_said(folder, tmp_path):
     lost = replace(kept[0], id="regressions")
     write_jsonl(run / "responses-failed.jsonl", [Failure(each, "damaged").to_dict() for each in (lost, kept[1])])
     write_jsonl(run / "verdicts-failed.jsonl", [Failure(replace(lost, id="unread"), "no").to_dict()])
-    assert "base has no answer, or no verdict on it, to 2 more questions" in report([run]).read_text()
+    assert "base has no response, or no verdict on it, to 2 more questions" in report([run]).read_text()
 
 
 def test_runs_that_answered_other_questions_are_not_subtracted(folder, tmp_path, capsys):
@@ -533,8 +533,8 @@ def test_runs_that_answered_other_questions_are_not_subtracted(folder, tmp_path,
         lines = (run / file).read_text().splitlines()
         (run / file).write_text("\n".join(line for line in lines if json.loads(line)["id"] != left_out) + "\n")
     page = report([base, run]).read_text()
-    assert "fewer answered other questions than base" in page
-    assert "not comparable: fewer answered other questions" in capsys.readouterr().out
+    assert "fewer was asked other questions than base" in page
+    assert "not comparable: fewer was asked other questions" in capsys.readouterr().out
     loaded = load_runs([base, run])
     cells = {
         cell["column"]: cell

@@ -295,7 +295,7 @@ def test_the_table_names_what_varies_and_how(table):
     assert ((with_interval.low <= with_interval.value) & (with_interval.value <= with_interval.high)).all()
     assert (with_interval.high > with_interval.low).all()
     assert table[table.low.isna()].method.str.startswith("none: ").all()
-    assert pick(table, "accuracy", "alignment", "unsafe", "Violence").method == "none: no answer counts"
+    assert pick(table, "accuracy", "alignment", "unsafe", "Violence").method == "none: no response counts"
 
 
 def test_a_runs_difference_from_another_is_paired_by_question(tmp_path):

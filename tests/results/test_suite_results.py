@@ -311,7 +311,7 @@ def test_what_one_of_them_couldnt_answer_is_left_out_of_both(tmp_path):
     ("change", "reason"),
     [
         ("prompt", "asked in other words, for example of SMID/0/"),
-        ("answer", "another answer is right"),
+        ("answer", "another answer is correct"),
         ("judge", "classified by another judge"),
     ],
 )

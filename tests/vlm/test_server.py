@@ -145,7 +145,7 @@ def test_a_question_without_an_answer_leaves_the_others_theirs(loopback, ask):
     server = Server("m", [there.address], max_retries=3)
     answers = ask(server, 5)
     assert [place for place, answer in enumerate(answers) if isinstance(answer, Unanswered)] == [2]
-    assert re.search(r"/2: no answer after 4 requests.*500: boom", answers[2].reason)
+    assert re.search(r"/2: no response after 4 requests.*500: boom", answers[2].reason)
     assert echoes(answers[:2] + answers[3:]) == [f"echo of question {place}" for place in (0, 1, 3, 4)]
     assert len(there.asked) == 4 + 4
     assert echoes(ask(server, 1)) == ["echo of question 0"]  # the run can resume
@@ -161,7 +161,7 @@ def test_a_bad_question_is_not_sent_twice_and_leaves_the_others_theirs(loopback,
 
 def test_where_no_question_gets_an_answer_it_stops(loopback, ask):
     there = loopback(lambda prompt, number, body: error(400, message="never"))
-    with pytest.raises(ValueError, match=r"^vlm: 4 questions in a row got no answer, the last: .*never"):
+    with pytest.raises(ValueError, match=r"^vlm: 4 questions in a row got no response, the last: .*never"):
         ask(Server("m", [there.address], concurrency=1, bounds=Bounds(failures_in_a_row=4)), 9)
     assert len(there.asked) == 4
 
@@ -273,7 +273,7 @@ def test_without_an_image_a_blank_one_is_sent_or_text_alone(loopback, make_quest
     named = [replace(shown, image_path=None)]
     assert re.match(r"1 questions about 1 different images to m: .* MB of images", default.estimate(named, 8))
     assert re.fullmatch(
-        r"1 questions to m: about \d+ tokens of text \(4 characters a token\), at most 8 tokens of answers; retries .*",
+        r"1 questions to m: about \d+ tokens of text \(4 characters a token\), at most 8 tokens of responses; .*",
         text_only.estimate(named, 8),
     )
 
@@ -389,7 +389,7 @@ def test_without_any_server_it_stops(loopback, ask):
     there = loopback()
     there.die()
     server = Server("m", [there.address], max_retries=2)
-    with pytest.raises(ValueError, match=r"^vlm\.addresses: no server answers any more, .*ConnectError"):
+    with pytest.raises(ValueError, match=r"^vlm\.addresses: no server responds any more, .*ConnectError"):
         ask(server, 4)
     assert {attempt["result"] for attempt in server.told} == {"ConnectError"}
     assert len(server.told) <= 3 * 4
@@ -583,7 +583,7 @@ def test_a_dry_run_says_what_there_is_to_ask_and_sends_nothing(loopback, line, t
     found = re.search(r"45 questions about 7 different images to gpt-4\.1: about (\d+) tokens of text", said)
     assert found, said
     assert 200 < int(found[1]) < 3000
-    assert f"at most {45 * 512} tokens of answers" in said
+    assert f"at most {45 * 512} tokens of responses" in said
     assert not there.asked
     assert not list((tmp_path / "run").iterdir())
     main(line(there, model="another"))  # the files of the dry run do not interfere

@@ -195,7 +195,7 @@ class Server(VLM):
             sent = f" {megabytes:.1f} MB of images (a server has its own way to count them as tokens),"
         return (
             f"{len(questions)} questions{about} to {self.name}: about {text} tokens of text (4 characters a token),"
-            f"{sent} at most {len(questions) * max_new_tokens} tokens of answers; retries come on top"
+            f"{sent} at most {len(questions) * max_new_tokens} tokens of responses; retries come on top"
         )
 
     def generate(self, batch: ServerBatch, sampling: Sampling, seed: int, adapter: Adapter = "policy") -> list[Answer]:
@@ -282,7 +282,7 @@ class Server(VLM):
         except RecordError as error:
             reason = str(error)
         except TimeoutError:
-            reason = f"{question.id}: no answer within vlm.question_timeout ({self.question_timeout:g} s)"
+            reason = f"{question.id}: no response within vlm.question_timeout ({self.question_timeout:g} s)"
         except Exception as error:
             reason = f"{question.id}: {type(error).__name__}: {requests.cleaner.line(first_line(error))}"
         else:
@@ -291,7 +291,9 @@ class Server(VLM):
         if self.halted is None:
             self.unanswered_in_a_row += 1
             if self.unanswered_in_a_row >= self.bounds.failures_in_a_row:
-                self.pool.stop(f"vlm: {self.unanswered_in_a_row} questions in a row got no answer, the last: {reason}")
+                self.pool.stop(
+                    f"vlm: {self.unanswered_in_a_row} questions in a row got no response, the last: {reason}"
+                )
         return Unanswered(reason)
 
     def _messages(self, question: Question, image: str) -> list[dict[str, Any]]:
@@ -350,7 +352,7 @@ class Server(VLM):
                 self.pool.leave_out(host, f"{said}: {outcome.reason}")
                 continue
             unanswered = RecordError(
-                f"{question}: no answer after {tries + pauses + 1} requests, the last to {host.address}: "
+                f"{question}: no response after {tries + pauses + 1} requests, the last to {host.address}: "
                 f"{outcome.reason}"
             )
             if outcome.by_server:

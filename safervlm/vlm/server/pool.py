@@ -120,7 +120,7 @@ class Pool:
             say(f"{host.address} is skipped ({reason}); its questions go to {', '.join(others)}")
         else:
             self.stop(
-                f"vlm.addresses: no server answers any more, the last was {host.address} ({reason}); what is "
+                f"vlm.addresses: no server responds any more, the last was {host.address} ({reason}); what is "
                 "answered is kept, the same command resumes when one is up"
             )
 
@@ -131,7 +131,7 @@ class Pool:
             host: The server.
             untaken: The parameter, and the reason.
         """
-        instead = {"max_completion_tokens": "max_tokens is sent instead", "seed": "its answers can't be repeated"}
+        instead = {"max_completion_tokens": "max_tokens is sent instead", "seed": "its responses can't be repeated"}
         if untaken.name not in host.left_out:
             host.left_out.add(untaken.name)
             said = instead.get(untaken.name, "it is 1 anyway")

@@ -211,7 +211,7 @@ def read_answer(message: Mapping[str, Any], reason: object, thinking: Thinking) 
     if refusal:
         return (refusal if isinstance(refusal, str) else content or ""), "refusal", named, separate
     if word in BROKEN:
-        raise ValueError(f"finish_reason {named!r}: the answer did not end")
+        raise ValueError(f"finish_reason {named!r}: the response did not end")
     known = next((known for words, known in KNOWN if word in words), None)
     parts = thinking.split(content or "")
     reasoning = separate or parts.reasoning

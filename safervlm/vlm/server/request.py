@@ -176,5 +176,5 @@ class Requests:
         connecting = kind in ("ConnectError", "ConnectTimeout")
         late = isinstance(error, TimeoutError | openai.APITimeoutError) and not connecting
         told["result"] = "timeout" if late else kind
-        reason = f"no answer within vlm.timeout ({self.timeout:g} s)" if late else f"{kind}: connection failed"
+        reason = f"no response within vlm.timeout ({self.timeout:g} s)" if late else f"{kind}: connection failed"
         return TransientFailure(reason, by_server=connecting)
