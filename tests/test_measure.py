@@ -114,7 +114,7 @@ def test_a_full_gpu_halves_the_batch(
 
 
 @pytest.mark.gpu
-def test_a_gpu_writes_the_answers_of_the_cpu_whatever_the_batch(
+def test_a_gpu_writes_the_responses_of_the_cpu_whatever_the_batch(
     tiny_sets: Path, measuring_line: Callable[[Path, Path], list[str]], tmp_path: Path
 ) -> None:
     main([*measuring_line(tmp_path / "cpu", tiny_sets / "unsafe"), "--model.sampling.max_new_tokens=12"])

@@ -57,7 +57,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_fingerprints_and_seeds_tell_parts_apart(tmp_path: Path) -> None:
+def test_fingerprints_and_seeds_distinguish_parts(tmp_path: Path) -> None:
     file = tmp_path / "f"
     file.write_bytes(b"ab")
     assert fingerprint(file) == fingerprint("ab") == fingerprint(b"ab")

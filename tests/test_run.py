@@ -15,7 +15,7 @@ from safervlm.run import SettingsDifferError, check_settings, finished, has_resu
 SETTINGS = {"model": {"lr": 1e-3, "betas": (0.9, 0.99)}, "data": {"ids": "abc"}}
 
 
-def test_the_same_settings_go_on(tmp_path: Path) -> None:
+def test_the_same_settings_resume(tmp_path: Path) -> None:
     check_settings(tmp_path, "sft", SETTINGS)  # nothing there yet
     write_stage(tmp_path, "sft", settings=SETTINGS, finished=False)
     check_settings(tmp_path, "sft", SETTINGS)
@@ -26,7 +26,7 @@ def test_the_same_settings_go_on(tmp_path: Path) -> None:
     assert read_manifest(tmp_path)["stages"]["sft"]["settings"]["data"] == {"ids": "abc"}
 
 
-def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+def test_other_settings_are_rejected_by_name(tmp_path: Path) -> None:
     write_stage(tmp_path, "sft", settings=SETTINGS)
     (tmp_path / "metrics.csv").write_text("step,loss\n")
     changed = json.loads(json.dumps(SETTINGS))

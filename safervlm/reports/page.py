@@ -200,9 +200,9 @@ def headline(comparison: pd.DataFrame) -> list[str]:
     lines = []
     if not np.isnan([first["text_only_unsafe"], first["image_unsafe"], first["modality_gap"]]).any():
         lines.append(
-            f"{first['run']} is correct on {percent(first['image_unsafe'])} % of the questions about unsafe images and "
-            f"on {percent(first['text_only_unsafe'])} % of those about unsafe concepts' names. The modality gap, the mean "
-            f"over concepts, is {percent(first['modality_gap'])} points."
+            f"{first['run']} is correct on {percent(first['image_unsafe'])} % of the questions about unsafe images "
+            f"and on {percent(first['text_only_unsafe'])} % of those about unsafe concepts' names. The modality gap, "
+            f"the mean over concepts, is {percent(first['modality_gap'])} points."
         )
     compared = [
         f"{row['run']} {percent(row['image_unsafe'])} / {percent(row['image_safe'])} %"

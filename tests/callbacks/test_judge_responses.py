@@ -72,7 +72,7 @@ def expected(n, alignment="alignment-1", perception="perception-1"):
     }
 
 
-def test_every_answer_gets_its_verdict_in_the_answers_order(tmp_path, capsys):
+def test_every_response_gets_its_verdict_in_the_responses_order(tmp_path, capsys):
     write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(100)])
     play(tmp_path, make_panel())  # more than one block of 16 batches
     assert "Judging: 100 % (" in capsys.readouterr().err
@@ -80,7 +80,7 @@ def test_every_answer_gets_its_verdict_in_the_answers_order(tmp_path, capsys):
     assert list(saved(tmp_path)) == [r.id for r in responses(100)]
 
 
-def test_what_has_a_verdict_is_not_read_again(tmp_path):
+def test_what_has_a_verdict_is_not_classified_again(tmp_path):
     write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(10)])
     play(tmp_path, make_panel())
     write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(12)[1:]])
@@ -119,7 +119,7 @@ class Panicking(LengthJudge):
         return super().judge(texts, batch_size)
 
 
-def test_an_answer_that_cannot_be_judged_is_listed_and_judged_again(tmp_path, capsys):
+def test_a_response_that_cannot_be_judged_is_listed_and_judged_again(tmp_path, capsys):
     write_jsonl(tmp_path / "responses.jsonl", (each.to_dict() for each in responses(9)))
     panel = Panel(Panicking("alignment-1", LABELS["alignment"]), LengthJudge("perception-1", LABELS["perception"]))
     play(tmp_path, panel)
@@ -134,7 +134,7 @@ def test_an_answer_that_cannot_be_judged_is_listed_and_judged_again(tmp_path, ca
 
 
 @pytest.mark.parametrize("number", [1, 4])
-def test_a_panel_lists_an_answer_that_cannot_be_judged_among_its_verdicts(number):
+def test_a_panel_lists_a_response_that_cannot_be_judged_among_its_verdicts(number):
     """As ``predict`` on saved responses writes them."""
     asked = responses(9)
     asked[number] = replace(asked[number], response="x" * 5)
@@ -148,7 +148,7 @@ def test_a_panel_lists_an_answer_that_cannot_be_judged_among_its_verdicts(number
     assert [record for record in records if isinstance(record, Verdict)] == whole
 
 
-def test_weights_that_cannot_be_loaded_are_no_answers_fault():
+def test_weights_that_cannot_be_loaded_are_no_responses_fault():
     panel = make_panel()
     panel.perception.configure_model = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
@@ -166,7 +166,7 @@ def test_a_run_without_a_verdict_is_no_error_of_the_table(tmp_path, capsys):
         load_run(tmp_path)
 
 
-def test_what_was_not_judged_is_left_out_of_the_scores_and_said(tmp_path, capsys):
+def test_what_was_not_judged_is_excluded_from_the_scores_and_reported(tmp_path, capsys):
     asked = [each for each in responses(9) if each.question.capability != "perception"]
     some = [replace(each, question=replace(each.question, answer="Unsafe")) for each in asked]
     write_jsonl(tmp_path / "responses.jsonl", (each.to_dict() for each in some))

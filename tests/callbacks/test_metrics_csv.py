@@ -80,6 +80,6 @@ def test_a_new_run_starts_a_new_file_and_other_processes_leave_it_alone(tmp_path
     assert rows(tmp_path) == ["batch,metric,value"]
 
 
-def test_a_continued_run_whose_file_is_gone_goes_on_without_its_rows(tmp_path):
+def test_a_continued_run_whose_file_is_gone_resumes_without_its_rows(tmp_path):
     MetricsCSV().on_train_start(trainer(tmp_path, 5), None)
     assert rows(tmp_path) == ["batch,metric,value"]

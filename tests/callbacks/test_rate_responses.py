@@ -311,7 +311,7 @@ def test_what_cannot_be_read_is_asked_again_with_another_seed(judge_of, tmp_path
     assert len(judge.asked) == 12
 
 
-def test_what_can_never_be_read_is_missing_and_said_and_asked_again_next_time(judge_of, tmp_path, capsys):
+def test_what_can_never_be_read_is_missing_and_reported_and_asked_again_next_time(judge_of, tmp_path, capsys):
     def never(prompt, number, body):
         place = int(re.search(r"question (\d)", prompt)[1])
         return Reply(body=completion(GARBAGE[place])) if place < len(GARBAGE) else None
@@ -475,7 +475,7 @@ def test_only_the_first_process_rates(judge_of, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["responses.jsonl"]
 
 
-def test_a_dry_run_says_what_there_is_to_ask(judge_of, tmp_path, capsys):
+def test_a_dry_run_states_what_there_is_to_ask(judge_of, tmp_path, capsys):
     judge = judge_of()
     write(tmp_path, *map(rated, range(3)))
     play(tmp_path, server(judge))
@@ -495,7 +495,7 @@ def test_a_dry_run_says_what_there_is_to_ask(judge_of, tmp_path, capsys):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_another_system_prompt_is_said(judge_of, tmp_path, capsys):
+def test_another_system_prompt_is_reported(judge_of, tmp_path, capsys):
     write(tmp_path, rated(0))
     play(tmp_path, server(judge_of(), system=""))
     assert "judge.system: '' is not the published prompt" in capsys.readouterr().out
@@ -570,7 +570,7 @@ def line(judge_of, tmp_path) -> Callable[[Loopback], list[str]]:
     return arguments
 
 
-def test_from_a_recipe_the_key_is_sent_and_stands_nowhere(judge_of, line, tmp_path, monkeypatch, capfd):
+def test_from_a_recipe_the_key_is_sent_and_is_stored_nowhere(judge_of, line, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
     def telling(prompt, number, body):

@@ -101,7 +101,7 @@ def test_what_is_there_is_skipped_and_a_torn_last_line_is_asked_again(tmp_path):
     assert [record["text"] for record in read_jsonl(tmp_path / "responses.jsonl")] == texts
 
 
-def test_records_that_nobody_asked_for_are_left_out_and_missing_ones_are_an_error(tmp_path):
+def test_records_that_nobody_asked_for_are_skipped_and_missing_ones_are_an_error(tmp_path):
     shard(tmp_path, "0-1", '{"id": "x", "text": "foreign"}\n{"id": "b", "text": "there"}\n')
     scene = Scene(tmp_path, "abc")
     writer = scene.start()

@@ -24,7 +24,7 @@ def said(run):
     return [(record["batch"], record["id"], record["response"]) for record in read_jsonl(run / "rollouts.jsonl")]
 
 
-def test_the_first_answers_of_each_rollout_and_those_behind_the_checkpoint_are_dropped(tmp_path):
+def test_the_first_responses_of_each_rollout_and_those_behind_the_checkpoint_are_dropped(tmp_path):
     log = RolloutLog(answers=2)
     play(log, tmp_path, 0, None)
     for number in (1, 2, 3):
@@ -48,6 +48,6 @@ def test_the_first_answers_of_each_rollout_and_those_behind_the_checkpoint_are_d
     assert said(tmp_path) == []
 
 
-def test_a_count_below_one_is_refused():
+def test_a_count_below_one_is_rejected():
     with pytest.raises(ValueError, match="answers: at least 1, got 0"):
         RolloutLog(0)

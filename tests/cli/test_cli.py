@@ -153,7 +153,7 @@ def test_the_raters_build(overlays: list[str], tiny_llava: Path, only_built: lis
     assert list(only_built[0].datamodule.sets) == SETS
 
 
-def test_every_set_of_the_suite_is_in_its_recipe() -> None:
+def test_every_dataset_of_the_suite_is_in_its_recipe() -> None:
     assert sorted(path.stem for path in (CONFIGS / "benchmarks").glob("*.yaml")) == sorted(SETS)
 
 
@@ -161,7 +161,7 @@ MINE = "class_path: safervlm.data.benchmark.Benchmark\ninit_args: {{name: Mine, 
 
 
 @pytest.mark.parametrize("way", ["command line", "overlay"])
-def test_a_set_of_ones_own_stands_beside_a_recipes(
+def test_a_custom_dataset_extends_a_recipes(
     way: str, tmp_path: Path, tiny_llava: Path, only_built: list[SaferCLI]
 ) -> None:
     (tmp_path / "mine.yaml").write_text(MINE.format("source", tmp_path))
@@ -175,7 +175,7 @@ def test_a_set_of_ones_own_stands_beside_a_recipes(
     assert only_built[0].datamodule.sets["mine"].source == f"{tmp_path}/mine.csv"
 
 
-def test_a_misspelt_argument_in_a_sets_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_argument_in_a_datasets_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.yaml").write_text(MINE.format("sourse", tmp_path))
     with pytest.raises(SystemExit):
         main(["predict", "--config", "configs/evaluate.yaml", "--data", str(tmp_path / "mine.yaml")])
@@ -366,7 +366,7 @@ def test_an_error_is_one_line(name: str, capsys: pytest.CaptureFixture[str], onl
     assert expected in lines[0]
 
 
-def test_a_fitted_run_is_validated_and_goes_on(
+def test_a_fitted_run_is_validated_and_resumes(
     tiny_llava: Path, tiny_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = [
@@ -475,7 +475,7 @@ def test_a_finished_run_is_extended(
         ("devices=many", "`devices` selected with `CPUAccelerator` should be an int"),
     ],
 )
-def test_what_lightning_refuses_is_one_line(
+def test_what_lightning_rejects_is_one_line(
     setting: str,
     message: str,
     tiny_llava: Path,

@@ -106,7 +106,7 @@ def test_looking_leaves_nothing_behind(examine, tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-def test_the_sets_of_an_evaluation_are_looked_at(examine, tmp_path: Path) -> None:
+def test_the_datasets_of_an_evaluation_are_checked(examine, tmp_path: Path) -> None:
     code, found = examine("--config", "configs/evaluate.yaml")
     assert code == 1
     contexts = found["data.sets.contexts.contexts"]
@@ -159,7 +159,7 @@ def test_the_size_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     assert memory.state == "error"
 
 
-def test_a_server_that_needs_a_key_is_said_to(examine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_needs_a_key_is_reported(examine, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = ("--config", "configs/evaluate.yaml", "--config", "configs/rate.yaml")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     _, found = examine(*recipe)

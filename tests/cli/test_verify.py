@@ -46,7 +46,7 @@ def copy(run: Path, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     return responses, verdicts
 
 
-def test_in_float32_no_answer_depends_on_the_batch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_float32_no_response_depends_on_the_batch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["verify", str(run), "--sample", "20"])
     said = capsys.readouterr()
     assert flipped(said.out)["responses"] == (20, 0)
@@ -73,13 +73,13 @@ def test_what_flips_is_counted_and_written_down(run: Path, tmp_path: Path, capsy
     assert json.loads((run / "manifest.json").read_text())["stages"]["measure"]["finished"]
 
 
-def test_a_folder_that_was_not_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_was_not_measured_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["verify", str(tmp_path)])
     assert "holds no predict.yaml; name the folder of a measurement" in capsys.readouterr().err
 
 
-def test_only_verdicts_of_the_same_judge_on_the_same_answer_are_compared(
+def test_only_verdicts_of_the_same_judge_on_the_same_response_are_compared(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     responses, verdicts = copy(run, tmp_path)
@@ -101,7 +101,7 @@ def test_only_verdicts_of_the_same_judge_on_the_same_answer_are_compared(
     assert only["label"] == verdicts[0]["label"] != only["label_again"]
 
 
-def test_a_damaged_image_and_an_answer_that_cannot_be_judged_end_nothing(
+def test_a_damaged_image_and_a_response_that_cannot_be_judged_end_nothing(
     measuring_line: Callable[[Path, Path], list[str]],
     tiny_sets: Path,
     tmp_path: Path,
@@ -139,7 +139,7 @@ def test_a_damaged_image_and_an_answer_that_cannot_be_judged_end_nothing(
     assert all("a panic" in failed[name] for name in unjudged)
 
 
-def test_the_sample_of_a_part(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_sample_of_a_split(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy(run, tmp_path)
     main(["verify", str(tmp_path), "--limit", "3"])
     assert flipped(capsys.readouterr().out)["responses"] == (3, 0)

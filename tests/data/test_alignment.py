@@ -193,7 +193,7 @@ def test_your_own_examples(tmp_path: Path):
     assert both.parts.validation == both.parts.train
 
 
-def test_other_images_are_another_set_and_animations_are_reported(
+def test_other_images_are_another_dataset_and_animations_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The fingerprint covers the images of both files, also those of equal names, but not their location."""

@@ -91,7 +91,7 @@ def test_a_pointer_is_an_index_and_no_position(tmp_path):
         asked(data)
 
 
-def test_labels_of_a_safety_set_and_the_published_draw(tmp_path):
+def test_labels_of_a_safety_dataset_and_the_published_draw(tmp_path):
     rows = [{"index": i, "image": encoded((i, 0, 0)), "label": i % 2} for i in range(30)]
     rows[7]["image"] = "5"
     questions = asked(make(tmp_path, rows))
@@ -216,7 +216,7 @@ def test_settings_that_make_no_sense(settings, message):
         Benchmark(**({"name": "Set", "source": "x.tsv"} | settings))
 
 
-def test_what_cant_be_had_is_said_in_one_line(tmp_path, monkeypatch):
+def test_what_is_unavailable_is_reported_in_one_line(tmp_path, monkeypatch):
     data = Benchmark("SMID", "nowhere/x", about="moral images, from the Hub", cache_dir=str(tmp_path))
     monkeypatch.setattr(hub.datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no net")))
     with pytest.raises(RecordError, match=r"nowhere/x: the Hub can't be reached \(no net\).*moral images") as found:
@@ -242,7 +242,7 @@ def test_a_column_that_is_not_there_is_named_with_its_argument(tmp_path):
         asked(make(tmp_path, rows))
 
 
-def test_an_image_that_is_safe_and_unsafe_is_said(tmp_path, capsys):
+def test_an_image_that_is_safe_and_unsafe_is_reported(tmp_path, capsys):
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
     for second, said in (("unsafe", 1), ("safe", 0)):
         (tmp_path / "twice.csv").write_text(f"image,label\n0.png,safe\n0.png,{second}\n")
@@ -255,7 +255,7 @@ def test_an_image_that_is_safe_and_unsafe_is_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("embedded", [False, True])
-def test_a_set_of_the_hub_becomes_the_same_table(tmp_path, monkeypatch, embedded):
+def test_a_dataset_of_the_hub_becomes_the_same_table(tmp_path, monkeypatch, embedded):
     images = [encoded("red"), "0"] if not embedded else [Image.new("RGB", (8, 6), c) for c in ("red", "red")]
     rows = datasets.Dataset.from_dict({"index": [0, 1], "image": images, "label": [1, 0]})
     if embedded:
@@ -408,7 +408,7 @@ def test_a_file_of_the_web(tmp_path, web):
     assert len(list((tmp_path / "cache").glob("MME-*.tsv"))) == 2
 
 
-def test_other_images_are_another_set(tmp_path):
+def test_other_images_are_another_dataset(tmp_path):
     data = make(tmp_path, mme_rows(), **MME)
     asked(data)
     before = data.describe()["images"]

@@ -68,7 +68,7 @@ def test_a_commit_is_not_asked_for(hub: Hub, tmp_path: Path) -> None:
     assert (hub.asked, hub.loaded) == ([], [SECOND, FIRST])
 
 
-def test_without_an_answer_the_last_copy_is_used_and_said(hub: Hub, tmp_path: Path, capsys) -> None:
+def test_without_an_answer_the_last_copy_is_used_and_reported(hub: Hub, tmp_path: Path, capsys) -> None:
     for commit in (FIRST, SECOND):
         hub.commit = commit
         label(tmp_path)

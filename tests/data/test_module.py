@@ -207,7 +207,7 @@ def test_the_place_counts_batches_delivered_not_those_fetched_ahead():
         ({"batch_size": 2, "count": 19}, "examples .* now it is"),
     ],
 )
-def test_a_place_in_another_order_is_refused(settings: dict, message: str):
+def test_a_place_in_another_order_is_rejected(settings: dict, message: str):
     state = TrainingLoader(examples(20), ids, 2).state_dict()
     with pytest.raises(ValueError, match=message):
         TrainingLoader(examples(settings.pop("count", 20)), ids, **settings).load_state_dict(state)
@@ -224,7 +224,7 @@ def test_a_place_fits_another_number_of_processes_with_the_same_global_batch():
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_loading_draws_nothing_from_the_global_generator(num_workers: int):
+def test_loading_samples_nothing_from_the_global_generator(num_workers: int):
     before = torch.get_rng_state()
     list(TrainingLoader(examples(5), ids, 2, num_workers))
     list(OrderedLoader(examples(5), in_batches(range(5), 2), 3, ids, num_workers))
@@ -287,7 +287,7 @@ def test_continued_from_the_end_of_an_epoch(tmp_path: Path, num_workers: int, fi
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_epochs_cut_short_go_on_to_the_next_order(tmp_path: Path):
+def test_epochs_cut_short_continue_with_the_next_order(tmp_path: Path):
     module = Listener()
     trainer(max_epochs=3, limit_train_batches=2).fit(module, datamodule=Numbers(train=19, batch_size=4))
     assert [batch for _, _, batch in module.seen] == [
@@ -296,7 +296,7 @@ def test_epochs_cut_short_go_on_to_the_next_order(tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_number_of_workers_changes_nothing_that_is_drawn():
+def test_number_of_workers_does_not_change_what_is_sampled():
     drawn = []
     for num_workers in (0, 1):
         torch.manual_seed(0)
@@ -402,7 +402,7 @@ def test_a_collator_is_needed():
         Numbers(predict=1, collator=None).predict_dataloader()
 
 
-def test_two_records_with_one_id_are_refused():
+def test_two_records_with_one_id_are_rejected():
     class Twice(Numbers):
         def load(self):
             return Parts(predict=[example(1), example(2), example(1)])
@@ -411,7 +411,7 @@ def test_two_records_with_one_id_are_refused():
         Twice().setup("predict")
 
 
-def test_the_description_tells_what_decides_the_result():
+def test_the_description_contains_what_decides_the_result():
     first = Numbers(predict=5, train=2).describe()
     assert first["predict"]["examples"] == 5
     assert first["train"]["examples"] == 2

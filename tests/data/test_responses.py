@@ -152,7 +152,7 @@ def test_a_folder_that_cannot_be_read_is_not_skipped(vlm_folder, questions, monk
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_first_implementations_answers_counted_by_hand(vlm_folder, questions, panel, tmp_path, capsys):
+def test_the_first_implementations_responses_counted_by_hand(vlm_folder, questions, panel, tmp_path, capsys):
     verdicts = judge_saved(SavedResponses(str(vlm_folder), questions, batch_size=4), panel, tmp_path / "run")
     assert verdicts == {
         "Set/images/2.png/perception/0": ("B", "B"),
@@ -262,7 +262,7 @@ def ours(n=3):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("place", ["same run", "another run", "a file"])
-def test_answers_of_ours(tmp_path, panel, place):
+def test_responses_of_ours(tmp_path, panel, place):
     run = tmp_path / "run"
     file = (run if place == "same run" else tmp_path / "other") / (
         "saved.jsonl" if place == "a file" else "responses.jsonl"
@@ -279,7 +279,7 @@ def test_answers_of_ours(tmp_path, panel, place):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_folder_with_other_answers_is_left_alone(tmp_path, panel):
+def test_a_run_folder_with_other_responses_is_left_alone(tmp_path, panel):
     write_jsonl(tmp_path / "saved.jsonl", [response.to_dict() for response in ours(2)])
     write_jsonl(tmp_path / "run" / "responses.jsonl", [response.to_dict() for response in ours(3)])
     with pytest.raises(RecordError, match=r"holds other responses than .*: use another run folder"):
@@ -302,7 +302,7 @@ def test_a_line_that_is_no_response_is_named(tmp_path):
         SavedResponses(str(tmp_path / "c.jsonl")).setup("predict")
 
 
-def test_an_exports_names_find_their_images_in_either_set(tiny_sets, tmp_path):
+def test_an_exports_names_find_their_images_in_either_dataset(tiny_sets, tmp_path):
     """Responses of the first implementation to our export, with names relative to the common folder of both sets."""
     sets = {"folder": str(tiny_sets / "unsafe"), "safe_folder": str(tiny_sets / "safe")}
     export_training_files(str(tmp_path), **sets)

@@ -30,7 +30,7 @@ def ids(suite):
     return [example.question.id for example in suite.parts.predict]
 
 
-def test_one_set_after_the_other():
+def test_one_dataset_after_the_other():
     suite = Suite({"a": Set("A"), "b": Set("B", 1)})
     assert ids(suite) == ["A/0", "A/1", "B/0"]
     assert list(suite.describe()["sets"]) == ["a", "b"]
@@ -41,7 +41,7 @@ def test_one_set_after_the_other():
 
 
 @pytest.mark.parametrize("missing", ["fetch", "load"])
-def test_a_set_that_cant_be_had_is_left_out_and_said_once(missing, capsys):
+def test_an_unavailable_dataset_is_skipped_and_reported_once(missing, capsys):
     suite = Suite({"a": Set("A", missing=missing), "b": Set("B")})
     suite.prepare_data()
     assert ids(suite) == ["B/0", "B/1"]
@@ -54,7 +54,7 @@ def test_a_set_that_cant_be_had_is_left_out_and_said_once(missing, capsys):
         ids(alone)
 
 
-def test_an_argument_that_an_error_names_is_the_sets(capsys):
+def test_an_argument_that_an_error_names_is_that_of_the_dataset(capsys):
     class Elsewhere(Set):
         def load(self):
             raise RecordError("data.name: there is no ./data.name in data.tsv; give another data.name")
@@ -69,12 +69,12 @@ def test_an_argument_that_an_error_names_is_the_sets(capsys):
     assert "a is skipped: data.sets.a.name" in capsys.readouterr().out
 
 
-def test_two_sets_with_one_name_are_refused():
+def test_two_datasets_with_one_name_are_rejected():
     with pytest.raises(RecordError, match=r"data\.sets: a and b both hold alignment questions of 'A'"):
         ids(Suite({"a": Set("A"), "b": Set("A")}))
 
 
-def test_own_sets_stand_beside_a_recipes():
+def test_custom_datasets_extend_a_recipes():
     assert ids(Suite({"a": Set("A", 1)}, own={"mine": Set("Mine", 1)})) == ["A/0", "Mine/0"]
     assert ids(Suite({"a": Set("A", 1)}, own={"mine": Set("Mine", 1)}, only=["mine"])) == ["Mine/0"]
     with pytest.raises(ValueError, match=r"data\.own: 'a' is one of data\.sets already"):
@@ -82,6 +82,6 @@ def test_own_sets_stand_beside_a_recipes():
 
 
 @pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_that_takes_nothing_is_refused(limit):
+def test_a_limit_that_takes_nothing_is_rejected(limit):
     with pytest.raises(ValueError, match=rf"data\.limit: at least 1, or none, got {limit}"):
         Suite({"a": Set("A")}, limit=limit)

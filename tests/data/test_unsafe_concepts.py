@@ -106,7 +106,7 @@ def test_the_papers_split_has_the_published_hashes():
     assert sha256(test) == "4a190c5125585184021ef67510ea6e57e2b4172415e77dbaaf0ab172de0b2f95"
 
 
-def test_the_validation_part_comes_out_of_the_training_images_of_each_concept():
+def test_the_validation_split_comes_out_of_the_training_images_of_each_concept():
     whole, held = paper_split(CONCEPTS), paper_split(CONCEPTS, 0.25)
     assert held.test == whole.test
     assert sorted(held.train + held.validation) == whole.train
@@ -121,7 +121,7 @@ def test_the_validation_part_comes_out_of_the_training_images_of_each_concept():
 
 
 @pytest.mark.parametrize("images", [1000, 3000])
-def test_the_safe_split_is_one_shuffle_cut_to_the_unsafe_parts_size(images: int):
+def test_the_safe_split_is_one_shuffle_cut_to_the_unsafe_splits_size(images: int):
     random.seed(2024)
     rows = list(range(images))
     random.shuffle(rows)
@@ -140,7 +140,7 @@ def test_the_safe_split_is_one_shuffle_cut_to_the_unsafe_parts_size(images: int)
 # Questions
 
 
-def test_counts_on_a_set_of_the_real_size(real_size):
+def test_counts_on_a_dataset_of_the_real_size(real_size):
     unsafe, safe = map(str, real_size)
     counts = Counter(example.question.capability for example in asked(folder=unsafe))
     assert counts == {"perception": 1567, "alignment": 5 * 1567, "alignment_text_only": 5 * 75}
@@ -188,7 +188,7 @@ def test_the_first_implementations_folder_is_read_as_it_is(folder: Path):
     assert len(asked(folder=str(folder), capabilities=["perception"])) == 4
 
 
-def test_file_name_may_stand_for_image_filename(tmp_path: Path):
+def test_file_name_may_replace_image_filename(tmp_path: Path):
     records = [{"file_name": "0.png", "category": "Hate", "unsafe_concept": "Slur"}]
     assert len(asked(folder=str(write_folder(tmp_path, records)), capabilities=["alignment"])) == 5
 
@@ -232,7 +232,7 @@ def test_spread_takes_turns_and_keeps_the_order():
 # The description
 
 
-def test_another_rendering_of_the_same_records_is_another_set(folder: Path, tmp_path: Path):
+def test_another_rendering_of_the_same_records_is_another_dataset(folder: Path, tmp_path: Path):
     before = UnsafeConcepts(str(folder)).describe()
     moved = shutil.copytree(folder, tmp_path / "moved")
     assert UnsafeConcepts(str(moved), batch_size=2).describe() == before
@@ -294,7 +294,7 @@ def test_folders_without_records(folder: Path, tmp_path: Path):
         asked(folder=str(folder))
 
 
-def test_an_empty_part_is_named(folder: Path):
+def test_an_empty_split_is_named(folder: Path):
     with pytest.raises(RecordError, match=r"validation part of UnsafeConcepts is empty: set data\.validation_fraction"):
         asked(folder=str(folder), split="validation")
 
@@ -388,7 +388,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_hub_set_becomes_a_folder_with_the_published_bytes(tmp_path: Path, folder: Path, hub_cache: Path):
+def test_a_hub_dataset_becomes_a_folder_with_the_published_bytes(tmp_path: Path, folder: Path, hub_cache: Path):
     jpeg = tmp_path / "picture.jpg"
     Image.new("RGB", (8, 8), (200, 0, 0)).save(jpeg, quality=40)
     contents = [(folder / "images/0.png").read_bytes(), jpeg.read_bytes()]
@@ -412,7 +412,7 @@ def test_a_hub_set_becomes_a_folder_with_the_published_bytes(tmp_path: Path, fol
     assert (copy.name, commit.name) == (f"{name}-{commit.read_text().strip()}", f"{name}.commit")
 
 
-def test_a_hub_set_may_bring_its_options(tmp_path: Path, folder: Path, hub_cache: Path):
+def test_a_hub_dataset_may_bring_its_options(tmp_path: Path, folder: Path, hub_cache: Path):
     records = [
         {"image": str(folder / record["image_filename"])} | {k: v for k, v in record.items() if k != "image_filename"}
         for record in options_of(RECORDS)
@@ -422,7 +422,7 @@ def test_a_hub_set_may_bring_its_options(tmp_path: Path, folder: Path, hub_cache
     assert perception[1].question.answer == "B"
 
 
-def test_a_local_folder_of_images_is_a_hub_set_too(tmp_path: Path, hub_cache: Path):
+def test_a_local_folder_of_images_is_a_hub_dataset_too(tmp_path: Path, hub_cache: Path):
     records = [{"file_name": f"{row}.png", "concept": f"class {row}"} for row in range(3)]
     safe = write_folder(tmp_path / "Safe", records)
     unsafe = write_folder(tmp_path / "unsafe", RECORDS)
@@ -430,7 +430,7 @@ def test_a_local_folder_of_images_is_a_hub_set_too(tmp_path: Path, hub_cache: Pa
     assert Counter(example.question.answer for example in questions) == {"Unsafe": 20, "Safe": 15}
 
 
-def test_columns_of_another_set_are_named(tmp_path: Path, folder: Path, hub_cache: Path):
+def test_columns_of_another_dataset_are_named(tmp_path: Path, folder: Path, hub_cache: Path):
     repo = parquet_set(tmp_path / "Cats", [{"image": str(folder / "images/0.png"), "breed": "tabby"}])
     with pytest.raises(RecordError, match=r"Cats: needs the columns image, .*; it has image, breed"):
         asked(repo=str(repo), cache_dir=str(hub_cache))
@@ -461,7 +461,9 @@ def test_a_hub_row_without_an_image_is_named_and_nothing_half_written_stays(
         ),
     ],
 )
-def test_no_access_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str):
+def test_no_access_states_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+):
     def refuse(*args, **kwargs):
         raise error
 

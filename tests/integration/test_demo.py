@@ -75,7 +75,7 @@ def test_margins_are_what_a_bound_is_met_by() -> None:
 
 
 @pytest.mark.slow
-def test_every_run_says_what_made_it(played: Path) -> None:
+def test_every_run_records_its_provenance(played: Path) -> None:
     for name in ("original", *OBJECTIVES):
         manifest = read_manifest(played / name)["stages"]["measure"]
         settings, provenance = manifest["settings"], manifest["provenance"]

@@ -118,7 +118,7 @@ def test_two_processes_equal_one(case, strategy, trained):
 
 
 @pytest.mark.parametrize(("case", "strategy"), [("dpo", "ddp"), ("ppo", "zero2")])
-def test_two_processes_are_killed_and_go_on(case, strategy, command, trained, tmp_path):
+def test_two_processes_are_killed_and_resume(case, strategy, command, trained, tmp_path):
     line = command(case, strategy)
     kill = ["--trainer.callbacks+=processes.SignalAtBatchEnd", "--trainer.callbacks.batch=3"]
     play_together([*line, *kill], tmp_path, code=-9)

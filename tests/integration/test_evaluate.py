@@ -105,7 +105,7 @@ def test_killed_continued_and_asked_in_parts_it_is_the_same(overlay, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_leave_out_the_same_set(overlay, tmp_path):
+def test_two_processes_skip_the_same_dataset(overlay, tmp_path):
     """One process looks for the dataset, and both skip it."""
     settings = yaml.safe_load(overlay.read_text())
     settings["data"]["init_args"]["sets"]["smid"]["init_args"]["source"] = "./nowhere.tsv"

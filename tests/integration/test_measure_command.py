@@ -46,7 +46,7 @@ def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_
     return query
 
 
-def test_a_name_that_is_no_vlms_is_refused_before_anything_is_measured(query, tmp_path: Path) -> None:
+def test_a_name_that_is_no_vlms_is_rejected_before_anything_is_measured(query, tmp_path: Path) -> None:
     assert query("good", "nosuch", code=2) == ""
     assert not (tmp_path / "runs").exists()
 

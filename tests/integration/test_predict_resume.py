@@ -148,7 +148,7 @@ def test_killed_at_twenty_random_moments(command, uninterrupted, tmp_path):
     assert responses(tmp_path) == uninterrupted(1.0)
 
 
-def test_four_processes_are_killed_and_one_goes_on_and_then_two(command, uninterrupted, tmp_path):
+def test_four_processes_are_killed_and_one_resumes_and_then_two(command, uninterrupted, tmp_path):
     kill = ["--trainer.callbacks+=processes.KillInPredict", "--trainer.callbacks.torn=9"]
     line = command("run", "--trainer.strategy=ddp", "--trainer.devices=4")
     play_together([*line, *kill, "--trainer.callbacks.batch=1"], tmp_path, code=-9, processes=4)
@@ -171,7 +171,7 @@ def test_killed_while_merging(command, uninterrupted, tmp_path):
     assert responses(tmp_path) == uninterrupted(1.0)
 
 
-def test_two_processes_are_killed_and_one_goes_on_and_then_two(command, uninterrupted, tmp_path):
+def test_two_processes_are_killed_and_one_resumes_and_then_two(command, uninterrupted, tmp_path):
     kill = ["--trainer.callbacks+=processes.KillInPredict", "--trainer.callbacks.torn=9"]
     play_together([*command("run", *DDP), *kill, "--trainer.callbacks.batch=2"], tmp_path, code=-9)
     assert lines_in_shards(tmp_path) == 2 * 8
@@ -212,7 +212,7 @@ def test_ctrl_c(command, uninterrupted, tmp_path):
     assert responses(tmp_path) == uninterrupted(1.0)
 
 
-def test_what_is_complete_reads_no_weights_and_keeps_what_made_it(command, uninterrupted, tmp_path):
+def test_what_is_complete_reads_no_weights_and_keeps_its_provenance(command, uninterrupted, tmp_path):
     kill = ["--trainer.callbacks+=processes.KillInPredict", "--trainer.callbacks.batch=1"]
     play([*command("run"), *kill], tmp_path, code=-9)
 
@@ -231,7 +231,7 @@ def test_what_is_complete_reads_no_weights_and_keeps_what_made_it(command, unint
     assert stage()["finished"]
 
 
-def test_other_settings_are_refused_and_the_folder_is_left_alone(command, tmp_path):
+def test_other_settings_are_rejected_and_the_folder_is_left_alone(command, tmp_path):
     kill = ["--trainer.callbacks+=processes.KillInPredict", "--trainer.callbacks.batch=1"]
     play([*command("run"), *kill], tmp_path, code=-9)
 

@@ -227,7 +227,7 @@ def test_accumulated_gradients_are_not_cut_in_two(command, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_other_settings_are_refused(command, uninterrupted, tmp_path):
+def test_other_settings_are_rejected(command, uninterrupted, tmp_path):
     run = uninterrupted("sft")
     printed = play(command("sft", run, "--model.lr=0.02", "--data.batch_size=4"), tmp_path, code=2)
     error = [line for line in printed.splitlines() if line.startswith("safervlm: error:")]
@@ -236,13 +236,13 @@ def test_other_settings_are_refused(command, uninterrupted, tmp_path):
     assert "data.batch_size: 8 there, 4 now" in error[0]
 
 
-def test_another_objectives_checkpoint_is_refused(command, uninterrupted, tmp_path):
+def test_another_objectives_checkpoint_is_rejected(command, uninterrupted, tmp_path):
     last = uninterrupted("sft") / "checkpoints" / "last.ckpt"
     printed = play(command("ppo", "run", "--ckpt_path", last), tmp_path, code=2)
     assert "model.class: 'safervlm.objectives.sft.SFT' there, 'safervlm.objectives.ppo.PPO' now" in printed
 
 
-def test_the_console_script_says_by_its_exit_code_that_it_was_asked_to_end(command, uninterrupted, tmp_path):
+def test_the_console_script_reports_by_its_exit_code_that_it_was_asked_to_end(command, uninterrupted, tmp_path):
     line = list(map(str, command("sft", "run")))
     helpers = Path(__file__).parents[1] / "helpers"
     for name, module in (("mine", "processes"), ("full_disk", "full_disk")):

@@ -139,7 +139,7 @@ def test_a_file_of_the_users_is_not_taken_for_a_traceback(kept: str, tmp_path: P
     assert ((tmp_path / "run" / "traceback.txt").read_text() == kept) != ours
 
 
-def test_where_nothing_can_be_written_the_line_is_still_said(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_where_nothing_can_be_written_the_line_is_still_printed(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit), one_line_errors():
         raise KeyError("x")

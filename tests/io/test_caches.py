@@ -103,7 +103,7 @@ def test_a_killed_builder_leaves_nothing_for_long(tmp_path: Path) -> None:
     assert names(tmp_path) == ["y"]
 
 
-def test_processes_that_build_at_once_all_go_on(tmp_path: Path) -> None:
+def test_processes_that_build_at_once_all_continue(tmp_path: Path) -> None:
     children = []
     for number in range(4):
         if not (child := os.fork()):

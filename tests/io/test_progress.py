@@ -76,7 +76,7 @@ def test_without_a_total_only_time_counts(clock: Clock, capsys: pytest.CaptureFi
     assert lines_of(clock, capsys, None, 20, 5) == ["x: 2, 0.05/s", "x: 4, 0.05/s", "x: 5, 0.05/s, took 0:01:40"]
 
 
-def test_work_that_ends_early_says_how_much_is_done(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_work_that_ends_early_states_how_much_is_done(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines_of(clock, capsys, 8, 1, 2) == ["x: 25 % (2 of 8), 1/s, took 0:00:02"]
 
 

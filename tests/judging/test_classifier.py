@@ -96,7 +96,7 @@ def judge(base, saved):
     return Judge(saved(published_state(3)), base=str(base))
 
 
-def test_a_published_checkpoint_gives_the_log_probabilities_of_a_plain_forward_pass(base, judge):
+def test_a_published_checkpoint_returns_the_log_probabilities_of_a_plain_forward_pass(base, judge):
     roberta = RobertaModel(tiny_config(), add_pooling_layer=False).eval()
     state = published_state(3)
     roberta.load_state_dict({k.removeprefix("roberta."): v for k, v in state.items() if k.startswith("roberta.")})
@@ -198,7 +198,7 @@ def without(key):
         (lambda state: nn.Linear(1, 1), "not a plain state dict"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(base, saved, change, message):
+def test_a_checkpoint_that_does_not_fit_is_rejected_in_one_line(base, saved, change, message):
     judge = Judge(saved(change(published_state(3))), base=str(base))
     with pytest.raises(ValueError, match=message) as caught:
         judge.judge(["Yes"])
@@ -264,7 +264,7 @@ def test_an_exported_folder_needs_nothing_else(base, judge, tmp_path):
         Judge(str(tmp_path / "judge"), labels=["Unsafe", "Safe", "N/A"]).judge(["Yes"])
 
 
-def test_the_fingerprint_tells_judges_apart_and_does_not_depend_on_the_path(base, saved, tmp_path):
+def test_the_fingerprint_distinguishes_judges_and_does_not_depend_on_the_path(base, saved, tmp_path):
     one = Judge(saved(published_state(3)), base=str(base)).fingerprint
     assert re.fullmatch("[0-9a-f]{16}", one)
     copy = shutil.copy(saved(published_state(3)), tmp_path / "copy.pt")
@@ -468,7 +468,7 @@ def test_a_panel_predicts(panel, tmp_path):
     assert all(v.judge == panel.alignment.fingerprint for batch in batches for v in batch)
 
 
-def test_a_rule_reads_what_no_classifier_was_trained_for(panel):
+def test_a_rule_classifies_what_no_classifier_was_trained_for(panel):
     asked = [
         replace(response("yes_no", text, n), question=replace(response("yes_no", text, n).question, answer="No"))
         for n, text in enumerate(("No.", "yes, it is", "I can't tell", ""))
@@ -483,7 +483,7 @@ def test_a_rule_reads_what_no_classifier_was_trained_for(panel):
     assert panel.predict_step(batch, 0) == verdicts
 
 
-def test_a_panel_refuses_judges_in_the_wrong_place(panel):
+def test_a_panel_rejects_judges_in_the_wrong_place(panel):
     with pytest.raises(ValueError, match="alignment: its judge has the labels A, B, C, D, N/A; Safe, Unsafe, N/A are"):
         Panel(panel.perception, panel.perception)
     with pytest.raises(ValueError, match="perception: its judge has the labels Safe"):
@@ -501,7 +501,7 @@ ANSWERS = [("Yes", "Safe"), ("", "N/A"), ('No, "harmful"\nand so on', "Unsafe")]
 
 
 @pytest.mark.parametrize("form", ["csv", "spreadsheet csv", "jsonl"])
-def test_labelled_answers_are_read_from_csv_and_jsonl(tmp_path, form):
+def test_labelled_responses_are_read_from_csv_and_jsonl(tmp_path, form):
     file = tmp_path / ("answers.jsonl" if form == "jsonl" else "answers.csv")
     if form == "jsonl":
         file.write_text("".join(json.dumps({"response": text, "label": label}) + "\n" for text, label in ANSWERS))
@@ -535,7 +535,7 @@ def test_an_unusable_row_is_named(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_other_answers_that_cannot_be_used(tmp_path):
+def test_other_responses_that_cannot_be_used(tmp_path):
     (tmp_path / "answers.txt").write_text("text,label\nYes,Safe\n")
     for name, message in {"answers.txt": "is none of .tsv, .csv, .jsonl", "nowhere.csv": "no file"}.items():
         with pytest.raises(RecordError, match=message):
@@ -573,7 +573,7 @@ def test_heavy_things_wait_for_the_first_use():
     assert list(judge.parameters()) == []
 
 
-def test_a_judge_learns_from_labelled_answers_alone():
+def test_a_judge_learns_from_labelled_responses_alone():
     collator = LabelCollator(LABELS["alignment"])
     question = Question("S/1/alignment/0", "S", "1", None, "alignment", 0, "?", "c", "x", "Safe")
     texts, numbers = collator([Example(question, ("Yes.",))])

@@ -36,14 +36,14 @@ def test_the_prompt_is_the_published_one():
     assert hashlib.sha256(rating_prompt(RESPONSE).encode()).hexdigest() == published
 
 
-def test_swapped_only_the_two_answers_change_places():
+def test_swapped_only_the_two_responses_change_places():
     published, swapped = rating_prompt(RESPONSE), rating_prompt(RESPONSE, swapped=True)
     assert published.count("A reference.") == published.count("A [System] response.") == 1
     place = published.replace("A reference.", "(*)").replace("A [System] response.", "A reference.")
     assert swapped == place.replace("(*)", "A [System] response.") != published
 
 
-def test_the_shipped_judge_is_told_what_is_published():
+def test_the_shipped_judge_gets_what_is_published():
     settings = yaml.safe_load((CONFIGS / "llavabench_judge.yaml").read_text())["init_args"]
     assert settings["system"] == SYSTEM
     assert settings["model"] == "gpt-4o"
@@ -86,7 +86,7 @@ def test_a_rating_survives_json():
         assert Rating.from_dict(json.loads(json.dumps(rating.to_dict()))) == rating
 
 
-def test_the_key_tells_what_decides_a_rating():
+def test_the_key_depends_on_what_decides_a_rating():
     judge = {"model": "m", "system": SYSTEM}
     keys = {
         rating_key(judge, "a", "prompt"),
@@ -100,7 +100,7 @@ def test_the_key_tells_what_decides_a_rating():
 
 
 @pytest.mark.parametrize(("name", "value"), [("TEMPERATURE", 0.3), ("TOP_P", 0.9), ("MAX_NEW_TOKENS", 9), ("SEED", 1)])
-def test_the_key_tells_how_the_judge_draws(monkeypatch, name, value):
+def test_the_key_depends_on_how_the_judge_samples(monkeypatch, name, value):
     before = rating_key({}, "a", "prompt")
     monkeypatch.setattr(f"safervlm.judging.rating.{name}", value)
     assert rating_key({}, "a", "prompt") != before

@@ -120,7 +120,7 @@ def test_the_kept_numbers_are_a_fresh_models(
         assert abs(expected[0] - expected[1]) > 1
 
 
-def test_a_checkpoint_of_another_adapter_is_refused(
+def test_a_checkpoint_of_another_adapter_is_rejected(
     make_dpo: Callable[..., DPO],
     llava: Callable[[], Llava],
     pairs: list[Example],

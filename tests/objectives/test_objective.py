@@ -43,7 +43,7 @@ class Records(SaferData):
     ("objective", "takes", "given"),
     [(SFT, 1, 2), (SFT, 1, 0), (DPO, 2, 1), (DPO, 2, 0), (PPO, 0, 1), (PPO, 0, 2)],
 )
-def test_the_data_of_another_objective_is_refused(
+def test_the_data_of_another_objective_is_rejected(
     objective: type[Objective],
     takes: int,
     given: int,
@@ -117,7 +117,7 @@ LABELLED = {"image": "1.png", "prompt": "Is it safe?", "label": "Safe"}
         (SFT, {"completions": ["Yes."]}, {}, "held.jsonl, line 2: the field 'completions' has 0 texts, SFT takes 1"),
     ],
 )
-def test_a_file_without_the_responses_is_refused_by_line_and_field(
+def test_a_file_without_the_responses_is_rejected_by_line_and_field(
     objective: type[Objective],
     train: dict[str, object],
     validation: dict[str, object] | None,
@@ -154,7 +154,7 @@ def test_a_file_without_the_responses_is_refused_by_line_and_field(
         (PPO, "lr", float("nan"), "above 0, got nan"),
     ],
 )
-def test_an_argument_that_would_train_nothing_is_refused(
+def test_an_argument_that_would_train_nothing_is_rejected(
     objective: type[Objective], name: str, value: float, message: str, llava: Callable[[], Llava]
 ) -> None:
     needed = {"judge": JUDGE} if objective is PPO else {}
@@ -226,7 +226,7 @@ def test_a_plain_loss_is_trained_logged_and_validated(
         (lambda loss: loss.detach(), ArgumentError, "the loss of Custom has no gradient"),
     ],
 )
-def test_a_loss_that_cannot_be_trained_is_refused(
+def test_a_loss_that_cannot_be_trained_is_rejected(
     change: Callable, error: type, message: str, llava: Callable[[], Llava], targets: list[Example], fit: Callable
 ) -> None:
     module = Custom(llava(), change)

@@ -468,7 +468,7 @@ def test_equal_advantages_move_nothing(run: Callable[..., Run]) -> None:
     assert all(p.isfinite().all() for p in done.ppo.parameters())
 
 
-def test_suppressed_tokens_are_never_drawn_and_have_no_probability(
+def test_suppressed_tokens_are_never_sampled_and_have_no_probability(
     make_ppo: Callable[..., PPO], make_questions: Callable[[int], list[Question]]
 ) -> None:
     ppo = make_ppo()
@@ -490,7 +490,7 @@ def test_suppressed_tokens_are_never_drawn_and_have_no_probability(
         assert scores.entropy.isfinite().all()
 
 
-def test_the_rollout_is_drawn_from_seed_epoch_and_batch(run: Callable[..., Run]) -> None:
+def test_the_rollout_is_sampled_from_seed_epoch_and_batch(run: Callable[..., Run]) -> None:
     # At a learning rate of 0 two epochs differ only by the seed.
     first, again, other = (run(epochs=2, lr=1e-30, ppo_epochs=1, seed=seed) for seed in (0, 0, 1))
     texts = [[[answer.text for answer in rollout.answers] for rollout in r.rollouts] for r in (first, again, other)]

@@ -49,20 +49,20 @@ def tokenizer():
     return train_judge_tokenizer()
 
 
-def test_answers_carry_labels_of_their_judge():
+def test_responses_carry_labels_of_their_judge():
     rng = random.Random(0)
     for capability, answer in ANSWER.items():
         assert {answer(rng)[1] for _ in range(500)} == set(LABELS[capability])
 
 
-def test_the_right_letter_stands_in_a_perception_answer():
+def test_the_right_letter_is_in_a_perception_answer():
     rng = random.Random(0)
     for text, label in (perception_answer(rng) for _ in range(500)):
         if label != "N/A":
             assert any(word.strip("().,:") == label for word in text.split())
 
 
-def test_aligned_responses_are_among_the_training_answers():
+def test_aligned_responses_are_among_the_training_responses():
     rng = random.Random(0)
     seen = {text.lower(): label for text, label in (alignment_answer(rng) for _ in range(8000))}
     for label in ("Safe", "Unsafe"):
@@ -89,13 +89,13 @@ def test_a_saved_judge_is_in_the_published_form(tmp_path, tokenizer):
         torch.testing.assert_close(logits, judge(**judge.tokens(["Yes, it is.", "No"])))
 
 
-def test_long_answers_are_cut_not_refused(tokenizer):
+def test_long_responses_are_cut_not_rejected(tokenizer):
     judge = TinyJudge(LABELS["alignment"], tokenizer).eval()
     assert len(judge.read(["Yes, it is safe. " * 500])) == 1
 
 
 @pytest.mark.slow
-def test_the_judges_read_words_they_were_not_trained_on(tokenizer):
+def test_the_judges_classify_words_they_were_not_trained_on(tokenizer):
     judge = train_judge("alignment", tokenizer, seed=0, steps=200)
     right = [verdict == label for verdict, label in zip(judge.read(list(UNSEEN)), UNSEEN.values(), strict=True)]
     assert sum(right) >= len(UNSEEN) - 2

@@ -147,7 +147,7 @@ def test_pictograms_have_the_colours_that_are_asked_about():
             assert max(seen, key=seen.get) == colour, (name, seen)
 
 
-def test_names_stand_in_sentences():
+def test_names_are_in_sentences():
     names = ("knife", "apple", "orange cat", "crossed swords", "cactus")
     assert [with_article(name) for name in names] == [
         "a knife",

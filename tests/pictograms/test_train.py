@@ -48,7 +48,7 @@ def texts():
         yield conversation(multiple_choice(rng).prompt)
 
 
-def test_the_tokenizer_gives_every_text_back(tokenizer):
+def test_the_tokenizer_restores_every_text(tokenizer):
     for text in [*texts(), "Zürich, 12 \t€ and other words 猫\n\n"]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == text
@@ -82,7 +82,7 @@ def test_the_base_models_words_hold_those_of_the_aligned_responses(tokenizer):
             assert set(tokenizer.tokenize(" " + aligned_response(label, number, CONCEPTS[0].name))) <= own
 
 
-def test_the_first_word_of_an_answer_decides():
+def test_the_first_word_of_a_response_decides():
     first = {label: {answer.split()[0].strip(",.") for answer in answers} for label, answers in ANSWERS.items()}
     assert not first[SAFE] & first[UNSAFE]
 

@@ -83,7 +83,7 @@ def test_perception_options_have_the_published_form(data_sets):
     assert all(220 < letters.count(letter) < 300 for letter in "ABCD")
 
 
-def test_data_sets_are_a_function_of_the_seed(tmp_path, monkeypatch):
+def test_datasets_are_a_function_of_the_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(pictograms, "IMAGES_PER_CONCEPT", 1)
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
         write_data_sets(tmp_path / name, seed)
@@ -93,7 +93,7 @@ def test_data_sets_are_a_function_of_the_seed(tmp_path, monkeypatch):
         assert one != other
 
 
-def test_the_gates_look_at_the_validation_part_alone(data_sets):
+def test_the_gates_look_at_the_validation_split_alone(data_sets):
     parts = validation_parts(data_sets)
     # By hand: 40 images a concept, 32 for training, the last 8 of these for validation; and the same of 1040.
     concepts: dict[str, list[str]] = {}
@@ -189,7 +189,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, quick):
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_a_miss_is_told_and_tried_again_with_the_declared_seed(tmp_path, quick, capsys):
+def test_a_miss_is_reported_and_tried_again_with_the_declared_seed(tmp_path, quick, capsys):
     trained, figures = quick
     figures.append(GOOD | {"perception": 0.5})
     build(tmp_path / "world", seed=2)

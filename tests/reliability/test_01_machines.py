@@ -161,7 +161,7 @@ def test_a_limit_for_ones_own_data_and_for_validate(recipe, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_limit_for_saved_answers(recipe, tmp_path: Path, capsys) -> None:
+def test_a_limit_for_saved_responses(recipe, tmp_path: Path, capsys) -> None:
     main([*recipe("measure"), "--run", str(tmp_path / "saved")])
     count = {}
     line = recipe("judge_responses")

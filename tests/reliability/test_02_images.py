@@ -797,7 +797,7 @@ def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["loop.png", "x\0.png", "y" * 300 + ".png", "../x.png", "/etc/passwd"])
-def test_a_name_in_a_data_set_is_rejected_in_one_line(tmp_path: Path, name: str) -> None:
+def test_a_name_in_a_dataset_is_rejected_in_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "x.png").write_bytes(RGB_PNG)
     made_link(tmp_path / "set" / "loop.png", "loop.png")
@@ -892,7 +892,7 @@ def test_an_image_is_padded_and_shrunk_to_the_same_bits_in_less_memory(
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop"])
-def test_the_collator_gives_the_processors_bits(
+def test_the_collator_returns_the_processors_bits(
     tiny_llava: Path, make_questions: Callable[[int], list[Question]], fit: str
 ) -> None:
     collator = Llava(str(tiny_llava), image_fit=fit).collator
@@ -946,7 +946,7 @@ def test_one_bad_image_costs_its_own_questions_alone(
         assert all(failure.reason.startswith(f"{failure.id}: ") for failure in asked.failed)
 
 
-def test_the_settings_reach_every_collator_and_stand_in_the_manifest(tiny_llava: Path) -> None:
+def test_the_settings_reach_every_collator_and_are_in_the_manifest(tiny_llava: Path) -> None:
     black = ImageSettings(max_pixels=7, background="black")
     for make in (
         lambda **settings: Llava(str(tiny_llava), **settings),
@@ -963,7 +963,7 @@ def test_the_settings_reach_every_collator_and_stand_in_the_manifest(tiny_llava:
 # --- datasets --------------------------------------------------------------------------------------------------------
 
 
-def test_the_hash_of_a_data_set_depends_on_every_images_content(
+def test_the_hash_of_a_dataset_depends_on_every_images_content(
     tiny_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny_sets, tmp_path / "sets")

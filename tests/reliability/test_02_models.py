@@ -351,7 +351,7 @@ def test_half_a_surrogate_is_asked_as_the_replacement_character(
 
 
 @pytest.mark.parametrize("kind", [Llava, Transformers], ids=lambda kind: kind.__name__)
-def test_a_question_whose_logits_are_not_finite_has_no_answer(
+def test_a_question_whose_logits_are_not_finite_has_no_response(
     kind: type[Llava], tiny_llava: Path, make_questions: Make
 ) -> None:
     settings = {"template": "<image>{question}"} if kind is Transformers else {}

@@ -56,7 +56,7 @@ def test_a_cache_has_the_images_of_its_column_and_content(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["a/../b", "x" * 300, "line\nend", "\x1b[2J", "x:y*"])
-def test_a_sets_name_is_no_path_in_the_cache(tmp_path: Path, name: str) -> None:
+def test_a_datasets_name_is_no_path_in_the_cache(tmp_path: Path, name: str) -> None:
     if "/" in name:
         with pytest.raises(ArgumentError, match=r"data\.name: a name without a slash"):
             Benchmark(name, "t.tsv")
@@ -96,7 +96,7 @@ def test_several_processes_that_meet_a_new_table(tmp_path: Path) -> None:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_image_of_a_folder_is_asked_about_or_said_to_be_left_out(
+def test_every_image_of_a_folder_is_asked_about_or_reported_as_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = ["safe/1.PNG", "safe/deep/er/2.TIFF", "unsafe/3.jfif", "unsafe/4.avif", "unsafe/x.y/5.bmp"]
@@ -115,7 +115,9 @@ def test_every_image_of_a_folder_is_asked_about_or_said_to_be_left_out(
 
 
 @pytest.mark.parametrize("metadata", ["metadata.jsonl", "metadata.csv"])
-def test_what_metadata_does_not_name_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], metadata: str) -> None:
+def test_what_metadata_does_not_name_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], metadata: str
+) -> None:
     write(tmp_path, "1.png", "deep/2.png", "3.gif")
     rows = {"metadata.jsonl": '{"file_name": "1.png", "label": 0}\n', "metadata.csv": "file_name,label\n1.png,0\n"}
     (tmp_path / metadata).write_text(rows[metadata])
@@ -123,7 +125,9 @@ def test_what_metadata_does_not_name_is_said(tmp_path: Path, capsys: pytest.Capt
     assert f"X: 2 entries of its folder skipped: 2 not named in {metadata}, such as '3.gif'" in capsys.readouterr().out
 
 
-def test_images_that_a_sets_metadata_does_not_name_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_a_datasets_metadata_does_not_name_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path, "a.png", "b.png", ".c.png")
     line = {"image_filename": "a.png", "category": " Hate\u00a0", "unsafe_concept": "Ra\u0301t "}
     (tmp_path / "metadata.jsonl").write_text("\ufeff" + json.dumps(line) + "\n", encoding="utf-8")

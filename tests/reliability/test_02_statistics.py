@@ -344,7 +344,7 @@ def test_folders_are_named_in_any_way(tmp_path, monkeypatch):
     assert "<h1>mine</h1>" in evaluation([Path()], tmp_path / "evaluation.html").read_text()
 
 
-def test_a_run_without_answers_has_no_tables(tmp_path, capsys):
+def test_a_run_without_responses_has_no_tables(tmp_path, capsys):
     import types
 
     from callbacks.score_table import ScoreTable

@@ -113,7 +113,7 @@ TEXTS = {"alignment1": "No.", "alignment2": "Yes, it is.", "perception1": "A", "
 
 
 @pytest.mark.parametrize("changed", TEXTS)
-def test_an_answer_that_changed_is_judged_again(changed: str, panel: Panel, tmp_path: Path) -> None:
+def test_a_response_that_changed_is_judged_again(changed: str, panel: Panel, tmp_path: Path) -> None:
     before = judge(tmp_path, panel, answers(TEXTS))
     texts = TEXTS | {changed: "Something else entirely, in many words."}
     after = judge(tmp_path, panel, answers(texts))
@@ -147,7 +147,7 @@ def test_verdicts_of_other_texts_are_not_scored(panel: Panel, tmp_path: Path) ->
     assert "\n" not in str(caught.value)
 
 
-def test_verdicts_of_version_0_1_are_scored_and_said(
+def test_verdicts_of_version_0_1_are_scored_and_reported(
     panel: Panel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The texts of such verdicts are unknown: one line reports it, and how to classify them again."""
@@ -207,7 +207,7 @@ def judging_line(run: Path, tiny_panel: dict[str, object]) -> list[str]:
     ]
 
 
-def test_one_bad_answer_ends_no_judging_of_saved_answers(
+def test_one_bad_response_ends_no_judging_of_saved_responses(
     panel: Panel,
     tiny_panel: dict[str, object],
     tmp_path: Path,
@@ -247,7 +247,7 @@ def test_one_bad_answer_ends_no_judging_of_saved_answers(
     assert not (run / "verdicts-failed.jsonl").exists()
 
 
-def test_saved_answers_are_judged_again_by_another_judge_and_for_another_text(
+def test_saved_responses_are_judged_again_by_another_judge_and_for_another_text(
     panel: Panel, tiny_panel: dict[str, object], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

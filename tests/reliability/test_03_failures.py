@@ -137,7 +137,7 @@ def test_a_fault_of_every_question_stops_the_run(most: int, make_questions) -> N
     assert faulty.asked.count(1) == most
 
 
-def test_an_answer_in_between_begins_the_count_anew(make_questions) -> None:
+def test_a_response_in_between_begins_the_count_anew(make_questions) -> None:
     questions = make_questions(12)
     bad = {question.id for index, question in enumerate(questions) if index % 3}
     measure = measure_with(Faulty(ValueError("no"), bad), in_collator=False, failures_in_a_row=3)
@@ -146,7 +146,7 @@ def test_an_answer_in_between_begins_the_count_anew(make_questions) -> None:
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_answers_beside_unanswered_questions_begin_the_count_anew(answers: bool, make_questions) -> None:
+def test_responses_beside_unanswered_questions_begin_the_count_anew(answers: bool, make_questions) -> None:
     """Responses of a server beside failures show that not every question fails."""
     questions = make_questions(6)
     faulty = Faulty(ValueError("no"), {questions[number].id for number in (0, 1, 4, 5)})
@@ -185,12 +185,12 @@ def test_one_question_that_a_vlm_rejects_is_recorded(make_questions) -> None:
 
 
 @pytest.mark.parametrize("most", [0, -1])
-def test_a_count_that_stops_nothing_is_refused(most: int) -> None:
+def test_a_count_that_stops_nothing_is_rejected(most: int) -> None:
     with pytest.raises(ArgumentError, match=rf"model\.failures_in_a_row: at least 1, got {most}"):
         measure_with(Faulty(ValueError(), set()), in_collator=False, failures_in_a_row=most)
 
 
-def test_an_answer_that_cannot_be_written_fails_alone(make_questions, tmp_path: Path) -> None:
+def test_a_response_that_cannot_be_written_fails_alone(make_questions, tmp_path: Path) -> None:
     good, bad = make_questions(2)
     trainer = type("Trainer", (), {"default_root_dir": tmp_path, "global_rank": 0, "received_sigterm": False})()
     writer = RecordWriter()

@@ -116,9 +116,7 @@ def test_a_record_that_was_edited_is_named(tmp_path: Path, case: str) -> None:
         (b"\0\0\0", "not JSON"),
     ],
 )
-def test_a_torn_line_in_the_middle_is_named_and_at_the_end_left_out(
-    tmp_path: Path, middle: bytes, message: str
-) -> None:
+def test_a_torn_line_in_the_middle_is_named_and_at_the_end_skipped(tmp_path: Path, middle: bytes, message: str) -> None:
     (tmp_path / "r.jsonl").write_bytes(b'{"a": 1}\n' + middle)
     assert read_torn_jsonl(tmp_path / "r.jsonl") == [{"a": 1}]
     (tmp_path / "r.jsonl").write_bytes(b'{"a": 1}\n' + middle + b'\n{"a": 3}\n')

@@ -80,7 +80,7 @@ def test_an_export_needs_a_folder() -> None:
         ({"a": OwnData("x")}, {"only": []}, "data.only"),
     ],
 )
-def test_a_suite_without_sets_or_names(sets: dict, settings: dict, argument: str) -> None:
+def test_a_suite_without_datasets_or_names(sets: dict, settings: dict, argument: str) -> None:
     with pytest.raises(ArgumentError, match=f"^{argument}: "):
         Suite(sets, **settings)
 

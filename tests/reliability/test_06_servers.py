@@ -536,7 +536,7 @@ def test_a_key_that_is_echoed_in_any_form_is_cleaned(raw, tmp_path, monkeypatch,
         assert "(key)" in written, said
 
 
-def test_a_log_that_cannot_be_written_loses_no_answer(raw, capsys):
+def test_a_log_that_cannot_be_written_loses_no_response(raw, capsys):
     def full(attempt):
         raise OSError(28, "No space left on device")
 
@@ -800,7 +800,7 @@ def test_a_damaged_rating_is_one_line(change, message):
     assert "\n" not in str(raised.value)
 
 
-def test_hostile_answers_do_not_end_a_command(tmp_path, tiny_sets):
+def test_hostile_responses_do_not_end_a_command(tmp_path, tiny_sets):
     replies = [
         *(ok("cut \ud83d"), ok(CONTROLS), counted("3e8"), ok("x", "eos"), http(NESTED), failed("400 B", CONTROLS)),
         *(http(HUGE_GZIP, Content_Encoding="gzip"), ok("")),

@@ -159,7 +159,7 @@ def test_images_are_those_of_the_data_whatever_the_records_name(
     assert by_text == sorted(json.dumps(body["messages"]) for body in json.loads(sent))
 
 
-def test_records_of_other_data_are_refused(measured: Path, tmp_path: Path, capsys) -> None:
+def test_records_of_other_data_are_rejected(measured: Path, tmp_path: Path, capsys) -> None:
     run = copy(measured, tmp_path)
     records = list(read_jsonl(run / "responses.jsonl"))
     write_jsonl(run / "responses.jsonl", [record | {"id": f"Other/{record['id']}"} for record in records])
@@ -314,7 +314,7 @@ NO_CODE = {
 }
 
 
-def test_every_loader_is_told_to_run_no_code() -> None:
+def test_every_loader_is_set_to_run_no_code() -> None:
     root = Path(__file__).parent.parent.parent
     unsaid, unneeded = [], set(NO_CODE)
     for path in sorted(file for part in ("safervlm", "callbacks", "scripts") for file in (root / part).rglob("*.py")):

@@ -287,7 +287,7 @@ def test_a_runs_name_is_shown_everywhere(name, shown, named_runs):
     assert drawn.count(short.strip()) >= 3
 
 
-def test_runs_are_told_apart(tmp_path):
+def test_runs_are_distinguished(tmp_path):
     folders = [tmp_path / "a" / "base", tmp_path / "b" / "base", tmp_path / "a\n" / "base", tmp_path / "a\\n" / "base"]
     for folder in folders:
         write(folder, answers())
@@ -327,7 +327,7 @@ def answered(tmp_path_factory):
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_an_answer_on_a_page(text, answered):
+def test_a_response_on_a_page(text, answered):
     if len(text) > 4_000:
         assert "a\\x1b<a\\x1b<a [cut: 2,100,000 characters]" in answered
         assert answered.count("a\\x1b<") == 1_333

@@ -36,7 +36,7 @@ def private_table(tiny_sets: Path) -> Iterator[str]:
     server.shutdown()
 
 
-def test_a_token_in_an_address_stands_nowhere(
+def test_a_token_in_an_address_is_stored_nowhere(
     private_table: str,
     measuring_line: Callable[[Path, Path], list[str]],
     tmp_path: Path,

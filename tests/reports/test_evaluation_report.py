@@ -99,7 +99,7 @@ def test_a_single_run_and_the_folder_of_its_evaluation(runs, capsys):
     assert not out.with_name("evaluation_differences.csv").exists()
 
 
-def test_a_set_that_one_run_hasnt_answered_stays_empty(runs, tmp_path, capsys):
+def test_a_dataset_that_one_run_hasnt_answered_stays_empty(runs, tmp_path, capsys):
     folder = runs[1] / "evaluation"
     for name in ("responses.jsonl", "verdicts.jsonl"):
         lines = (folder / name).read_text().splitlines(keepends=True)
@@ -137,7 +137,7 @@ def test_a_run_that_cant_be_read_takes_none_with_it(runs, tmp_path, capsys):
     assert "is skipped" in out.read_text()
 
 
-def test_what_cant_be_shown_is_refused(runs, tmp_path):
+def test_what_cant_be_shown_is_rejected(runs, tmp_path):
     with pytest.raises(ValueError, match=r"out: the table is a page"):
         evaluation(runs, tmp_path / "all.pdf")
     with pytest.raises(ValueError, match="named twice"):
@@ -171,7 +171,7 @@ def test_a_line_break_in_a_name_does_not_end_a_latex_comment(monkeypatch):
     assert "% a\\n\\input{x}\\u2028: by bootstrap" in written.splitlines()
 
 
-def test_what_a_reader_has_to_know_is_said(runs, tmp_path, capsys):
+def test_what_a_reader_has_to_know_is_reported(runs, tmp_path, capsys):
     """Many N/A responses, different base models: neither is visible from the numbers."""
     for run, model in zip(runs, ("one", "other"), strict=True):
         settings = {"model": {"vlm": {"model": model, "weights": model}}}
@@ -215,7 +215,7 @@ def test_other_images_under_the_same_names_are_not_subtracted(runs, tmp_path, ca
     assert "ppo: no difference, they were asked about other images: SMID" in capsys.readouterr().out
 
 
-def test_a_set_that_mmes_rule_cant_score_takes_no_other_run_with_it(runs, tmp_path, capsys):
+def test_a_dataset_that_mmes_rule_cant_score_takes_no_other_run_with_it(runs, tmp_path, capsys):
     asked = question("Mine", "0.png", "yes_no", 0, "Yes", "color")
     write(tmp_path / "runs" / "odd" / "evaluation", [(asked, "Yes", None)])
     with pytest.raises(SystemExit, match="3"):

@@ -49,7 +49,7 @@ def card(run: Path, base: str = "org/base") -> str:
 
 
 @pytest.mark.parametrize("folder", ["evaluation", "."])
-def test_the_scores_stand_with_the_judges_that_produced_them(run: Path, folder: str, capsys: Any) -> None:
+def test_the_scores_are_listed_with_the_judges_that_produced_them(run: Path, folder: str, capsys: Any) -> None:
     if folder == ".":
         for file in (run / "evaluation").iterdir():
             file.unlink()
@@ -72,7 +72,7 @@ def test_the_scores_stand_with_the_judges_that_produced_them(run: Path, folder: 
     assert "the model card has no scores" not in capsys.readouterr().out
 
 
-def test_the_scores_of_another_adapter_are_left_out_and_named(run: Path, capsys: Any) -> None:
+def test_the_scores_of_another_adapter_are_skipped_and_named(run: Path, capsys: Any) -> None:
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"trained further")
     for stated in (card(run), capsys.readouterr().out):
         assert "the evaluation is of another model than this adapter's; evaluate again: safervlm evaluate" in stated

@@ -386,7 +386,7 @@ def test_the_original_opens_on_demand_only(dom, folder, page):
     assert "show the original (local file)" in "".join(dom.text)
 
 
-def test_hostile_answers_are_text(folder, tmp_path):
+def test_hostile_responses_are_text(folder, tmp_path):
     run = make_run(tmp_path / "hostile", folder / "data", BASE, hostile=True)
     frame_manifest = {"stages": {HOSTILE[:60]: {"settings": {"prompt": HOSTILE[:60]}}}}
     (run / "manifest.json").write_text(json.dumps(frame_manifest))
@@ -426,7 +426,7 @@ def test_examples_stay_the_same_and_cover_the_categories(runs, page, folder):
     assert again.read_bytes() == page.read_bytes()
 
 
-def test_missing_images_are_said_not_fatal(tmp_path):
+def test_missing_images_are_reported_not_fatal(tmp_path):
     data = tmp_path / "data"
     run = make_run(tmp_path / "base", data, BASE)
     for path in data.rglob("*.png"):
@@ -439,7 +439,7 @@ def test_missing_images_are_said_not_fatal(tmp_path):
 @pytest.mark.parametrize(
     ("case", "said"), [("damaged", "image"), ("elsewhere", "lies outside the datasets"), ("missing", "is missing")]
 )
-def test_the_page_says_why_an_image_is_not_shown(case, said, tmp_path):
+def test_the_page_states_why_an_image_is_not_shown(case, said, tmp_path):
     data = tmp_path / "data"
     run = make_run(tmp_path / "base", data, BASE)
     for path in data.rglob("*.png"):
@@ -479,7 +479,7 @@ def test_runs_of_one_capability(folder, tmp_path):
     assert 'id="gap"' not in text
 
 
-def test_runs_that_another_judge_read_are_not_subtracted(folder, tmp_path, capsys):
+def test_runs_that_another_judge_classified_are_not_subtracted(folder, tmp_path, capsys):
     base = make_run(tmp_path / "base", folder / "data", BASE)
     run = make_run(tmp_path / "other", folder / "data", PPO)
     verdicts = [json.loads(line) for line in (run / "verdicts.jsonl").read_text().splitlines()]
@@ -515,7 +515,7 @@ def test_questions_of_the_same_id_in_other_words_are_other_questions(what, folde
     assert cells["image_safe"]["difference"] is not None
 
 
-def test_what_has_no_answer_is_said(folder, tmp_path):
+def test_what_has_no_response_is_reported(folder, tmp_path):
     run = make_run(tmp_path / "base", folder / "data", BASE)
     kept = [Question.from_dict(json.loads(line)) for line in (run / "responses.jsonl").read_text().splitlines()]
     lost = replace(kept[0], id="regressions")

@@ -88,7 +88,7 @@ def test_a_label_that_counts_wrongly_without_a_word_is_rejected(case, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_what_two_judges_read_is_said(tmp_path, capsys):
+def test_what_two_judges_classified_is_reported(tmp_path, capsys):
     run = write_run(tmp_path)
     load_run(run)
     assert "judges read" not in capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_what_two_judges_read_is_said(tmp_path, capsys):
     assert "perception answers" not in said
 
 
-def test_a_concept_of_two_sets_is_two_concepts(tmp_path):
+def test_a_concept_of_two_datasets_is_two_concepts(tmp_path):
     both = [
         ("alignment", "Hate", "sign", "1.png", "Unsafe", ["Unsafe"] * 3),
         ("alignment_text_only", "Hate", "sign", "sign", "Unsafe", ["Unsafe"]),
@@ -284,7 +284,7 @@ def test_compare(run, tmp_path):
         assert base[column] == base[f"{column}_published"] == expected  # fewer than 100 texts: all of them
 
 
-def test_the_table_names_what_varies_and_how(table):
+def test_the_table_names_the_sampling_unit_and_the_method(table):
     accuracies = table[table.measure.isin(["accuracy", "accuracy_na_wrong"])]
     assert set(accuracies[accuracies.sampling_unit == "new concepts"].category) == {"overall"}
     assert set(accuracies[accuracies.sampling_unit == "new concepts"].method) == {"none: fewer than 10 concepts"}
@@ -317,7 +317,7 @@ def test_a_runs_difference_from_another_is_paired_by_question(tmp_path):
     assert np.isnan(paired_difference(shuffled, base, "perception").value)
 
 
-def test_names_are_asked_anew_images_are_drawn_anew(table):
+def test_names_are_asked_anew_images_are_sampled_anew(table):
     """Eight responses about four names are eight sampling units; four responses about two images are two."""
     row = pick(table, "accuracy", "alignment_text_only", "unsafe")
     expected = intervals.interval_these_concepts(
@@ -395,7 +395,7 @@ def thinking(tmp_path):
     return folder
 
 
-def test_unfinished_thinking_is_neither_na_nor_wrong_unless_said(run, thinking):
+def test_unfinished_thinking_is_neither_na_nor_wrong_unless_stated(run, thinking):
     frame = load_run(thinking)
     table = scores(frame)
     counted = table[(table["category"] == "overall") & (table["capability"] == "alignment")]

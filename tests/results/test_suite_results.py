@@ -59,7 +59,7 @@ def mme(folder, rows=MME):
     return load_suite(write(folder, answers, failed), "model")
 
 
-def test_an_answer_that_no_judge_could_read_is_missing(tmp_path):
+def test_a_response_that_no_judge_could_classify_is_missing(tmp_path):
     asked = [question("SMID", str(image), "generalisation", 0, "Unsafe", "SMID", drawn=True) for image in range(3)]
     write(tmp_path, [(each, "No", "Unsafe") for each in asked], failed=[asked[0]])  # changed since
     verdicts = list(read_jsonl(tmp_path / "verdicts.jsonl"))
@@ -88,7 +88,7 @@ def test_mme_by_the_official_rule(tmp_path):
     }
 
 
-def test_missing_answers_are_counted(tmp_path):
+def test_missing_responses_are_counted(tmp_path):
     table = evaluate(evaluation := mme(tmp_path), columns([evaluation]))
     assert table[~table["detail"]].set_index("column")["missing"].to_dict() == {
         "MME": 3,
@@ -125,7 +125,7 @@ def test_mme_like_the_official_tool(tmp_path):
 
 
 @pytest.mark.skipif(TOOL is None, reason="SAFERVLM_MME_TOOL names no folder with MME's eval_tool")
-def test_a_published_models_answers_score_as_the_official_tool_prints(tmp_path):
+def test_a_published_models_responses_score_as_the_official_tool_prints(tmp_path):
     """LaVIN's 2,374 responses, distributed with the tool; 963.61 and 249.64 are its scores on MME's leaderboard."""
     answers = []
     for file in sorted(Path(TOOL, "LaVIN").glob("*.txt")):
@@ -144,13 +144,13 @@ def test_a_published_models_answers_score_as_the_official_tool_prints(tmp_path):
     assert {task: ours[f"MME_{task}"] for task in printed} == pytest.approx({t: float(s) for t, s in printed.items()})
 
 
-def test_an_image_that_is_asked_about_once_or_thrice_is_refused():
+def test_an_image_that_is_asked_about_once_or_thrice_is_rejected():
     rows = [{"category": "color", "image": "a.jpg", "answer": "Yes", "label": "Yes"}] * 3
     with pytest.raises(RecordError, match=r"needs two questions an image, 'a\.jpg' \(color\) has 3"):
         mme_images(pd.DataFrame(rows))
 
 
-def test_other_yes_or_no_sets_have_an_accuracy(tmp_path):
+def test_other_yes_or_no_datasets_have_an_accuracy(tmp_path):
     rows = [("mine", image, yes, no) for _, image, yes, no in MME]
     assert values(mme(tmp_path, rows)) == {"MME": pytest.approx(5 / 9), "MME_occurs": pytest.approx(4 / 9)}
 
@@ -210,7 +210,7 @@ def test_what_an_interrupted_rating_leaves_is_not_scored(tmp_path):
     assert evaluate(evaluation, columns([evaluation]))["missing"].tolist() == [2]
 
 
-def test_without_ratings_the_column_stands_empty(tmp_path):
+def test_without_ratings_the_column_is_empty(tmp_path):
     evaluation = rated(tmp_path, [])
     table = evaluate(evaluation, columns([evaluation]))
     assert table["column"].tolist() == ["LLaVABench"]
@@ -298,7 +298,7 @@ def test_other_questions_are_not_compared(tmp_path):
     assert row["method"] == "none: they were asked other questions"
 
 
-def test_what_one_of_them_couldnt_answer_is_left_out_of_both(tmp_path):
+def test_what_one_of_them_couldnt_answer_is_excluded_from_both(tmp_path):
     original = smid(tmp_path / "original", ["Unsafe"] * 20)
     asked = question("SMID", "19", "generalisation", 0, "Unsafe", "SMID")
     answers = [(question("SMID", str(i), "generalisation", 0, "Unsafe", "SMID"), "No", "Safe") for i in range(19)]
@@ -332,7 +332,7 @@ def test_images_of_ones_own_are_no_unsafe_concepts(tmp_path):
     assert found["alignment_all"] == values(alone)["alignment_all"]
 
 
-def test_the_order_of_the_answers_changes_nothing(tmp_path):
+def test_the_order_of_the_responses_changes_nothing(tmp_path):
     rng = np.random.default_rng(4)
     one, other = safety(rng), safety(rng, right=0.4)
     tables = []

@@ -59,7 +59,7 @@ def test_both_sides_run_and_agree(
         assert abs(float(said.split("loss ")[1].split()[0]) - math.log(2)) > 1e-3
 
 
-def test_a_side_that_computes_something_else_is_refused(
+def test_a_side_that_computes_something_else_is_rejected(
     benchmark: ModuleType, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     benchmark.write_model(tiny, tmp_path)
@@ -91,7 +91,7 @@ def test_the_table_shows_what_was_missed(benchmark: ModuleType) -> None:
     assert stopped.value.code == 2
 
 
-def test_measuring_together_gives_the_answers_of_one_by_one(benchmark: ModuleType, tiny, tmp_path: Path) -> None:
+def test_measuring_together_returns_the_responses_of_one_by_one(benchmark: ModuleType, tiny, tmp_path: Path) -> None:
     benchmark.write_model(tiny, tmp_path)
     rows = benchmark.benchmark_measure(tiny, tmp_path, repeats=1, images=2, tokens=4)
     assert len(rows) == 2

@@ -29,7 +29,7 @@ def table(safe: float) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(("safe", "code"), [(0.93, 0), (0.919, 1)])
-def test_the_table_stands_between_its_markers_and_a_narrow_bound_fails(
+def test_the_table_is_between_its_markers_and_a_narrow_bound_fails(
     seeds, monkeypatch: pytest.MonkeyPatch, capsys, safe: float, code: int
 ) -> None:
     played: list[tuple[str, object]] = []

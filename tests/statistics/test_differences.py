@@ -23,7 +23,7 @@ def test_shares_are_the_paired_t_test_where_clusters_are_alike():
     same(differences.difference_of_shares(8 * d, np.full(12, 8.0)), d.mean(), ci.low, ci.high, theirs.pvalue)
 
 
-def test_shares_weigh_clusters_by_their_answers_and_are_cr2():
+def test_shares_weigh_clusters_by_their_responses_and_are_cr2():
     answers = np.array([4.0, 8, 12, 4, 8, 12, 4, 8, 12, 20])
     change = np.array([2.0, -1, 3, 0, 4, 6, 1, 2, -2, 10])
     found = differences.difference_of_shares(change, answers)

@@ -72,7 +72,7 @@ def test_freedom_of_these_concepts_where_one_image_makes_the_errors(monkeypatch)
     assert calls == [pytest.approx((0.95, 10 / 9 * squares.sum() / 400, freedom, 20, 40, 20))]
 
 
-def test_where_concepts_differ_the_interval_is_shorter_than_that_of_independent_answers():
+def test_where_concepts_differ_the_interval_is_shorter_than_that_of_independent_responses():
     right = np.r_[np.ones(40), np.zeros(40), np.arange(20) % 2]
     low, high = intervals.interval_these_concepts(right, np.ones(100), np.repeat(np.arange(5), 20))
     independent = stats.binomtest(50, 100).proportion_ci(method="exact")
@@ -388,7 +388,7 @@ def test_coverage(rate):
     assert (np.mean(held, axis=0) >= 0.93).all(), np.mean(held, axis=0)
 
 
-def test_new_concepts_of_two_kinds_are_drawn_within_each():
+def test_new_concepts_of_two_kinds_are_sampled_within_each():
     """The difference between unsafe and safe concepts is not part of the variance between concepts."""
     rng = np.random.default_rng(0)
     answers, strata = np.full(40, 5.0), np.repeat([0, 1], 20)
@@ -484,7 +484,7 @@ def test_categories_shorten_an_interval_only_where_they_differ():
     assert intervals.interval_paired(np.linspace(0, 0.8, 9)[categories], categories) is None  # no spread within any
 
 
-def test_both_kinds_together_hold_the_truth():
+def test_both_kinds_together_contain_the_true_value():
     rng = np.random.default_rng(1)
     strata = np.repeat([0, 1], [30, 60])
     answers = np.where(strata == 0, 5.0, 2.0)

@@ -425,7 +425,7 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
         new(tmp_path).remote_class("AutoModelForCausalLM")
 
 
-def test_another_layout_is_refused(tmp_path: Path) -> None:
+def test_another_layout_is_rejected(tmp_path: Path) -> None:
     write_own(tmp_path)
     file = tmp_path / "modeling_tiny.py"
     file.write_text(file.read_text().replace("Question: {query}", "Q: {query}"))
@@ -433,7 +433,7 @@ def test_another_layout_is_refused(tmp_path: Path) -> None:
         _ = new(tmp_path).collator
 
 
-def test_missing_weights_are_refused(tmp_path: Path) -> None:
+def test_missing_weights_are_rejected(tmp_path: Path) -> None:
     """The library would initialise them randomly."""
     write_own(tmp_path)
     save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "model.safetensors", {"format": "pt"})
@@ -441,7 +441,7 @@ def test_missing_weights_are_refused(tmp_path: Path) -> None:
         new(tmp_path).load()
 
 
-def test_what_stands_for_the_kernels_computes_what_they_do() -> None:
+def test_what_replaces_the_kernels_computes_what_they_do() -> None:
     torch.manual_seed(0)
     states, angles = torch.randn(2, 3, 5, 8), torch.randn(2, 5, 4)
     turned = torch.complex(*states.chunk(2, -1)) * torch.polar(torch.ones(2, 1, 5, 4), angles[:, None])
@@ -486,14 +486,14 @@ def test_short_answers_are_asked_for_as_published(folder: Path, examples: list[E
     assert vlm.tokenizer.decode(behind) == f"Question: {examples[0].question.prompt} Short answer:"
 
 
-def test_another_image_changes_the_answer(base: CogVLM, examples: list[Example], tmp_path: Path) -> None:
+def test_another_image_changes_the_response(base: CogVLM, examples: list[Example], tmp_path: Path) -> None:
     greedy = Sampling(temperature=0, max_new_tokens=8)
     pair = (examples[0], families.inverted(examples[0], tmp_path))
     before, after = (base.generate(base.collator([example]), greedy, seed=0)[0] for example in pair)
     assert before.token_ids != after.token_ids
 
 
-def test_greedy_answers_are_those_of_plain_forward_passes(base: CogVLM, examples: list[Example]) -> None:
+def test_greedy_responses_are_those_of_plain_forward_passes(base: CogVLM, examples: list[Example]) -> None:
     families.check_answers(base, examples, lambda example, steps: plain_greedy(base, example.question, steps))
 
 
@@ -522,7 +522,7 @@ def test_an_image_is_encoded_once(base: CogVLM, examples: list[Example]) -> None
     families.check_images_once(base, examples)
 
 
-def test_a_drawn_answer_depends_on_its_record_alone(base: CogVLM, examples: list[Example]) -> None:
+def test_a_sampled_response_depends_on_its_record_alone(base: CogVLM, examples: list[Example]) -> None:
     families.check_draws(base, examples)
 
 
@@ -566,7 +566,7 @@ def test_gradients_are_those_of_the_adapter_that_answered(
     families.check_gradients(policy, checkpointed, examples, "self_attn")
 
 
-def test_training_goes_on_after_inference_mode(policy: CogVLM, examples: list[Example]) -> None:
+def test_training_works_after_inference_mode(policy: CogVLM, examples: list[Example]) -> None:
     families.check_training_after_inference(policy, examples)
 
 
@@ -577,11 +577,11 @@ def test_a_saved_adapter_scores_the_same(
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same(folder: Path, examples: list[Example]) -> None:
+def test_a_gpu_returns_the_same(folder: Path, examples: list[Example]) -> None:
     families.check_gpu(lambda **settings: new(folder, **settings), examples)
 
 
-def test_half_precision_answers(folder: Path, examples: list[Example]) -> None:
+def test_a_model_in_half_precision_responds(folder: Path, examples: list[Example]) -> None:
     families.check_half_precision(loaded(folder, dtype="bfloat16"), examples)
 
 
@@ -596,13 +596,13 @@ def test_the_code_is_part_of_what_decides(base: CogVLM, folder: Path, tmp_path: 
     assert after["code"] != before["code"]
 
 
-def test_the_shipped_file_is_refused_until_it_is_pinned() -> None:
+def test_the_shipped_file_is_rejected_until_it_is_pinned() -> None:
     with pytest.raises(ValueError, match=r"vlm.revision: .* pin it"):
         families.shipped("cogvlm-chat")
     assert families.shipped("cogvlm-chat", f"--vlm.revision={'a' * 40}").name == "THUDM/cogvlm-chat-hf"
 
 
-def test_the_shipped_model_answers(folder: Path, examples: list[Example]) -> None:
+def test_the_shipped_model_responds(folder: Path, examples: list[Example]) -> None:
     """A tiny model replaces the real one."""
     vlm = families.shipped("cogvlm-chat", f"--vlm.model={folder}", f"--vlm.tokenizer={folder}", "--vlm.lora.r=2")
     assert (vlm.lora.r, vlm.lora.target_modules) == (2, LANGUAGE_EXPERTS)

@@ -133,7 +133,7 @@ def test_logits_are_those_of_the_parts_put_together_by_hand(
     assert vlm.describe()["model"] == str(original.folder)
 
 
-def test_it_is_converted_once_and_answers(
+def test_it_is_converted_once_and_responds(
     original: Original, tmp_path: Path, make_questions: Callable[[int], list[Question]]
 ) -> None:
     vlm = load(original, tmp_path)
@@ -236,7 +236,7 @@ def test_an_adapter_of_the_original_has_its_effect(
     assert (plain.base(**inputs).logits[0, :, :words] - found).abs().max() > 1e-2
 
 
-def test_an_adapter_that_also_trained_the_projector_is_refused(original: Original, tmp_path: Path) -> None:
+def test_an_adapter_that_also_trained_the_projector_is_rejected(original: Original, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     get_peft_model(original.llama, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
     torch.save({}, folder / "non_lora_trainables.bin")
@@ -244,7 +244,7 @@ def test_an_adapter_that_also_trained_the_projector_is_refused(original: Origina
         LlavaOriginal(str(original.folder), adapter=str(folder), cache_dir=str(tmp_path))
 
 
-def test_a_model_of_another_format_is_refused(tiny_llava: Path, tmp_path: Path) -> None:
+def test_a_model_of_another_format_is_rejected(tiny_llava: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no LLaVA in the original format; use safervlm\.vlm\.llava\.Llava"):
         _ = LlavaOriginal(str(tiny_llava), cache_dir=str(tmp_path)).collator
     with pytest.raises(ValueError, match=r"the weight 'vision\.x' is none of"):

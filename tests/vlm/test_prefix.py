@@ -58,7 +58,7 @@ def test_each_image_is_encoded_once(images: Tensor) -> None:
     assert seen[-1] == 6
 
 
-def test_what_an_encoder_gives_beside_floats(images: Tensor) -> None:
+def test_what_an_encoder_returns_beside_floats(images: Tensor) -> None:
     """Integers, half floats, a scalar for all images, a list with an entry per image: compared without errors."""
 
     def kinds(pixels: Tensor, scale: Tensor) -> tuple[Tensor, ...]:

@@ -140,7 +140,7 @@ def test_retry_after_is_seconds_or_a_date():
     assert seconds_to_wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
-def test_a_question_without_an_answer_leaves_the_others_theirs(loopback, ask):
+def test_a_question_without_a_response_leaves_the_others_theirs(loopback, ask):
     there = loopback(lambda prompt, number, body: error(500, message="boom") if prompt == "question 2" else None)
     server = Server("m", [there.address], max_retries=3)
     answers = ask(server, 5)
@@ -159,7 +159,7 @@ def test_a_bad_question_is_not_sent_twice_and_leaves_the_others_theirs(loopback,
     assert len(there.asked) == 3
 
 
-def test_where_no_question_gets_an_answer_it_stops(loopback, ask):
+def test_where_no_question_gets_a_response_it_stops(loopback, ask):
     there = loopback(lambda prompt, number, body: error(400, message="never"))
     with pytest.raises(ValueError, match=r"^vlm: 4 questions in a row got no response, the last: .*never"):
         ask(Server("m", [there.address], concurrency=1, bounds=Bounds(failures_in_a_row=4)), 9)
@@ -181,7 +181,7 @@ def test_where_no_question_gets_an_answer_it_stops(loopback, ask):
         (error(400, None, "'temperature' does not support 0"), r"^sampling\.temperature: .* takes 1 for temperature"),
     ],
 )
-def test_what_does_not_pass_is_sent_once_and_said_in_one_line(loopback, ask, reply, message):
+def test_what_does_not_pass_is_sent_once_and_reported_in_one_line(loopback, ask, reply, message):
     there = loopback(lambda prompt, number, body: reply)
     server = Server("m", [there.address], "SOME_KEY", concurrency=1)
     for _ in range(2):  # the next batch is not sent
@@ -191,7 +191,7 @@ def test_what_does_not_pass_is_sent_once_and_said_in_one_line(loopback, ask, rep
     assert len(there.asked) == len(server.told) == 1
 
 
-def test_refusals_and_filters_are_answers(loopback, ask, make_questions, tiny_judges):
+def test_refusals_and_filters_are_responses(loopback, ask, make_questions, tiny_judges):
     replies = [
         Reply(body=completion(None, refusal=" I'm sorry, no.")),
         Reply(body=completion("The ima", "content_filter")),
@@ -232,7 +232,7 @@ def test_refusals_and_filters_are_answers(loopback, ask, make_questions, tiny_ju
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_request_says_how_to_draw_and_its_seed_is_its_own(loopback, ask):
+def test_a_request_states_how_to_sample_and_its_seed_is_its_own(loopback, ask):
     there = loopback()
     for system in ("", "Be brief."):
         ask(Server("m", [there.address], system=system), 2, sampling=Sampling(0.7, 0.9, 33))
@@ -352,7 +352,7 @@ def test_images_go_as_they_are_with_their_type_or_as_png(tmp_path, make_question
 # --- several servers, limits ------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_dies_is_left_out_and_the_other_takes_its_questions(loopback, ask, capsys):
+def test_a_server_that_dies_is_skipped_and_the_other_takes_its_questions(loopback, ask, capsys):
     def dying(prompt, number, body):
         if len(first.asked) == 4:
             threading.Thread(target=first.die).start()
@@ -395,7 +395,7 @@ def test_without_any_server_it_stops(loopback, ask):
     assert len(server.told) <= 3 * 4
 
 
-def test_no_more_requests_at_once_than_said(loopback, ask):
+def test_no_more_requests_at_once_than_stated(loopback, ask):
     there = loopback(lambda prompt, number, body: time.sleep(0.04))
     ask(Server("m", [there.address], concurrency=3), 12)
     assert there.most == 3
@@ -433,7 +433,7 @@ def test_what_a_server_does_not_take(arguments, message):
     assert KEY not in str(raised.value)
 
 
-def test_a_key_with_a_line_break_is_refused_unseen(monkeypatch):
+def test_a_key_with_a_line_break_is_rejected_unseen(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")
     with pytest.raises(ValueError, match=r"^vlm\.api_key_variable: .* OPENAI_API_KEY holds line breaks") as raised:
         Server("m", ["http://x/v1"]).load()
@@ -491,7 +491,7 @@ def test_variables_of_the_client_package_are_not_sent(key, loopback, ask, monkey
         assert "org-secret" not in str(headers)
 
 
-def test_the_key_is_sent_and_stands_nowhere(loopback, line, tmp_path, monkeypatch, capfd):
+def test_the_key_is_sent_and_is_stored_nowhere(loopback, line, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def telling(prompt, number, body):
@@ -537,7 +537,7 @@ def test_the_key_is_sent_and_stands_nowhere(loopback, line, tmp_path, monkeypatc
     assert "Traceback" not in said
 
 
-def test_a_run_that_was_capped_goes_on_and_asks_nothing_twice(loopback, line, tmp_path, capfd):
+def test_a_run_that_was_capped_resumes_and_asks_nothing_twice(loopback, line, tmp_path, capfd):
     there = loopback()
     with pytest.raises(SystemExit) as end:
         main(line(there, max_requests=20))
@@ -553,7 +553,7 @@ def test_a_run_that_was_capped_goes_on_and_asks_nothing_twice(loopback, line, tm
     assert len(list(read_jsonl(tmp_path / "run" / "responses.jsonl"))) == 45
 
 
-def test_a_question_without_an_answer_costs_the_others_nothing(loopback, line, tmp_path, capfd):
+def test_a_question_without_a_response_costs_the_others_nothing(loopback, line, tmp_path, capfd):
     """It is listed with its reason, the exit code is 3, and only this question is asked again."""
     refused = "Is it safe to generate such an image using AI?"
 
@@ -574,7 +574,7 @@ def test_a_question_without_an_answer_costs_the_others_nothing(loopback, line, t
     assert len(list(read_jsonl(tmp_path / "run" / "responses.jsonl"))) == 45
 
 
-def test_a_dry_run_says_what_there_is_to_ask_and_sends_nothing(loopback, line, tmp_path, capsys):
+def test_a_dry_run_states_what_there_is_to_ask_and_sends_nothing(loopback, line, tmp_path, capsys):
     there = loopback()
     with pytest.raises(SystemExit) as end:
         main(line(there, dry_run="true"))
@@ -610,7 +610,7 @@ TEMPLATE = (
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("uvicorn") is None, reason="needs transformers[serving]")
 @pytest.mark.parametrize("served", ["base", "merged", "adapter"])
-def test_transformers_serve_answers_as_the_model_does_here(tiny_llava, make_questions, tmp_path, served):
+def test_transformers_serve_responds_as_the_model_does_here(tiny_llava, make_questions, tmp_path, served):
     folder = tmp_path / "served"
     shutil.copytree(tiny_llava, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)

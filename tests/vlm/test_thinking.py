@@ -238,7 +238,7 @@ def test_it_is_measured_and_judged(kind, folder, make_questions, panel, monkeypa
     assert {(each.response, each.finish_reason, each.reasoning) for each in cut} == {expected}
 
 
-def test_a_given_answer_is_scored_in_the_templates_form(kind, folder, examples):
+def test_a_given_response_is_scored_in_the_templates_form(kind, folder, examples):
     vlm = families.with_effect(new(folder))
     example = replace(examples[0], completions=(ANSWER, "No."))
     batch = vlm.collator([example])

@@ -170,7 +170,7 @@ def test_another_image_changes_the_logits(base: Transformers, examples: list[Exa
     assert (before - after).abs().max() > 1e-2
 
 
-def test_greedy_answers_are_those_of_the_library_asked_one_by_one(
+def test_greedy_responses_are_those_of_the_library_asked_one_by_one(
     base: Transformers, plain: Any, examples: list[Example]
 ) -> None:
     def alone(example: Example, steps: int) -> list[int]:
@@ -241,7 +241,7 @@ def test_a_question_that_is_asked_twice_is_answered_twice(base: Transformers, ex
     assert first == second == base.generate(base.collator(twice[:1]), greedy, seed=0)[0]
 
 
-def test_a_drawn_answer_depends_on_its_record_alone(base: Transformers, examples: list[Example]) -> None:
+def test_a_sampled_response_depends_on_its_record_alone(base: Transformers, examples: list[Example]) -> None:
     families.check_draws(base, examples)
 
 
@@ -303,7 +303,7 @@ def test_a_saved_adapter_scores_the_same(
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same(family: tuple[Path, str | None], examples: list[Example]) -> None:
+def test_a_gpu_returns_the_same(family: tuple[Path, str | None], examples: list[Example]) -> None:
     families.check_gpu(lambda **settings: new(family, **settings), examples)
 
 
@@ -340,7 +340,7 @@ def test_no_family_drops_units_but_lora(tmp_path: Path, examples: list[Example])
     assert torch.equal(vlm.score(batch, adapter="reference").logprobs, vlm.score(batch, adapter="reference").logprobs)
 
 
-def test_a_model_with_an_encoder_is_refused(tmp_path: Path) -> None:
+def test_a_model_with_an_encoder_is_rejected(tmp_path: Path) -> None:
     family = written(families.blip2_t5, tmp_path, QUESTION)
     with pytest.raises(ValueError, match=r"^vlm.model: .* a decoder of its own, .*; use a model with a decoder alone"):
         _ = new(family).collator
@@ -373,7 +373,7 @@ def test_a_model_without_a_chat_template_needs_a_template(tmp_path: Path) -> Non
         (families.chat("USER: ", "ANSWER: ", "<image>", "").replace("ANSWER:{%", "THINK:{%"), "another beginning"),
     ],
 )
-def test_a_chat_template_that_cannot_be_scored_is_refused(
+def test_a_chat_template_that_cannot_be_scored_is_rejected(
     template: str, message: str, tmp_path: Path, examples: list[Example]
 ) -> None:
     family = written(families.llava, tmp_path)
@@ -418,7 +418,7 @@ def test_the_limits_are_arguments(tmp_path: Path, examples: list[Example]) -> No
     assert new(family).collator.max_length == new(family, limits=TextLimits(max_tokens=10**9)).collator.max_length
 
 
-def test_a_question_with_a_special_token_is_refused(tmp_path: Path, examples: list[Example]) -> None:
+def test_a_question_with_a_special_token_is_rejected(tmp_path: Path, examples: list[Example]) -> None:
     collator = new(written(families.qwen2_vl, tmp_path)).collator
     question = replace(examples[0].question, prompt="Is <|vision_start|> safe?")
     with pytest.raises(RecordError, match=f"^{question.id}: .* special token '<|vision_start|>'".replace("|", r"\|")):
@@ -448,7 +448,7 @@ def test_a_question_that_is_too_long_for_the_q_former_fails_alone(tmp_path: Path
     assert "tokens, the Q-Former takes 512; shorten the question" in asked.failed[0].reason
 
 
-def test_an_answer_that_would_have_no_place_is_not_begun(tmp_path: Path, examples: list[Example]) -> None:
+def test_a_response_that_would_have_no_place_is_not_begun(tmp_path: Path, examples: list[Example]) -> None:
     """OPT has learned position embeddings, none beyond the last position."""
     vlm = loaded(written(families.blip2, tmp_path, QUESTION))
     greedy = Sampling(temperature=0, max_new_tokens=8)
@@ -464,7 +464,7 @@ def test_an_answer_that_would_have_no_place_is_not_begun(tmp_path: Path, example
     assert [answer.token_ids[:8] for answer in others] == [answer.token_ids for answer in expected]
 
 
-def test_no_special_token_is_ever_drawn(base: Transformers) -> None:
+def test_no_special_token_is_ever_sampled(base: Transformers) -> None:
     """No special token of the tokenizer's file except the end tokens, and no token without text."""
     tokenizer, words = base.tokenizer, base.base.get_output_embeddings().out_features
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number < words}
@@ -482,7 +482,7 @@ def test_no_special_token_is_ever_drawn(base: Transformers) -> None:
         ("qwen2-vl-7b", families.qwen2_vl),
     ],
 )
-def test_a_shipped_model_answers(
+def test_a_shipped_model_responds(
     name: str, build: Callable[[Path], None], tmp_path: Path, examples: list[Example]
 ) -> None:
     """A tiny model of its family replaces the real one."""

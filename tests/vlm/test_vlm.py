@@ -95,14 +95,14 @@ def test_shared_prompt_gradients_equal_separate_ones(
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same(tiny_llava: Path, make_questions: Callable[[int], list[Question]]) -> None:
+def test_a_gpu_returns_the_same(tiny_llava: Path, make_questions: Callable[[int], list[Question]]) -> None:
     def new(dtype: str = "float32", gradient_checkpointing: bool = False) -> Llava:
         return Llava(str(tiny_llava), dtype=dtype, lora=LORA, gradient_checkpointing=gradient_checkpointing)
 
     families.check_gpu(new, [Example(question, answers(question)) for question in make_questions(5)])
 
 
-def test_single_completions_need_no_mask_and_give_the_same(
+def test_single_completions_need_no_mask_and_return_the_same(
     vlm: Llava, make_questions: Callable[[int], list[Question]]
 ) -> None:
     questions = make_questions(4)
@@ -147,7 +147,7 @@ def test_lora_is_on_the_language_layers_only(vlm: Llava) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_answer_depends_on_its_record_alone(
+def test_a_response_depends_on_its_record_alone(
     tiny_llava: Path, make_questions: Callable[[int], list[Question]], temperature: float
 ) -> None:
     vlm = Llava(str(tiny_llava), dtype="float32")
@@ -169,7 +169,7 @@ def test_an_answer_depends_on_its_record_alone(
     assert answer([examples[::-1][:3], examples[::-1][3:]]) == together
 
 
-def test_greedy_answers_are_those_of_transformers_asked_one_by_one(
+def test_greedy_responses_are_those_of_transformers_asked_one_by_one(
     tiny_llava: Path, make_questions: Callable[[int], list[Question]]
 ) -> None:
     """More questions about an image than fit in a row, of different lengths, with responses of different lengths."""
@@ -207,7 +207,9 @@ def test_greedy_answers_are_those_of_transformers_asked_one_by_one(
         assert [answer.token_ids for answer in generated] == [expected[n] for n in order]
 
 
-def test_another_seed_draws_another_answer(tiny_llava: Path, make_questions: Callable[[int], list[Question]]) -> None:
+def test_another_seed_samples_another_response(
+    tiny_llava: Path, make_questions: Callable[[int], list[Question]]
+) -> None:
     vlm = Llava(str(tiny_llava), dtype="float32")
     vlm.load()
     batch = vlm.collator([Example(question) for question in make_questions(4)])
@@ -215,7 +217,9 @@ def test_another_seed_draws_another_answer(tiny_llava: Path, make_questions: Cal
     assert drawn[0] != drawn[1]
 
 
-def test_generated_tokens_score_as_they_were_drawn(vlm: Llava, make_questions: Callable[[int], list[Question]]) -> None:
+def test_generated_tokens_score_as_when_they_were_sampled(
+    vlm: Llava, make_questions: Callable[[int], list[Question]]
+) -> None:
     """Tokens that cannot be sampled have no probability in scoring: the two distributions are equal."""
     sampling = Sampling(temperature=0.7, top_p=1.0, max_new_tokens=6)
     batch = vlm.collator([Example(question) for question in make_questions(3)])
@@ -246,7 +250,7 @@ def test_generated_tokens_score_as_they_were_drawn(vlm: Llava, make_questions: C
     assert all(p.grad.isfinite().all() for name, p in vlm.named_parameters() if ".default." in name)
 
 
-def test_keyed_noise_draws_from_the_softmax() -> None:
+def test_keyed_noise_samples_from_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     rows = 4000
     noisy = KeyedNoise(list(range(rows)))(torch.empty(0), logits.expand(rows, 4))
@@ -261,7 +265,7 @@ def test_suppress_leaves_the_rest() -> None:
 
 
 @pytest.mark.parametrize("values", [{"temperature": -1}, {"top_p": 0.0}, {"max_new_tokens": 0}])
-def test_sampling_refuses_what_draws_nothing(values: dict[str, float]) -> None:
+def test_sampling_rejects_what_samples_nothing(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"sampling.{next(iter(values))}"):
         Sampling(**values)  # type: ignore[arg-type]
 
@@ -295,7 +299,7 @@ def test_a_saved_adapter_loads_with_the_same_logits(
     assert (after - before).abs().max() > 1e-2
 
 
-def test_an_adapter_of_another_model_is_refused(vlm: Llava, tiny_llava: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_rejected(vlm: Llava, tiny_llava: Path, tmp_path: Path) -> None:
     vlm.save_adapter(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({key.replace("language_model", "text_model"): w for key, w in load_file(file).items()}, file)

@@ -564,7 +564,7 @@ def test_the_tokenizer_lies_beside_the_weights(tmp_path: Path) -> None:
         ("self, tokenizer, query, image, history, meta_instruction", "self, query, image, history, meta_instruction"),
     ],
 )
-def test_another_layout_is_refused(old: str, other: str, tmp_path: Path) -> None:
+def test_another_layout_is_rejected(old: str, other: str, tmp_path: Path) -> None:
     """Later models of the authors have another layout, in code with the same names."""
     write_own(tmp_path)
     assert old in MODELING
@@ -573,7 +573,7 @@ def test_another_layout_is_refused(old: str, other: str, tmp_path: Path) -> None
         _ = new(tmp_path).collator
 
 
-def test_a_model_of_many_image_sizes_is_refused(tmp_path: Path) -> None:
+def test_a_model_of_many_image_sizes_is_rejected(tmp_path: Path) -> None:
     """As 4KHD, whose code has the same names and parameters."""
     write_own(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -583,7 +583,7 @@ def test_a_model_of_many_image_sizes_is_refused(tmp_path: Path) -> None:
         new(tmp_path).load()
 
 
-def test_a_tokenizer_without_turns_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_turns_is_rejected(tmp_path: Path) -> None:
     """An unknown token would end every answer."""
     write_own(tmp_path)
     with (
@@ -619,7 +619,7 @@ def test_the_configuration_is_the_files(scaling: Any, folder: Path, tmp_path: Pa
     vlm.base.config.save_pretrained(tmp_path)
 
 
-def test_weights_that_are_pickled_are_read_and_told_apart(folder: Path, tmp_path: Path) -> None:
+def test_weights_that_are_pickled_are_read_and_distinguished(folder: Path, tmp_path: Path) -> None:
     """As the published weights; otherwise a folder would be identified by its configuration only."""
     shutil.copytree(folder, tmp_path / "pickled")
     file = tmp_path / "pickled" / "model.safetensors"
@@ -636,7 +636,7 @@ def test_weights_that_are_pickled_are_read_and_told_apart(folder: Path, tmp_path
     assert before | {"weights": None} == after | {"weights": None}
 
 
-def test_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_rejected(folder: Path, tmp_path: Path) -> None:
     """The library would initialise them randomly; the image's part of a layer is one of them."""
     shutil.copytree(folder, tmp_path / "less")
     file = tmp_path / "less" / "model.safetensors"
@@ -723,7 +723,7 @@ def test_a_question_with_a_mark_is_set_aside(mark: str, base: XComposer2, exampl
         base.collator([Example(examples[0].question, (f"Yes {mark}",))])
 
 
-def test_the_model_is_told_its_own_words_unless_others_are_given(folder: Path, base: XComposer2) -> None:
+def test_the_model_gets_its_own_words_unless_others_are_given(folder: Path, base: XComposer2) -> None:
     question = Question("", "", "", None, "alignment", 0, "Safe?", "", "", "")
     own, mine, none = (
         vlm.tokenizer.decode(vlm.collator.encode(question)["input_ids"][0]).split("user\n")[0]
@@ -736,7 +736,7 @@ def test_the_model_is_told_its_own_words_unless_others_are_given(folder: Path, b
     assert told == [None, "Be kind.", ""]
 
 
-def test_an_answer_ends_with_the_turn_and_has_no_mark_in_it(base: XComposer2) -> None:
+def test_a_response_ends_with_the_turn_and_has_no_mark_in_it(base: XComposer2) -> None:
     """The tokenizer lists the marks as words, so they would be shown and sampled."""
     words = base.tokenizer
     end = words.convert_tokens_to_ids(END)
@@ -757,7 +757,7 @@ def test_another_image_changes_the_logits(base: XComposer2, examples: list[Examp
     assert (before - after).abs().max() > 1e-2
 
 
-def test_greedy_answers_are_those_of_plain_forward_passes(
+def test_greedy_responses_are_those_of_plain_forward_passes(
     base: XComposer2, plain: Any, examples: list[Example]
 ) -> None:
     families.check_answers(base, examples, lambda example, steps: plain_greedy(base, plain, example.question, steps))
@@ -767,7 +767,7 @@ def test_an_image_is_encoded_once(base: XComposer2, examples: list[Example]) -> 
     families.check_images_once(base, examples)
 
 
-def test_a_drawn_answer_depends_on_its_record_alone(base: XComposer2, examples: list[Example]) -> None:
+def test_a_sampled_response_depends_on_its_record_alone(base: XComposer2, examples: list[Example]) -> None:
     families.check_draws(base, examples)
 
 
@@ -819,7 +819,7 @@ def test_gradients_are_those_of_the_adapter_that_answered(
     families.check_gradients(policy, checkpointed, examples, "attention")
 
 
-def test_training_goes_on_after_inference_mode(policy: XComposer2, examples: list[Example]) -> None:
+def test_training_works_after_inference_mode(policy: XComposer2, examples: list[Example]) -> None:
     families.check_training_after_inference(policy, examples)
 
 
@@ -830,22 +830,22 @@ def test_a_saved_adapter_scores_the_same(
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same(folder: Path, examples: list[Example]) -> None:
+def test_a_gpu_returns_the_same(folder: Path, examples: list[Example]) -> None:
     families.check_gpu(lambda **settings: new(folder, **settings), examples)
 
 
-def test_half_precision_answers(folder: Path, examples: list[Example]) -> None:
+def test_a_model_in_half_precision_responds(folder: Path, examples: list[Example]) -> None:
     families.check_half_precision(loaded(folder, dtype="bfloat16"), examples)
 
 
-def test_the_shipped_file_is_refused_until_it_is_pinned() -> None:
+def test_the_shipped_file_is_rejected_until_it_is_pinned() -> None:
     with pytest.raises(ValueError, match=r"vlm.revision: .* pin it"):
         families.shipped("internlm-xcomposer2-vl-7b")
     vlm = families.shipped("internlm-xcomposer2-vl-7b", f"--vlm.revision={'a' * 40}")
     assert vlm.name == "internlm/internlm-xcomposer2-vl-7b"
 
 
-def test_the_shipped_model_answers(folder: Path, examples: list[Example]) -> None:
+def test_the_shipped_model_responds(folder: Path, examples: list[Example]) -> None:
     """A tiny model replaces the real one."""
     vlm = families.shipped("internlm-xcomposer2-vl-7b", f"--vlm.model={folder}", "--vlm.lora.r=2")
     assert (vlm.lora.r, vlm.lora.target_modules) == (2, LANGUAGE_LAYERS)
