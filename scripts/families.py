@@ -28,11 +28,11 @@ TABLES = {"families": "not gpu and not torchvision", "vision": "not gpu and torc
 CHECKS = {
     "image matters": ("another_image_changes_the_logits",),
     "generate": (
-        "greedy_answers_are_those_of_the_library_asked_one_by_one",
+        "greedy_responses_are_those_of_the_library_asked_one_by_one",
         "a_question_that_is_asked_twice_is_answered_twice",
-        "no_special_token_is_ever_drawn",
+        "no_special_token_is_ever_sampled",
     ),
-    "sample": ("a_drawn_answer_depends_on_its_record_alone",),
+    "sample": ("a_sampled_response_depends_on_its_record_alone",),
     "score": ("score_equals_one_plain_forward_a_completion",),
     "share": ("questions_about_an_image_share_what_they_begin_with", "an_image_is_encoded_once"),
     "LoRA": ("lora_is_on_every_linear_layer_of_the_language_model_and_on_no_other",),
