@@ -1,7 +1,7 @@
 """Addresses without their secrets: the only form in which an address is recorded or shown.
 
 A user name, a password and a query (often a token or a signature) of an address may be secret. They are used for the
-request alone, and stand in no manifest, configuration, record, log, page or message.
+request alone, and are in no manifest, configuration, record, log, page or message.
 """
 
 import re
@@ -37,7 +37,7 @@ def has_user(address: str) -> bool:
 def public(address: str) -> str:
     """Returns an address without user name and password, and with a hash in place of its query and fragment.
 
-    ``https://me:pw@host/x.tsv?token=1`` becomes ``https://host/x.tsv#query-1a2b3c4d``. The hash tells addresses apart
+    ``https://me:pw@host/x.tsv?token=1`` becomes ``https://host/x.tsv#query-1a2b3c4d``. The hash distinguishes addresses
     that differ in their query. An address without such parts, or one that this function returned, is unchanged.
 
     Args:

@@ -11,7 +11,7 @@ def fingerprint(*parts: str | bytes | Path) -> str:
     """Computes a short hash of texts, bytes and files, in order.
 
     Args:
-        *parts: Texts, bytes, or paths; a path stands for the content of its file.
+        *parts: Texts, bytes, or paths; of a path, the content of its file is used.
 
     Returns:
         The first 16 hexadecimal digits of a SHA-256 over the SHA-256 digests of the parts.

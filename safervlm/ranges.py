@@ -24,7 +24,7 @@ def in_range(
         above: Exclusive lower bound.
         most: Inclusive upper bound.
         below: Exclusive upper bound.
-        **values: Name -> number; None stands for an argument that was not given and is accepted.
+        **values: Name -> number; None, for an argument that was not given, is accepted.
 
     Raises:
         ArgumentError: A number is outside the range; the message names the first one.

@@ -189,7 +189,7 @@ def _at_work(run: Path) -> str:
     return "another command" if process is None else f"another command (process {process})"
 
 
-def refuse_while_at_work(run: Path) -> None:
+def reject_run_at_work(run: Path) -> None:
     """Rejects reading a run folder while another command writes to it, as its files may be inconsistent.
 
     Any number of commands may read at the same time. No write permission is needed.

@@ -15,7 +15,7 @@ class UnfinishedFile(Generic[Made]):
     """A file of the run folder with the chunks of a computation that are complete, one per line.
 
     Each line is flushed, so a process that dies loses at most the current chunk. The next start reads the chunks if the
-    key, which stands in the first line, is the same; otherwise it starts over. As chunks are read completely or not at
+    key, which is in the first line, is the same; otherwise it starts over. As chunks are read completely or not at
     all, a resumed computation has the same chunks as an uninterrupted one, and the same roundings. The owner removes
     the file after it has written the results.
 

@@ -86,7 +86,7 @@ def table(found: dict[str, dict[str, str]], name: str = "families") -> str:
             cells.append(bad[0] if bad else "passed")
         if set(cells) == {"passed"}:
             passing.add(outcome["type"])
-        for column in ("share", "LoRA"):  # a passed check says what was found
+        for column in ("share", "LoRA"):  # a passed check recorded what was found
             place = list(CHECKS).index(column)
             cells[place] = outcome.get(column, "passed") if cells[place] == "passed" else cells[place]
         rows.append([family, f"`{outcome.get('type', '-')}`", *cells])

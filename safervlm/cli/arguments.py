@@ -109,7 +109,7 @@ def check_arguments(name: str, value: Any, where: str, folder: Path, seen: set[P
         check_seed(value, where)
     if not isinstance(value, str):
         return
-    refuse_empty(name, value, where)
+    reject_empty(name, value, where)
     if "\0" in value:
         raise ArgumentError(f"{where}: {value[:80]!r} contains a zero character; remove it")
     if last in MAY_BE_EMPTY:
@@ -197,7 +197,7 @@ def check_seed(value: Any, where: str) -> None:
         raise ArgumentError(f"{where}: a number from 0 to {MAX_SEED}, got {text[:80]}")
 
 
-def refuse_empty(name: str, value: str, where: str) -> None:
+def reject_empty(name: str, value: str, where: str) -> None:
     """Rejects an empty text for a setting that may not be empty.
 
     Args:

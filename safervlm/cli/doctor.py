@@ -242,13 +242,13 @@ def size(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
             yield Finding("error", "VLM's weights", str(error))
             return
         except (KeyError, TypeError, ValueError):
-            yield Finding("warning", "VLM's weights", f"{index} doesn't tell their size")
+            yield Finding("warning", "VLM's weights", f"{index} lacks their size")
             return
     elif online:
         try:
             files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
         except Exception as error:
-            yield Finding("warning", "VLM's weights", f"the Hub doesn't tell their size ({type(error).__name__})")
+            yield Finding("warning", "VLM's weights", f"the Hub doesn't report their size ({type(error).__name__})")
             return
         weights = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
     if weights:
@@ -301,7 +301,7 @@ def training(folder: Path, lora: LoRA, adapters: int) -> Finding:
     try:
         needed = training_memory(folder, lora, adapters) / GIB
     except (ValueError, KeyError, OSError) as error:
-        return Finding("warning", "training memory", f"can't be told for this model ({str(error).splitlines()[0]})")
+        return Finding("warning", "training memory", f"unknown for this model ({str(error).splitlines()[0]})")
     text = f"{needed:.2f} GiB of adapters and optimizer, activations on top (docs/scaling.md)"
     return Finding("ok", "training memory", text)
 

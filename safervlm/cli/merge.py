@@ -11,7 +11,7 @@ from PIL import Image
 
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.caches import temporary
-from safervlm.io.outputs import refuse_to_fill
+from safervlm.io.outputs import require_empty_folder
 from safervlm.io.tables import say
 from safervlm.io.trust import check_trust, named_in, read_config
 from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_response
@@ -54,7 +54,7 @@ def merge(
     for needed in (config, adapter / "adapter_config.json"):
         if not needed.is_file():
             raise RecordError(f"run: no {needed}; name the folder of a finished training (safervlm train --help)")
-    refuse_to_fill("out", out)
+    require_empty_folder("out", out)
     settings = read_config(config)
     check_trust(config, named_in(settings.get("model"), run), "run", trust_config)
     with locked(run):

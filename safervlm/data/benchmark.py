@@ -118,11 +118,11 @@ class Benchmark(SaferData):
         lower = [label.lower() for meant in meanings.values() for label in meant]
         if set(map(str.lower, meanings[UNSAFE])) & set(map(str.lower, meanings[SAFE])):
             raise ArgumentError(
-                f"data.unsafe: {meanings[UNSAFE]} and data.safe: {meanings[SAFE]} have a label in common; tell them "
-                "apart"
+                f"data.unsafe: {meanings[UNSAFE]} and data.safe: {meanings[SAFE]} have a label in common; "
+                "remove it from one of them"
             )
         if not lower:
-            raise ArgumentError("data.unsafe: it and data.safe are empty: say which labels mean what")
+            raise ArgumentError("data.unsafe: it and data.safe are empty: name the labels of each")
         path_text("data.cache_dir", cache_dir)
         if not re.match(r"https?://", source, re.IGNORECASE):
             path_text("data.source", source)

@@ -2,7 +2,7 @@
 
 A branch such as ``main`` names another commit after each change on the Hub. The process that prepares the data asks the
 Hub for the commit, and writes it into a small file beside the copies, where the other processes of the run read it.
-Without an answer from the Hub, the copy of that commit is used, and one line says so.
+Without an answer from the Hub, the copy of that commit is used, and one line states it.
 """
 
 import re
@@ -52,9 +52,9 @@ def keep_copy(repo: str, cache: Path, local: str, save: Callable[[datasets.Datas
     rows = None
     if commit is None:
         if (there := copy_of(repo, cache, suffix)).exists():
-            say(f"{repo}: the Hub does not tell its commit now, so the copy {there} is used")
+            say(f"{repo}: the Hub does not report its commit now, so the copy {there} is used")
             return
-        rows = hub_rows(repo, local)  # raises the error that says why, or reads the library's own cache
+        rows = hub_rows(repo, local)  # raises the error with the reason, or reads the library's own cache
         commit = _commit_of(rows)
     path = _named(repo, cache, commit, suffix)
     if not path.exists():

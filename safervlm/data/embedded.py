@@ -90,7 +90,7 @@ def written_images(folder: Path) -> dict[int, Path]:
     Raises:
         RecordError: The folder's list of files is missing or damaged.
     """
-    way_out = f"remove the folder {folder}, and the same command makes it again"
+    way_out = f"remove the folder {folder}, and the same command writes it again"
     files = read_object(folder / "files.json", way_out)
     for row, name in files.items():
         if not row.isdecimal() or not isinstance(name, str) or Path(name).name != name:

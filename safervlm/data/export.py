@@ -8,7 +8,7 @@ from safervlm.data.alignment import DPOData, SFTData
 from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, spread
 from safervlm.io.files import write_text_atomically
 from safervlm.io.names import path_text
-from safervlm.io.outputs import refuse_to_replace_texts
+from safervlm.io.outputs import require_replaceable_texts
 from safervlm.io.reading import json_text
 from safervlm.io.tables import say
 
@@ -83,7 +83,7 @@ def export_training_files(
         {"image_fname": name(image.path), "concept": image.concept, "label": image.label} for image in test
     ]
     texts = {Path(out) / file: json_text(records, indent=2, name=file) for file, records in written.items()}
-    refuse_to_replace_texts("--out", texts)
+    require_replaceable_texts("--out", texts)
     for file, text in texts.items():
         write_text_atomically(file, text)
     say(f"{out} holds {', '.join(written)}")

@@ -36,7 +36,7 @@ def hub_rows(repo: str, local: str) -> datasets.Dataset:
         return rows
     except (DatasetNotFoundError, GatedRepoError) as error:
         raise RecordError(
-            f"{repo}: the Hub gives no access ({first_line(error)}): accept the terms at "
+            f"{repo}: the Hub denies access ({first_line(error)}): accept the terms at "
             f"https://huggingface.co/datasets/{name}, then run `hf auth login`; or give a local one, {local}"
         ) from None
     except (ConnectionError, TimeoutError, HfHubHTTPError) as error:

@@ -161,7 +161,7 @@ def save_images(repo: str, rows: datasets.Dataset, folder: Path) -> None:
         )
     for column in columns:
         if any(not isinstance(value, str) or not normal_name(value) for value in rows[column]):
-            raise RecordError(f"{repo}: a row has no text in {column!r}: name a local folder, or another set")
+            raise RecordError(f"{repo}: a row has no text in {column!r}: name a local folder, or another dataset")
 
     def build(aside: Path) -> None:
         (aside / "images").mkdir()

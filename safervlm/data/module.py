@@ -135,7 +135,7 @@ class SaferData(LightningDataModule):
         return [example for example in self.parts.predict if example.question.id not in self._skipped]
 
     def completions_at(self, validation: bool) -> str:
-        """Returns where a user gives the completions: file, line and field; empty if the class itself makes them.
+        """Returns where the user's completions are: file, line and field; empty if the class itself makes them.
 
         Args:
             validation: Whether the held-out examples are meant, not those to train on.

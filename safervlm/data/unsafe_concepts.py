@@ -182,7 +182,7 @@ class ImageSets(SaferData):
                 path_text(f"data.{argument}", path)
         name, safe_name = set_name("data.name", name), set_name("data.safe_name", safe_name)
         if name == safe_name:
-            raise ArgumentError(f"data.safe_name: the two sets need different names, got {name!r} twice")
+            raise ArgumentError(f"data.safe_name: the two datasets need different names, got {name!r} twice")
         self.cache = Path(cache_dir).expanduser()
         self.repo = None if folder else repo
         self.safe_repo = None if safe_folder else safe_repo

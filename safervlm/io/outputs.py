@@ -17,7 +17,7 @@ def page_of(file: Path, command: str) -> bool:
         return f'<p class="eyebrow">SaferVLM {command}</p>'.encode() in content.read(2**16)
 
 
-def refuse_to_replace_page(page: Path, command: str, *beside: str) -> None:
+def require_replaceable_page(page: Path, command: str, *beside: str) -> None:
     """Rejects the path of a page if writing it would replace a file that the command did not write.
 
     An earlier page and the tables beside it may be replaced.
@@ -43,7 +43,7 @@ def refuse_to_replace_page(page: Path, command: str, *beside: str) -> None:
             raise ArgumentError(f"out: {file} is there already and would be overwritten; {other}")
 
 
-def refuse_to_replace_texts(argument: str, texts: Mapping[Path, str]) -> None:
+def require_replaceable_texts(argument: str, texts: Mapping[Path, str]) -> None:
     """Rejects files to be written that exist with a different content.
 
     Args:
@@ -60,7 +60,7 @@ def refuse_to_replace_texts(argument: str, texts: Mapping[Path, str]) -> None:
             )
 
 
-def refuse_to_fill(argument: str, folder: Path) -> None:
+def require_empty_folder(argument: str, folder: Path) -> None:
     """Rejects a folder to be written that exists and is not empty, or is a file.
 
     Args:

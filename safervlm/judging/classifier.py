@@ -88,7 +88,7 @@ class Judge(LightningModule):
     ) -> None:
         super().__init__()
         if len(labels) < 2 or len(set(labels)) < len(labels):
-            raise ArgumentError(f"labels: a judge tells at least two different labels apart, got {list(labels)}")
+            raise ArgumentError(f"labels: a judge distinguishes at least two labels, got {list(labels)}")
         in_range(least=1, max_characters=max_characters)
         in_range(above=0, lr=lr)
         in_range(least=0, weight_decay=weight_decay)
@@ -120,7 +120,7 @@ class Judge(LightningModule):
             ArgumentError: the labels or their order differ.
         """
         if self.labels != tuple(labels):
-            raise ArgumentError(f"{name}: it tells {', '.join(self.labels)}; name a judge of {', '.join(labels)}")
+            raise ArgumentError(f"{name}: its labels are {', '.join(self.labels)}; name a judge of {', '.join(labels)}")
 
     # Loading and saving
 
@@ -175,7 +175,7 @@ class Judge(LightningModule):
             saved = tuple(config.id2label[number] for number in sorted(config.id2label))
             if saved != self.labels:
                 raise ArgumentError(
-                    f"labels: {', '.join(self.labels)}, but the judge in {base!r} tells {', '.join(saved)} apart"
+                    f"labels: {', '.join(self.labels)}, but those of the judge in {base!r} are {', '.join(saved)}"
                 )
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: number for number, label in enumerate(self.labels)}
@@ -221,7 +221,7 @@ class Judge(LightningModule):
         problems += [f"{key} is not of this model" for key in state if key not in expected]
         outputs = state.get("classifier.weight")
         if outputs is not None and outputs.shape[:1] != (len(self.labels),):
-            problems.insert(0, f"it tells {outputs.shape[0]} labels apart, labels names {', '.join(self.labels)}")
+            problems.insert(0, f"it distinguishes {outputs.shape[0]} labels, labels names {', '.join(self.labels)}")
         problems += [
             f"{key} has shape {tuple(value.shape)}, {tuple(expected[key].shape)} is needed"
             for key, value in state.items()

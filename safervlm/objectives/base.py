@@ -157,8 +157,8 @@ class Objective(L.LightningModule):
                 remedy = "; a label alone is for PPO" if not given else ""
                 raise RecordError(f"{place} has {given} texts, {name} takes {self.completions} in each record{remedy}")
             raise ArgumentError(
-                f"data: {type(data).__name__} gives {given} completions a record, {name} takes {self.completions}; use "
-                "the data of its recipe in configs/"
+                f"data: {type(data).__name__} provides {given} completions per record, {name} needs "
+                f"{self.completions}; use the data of its recipe in configs/"
             )
         asked = (data.parts.train if stage == "fit" else []) + data.parts.validation
         must_show_their_images(asked, getattr(self.vlm, "images", ImageSettings()))

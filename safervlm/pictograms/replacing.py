@@ -53,7 +53,7 @@ def content_of(folder: Path, files: Iterable[str]) -> str:
     return fingerprint(*(folder / file for file in files))
 
 
-def refuse_strangers(out: Path) -> None:
+def reject_unknown_files(out: Path) -> None:
     """Rejects a folder that contains anything but an unchanged pictogram world, so that no other file is deleted.
 
     Args:
@@ -71,8 +71,8 @@ def refuse_strangers(out: Path) -> None:
     known = manifest.get("files")
     if "fingerprint" in manifest and known is None:
         raise ArgumentError(
-            f"out: {out} is a world of an older version, which does not list its files, so yours can't be told from "
-            "them: name another folder, or delete this one"
+            f"out: {out} is a world of an older version, which does not list its files, so yours can't be "
+            "distinguished from them: name another folder, or delete this one"
         )
     strangers = sorted(path.name for path in out.iterdir() if path.name not in PARTS or known is None)
     strangers += sorted(set(there) - set(known or ()))

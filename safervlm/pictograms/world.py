@@ -36,7 +36,7 @@ from safervlm.pictograms.replacing import (
     content_of,
     files_in,
     one_at_a_time,
-    refuse_strangers,
+    reject_unknown_files,
     say_progress,
     world_manifest,
 )
@@ -103,7 +103,7 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int | None = N
         if world_manifest(out).get("fingerprint") == made_of:
             say_progress(f"{shown} is there already and up to date (seed {seed}, {made_of})")
             return shown
-        refuse_strangers(out)
+        reject_unknown_files(out)
         with temporary(out, directory=True) as unfinished, temporary(out, directory=True) as before:
             write_data_sets(unfinished, seed)
             write_benchmarks(unfinished, seed)
@@ -124,7 +124,7 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int | None = N
             }
             text = json.dumps(record, indent=2) + "\n"
             write_text_atomically(unfinished / "manifest.json", text)
-            refuse_strangers(out)
+            reject_unknown_files(out)
             if out.exists():
                 out.rename(before / out.name)
             unfinished.rename(out)

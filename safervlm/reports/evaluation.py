@@ -15,7 +15,7 @@ from safervlm.errors import ArgumentError, RecordError
 from safervlm.hashing import seed_for
 from safervlm.io.escape import without_folders
 from safervlm.io.files import write_text_atomically
-from safervlm.io.outputs import refuse_to_replace_page
+from safervlm.io.outputs import require_replaceable_page
 from safervlm.io.tables import JUDGE_NOTE, say, show_table, write_csv, write_workbook
 from safervlm.reports.examples import picture
 from safervlm.reports.page import template
@@ -37,7 +37,7 @@ from safervlm.reports.tables import records
 from safervlm.results.measures import UnfinishedAs
 from safervlm.results.suite import GROUPS, Column, Evaluation, columns, estimates, evaluate, load_suite
 from safervlm.results.suite_differences import compare_suites, flips
-from safervlm.run import refuse_while_at_work
+from safervlm.run import reject_run_at_work
 from safervlm.run_folder import RunFolder
 
 FLIPS = 6  # number shown on the page per direction, run and group of datasets
@@ -70,7 +70,7 @@ def evaluation(runs: list[Path], out: Path | None = None, thinking_unfinished: U
     out = Path(out) if out else Path(runs[0]) / "evaluation.html"
     if out.suffix != ".html":
         raise ArgumentError(f"out: the table is a page, {str(out)!r} must end in .html")
-    refuse_to_replace_page(out, "evaluation", ".csv", "_table.csv", "_differences.csv", ".xlsx", ".tex")
+    require_replaceable_page(out, "evaluation", ".csv", "_table.csv", "_differences.csv", ".xlsx", ".tex")
     paths = [Path(run) for run in runs]
     names = run_names(
         [
@@ -136,7 +136,7 @@ def read_suites(
     for path, name in zip(paths, names, strict=True):
         try:
             folder = folder_of(path)
-            refuse_while_at_work(folder)
+            reject_run_at_work(folder)
             each = load_suite(folder, name, unfinished)
             for column in columns([each]):
                 if column.measure == "mme":
@@ -145,7 +145,7 @@ def read_suites(
         except RecordError as error:
             if len(paths) == 1:
                 raise
-            lost = ", and no difference can be told from it" if name == names[0] else ""
+            lost = ", and there are no differences from it" if name == names[0] else ""
             unread.append(f"{name} is skipped{lost}: {error}")
     if not loaded:
         raise RecordError("; ".join(unread))

@@ -17,7 +17,7 @@ from safervlm.io.tables import JUDGE_NOTE, say
 from safervlm.io.trust import read_config
 from safervlm.reports.evaluation import folder_of
 from safervlm.results.suite import DIVERSITIES, Column, Evaluation, columns, evaluate, load_suite, stage_settings
-from safervlm.run import read_manifest, refuse_while_at_work
+from safervlm.run import read_manifest, reject_run_at_work
 from safervlm.run_folder import RunFolder
 from safervlm.vlm.adapters import adapter_fingerprint
 
@@ -95,7 +95,7 @@ def _scores(run: Path) -> str:
 def _table(run: Path) -> str:
     folder = folder_of(run)
     if folder != run:  # this command has locked the run itself
-        refuse_while_at_work(folder)
+        reject_run_at_work(folder)
     measured = stage_settings(folder, "measure").get("model", {})
     vlm = measured.get("vlm", {})
     if (vlm.get("adapter") or {}).get("sha256") != adapter_fingerprint(str(run / "adapter")):

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from safervlm.errors import ArgumentError
 from safervlm.io.escape import for_html
 from safervlm.io.files import write_text_atomically
-from safervlm.io.outputs import refuse_to_replace_page
+from safervlm.io.outputs import require_replaceable_page
 from safervlm.io.tables import JUDGE_NOTE, say, show_table, write_csv, write_workbook
 from safervlm.records import Failure, read_records
 from safervlm.reports.corrected import CORRECTED_NOTE, corrected_rates, corrected_rows, corrected_table
@@ -91,7 +91,7 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
     out = Path(out) if out else Path(runs[0]) / "report.html"
     if out.suffix != ".html":
         raise ArgumentError(f"out: the report is a page, {str(out)!r} must end in .html")
-    refuse_to_replace_page(out, "report", ".csv", "_overall.csv", "_corrected.csv", ".xlsx", ".tex")
+    require_replaceable_page(out, "report", ".csv", "_overall.csv", "_corrected.csv", ".xlsx", ".tex")
     loaded = load_runs(runs, thinking_unfinished)
     comparison = compare({run.name: run.scores for run in loaded})
     corrected = corrected_rates(loaded)

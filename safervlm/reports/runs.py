@@ -18,7 +18,7 @@ from safervlm.protocol import CAPABILITIES
 from safervlm.results.measures import NEW_CONCEPTS, THESE_CONCEPTS, UnfinishedAs
 from safervlm.results.runs import load_run
 from safervlm.results.scores import overall, scores
-from safervlm.run import refuse_while_at_work
+from safervlm.run import reject_run_at_work
 from safervlm.run_folder import RunFolder
 
 
@@ -56,7 +56,7 @@ def load_runs(folders: Sequence[Path], unfinished: UnfinishedAs = "apart") -> li
     paths = [Path(folder) for folder in folders]
     runs = []
     for path, name in zip(paths, run_names(paths), strict=True):
-        refuse_while_at_work(path)
+        reject_run_at_work(path)
         frame = load_run(path, unfinished)
         kinds = frame["capability"].value_counts()
         if others := {str(kind): int(count) for kind, count in kinds.items() if kind not in CAPABILITIES}:

@@ -12,7 +12,7 @@ from safervlm.reports.suite_tables import (
     DIVERSITY_NOTE,
     LEVEL,
     counts_without_answer,
-    held,
+    coverage_lines,
     interval,
     lines,
     shown_estimate,
@@ -78,7 +78,10 @@ def suite_latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Seq
             f"intervals; * p, by Holm over a run's columns, below {LEVEL:g}. {JUDGE_NOTE}"
         )
         tables.append(latex_table(table, "l" + "r" * len(table.columns), caption, index=True))
-    made = [f"% {visible(line)}" for line in held(long) + (held(differences) if len(differences) else [])]
+    made = [
+        f"% {visible(line)}"
+        for line in coverage_lines(long) + (coverage_lines(differences) if len(differences) else [])
+    ]
     return "\n".join(["% \\usepackage{booktabs}", "% How the intervals are made:", *made, "", *tables])
 
 

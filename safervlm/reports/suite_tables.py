@@ -243,12 +243,12 @@ def remarks(
         said.append(f"{run}: no interval, {str(method).removeprefix('none: ')}: {'; '.join(part['heading'])}")
     said += other_models(manifests)
     if len(differences):
-        refused = differences[differences["difference"].isna() & ~differences["detail"]]
+        excluded = differences[differences["difference"].isna() & ~differences["detail"]]
         said += [
             f"{run}: no difference, {str(method).removeprefix('none: ')}: {'; '.join(part['heading'])}"
-            for (run, method), part in refused.groupby(["run", "method"], sort=False)
+            for (run, method), part in excluded.groupby(["run", "method"], sort=False)
         ]
-    return said + held(long) + (held(differences) if len(differences) else [])
+    return said + coverage_lines(long) + (coverage_lines(differences) if len(differences) else [])
 
 
 def other_models(manifests: Sequence[tuple[str, Summary]]) -> list[str]:
@@ -277,7 +277,7 @@ def _model(summary: Summary) -> str:
     return summary.get("measure", {}).get("settings.model.vlm.model", "unknown")
 
 
-def held(table: pd.DataFrame) -> list[str]:
+def coverage_lines(table: pd.DataFrame) -> list[str]:
     """Reports the simulated coverage of each interval method in a table, with the groups or columns that use it.
 
     Args:

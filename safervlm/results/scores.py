@@ -7,7 +7,7 @@ Pure functions on data frames. :func:`~safervlm.results.runs.load_run` joins a r
 evaluation of trained models counts them as wrong. Every table contains both, with the share of such responses.
 
 **Thinking unfinished.** A response that ended inside its reasoning has no answer. It is neither N/A nor wrong, and is
-counted separately, unless :func:`~safervlm.results.runs.load_run` was told otherwise.
+counted separately, unless :func:`~safervlm.results.runs.load_run` was called with another setting.
 
 **Sampling unit of an interval.** Every 95 % interval states what is considered random:
 

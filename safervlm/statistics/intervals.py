@@ -137,7 +137,7 @@ def effective_freedom(squares: Floats, last: float | None = None) -> float:
     is a third of the true value for normal clusters, as every square is estimated with one degree of freedom; its
     intervals have coverage .96 to 1. The ratio without that bias, ``3 (sum s)^2 / sum s^2 - 2`` (von Davier 2025, An
     improved Satterthwaite effective degrees of freedom estimator, arXiv 2503.22080; by simulation Johnson and Rust
-    1992, Journal of Educational Statistics 17), gives intervals of shares near 1 with coverage .91.
+    1992, Journal of Educational Statistics 17), yields intervals of shares near 1 with coverage .91.
 
     Args:
         squares: (clusters,) each cluster's contribution to the variance, not negative.

@@ -127,7 +127,7 @@ class Transformers(LocalVLM):
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
             raise ArgumentError(
                 f"vlm.model: {self.name!r} reads the question by an encoder and answers by a decoder of its own, so "
-                "there is no prompt that the answer goes on with; use a model with a decoder alone"
+                "there is no prompt that the response continues; use a model with a decoder alone"
             )
         for part in (config, config.get_text_config(), getattr(config, "vision_config", None)):
             attention = str(getattr(part, "_attn_implementation", None))

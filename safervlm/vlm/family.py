@@ -1,6 +1,6 @@
 """Chooses the class of a VLM by the ``config.json`` of its checkpoint.
 
-Each subclass of :class:`safervlm.vlm.local.LocalVLM` says itself which checkpoints it loads (``loads``). Any other
+Each subclass of :class:`safervlm.vlm.local.LocalVLM` defines which checkpoints it loads (``loads``). Any other
 model is loaded by :class:`safervlm.vlm.auto.Transformers`; a class that runs a repository's code is never chosen.
 """
 

@@ -53,7 +53,7 @@ def language_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     elsewhere: set[int] = set()
     for modality in ("image", "audio"):
         encoder = model.get_encoder(modality=modality)
-        # One of the model's own modules stands for an encoder that transformers does not know.
+        # One of the model's own modules represents an encoder that transformers does not know.
         if encoder is not None and encoder not in (model, model.base_model, decoder):
             elsewhere |= {id(module) for module in encoder.modules()}
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)

@@ -145,8 +145,8 @@ def convert(name: str, revision: str | None, vision: str, cache: Path) -> Path:
     # Hashes the files, not the commit: an interrupted download lacks some of them.
     original = weights_fingerprint(str(source), None)
     tower = weights_fingerprint(vision, None, "vlm.vision")
-    if tower is None:  # the name of the converted folder would not tell which one it holds
-        raise ArgumentError(f"vlm.vision: the commit of {vision!r} can't be told; give its folder")
+    if tower is None:  # the name of the converted folder would not show which one it contains
+        raise ArgumentError(f"vlm.vision: the commit of {vision!r} is unknown; give its folder")
     folder = cache / fingerprint(FORMAT, version("transformers"), str(original), tower)
     build_folder(folder, lambda aside: write_converted(aside, name, source, raw, vision), "vlm.cache_dir")
     return folder

@@ -31,7 +31,7 @@ LARGE = 2**28  # parameters, above which a model computes its first layers only
 LAYERS = 2  # their number
 TOKENS = 2  # that a small model generates
 RESULTS: dict[tuple[Any, ...], dict[str, Any]] = {}  # of this process
-UNLIKE = "can't be measured rightly"
+UNLIKE = "can't be measured correctly"
 PROCESSOR_FAILS = "its processor fails"
 
 
@@ -72,7 +72,7 @@ def self_check(vlm: Any) -> None:
         vlm: The loaded model, a :class:`safervlm.vlm.auto.Transformers`.
 
     Raises:
-        ArgumentError: The model can't be measured rightly; the message says what differs.
+        ArgumentError: The model can't be measured correctly; the message states what differs.
     """
     key = _key(vlm)
     if key not in RESULTS:
@@ -222,7 +222,7 @@ def _differences(vlm: Any, encodings: Sequence[Encoding], large: bool) -> str | 
     try:
         together = trace(vlm, encodings, large)
         return difference(together, alone) or (None if large else _scores_differ(vlm, encodings))
-    except ArgumentError:  # can't be scored: said where it is trained
+    except ArgumentError:  # can't be scored: reported where it is trained
         return None
     except Exception as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):

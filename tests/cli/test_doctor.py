@@ -151,7 +151,7 @@ def test_the_size_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     ]
     monkeypatch.setattr(module, "HfApi", lambda: Mock(model_info=Mock(side_effect=ConnectionError)))
     (unknown,) = module.size("a/b", None, online=True)
-    assert (unknown.state, unknown.found) == ("warning", "the Hub doesn't tell their size (ConnectionError)")
+    assert (unknown.state, unknown.found) == ("warning", "the Hub doesn't report their size (ConnectionError)")
     (tmp_path / "index.json").write_text('{"metadata": {"total_size": 15032385536}}')
     monkeypatch.setattr(module, "try_to_load_from_cache", lambda *a, **k: str(tmp_path / "index.json"))
     weights, memory = module.size("a/b", None, online=False)

@@ -75,7 +75,7 @@ def test_without_an_answer_the_last_copy_is_used_and_reported(hub: Hub, tmp_path
     capsys.readouterr()
     hub.commit = None
     assert label(tmp_path) == "b"
-    assert "owner/name: the Hub does not tell its commit now" in " ".join(capsys.readouterr().out.split())
+    assert "owner/name: the Hub does not report its commit now" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -15,7 +15,7 @@ class Set(SaferData):
 
     def prepare_data(self):
         if self.missing == "fetch":
-            raise RecordError(f"{self.name}: the Hub gives no access")
+            raise RecordError(f"{self.name}: the Hub denies access")
 
     def load(self):
         if self.missing:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from safervlm.errors import ArgumentError
-from safervlm.io.outputs import refuse_to_replace_page, refuse_to_replace_texts
+from safervlm.io.outputs import require_replaceable_page, require_replaceable_texts
 
 PAGE = '<!doctype html><p class="eyebrow">SaferVLM {}</p>'
 # The existing file, then the text of the error; None: the file may be written.
@@ -29,17 +29,17 @@ def test_a_page_takes_the_place_of_its_like(case: str, tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     page = tmp_path / "out.html"
     if named is None:
-        refuse_to_replace_page(page, "report", ".csv", "_overall.csv")
+        require_replaceable_page(page, "report", ".csv", "_overall.csv")
         return
     with pytest.raises(ArgumentError, match=r"^out: .*; name a") as caught:
-        refuse_to_replace_page(page, "report", ".csv", "_overall.csv")
+        require_replaceable_page(page, "report", ".csv", "_overall.csv")
     assert named in str(caught.value)
 
 
 def test_texts_are_written_once(tmp_path: Path) -> None:
     file = tmp_path / "sft_train.json"
-    refuse_to_replace_texts("--out", {file: "[]"})
+    require_replaceable_texts("--out", {file: "[]"})
     file.write_text("[]")
-    refuse_to_replace_texts("--out", {file: "[]"})
+    require_replaceable_texts("--out", {file: "[]"})
     with pytest.raises(ArgumentError, match=r"^--out: .*sft_train.json is there already.*name another folder"):
-        refuse_to_replace_texts("--out", {file: "[1]"})
+        require_replaceable_texts("--out", {file: "[1]"})

@@ -192,7 +192,7 @@ def without(key):
             lambda state: state | {"roberta.encoder.layer.1.output.dense.bias": torch.zeros(7)},
             r"roberta\.encoder\.layer\.1\.output\.dense\.bias has shape \(7,\), \(16,\) is needed",
         ),
-        (lambda state: published_state(5), r"tells 5 labels apart, labels names Safe, Unsafe, N/A"),
+        (lambda state: published_state(5), r"distinguishes 5 labels, labels names Safe, Unsafe, N/A"),
         (lambda state: published_state(3, num_hidden_layers=3), r"layer\.2\..* is not of this model; .* and 11 more"),
         (lambda state: {"model": state}, "not a plain state dict: names with tensors"),
         (lambda state: nn.Linear(1, 1), "not a plain state dict"),

@@ -54,7 +54,7 @@ def test_the_data_of_another_objective_is_rejected(
     model = PPO(llava(), JUDGE) if objective is PPO else objective(llava())
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
     with pytest.raises(
-        ValueError, match=f"Records gives {given} completions a record, {objective.__name__} takes {takes}"
+        ValueError, match=f"Records provides {given} completions per record, {objective.__name__} needs {takes}"
     ):
         trainer.fit(model, datamodule=Records(make_questions(3), given))
     assert model.vlm.model is None  # no weights were loaded
@@ -163,7 +163,9 @@ def test_an_argument_that_would_train_nothing_is_rejected(
 
 
 def test_ppo_wants_the_alignment_judge(llava: Callable[[], Llava]) -> None:
-    with pytest.raises(ValueError, match=r"model\.judge: it tells A, B, C, D, N/A; name a judge of Safe, Unsafe, N/A"):
+    with pytest.raises(
+        ValueError, match=r"model\.judge: its labels are A, B, C, D, N/A; name a judge of Safe, Unsafe, N/A"
+    ):
         PPO(llava(), Judge(labels=LABELS["perception"]))
 
 

@@ -132,7 +132,7 @@ def test_a_run_that_cant_be_read_takes_none_with_it(runs, tmp_path, capsys):
     out = tmp_path / "other.html"
     with pytest.raises(SystemExit, match="3"):
         evaluation([other, runs[0]], out)
-    assert "nothing is skipped, and no difference can be told from it" in capsys.readouterr().out
+    assert "nothing is skipped, and there are no differences from it" in capsys.readouterr().out
     assert not (tmp_path / "other_differences.csv").exists()
     assert "is skipped" in out.read_text()
 
@@ -165,7 +165,9 @@ def test_a_file_of_the_users_is_not_overwritten(runs, tmp_path):
 
 
 def test_a_line_break_in_a_name_does_not_end_a_latex_comment(monkeypatch):
-    monkeypatch.setattr("safervlm.reports.suite_latex.held", lambda table: ["a\n\\input{x}\u2028: by bootstrap"])
+    monkeypatch.setattr(
+        "safervlm.reports.suite_latex.coverage_lines", lambda table: ["a\n\\input{x}\u2028: by bootstrap"]
+    )
     table = pd.DataFrame(columns=["run", "column", "sampling_unit", "group", "heading", "method", "detail"])
     written = suite_latex_tables(table, pd.DataFrame(), [])
     assert "% a\\n\\input{x}\\u2028: by bootstrap" in written.splitlines()
