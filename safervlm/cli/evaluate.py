@@ -56,10 +56,10 @@ def evaluate_runs(words: Sequence[str]) -> None:
         if code == 3:
             partial.append(f"{run}: some questions have no response, see above; the same command asks them again")
         elif code:
-            failed.append(f"{run}: exit code {code}")
+            failed.append(f"{run} (exit code {code})")
     code = play(["evaluation", *map(str, evaluated), "--out", given.options["out"]])
     if code == 3:
         partial.append("the table: a run is skipped, see above")
     elif code:
-        failed.append("the table")
+        failed.append(f"the table (exit code {code})")
     finish(failed, partial)

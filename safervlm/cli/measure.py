@@ -4,9 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from safervlm.cli.sequence import play, recipe_file, recipes, typed
+from safervlm.cli.sequence import finish, play, recipe_file, recipes, typed
 from safervlm.errors import RecordError
-from safervlm.io.boundary import warn
 from safervlm.io.tables import TextTable, say, show_table
 from safervlm.protocol import CAPABILITIES
 from safervlm.records import Failure, Response, read_records
@@ -20,9 +19,9 @@ Measures VLMs with the published questions, each in a run folder and a process o
   safervlm measure llava-1.5-7b qwen2-vl-7b --limit 20
 
 A VLM is the name of a file in configs/vlm/ without its extension, or the path of another such file. The default is all
-files in configs/vlm/. Runs that the same command has completed are skipped, and a failure does not stop the others. At
-the end a table of VLMs and capabilities is printed. The exit code is 1 after a failure, 3 if questions have no
-response.
+files in configs/vlm/. In the ARGUMENTS, {} is replaced by the name of the VLM. Complete measurements are not repeated,
+a failed one does not stop the others, and the same command resumes. At the end a table of VLMs and capabilities is
+printed. The exit code is 1 after a failure, 3 if something has no response.
 
   --runs FOLDER   each VLM has the run folder FOLDER/VLM and the log FOLDER/VLM.log (default: runs/query)
   --pictograms    measure on the pictograms, by default their VLM: --config configs/pictograms/measure.yaml
@@ -37,7 +36,7 @@ def measure_vlms(words: Sequence[str]) -> None:
 
     Raises:
         ArgumentError: A VLM does not exist.
-        SystemExit: With exit code 1 if a measurement failed, 3 if questions have no response.
+        SystemExit: With exit code 1 if a measurement failed, 3 if something has no response.
     """
     given = typed(words, {"runs": "runs/query"})
     pictograms = bool(given.options["pictograms"])
@@ -45,21 +44,21 @@ def measure_vlms(words: Sequence[str]) -> None:
     every = ["configs/pictograms/vlm.yaml"] if pictograms else recipes("configs/vlm")
     files = [recipe_file(name, "configs/vlm") for name in given.names or every]
     runs = [Path(given.options["runs"]) / Path(file).stem for file in files]
-    ended = 0
+    failed, partial = [], []
     for file, run in zip(files, runs, strict=True):
-        line = ["predict", "--config", "configs/measure.yaml", *overlay, *given.rest, "--model.vlm", file]
+        line = ["predict", "--config", "configs/measure.yaml", *overlay]
+        line += [*(word.replace("{}", run.name) for word in given.rest), "--model.vlm", file]
         line += ["--run", str(run)]
         if has_completed(run, line):
-            say(f"{run.name}: complete, skipped")
+            say(f"{run}: complete, skipped")
             continue
         say(f"{run.name}: measuring into {run}")
         run.parent.mkdir(parents=True, exist_ok=True)
         code = play(line, log=log_of(run))
         if code == 3:
-            ended = ended or 3  # the table shows how many questions have no response
+            partial.append(f"{run}: some questions have no response, see the table; the same command asks them again")
         elif code:
-            ended = 1
-            warn(f"{run.name}: failed with exit code {code}, continuing with the next; see {log_of(run)}")
+            failed.append(f"{run} (exit code {code}), see {log_of(run)}")
     table = TextTable("What is measured: responses")
     for heading in ("run", *CAPABILITIES):
         table.add_column(heading, overflow="fold")
@@ -70,8 +69,7 @@ def measure_vlms(words: Sequence[str]) -> None:
             states = dict.fromkeys(map(str, CAPABILITIES), f"failed: {error}")
         table.add_row(run.name, *states.values())
     show_table(table)
-    if ended:
-        raise SystemExit(ended)
+    finish(failed, partial)
 
 
 def state_of(run: Path) -> dict[str, str]:

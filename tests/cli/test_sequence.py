@@ -1,6 +1,7 @@
 """``safervlm train | evaluate | measure``: commands one after the other, their exit codes, and signals."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +136,34 @@ def test_the_exit_code_of_a_sequence(code: int, begun: int, ends: int, driver, t
     assert (tmp_path / "log.txt").read_text().split() == ["began"] * begun
     assert (tmp_path / "runs" / "query" / "llava-1.5-7b.log").read_text() == "told\n"
     assert said.count("told") >= begun
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "commands", "code"),
+    [
+        (["train", "sft"], 1, 2),
+        (["evaluate"], 2, 2),  # the second command writes the table
+        (["evaluate"], 2, 3),
+        (["measure", "llava-1.5-7b"], 1, 2),
+        (["measure", "llava-1.5-7b"], 1, 3),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else str(value),
+)
+def test_the_commands_fill_in_names_and_report_failures_alike(
+    words: list[str], commands: int, code: int, driver, tmp_path: Path
+) -> None:
+    running = driver([*words, "--config", "of/{}.yaml"], f'echo "$@" >>"$LOG"; exit {code}')
+    said = running.communicate(timeout=200)[0]
+    assert running.returncode == (1 if code == 2 else 3), said
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(lines) == commands
+    name = "original" if words[0] == "evaluate" else words[1]
+    assert f"--config of/{name}.yaml" in lines[0]
+    ends = [line for line in said.splitlines() if line.startswith("safervlm: ")]
+    assert len(ends) == commands
+    expected = r"failed: .* \(exit code 2\)" if code == 2 else "incomplete: .*"
+    assert all(re.search(expected, line) for line in ends), ends
 
 
 @pytest.mark.slow
