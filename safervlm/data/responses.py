@@ -150,7 +150,7 @@ def match_first_implementation(
             candidates = " or ".join(question.id for question in found)
             raise RecordError(
                 f"{where}: it may be a response to {candidates}: name a dataset in data.questions that asks one, or "
-                "put the file into DATA_SET/CAPABILITY/"
+                "put the file into DATASET/CAPABILITY/"
             )
         question = found[0]
         if question.id in answered:

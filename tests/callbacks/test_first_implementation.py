@@ -41,7 +41,7 @@ def test_what_is_written_is_read_back(tiny_sets, tmp_path):
     # A file without its folder is rejected, and the message names the remedy.
     moved = tmp_path / "moved.json"
     moved.write_bytes((folder / data.safe_dataset / "alignment" / "response_prompt_0.json").read_bytes())
-    with pytest.raises(RecordError, match=r"it may be a response to .* or .*DATA_SET/CAPABILITY/"):
+    with pytest.raises(RecordError, match=r"it may be a response to .* or .*DATASET/CAPABILITY/"):
         _ = SavedResponses(str(moved), data).answers
     FirstImplementationFiles().on_predict_end(SimpleNamespace(is_global_zero=False), None)  # one process is enough
 
