@@ -452,7 +452,7 @@ def test_a_hub_row_without_an_image_is_named_and_nothing_half_written_stays(
     [
         (
             DatasetNotFoundError("Dataset 'yiting/UnsafeConcepts' is a gated dataset on the Hub.\nMore."),
-            "no access .*is a gated dataset.*accept the terms at "
+            "denies access .*is a gated dataset.*accept the terms at "
             "https://huggingface.co/datasets/yiting/UnsafeConcepts, then run `hf auth login`",
         ),
         (

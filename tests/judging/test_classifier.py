@@ -245,7 +245,7 @@ def test_other_things_that_cannot_be_loaded(base, tmp_path, saved):
         with pytest.raises(ValueError, match=re.escape(message)) as caught:
             Judge(**({"base": str(base)} | settings)).judge(["Yes"])
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="at least two different labels"):
+    with pytest.raises(ValueError, match="at least two labels"):
         Judge(good, labels=["Safe", "Safe"])
     with pytest.raises(ValueError, match="has to be fitted before"):
         _ = Judge(base=str(base)).fingerprint
@@ -260,7 +260,9 @@ def test_an_exported_folder_needs_nothing_else(base, judge, tmp_path):
     config = json.loads((tmp_path / "judge" / "config.json").read_text())
     assert config["id2label"] == {"0": "Safe", "1": "Unsafe", "2": "N/A"}
     assert judge.fingerprint == again.fingerprint
-    with pytest.raises(ValueError, match=r"labels: Unsafe, Safe, N/A, but the judge in .* tells Safe, Unsafe, N/A"):
+    with pytest.raises(
+        ValueError, match=r"labels: Unsafe, Safe, N/A, but those of the judge in .* are Safe, Unsafe, N/A"
+    ):
         Judge(str(tmp_path / "judge"), labels=["Unsafe", "Safe", "N/A"]).judge(["Yes"])
 
 

@@ -233,7 +233,7 @@ def test_one_bad_response_ends_no_judging_of_saved_responses(
         with pytest.raises(SystemExit) as end:
             main(judging_line(run, tiny_panel))
     assert end.value.code == 3
-    assert "1 answers have no verdict" in capfd.readouterr().err
+    assert "1 responses have no verdict" in capfd.readouterr().err
     (failed,) = read_jsonl(run / "verdicts-failed.jsonl")
     assert failed["id"] == bad.id
     assert "a panic" in failed["reason"]

@@ -422,7 +422,9 @@ def test_a_misbehaviour_costs_one_question_at_most(case, raw, tmp_path, capsys):
     sent = there.asked.count("question 1")
     assert sent == case.requests or case.requests == -1
     history = list(read_jsonl(tmp_path / "attempts.jsonl"))
-    assert len(history) == server.requests == len(there.asked)
+    assert len(history) == server.requests
+    # A request that is sent when a question's time is over may not have arrived.
+    assert server.requests - len(there.asked) in ((0, 1) if case.requests == -1 else (0,))
     said = capsys.readouterr().out + (tmp_path / "attempts.jsonl").read_text()
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]", said)
     assert "secret" not in said

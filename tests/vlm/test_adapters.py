@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import families
-import mixtures
+import more_families
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
@@ -17,7 +17,7 @@ from safervlm.vlm.auto import Transformers
 from safervlm.vlm.lora import LoRA, active
 
 PLAIN = (families.llava, families.qwen2_vl, families.gemma3, families.internvl)
-MIXTURES = (mixtures.qwen3_vl_moe, mixtures.qwen3_5_moe, mixtures.glm4v_moe)
+MIXTURES = (more_families.qwen3_vl_moe, more_families.qwen3_5_moe, more_families.glm4v_moe)
 # What servers take from the names, the last part of each; they can't match a regular expression.
 PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -62,4 +62,6 @@ def test_peft_alone_loads_an_exported_adapter(
         with torch.no_grad():
             agrees = torch.allclose(alone(**encoding).logits, expected, atol=1e-5, rtol=0)
     assert agrees != reported
-    assert reported == (build is mixtures.glm4v_moe)  # its dense layers are named like the experts of earlier versions
+    assert reported == (
+        build is more_families.glm4v_moe
+    )  # its dense layers are named like the experts of earlier versions
