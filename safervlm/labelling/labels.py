@@ -117,7 +117,7 @@ class LabelFile:
         """Opens the file for appending."""
         if self.path.is_file():
             write_jsonl(self.path, [label.to_dict() for label in self._there])  # removes a torn last line
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8", newline="\n")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

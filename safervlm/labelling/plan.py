@@ -15,7 +15,7 @@ import pandas as pd
 
 from safervlm.errors import RecordError
 from safervlm.hashing import fingerprint, seed_for
-from safervlm.io.files import write_atomically
+from safervlm.io.files import write_text_atomically
 from safervlm.io.reading import json_text, read_object
 from safervlm.protocol import CAPABILITIES, LABELS
 from safervlm.records import check_fields
@@ -215,4 +215,4 @@ def write_plan(run: Path, plan: Plan) -> None:
         plan: The plan.
     """
     text = json_text(plan.to_dict(), indent=1) + "\n"
-    write_atomically(RunFolder(run).labels_plan, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text_atomically(RunFolder(run).labels_plan, text)
