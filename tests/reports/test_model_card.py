@@ -9,6 +9,7 @@ import pytest
 import yaml
 from evaluations import question, safety, write
 
+from safervlm.io.tables import JUDGE_NOTE
 from safervlm.judging.rating import Rating
 from safervlm.reports.model_card import licence_of, model_card
 from safervlm.run import write_stage
@@ -64,7 +65,7 @@ def test_the_scores_are_listed_with_the_judges_that_produced_them(run: Path, fol
     assert "judge, one order" in found["LLaVABench"][-1]
     assert found["SMID: 1 - self-BLEU"][-1] == "none |"
     assert "in bfloat16, before merging (temperature 0.0)" in text
-    assert "The intervals do not include the judge's error." in text
+    assert JUDGE_NOTE in text
     assert "alignment `some/judge:epoch_10.pt`, perception `…/perception.pt`" in text
     assert text.count("## Objective: ") == text.count("## Data") == text.count("## Judge of the reward") == 1
     assert "`0123456789abcdef`. Scores by the same judge may be better than by another one" in text
