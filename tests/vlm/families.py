@@ -493,7 +493,14 @@ def check_answers(vlm: Any, examples: list[Example], plain: Callable[[Example, i
         alone = [vlm.generate(vlm.collator([example]), greedy, seed=0)[0] for example in examples]
     assert [answer.token_ids for answer in together] == expected
     assert alone == together
-    assert len(set(map(tuple, expected))) > 1
+    assert len(set(map(tuple, expected))) > (1 if linear_attention(vlm) else 2)
+
+
+def linear_attention(vlm: Any) -> bool:
+    """Whether a model has linear attention: the library's code for it rounds differently even between repeats."""
+    config = getattr(vlm, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return "linear_attention" in (getattr(text, "layer_types", None) or ())
 
 
 def encoded(vlm: Any, use: Callable[[], Any]) -> int:
@@ -579,9 +586,9 @@ def check_learning(policy: Any, examples: list[Example]) -> None:
     assert moved == {name for name in before if ".lora_" in name and ".default." in name}
 
 
-def check_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Checks gradients by name. Rounding is relative to the largest one: linear attention adds to it."""
-    rounding = 1e-4 * max(gradient.abs().max().item() for gradient in expected.values())
+def check_same(found: Mapping[str, Any], expected: Mapping[str, Any], linear: bool = False) -> None:
+    """Checks gradients by name; with linear attention, rounding is relative to the largest one."""
+    rounding = 1e-4 * max(gradient.abs().max().item() for gradient in expected.values()) if linear else 1e-5
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=rounding, rtol=1e-4)
         assert gradient.any()
@@ -646,7 +653,9 @@ def check_reload(policy: Any, base: Any, load: Callable[[str], Any], examples: l
     policy.save_adapter(folder)
     batch = policy.collator(examples)
     expected = policy.score(batch).logprobs
-    torch.testing.assert_close(load(str(folder)).score(batch).logprobs, expected, atol=1e-4, rtol=0)
+    # Relative: some units in the last place of float32, as images may be encoded in another composition.
+    rounding = 1e-4 if linear_attention(policy) else 1e-6
+    torch.testing.assert_close(load(str(folder)).score(batch).logprobs, expected, atol=rounding, rtol=1e-6)
     assert (base.score(batch).logprobs - expected).abs().max() > 1e-2
 
 

@@ -256,7 +256,7 @@ def test_score_equals_one_plain_forward_a_completion(policy: Transformers, plain
         with active(policy.base, adapter):
             return plain_logprobs(policy.base if adapter == "policy" else plain, *encoded(example.question, answer))
 
-    families.check_scores(policy, examples, alone, rtol=1e-5)
+    families.check_scores(policy, examples, alone, rtol=1e-5 if families.linear_attention(policy) else 0)
 
 
 def test_lora_is_on_every_linear_layer_of_the_language_model_and_on_no_other(
@@ -293,7 +293,7 @@ def test_checkpointed_gradients_are_the_same(
         {name: weight.grad for name, weight in vlm.named_parameters() if weight.requires_grad}
         for vlm in (checkpointed, policy)
     )
-    families.check_same(found, expected)
+    families.check_same(found, expected, families.linear_attention(policy))
 
 
 def test_a_saved_adapter_scores_the_same(
