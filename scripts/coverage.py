@@ -286,6 +286,21 @@ def share(
     return *held(interval_these_concepts(right, answers, concepts), truth), *held(new, expected)
 
 
+def both_units(name: str, questions: int, cells: Floats) -> Iterator[str]:
+    """Formats the lines of a design: for these concepts, and for new ones.
+
+    Args:
+        name: the design.
+        questions: number of questions per image.
+        cells: (columns, 4) coverage and mean length for these concepts, then for new ones.
+
+    Yields:
+        Two lines of a table.
+    """
+    for sampling_unit, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
+        yield f"| {name} | {questions} | {sampling_unit} | " + " | ".join(map(cell, of)) + " |"
+
+
 def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[str]:
     """Simulates the intervals of shares.
 
@@ -319,8 +334,7 @@ def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator
             cells = np.array([repeat(repetitions, share, sizes, questions, *column, rng) for column in columns])
             found[NAMES_WITHIN if name.startswith("names") else WITHIN, part] += cells[:, 0].tolist()
             found[BY_CONCEPT, part] += cells[:, 2].tolist()
-            for sampling_unit, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
-                yield f"| {name} | {questions} | {sampling_unit} | " + " | ".join(map(cell, of)) + " |"
+            yield from both_units(name, questions, cells)
     yield ""
     yield from hard_shares(repetitions, rng, found)
     yield ""
@@ -354,8 +368,7 @@ def hard_shares(repetitions: int, rng: np.random.Generator, found: Found) -> Ite
         cells = np.array([repeat(repetitions, share, sizes, questions, r, 0.3, rng, b) for r, b in columns])
         found[WITHIN, part] += cells[:, 0].tolist()
         found[BY_CONCEPT, part] += cells[:, 2].tolist()
-        for sampling_unit, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
-            yield f"| {name} | {questions} | {sampling_unit} | " + " | ".join(map(cell, of)) + " |"
+        yield from both_units(name, questions, cells)
     yield ""
     yield "Skewed concepts. Columns: accuracy; t: logits with a t distribution of 2 degrees of freedom, rare: 5 % of"
     yield "the concepts 6.5 below the others."
@@ -366,8 +379,7 @@ def hard_shares(repetitions: int, rng: np.random.Generator, found: Found) -> Ite
         cells = np.array([repeat(repetitions, share, sizes, questions, r, 0.0, rng, 0.0, s) for r, s in columns])
         found[WITHIN, SKEWED] += cells[:, 0].tolist()
         found[BY_CONCEPT, SKEWED] += cells[:, 2].tolist()
-        for sampling_unit, of in (("these concepts", cells[:, :2]), ("new concepts", cells[:, 2:])):
-            yield f"| {name} | {questions} | {sampling_unit} | " + " | ".join(map(cell, of)) + " |"
+        yield from both_units(name, questions, cells)
 
 
 def gap(
