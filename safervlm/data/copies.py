@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 
@@ -18,6 +18,9 @@ from safervlm.data.hub import hub_rows
 from safervlm.hashing import fingerprint
 from safervlm.io.files import write_text_atomically
 from safervlm.io.tables import say
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -33,7 +36,7 @@ def copy_of(repo: str, cache: Path, suffix: str = "") -> Path:
     return _named(repo, cache, _fixed(repo) or _last_commit(repo, cache), suffix)
 
 
-def keep_copy(repo: str, cache: Path, local: str, save: Callable[[datasets.Dataset, Path], None], suffix: str) -> None:
+def keep_copy(repo: str, cache: Path, local: str, save: Callable[["Dataset", Path], None], suffix: str) -> None:
     """Makes a copy of the commit that a repository's revision names now, unless there is one.
 
     Args:
@@ -112,7 +115,7 @@ def _commit_now(repo: str) -> str | None:
         return None
 
 
-def _commit_of(rows: datasets.Dataset) -> str:
+def _commit_of(rows: "Dataset") -> str:
     """Returns the commit that rows were loaded from; if the library does not record it, a hash of the rows."""
     sources = " ".join(map(str, rows.info.download_checksums or ()))
     found = re.search(r"@([0-9a-f]{40})/", sources)

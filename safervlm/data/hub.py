@@ -1,16 +1,17 @@
 """Reads datasets of the Hugging Face Hub, with error messages that name a remedy."""
 
 from dataclasses import is_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from safervlm.errors import RecordError, first_line
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-def hub_rows(repo: str, local: str) -> datasets.Dataset:
+
+def hub_rows(repo: str, local: str) -> "Dataset":
     """Loads the rows of a dataset's split "train". The library executes no code of the dataset.
 
     Images are returned as stored, ``{"bytes": ..., "path": ...}``, also within lists and structs. They are not decoded
@@ -27,6 +28,10 @@ def hub_rows(repo: str, local: str) -> datasets.Dataset:
         RecordError: Access is denied, the Hub is unreachable, or the library can't read the dataset.
         OSError: A disk error, with the file's name.
     """
+    # Imported here: the package takes half a second, and most commands never ask the Hub.
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
     name, _, revision = repo.partition("@")
     try:
         rows = datasets.load_dataset(name, split="train", revision=revision or None)

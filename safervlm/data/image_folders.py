@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-
-import datasets
+from typing import TYPE_CHECKING
 
 from safervlm.data.folders import files_below
 from safervlm.data.module import name_field, text_field
@@ -18,6 +17,9 @@ from safervlm.io.reading import numbered_jsonl
 from safervlm.io.tables import say
 from safervlm.protocol import ALIGNMENT_QUESTIONS, CATEGORIES, UNSAFE, Capability
 from safervlm.records import Question, read_jsonl, record_id, write_jsonl
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Files with the options of the perception questions. The second is the first implementation's name.
 PERCEPTION_FILES = ("perception.jsonl", "perception_metadata.jsonl")
@@ -137,7 +139,7 @@ def read_images(folder: Path, dataset: str, label: str) -> list[ImageRecord]:
     return images
 
 
-def save_images(repo: str, rows: datasets.Dataset, folder: Path) -> None:
+def save_images(repo: str, rows: "Dataset", folder: Path) -> None:
     """Writes the rows of a dataset of the Hub as a local folder. Images keep the published bytes.
 
     Args:

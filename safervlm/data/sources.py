@@ -10,10 +10,8 @@ import urllib.request
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
-
-import datasets
 
 from safervlm.addresses import public, public_text
 from safervlm.data.tables import TABLES
@@ -22,6 +20,9 @@ from safervlm.io.caches import cache_folder
 from safervlm.io.files import write_atomically
 from safervlm.io.progress import progress
 from safervlm.records import to_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MB = 1e6  # bytes
 
@@ -137,7 +138,7 @@ def check_download(file: Path, md5: str | None, address: str) -> None:
         )
 
 
-def save_table(rows: datasets.Dataset, file: Path) -> None:
+def save_table(rows: "Dataset", file: Path) -> None:
     """Writes the rows of a dataset of the Hub as JSONL, with its images as base64.
 
     Args:

@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from safervlm.data import hub
 from safervlm.data.benchmark import Benchmark
 from safervlm.data.hub import hub_rows
 from safervlm.data.sources import Download, fetch, save_table
@@ -218,7 +217,7 @@ def test_settings_that_make_no_sense(settings, message):
 
 def test_what_is_unavailable_is_reported_in_one_line(tmp_path, monkeypatch):
     data = Benchmark("SMID", "nowhere/x", about="moral images, from the Hub", cache_dir=str(tmp_path))
-    monkeypatch.setattr(hub.datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no net")))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no net")))
     with pytest.raises(RecordError, match=r"nowhere/x: the Hub can't be reached \(no net\).*moral images") as found:
         data.prepare_data()
     assert "\n" not in str(found.value)
@@ -261,7 +260,7 @@ def test_a_dataset_of_the_hub_becomes_the_same_table(tmp_path, monkeypatch, embe
     if embedded:
         rows = rows.cast_column("image", datasets.Image())
     calls = []
-    monkeypatch.setattr(hub.datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or rows)
     data = Benchmark("SMID", "yiting/SMID@abc", cache_dir=str(tmp_path / "cache"))
     questions = asked(data)
     assert calls == [(("yiting/SMID",), {"split": "train", "revision": "abc"})]
@@ -292,7 +291,7 @@ def test_the_hubs_library_decodes_no_image_at_any_depth(tmp_path, monkeypatch):
         "label": 1,
     }
     rows = datasets.Dataset.from_list([row], features=datasets.Features(features))
-    monkeypatch.setattr(hub.datasets, "load_dataset", lambda *a, **k: rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
     save_table(hub_rows("a/b", ""), tmp_path / "x.jsonl")
     text = base64.b64encode(broken).decode()
     assert json.loads((tmp_path / "x.jsonl").read_text()) == {
