@@ -1,0 +1,29 @@
+"""Several answers to a question: against all subsets of the answers."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from safervlm.statistics.repeats import flip_rate, wrong_at_least_once
+
+ANSWERS = [(0, 0, 0, 0, 0), (1, 0, 0, 1, 0), (1, 1, 1, 1, 1), (0, 1, 0), (1, 1, 0)]
+WRONG, COUNT = (np.array([function(each) for each in ANSWERS], float) for function in (sum, len))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_one_of_k_is_the_share_of_subsets_with_a_wrong_answer(k):
+    expected = [np.mean([any(subset) for subset in combinations(each, k)]) for each in ANSWERS]
+    assert wrong_at_least_once(WRONG, COUNT, k) == pytest.approx(expected)
+
+
+def test_flips_are_the_share_of_pairs_that_differ():
+    expected = [np.mean([a != b for a, b in combinations(each, 2)]) for each in ANSWERS]
+    assert flip_rate(WRONG, COUNT) == pytest.approx(expected)
+
+
+def test_too_few_answers():
+    with pytest.raises(ValueError, match="4 answers to a question, but one question has 3"):
+        wrong_at_least_once(WRONG, COUNT, 4)
+    with pytest.raises(ValueError, match="no pairs"):
+        flip_rate(np.zeros(2), np.ones(2))
