@@ -7,7 +7,7 @@ from typing import Any, Self
 import lightning as L
 import torch
 
-from safervlm.errors import UserError
+from safervlm.errors import ArgumentError, UserError
 from safervlm.failures import in_halves, reason_of
 from safervlm.io.tables import say
 from safervlm.ranges import in_range
@@ -104,6 +104,20 @@ class Measure(L.LightningModule):
     def describe(self) -> dict[str, Any]:
         """Returns the settings that determine the responses, for the manifest."""
         return {"vlm": self.vlm.describe(), "sampling": asdict(self.sampling), "seed": self.seed}
+
+    def setup(self, stage: str) -> None:
+        """Rejects repetitions of the questions whose responses would all be the same.
+
+        Raises:
+            ArgumentError: The data repeats its questions, and decoding is greedy.
+        """
+        data = getattr(self._trainer, "datamodule", None)
+        repeats = max(getattr(each, "repeats", 1) for each in (data, *getattr(data, "sets", {}).values()))
+        if repeats > 1 and self.sampling.temperature == 0:
+            raise ArgumentError(
+                f"data.repeats: {repeats} responses to a question would be the same with sampling.temperature 0: set a "
+                "temperature above 0, or data.repeats to 1"
+            )
 
     def configure_model(self) -> None:
         """Loads the weights, unless no question remains to be asked."""

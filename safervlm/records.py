@@ -18,6 +18,10 @@ from safervlm.io.reading import json_text, numbered_jsonl, parse_json
 from safervlm.protocol import Capability
 from safervlm.ranges import LARGEST
 
+# Fields of a question that are stored only if they differ from these values.
+RARE: dict[str, Any] = {"context": "", "drawn": False, "variant": ""}
+# Variant of a perception question: its options are in another than the published order.
+ROTATED = "rotated options"
 # The finish_reason of a response that ended inside its reasoning, so that it has no answer.
 THINKING_UNFINISHED = "thinking unfinished"
 # Names of JSON's types in error messages.
@@ -41,6 +45,16 @@ def record_id(dataset: str, image: str, capability: str, prompt_number: int) -> 
         prompt_number: Index of the prompt among the capability's prompts, from 0.
     """
     return f"{dataset}/{image}/{capability}/{prompt_number}"
+
+
+def repeated_id(name: str, number: int) -> str:
+    """Returns the id of a repetition of a question.
+
+    Args:
+        name: Id of the question.
+        number: Number of the repetition, from 1; the first has the question's own id, so that more can be added later.
+    """
+    return name if number == 1 else f"{name}#{number}"
 
 
 def check_fields(record: Mapping[str, Any], /, **kinds: type | tuple[type, ...]) -> None:
@@ -84,6 +98,8 @@ class Question:
             expected answer for ``occurs``, the reference answer for ``rated``.
         context: Description of the image that only the judge is given (LLaVABench's caption).
         drawn: Whether this is the question about the image that the published evaluation samples.
+        variant: How the question departs from the published protocol, such as :data:`ROTATED`; empty if it does not.
+            Variants are not part of any accuracy.
     """
 
     id: str
@@ -98,11 +114,12 @@ class Question:
     answer: str
     context: str = ""
     drawn: bool = False
+    variant: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields for JSON; ``context`` and ``drawn`` only if set, as only evaluations use them."""
+        """Returns the fields for JSON; those that most questions do not have, only if set."""
         record = asdict(self)
-        return {name: record[name] for name in record if record[name] or name not in ("context", "drawn")}
+        return {name: record[name] for name in record if record[name] or name not in RARE}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
@@ -119,11 +136,12 @@ class Question:
         check_fields(
             record, **dict.fromkeys(("id", "dataset", "image", "prompt", "category", "concept", "answer"), str)
         )
-        check_fields({"context": "", "drawn": False} | dict(record), context=str, drawn=bool)
+        rare = {name: record.get(name, default) for name, default in RARE.items()}
+        check_fields(rare, context=str, drawn=bool, variant=str)
         if record["capability"] not in get_args(Capability):
             raise RecordError(f"the field 'capability' must be one of the protocol's, got {record['capability']!r}")
-        there = {field.name: record[field.name] for field in fields(cls) if field.name not in ("context", "drawn")}
-        return cls(**there, context=record.get("context", ""), drawn=record.get("drawn", False))
+        there = {field.name: record[field.name] for field in fields(cls) if field.name not in RARE}
+        return cls(**there, **rare)
 
 
 @dataclass(frozen=True, slots=True)

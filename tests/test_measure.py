@@ -5,12 +5,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from safervlm.cli.main import main
 from safervlm.data.unsafe_concepts import UnsafeConcepts
+from safervlm.errors import ArgumentError
 from safervlm.measure import FaultTolerantCollator, Measure
 from safervlm.records import Example, Failure, Question, Response, read_jsonl
 from safervlm.vlm.llava import Llava
@@ -158,3 +160,12 @@ def test_a_run_with_a_damaged_image_ends_with_3_and_asks_again_once_it_is_mended
     assert len((run / "responses.jsonl").read_text().splitlines()) == len(answered) + 5
     assert not (run / "responses-failed.jsonl").exists()
     assert json.loads((run / "manifest.json").read_text())["stages"]["measure"]["finished"] is True
+
+
+def test_repetitions_need_a_temperature(measure: Measure) -> None:
+    measure.sampling = replace(measure.sampling, temperature=0.0)
+    measure._trainer = SimpleNamespace(datamodule=SimpleNamespace(repeats=3))
+    with pytest.raises(ArgumentError, match=r"data\.repeats: 3 .* sampling\.temperature 0"):
+        measure.setup("predict")
+    measure._trainer.datamodule.repeats = 1
+    measure.setup("predict")

@@ -45,7 +45,15 @@ class ImageRecord:
     concept: str
     label: str
 
-    def question(self, capability: Capability, number: int, prompt: str, answer: str, drawn: bool = False) -> Question:
+    def question(
+        self,
+        capability: Capability,
+        number: int,
+        prompt: str,
+        answer: str,
+        drawn: bool = False,
+        variant: str = "",
+    ) -> Question:
         """Builds a question about the image.
 
         Args:
@@ -54,6 +62,7 @@ class ImageRecord:
             prompt: Text of the question.
             answer: Correct label.
             drawn: Whether the published evaluation samples this question.
+            variant: How it departs from the published protocol.
         """
         return Question(
             id=record_id(self.dataset, self.image, capability, number),
@@ -67,6 +76,7 @@ class ImageRecord:
             concept=self.concept,
             answer=answer,
             drawn=drawn,
+            variant=variant,
         )
 
     def alignment_question(self, number: int, drawn: bool = False) -> Question:

@@ -1,7 +1,7 @@
 """Base class of the data modules: splits, loaders and the description of the data."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from safervlm.io.image_hashes import images_fingerprint, report_frames
 from safervlm.io.images import ImageSettings, decode, printable
 from safervlm.io.names import normal_name
 from safervlm.ranges import in_range
-from safervlm.records import Example, to_line
+from safervlm.records import Example, repeated_id, to_line
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class SaferData(LightningDataModule):
 
     Attributes:
         keeps_others: Whether the run folder keeps records of questions that an earlier run asked and this one does not.
+        repeats: How often each question is asked when predicting; subclasses that allow more than once set it.
 
     Args:
         collator: Function that turns examples into a batch. The command line sets the model's collator.
@@ -59,6 +60,7 @@ class SaferData(LightningDataModule):
     """
 
     keeps_others = False
+    repeats = 1
 
     def __init__(
         self,
@@ -97,6 +99,8 @@ class SaferData(LightningDataModule):
             RecordError: Two examples of a split have the same id.
         """
         parts = self.load()
+        if self.repeats > 1:
+            parts = replace(parts, predict=repeated(parts.predict, self.repeats))
         for examples in (parts.train, parts.validation, parts.predict):
             seen = set()
             for example in examples:
@@ -255,6 +259,23 @@ class SaferData(LightningDataModule):
     def _place(self) -> tuple[int, int]:
         """Returns the rank of this process and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def repeated(examples: Sequence[Example], repeats: int) -> list[Example]:
+    """Repeats each example, under an id of its own, so that its response is sampled independently.
+
+    Args:
+        examples: Examples to predict.
+        repeats: How often each is to be asked.
+
+    Returns:
+        The repetitions of an example follow each other.
+    """
+    return [
+        replace(each, question=replace(each.question, id=repeated_id(each.question.id, number)))
+        for each in examples
+        for number in range(1, repeats + 1)
+    ]
 
 
 def must_show_their_images(examples: Sequence[Example], settings: ImageSettings) -> None:

@@ -11,6 +11,7 @@ from safervlm.errors import RecordError
 from safervlm.io.names import normal_name, path_text, set_name
 from safervlm.io.reading import numbered_jsonl
 from safervlm.protocol import SAFE, UNSAFE
+from safervlm.ranges import in_range
 from safervlm.records import Example, Question, record_id
 
 
@@ -37,6 +38,11 @@ class OwnData(SaferData):
         num_workers: Number of processes that load images in advance. 0 loads them in the main process.
         seed: Seed of the training order.
         limit: Maximum number of examples per label and file. None uses all.
+        repeats: How often each question is asked when predicting. Each repetition has an id of its own, the question's
+            with ``#2`` and so on, and is sampled independently; scores are means over them.
+
+    Raises:
+        ArgumentError: A number is outside its range, or a path or name is invalid.
     """
 
     def __init__(
@@ -49,8 +55,11 @@ class OwnData(SaferData):
         num_workers: int = 0,
         seed: int = 0,
         limit: int | None = None,
+        repeats: int = 1,
     ) -> None:
         super().__init__(collator, batch_size, num_workers, seed)
+        in_range("data", least=1, repeats=repeats)
+        self.repeats = repeats
         self.limit = limit
         limited((), limit, hash)
         self.file = path_text("data.file", file)

@@ -47,7 +47,7 @@ from safervlm.protocol import (
     text_only_question,
 )
 from safervlm.ranges import in_range
-from safervlm.records import Example, Question, record_id
+from safervlm.records import ROTATED, Example, Question, record_id
 
 REMEDY = "by data.folder (the unsafe dataset) or data.safe_folder"  # how to name a local dataset instead
 
@@ -305,6 +305,11 @@ class UnsafeConcepts(ImageSets):
         prompts: Which of the five alignment questions to ask about each image. ``all`` asks all five and marks the one
             that the published evaluation samples for a test image, so that either can be scored. ``drawn`` asks only
             that one.
+        repeats: How often each question is asked. Each repetition has an id of its own, the question's with ``#2`` and
+            so on, and is sampled independently; scores are means over them.
+        rotations: In how many orders the options of a perception question are asked, 1 to 4: the published one, then
+            rotated by one place each. The accuracy is that of the published order; the others measure the effect of the
+            right option's position.
         validation_fraction: Fraction of the training images held out as the validation split. The paper holds out none.
         limit: Maximum number of images per dataset and of concepts, spread over categories and concepts. None uses all.
         collator: Function that turns examples into a batch. The command line sets the model's collator.
@@ -328,6 +333,8 @@ class UnsafeConcepts(ImageSets):
         split: PartName = "all",
         capabilities: Sequence[Capability] = CAPABILITIES,
         prompts: Literal["all", "drawn"] = "all",
+        repeats: int = 1,
+        rotations: int = 1,
         validation_fraction: float = 0.0,
         limit: int | None = None,
         collator: Collator | None = None,
@@ -344,6 +351,10 @@ class UnsafeConcepts(ImageSets):
             raise ArgumentError(
                 "data.prompts: the draw is published for the test split; set data.split to test, or data.prompts to all"
             )
+        in_range("data", least=1, repeats=repeats)
+        in_range("data", least=1, most=len(OPTIONS), rotations=rotations)
+        self.repeats = repeats
+        self.rotations = rotations
         self.split = split
         self.capabilities = capabilities
         self.prompts = prompts
@@ -378,7 +389,14 @@ class UnsafeConcepts(ImageSets):
         questions = []
         for image in images:
             options = published[image.image]
-            questions.append(image.question("perception", 0, perception_question(options.options), options.answer))
+            right = OPTIONS.index(options.answer)
+            for turn in range(self.rotations):
+                turned = (*options.options[turn:], *options.options[:turn])
+                answer = OPTIONS[(right - turn) % len(OPTIONS)]
+                variant = ROTATED if turn else ""
+                questions.append(
+                    image.question("perception", turn, perception_question(turned), answer, variant=variant)
+                )
         return questions
 
     def _text_only(self, images: list[ImageRecord]) -> list[Question]:

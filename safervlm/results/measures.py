@@ -1,7 +1,8 @@
 """The measures of a score table: accuracies, over-flagging and the modality gap, with their intervals."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -130,20 +131,28 @@ class Counts:
             frame: rows of :func:`~safervlm.results.runs.load_run`.
         """
         label = frame["label"]
-        unit = frame["image"].where(~frame["capability"].isin([TEXT_ONLY, "context_text_only"]), frame["id"])
-        counts = frame[["dataset", "category", "concept", "image"]].assign(
-            unit=unit,
-            asked=1,
-            answered=label != NOT_APPLICABLE,
-            right=label == frame["answer"],
-            flagged=label == UNSAFE,
-        )
-        keys = ["dataset", "category", "concept", "image", "unit"]
-        counts = counts.groupby(keys, sort=True).sum().astype(float).reset_index()
+        flags = {
+            "asked": np.ones(len(frame)),
+            "answered": label != NOT_APPLICABLE,
+            "right": label == frame["answer"],
+            "flagged": label == UNSAFE,
+        }
+        by_unit = pd.DataFrame(flags, index=frame.index, dtype=float).groupby(cls.units(frame), sort=True)
+        counts = by_unit.sum().reset_index()
         asked, answered, right, flagged = counts[["asked", "answered", "right", "flagged"]].to_numpy(np.float64).T
         dataset, image = (counts.groupby(by).ngroup().to_numpy() for by in ("dataset", ["dataset", "image"]))
         concept = counts.groupby(CONCEPT).ngroup().to_numpy()
         return cls(asked, answered, right, flagged, dataset, image, concept, counts["category"].to_numpy(object))
+
+    @staticmethod
+    def units(frame: pd.DataFrame) -> "list[pd.Series[Any]]":
+        """Returns the keys to group rows by unit; the units of :meth:`of` are in their sorted order.
+
+        Args:
+            frame: rows of :func:`~safervlm.results.runs.load_run`.
+        """
+        unit = frame["image"].where(~frame["capability"].isin([TEXT_ONLY, "context_text_only"]), frame["id"])
+        return [*(frame[name] for name in (*CONCEPT, "image")), unit.rename("unit")]
 
     def of_category(self, category: str) -> Self:
         """Returns the units of a category.
@@ -218,6 +227,31 @@ def modality_gap(frame: pd.DataFrame) -> Estimate:
     return Estimate(gaps.mean(), *interval, _BY_PAIR)
 
 
+def sums_by_concept(runs: Sequence[pd.DataFrame], column: str) -> tuple[Floats, Floats, Numbers]:
+    """Counts by concept the responses that a measure is a share of, for runs with the same questions.
+
+    Args:
+        runs: each of :func:`~safervlm.results.runs.load_run`.
+        column: a key of :data:`COLUMNS`: an accuracy with N/A as wrong, or over-flagging.
+
+    Returns:
+        (runs, concepts) right (for over-flagging: flagged) responses of each run, (concepts,) number of the responses
+        that count in all runs, (concepts,) stratum of each concept (its category). There are no concepts if no response
+        counts in all runs.
+    """
+    _, measure, capability, side = COLUMNS[column]
+    common = set.intersection(*(set(counted_only(run)["id"]) for run in runs))
+    sums = []
+    for run in runs:
+        asked = run[(run["capability"] == capability) & (run["side"] == side) & run["id"].isin(common)]
+        hits = asked["label"] == (UNSAFE if measure == OVER_FLAGGING else asked["answer"])
+        by_concept = hits.astype(float).groupby([asked[name] for name in CONCEPT], sort=True)
+        sums.append(by_concept.sum().to_numpy(np.float64))
+    answers = by_concept.size()
+    strata = strata_of(*(answers.index.get_level_values(level).to_numpy() for level in ("dataset", "category")))
+    return np.stack(sums), np.asarray(answers, np.float64), strata
+
+
 def paired_difference(frame: pd.DataFrame, base: pd.DataFrame, column: str) -> Estimate:
     """Computes the difference of a measure between two runs with the same questions, paired by concept.
 
@@ -229,21 +263,10 @@ def paired_difference(frame: pd.DataFrame, base: pd.DataFrame, column: str) -> E
     Returns:
         The difference of the responses that count in both, with an interval over new concepts.
     """
-    _, measure, capability, side = COLUMNS[column]
-    hits = []
-    both = set(counted_only(frame)["id"]) & set(counted_only(base)["id"])
-    for run in (frame, base):
-        asked = run[(run["capability"] == capability) & (run["side"] == side) & run["id"].isin(both)].set_index("id")
-        says = asked["label"] == (UNSAFE if measure == OVER_FLAGGING else asked["answer"])
-        hits.append(says.astype(float))
-    concepts = [asked[name] for name in CONCEPT]
-    # pandas subtracts by index, the questions' ids.
-    by_concept = (hits[0] - hits[1]).reindex(asked.index).groupby(concepts)
-    sums, answers = by_concept.sum(), np.asarray(by_concept.size(), np.float64)
+    (now, before), answers, strata = sums_by_concept((frame, base), column)
     if not len(answers):
         return Estimate(np.nan, np.nan, np.nan, _NOTHING)
-    strata = strata_of(*(sums.index.get_level_values(level).to_numpy() for level in ("dataset", "category")))
-    found = difference_of_shares(np.asarray(sums, np.float64), answers, strata)
+    found = difference_of_shares(now - before, answers, strata)
     return Estimate(found.value, found.low, found.high, _TOO_FEW if np.isnan(found.low) else _BY_PAIR)
 
 

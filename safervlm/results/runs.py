@@ -20,19 +20,21 @@ Record = TypeVar("Record", Response, Verdict)
 # --- reading a run ----------------------------------------------------------------------------------------------------
 
 
-def load_run(run: str | Path, unfinished: UnfinishedAs = "apart") -> pd.DataFrame:
+def load_run(run: str | Path, unfinished: UnfinishedAs = "apart", variants: bool = False) -> pd.DataFrame:
     """Loads the responses of a run with their verdicts, joined by id.
 
     Args:
         run: the run's folder, with ``responses.jsonl`` and ``verdicts.jsonl`` (not needed if all responses are rated).
         unfinished: how responses count that ended inside their reasoning: ``apart``, as ``N/A`` or as ``wrong``.
+        variants: whether responses to questions that depart from the published protocol are included
+            (:attr:`safervlm.records.Question.variant`).
 
     Returns:
         One row per response, in the order of ``responses.jsonl``: id, dataset, image, image_path (None for a question
         about a name), capability, prompt_number, prompt, category, concept, answer (the right label), response (without
         reasoning), label (the verdict's; empty for responses that are rated; ``thinking unfinished`` for those that
         count apart), probabilities (label -> probability), judge, side: ``unsafe`` or ``safe`` by the right label, else
-        ``-``, drawn (see :class:`safervlm.records.Question`), and unfinished: whether the thinking is.
+        ``-``, drawn and variant (see :class:`safervlm.records.Question`), and unfinished: whether the thinking is.
         Responses that are listed as not judgeable are excluded with a message.
 
     Raises:
@@ -113,11 +115,13 @@ def load_run(run: str | Path, unfinished: UnfinishedAs = "apart") -> pd.DataFram
                 "judge": verdict.judge,
                 "side": {UNSAFE: "unsafe", SAFE: "safe"}.get(question.answer, NO_SIDE),
                 "drawn": question.drawn,
+                "variant": question.variant,
                 "unfinished": inside,
             }
         )
     # dtype object keeps None, and texts that Arrow's strings reject (unpaired surrogates).
-    return pd.DataFrame(rows, dtype=object).astype({"prompt_number": int, "drawn": bool, "unfinished": bool})
+    frame = pd.DataFrame(rows, dtype=object).astype({"prompt_number": int, "drawn": bool, "unfinished": bool})
+    return frame if variants else frame[frame["variant"] == ""].reset_index(drop=True)
 
 
 def _check_labels(run: Path, question: Question, verdict: Verdict) -> None:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 
 from safervlm.data.unsafe_concepts import ImageRecord, UnsafeConcepts, paper_split, safe_split, spread
-from safervlm.errors import RecordError
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.images import open_image
 from safervlm.records import Example, read_jsonl
 
@@ -530,3 +532,42 @@ def test_the_published_draw(tiny_sets):
     assert [e.question for e in alone.parts.predict] == [q for q in questions if q.drawn]
     with pytest.raises(ValueError, match=r"data\.prompts: the draw is published for the test split"):
         UnsafeConcepts(str(tiny_sets / "unsafe"), split="all", prompts="drawn")
+
+
+# Repeated questions
+
+
+def test_repetitions_have_ids_of_their_own_and_nothing_else_differs(folder):
+    once = [example.question for example in asked(folder=str(folder))]
+    thrice = [example.question for example in asked(folder=str(folder), repeats=3)]
+    assert [question.id for question in thrice[:4]] == [once[0].id, once[0].id + "#2", once[0].id + "#3", once[1].id]
+    assert [replace(each, id="") for each in thrice[::3]] == [replace(each, id="") for each in once]
+    assert [replace(each, id="") for each in thrice[2::3]] == [replace(each, id="") for each in once]
+
+
+def test_repeats_below_1_are_rejected(folder):
+    with pytest.raises(ArgumentError, match=r"data\.repeats: .*0"):
+        UnsafeConcepts(str(folder), repeats=0)
+
+
+# Rotated options
+
+
+def test_rotated_options_are_variants_with_the_same_right_concept(folder):
+    questions = [e.question for e in asked(folder=str(folder), capabilities=["perception"], rotations=4)]
+    published = [e.question for e in asked(folder=str(folder), capabilities=["perception"])]
+    assert questions[::4] == published
+    for first, *turned in zip(*[iter(questions)] * 4, strict=True):
+        assert [question.prompt_number for question in turned] == [1, 2, 3]
+        assert {question.variant for question in turned} == {"rotated options"}
+        orders = [dict(re.findall(r"([A-D]): (.+?) *(?:\n|$)", question.prompt)) for question in (first, *turned)]
+        right = {order[question.answer] for order, question in zip(orders, (first, *turned), strict=True)}
+        assert right == {first.concept}  # whichever its letter
+        assert {question.answer for question in (first, *turned)} == set("ABCD")
+        assert all(set(order.values()) == set(orders[0].values()) for order in orders)
+
+
+@pytest.mark.parametrize("rotations", [0, 5])
+def test_number_of_rotations(folder, rotations):
+    with pytest.raises(ArgumentError, match=rf"data\.rotations: .*{rotations}"):
+        UnsafeConcepts(str(folder), rotations=rotations)

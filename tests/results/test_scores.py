@@ -180,6 +180,19 @@ def test_load_run_names_the_record(run, file, change, words):
     assert all(word in message for word in [*words, str(run)]), message
 
 
+def test_variants_of_the_protocol_are_not_scored(tmp_path):
+    """An answer to a question with rotated options, which is right, is only there if asked for."""
+    answers = [*ANSWERS, ("perception", "Violence", "knife", "4.png", "D", ["D"])]
+    write_run(tmp_path, answers)
+    records = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    for record in records:
+        record |= {"variant": "rotated options"} if record["image"] == "4.png" else {}
+    write_jsonl(tmp_path / "responses.jsonl", records)
+    frame = load_run(tmp_path)
+    assert len(frame) == len(load_run(tmp_path, variants=True)) - 1
+    assert len(frame[frame["capability"] == "perception"]) == 4
+
+
 def test_load_run_without_files(tmp_path):
     with pytest.raises(RecordError, match=r"responses\.jsonl: no such file; measure"):
         load_run(tmp_path)

@@ -1,0 +1,94 @@
+"""Groups of runs that differ only in their training seed: mean, standard deviation, and differences between groups."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safervlm.results.measures import ACCURACY_NA_WRONG, COLUMNS, OVER_FLAGGING, sums_by_concept
+from safervlm.statistics.seeds import (
+    FEWEST_SEEDS,
+    OverSeeds,
+    difference_of_groups,
+    difference_over_seeds,
+    share_over_seeds,
+)
+
+# The columns of `compare` that are shares of responses.
+SHARES = [name for name, (_, measure, _, _) in COLUMNS.items() if measure in (ACCURACY_NA_WRONG, OVER_FLAGGING)]
+
+METHOD = "concepts within categories and training seeds (CR2, two-way)"
+_TOO_FEW_SEEDS = f"none: fewer than {FEWEST_SEEDS} training seeds"
+_OTHERWISE = "none: fewer than 10 concepts, or no spread"
+
+
+def group_table(groups: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame:
+    """Computes each measure's mean over the training seeds of each group.
+
+    Args:
+        groups: name -> runs, each of :func:`~safervlm.results.runs.load_run`, with the same questions.
+
+    Returns:
+        One row for each group and measure: group, measure (a key of ``COLUMNS``), value (the mean), low, high (95 %
+        interval over new concepts and training seeds), deviation (standard deviation between seeds), seeds, smallest
+        and largest (the runs' values), method.
+    """
+    rows = []
+    for name, runs in groups.items():
+        for column in SHARES:
+            right, answers, strata = sums_by_concept(runs, column)
+            if len(answers):
+                by_run = right.sum(1) / answers.sum()
+                row = _row(share_over_seeds(right, answers, strata))
+                rows.append(
+                    {"group": name, "measure": column} | row | {"smallest": by_run.min(), "largest": by_run.max()}
+                )
+    return pd.DataFrame(rows, columns=[*_COLUMNS, "smallest", "largest"])
+
+
+def group_differences(groups: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame:
+    """Computes the differences between the first group and the others.
+
+    A group of one run (the original model) is fixed: the interval includes the other group's seeds only.
+
+    Args:
+        groups: name -> runs, each of :func:`~safervlm.results.runs.load_run`, with the same questions; the first is the
+            one to subtract.
+
+    Returns:
+        One row for each other group and measure, as in :func:`group_table`, without smallest and largest, and with
+        ``base``, the name of the first group.
+    """
+    (base, first), *others = groups.items()
+    rows = []
+    for name, runs in others:
+        for column in SHARES:
+            sums, answers, strata = sums_by_concept([*runs, *first], column)
+            if not len(answers):
+                continue
+            ours, theirs = sums[: len(runs)], sums[len(runs) :]
+            if len(first) == 1:
+                found = difference_over_seeds(ours - theirs, answers, strata)
+            elif len(runs) == 1:
+                turned = difference_over_seeds(theirs - ours, answers, strata)
+                found = OverSeeds(-turned.value, -turned.high, -turned.low, turned.deviation, turned.seeds)
+            else:
+                found = difference_of_groups(ours, theirs, answers, strata)
+            rows.append({"group": name, "base": base, "measure": column} | _row(found))
+    return pd.DataFrame(rows, columns=[_COLUMNS[0], "base", *_COLUMNS[1:]])
+
+
+_COLUMNS = ["group", "measure", "value", "low", "high", "deviation", "seeds", "method"]
+
+
+def _row(found: OverSeeds) -> dict[str, Any]:
+    method = METHOD if not np.isnan(found.low) else _TOO_FEW_SEEDS if found.seeds < FEWEST_SEEDS else _OTHERWISE
+    return {
+        "value": found.value,
+        "low": found.low,
+        "high": found.high,
+        "deviation": found.deviation,
+        "seeds": found.seeds,
+        "method": method,
+    }

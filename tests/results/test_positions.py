@@ -1,0 +1,45 @@
+"""Perception with rotated options, by hand."""
+
+import pandas as pd
+import pytest
+
+from safervlm.protocol import NOT_APPLICABLE
+from safervlm.results import positions
+from safervlm.results.positions import position_table
+
+# image -> the letter chosen in each of the four orders; the right one is A, then D, C, B
+ANSWERS = {"0": "ADCB", "1": "AAAA", "2": "ADCN", "3": "BDCB"}
+RIGHT = "ADCB"
+
+
+def frame_of(answers=ANSWERS, orders=4):
+    return pd.DataFrame(
+        {
+            "id": f"{image}/{order}",
+            "dataset": "d",
+            "category": "c",
+            "concept": f"concept {int(image) % 2}",
+            "image": image,
+            "capability": "perception",
+            "prompt_number": order,
+            "answer": RIGHT[order],
+            "label": NOT_APPLICABLE if chosen[order] == "N" else chosen[order],
+        }
+        for image, chosen in answers.items()
+        for order in range(orders)
+    )
+
+
+def test_by_hand():
+    table = position_table(frame_of()).set_index(["measure", "position"])
+    value = table["value"]
+    assert value[positions.BEYOND_CHANCE, ""] == pytest.approx((11 / 16 - 1 / 4) / (3 / 4))
+    assert value[positions.RIGHT_IN_ALL, ""] == 1 / 4
+    assert [value[positions.RECALL, letter] for letter in "ABCD"] == [3 / 4, 2 / 4, 3 / 4, 3 / 4]
+    assert [value[positions.CHOSEN, letter] for letter in "ABCD"] == [6 / 16, 3 / 16, 3 / 16, 3 / 16]
+    low, high = table.loc[(positions.RIGHT_IN_ALL, ""), ["low", "high"]]
+    assert low < 1 / 4 < high
+
+
+def test_one_order_says_nothing_about_the_position():
+    assert position_table(frame_of(orders=1)).empty
