@@ -118,7 +118,8 @@ class RecordWriter(Callback):
             write_jsonl(run / self.file, (records[name] for name in names))
             file = run / f"{Path(self.file).stem}-failed.jsonl"
             if file.is_file() and trainer.datamodule.keeps_others:  # type: ignore[attr-defined]
-                failed += [each for each in read_jsonl(file) if each["id"] not in {*asked, *records}]
+                there = {*asked, *records}
+                failed += [each for each in read_jsonl(file) if each["id"] not in there]
             if failed:
                 write_jsonl(file, failed)
             else:

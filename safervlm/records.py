@@ -7,9 +7,9 @@ matched by id, never by position.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, get_args
 
 from safervlm.errors import RecordError, first_line
 from safervlm.hashing import fingerprint
@@ -17,6 +17,9 @@ from safervlm.io.files import write_text_atomically
 from safervlm.io.reading import json_text, numbered_jsonl, parse_json
 from safervlm.protocol import Capability
 from safervlm.ranges import LARGEST
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # Fields of a question that are stored only if they differ from these values.
 RARE: dict[str, Any] = {"context": "", "drawn": False, "variant": ""}
@@ -79,6 +82,18 @@ def check_fields(record: Mapping[str, Any], /, **kinds: type | tuple[type, ...])
             raise RecordError(f"the field {name!r} must be an integer from 0 to {LARGEST}, got {value!r:.80}")
 
 
+def shallow_dict(record: "DataclassInstance") -> dict[str, Any]:
+    """Returns the fields of a record by name, without copying their values.
+
+    It replaces ``dataclasses.asdict``, which copies recursively and takes ten times as long: for 100,000 records, the
+    difference is longer than writing them.
+
+    Args:
+        record: A data class with slots.
+    """
+    return {name: getattr(record, name) for name in type(record).__slots__}  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """One question about one image, or about a concept's name.
@@ -118,8 +133,8 @@ class Question:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields for JSON; those that most questions do not have, only if set."""
-        record = asdict(self)
-        return {name: record[name] for name in record if record[name] or name not in RARE}
+        record = shallow_dict(self)
+        return {name: value for name, value in record.items() if value or name not in RARE}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
@@ -279,8 +294,8 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record of ``verdicts.jsonl``; ``answer`` only if set."""
-        record = asdict(self)
-        return record if self.answer else {name: record[name] for name in record if name != "answer"}
+        record = shallow_dict(self)
+        return record if self.answer else {name: value for name, value in record.items() if name != "answer"}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:

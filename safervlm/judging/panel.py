@@ -1,7 +1,6 @@
 """The panel of classifiers and rules that judge a measurement, each for the responses of its capability."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +174,7 @@ class Panel(LightningModule):
             return []
         readers = {capability: self.reader(capability) for capability in {each.capability for each, _ in answers}}
         texts = (
-            to_line({**asdict(each), "response": text, "judge": readers[each.capability]}) for each, text in answers
+            to_line({**each.to_dict(), "response": text, "judge": readers[each.capability]}) for each, text in answers
         )
         key = fingerprint(str(batch_size), *texts)
         size = CHUNK * batch_size
