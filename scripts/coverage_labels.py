@@ -29,6 +29,7 @@ from scipy.stats import binomtest
 from safervlm.statistics.correction import (
     Labelled,
     allocation,
+    at_least,
     interval_over_new_concepts,
     interval_this_run,
     sample,
@@ -117,7 +118,8 @@ def study(judge: Judge, rate: float, labels: int, rng: np.random.Generator) -> t
     labelled[sample(strata, allocation(strata, confidence, labels), rng)] = True
     given = Labelled(verdicts, strata, labelled, right)
     run = interval_this_run(given)
-    new = interval_over_new_concepts(given, CONCEPTS, np.zeros(len(SIZES), int), CATEGORIES)
+    alone = interval_over_new_concepts(given, CONCEPTS, np.zeros(len(SIZES), int), CATEGORIES)
+    new = at_least(run, alone or (np.nan, np.nan))
     own = interval_new_concepts(np.bincount(CONCEPTS, verdicts).astype(float), SIZES * 1.0, categories=CATEGORIES)
     truth = right.mean()
     return (

@@ -18,6 +18,7 @@ from safervlm.protocol import UNSAFE
 from safervlm.results.measures import BOTH, COLUMNS, CONCEPT, NO_SIDE, TEXT_ONLY
 from safervlm.statistics.correction import (
     Labelled,
+    at_least,
     difference_new_concepts,
     difference_this_run,
     interval_over_new_concepts,
@@ -131,7 +132,8 @@ def _rate_row(run: LabelledRun, rate: str) -> dict[str, Any] | None:
     rows, labelled = found
     judged = rows["label"] == (UNSAFE if rate == OVER_FLAGGED else rows["answer"])
     low_run, high_run = interval_this_run(labelled)
-    low_new, high_new = interval_over_new_concepts(labelled, *concepts_of(rows)) or (np.nan, np.nan)
+    new = interval_over_new_concepts(labelled, *concepts_of(rows)) or (np.nan, np.nan)
+    low_new, high_new = at_least((low_run, high_run), new)
     return {
         "rate": rate,
         "value": float(judged.mean()),
@@ -256,7 +258,7 @@ def _gap_row(run: LabelledRun) -> dict[str, Any] | None:
     if gap is None:
         return None
     this_run = gap.this_run
-    low_new, high_new = gap.new_concepts()
+    low_new, high_new = at_least((this_run.low, this_run.high), gap.new_concepts())
     return {
         "rate": GAP,
         "value": float(gap.by_concept["judged"].mean()),
@@ -296,7 +298,7 @@ def corrected_differences(run: LabelledRun, base: LabelledRun) -> pd.DataFrame:
             other["corrected"],
             (other["low_run"], other["high_run"]),
         )
-        low_new, high_new = _difference_new(run, base, rate)
+        low_new, high_new = at_least((this_run.low, this_run.high), _difference_new(run, base, rate))
         lines.append(
             {
                 "rate": rate,

@@ -211,6 +211,22 @@ def interval_over_new_concepts(
     return effective_interval(share, squares.sum(), freedom_within(squares, strata), least, total, edge)
 
 
+def at_least(this_run: tuple[float, float], new: tuple[float, float]) -> tuple[float, float]:
+    """Extends an interval for new concepts to contain that for these responses.
+
+    New concepts add a source of error. The variance between concepts does not show the error of the labels if none of
+    the few labelled responses contradicts the judge; the interval for these responses has exact bounds for that.
+
+    Args:
+        this_run: the interval for these responses.
+        new: the interval for new concepts; NaN if there is none.
+
+    Returns:
+        Lower and upper end; NaN if there is no interval for new concepts.
+    """
+    return float(np.minimum(this_run[0], new[0])), float(np.maximum(this_run[1], new[1]))
+
+
 def difference_this_run(
     value: float, interval: tuple[float, float], base: float, base_interval: tuple[float, float]
 ) -> Difference:

@@ -158,3 +158,16 @@ def test_coverage(rate, accuracy):
         new = correction.interval_over_new_concepts(given, concepts, np.zeros(40, int), np.zeros(40, int))
         held.append((run[0] <= right.mean() <= run[1], new[0] <= rate <= new[1]))
     assert (np.mean(held, axis=0) >= 0.92).all(), np.mean(held, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("new", "expected"),
+    [
+        ((0.45, 0.55), (0.4, 0.6)),  # no labelled response contradicted the judge: no variance between concepts
+        ((0.3, 0.8), (0.3, 0.8)),
+        ((0.45, 0.8), (0.4, 0.8)),
+        ((np.nan, np.nan), (np.nan, np.nan)),  # too few concepts
+    ],
+)
+def test_new_concepts_add_a_source_of_error(new, expected):
+    assert correction.at_least((0.4, 0.6), new) == pytest.approx(expected, nan_ok=True)
