@@ -10,8 +10,8 @@ a sample of each run.
 
 Prints a Markdown table: for each rate, and for the differences, the unspoiled value, the range of the spoiled judge's
 values, and the number of draws in which its plain interval over new concepts, and the corrected intervals (for this run
-and over new concepts), contain the unspoiled value. The exit code is 1 if a corrected interval for this run contains it
-in fewer than 90 % of the draws.
+and over new concepts), contain the unspoiled value, of those that have an interval. The exit code is 1 if a corrected
+interval for this run contains it in fewer than 90 % of the draws.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from safervlm.labelling.plan import Plan, labelable
@@ -31,6 +32,7 @@ from safervlm.statistics.intervals import interval_new_concepts
 
 SPOILED = (0.15, 0.30)  # shares of the verdicts before and after alignment
 LEAST = 0.9
+ENDS = ("low_run", "high_run", "low_new", "high_new")
 
 
 def spoiled(rows: pd.DataFrame, share: float, rng: np.random.Generator) -> pd.DataFrame:
@@ -71,6 +73,17 @@ def rates_of(rows: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
     return found
 
 
+def count(inside: npt.NDArray[np.float64]) -> str:
+    """Returns in how many draws an interval contains the value, and of how many if not all have an interval.
+
+    Args:
+        inside: (draws,) 1 if it does, else 0; NaN if there is no interval.
+    """
+    there = inside[~np.isnan(inside)]
+    text = f"{there.sum():.0f}" if len(there) == len(inside) else f"{there.sum():.0f} of {len(there)}"
+    return text if len(there) else "-"
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Prints the table.
 
@@ -87,7 +100,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given = parser.parse_args(args)
     frames = [labelable(load_run(run)) for run in given.runs]
     true = [rates_of(frame) for frame in frames]
-    found: dict[tuple[str, str], list[tuple[float, bool, bool, bool]]] = {}
+    found: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     truths = {
         (name, rate): values[rate][0] for name, values in zip(("before", "after"), true, strict=True) for rate in values
     }
@@ -107,13 +120,15 @@ def main(args: Sequence[str] | None = None) -> None:
             "difference": corrected_differences(labelled[1], labelled[0]),
         }
         for name, table in tables.items():
-            for row in table.itertuples():
-                truth = truths.get((name, str(row.rate)))
-                if truth is not None:
-                    low, high = plain.get((name, str(row.rate)), (np.nan, np.nan))
-                    inside = [low <= truth <= high, row.low_run <= truth <= row.high_run]
-                    inside.append(row.low_new <= truth <= row.high_new)
-                    found.setdefault((name, str(row.rate)), []).append((float(row.value), *inside))  # type: ignore[arg-type]
+            for rate, row in table.set_index("rate")[["value", *ENDS]].astype(float).iterrows():
+                key = name, str(rate)
+                if key in truths:
+                    ends = [
+                        plain.get(key, (np.nan, np.nan)),
+                        *zip(row[list(ENDS[::2])], row[list(ENDS[1::2])], strict=True),
+                    ]
+                    inside = [np.nan if np.isnan(low) else float(low <= truths[key] <= high) for low, high in ends]
+                    found.setdefault(key, []).append((row["value"], *inside))
     shares = ", then ".join(f"{100 * share:g} %" for share in SPOILED)
     print(f"{given.draws} draws, {given.labels} labels per run; spoiled verdicts: {shares}.\n")
     print("| | rate | unspoiled | spoiled judge | plain interval | corrected, this run | corrected, new concepts |")
@@ -121,10 +136,10 @@ def main(args: Sequence[str] | None = None) -> None:
     seldom = 0
     for (name, rate), draws in found.items():
         values, plains, this_run, new = (np.array(column) for column in zip(*draws, strict=True))
-        shown = "-" if name == "difference" else f"{plains.sum():.0f}"
+        counted = [count(each) for each in (plains, this_run, new)]
         print(
             f"| {name} | {RATES[rate][0]} | {100 * truths[name, rate]:.1f} | {100 * values.min():.1f} to "
-            f"{100 * values.max():.1f} | {shown} | {this_run.sum():.0f} | {new.sum():.0f} |"
+            f"{100 * values.max():.1f} | {' | '.join(counted)} |"
         )
         seldom += this_run.mean() < LEAST
     if seldom:
