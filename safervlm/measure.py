@@ -72,8 +72,8 @@ class Measure(L.LightningModule):
     Args:
         vlm: Model to measure, with or without an adapter.
         sampling: Sampling settings of the responses. The default is that of the published measurement.
-        seed: Seed of the sampling. The noise of a response depends only on (seed, record id, step): in float32, neither
-            batch size nor order nor number of processes changes a response.
+        seed: Seed of the sampling. The noise of a response depends only on (seed, record id, step, token): in float32,
+            neither batch size nor order nor number of processes changes a response.
         failures_in_a_row: Number of consecutive questions with unexpected exceptions after which the run stops. Each
             such question is recorded as failed; after so many without a response in between, the questions are not the
             cause. Questions that the VLM itself leaves unanswered (no finite logits, rejected by a server) or that
@@ -103,7 +103,8 @@ class Measure(L.LightningModule):
 
     def describe(self) -> dict[str, Any]:
         """Returns the settings that determine the responses, for the manifest."""
-        return {"vlm": self.vlm.describe(), "sampling": asdict(self.sampling), "seed": self.seed}
+        noise = {} if self.sampling.temperature == 0 or self.vlm.noise is None else {"noise": self.vlm.noise}
+        return {"vlm": self.vlm.describe(), "sampling": asdict(self.sampling), "seed": self.seed} | noise
 
     def setup(self, stage: str) -> None:
         """Rejects repetitions of the questions whose responses would all be the same.

@@ -26,6 +26,7 @@ from safervlm.run_folder import RunFolder
 
 MOMENT = 0.5  # seconds to wait for a lock, as commands that read a folder hold it for a moment
 BUDGET = ("trainer.max_epochs", "trainer.max_steps")  # settings that --extend may change
+NOISE = "model.noise"  # setting: version of the sampling noise
 OLD_NAMES = ("manifest", "responses", "responses-failed", "verdicts", "ratings", "scores", "labels", "verify", "report")
 
 
@@ -119,6 +120,7 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: b
         if old not in (None, -1) and new not in (None, -1) and new < old:
             raise SettingsDifferError(f"--extend: {key}: {old} there, {new} now; give more than {old}")
     differing = [key for key in differing if key not in longer]
+    must_have_noise(run, stage, before.get(NOISE), now.get(NOISE), "--run")
     if differing:
         differing.sort(key=lambda key: key.endswith((".ids", ".content", ".images", ".sha256")))  # hashes last
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing[:5])
@@ -129,6 +131,28 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: b
             "delete it"
         )
     return longer
+
+
+def must_have_noise(run: Path, stage: str, before: int | None, now: int | None, argument: str) -> None:
+    """Rejects a run whose responses were sampled with the noise of another version: other responses follow from a seed.
+
+    Greedy responses and those of servers have no noise.
+
+    Args:
+        run: Run folder.
+        stage: Name of the stage.
+        before: Version of the noise (``safervlm.vlm.noise.NOISE``) in the manifest; None for none.
+        now: Version of the noise now; None for none.
+        argument: Argument that names the run, for the message.
+
+    Raises:
+        SettingsDifferError: The versions differ.
+    """
+    if before != now:
+        raise SettingsDifferError(
+            f"{argument}: {run} holds a {stage} with the sampling noise of another version of SaferVLM ({NOISE}: "
+            f"{before} there, {now} now); use that version, or another folder"
+        )
 
 
 def has_results(run: Path) -> bool:

@@ -16,7 +16,9 @@ from safervlm.errors import ArgumentError
 from safervlm.measure import FaultTolerantCollator, Measure
 from safervlm.records import Example, Failure, Question, Response, read_jsonl
 from safervlm.vlm.llava import Llava
+from safervlm.vlm.noise import NOISE
 from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.server.client import Server
 
 GREEDY = Sampling(temperature=0, max_new_tokens=4)
 
@@ -26,6 +28,13 @@ def measure(tiny_llava: Path) -> Measure:
     measure = Measure(Llava(str(tiny_llava), dtype="float32"), GREEDY)
     measure.configure_model()
     return measure
+
+
+def test_the_version_of_the_noise_is_a_setting_where_it_matters(tiny_llava: Path) -> None:
+    local, server = Llava(str(tiny_llava)), Server("model", ["http://localhost:1/v1"])
+    assert Measure(local, Sampling()).describe()["noise"] == NOISE
+    assert "noise" not in Measure(local, GREEDY).describe()
+    assert "noise" not in Measure(server, Sampling()).describe()
 
 
 def refuse_more_than(measure: Measure, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -88,6 +88,19 @@ def test_an_adapter_is_its_weights_wherever_they_lie(tmp_path: Path) -> None:
         check_settings(tmp_path, "measure", settings("runs/ppo/adapter", "b"))
 
 
+@pytest.mark.parametrize(("before", "now"), [(None, 2), (2, 3), (2, None)])
+def test_the_noise_of_another_version_is_rejected_with_a_hint(
+    before: int | None, now: int | None, tmp_path: Path
+) -> None:
+    there, here = ({"model": {"seed": 0} | ({} if noise is None else {"noise": noise})} for noise in (before, now))
+    write_stage(tmp_path, "measure", settings=there)
+    check_settings(tmp_path, "measure", here)  # nothing was sampled yet
+    (tmp_path / "responses.jsonl").write_text("{}\n")
+    check_settings(tmp_path, "measure", there)
+    with pytest.raises(SettingsDifferError, match=rf"model\.noise: {before} there, {now} now\); use that version"):
+        check_settings(tmp_path, "measure", here)
+
+
 def length(epochs: int, steps: int = -1, **others: Any) -> dict[str, Any]:
     """Settings of a training of this length."""
     return {"trainer": {"max_epochs": epochs, "max_steps": steps}, "lr": 1e-3} | others

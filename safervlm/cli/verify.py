@@ -24,11 +24,12 @@ from safervlm.io.boundary import warn
 from safervlm.io.tables import JUDGE_NOTE, TextTable, say, show_table
 from safervlm.io.trust import Named, check_trust, find_beside_the_shell, named_in, read_config
 from safervlm.judging.panel import Panel
+from safervlm.manifest import stage_name
 from safervlm.measure import Measure
 from safervlm.progress_lines import progress_lines
 from safervlm.ranges import in_range
 from safervlm.records import Example, Failure, Response, Verdict, read_records, write_jsonl
-from safervlm.run import locked
+from safervlm.run import locked, must_have_noise, read_manifest
 from safervlm.run_folder import RunFolder
 from safervlm.unfinished import UnfinishedFile
 from safervlm.vlm.server.client import Server
@@ -118,9 +119,13 @@ def verify(
     with locked(run):
         cli = _built(run, settings, dtype)
         check_trust(config, _used_by(cli), "run", trust_config, addresses, api_key_variable)
+        describe = cli.model.describe()
+        settings_before = read_manifest(run)["stages"].get(stage_name(cli.model), {}).get("settings", {})
+        if "model" in settings_before:
+            must_have_noise(run, "measure", settings_before["model"].get("noise"), describe.get("noise"), "run")
         before = {response.id: response for response in read_responses(run)}
         asked = _sample(run, cli, before, sample, limit, seed)
-        key = fingerprint(files.responses, json.dumps([settings, cli.model.describe(), batch_size, dtype]))
+        key = fingerprint(files.responses, json.dumps([settings, describe, batch_size, dtype]))
         again = _ask_again(run, cli, asked, batch_size, key)
         compared = _compare(run, cli, before, again)
         title = f"{run}: repeated, {batch_size} at a time" + (f", in {dtype}" if dtype else "")

@@ -160,8 +160,8 @@ class PPO(Objective):
     def describe(self) -> dict[str, Any]:
         """Returns the settings that determine the trained weights (see :meth:`Objective.describe`)."""
         names = inspect.signature(type(self)).parameters.keys() - {"vlm", "judge"}
-        settings = {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
-        return super().describe() | settings | {"sampling": vars(self.sampling), "judge": self.judge.fingerprint}
+        settings = super().describe() | {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
+        return settings | {"sampling": vars(self.sampling), "noise": self.vlm.noise, "judge": self.judge.fingerprint}
 
     def setup(self, stage: str) -> None:
         """Configures gradient clipping of DeepSpeed, which clips by itself under manual optimisation."""

@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from safervlm.errors import ArgumentError, first_line
-from safervlm.hashing import seed_for
 from safervlm.io.images import ImageSettings
 from safervlm.limits import TextLimits
 from safervlm.vlm.base import Answer, Unanswered, without_bad
@@ -38,9 +37,10 @@ from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_token
 from safervlm.vlm.heads import transform_between
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
+from safervlm.vlm.noise import noise_key
 from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing, extend, join
 from safervlm.vlm.processors import read_processor
-from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
+from safervlm.vlm.sampling import Sampler, Sampling
 from safervlm.vlm.selfcheck import PROCESSOR_FAILS, UNLIKE, self_check, works
 from safervlm.vlm.thinking import Setting, Thinking, valid_setting
 from safervlm.vlm.weights import load_model, reading
@@ -398,7 +398,7 @@ class Transformers(LocalVLM):
         Args:
             batch: Encoded questions; completions are ignored.
             sampling: Decoding settings.
-            seed: The sampling noise of a record depends on (seed, record id, step) and nothing else.
+            seed: The sampling noise depends on (seed, record id, step, token) and nothing else.
             adapter: Which adapter is active. Without adapters, every choice is the base model.
 
         Returns:
@@ -416,18 +416,16 @@ class Transformers(LocalVLM):
             rows = torch.arange(len(batch)).split(1)
             return [answer for row in rows for answer in self.generate(batch.select(row), sampling, seed, adapter)]
         tokenwise = {"input_ids", *self.written(batch.encodings[0])}
-        finite = Finite()
-        chain = LogitsProcessorList([finite, *processors(sampling, self.suppressed)])
-        if sampling.temperature > 0:
-            chain.append(KeyedNoise([seed_for(seed, question.id) for question in batch.questions]))
+        keys = [noise_key(seed, question.id) for question in batch.questions]
         training = self.training
         self.eval()  # disables dropout, and allows a cache with gradient checkpointing
         with active(self.base, adapter):
             sharing, asked = self.sharing, batch.encodings
             inputs = sharing.inputs(asked, tokenwise) or sharing.alone(asked, tokenwise)
+            sampler = Sampler(sampling, self.suppressed, keys, inputs["input_ids"].device)
             generated = self.base.generate(
                 **inputs,
-                logits_processor=chain,
+                logits_processor=LogitsProcessorList([sampler]),
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=sampling.max_new_tokens,
@@ -436,10 +434,10 @@ class Transformers(LocalVLM):
                 ),
             )
         self.train(training)
-        if finite.bad is None:  # the self-check of a large model computes no logits
+        if not sampler.steps:  # the self-check of a large model computes no logits
             raise ArgumentError(
                 f"vlm.model: {self.name!r} {UNLIKE}: its generate never called the logits processor, so it ignores "
                 "vlm.sampling; use another model"
             )
         found = [self.generation(tokens) for tokens in generated[:, inputs["input_ids"].shape[1] :].tolist()]
-        return without_bad(batch.questions, found, finite.bad.tolist())
+        return without_bad(batch.questions, found, sampler.bad.tolist())

@@ -10,7 +10,7 @@ hidden units.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +185,13 @@ Collator = Callable[[Sequence[Example]], Any]
 
 
 class VLM(nn.Module, ABC):
-    """Abstract base class of vision-language models that answer questions about images."""
+    """Abstract base class of vision-language models that answer questions about images.
+
+    Attributes:
+        noise: Version of the sampling noise, a setting of the runs that sample; None where another program samples.
+    """
+
+    noise: ClassVar[int | None] = None
 
     @property
     @abstractmethod
@@ -207,7 +213,7 @@ class VLM(nn.Module, ABC):
         Args:
             batch: A batch made by :attr:`collator`; completions, if any, are ignored.
             sampling: Decoding settings.
-            seed: The sampling noise of a record depends on (seed, record id, step) and nothing else.
+            seed: The sampling noise depends on (seed, record id, step, token) and nothing else.
             adapter: Which adapter is active. Without adapters, every choice is the base model.
 
         Returns:

@@ -34,6 +34,7 @@ from safervlm.vlm.lora import (
     checkpoint_gradients,
     must_cover,
 )
+from safervlm.vlm.noise import NOISE
 from safervlm.vlm.sampling import Sampling, Suppress
 from safervlm.vlm.thinking import Thinking
 from safervlm.vlm.weights import weights_fingerprint
@@ -70,6 +71,8 @@ class LocalVLM(VLM):
     Raises:
         ArgumentError: The adapter folder is incomplete, or the model is a path that doesn't exist.
     """
+
+    noise = NOISE
 
     def __init__(
         self,

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from safervlm.hashing import seed_for
 from safervlm.records import Question
 from safervlm.vlm.base import Answer, Batch, without_bad
 from safervlm.vlm.cache import roomy
 from safervlm.vlm.compat import CACHE
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, active
-from safervlm.vlm.sampling import Finite, KeyedNoise, Sampling, processors
+from safervlm.vlm.noise import noise_key
+from safervlm.vlm.sampling import Sampler, Sampling
 
 # Maximum number of questions per row. Each question also computes attention to its neighbours' tokens, then masked.
 ROW = 8
@@ -274,7 +274,7 @@ class PackedVLM(LocalVLM):
         Args:
             batch: The questions with their images; completions are ignored.
             sampling: Decoding settings.
-            seed: The sampling noise of a record depends on (seed, record id, step) and nothing else.
+            seed: The sampling noise depends on (seed, record id, step, token) and nothing else.
             adapter: Which adapter is active. Without adapters, every choice is the base model.
 
         Returns:
@@ -296,9 +296,8 @@ class PackedVLM(LocalVLM):
         cache = roomy()
         states = self.forward_packed(packed, batch.image_rows[[row[0] for row in rows]], batch, cache)
 
-        # State of each question that is still being decoded: noise, row, hidden state, slot and position.
+        # State of each question that is still being decoded: row, hidden state, slot and position.
         asked = [question for row in rows for question in row]
-        noise = KeyedNoise([seed_for(seed, batch.questions[question].id) for question in asked])
         row, states = packed.rows, states[packed.rows, packed.ends]
         slot = packed.segments[row, packed.ends] - 1
         position = packed.position_ids[row, packed.ends]
@@ -309,13 +308,11 @@ class PackedVLM(LocalVLM):
 
         answers: list[list[int]] = [[] for _ in batch.questions]
         bad = [False] * len(answers)
-        head, score = self.base.get_output_embeddings(), processors(sampling, self.suppressed)
+        keys = [noise_key(seed, batch.questions[question].id) for question in asked]
+        head, sampler = self.base.get_output_embeddings(), Sampler(sampling, self.suppressed, keys, row.device)
         while True:
-            finite = Finite()
-            scores = score(None, finite(None, head(states).float()))
-            assert finite.bad is not None  # noqa: S101 (it was just called; narrows the type)
-            tokens = (noise(None, scores) if sampling.temperature > 0 else scores).argmax(-1)
-            for question, token, wrong in zip(asked, tokens.tolist(), finite.bad.tolist(), strict=True):
+            tokens = sampler.choose(head(states))
+            for question, token, wrong in zip(asked, tokens.tolist(), sampler.bad.tolist(), strict=True):
                 answers[question].append(token)
                 bad[question] = wrong
             going = [
@@ -327,7 +324,8 @@ class PackedVLM(LocalVLM):
             ]
             if not going:
                 return answers, bad
-            asked, noise = [asked[place] for place in going], noise.select(going)
+            asked = [asked[place] for place in going]
+            sampler.select(going)
             row, slot, position, tokens = row[going], slot[going], position[going] + 1, tokens[going]
             needed = row.unique()
             if 2 * len(needed) <= len(segments):  # otherwise copying the cache costs more than it saves

@@ -1,15 +1,22 @@
-"""Sampling settings and per-record, batch-invariant Gumbel noise."""
+"""Sampling settings, and the choice of the next token by batch-invariant sampling.
+
+Shapes: B rows, V tokens of the vocabulary.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
-from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from safervlm.ranges import in_range
+from safervlm.vlm.noise import STEP, gumbel, token_bits
+
+NUCLEUS = 1024  # largest logits of a row that are sorted first; mostly, far fewer tokens survive top_p
+MORE = 16  # factor for the rows with more survivors
+# Logits for which noise is computed together: on a CPU so few that they stay in its cache, else so few that the
+# memory for them doesn't matter.
+TOGETHER = {True: 2**17, False: 2**24}
 
 
 @dataclass(frozen=True)
@@ -37,56 +44,6 @@ class Sampling:
         in_range("sampling", least=1, max_new_tokens=self.max_new_tokens)
 
 
-class KeyedNoise:
-    """Logits processor that turns argmax into sampling, by adding Gumbel noise keyed by (seed, record id, step).
-
-    ``argmax(logits + Gumbel noise)`` is a sample from ``softmax(logits)``. Each record has its own generator, so its
-    noise doesn't depend on the other records, the batch, the order or the number of processes. The noise is generated
-    on the CPU, so it doesn't depend on the device either.
-
-    Args:
-        seeds: One seed per row of the batch.
-    """
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def select(self, rows: Sequence[int]) -> Self:
-        """Returns the noise of some of the rows; the generators, with their states, are shared.
-
-        Args:
-            rows: Indices of the rows to keep.
-        """
-        rest = type(self)([])
-        rest.generators = [self.generators[row] for row in rows]
-        return rest
-
-    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
-        """Adds the noise of the next step to (B, V) scores."""
-        uniform = torch.stack(
-            [torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64) for generator in self.generators]
-        )
-        gumbel = -torch.log(-torch.log(uniform.to(scores.device)))
-        return scores + gumbel.float()
-
-
-class Finite:
-    """Logits processor that records which rows had non-finite logits, and replaces these logits.
-
-    It must come before all other processors, which would spread a NaN or hide it. Recorded rows are reported as
-    unanswered.
-    """
-
-    def __init__(self) -> None:
-        self.bad: Tensor | None = None  # (B,) True for rows with non-finite logits so far
-
-    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
-        """Sets all (B, V) scores of a row to 0 if it has NaN or plus infinity, or only minus infinity."""
-        bad = ~torch.isfinite(scores.amax(-1))  # amax propagates NaN; single tokens may be minus infinity
-        self.bad = bad if self.bad is None else self.bad | bad
-        return scores.masked_fill(bad[:, None], 0)
-
-
 class Suppress:
     """Logits processor that excludes tokens.
 
@@ -102,14 +59,107 @@ class Suppress:
         return scores.float().index_fill(-1, self.token_ids.to(scores.device), -torch.inf)
 
 
-def processors(sampling: Sampling, suppressed: Tensor) -> LogitsProcessorList:
-    """Returns the logits processors before sampling: suppression, then temperature and top_p unless greedy.
+class Sampler:
+    """Chooses the next token of each row: the one way from logits to tokens, for every family.
+
+    Non-finite logits are recorded first: any other operation would spread a NaN or hide it. Then come suppressed
+    tokens, temperature and top_p. ``argmax(logits + Gumbel noise)`` is a sample from ``softmax(logits)``. The noise of
+    a response depends on its key, the step and the token alone, so a response doesn't depend on the other rows, the
+    batch size, the order, the number of processes or the device (up to rounding of the logits).
+
+    A sampler is also a logits processor for the ``generate`` of transformers, to be used with ``do_sample=False``.
 
     Args:
         sampling: Decoding settings.
         suppressed: Tokens that a response must not contain.
+        keys: Key of the noise of each row (:func:`safervlm.vlm.noise.noise_key`).
+        device: Device of the logits.
+
+    Attributes:
+        bad: (B,) True for rows whose logits were not finite in a step so far.
     """
-    chain = LogitsProcessorList([Suppress(suppressed)])
-    if sampling.temperature > 0:
-        chain += [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p)]
-    return chain
+
+    def __init__(self, sampling: Sampling, suppressed: Tensor, keys: Sequence[int], device: torch.device) -> None:
+        self.sampling, self.suppressed = sampling, suppressed.to(device)
+        self.counters = torch.tensor(keys, dtype=torch.int64, device=device)
+        self.bad = torch.zeros(len(keys), dtype=torch.bool, device=device)
+        self.steps = 0
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps some of the rows, in the given order.
+
+        Args:
+            rows: Indices of the rows to keep.
+        """
+        self.counters, self.bad = self.counters[rows], self.bad[rows]
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Returns the next token of each row, and advances by a step.
+
+        Args:
+            logits: (B, V) logits of the model.
+        """
+        self.steps += 1
+        self.counters = self.counters + STEP
+        bad = ~torch.isfinite(logits.amax(-1))  # amax propagates NaN; single tokens may be minus infinity
+        self.bad = self.bad | bad
+        scores = logits.float().masked_fill(bad[:, None], 0).index_fill_(-1, self.suppressed, -torch.inf)
+        if self.sampling.temperature == 0:
+            return scores.argmax(-1)
+        if self.sampling.temperature != 1:
+            scores = scores.div_(self.sampling.temperature)
+        if self.sampling.top_p < 1:
+            return sample_from_nucleus(scores, self.counters, self.sampling.top_p)
+        return sample_from_all(scores, self.counters)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns (B, V) scores whose only finite entries are those of the chosen tokens."""
+        return torch.full_like(scores, -torch.inf).scatter_(1, self.choose(scores)[:, None], 0)
+
+
+def sample_from_all(scores: Tensor, counters: Tensor) -> Tensor:
+    """Samples a token of each row from all tokens.
+
+    Args:
+        scores: (B, V) logits.
+        counters: (B,) counters of the noise.
+
+    Returns:
+        (B,) token ids.
+    """
+    tokens = torch.arange(scores.shape[-1], device=scores.device)
+    rows = max(1, TOGETHER[scores.device.type == "cpu"] // scores.shape[-1])
+    chosen = [
+        (some + gumbel(token_bits(those, tokens))).argmax(-1)
+        for some, those in zip(scores.split(rows), counters.split(rows), strict=True)
+    ]
+    return torch.cat(chosen)
+
+
+def sample_from_nucleus(scores: Tensor, counters: Tensor, top_p: float, most: int = NUCLEUS) -> Tensor:
+    """Samples a token of each row from its most probable tokens, whose probabilities sum to at least ``top_p``.
+
+    Tokens as probable as the last of them belong to them, too: so the set doesn't depend on how a sort orders equal
+    logits, which are frequent in bfloat16. Only the ``most`` largest logits are sorted. Rows whose set may be larger
+    are computed again with more, and each row by itself, so that no row depends on the others.
+
+    Args:
+        scores: (B, V) logits.
+        counters: (B,) counters of the noise.
+        top_p: See :class:`Sampling`; below 1.
+        most: Number of logits of a row to sort.
+
+    Returns:
+        (B,) token ids.
+    """
+    values, tokens = scores.topk(min(most, scores.shape[-1]))
+    probabilities = (values - scores.logsumexp(-1, keepdim=True)).exp()
+    before = probabilities.cumsum(-1) - probabilities
+    least = values.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
+    noisy = (values + gumbel(token_bits(counters, tokens))).masked_fill_(values < least, -torch.inf)
+    chosen = tokens.gather(-1, noisy.argmax(-1, keepdim=True))[:, 0]
+    if most < scores.shape[-1]:
+        rows = (values[:, -1] >= least[:, 0]).nonzero()[:, 0]
+        if len(rows):
+            chosen[rows] = sample_from_nucleus(scores[rows], counters[rows], top_p, MORE * most)
+    return chosen

@@ -15,6 +15,7 @@ from safervlm.cli import verify as verifying
 from safervlm.cli.main import main
 from safervlm.judging.classifier import Judge
 from safervlm.records import Verdict, read_jsonl, write_jsonl
+from safervlm.vlm.noise import NOISE
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,19 @@ def test_a_folder_that_was_not_measured_is_rejected(tmp_path: Path, capsys: pyte
     with pytest.raises(SystemExit):
         main(["verify", str(tmp_path)])
     assert "holds no predict.yaml; name the folder of a measurement" in capsys.readouterr().err
+
+
+def test_responses_with_the_noise_of_another_version_are_not_repeated(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy(run, tmp_path)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["stages"]["measure"]["settings"]["model"].pop("noise") == NOISE
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", str(tmp_path)])
+    said = f"run: {tmp_path} holds a measure with the sampling noise of another version of SaferVLM (model.noise: None"
+    assert said in capsys.readouterr().err
 
 
 def test_only_verdicts_of_the_same_judge_on_the_same_response_are_compared(

@@ -20,7 +20,7 @@ from safervlm.records import Example, Question
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA, active
 from safervlm.vlm.packed import ROW, PackedBatch, pack, questions_of_rows
-from safervlm.vlm.sampling import KeyedNoise, Sampling, Suppress
+from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.weights import weights_fingerprint
 
 LORA = LoRA(r=4, alpha=8, dropout=0.0)
@@ -248,26 +248,6 @@ def test_generated_tokens_score_as_when_they_were_sampled(
     )
     (scores.entropy.sum() + scores.logprobs.sum()).backward()
     assert all(p.grad.isfinite().all() for name, p in vlm.named_parameters() if ".default." in name)
-
-
-def test_keyed_noise_samples_from_the_softmax() -> None:
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    rows = 4000
-    noisy = KeyedNoise(list(range(rows)))(torch.empty(0), logits.expand(rows, 4))
-    frequencies = noisy.argmax(-1).bincount(minlength=4) / rows
-    torch.testing.assert_close(frequencies, logits.softmax(-1), atol=0.03, rtol=0)
-
-
-def test_suppress_leaves_the_rest() -> None:
-    scores = torch.arange(6.0).reshape(2, 3)
-    expected = [[0, -torch.inf, 2], [3, -torch.inf, 5]]
-    assert Suppress(torch.tensor([1]))(None, scores).tolist() == expected
-
-
-@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_p": 0.0}, {"max_new_tokens": 0}])
-def test_sampling_rejects_what_samples_nothing(values: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=f"sampling.{next(iter(values))}"):
-        Sampling(**values)  # type: ignore[arg-type]
 
 
 def test_collator_is_small_and_pickles(tiny_llava: Path, make_questions: Callable[[int], list[Question]]) -> None:
