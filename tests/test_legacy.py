@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,21 @@ def test_an_old_run_is_loaded_and_reported(old_run: Path, tmp_path: Path) -> Non
     assert "UnsafeConcepts" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_sampled_responses_of_an_old_run_are_not_continued(old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hint = "holds a measure with the sampling noise of another version of SaferVLM (model.noise: None there, 2 now)"
+    again = ["predict", "--config", str(old_run / "predict.yaml"), "--run", str(old_run)]
+    for line in (again, ["verify", str(old_run), "--sample", "3"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(line)
+        assert hint in capsys.readouterr().err
+
+
 def test_an_old_run_is_verified(old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (old_run / "predict.yaml", old_run / "manifest.json"):  # as if its responses were greedy
+        text = file.read_text(encoding="utf-8")
+        greedy = re.sub(r"(temperature\W+)1\.0", r"\g<1>0.0", text)
+        assert greedy != text
+        file.write_text(greedy, encoding="utf-8")
     main(["verify", str(old_run), "--sample", "3"])
     assert "3 verdicts" in (said := capsys.readouterr().out)  # without the hash of the text that they are about
     assert "of version 0.1" in said

@@ -77,7 +77,7 @@ def make_ppo(llava: Callable[[], Llava], perturb: Callable[[nn.Module], None], t
         judge = Judge(checkpoint=str(folder / "epoch_10.pt"), base=str(folder))
         ppo = PPO(llava(), judge, **(SETTINGS | settings))
         ppo.configure_model()
-        bias_head(ppo.vlm, {ppo.vlm.eos_token_ids[0]: 4.0})
+        bias_head(ppo.vlm, {ppo.vlm.eos_token_ids[0]: 5.0})
         perturb(ppo)
         return ppo
 
