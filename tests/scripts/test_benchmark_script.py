@@ -82,6 +82,12 @@ def test_self_bleu_against_nltk(benchmark: ModuleType) -> None:
     assert row.ratios()[0] > 1
 
 
+def test_sampling_with_and_without_a_sort(benchmark: ModuleType) -> None:
+    rows = benchmark.benchmark_sampling(repeats=1, rows=3, vocabulary=500)
+    assert [row.target for row in rows] == [4.0, None, 1.8]
+    assert all(min(row.ratios()) > 0 for row in rows)
+
+
 def test_the_table_shows_what_was_missed(benchmark: ModuleType) -> None:
     row = benchmark.Row("a : b", [4.0, 6.0, 5.0], [2.0, 2.0, 2.0], target=3.0)
     assert str(row) == "| a : b | 2.50 | 2.00 | 3.00 | 3 (missed) | 5 | 2 |"
