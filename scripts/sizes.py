@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -97,31 +97,89 @@ def write_judge(folder: Path, model: Path) -> None:
     torch.save(state, folder / "epoch_10.pt")
 
 
-def play(what: str, count: int, line: Sequence[str]) -> str:
-    """Runs a command and measures its batches.
+@dataclass(frozen=True)
+class Played:
+    """A recipe that was run.
 
-    Args:
+    Attributes:
         what: the title of the row.
         count: number of examples of a batch.
-        line: the arguments of ``safervlm``.
+        memory: peak memory of the GPU, in GiB.
+        seconds: median time of a batch after the first one; None if the recipe failed.
+    """
+
+    what: str
+    count: int
+    memory: float
+    seconds: float | None
+
+    def __str__(self) -> str:
+        """Returns the row of the table: memory, seconds of a batch, examples per second."""
+        if self.seconds is None:
+            return f"| {self.what} | failed | | |"
+        return f"| {self.what} | {self.memory:.1f} | {self.seconds:.2f} | {self.count / self.seconds:.2f} |"
+
+
+def prepare(folder: Path, hidden: int, layers: int, judge: bool) -> Shape:
+    """Writes the model, the data and the judge.
+
+    Args:
+        folder: receives ``model``, ``judge``, ``unsafe`` and ``safe``.
+        hidden: width of the language model.
+        layers: layers of the language model.
+        judge: whether the judge is needed.
 
     Returns:
-        A row of the table in Markdown: peak memory (GiB), median seconds of a batch, examples per second.
+        The sizes of the model.
     """
-    print(what, file=sys.stderr, flush=True)
+    shape = replace(SEVEN, hidden=hidden, layers=layers)
+    write_model(shape, folder / "model", torch.bfloat16, "cuda" if torch.cuda.is_available() else "cpu")
+    if judge:
+        write_judge(folder / "judge", folder / "model")
+    write_data(folder, unsafe=400, safe=400)
+    return shape
+
+
+def play(
+    what: str, count: int, folder: Path, tokens: int, batches: int, more: Sequence[str] = (), title: str = ""
+) -> Played:
+    """Runs a recipe in what :func:`prepare` has written, and measures its batches.
+
+    Args:
+        what: name of the recipe: sft, dpo, ppo, measure.
+        count: number of examples of a batch.
+        folder: see :func:`prepare`.
+        tokens: length of a response.
+        batches: number of batches; the first one is not measured.
+        more: further arguments of ``safervlm``.
+        title: the title of the row; by default that of a training.
+    """
+    title = title or f"{what.upper()}, {count} examples a step"
+    print(title, file=sys.stderr, flush=True)
+    line = ["predict" if what == "measure" else "fit", "--config", f"configs/{what}.yaml"]
+    line += ["--model.vlm.model", str(folder / "model"), "--data.batch_size", str(count)]
+    line += ["--data.folder", str(folder / "unsafe"), "--data.safe_folder", str(folder / "safe")]
+    line += ["--trainer.enable_progress_bar", "false", "--trainer.callbacks", '[{"class_path": "sizes.Stopwatch"}]']
+    line += ["--run", tempfile.mkdtemp(dir=folder)]
+    if what == "measure":
+        line += ["--data.capabilities", "[alignment]", "--model.sampling.max_new_tokens", str(tokens)]
+        line += ["--data.limit", str(count * batches)]
+    else:
+        line += ["--trainer.max_steps", str(batches)]
+    if what == "ppo":
+        judge = folder / "judge"
+        line += ["--model.judge.checkpoint", str(judge / "epoch_10.pt"), "--model.judge.base", str(judge)]
+        line += ["--model.response_length", str(tokens)]
     del ENDS[:]
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(SystemExit):
-        safervlm(line)
+        safervlm([*line, *more])
     took = [end - start for start, end in pairwise(ENDS)]
-    if len(took) < 2:
-        return f"| {what} | failed | | |"
-    seconds = statistics.median(took[1:])
     peak = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0
-    return f"| {what} | {peak:.1f} | {seconds:.2f} | {count / seconds:.2f} |"
+    return Played(title, count, peak, statistics.median(took[1:]) if len(took) > 1 else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -143,52 +201,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wrong = set(options.which) - set(names)
     if wrong:
         parser.error(f"which: {min(wrong)!r} is none of {', '.join(names)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = replace(SEVEN, hidden=options.hidden, layers=options.layers)
+    which = options.which or names
+    greedy = ("--model.sampling.temperature", "0")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(shape, folder / "model", torch.bfloat16, device)
-        if not options.which or "ppo" in options.which:
-            write_judge(folder / "judge", folder / "model")
-        write_data(folder, unsafe=400, safe=400)
-        same = [
-            *("--model.vlm.model", str(folder / "model")),
-            *("--data.folder", str(folder / "unsafe"), "--data.safe_folder", str(folder / "safe")),
-            *("--trainer.enable_progress_bar", "false", "--trainer.callbacks", '[{"class_path": "sizes.Stopwatch"}]'),
-        ]
-        judge = ["--model.judge.checkpoint", str(folder / "judge" / "epoch_10.pt"), "--model.judge.base"]
-        judge.append(str(folder / "judge"))
+        shape = prepare(folder, options.hidden, options.layers, judge="ppo" in which)
         rows = []
-        for number, (what, size, more) in enumerate(
-            (
-                ("sft", 32, []),
-                ("dpo", 32, []),
-                ("ppo", 32, ["--model.response_length", str(options.tokens), *judge]),
-                ("measure", 1, ["--model.sampling.temperature", "0"]),
-                ("measure", 16, ["--model.sampling.temperature", "0"]),
-                ("measure", 256, ["--model.sampling.temperature", "0"]),
-                ("measure", 256, []),
-            )
+        for what, size, more in (
+            ("sft", 32, ()),
+            ("dpo", 32, ()),
+            ("ppo", 32, ()),
+            ("measure", 1, greedy),
+            ("measure", 16, greedy),
+            ("measure", 256, greedy),
+            ("measure", 256, ()),
         ):
-            if options.which and what not in options.which:
+            if what not in which:
                 continue
-            line = ["predict" if what == "measure" else "fit", "--config", f"configs/{what}.yaml", *same, *more]
-            line += ["--data.batch_size", str(size), "--run", str(folder / f"run-{number}")]
-            if what == "measure":
-                line += ["--data.capabilities", "[alignment]", "--model.sampling.max_new_tokens", str(options.tokens)]
-                line += ["--data.limit", str(size * options.batches)]
-                title = f"measure, {'drawn' if not more else 'greedy'}, {size} questions at once"
-            else:
-                line += ["--trainer.max_steps", str(options.batches)]
-                title = f"{what.upper()}, {size} examples a step"
-            rows.append(play(title, size, line))
+            title = f"measure, {'greedy' if more else 'sampled'}, {size} questions at once" if what == "measure" else ""
+            rows.append(play(what, size, folder, options.tokens, options.batches, more, title))
             print(rows[-1], file=sys.stderr, flush=True)
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"\n{date.today()}, {gpu}; torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"answers of {options.tokens} tokens (measure, PPO); {shape}\n")
     print("| | GPU memory, GiB | a batch, s | a second |\n|---|---|---|---|")
     print(*rows, sep="\n")
-    if any("failed" in row for row in rows):
+    if any(row.seconds is None for row in rows):
         sys.exit(1)
 
 

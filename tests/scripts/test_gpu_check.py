@@ -1,0 +1,133 @@
+"""scripts/gpu_check.py and gpu_tables.py: control flow with a tiny model on a CPU, and the tables."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+SMALL = {"heads": 4, "intermediate": 64, "vision_hidden": 16, "vision_layers": 2, "vision_heads": 2, "image_size": 28}
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script for a tiny model; data, judge and training steps are replaced (tests/scripts/test_sizes.py)."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import gpu_check
+
+    sizes = gpu_check.sizes
+    monkeypatch.setattr(sizes, "SEVEN", replace(sizes.SEVEN, vocabulary=64, hidden=32, layers=2, **SMALL))
+    monkeypatch.setattr(sizes, "write_data", lambda *_, **__: None)
+    monkeypatch.setattr(sizes, "write_judge", lambda *_: None)
+    monkeypatch.setattr(
+        sizes, "play", lambda recipe, count, *_, **__: sizes.Played(recipe, count, 3.21, None if recipe == "ppo" else 2)
+    )
+    monkeypatch.setattr(gpu_check, "LENGTHS", (32, 33))
+    cases = (gpu_check.Case(2), gpu_check.Case(4, 2, sampled=True), gpu_check.Case(1, adapter=True))
+    monkeypatch.setattr(gpu_check, "CASES", cases)
+    return gpu_check
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import gpu_tables
+
+    return gpu_tables
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "gpu_check.json").read_text(encoding="utf-8"))
+
+
+def test_every_figure_is_measured_or_has_a_reason(check: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
+    test = tmp_path / "test_it.py"
+    marks = "".join(f"@pytest.mark.gpu\ndef test_{name}():\n    assert {name}\n" for name in ("True", "False"))
+    test.write_text(f"import pytest\n{marks}def test_other():\n    pass\n")
+    with pytest.raises(SystemExit, match="1"):
+        check.main(["--out", str(tmp_path), "--hidden", "32", "--layers", "2", "--tokens", "6", "--tests", str(test)])
+    found = figures(tmp_path)
+    assert found["tests"] == {"failed": 1, "passed": 1}
+    assert found["attention"]["differences"].keys() == {"32", "33"}
+    assert max(found["attention"]["differences"].values()) < 0.05
+    for entry in found["generation"]:
+        assert entry.keys() - vars(check.CASES[0]).keys() == {"memory", "step_ms", "launches", "gpu_ms", "batch_s"}
+        assert entry["launches"] == 0  # there is no GPU
+    assert found["training"][0] == {"recipe": "sft", "examples": 32, "memory": 3.2, "batch_s": 2}
+    assert found["training"][2] == {"recipe": "ppo", "examples": 32, "missing": "RuntimeError: the recipe failed"}
+    assert found["seconds"] >= 0
+    assert found["shape"]["hidden"] == 32
+    text = tables.tables(found)
+    assert "| SFT, 32 examples a step | 3.2 | 2 | 16 |" in text
+    assert "| PPO, 32 examples a step | not measured | not measured | not measured |" in text
+    assert "4 questions, 2 per image, sampled |" in text
+    assert "Of the tests marked `gpu`, 1 failed, 1 passed." in text
+    assert ": rounding only; largest difference" in text
+
+
+def test_nothing_begins_without_time_for_it(check: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        check.main(["--out", str(tmp_path), "--hidden", "32", "--layers", "2", "--minutes", "0.4"])
+    found = figures(tmp_path)
+    assert "differences" in found["attention"]
+    assert [entry["missing"] for entry in [found["tests"], *found["generation"], *found["training"]]] == [
+        "no time left"
+    ] * 7
+    assert "were not run (no time left)" in tables.tables(found)
+
+
+def test_a_figure_that_fails_ends_nothing(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no\nluck")
+
+    for name in ("run_tests", "attention", "generation"):
+        monkeypatch.setattr(check, name, fail)
+    with pytest.raises(SystemExit, match="1"):
+        check.main(["--out", str(tmp_path), "--hidden", "32", "--layers", "2"])
+    found = figures(tmp_path)
+    failed = [found["tests"], found["attention"], *found["generation"]]
+    assert {entry["missing"] for entry in failed} == {"ValueError: no"}
+    assert found["training"][1]["batch_s"] == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="signals of Unix")
+def test_the_process_ends_itself_at_the_limit(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(check.signal, "alarm", asked.append)
+    with pytest.raises(SystemExit, match="1"):
+        check.main(["--out", str(tmp_path), "--hidden", "32", "--layers", "2", "--minutes", "0.4"])
+    assert asked == [24, 0]
+
+
+def test_estimates_are_marked(tables: ModuleType) -> None:
+    case = {"questions": 16, "per_image": 1, "sampled": False, "adapter": False}
+    row = tables.generation_row(case | {"step_ms": 9.04, "batch_s": 1.6})
+    assert row == "| 16 questions, greedy | not measured | 9.04 | 1,414 (estimate) | not measured | 10 |"
+    assert "24 (estimate)" in tables.generation_row(case | {"missing": "no time left"})
+    assert "estimate" not in tables.generation_row(case | {"sampled": True})
+
+
+def test_attention_that_is_wrong_is_named(tables: ModuleType) -> None:
+    assert "wrong at the lengths 33;" in tables.compared({"differences": {"32": 0.01, "33": 0.4}})
+    assert "wrong at the lengths 32;" in tables.compared({"differences": {"32": float("nan"), "33": 0.01}})
+
+
+def test_the_page_shows_the_kept_figures(tables: ModuleType, monkeypatch, tmp_path: Path, capsys) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(tables.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    before = page.read_text(encoding="utf-8")
+    monkeypatch.setattr(tables, "PAGE", page)
+    tables.main([])
+    assert page.read_text(encoding="utf-8") == before, "run scripts/gpu_tables.py"
+    other = tmp_path / "other.json"
+    other.write_text(tables.FIGURES.read_text(encoding="utf-8").replace("H100", "B200"), encoding="utf-8")
+    monkeypatch.setattr(tables, "FIGURES", tmp_path / "kept.json")
+    tables.main([str(other)])
+    assert "B200" in page.read_text(encoding="utf-8")
+    assert "B200" in (tmp_path / "kept.json").read_text(encoding="utf-8")
