@@ -44,7 +44,14 @@ def figures(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "gpu_check.json").read_text(encoding="utf-8"))
 
 
-def test_every_figure_is_measured_or_has_a_reason(check: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
+def test_every_figure_is_measured_or_has_a_reason(
+    check: ModuleType, tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # The profiler takes seconds for the operations of a CPU.
+    lengths: list[float] = []
+    monkeypatch.setattr(
+        check, "profiled", lambda run: (lengths.append(run()) or 100 * len(lengths), 0.5 * len(lengths))
+    )
     test = tmp_path / "test_it.py"
     marks = "".join(f"@pytest.mark.gpu\ndef test_{name}():\n    assert {name}\n" for name in ("True", "False"))
     test.write_text(f"import pytest\n{marks}def test_other():\n    pass\n")
@@ -56,7 +63,8 @@ def test_every_figure_is_measured_or_has_a_reason(check: ModuleType, tables: Mod
     assert max(found["attention"]["differences"].values()) < 0.05
     for entry in found["generation"]:
         assert entry.keys() - vars(check.CASES[0]).keys() == {"memory", "step_ms", "launches", "gpu_ms", "batch_s"}
-        assert entry["launches"] == 0  # there is no GPU
+        assert (entry["launches"], entry["gpu_ms"]) == (round(100 / 8, 1), round(0.5 / 8, 1))
+        assert entry["step_ms"] > 0
     assert found["training"][0] == {"recipe": "sft", "examples": 32, "memory": 3.2, "batch_s": 2}
     assert found["training"][2] == {"recipe": "ppo", "examples": 32, "missing": "RuntimeError: the recipe failed"}
     assert found["seconds"] >= 0
@@ -67,6 +75,12 @@ def test_every_figure_is_measured_or_has_a_reason(check: ModuleType, tables: Mod
     assert "4 questions, 2 per image, sampled |" in text
     assert "Of the tests marked `gpu`, 1 failed, 1 passed." in text
     assert ": rounding only; largest difference" in text
+
+
+def test_kernels_are_counted_on_a_gpu_only(check: ModuleType) -> None:
+    ran: list[int] = []
+    assert check.profiled(lambda: ran.append(1)) == (0, 0)
+    assert ran
 
 
 def test_nothing_begins_without_time_for_it(check: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
