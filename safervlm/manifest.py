@@ -24,6 +24,7 @@ from safervlm.io.tables import say
 from safervlm.provenance import PACKAGES, git_commit
 from safervlm.run import check_settings, has_results, lock, read_manifest, write_stage
 from safervlm.schedules import follow_schedules
+from safervlm.vlm.weights import HASHES
 
 
 def stage_name(module: LightningModule) -> str:
@@ -83,6 +84,21 @@ def agree_to_end(trainer: Trainer, save: bool = False) -> tuple[bool, bool]:
     return bool(ends), bool(saves)
 
 
+def share_hashes(trainer: Trainer, module: LightningModule) -> None:
+    """Lets the first process hash the weights for all; a collective operation.
+
+    Args:
+        trainer: Trainer of the run.
+        module: Module that names the weights.
+    """
+    if trainer.world_size == 1:
+        return
+    if trainer.is_global_zero:
+        with suppress(Exception):  # every process raises it when it describes the module
+            module.describe()  # type: ignore[operator]
+    HASHES.update(trainer.strategy.broadcast(HASHES))
+
+
 class RunManifest(Callback):
     """Callback that writes the manifest and locks the run folder. It rejects a folder made with other settings.
 
@@ -110,6 +126,7 @@ class RunManifest(Callback):
                 refusal = str(error)
         if refusal := trainer.strategy.broadcast(refusal):  # raised on all processes, so that none waits
             raise RecordError(refusal)
+        share_hashes(trainer, pl_module)
         settings = {
             "model": pl_module.describe(),  # type: ignore[operator]
             "data": trainer.datamodule.describe(),  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from safervlm.errors import RecordError
-from safervlm.hashing import fingerprint, seed_for
+from safervlm.hashing import fingerprint, fingerprint_of_files, seed_for
 from safervlm.io.files import write_atomically
 from safervlm.records import Question, Response, Verdict, read_jsonl, record_id, write_jsonl
 
@@ -61,6 +61,9 @@ def test_fingerprints_and_seeds_distinguish_parts(tmp_path: Path) -> None:
     file = tmp_path / "f"
     file.write_bytes(b"ab")
     assert fingerprint(file) == fingerprint("ab") == fingerprint(b"ab")
+    other = tmp_path / "other"
+    other.write_text("c")
+    assert fingerprint_of_files([file, other, file]) == fingerprint(file, other, file) == fingerprint("ab", "c", "ab")
     assert len({fingerprint("ab", "c"), fingerprint("a", "bc"), fingerprint("abc")}) == 3
     assert len({seed_for(0, "a"), seed_for(1, "a"), seed_for(0, "b"), seed_for("0a")}) == 4
     assert 0 <= seed_for("x") < 2**63

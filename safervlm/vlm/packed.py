@@ -79,6 +79,19 @@ class Packed(Targets):
         return (allowed | torch.eye(length, dtype=torch.bool, device=query.device))[:, None]
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Converts a mask to the one that attention adds to its scores; otherwise each layer converts it anew.
+
+    Args:
+        mask: True where a query may attend to a key.
+        dtype: Data type of the hidden states.
+
+    Returns:
+        0 where the mask is True, minus infinity elsewhere.
+    """
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
 def pack(beginnings: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]) -> Packed:
     """Packs each beginning with its continuations into one row.
 
@@ -237,10 +250,10 @@ class PackedVLM(LocalVLM):
         Returns:
             (R, L, H) hidden states.
         """
-        mask = packed.attention_mask()
+        mask, embeddings = packed.attention_mask(), self.embed(packed.input_ids, image_rows, batch)
         return self.language_model()(
-            inputs_embeds=self.embed(packed.input_ids, image_rows, batch),
-            attention_mask=mask,
+            inputs_embeds=embeddings,
+            attention_mask=None if mask is None else additive(mask, embeddings.dtype),
             position_ids=packed.position_ids if mask is not None else None,
             **{CACHE: cache},
             use_cache=cache is not None,
@@ -335,9 +348,11 @@ class PackedVLM(LocalVLM):
             ids, positions = torch.zeros_like(slots), torch.zeros_like(slots)
             ids[row, slot], positions[row, slot] = tokens, position
             seen = (segments[:, None] == 0) | (segments[:, None] == slots[:, :, None])
+            mask = torch.cat([seen, itself.expand(len(seen), -1, -1)], dim=-1)[:, None]
+            embeddings = self.base.get_input_embeddings()(ids)
             states = self.language_model()(
-                inputs_embeds=self.base.get_input_embeddings()(ids),
-                attention_mask=torch.cat([seen, itself.expand(len(seen), -1, -1)], dim=-1)[:, None],
+                inputs_embeds=embeddings,
+                attention_mask=additive(mask, embeddings.dtype),
                 position_ids=positions,
                 **{CACHE: cache},
                 use_cache=True,

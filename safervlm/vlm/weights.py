@@ -8,7 +8,6 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from safervlm.errors import ArgumentError, UserError, first_line
-from safervlm.hashing import fingerprint
+from safervlm.hashing import fingerprint_of_files
 from safervlm.io.boundary import warn
 from safervlm.io.reading import read_object
 
@@ -29,6 +28,9 @@ DECIDES = (
     *("chat_template.*", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "*.model"),  # for tokenizers without tokenizer.json
 )
+# Fingerprints by the paths, sizes and times of the files: gigabytes are hashed once, and by one process of a run
+# (:class:`safervlm.manifest.RunManifest`), as long as the files are unchanged.
+HASHES: dict[tuple[tuple[str, int, int], ...], str] = {}
 # Names of adapter weights in PEFT. A model that ignores them would be measured without its adapter.
 ADAPTER_KEYS = re.compile(r"\b(lora_\w+|base_layer|modules_to_save|original_module|ia3_l|hada_\w+|oft_\w+)\b")
 
@@ -256,11 +258,6 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
-@lru_cache(maxsize=64)
-def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
-    return fingerprint(*(path for path, _, _ in files))
-
-
 def weights_fingerprint(name: str, revision: str | None, argument: str = "vlm.model") -> str | None:
     """Returns a fingerprint of a model's weights and of the other files in its folder that affect its responses.
 
@@ -277,7 +274,10 @@ def weights_fingerprint(name: str, revision: str | None, argument: str = "vlm.mo
         with reading(name, argument):
             found = [file for kind in DECIDES for file in sorted(folder.glob(kind))]
             files = [*dict.fromkeys(found), *weight_files(folder)]  # tokenizer.model matches two patterns
-            # Gigabytes are hashed once per process, as long as the files are unchanged.
-            return _hash(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+            states = [file.stat() for file in files]
+            now = tuple((str(f), each.st_size, each.st_mtime_ns) for f, each in zip(files, states, strict=True))
+            if now not in HASHES:
+                HASHES[now] = fingerprint_of_files(files)
+            return HASHES[now]
     with reading(name, argument):
         return extract_commit_hash(cached_file(name, "config.json", revision=revision), None)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import families
@@ -205,6 +206,30 @@ def test_greedy_responses_are_those_of_transformers_asked_one_by_one(
         with patch.object(Llava, "eos_token_ids", ends):
             generated = vlm.generate(batch, Sampling(temperature=0, max_new_tokens=40), seed=0)
         assert [answer.token_ids for answer in generated] == [expected[n] for n in order]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masks_are_those_that_attention_adds(
+    dtype: str, tiny_llava: Path, make_questions: Callable[[int], list[Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Boolean mask would be converted in every layer of every step."""
+    vlm = Llava(str(tiny_llava), dtype=dtype)
+    vlm.load()
+    masks = []
+    model = vlm.language_model()
+
+    def kept(**inputs: Any) -> Any:
+        masks.append(inputs["attention_mask"])
+        return model(**inputs)
+
+    monkeypatch.setattr(vlm, "language_model", lambda: kept)
+    question = make_questions(1)[0]
+    asked = [Example(replace(question, id=str(number), prompt=f"word {number}")) for number in range(3)]
+    vlm.generate(vlm.collator(asked), Sampling(temperature=0, max_new_tokens=3), seed=0)
+    assert len(masks) == 3
+    for mask in masks:
+        assert mask.dtype == vlm.dtype
+        assert set(mask.unique().tolist()) == {0, -torch.inf}
 
 
 def test_another_seed_samples_another_response(

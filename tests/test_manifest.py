@@ -1,0 +1,53 @@
+"""The manifest's callback: one process hashes the weights for all."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from safervlm.errors import ArgumentError
+from safervlm.manifest import share_hashes
+from safervlm.vlm import weights
+from safervlm.vlm.weights import HASHES, weights_fingerprint
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    return str(tmp_path)
+
+
+def trainer(rank: int, sent: Any = None, processes: int = 2) -> Any:
+    strategy = SimpleNamespace(broadcast=lambda value: value if rank == 0 else sent)
+    return SimpleNamespace(world_size=processes, is_global_zero=rank == 0, strategy=strategy)
+
+
+def test_one_process_hashes_the_weights_for_all(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    module: Any = SimpleNamespace(describe=lambda: asked.append(weights_fingerprint(model, None) or ""))
+    share_hashes(trainer(0, processes=1), module)
+    assert not asked
+    share_hashes(trainer(0), module)
+    (found,) = asked
+    sent = dict(HASHES)
+    HASHES.clear()
+    share_hashes(trainer(1, sent), module)
+    assert len(asked) == 1
+    monkeypatch.setattr(weights, "fingerprint_of_files", None)  # nothing is hashed again
+    assert weights_fingerprint(model, None) == found
+
+
+def test_changed_weights_are_hashed_again(model: str) -> None:
+    before = weights_fingerprint(model, None)
+    Path(model, "model.safetensors").write_bytes(b"other weights")
+    assert weights_fingerprint(model, None) != before
+
+
+def test_an_error_of_the_first_process_leaves_no_other_waiting() -> None:
+    def describe() -> None:
+        raise ArgumentError("vlm.model: nothing")
+
+    module: Any = SimpleNamespace(describe=describe)
+    share_hashes(trainer(0), module)  # each process raises it afterwards
