@@ -56,25 +56,105 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages
 
 
-def ppo_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    r"""Clipped surrogate loss of each token, equation 7 of arXiv:1707.06347.
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str) -> Tensor:
+    r"""Importance ratio of each token, or of the whole response repeated at each of its tokens.
 
-    .. math:: -\min\left(\rho_t A_t,\ \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon) A_t\right), \qquad
-        \rho_t = \pi(a_t|s_t) / \pi_{old}(a_t|s_t)
+    .. math:: \text{token: } \rho_t = \frac{\pi(a_t|s_t)}{\pi_{old}(a_t|s_t)}, \qquad
+        \text{answer: } \left(\prod_t \rho_t\right)^{1/T}, \qquad \text{product: } \prod_t \rho_t
+
+    ``token`` is that of PPO and GRPO, ``answer`` that of GSPO (equation 7 of arXiv:2507.18071), ``product`` that of
+    RLOO (arXiv:2402.14740).
 
     Args:
         logprobs: (B, T) log-probabilities under the current policy.
         old_logprobs: (B, T) log-probabilities under the policy that sampled the tokens.
+        mask: (B, T) True at response tokens.
+        level: ``token``, ``answer`` or ``product``.
+
+    Returns:
+        (B, T) ratios.
+    """
+    log_ratio = (logprobs - old_logprobs) * mask
+    if level == "token":
+        return log_ratio.exp()
+    total = log_ratio.sum(-1, keepdim=True)
+    return (total / mask.sum(-1, keepdim=True) if level == "answer" else total).exp().expand_as(log_ratio)
+
+
+def ppo_policy_loss(
+    ratio: Tensor, advantages: Tensor, clip: float, clip_high: float | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Clipped surrogate loss of each token, equation 7 of arXiv:1707.06347.
+
+    .. math:: -\min\left(\rho_t A_t,\ \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon_{high}) A_t\right)
+
+    Args:
+        ratio: (B, T) importance ratios, see :func:`importance_ratio`.
         advantages: (B, T) advantage of each token.
-        clip: the clipping range epsilon of the ratio.
+        clip: the clipping range epsilon of the ratio below 1, and above 1 unless ``clip_high`` is given.
+        clip_high: the clipping range above 1 (equation 10 of arXiv:2503.14476); None for ``clip``.
 
     Returns:
         (B, T) losses, and a (B, T) boolean tensor that is True where the clipped term is the larger loss (zero
         gradient).
     """
-    ratio = (logprobs - old_logprobs).exp()
-    free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    high = clip if clip_high is None else clip_high
+    free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + high)
     return torch.maximum(free, clipped), clipped > free
+
+
+def group_advantages(rewards: Tensor, kind: str) -> Tensor:
+    r"""Advantages of the responses to a question, from the rewards of its group alone.
+
+    .. math:: \text{group: } \frac{r_i - \bar r}{s + 10^{-4}}, \qquad \text{centred: } r_i - \bar r, \qquad
+        \text{leave\_one\_out: } r_i - \frac{1}{G-1}\sum_{j \ne i} r_j = \frac{G}{G-1}(r_i - \bar r)
+
+    with the mean :math:`\bar r` and the standard deviation s (with G - 1) of the group. ``group`` is that of GRPO
+    (arXiv:2402.03300), ``centred`` that of Dr. GRPO (arXiv:2503.20783), ``leave_one_out`` that of RLOO
+    (arXiv:2402.14740).
+
+    Args:
+        rewards: (Q, G) rewards of the G responses to each of Q questions.
+        kind: ``group``, ``centred`` or ``leave_one_out``.
+
+    Returns:
+        (Q, G) advantages.
+    """
+    centred, size = rewards - rewards.mean(-1, keepdim=True), rewards.shape[-1]
+    if kind == "group":
+        return centred / (rewards.std(-1, keepdim=True) + 1e-4)
+    return centred * size / (size - 1) if kind == "leave_one_out" else centred
+
+
+def token_weights(mask: Tensor, average: str, longest: int) -> Tensor:
+    r"""Weight of each token in the loss, before division by :func:`summands`.
+
+    ``answer`` averages over the tokens of each response, then over the responses (GRPO, arXiv:2402.03300). ``token``
+    averages over all tokens (DAPO, arXiv:2503.14476). ``length`` divides the sum over the tokens of each response by
+    the maximum length, a constant, so that the length has no influence (Dr. GRPO, arXiv:2503.20783).
+
+    Args:
+        mask: (B, T) True at response tokens.
+        average: ``answer``, ``token`` or ``length``.
+        longest: maximum number of tokens of a response.
+
+    Returns:
+        (B, T) weights, 0 outside the mask.
+    """
+    return mask / {"answer": mask.sum(-1, keepdim=True), "token": 1, "length": longest}[average]
+
+
+def summands(mask: Tensor, average: str) -> Tensor:
+    """Number of summands of an average: tokens for ``token``, otherwise responses.
+
+    Args:
+        mask: (B, T) True at response tokens.
+        average: see :func:`token_weights`.
+
+    Returns:
+        Scalar.
+    """
+    return mask.sum() if average == "token" else mask.any(-1).sum()
 
 
 def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
@@ -100,6 +180,9 @@ def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: fl
 
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """Computes each token's term of an estimate of KL(old || new): k3 of http://joschu.net/blog/kl-approx.html.
+
+    The tokens are sampled from the old policy. With the reference as the new one, it is the KL term of GRPO's loss
+    (equation 4 of arXiv:2402.03300).
 
     Args:
         logprobs: (...) log-probabilities of the sampled tokens under the new policy.
@@ -213,3 +296,18 @@ def in_parts(rows: Tensor, size: int, fewest: int) -> tuple[Tensor, ...]:
         ceil(fewest / size) parts of ``size`` rows each; the last one holds the remaining rows.
     """
     return rows.tensor_split(list(range(size, fewest, size)))
+
+
+def as_many_parts(rows: Tensor, size: int, number: int) -> list[Tensor]:
+    """Splits rows into parts of at most ``size``, and appends empty ones.
+
+    Args:
+        rows: (N,) indices.
+        size: maximum number of rows of a part.
+        number: number of parts, at least ceil(N / size).
+
+    Returns:
+        The parts; without rows, all of them are empty.
+    """
+    parts = list(rows.split(size)) if len(rows) else []
+    return parts + [rows[:0]] * (number - len(parts))

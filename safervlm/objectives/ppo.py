@@ -306,7 +306,7 @@ class PPO(Objective):
         mask, length, rows = scores.mask, scores.mask.shape[1], rows.to(self.device)
         old = [part[rows, :length] for part in (rollout.logprobs, rollout.advantages, rollout.values, rollout.returns)]
         old_logprobs, advantages, old_values, returns = old
-        policy, clipped = ppo_policy_loss(scores.logprobs, old_logprobs, advantages, self.clip)
+        policy, clipped = ppo_policy_loss((scores.logprobs - old_logprobs).exp(), advantages, self.clip)
         value, value_clipped = ppo_value_loss(values, old_values, returns, self.value_clip)
         entropy = scores.entropy if scores.entropy is not None else torch.zeros_like(policy)
         parts = {

@@ -6,13 +6,19 @@ import pytest
 import torch
 
 from safervlm.objectives.functional import (
+    approx_kl,
+    as_many_parts,
     dpo_loss,
     explained_variance,
     gae,
+    group_advantages,
+    importance_ratio,
     ppo_policy_loss,
     ppo_value_loss,
     sequence_rewards,
+    summands,
     token_rewards,
+    token_weights,
 )
 
 
@@ -49,13 +55,87 @@ def test_policy_loss_with_ratios_on_both_sides_of_one() -> None:
     ratios = torch.tensor([[1.5, 1.1, 0.5, 0.5, 1.5]])
     advantages = torch.tensor([[1.0, 1.0, 1.0, -1.0, -1.0]])
     logprobs = ratios.log().requires_grad_()
-    losses, clipped = ppo_policy_loss(logprobs, torch.zeros(1, 5), advantages, clip=0.2)
+    losses, clipped = ppo_policy_loss(logprobs.exp(), advantages, clip=0.2)
     # -min(r A, clip(r) A), by hand
     assert losses.tolist()[0] == pytest.approx([-1.2, -1.1, -0.5, 0.8, 1.5], abs=1e-6)
     assert clipped.tolist() == [[True, False, False, True, False]]
     (gradient,) = torch.autograd.grad(losses.sum(), logprobs)
     # a clipped token has no gradient, another one -r A
     assert gradient.tolist()[0] == pytest.approx([0.0, -1.1, -0.5, 0.0, 1.5], abs=1e-6)
+
+
+def test_policy_loss_with_a_higher_upper_clip() -> None:
+    ratios = torch.tensor([[1.25, 1.5, 0.5, 0.75]])
+    advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
+    losses, clipped = ppo_policy_loss(ratios, advantages, clip=0.2, clip_high=0.28)
+    assert losses.tolist()[0] == pytest.approx([-1.25, -1.28, 0.8, 0.8], abs=1e-6)
+    assert clipped.tolist() == [[False, True, True, True]]
+
+
+def test_importance_ratios_by_hand() -> None:
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    old = torch.tensor([[-1.0, -2.0, 5.0], [-1.0, -1.0, -1.0]])
+    new = torch.tensor([[-1.5, -1.0, -7.0], [-1.0, -2.0, -0.5]])
+    # differences: -0.5, 1; 0, -1, 0.5
+    expected = {
+        "token": [[math.exp(-0.5), math.exp(1.0)], [1.0, math.exp(-1.0), math.exp(0.5)]],
+        "answer": [[math.exp(0.25)] * 2, [math.exp(-0.5 / 3)] * 3],
+        "product": [[math.exp(0.5)] * 2, [math.exp(-0.5)] * 3],
+    }
+    for level, rows in expected.items():
+        ratios = importance_ratio(new, old, mask, level)
+        assert [ratios[row, : len(values)].tolist() for row, values in enumerate(rows)] == [
+            pytest.approx(values, abs=1e-6) for values in rows
+        ], level
+        assert ratios.isfinite().all()
+
+
+@pytest.mark.parametrize("level", ["answer", "product"])
+def test_the_ratio_of_a_whole_answer_passes_its_gradient_to_every_token(level: str) -> None:
+    mask = torch.tensor([[True, True, False]])
+    logprobs = torch.zeros(1, 3, requires_grad=True)
+    ratios = importance_ratio(logprobs, torch.tensor([[0.3, -0.1, 0.0]]), mask, level)
+    (gradient,) = torch.autograd.grad(ratios[0, 0], logprobs)
+    ratio = math.exp(-0.1 if level == "answer" else -0.2)
+    share = ratio / 2 if level == "answer" else ratio
+    assert gradient.tolist()[0] == pytest.approx([share, share, 0.0], abs=1e-6)
+
+
+def test_group_advantages_by_hand() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [-1.0, -1.0, 2.0]])
+    centred = [[-2.0, -1.0, 3.0], [-1.0, -1.0, 2.0]]
+    deviations = [math.sqrt((4 + 1 + 9) / 2), math.sqrt((1 + 1 + 4) / 2)]
+    expected = {
+        "group": [[a / (s + 1e-4) for a in row] for row, s in zip(centred, deviations, strict=True)],
+        "centred": centred,
+        # 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2; ...
+        "leave_one_out": [[-3.0, -1.5, 4.5], [-1.5, -1.5, 3.0]],
+    }
+    for kind, rows in expected.items():
+        torch.testing.assert_close(group_advantages(rewards, kind), torch.tensor(rows), msg=kind)
+    alike = group_advantages(torch.full((1, 3), 0.25), "group")
+    assert alike.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_averages_by_hand() -> None:
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    values = torch.tensor([[6.0, 99.0, 99.0], [1.0, 2.0, 3.0]])
+    expected = {"answer": (6.0 + 2.0) / 2, "token": 12.0 / 4, "length": (6.0 / 10 + 6.0 / 10) / 2}
+    for average, mean in expected.items():
+        total = (values * token_weights(mask, average, longest=10)).sum()
+        assert (total / summands(mask, average)).item() == pytest.approx(mean), average
+
+
+def test_kl_of_the_sampled_tokens_by_hand() -> None:
+    policy, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
+    expected = [math.exp(-0.5) - 1 + 0.5, math.exp(1.0) - 1 - 1.0]
+    assert approx_kl(reference, policy).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_all_processes_have_as_many_parts() -> None:
+    rows = torch.tensor([4, 2, 7])
+    assert [part.tolist() for part in as_many_parts(rows, 2, 3)] == [[4, 2], [7], []]
+    assert [part.tolist() for part in as_many_parts(rows[:0], 2, 1)] == [[]]
 
 
 def test_value_loss_with_the_clip_active_on_both_sides() -> None:
