@@ -52,7 +52,7 @@ from safervlm.io.images import open_image
 from safervlm.judging.classifier import Judge
 from safervlm.objectives import DPO, PPO, SFT
 from safervlm.objectives.base import Objective
-from safervlm.objectives.ppo import Rollout
+from safervlm.objectives.ppo import ValuedRollout
 from safervlm.records import Example, Question
 from safervlm.statistics.diversity import self_bleu
 from safervlm.vlm.auto import Transformers
@@ -538,19 +538,9 @@ def benchmark_sft(shape: Shape, folder: Path, repeats: int) -> list[Row]:
 # --- PPO against three passes -----------------------------------------------------------------------------------------
 
 
-def ppo_loss(ppo: PPO, sums: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """Returns the loss that :meth:`safervlm.objectives.PPO.update` minimises.
-
-    Args:
-        ppo: the coefficients.
-        sums: see :meth:`safervlm.objectives.PPO.losses`.
-        tokens: number of response tokens.
-    """
-    total = sums["policy_loss"] + ppo.vf_coef * sums["value_loss"] - ppo.entropy_coef * sums["entropy"]
-    return total / tokens
-
-
-def our_ppo(shape: Shape, folder: Path, value_on: Any, rollout: Rollout | None = None) -> tuple[PPO, Side, Rollout]:
+def our_ppo(
+    shape: Shape, folder: Path, value_on: Any, rollout: ValuedRollout | None = None
+) -> tuple[PPO, Side, ValuedRollout]:
     """Returns an inner PPO step of SaferVLM.
 
     All variants start from the same adapter weights, also those of the value adapter, so that all losses agree.
@@ -578,7 +568,7 @@ def our_ppo(shape: Shape, folder: Path, value_on: Any, rollout: Rollout | None =
     rows = torch.arange(shape.rollouts)
 
     def backward() -> Tensor:
-        loss = ppo_loss(ppo, ppo.losses(made, rows), made.mask.sum())
+        loss = ppo.total(ppo.losses(made, rows)) / made.mask.sum()
         loss.backward()
         return loss
 
@@ -586,7 +576,7 @@ def our_ppo(shape: Shape, folder: Path, value_on: Any, rollout: Rollout | None =
     return ppo, Side(backward, trained, torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)), made
 
 
-def make_rollout(ppo: PPO, made: Sequence[Example]) -> Rollout:
+def make_rollout(ppo: PPO, made: Sequence[Example]) -> ValuedRollout:
     """Returns a rollout of given responses by a slightly different policy, with encoded images.
 
     Args:
@@ -606,10 +596,10 @@ def make_rollout(ppo: PPO, made: Sequence[Example]) -> Rollout:
         scores, values = ppo.score(batch)
     rollout = (scores.logprobs + noise(0.2), values + noise(0.2), noise(1.0), values + noise(1.0))
     logprobs, values, advantages, returns = rollout
-    return Rollout(batch, answers, packed.mask, logprobs, values, advantages, returns, {})
+    return ValuedRollout(batch, answers, packed.mask, logprobs, advantages, {}, values, returns)
 
 
-def three_passes(shape: Shape, ppo: PPO, rollout: Rollout, reference: bool = True) -> Side:
+def three_passes(shape: Shape, ppo: PPO, rollout: ValuedRollout, reference: bool = True) -> Side:
     """Returns a PPO step with the structure of the published implementation: three independent forward passes.
 
     Policy, value function and reference each process images, prompts and responses. Responses are padded to
@@ -663,7 +653,7 @@ def three_passes(shape: Shape, ppo: PPO, rollout: Rollout, reference: bool = Tru
         value = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
         entropy = -(everything.exp() * everything).sum(-1)
         parts = {"policy_loss": policy, "value_loss": value, "entropy": entropy}
-        loss = ppo_loss(ppo, {name: (part * mask).sum() for name, part in parts.items()}, mask.sum())
+        loss = ppo.total({name: (part * mask).sum() for name, part in parts.items()}) / mask.sum()
         loss.backward()
         return loss
 

@@ -141,7 +141,9 @@ def token_weights(mask: Tensor, average: str, longest: int) -> Tensor:
     Returns:
         (B, T) weights, 0 outside the mask.
     """
-    return mask / {"answer": mask.sum(-1, keepdim=True), "token": 1, "length": longest}[average]
+    if average == "answer":
+        return mask / mask.sum(-1, keepdim=True)
+    return mask / (longest if average == "length" else 1)
 
 
 def summands(mask: Tensor, average: str) -> Tensor:

@@ -37,7 +37,6 @@ from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_token
 from safervlm.vlm.heads import transform_between
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
-from safervlm.vlm.noise import noise_key
 from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing, extend, join
 from safervlm.vlm.processors import read_processor
 from safervlm.vlm.sampling import Sampler, Sampling
@@ -398,7 +397,7 @@ class Transformers(LocalVLM):
         Args:
             batch: Encoded questions; completions are ignored.
             sampling: Decoding settings.
-            seed: The sampling noise depends on (seed, record id, step, token) and nothing else.
+            seed: The sampling noise depends on (seed, record id, sample, step, token) and nothing else.
             adapter: Which adapter is active. Without adapters, every choice is the base model.
 
         Returns:
@@ -416,7 +415,7 @@ class Transformers(LocalVLM):
             rows = torch.arange(len(batch)).split(1)
             return [answer for row in rows for answer in self.generate(batch.select(row), sampling, seed, adapter)]
         tokenwise = {"input_ids", *self.written(batch.encodings[0])}
-        keys = [noise_key(seed, question.id) for question in batch.questions]
+        keys = batch.noise_keys(seed)
         training = self.training
         self.eval()  # disables dropout, and allows a cache with gradient checkpointing
         with active(self.base, adapter):

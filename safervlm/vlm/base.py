@@ -20,6 +20,7 @@ from safervlm.finite import NotFiniteRecordError
 from safervlm.io.texts import tokenizable
 from safervlm.records import THINKING_UNFINISHED, Example, Question
 from safervlm.vlm.lora import Adapter
+from safervlm.vlm.noise import noise_key
 from safervlm.vlm.sampling import Sampling
 
 CHARACTERS = 64  # upper bound on the mean number of characters per token; natural text stays below it
@@ -57,10 +58,12 @@ class Batch(ABC):
 
     Args:
         questions: The B questions.
+        samples: For each question, the number of its sample, which is part of its noise key; by default 0.
     """
 
-    def __init__(self, questions: list[Question]) -> None:
+    def __init__(self, questions: list[Question], samples: list[int] | None = None) -> None:
         self.questions = questions
+        self.samples = samples or [0] * len(questions)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -73,12 +76,33 @@ class Batch(ABC):
         """
         return self
 
+    def noise_keys(self, seed: int) -> list[int]:
+        """Returns the key of each question's sampling noise: (seed, record id, number of the sample).
+
+        Args:
+            seed: The seed of the sampling.
+        """
+        pairs = zip(self.questions, self.samples, strict=True)
+        return [noise_key(seed, question.id, sample) for question, sample in pairs]
+
+    def repeat(self, number: int) -> Self:
+        """Returns a batch that asks each question several times in succession; equal images stay one.
+
+        Args:
+            number: Number of samples of each question.
+        """
+        if number == 1:
+            return self
+        repeated = self.select(torch.arange(len(self)).repeat_interleave(number))
+        repeated.samples = list(range(number)) * len(self)
+        return repeated
+
     @abstractmethod
     def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
         """Returns a batch of some of the questions, each with its generated response as its only completion.
 
         Args:
-            rows: Indices of the questions to keep, in the order of the new batch.
+            rows: Indices of the questions to keep, in the order of the new batch; one may occur several times.
             answers: Token ids of the response to each of the B questions; None for a batch without completions.
         """
 
@@ -213,7 +237,7 @@ class VLM(nn.Module, ABC):
         Args:
             batch: A batch made by :attr:`collator`; completions, if any, are ignored.
             sampling: Decoding settings.
-            seed: The sampling noise depends on (seed, record id, step, token) and nothing else.
+            seed: The sampling noise depends on (seed, record id, sample, step, token) and nothing else.
             adapter: Which adapter is active. Without adapters, every choice is the base model.
 
         Returns:

@@ -26,6 +26,7 @@ class EncodedBatch(Batch):
         completions: For each question, the token ids of its completions; empty for generation.
         dropped: Number of tokens at the end of a prompt that the template doesn't write before a given answer.
             Generated responses follow the whole prompt.
+        samples: See :class:`safervlm.vlm.base.Batch`.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class EncodedBatch(Batch):
         encodings: list[Encoding],
         completions: list[list[list[int]]],
         dropped: int = 0,
+        samples: list[int] | None = None,
     ) -> None:
-        super().__init__(questions)
+        super().__init__(questions, samples)
         self.encodings, self.completions, self.dropped = encodings, completions, dropped
 
     def to(self, device: torch.device) -> Self:
@@ -47,7 +49,7 @@ class EncodedBatch(Batch):
         encodings: list[Encoding] = [
             {name: tensor.to(device) for name, tensor in encoding.items()} for encoding in self.encodings
         ]
-        return type(self)(self.questions, encodings, self.completions, self.dropped)
+        return type(self)(self.questions, encodings, self.completions, self.dropped, self.samples)
 
     def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
         """Returns a batch of some of the questions, each with its generated response as its only completion.
@@ -61,6 +63,7 @@ class EncodedBatch(Batch):
             [self.questions[row] for row in chosen],
             [self.encodings[row] for row in chosen],
             [[list(answers[row])] if answers else [] for row in chosen],
+            samples=[self.samples[row] for row in chosen],
         )
 
     def before_answers(self, names: Collection[str]) -> list[Encoding]:

@@ -2,8 +2,9 @@
 
 A row is ``beginning | continuation 1 | continuation 2 | padding``. A continuation attends to the beginning and to
 itself, and its positions continue from the end of the beginning, as if it were alone. Scoring packs the completions of
-a prompt. Generation packs the questions about an image, whose responses are decoded in parallel over one KV cache that
-is never copied per question. It requires a language model with causal attention and rotary positions.
+a prompt, sampled responses included. Generation packs the questions about an image, whose responses are decoded in
+parallel over one KV cache that is never copied per question. It requires a language model with causal attention and
+rotary positions.
 
 Shapes: B questions of a batch, I different images, R packed rows, Q questions of the longest row, K cached positions of
 a row, C completions in all, T tokens of the longest completion, L tokens of the longest row, V tokens of the
@@ -13,7 +14,7 @@ vocabulary, H hidden units.
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Self
 
 import torch
@@ -27,10 +28,10 @@ from safervlm.vlm.cache import roomy
 from safervlm.vlm.compat import CACHE
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, active
-from safervlm.vlm.noise import noise_key
 from safervlm.vlm.sampling import Sampler, Sampling
 
-# Maximum number of questions per row. Each question also computes attention to its neighbours' tokens, then masked.
+# Maximum number of questions, or of responses to a prompt, per row. Each also computes attention to its neighbours'
+# tokens, then masked.
 ROW = 8
 
 
@@ -43,6 +44,7 @@ class Packed(Targets):
         segments: (R, L) 0 for the beginning, k for its k-th continuation, -1 for padding.
         position_ids: (R, L) positions; each continuation's positions continue from the end of the beginning.
         rows: (C,) row of each continuation; the continuations of a row are contiguous.
+        questions: (R,) a question of each row, which has the row's image.
         source: (C, T) position in the row whose hidden state predicts each token of the continuation.
         ends: (C,) position in the row of the continuation's last token.
     """
@@ -51,6 +53,7 @@ class Packed(Targets):
     segments: Tensor
     position_ids: Tensor
     rows: Tensor
+    questions: Tensor
     source: Tensor
     ends: Tensor
 
@@ -124,6 +127,7 @@ def pack(beginnings: Sequence[Sequence[int]], continuations: Sequence[Sequence[S
         segments=pad_sequence(segments, batch_first=True, padding_value=-1),
         position_ids=pad_sequence(positions, batch_first=True),
         rows=torch.tensor(rows),
+        questions=torch.arange(len(beginnings)),
         source=pad_sequence(source, batch_first=True),
         ends=torch.tensor(ends),
     )
@@ -139,6 +143,7 @@ class PackedBatch(Batch):
         image_rows: (B,) index of the image of each question.
         packed: The prompts with their completions; None if there are no completions to score.
         features: (I, image tokens, H) the encoded images; the VLM computes them on first use.
+        samples: See :class:`safervlm.vlm.base.Batch`.
     """
 
     def __init__(
@@ -149,8 +154,9 @@ class PackedBatch(Batch):
         image_rows: Tensor,
         packed: Packed | None = None,
         features: Tensor | None = None,
+        samples: list[int] | None = None,
     ) -> None:
-        super().__init__(questions)
+        super().__init__(questions, samples)
         self.prompt_ids = prompt_ids
         self.pixel_values, self.image_rows = pixel_values, image_rows
         self.packed, self.features = packed, features
@@ -167,25 +173,40 @@ class PackedBatch(Batch):
     def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
         """Returns a batch of some of the questions, each with its generated response as its only completion.
 
+        Successive responses to one prompt about one image share a packed row.
+
         Args:
             rows: Indices of the questions to keep.
             answers: Token ids of the response to each of the B questions; None for a batch without completions.
         """
         chosen = rows.tolist()
-        prompts = [self.prompt_ids[row] for row in chosen]
-        packed = answers and pack(prompts, [[answers[row]] for row in chosen]).to(self.image_rows.device)
+        packed = answers and self._pack(chosen, answers).to(self.image_rows.device)
         pixel_values, image_rows = self.pixel_values, self.image_rows[rows.to(self.image_rows.device)]
         if self.features is None:  # features that are already encoded are kept whole, and shared
             used, image_rows = image_rows.unique(return_inverse=True)
             pixel_values = pixel_values[used]
         return type(self)(
             questions=[self.questions[row] for row in chosen],
-            prompt_ids=prompts,
+            prompt_ids=[self.prompt_ids[row] for row in chosen],
             pixel_values=pixel_values,
             image_rows=image_rows,
             packed=packed or None,
             features=self.features,
+            samples=[self.samples[row] for row in chosen],
         )
+
+    def _pack(self, chosen: Sequence[int], answers: Sequence[Sequence[int]]) -> Packed:
+        """Packs the chosen questions' responses; successive ones to one prompt about one image share a row."""
+        about = [(image, self.prompt_ids[row]) for row, image in enumerate(self.image_rows.tolist())]
+        rows: list[list[int]] = []
+        for _, same in groupby(range(len(chosen)), key=lambda place: about[chosen[place]]):
+            places = list(same)
+            rows += [places[start : start + ROW] for start in range(0, len(places), ROW)]
+        packed = pack(
+            [self.prompt_ids[chosen[row[0]]] for row in rows],
+            [[answers[chosen[place]] for place in row] for row in rows],
+        )
+        return replace(packed, questions=torch.tensor([row[0] for row in rows]))
 
 
 class PackedVLM(LocalVLM):
@@ -276,7 +297,7 @@ class PackedVLM(LocalVLM):
         if packed is None:
             raise ValueError("the batch has no completions to score")
         with active(self.base, adapter):
-            states = self.forward_packed(packed, batch.image_rows, batch)
+            states = self.forward_packed(packed, batch.image_rows[packed.questions], batch)
         rows = packed.rows[:, None].expand_as(packed.source)
         return packed, states[rows[packed.mask], packed.source[packed.mask]]
 
@@ -287,7 +308,7 @@ class PackedVLM(LocalVLM):
         Args:
             batch: The questions with their images; completions are ignored.
             sampling: Decoding settings.
-            seed: The sampling noise depends on (seed, record id, step, token) and nothing else.
+            seed: The sampling noise depends on (seed, record id, sample, step, token) and nothing else.
             adapter: Which adapter is active. Without adapters, every choice is the base model.
 
         Returns:
@@ -321,7 +342,8 @@ class PackedVLM(LocalVLM):
 
         answers: list[list[int]] = [[] for _ in batch.questions]
         bad = [False] * len(answers)
-        keys = [noise_key(seed, batch.questions[question].id) for question in asked]
+        keys = batch.noise_keys(seed)
+        keys = [keys[question] for question in asked]
         head, sampler = self.base.get_output_embeddings(), Sampler(sampling, self.suppressed, keys, row.device)
         while True:
             tokens = sampler.choose(head(states))

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
 from safervlm.judging.classifier import Judge
 from safervlm.objectives import PPO
-from safervlm.objectives.ppo import Rollout
+from safervlm.objectives.ppo import ValuedRollout
 from safervlm.protocol import LABELS
 from safervlm.records import THINKING_UNFINISHED, Example, Question
 from safervlm.vlm.llava import Llava
@@ -54,7 +54,7 @@ class Run:
 
     ppo: PPO
     steps: Any
-    rollouts: list[Rollout]
+    rollouts: list[ValuedRollout]
     orders: list[int]  # the seeds of the mini-batches
 
 
@@ -103,15 +103,15 @@ def run(
         prepare(ppo)
         if judge is not None:
             monkeypatch.setattr(ppo.judge, "judge", judge)
-        rollouts: list[Rollout] = []
+        rollouts: list[ValuedRollout] = []
         orders: list[int] = []
         roll, update = ppo.rollout, ppo.update
 
-        def kept_rollout(*args: Any) -> Rollout:
+        def kept_rollout(*args: Any) -> ValuedRollout:
             rollouts.append(roll(*args))
             return rollouts[-1]
 
-        def kept_update(rollout: Rollout, seed: int) -> dict[str, Tensor]:
+        def kept_update(rollout: ValuedRollout, seed: int) -> dict[str, Tensor]:
             orders.append(seed)
             return update(rollout, seed)
 
@@ -167,7 +167,7 @@ class Hand:
         logits[:, self.impossible] = -math.inf
         return (logits / TEMPERATURE).log_softmax(-1)
 
-    def tokens(self, rollout: Rollout, row: int) -> list[dict[str, Any]]:
+    def tokens(self, rollout: ValuedRollout, row: int) -> list[dict[str, Any]]:
         """Each response token's scores by policy, reference and value function."""
         batch, answer = rollout.batch, rollout.answers[row].token_ids
         prompt = batch.prompt_ids[row]

@@ -1,0 +1,344 @@
+"""Base class of the on-policy objectives: sampled responses, the judge's reward, and the loop of the updates.
+
+A batch is a rollout:
+
+1. The policy generates ``group_size`` responses to each question.
+2. The responses are scored under the policy and under the reference (adapter disabled).
+3. The judge classifies the responses; ``sequence_rewards`` (functional.py) computes the paper's reward. A response
+   without an answer (unfinished thinking) is in none of the metrics ``judged`` and ``accuracy``.
+4. A subclass computes advantages, by a value function (PPO) or within the groups (GRPO).
+5. ``epochs`` passes over mini-batches, with one optimizer step each, minimise the loss of the subclass, averaged over a
+   mini-batch (of all processes together, as are the statistics above).
+
+The responses to a question are contiguous in every micro-batch, so that a VLM which packs rows computes their image and
+prompt once.
+"""
+
+import inspect
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor
+
+from safervlm.finite import must_be_finite_now
+from safervlm.hashing import seed_for
+from safervlm.judging.classifier import Judge
+from safervlm.objectives.base import Objective
+from safervlm.objectives.functional import as_many_parts, in_parts, sequence_rewards
+from safervlm.protocol import LABELS
+from safervlm.ranges import in_range
+from safervlm.vlm.base import Batch, Generation, must_be_answered
+from safervlm.vlm.local import LocalVLM
+from safervlm.vlm.sampling import Sampling
+
+
+@dataclass
+class Sampled:
+    """A batch with its responses and their rewards; B responses, T tokens of the longest one.
+
+    Attributes:
+        batch: the question of each response, with encoded images.
+        answers: the B generated responses.
+        columns: by name, (B, T) tensors of :meth:`OnPolicy.columns`, 0 at padding.
+        rewards: (B,) rewards of the responses.
+        metrics: scalar means over this process's responses, by name.
+    """
+
+    batch: Batch
+    answers: list[Generation]
+    columns: dict[str, Tensor]
+    rewards: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass
+class Rollout:
+    """The inputs of the updates.
+
+    Attributes:
+        batch: see :class:`Sampled`, as are answers and metrics.
+        mask: (B, T) True at response tokens.
+        logprobs: (B, T) log-probabilities under the policy that generated the responses.
+        advantages: the advantage of each token (B, T) or of each response (B, 1).
+    """
+
+    batch: Batch
+    answers: list[Generation]
+    mask: Tensor
+    logprobs: Tensor
+    advantages: Tensor
+    metrics: dict[str, Tensor]
+
+    def select(self, rows: Tensor) -> Batch:
+        """Returns the batch of some responses, for :meth:`LocalVLM.score`.
+
+        Args:
+            rows: (M,) indices of the responses.
+        """
+        return self.batch.select(rows, [answer.token_ids for answer in self.answers])
+
+
+class OnPolicy(Objective):
+    """Base class of the objectives that train on sampled responses, rewarded by an alignment judge.
+
+    A subclass implements :meth:`columns`, :meth:`rollout`, :meth:`losses`, :meth:`total` and :meth:`summands`.
+
+    Args:
+        vlm: the model to align.
+        judge: the alignment judge. Its log-probability of the image's label is the reward of a response; it is frozen.
+        group_size: the number of responses to each question.
+        epochs: the number of optimisation epochs per rollout.
+        mini_batch_size: the number of responses per optimizer step and process.
+        micro_batch_size: the number of responses per forward and backward pass.
+        temperature: the sampling temperature of the rollouts.
+        response_length: the maximum number of new tokens of a response.
+        length_bonus: the reward of a response of ``response_length`` tokens; proportional to the length for shorter
+            ones.
+        no_eos_penalty: added to the reward of a response that was cut off at ``response_length``.
+        max_grad_norm: the maximum norm of the gradients; larger ones are scaled down to it.
+        lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
+        warmup_steps: the number of rollouts of the warm-up.
+        weight_decay: the weight decay of AdamW.
+        seed: the seed of the adapters' initial weights, of the sampled responses and of the order of the mini-batches.
+    """
+
+    judge: Judge
+    completions = 0  # the policy generates them
+
+    def __init__(
+        self,
+        vlm: LocalVLM,
+        judge: Judge,
+        group_size: int,
+        epochs: int,
+        mini_batch_size: int,
+        micro_batch_size: int,
+        temperature: float,
+        response_length: int,
+        length_bonus: float,
+        no_eos_penalty: float,
+        max_grad_norm: float,
+        lr: float,
+        warmup_steps: int,
+        weight_decay: float,
+        seed: int,
+    ) -> None:
+        super().__init__(vlm, lr, warmup_steps, weight_decay, seed)
+        in_range("model", least=1, mini_batch_size=mini_batch_size)
+        in_range("model", least=1, micro_batch_size=micro_batch_size, response_length=response_length)
+        in_range("model", above=0, temperature=temperature, max_grad_norm=max_grad_norm)
+        in_range("model", length_bonus=length_bonus, no_eos_penalty=no_eos_penalty)
+        judge.require_labels(LABELS["alignment"], "model.judge")
+        vlm.lora = replace(vlm.lora, dropout=0.0)
+        self.automatic_optimization = False
+        # Not registered as a submodule: DeepSpeed in bfloat16 rounds their weights, which would change the judge.
+        object.__setattr__(self, "judge", judge)
+        self.group_size, self.epochs = group_size, epochs
+        self.mini_batch_size, self.micro_batch_size = mini_batch_size, micro_batch_size
+        self.sampling = Sampling(temperature, top_p=1.0, max_new_tokens=response_length)
+        self.length_bonus, self.no_eos_penalty = length_bonus, no_eos_penalty
+        self.max_grad_norm = max_grad_norm
+
+    def columns(self, batch: Batch) -> dict[str, Tensor]:
+        """Scores the responses of a micro-batch, without gradients.
+
+        Args:
+            batch: M questions with one response each.
+
+        Returns:
+            (M, T) tensors by name, among them ``mask``, ``logprobs`` (policy) and ``reference``.
+        """
+        raise NotImplementedError
+
+    def rollout(self, batch: Batch, seed: int) -> Rollout:
+        """Samples responses (:meth:`sample`) and computes their advantages (steps 1 to 4 of the module).
+
+        Args:
+            batch: questions without completions.
+            seed: the seed of the sampling.
+        """
+        raise NotImplementedError
+
+    def losses(self, rollout: Any, rows: Tensor) -> dict[str, Tensor]:
+        """Computes the terms of the loss and the metrics of the updates, summed over some responses.
+
+        Args:
+            rollout: see :meth:`rollout`.
+            rows: (M,) indices of the responses.
+        """
+        raise NotImplementedError
+
+    def total(self, sums: dict[str, Tensor]) -> Tensor:
+        """Returns the sum to minimise.
+
+        Args:
+            sums: see :meth:`losses`.
+        """
+        raise NotImplementedError
+
+    def summands(self, mask: Tensor) -> Tensor:
+        """Returns the number by which the sums of :meth:`losses` are divided: the response tokens.
+
+        Args:
+            mask: (M, T) True at the tokens of some responses.
+        """
+        return mask.sum()
+
+    def used(self, rollout: Any, rows: Tensor) -> Tensor:
+        """Returns those of some responses that an update computes: all of them.
+
+        Args:
+            rollout: see :meth:`rollout`.
+            rows: (M,) indices of the responses.
+        """
+        return rows
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the settings that determine the trained weights (see :meth:`Objective.describe`)."""
+        names = inspect.signature(type(self)).parameters.keys() - {"vlm", "judge"}
+        settings = {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
+        rollout = {"sampling": vars(self.sampling), "noise": self.vlm.noise, "judge": self.judge.fingerprint}
+        return super().describe() | settings | rollout
+
+    def setup(self, stage: str) -> None:
+        """Configures gradient clipping of DeepSpeed, which clips by itself under manual optimisation."""
+        super().setup(stage)
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self.trainer.strategy.config["gradient_clipping"] = self.max_grad_norm  # type: ignore[index]
+
+    def schedule_steps(self) -> int:
+        """Returns the number of rollouts: the schedule steps once per rollout, ``max_steps`` counts optimizer steps."""
+        rollouts = super().schedule_steps()
+        if self.trainer.max_steps < 0:
+            return rollouts
+        responses = self.trainer.datamodule.batch_size * self.group_size  # type: ignore[attr-defined]
+        return min(rollouts, ceil(self.trainer.max_steps / (self.epochs * ceil(responses / self.mini_batch_size))))
+
+    def configure_model(self) -> None:
+        """Loads base weights and judge, and adds the adapters."""
+        super().configure_model()
+        self.judge.configure_model()
+
+    def on_fit_start(self) -> None:
+        """Moves the judge to the device of the model; it is no submodule, so Lightning does not."""
+        self.judge.to(self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Runs one rollout and its updates; returns questions and responses for the callbacks (RolloutLog)."""
+        rollout = self.rollout(batch, seed_for(self.seed, "rollout", self.current_epoch, batch_idx))
+        metrics = rollout.metrics | self.update(rollout, seed_for(self.seed, "order", self.current_epoch, batch_idx))
+        for name, value in metrics.items():
+            bar = name in ("reward", "accuracy", "kl")
+            self.log(f"train/{name}", value, prog_bar=bar, sync_dist=True, batch_size=len(batch))
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        return {"questions": rollout.batch.questions, "answers": rollout.answers}
+
+    @torch.no_grad()
+    def sample(self, batch: Batch, seed: int) -> Sampled:
+        """Generates, scores and judges responses (steps 1 to 3 of the module).
+
+        Args:
+            batch: questions without completions.
+            seed: the seed of the sampling.
+
+        Returns:
+            The responses; those to one question are contiguous.
+
+        Raises:
+            NotFiniteError: a score or an output of the judge is NaN or infinite.
+        """
+        batch = batch.repeat(self.group_size)
+        answers = must_be_answered(self.vlm.generate(batch, self.sampling, seed))
+        tokens = [answer.token_ids for answer in answers]
+        length = max(map(len, tokens))
+        parts: list[dict[str, Tensor]] = []
+        for rows in torch.arange(len(batch)).split(self.micro_batch_size):
+            found = self.columns(batch.select(rows, tokens))
+            parts.append({name: F.pad(part, (0, length - part.shape[1])) for name, part in found.items()})
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        mask = columns["mask"]
+
+        verdicts = self.judge.judge([answer.text for answer in answers]).to(self.device)
+        labels = torch.tensor([self.judge.labels.index(q.answer) for q in batch.questions], device=self.device)
+        judged = verdicts.gather(1, labels[:, None])[:, 0]
+        must_be_finite_now("model: outputs of model.judge", judged)
+        answered = torch.tensor([answer.answered for answer in answers], device=self.device)
+        # The last batch of an epoch may hold one response more in one process than in another.
+        low = self.all_gather(judged.where(answered, torch.inf).min()).min()  # type: ignore[union-attr]
+        high = self.all_gather(judged.where(answered, -torch.inf).max()).max()  # type: ignore[union-attr]
+        lengths, stopped = mask.sum(-1), torch.tensor([a.finish_reason == "stop" for a in answers], device=self.device)
+        longest, bonus = self.sampling.max_new_tokens, self.length_bonus
+        scored = judged.where(answered, low)  # a response without an answer has the lowest score of those with one
+        rewards = sequence_rewards(scored, low, high, stopped, lengths, longest, self.no_eos_penalty, bonus)
+        metrics = {
+            "reward": rewards.mean(),
+            "judged": judged[answered].sum() / answered.sum().clamp(min=1),
+            "accuracy": ((verdicts.argmax(-1) == labels) & answered).sum() / answered.sum().clamp(min=1),
+            "kl": ((columns["logprobs"] - columns["reference"]) * mask).sum(-1).mean(),
+            "length": lengths.float().mean(),
+            "stopped": stopped.float().mean(),
+        }
+        metrics |= {"thinking_unfinished": 1 - answered.float().mean()} if self.vlm.thinking.marks else {}
+        return Sampled(batch, answers, columns, rewards, metrics)
+
+    def update(self, rollout: Rollout, seed: int) -> dict[str, Tensor]:
+        """Runs the updates of a rollout (step 5 of the module).
+
+        Args:
+            rollout: see :meth:`rollout`.
+            seed: the seed of the order of the questions.
+
+        Returns:
+            The terms of :meth:`losses`, averaged over the responses that all epochs of this process computed.
+        """
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # noqa: S101 (one optimizer; for the type checker)
+        generator = torch.Generator().manual_seed(seed)
+        totals: dict[str, Tensor] = {}
+        computed = torch.zeros((), device=self.device)
+        # All processes take part in each step and each backward pass, so they have to agree on the number of these.
+        # The process with the fewest responses determines the number of steps; one with a response more adds it to its
+        # last step. The process with the most responses in a step determines the number of backward passes.
+        groups = torch.arange(len(rollout.answers)).view(-1, self.group_size)
+        fewest = int(self.all_gather(torch.tensor(groups.numel(), device=self.device)).min())  # type: ignore[union-attr]
+        for _ in range(self.epochs):
+            order = groups[torch.randperm(len(groups), generator=generator)].flatten()
+            for mini in in_parts(order, self.mini_batch_size, fewest):
+                count = self.sum_over_ranks(self.summands(rollout.mask[mini.to(self.device)]))
+                rows = self.used(rollout, mini)
+                passes = torch.tensor(ceil(len(rows) / self.micro_batch_size), device=self.device)
+                number = max(1, int(self.all_gather(passes).max()))  # type: ignore[union-attr]
+                for step, micro in enumerate(as_many_parts(rows, self.micro_batch_size, number), 1):
+                    # A process without responses for a backward pass computes any one, with weight 0.
+                    sums = self.losses(rollout, micro if len(micro) else mini[:1])
+                    weight = self.trainer.world_size / count if len(micro) else 0.0
+                    self.backward_part(self.total(sums) * weight, last=step == number)
+                    if len(micro):
+                        computed += self.summands(rollout.mask[micro.to(self.device)])
+                        for name, value in sums.items():
+                            totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
+                    elif not totals:
+                        totals = {name: torch.zeros_like(value) for name, value in sums.items()}
+                if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+                    self.clip_gradients(optimizer, self.max_grad_norm, "norm")  # type: ignore[arg-type]
+                optimizer.step()
+                optimizer.zero_grad()
+        return {name: total / computed.clamp(min=1) for name, total in totals.items()}
+
+    def backward_part(self, loss: Tensor, last: bool) -> None:
+        """Back-propagates the loss of a micro-batch.
+
+        Without ``set_gradient_accumulation_boundary``, ZeRO-2 keeps only the gradients of the last micro-batch.
+
+        Args:
+            loss: scalar.
+            last: whether the micro-batch is the last one of its optimizer step.
+        """
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self.trainer.strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
+        self.manual_backward(loss)
