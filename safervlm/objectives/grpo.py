@@ -49,10 +49,12 @@ class GroupRollout(Rollout):
 
     Attributes:
         reference: (B, T) log-probabilities under the reference.
+        rewards: (B,) rewards of the responses, including a KL penalty in the reward.
         signal: (B,) False for the responses of a group whose rewards are equal.
     """
 
     reference: Tensor
+    rewards: Tensor
     signal: Tensor
 
 
@@ -187,6 +189,7 @@ class GRPO(OnPolicy):
             advantages=advantages.view(-1, 1),
             metrics=sampled.metrics | metrics,
             reference=reference,
+            rewards=rewards,
             signal=signal.expand_as(groups).flatten(),
         )
 

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from by_hand import Run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -96,6 +98,33 @@ def fit(tmp_path: Path) -> Callable[..., Steps]:
         return steps
 
     return fit
+
+
+@pytest.fixture
+def fit_rollouts(
+    fit: Callable[..., Steps], make_questions: Callable[[int], list[Question]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Run]:
+    """``fit_rollouts(objective, questions, epochs=1)``: fits one batch of an on-policy objective."""
+
+    def run(objective: Any, questions: int, epochs: int = 1) -> Run:
+        rollouts: list[Any] = []
+        orders: list[int] = []
+        roll, update = objective.rollout, objective.update
+
+        def kept_rollout(*args: Any) -> Any:
+            rollouts.append(roll(*args))
+            return rollouts[-1]
+
+        def kept_update(rollout: Any, seed: int) -> dict[str, Tensor]:
+            orders.append(seed)
+            return update(rollout, seed)
+
+        monkeypatch.setattr(objective, "rollout", kept_rollout)
+        monkeypatch.setattr(objective, "update", kept_update)
+        batch = objective.collator([Example(question) for question in make_questions(questions)])
+        return Run(objective, fit(objective, [batch], epochs=epochs), rollouts, orders)
+
+    return run
 
 
 @pytest.fixture

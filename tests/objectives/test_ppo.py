@@ -3,23 +3,20 @@
 The reference uses nothing of the package except the sampled responses and the order of the mini-batches.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from by_hand import Hand, Run, bias_head, judged_by_hand, most_probable
 from torch import Tensor, nn
-from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
 from safervlm.judging.classifier import Judge
 from safervlm.objectives import PPO
-from safervlm.objectives.ppo import ValuedRollout
-from safervlm.protocol import LABELS
 from safervlm.records import THINKING_UNFINISHED, Example, Question
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.packed import pack
@@ -48,26 +45,6 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@dataclass
-class Run:
-    """A fit with its recorded steps."""
-
-    ppo: PPO
-    steps: Any
-    rollouts: list[ValuedRollout]
-    orders: list[int]  # the seeds of the mini-batches
-
-
-def bias_head(vlm: Llava, biases: dict[int, float]) -> None:
-    """Changes the probability of tokens, identically for every model of the test."""
-    old = vlm.base.lm_head
-    new = nn.Linear(old.in_features, old.out_features).requires_grad_(False)
-    new.weight, new.bias.data[:] = old.weight, 0.0
-    for token, bias in biases.items():
-        new.bias[token] = bias
-    vlm.base.lm_head = new
-
-
 @pytest.fixture
 def make_ppo(llava: Callable[[], Llava], perturb: Callable[[nn.Module], None], tiny_judges: Path) -> Callable[..., PPO]:
     """``make_ppo(**settings)``: a PPO with effective adapters and value head, whose responses often end early."""
@@ -86,10 +63,7 @@ def make_ppo(llava: Callable[[], Llava], perturb: Callable[[nn.Module], None], t
 
 @pytest.fixture
 def run(
-    make_ppo: Callable[..., PPO],
-    fit: Callable[..., Any],
-    make_questions: Callable[[int], list[Question]],
-    monkeypatch: pytest.MonkeyPatch,
+    make_ppo: Callable[..., PPO], fit_rollouts: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Run]:
     """``run(**settings)``: fits one batch of five questions."""
 
@@ -103,112 +77,9 @@ def run(
         prepare(ppo)
         if judge is not None:
             monkeypatch.setattr(ppo.judge, "judge", judge)
-        rollouts: list[ValuedRollout] = []
-        orders: list[int] = []
-        roll, update = ppo.rollout, ppo.update
-
-        def kept_rollout(*args: Any) -> ValuedRollout:
-            rollouts.append(roll(*args))
-            return rollouts[-1]
-
-        def kept_update(rollout: ValuedRollout, seed: int) -> dict[str, Tensor]:
-            orders.append(seed)
-            return update(rollout, seed)
-
-        monkeypatch.setattr(ppo, "rollout", kept_rollout)
-        monkeypatch.setattr(ppo, "update", kept_update)
-        steps = fit(ppo, [ppo.collator([Example(question) for question in make_questions(5)])], epochs=epochs)
-        return Run(ppo, steps, rollouts, orders)
+        return fit_rollouts(ppo, 5, epochs)
 
     return run
-
-
-class Hand:
-    """The same models as separate copies, switched by PEFT; a forward pass is one whole sequence."""
-
-    def __init__(self, ppo: PPO) -> None:
-        peft_model = ppo.vlm.model
-        self.policy, self.value, self.reference = (copy.deepcopy(peft_model) for _ in range(3))
-        self.policy.set_adapter("default")
-        if ppo.value_on == "adapter":
-            self.value.set_adapter("value")
-        self.on_adapter = ppo.value_on == "adapter"
-        self.head = copy.deepcopy(ppo.value_head)
-        tokenizer = AutoTokenizer.from_pretrained(ppo.vlm.name)
-        rows = self.policy.get_base_model().lm_head.out_features
-        self.impossible = [0, 1, 3, 4, *range(len(tokenizer), rows)]  # <pad> <s> <unk> <image>, spare rows
-        self.tokenizer = tokenizer
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Loads trained weights, with the names of the objective, into the copies."""
-        for name, weight in weights.items():
-            if name.startswith("value_head."):
-                getattr(self.head, name.removeprefix("value_head.")).data.copy_(weight)
-            else:
-                owner = self.value if ".value." in name else self.policy
-                owner.get_parameter(name.removeprefix("vlm.model.")).data.copy_(weight)
-        for module in (self.policy, self.value, self.head):
-            module.zero_grad()
-
-    def gradients(self) -> dict[str, Tensor]:
-        """The back-propagated gradients, with the names of the objective."""
-        found = {f"value_head.{name}": p.grad for name, p in self.head.named_parameters()}
-        for model, adapter in ((self.policy, ".default."), (self.value, ".value.")):
-            found |= {f"vlm.model.{name}": p.grad for name, p in model.named_parameters() if adapter in name}
-        return {name: gradient for name, gradient in found.items() if gradient is not None}
-
-    def forward(self, model: nn.Module, inputs: dict[str, Tensor], start: int) -> tuple[Tensor, Tensor]:
-        """(n, V) logits and (n, H) hidden states that predict the tokens from ``start`` on."""
-        output = model(**inputs, output_hidden_states=True)
-        return output.logits[0, start - 1 : -1], output.hidden_states[-1][0, start - 1 : -1]
-
-    def log_softmax(self, logits: Tensor) -> Tensor:
-        logits = logits.clone()
-        logits[:, self.impossible] = -math.inf
-        return (logits / TEMPERATURE).log_softmax(-1)
-
-    def tokens(self, rollout: ValuedRollout, row: int) -> list[dict[str, Any]]:
-        """Each response token's scores by policy, reference and value function."""
-        batch, answer = rollout.batch, rollout.answers[row].token_ids
-        prompt = batch.prompt_ids[row]
-        inputs = {
-            "input_ids": torch.tensor([prompt + answer]),
-            "pixel_values": batch.pixel_values[batch.image_rows[row]][None],
-        }
-        logits, states = self.forward(self.policy, inputs, len(prompt))
-        if self.on_adapter:
-            _, states = self.forward(self.value, inputs, len(prompt))
-        else:
-            states = states.detach()
-        values = self.head(states)[:, 0]
-        with torch.no_grad(), self.reference.disable_adapter():
-            reference = self.log_softmax(self.forward(self.reference, inputs, len(prompt))[0])
-        distribution = self.log_softmax(logits)
-        possible = [token for token in range(logits.shape[1]) if token not in set(self.impossible)]
-        return [
-            {
-                "logprob": distribution[t, token],
-                "reference": reference[t, token].item(),
-                "value": values[t],
-                "entropy": -(distribution[t, possible].exp() * distribution[t, possible]).sum(),
-            }
-            for t, token in enumerate(answer)
-        ]
-
-
-def judged_by_hand(folder: Path, text: str, label: str) -> float:
-    """Minus the cross entropy, by the published form of the judge, one text at a time."""
-    state = torch.load(folder / "epoch_10.pt", weights_only=True)
-    roberta = RobertaModel(RobertaConfig.from_pretrained(folder), add_pooling_layer=False).eval()
-    roberta.load_state_dict(
-        {name.removeprefix("roberta."): weight for name, weight in state.items() if name.startswith("roberta.")}
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=65).input_ids
-    with torch.no_grad():
-        first = roberta(input_ids=ids).last_hidden_state[0, 0]
-    logits = state["classifier.weight"] @ first + state["classifier.bias"]
-    return logits.log_softmax(-1)[LABELS["alignment"].index(label)].item()
 
 
 @pytest.mark.parametrize("value_on", ["adapter", "policy"])
@@ -216,7 +87,7 @@ def test_a_rollout_and_its_updates_equal_those_by_hand(
     value_on: str, run: Callable[..., Run], tiny_judges: Path
 ) -> None:
     done = run(value_on=value_on)
-    (rollout,), ppo = done.rollouts, done.ppo
+    (rollout,), ppo = done.rollouts, done.objective
     rows = range(len(rollout.answers))
     lengths = [len(answer.token_ids) for answer in rollout.answers]
     stopped = [answer.token_ids[-1] == ppo.vlm.eos_token_ids[0] for answer in rollout.answers]
@@ -225,7 +96,7 @@ def test_a_rollout_and_its_updates_equal_those_by_hand(
     assert [answer.finish_reason == "stop" for answer in rollout.answers] == stopped
 
     # The rollout: the models before the first step.
-    hand = Hand(ppo)
+    hand = Hand(ppo, TEMPERATURE)
     hand.load(done.steps.weights[0])
     with torch.no_grad():
         seen = [hand.tokens(rollout, row) for row in rows]
@@ -317,7 +188,7 @@ def test_a_rollout_and_its_updates_equal_those_by_hand(
     metrics, count = done.steps.metrics, EPOCHS * sum(lengths)
     values = np.array([value for row in old for _, value in row])
     targets = np.concatenate(returns)
-    right = [text_label == label for text_label, label in zip(read(tiny_judges, texts), labels, strict=True)]
+    right = [text_label == label for text_label, label in zip(most_probable(tiny_judges, texts), labels, strict=True)]
     expected = {name: total / count for name, total in sums.items()} | {
         "reward": np.mean(earned),
         "judged": np.mean(judged),
@@ -328,12 +199,6 @@ def test_a_rollout_and_its_updates_equal_those_by_hand(
         "explained_variance": 1 - (targets - values).var() / targets.var(),
     }
     assert {name: metrics[f"train/{name}"] for name in expected} == pytest.approx(expected, abs=1e-4)
-
-
-def read(tiny_judges: Path, texts: Sequence[str]) -> list[str]:
-    """The most probable labels."""
-    folder, labels = tiny_judges / "alignment", LABELS["alignment"]
-    return [max(labels, key=lambda label: judged_by_hand(folder, text, label)) for text in texts]
 
 
 def test_the_micro_batch_changes_nothing(run: Callable[..., Run]) -> None:
@@ -363,8 +228,8 @@ def test_gradients_are_clipped_to_the_norm(run: Callable[..., Run]) -> None:
 @pytest.mark.parametrize(("value_on", "names"), [("policy", "value_head"), ("adapter", r".value. or value_head")])
 def test_the_value_loss_leaves_the_policy_alone(value_on: str, names: str, run: Callable[..., Run]) -> None:
     done = run(value_on=value_on, ppo_epochs=1)
-    loss = done.ppo.losses(done.rollouts[0], torch.arange(3))["value_loss"]
-    parameters = {name: p for name, p in done.ppo.named_parameters() if p.requires_grad}
+    loss = done.objective.losses(done.rollouts[0], torch.arange(3))["value_loss"]
+    parameters = {name: p for name, p in done.objective.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     reached = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     assert reached == {name for name in parameters if any(part in name for part in names.split(" or "))}
@@ -373,8 +238,8 @@ def test_the_value_loss_leaves_the_policy_alone(value_on: str, names: str, run: 
 @pytest.mark.parametrize("value_on", ["adapter", "policy"])
 def test_the_policy_loss_leaves_the_value_function_alone(value_on: str, run: Callable[..., Run]) -> None:
     done = run(value_on=value_on, ppo_epochs=1)
-    sums = done.ppo.losses(done.rollouts[0], torch.arange(3))
-    parameters = {name: p for name, p in done.ppo.named_parameters() if p.requires_grad}
+    sums = done.objective.losses(done.rollouts[0], torch.arange(3))
+    parameters = {name: p for name, p in done.objective.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(sums["policy_loss"] + sums["entropy"], list(parameters.values()), allow_unused=True)
     reached = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     assert reached == {name for name in parameters if ".default." in name}
@@ -382,12 +247,12 @@ def test_the_policy_loss_leaves_the_value_function_alone(value_on: str, run: Cal
 
 def test_the_judge_stays_frozen_and_in_eval_mode(run: Callable[..., Run], tiny_judges: Path) -> None:
     done = run(epochs=2)
-    judge = done.ppo.judge
-    done.ppo.train()
-    assert done.ppo.vlm.training
+    judge = done.objective.judge
+    done.objective.train()
+    assert done.objective.vlm.training
     assert not any(module.training for module in judge.modules())
     saved = torch.load(tiny_judges / "alignment" / "epoch_10.pt", weights_only=True)
-    optimised = {id(p) for group in done.ppo.optimizers().param_groups for p in group["params"]}
+    optimised = {id(p) for group in done.objective.optimizers().param_groups for p in group["params"]}
     parameters = dict(judge.named_parameters())
     assert len(parameters) > 10
     for name, parameter in parameters.items():
@@ -395,7 +260,7 @@ def test_the_judge_stays_frozen_and_in_eval_mode(run: Callable[..., Run], tiny_j
         assert parameter.grad is None
         assert id(parameter) not in optimised
         assert torch.equal(parameter, saved[name])
-    assert not any("judge" in name for name in done.ppo.state_dict())
+    assert not any("judge" in name for name in done.objective.state_dict())
 
 
 def judge_all_alike(texts: Sequence[str]) -> Tensor:
@@ -410,7 +275,7 @@ def test_equal_rewards_earn_the_half(run: Callable[..., Run]) -> None:
     expected = 0.5 + 1.5 * lengths / 40 - 2.0 * ~stopped
     assert done.steps.metrics["train/reward"] == pytest.approx(expected.mean().item(), abs=1e-6)
     assert all(math.isfinite(value) for value in done.steps.metrics.values())
-    assert all(p.isfinite().all() for p in done.ppo.parameters())
+    assert all(p.isfinite().all() for p in done.objective.parameters())
 
 
 @pytest.mark.parametrize("unfinished", [{1, 3}, {0, 1, 2, 3, 4}])
@@ -465,7 +330,7 @@ def test_equal_advantages_move_nothing(run: Callable[..., Run]) -> None:
     first = done.steps.gradients[0]
     assert max(gradient.abs().max() for name, gradient in first.items() if ".default." in name) < 1e-4
     assert first["value_head.bias"].abs() > 1e-3
-    assert all(p.isfinite().all() for p in done.ppo.parameters())
+    assert all(p.isfinite().all() for p in done.objective.parameters())
 
 
 def test_suppressed_tokens_are_never_sampled_and_have_no_probability(
