@@ -1,4 +1,4 @@
-"""Logs responses of the policy during PPO."""
+"""Logs sampled responses of the policy during training."""
 
 from pathlib import Path
 from typing import Any

@@ -165,7 +165,7 @@ class Example:
 
     Attributes:
         question: Question to ask.
-        completions: None for generation (measuring, PPO), one for SFT (the target), two for DPO (chosen, rejected).
+        completions: None to generate (measuring, PPO, GRPO), one for SFT (the target), two for DPO (chosen, rejected).
     """
 
     question: Question

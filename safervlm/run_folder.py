@@ -127,5 +127,5 @@ class RunFolder:
 
     @property
     def rollouts(self) -> Path:
-        """Sampled responses of PPO with their rewards."""
+        """Sampled responses of PPO and GRPO."""
         return self._file("rollouts.jsonl")

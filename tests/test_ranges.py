@@ -23,6 +23,7 @@ from safervlm.judging.panel import Panel
 from safervlm.limits import TextLimits
 from safervlm.measure import Measure
 from safervlm.objectives.dpo import DPO
+from safervlm.objectives.grpo import GRPO
 from safervlm.objectives.ppo import PPO
 from safervlm.objectives.sft import SFT
 from safervlm.pictograms.world import build
@@ -126,6 +127,26 @@ WRONG: dict[str, tuple[Callable[..., object], dict[str, tuple[float, ...]]]] = {
             "weight_decay": (-1.0,),
         },
     ),
+    "GRPO": (
+        lambda **given: GRPO(VLM, JUDGE, **given),
+        {
+            "group_size": (1, 0),
+            "clip": (0.0, NAN, INFINITY),
+            "clip_high": (0.0, NAN),
+            "kl_coef": (-0.1, NAN, INFINITY),
+            "epochs": (0,),
+            "mini_batch_size": (0,),
+            "micro_batch_size": (0,),
+            "temperature": (0.0, NAN, INFINITY),
+            "response_length": (0, -1),
+            "length_bonus": (NAN, INFINITY),
+            "no_eos_penalty": (NAN, -INFINITY),
+            "max_grad_norm": (0.0, NAN),
+            "lr": (0.0,),
+            "warmup_steps": (-1,),
+            "weight_decay": (-1.0,),
+        },
+    ),
     "Sampling": (
         Sampling,
         {"temperature": (-0.1, NAN, INFINITY), "top_p": (0.0, 1.1, NAN), "max_new_tokens": (0, -1)},
@@ -190,7 +211,7 @@ def test_an_argument_out_of_range_is_one_line(what: str, name: str, value: float
 
 
 @pytest.mark.parametrize(
-    "made", [Judge, SFT, DPO, PPO, Measure, Sampling, TextLimits, LoRA, Server, LabelledAnswers, OwnData]
+    "made", [Judge, SFT, DPO, PPO, GRPO, Measure, Sampling, TextLimits, LoRA, Server, LabelledAnswers, OwnData]
 )
 def test_every_number_has_a_case(made: type) -> None:
     """Except seeds, all of which are in range."""

@@ -21,7 +21,7 @@ Measure, judge and align the safety ethics of vision-language models.
 
 Training and prediction (safervlm COMMAND --config configs/RECIPE.yaml; --help explains every argument):
   predict      measure a VLM (configs/measure.yaml) or judge saved responses (configs/judge_responses.yaml)
-  fit          align a VLM (configs/sft.yaml, dpo.yaml, ppo.yaml) or train a judge (configs/judge.yaml)
+  fit          align a VLM (configs/sft.yaml, dpo.yaml, ppo.yaml, grpo.yaml) or train a judge (configs/judge.yaml)
   validate     compute the loss on held-out records
 
 Several models one after the other (safervlm COMMAND --help):

@@ -12,9 +12,9 @@ HELP = """usage: safervlm train OBJECTIVE... [OPTIONS] [ARGUMENTS of safervlm fi
 Trains the models that `safervlm evaluate` evaluates, each in a run folder and a process of its own:
   safervlm train sft dpo ppo
 
-An OBJECTIVE is the name of a file in configs/ without its extension (sft, dpo, ppo), or the path of such a file. In the
-ARGUMENTS, {} is replaced by the name of the objective: --config my/{}.yaml. Finished runs are kept as they are, a
-failure does not stop the others, and the same command resumes. The exit code is 1 after a failure.
+An OBJECTIVE is the name of a file in configs/ without its extension (sft, dpo, ppo, grpo), or the path of such a file.
+In the ARGUMENTS, {} is replaced by the name of the objective: --config my/{}.yaml. Finished runs are kept as they are,
+a failure does not stop the others, and the same command resumes. The exit code is 1 after a failure.
 
   --runs FOLDER   each objective has the run folder FOLDER/OBJECTIVE (default: runs)
   --pictograms    train on the pictograms: --config configs/pictograms/{}.yaml

@@ -1,4 +1,4 @@
-"""Training data for SFT, DPO and PPO: the unsafe and the safe dataset.
+"""Training data for SFT, DPO, PPO and GRPO: the unsafe and the safe dataset.
 
 As published, each training image is paired with one of the five alignment questions, sampled at random. The completions
 that an objective trains on follow from the question and the image's label.
@@ -19,7 +19,7 @@ from safervlm.io.tables import say
 from safervlm.protocol import ALIGNMENT_QUESTIONS, UNSAFE, aligned_response, context_response, other_label
 from safervlm.records import Example, Question
 
-# Number of held-out safe images monitored by PPO. With fewer, the rate is too coarse to detect a change of .05.
+# Number of held-out safe images monitored by PPO and GRPO. Fewer are too coarse to detect a change of .05.
 HELD_OUT = 100
 
 
@@ -78,7 +78,7 @@ class AlignmentData(ImageSets):
             question: Question about the safety of an image or of a context of use. Its ``answer`` is the correct label.
 
         Returns:
-            One completion for SFT, the chosen and the rejected one for DPO, none for PPO.
+            One completion for SFT, the chosen and the rejected one for DPO, none for PPO and GRPO.
 
         Raises:
             NotImplementedError: The subclass does not implement this method.
@@ -182,7 +182,7 @@ class DPOData(AlignmentData):
 
 
 class PPOData(AlignmentData):
-    """Training images for PPO: each with one of the five alignment questions. Training generates the responses."""
+    """Training images for PPO and GRPO: each with one of the five alignment questions; training samples responses."""
 
     def completions(self, question: Question) -> tuple[str, ...]:
         """Returns no completions: the responses are generated during training.

@@ -24,8 +24,8 @@ class OwnData(SaferData):
          "completions": ["Yes, it shows a garden."]}
 
     ``image`` is a path relative to the file's folder and must lie inside it. ``completions`` has one text for SFT, two
-    for DPO (chosen, then rejected) and none for PPO and predict; every line has the same number. ``label`` (Safe or
-    Unsafe) is the correct answer; it is required if there are no completions. Optional fields: ``id`` (default:
+    for DPO (chosen, then rejected) and none for PPO, GRPO and predict; every line has the same number. ``label`` (Safe
+    or Unsafe) is the correct answer; it is required if there are no completions. Optional fields: ``id`` (default:
     name/image/alignment/n for the image's n-th question, from 0), ``category`` (default: the dataset's name) and
     ``concept`` (what the image shows).
 

@@ -31,8 +31,8 @@ class Objective(L.LightningModule):
     - ``completions`` is the number of completions that each example of the data must provide.
     - ``adapters`` are the names of the adapters to train.
     - A subclass with further settings adds them to :meth:`describe`, so that a run is not resumed with other ones.
-    - A subclass that does more in a step than one loss, as PPO does, overrides ``training_step`` instead. It is not
-      validated unless it also overrides ``validation_step``.
+    - A subclass that does more in a step than one loss, as PPO and GRPO do, overrides ``training_step`` instead. It is
+      not validated unless it also overrides ``validation_step``.
 
     Args:
         vlm: the model to align.
@@ -154,7 +154,7 @@ class Objective(L.LightningModule):
                 continue
             name = type(self).__name__
             if place := data.completions_at(validation):
-                remedy = "; a label alone is for PPO" if not given else ""
+                remedy = "; a label alone is for PPO and GRPO" if not given else ""
                 raise RecordError(f"{place} has {given} texts, {name} takes {self.completions} in each record{remedy}")
             raise ArgumentError(
                 f"data: {type(data).__name__} provides {given} completions per record, {name} needs "

@@ -44,6 +44,7 @@ RECIPES = {
     "sft": "fit",
     "dpo": "fit",
     "ppo": "fit",
+    "grpo": "fit",
     "evaluate": "predict",
 }
 
@@ -140,7 +141,7 @@ def test_every_recipe_builds(recipe: str, overlay: bool, tiny_llava: Path, only_
     assert built.datamodule.collator is not None
     assert built.trainer.default_root_dir == built.config[RECIPES[recipe]]["run"]
     assert built.config[RECIPES[recipe]]["seed_everything"] == built.config_init[RECIPES[recipe]]["seed_everything"]
-    if recipe in ("sft", "dpo", "ppo"):
+    if recipe in ("sft", "dpo", "ppo", "grpo"):
         assert built.model.vlm.lora.r == (16 if overlay else 128)
 
 

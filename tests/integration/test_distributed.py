@@ -13,7 +13,7 @@ from torch import Tensor
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent
-CASES = ("sft", "dpo", "ppo", "ppo-head")
+CASES = ("sft", "dpo", "ppo", "ppo-head", "grpo")
 STRATEGIES = ("ddp", "zero2")
 
 
@@ -35,12 +35,15 @@ def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..
         model |= {"lr": 0.003, "warmup_steps": 1}
         if case == "dpo":
             model["rpo_alpha"] = 1.0
-        if case.startswith("ppo"):
-            model["judge"] = {"class_path": "safervlm.judging.classifier.Judge", "init_args": judge}
-            model["value_on"] = "policy" if case == "ppo-head" else "adapter"
+        if case not in ("sft", "dpo"):
             # A rollout is one optimizer step of several backward passes; gradients are clipped.
+            model["judge"] = {"class_path": "safervlm.judging.classifier.Judge", "init_args": judge}
             model |= {"response_length": 8, "mini_batch_size": 16 // processes, "micro_batch_size": 3}
-            model |= {"max_grad_norm": 0.1, "ppo_epochs": 1}
+            model["max_grad_norm"] = 0.1
+        if case.startswith("ppo"):
+            model |= {"value_on": "policy" if case == "ppo-head" else "adapter", "ppo_epochs": 1}
+        if case == "grpo":
+            model |= {"group_size": 3, "mini_batch_size": 48 // processes}
         trainer: dict[str, Any] = {
             "accelerator": "cpu",
             "devices": processes,
@@ -110,7 +113,11 @@ def test_two_processes_equal_one(case, strategy, trained):
     kinds = {"value" if ".value." in name or "value_head" in name else "policy" for name in expected}
     assert kinds == ({"policy", "value"} if case.startswith("ppo") else {"policy"})
     for name, value in expected.items():
-        assert (found[name] - value).abs().max() < 1e-5, name
+        apart = found[name] - value
+        if case == "grpo":  # single gradients are so near 0 that Adam makes their rounding a part of a step
+            assert apart.norm() < 1e-3 * value.norm(), name
+        else:
+            assert apart.abs().max() < 1e-5, name
         if "lora_B" in name or "value_head" in name:
             assert value.abs().max() > 1e-3, name  # initialised to 0: changed by a hundred times the tolerance
     if case in ("sft", "dpo"):
@@ -145,7 +152,8 @@ def test_processes_with_unequal_batches_agree_on_the_number_of_steps(strategy, c
 
 
 @pytest.mark.parametrize(
-    ("case", "strategy"), [("sft", "one"), ("dpo", "one"), ("ppo", "one"), ("ppo", "ddp"), ("ppo", "zero2")]
+    ("case", "strategy"),
+    [("sft", "one"), ("dpo", "one"), ("ppo", "one"), ("ppo", "ddp"), ("ppo", "zero2"), ("grpo", "zero2")],
 )
 def test_bfloat16_with_gradient_checkpointing_runs(case, strategy, command, tmp_path):
     more = ["--trainer.precision=bf16-mixed", "--model.vlm.gradient_checkpointing=true", "--trainer.max_steps=4"]

@@ -15,7 +15,7 @@ from processes import play, write_config
 
 pytestmark = pytest.mark.slow
 
-OBJECTIVES = ("sft", "dpo", "ppo")
+OBJECTIVES = ("sft", "dpo", "ppo", "grpo")
 # 48 examples in batches of 8, two epochs: 12 batches, a checkpoint at every other one and at the last.
 BATCHES = 12
 
@@ -28,13 +28,14 @@ def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..
     for objective in OBJECTIVES:
         model: dict[str, Any] = {"vlm": {"class_path": "safervlm.vlm.llava.Llava", "init_args": vlm}, "lr": 0.01}
         callbacks = []
-        if objective == "ppo":
+        if objective in ("ppo", "grpo"):
             judge = {
                 "base": str(tiny_judges / "alignment"),
                 "checkpoint": str(tiny_judges / "alignment" / "epoch_10.pt"),
             }
             judge = {"class_path": "safervlm.judging.classifier.Judge", "init_args": judge}
             model |= {"judge": judge, "response_length": 6, "mini_batch_size": 4, "micro_batch_size": 2}
+            model |= {"group_size": 2, "mini_batch_size": 8} if objective == "grpo" else {}
             check = {"judge": judge, "every_n_batches": 4, "minimum": 6, "sampling": {"max_new_tokens": 3}}
             # After the checkpoint's callback, as a user's overlay appends it.
             callbacks = [
@@ -47,7 +48,7 @@ def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..
                 "init_args": {
                     "folder": str(tiny_sets / "unsafe"),
                     "safe_folder": str(tiny_sets / "safe"),
-                    "validation_fraction": 0.2 if objective == "ppo" else 0.0,
+                    "validation_fraction": 0.2 if objective in ("ppo", "grpo") else 0.0,
                     "batch_size": 8,
                     "num_workers": 2,
                 }
@@ -140,12 +141,13 @@ def test_the_uninterrupted_run_is_what_the_others_are_measured_by(objective, uni
     # The weights changed, dropout was active, and the schedule reached its end.
     assert any(value.abs().max() > 1e-3 for name, value in state["state_dict"].items() if "lora_B" in name)
     assert state["lr_schedulers"][0]["_last_lr"][0] == pytest.approx(0, abs=1e-9)
-    if objective == "ppo":
+    if objective in ("ppo", "grpo"):
         assert "train/unsafe_rate_on_safe" in (run / "metrics.csv").read_text()
+    if objective == "ppo":
         assert {name.split(".")[-2] for name in state["state_dict"] if "lora" in name} == {"default", "value"}
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ["sft", "dpo", "ppo"])  # GRPO's loop is PPO's
 def test_interrupted_in_every_way_one_after_the_other(objective, command, uninterrupted, tmp_path):
     line, run, whole = command(objective, "run"), tmp_path / "run", uninterrupted(objective)
     expected = (whole / "metrics.csv").read_bytes()

@@ -103,6 +103,7 @@ def recipe(tiny_llava: Path, tiny_sets: Path, tiny_judges: Path, tiny_panel: dic
         "sft": ("fit", {"vlm": vlm}, sets, fit),
         "dpo": ("fit", {"vlm": vlm}, sets, fit),
         "ppo": ("fit", ppo, sets | {"batch_size": 16}, fit | {"callbacks": [check, *kept]}),
+        "grpo": ("fit", ppo | {"group_size": 2}, sets | {"batch_size": 16}, fit | {"callbacks": [check, *kept]}),
         "judge": ("fit", judge, {"answers": str(tmp_path / "answers.jsonl")}, fit),
         "measure": ("predict", {"vlm": vlm, "sampling": {"max_new_tokens": 4}}, sets, quick | {"callbacks": asked}),
         "evaluate": (
@@ -139,6 +140,7 @@ def rows(folder: Path, stage: str) -> dict[str, int]:
         ("sft", "sft", {"train": 36, "validation": 12}),
         ("dpo", "dpo", {"train": 36, "validation": 12}),
         ("ppo", "ppo", {"train": 36, "validation": 20}),
+        ("grpo", "grpo", {"train": 36, "validation": 20}),
         ("judge", "judge", {"train": 3 * 20, "validation": 35}),
         ("measure", "measure", {"predict": 20 + 5 * 40 + 15}),
         ("evaluate", "measure", {"predict": 5 * (6 + 6)}),
