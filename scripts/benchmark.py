@@ -50,13 +50,15 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from safervlm.io.images import open_image
 from safervlm.judging.classifier import Judge
-from safervlm.objectives import DPO, PPO, SFT
+from safervlm.objectives import DPO, GRPO, PPO, SFT
 from safervlm.objectives.base import Objective
+from safervlm.objectives.grpo import GroupRollout
 from safervlm.objectives.ppo import ValuedRollout
 from safervlm.records import Example, Question
 from safervlm.statistics.diversity import self_bleu
+from safervlm.vlm import packed
 from safervlm.vlm.auto import Transformers
-from safervlm.vlm.base import Generation
+from safervlm.vlm.base import Generation, must_be_answered
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA, active, adapted_layers
 from safervlm.vlm.packed import PackedBatch
@@ -214,6 +216,29 @@ def measure(sides: dict[str, Side], repeats: int) -> None:
             sys.exit(f"the losses are not equal: {losses}: the comparison is void")
         if repeat:
             say(f"  {repeat}/{repeats}: " + ", ".join(f"{name} {s.seconds[-1]:.2f} s" for name, s in sides.items()))
+
+
+def alternate(sides: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Runs all sides in turn, ``repeats`` times, after one round that is not measured.
+
+    Args:
+        sides: what to run, by name.
+        repeats: number of measured repetitions.
+
+    Returns:
+        By name, the CPU seconds of each repetition and the last result.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    results = {}
+    for repeat in range(repeats + 1):
+        for name, side in sides.items():
+            start = time.process_time()
+            results[name] = side()
+            if repeat:
+                seconds[name].append(time.process_time() - start)
+        if repeat:
+            say(f"  {repeat}/{repeats}: " + ", ".join(f"{name} {taken[-1]:.2f} s" for name, taken in seconds.items()))
+    return seconds, results
 
 
 # --- the model and the examples ---------------------------------------------------------------------------------------
@@ -701,6 +726,110 @@ def benchmark_ppo(shape: Shape, folder: Path, repeats: int) -> list[Row]:
     ]
 
 
+# --- groups of responses ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def responses_a_row(number: int) -> Iterator[None]:
+    """Limits the responses to a prompt that share a packed row.
+
+    Args:
+        number: the maximum number; 1 for one row per response.
+    """
+    before, packed.ROW = packed.ROW, number
+    try:
+        yield
+    finally:
+        packed.ROW = before
+
+
+def benchmark_group(shape: Shape, folder: Path, repeats: int, group: int = 8, tokens: int = 24) -> list[Row]:
+    """Compares GRPO's group in one row, which shares image and prompt, with one row per response.
+
+    Both sides encode the image once. Responses have no end token, so that all of them have the same length.
+
+    Args:
+        shape: see :class:`Shape`.
+        folder: the folder of the model.
+        repeats: number of measured repetitions.
+        group: responses to the question.
+        tokens: number of tokens of a response.
+
+    Raises:
+        SystemExit: the sides do not compute the same.
+    """
+    grpo = GRPO(llava(shape, folder), Judge(), group_size=group, response_length=tokens, kl_coef=0.04)
+    vlm = grpo.vlm
+    vlm.load(grpo.adapters)
+    assert vlm.model is not None  # noqa: S101
+    trained = lora_parameters(vlm.model)
+    perturb(trained)
+    vlm.suppressed = torch.tensor(sorted([*vlm.suppressed.tolist(), *vlm.eos_token_ids]))
+    made = examples(shape, folder, 1, 0)
+    rows = {"one row per response": 1, "one row": group}
+
+    def each(run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+        def limited(number: int) -> Callable[[], Any]:
+            def side() -> Any:
+                with responses_a_row(number):
+                    return run()
+
+            return side
+
+        return {name: limited(number) for name, number in rows.items()}
+
+    def generate() -> tuple[PackedBatch, list[Generation]]:
+        batch = grpo.collator(made).repeat(group)
+        return batch, must_be_answered(vlm.generate(batch, grpo.sampling, seed=0))
+
+    generating, sampled = alternate(each(generate), repeats)
+    batch, answers = sampled["one row"]
+    if [answer.token_ids for answer in sampled["one row per response"][1]] != [answer.token_ids for answer in answers]:
+        sys.exit("the responses are not equal: the comparison is void")
+
+    def select() -> PackedBatch:
+        return batch.select(torch.arange(group), [answer.token_ids for answer in answers])
+
+    with torch.no_grad():
+        scoring, scores = alternate(each(lambda: grpo.columns(select())), repeats)
+    mine, theirs = scores["one row"], scores["one row per response"]
+    if max(float((mine[name].float() - theirs[name].float()).abs().max()) for name in mine) > 1e-5:
+        sys.exit("the scores are not equal: the comparison is void")
+    generator = torch.Generator().manual_seed(5)
+    mask = mine["mask"]
+    rollout = GroupRollout(
+        batch=batch,
+        answers=answers,
+        mask=mask,
+        logprobs=mine["logprobs"] + torch.randn(mask.shape, generator=generator) * 0.2 * mask,
+        advantages=torch.randn(group, 1, generator=generator),
+        metrics={},
+        reference=mine["reference"],
+        rewards=torch.zeros(group),
+        signal=torch.ones(group, dtype=torch.bool),
+    )
+
+    def backward() -> Tensor:
+        loss = grpo.total(grpo.losses(rollout, torch.arange(group))) / group
+        loss.backward()
+        return loss
+
+    def side(run: Callable[[], Tensor]) -> Side:
+        return Side(run, trained, torch.optim.AdamW(trained.values(), lr=LR, weight_decay=0.0))
+
+    updates = {name: side(run) for name, run in each(backward).items()}
+    measure(updates, repeats)
+    updating = {name: one.seconds for name, one in updates.items()}
+    return [
+        Row(f"GRPO, {what} {group} responses in one row : one row per response", *times.values(), target)
+        for what, times, target in (
+            (f"generating ({tokens} tokens)", generating, 3),
+            ("scoring (policy and reference)", scoring, 6),
+            ("an update with", updating, 4.5),
+        )
+    ]
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -758,18 +887,9 @@ def benchmark_measure(shape: Shape, folder: Path, repeats: int, images: int = 4,
         return [generation.token_ids for generation in other.generate(encoded, sampling, seed=0)]
 
     sides = {"one by one": one_by_one, "together": together, "as any model": together_as_any}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        answers = []
-        for name, side in sides.items():
-            start = time.process_time()
-            answers.append(side())
-            if repeat:
-                seconds[name].append(time.process_time() - start)
-        if any(each != answers[0] for each in answers):
-            sys.exit("the answers are not equal: the comparison is void")
-        if repeat:
-            say(f"  {repeat}/{repeats}: " + ", ".join(f"{name} {taken[-1]:.2f} s" for name, taken in seconds.items()))
+    seconds, answers = alternate(sides, repeats)
+    if any(each != answers["one by one"] for each in answers.values()):
+        sys.exit("the answers are not equal: the comparison is void")
     name = f"{images} images of 5 questions, {tokens} tokens each"
     theirs = seconds["one by one"]
     return [
@@ -933,7 +1053,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the command line; None for that of the process.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("dpo", "sft", "ppo", "measure", "sampling", "bleu")
+    names = ("dpo", "sft", "ppo", "group", "measure", "sampling", "bleu")
     parser.add_argument("which", nargs="*", help=f"what to measure: {', '.join(names)} (default: everything)")
     parser.add_argument("--repeats", type=int, default=5, help="measured repetitions (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
@@ -955,7 +1075,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             write_model(shape, Path(folder))
-            run = {"dpo": benchmark_dpo, "sft": benchmark_sft, "ppo": benchmark_ppo, "measure": benchmark_measure}[name]
+            run = globals()[f"benchmark_{name}"]
             rows += run(shape, Path(folder), options.repeats)
     print(f"\n{machine()}\n\n{shape}\n")
     print("| ours : theirs | times as fast (median) | min | max | target | theirs, s | ours, s |")
