@@ -342,17 +342,29 @@ def test_a_step_encodes_each_image_once_and_each_prompt_once_a_pass(
     assert prompt_tokens[0] <= prompts - QUESTIONS
 
 
-@pytest.mark.parametrize("kind", ["packed", "any"])
-def test_a_sample_has_its_own_noise(
-    kind: str, make_grpo: Callable[..., GRPO], make_questions: Callable[[int], list[Question]], tiny_llava: Path
-) -> None:
-    other = Transformers(
+@pytest.fixture
+def any_model(tiny_llava: Path) -> Transformers:
+    """The tiny LLaVA as any model of transformers, whose scoring shares no rows."""
+    return Transformers(
         str(tiny_llava),
         dtype="float32",
         lora=LoRA(r=4, alpha=8, dropout=0.0),
         template="A chat. USER: <image>\n{question} ASSISTANT:",
     )
-    grpo = make_grpo(vlm=other if kind == "any" else None)
+
+
+def test_any_model_is_trained(make_grpo: Callable[..., GRPO], fit_rollouts: Callable[..., Run], any_model: Any) -> None:
+    done = fit_rollouts(make_grpo(vlm=any_model), 2)
+    (rollout,) = done.rollouts
+    assert len({answer.text for answer in rollout.answers[:GROUP]}) > 1
+    assert norm(done.steps.gradients[0]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["packed", "any"])
+def test_a_sample_has_its_own_noise(
+    kind: str, make_grpo: Callable[..., GRPO], make_questions: Callable[[int], list[Question]], any_model: Any
+) -> None:
+    grpo = make_grpo(vlm=any_model if kind == "any" else None)
     examples = [Example(question) for question in make_questions(2)]
 
     def texts(batch: Any) -> list[str]:
@@ -381,6 +393,26 @@ def test_the_micro_batch_changes_nothing(run: Callable[..., Run]) -> None:
         for ours, theirs in zip(other.steps.gradients, whole.steps.gradients, strict=True):
             assert_near(ours, theirs, 1e-3)
         assert other.steps.metrics == pytest.approx(whole.steps.metrics, abs=1e-4)
+
+
+def test_a_process_with_less_to_compute_takes_part_in_every_backward_pass(
+    make_grpo: Callable[..., GRPO], fit_rollouts: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = fit_rollouts(make_grpo(), QUESTIONS)
+    grpo = make_grpo()
+    monkeypatch.setattr(grpo, "all_gather", lambda t: t[None] if t.is_floating_point() else torch.stack([t, t + 2]))
+    backward, passes = grpo.backward_part, []
+
+    def counted(loss: Tensor, last: bool) -> None:
+        passes.append(last)
+        backward(loss, last)
+
+    monkeypatch.setattr(grpo, "backward_part", counted)
+    beside = fit_rollouts(grpo, QUESTIONS)  # another process has two passes more
+    assert passes == [False, False, False, True, False, False, True] * 2
+    for ours, theirs in zip(beside.steps.gradients, alone.steps.gradients, strict=True):
+        assert_near(ours, theirs, 1e-5)
+    assert beside.steps.metrics == pytest.approx(alone.steps.metrics, abs=1e-6)
 
 
 def judge_of(rows: set[int]) -> Callable[[Sequence[str]], Tensor]:
