@@ -9,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from safervlm.errors import RecordError, first_line
+from safervlm.io.names import normal_name
 from safervlm.io.tables import say
 from safervlm.records import Failure, Response, read_jsonl, read_torn_jsonl, to_line, write_jsonl
 from safervlm.run_folder import RunFolder
@@ -107,7 +108,11 @@ class RecordWriter(Callback):
         if trainer.is_global_zero:
             records = self._read(trainer)
             asked = [example.question.id for example in trainer.datamodule.parts.predict]  # type: ignore[attr-defined]
-            found = {each["id"]: each for file in self._shards(trainer).glob("*.failed") for each in read_jsonl(file)}
+            found = {
+                normal_name(each["id"]): each
+                for file in self._shards(trainer).glob("*.failed")
+                for each in read_jsonl(file)
+            }
             failed = [found[name] for name in asked if name in found and name not in records]
             missing = [name for name in asked if name not in records and name not in found]
             if missing:
@@ -119,7 +124,7 @@ class RecordWriter(Callback):
             file = run / f"{Path(self.file).stem}-failed.jsonl"
             if file.is_file() and trainer.datamodule.keeps_others:  # type: ignore[attr-defined]
                 there = {*asked, *records}
-                failed += [each for each in read_jsonl(file) if each["id"] not in there]
+                failed += [each for each in read_jsonl(file) if normal_name(each["id"]) not in there]
             if failed:
                 write_jsonl(file, failed)
             else:
@@ -145,7 +150,8 @@ class RecordWriter(Callback):
             for number, record in enumerate(there, 1):
                 if not isinstance(record, dict) or not isinstance(record.get("id"), str):
                     raise RecordError(f"{file}, record {number}: no id; remove the record, and it is asked again")
-                if file == merged or record["id"] not in fresh:
-                    records[record["id"]] = record
-                    fresh |= {record["id"]} if file != merged else set()
+                name = normal_name(record["id"])
+                if file == merged or name not in fresh:
+                    records[name] = record
+                    fresh |= {name} if file != merged else set()
         return records

@@ -3,7 +3,8 @@
 The id of a question has the form ``{dataset}/{image}/{capability}/{prompt number}``, for example
 ``UnsafeConcepts/images/17.png/alignment/3``. For a question about a concept's name the concept replaces the image
 (``UnsafeConcepts/Swastika/alignment_text_only/0``). A response and a verdict have the id of their question. Records are
-matched by id, never by position.
+matched by id, never by position. Ids and names are normalised wherever a record is made or read
+(:func:`safervlm.io.names.normal_name`), so that two spellings that look the same are one question, image or concept.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, get_args
 from safervlm.errors import RecordError, first_line
 from safervlm.hashing import fingerprint
 from safervlm.io.files import write_text_atomically
+from safervlm.io.names import normal_name
 from safervlm.io.reading import json_text, numbered_jsonl, parse_json
 from safervlm.protocol import Capability
 from safervlm.ranges import LARGEST
@@ -47,7 +49,18 @@ def record_id(dataset: str, image: str, capability: str, prompt_number: int) -> 
         capability: Capability that the question measures.
         prompt_number: Index of the prompt among the capability's prompts, from 0.
     """
-    return f"{dataset}/{image}/{capability}/{prompt_number}"
+    return f"{normal_name(dataset)}/{normal_name(image)}/{capability}/{prompt_number}"
+
+
+def normalise(record: object, *names: str) -> None:
+    """Replaces names in the fields of a frozen record by their normal spelling, when the record is made.
+
+    Args:
+        record: Instance of a frozen dataclass.
+        *names: Fields that are names.
+    """
+    for name in names:
+        object.__setattr__(record, name, normal_name(getattr(record, name)))
 
 
 def repeated_id(name: str, number: int) -> str:
@@ -130,6 +143,10 @@ class Question:
     context: str = ""
     drawn: bool = False
     variant: str = ""
+
+    def __post_init__(self) -> None:
+        """Normalises id and names; the texts and the path are kept as they are."""
+        normalise(self, "id", "dataset", "image", "category", "concept")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields for JSON; those that most questions do not have, only if set."""
@@ -274,6 +291,10 @@ class Verdict:
     probabilities: dict[str, float]
     judge: str
     answer: str = ""
+
+    def __post_init__(self) -> None:
+        """Normalises the id as the question's."""
+        normalise(self, "id")
 
     @staticmethod
     def fingerprint_of(text: str) -> str:

@@ -311,7 +311,7 @@ class Benchmark(SaferData):
         files = written_images(self.images_folder) if self.embedded else {}
         folder = self.file if self.file.is_dir() else self.file.parent
         rows = self.rows
-        numbers = [row.get("index", str(number)).strip() for number, row in enumerate(rows)]
+        numbers = [normal_name(row.get("index", str(number))) for number, row in enumerate(rows)]
         index: dict[str, int] = {}
         for number, name in enumerate(numbers):
             if index.setdefault(name, number) != number:

@@ -16,7 +16,7 @@ from safervlm.io.names import normal_name
 from safervlm.io.reading import numbered_jsonl
 from safervlm.io.tables import say
 from safervlm.protocol import ALIGNMENT_QUESTIONS, CATEGORIES, UNSAFE, Capability
-from safervlm.records import Question, read_jsonl, record_id, write_jsonl
+from safervlm.records import Question, normalise, read_jsonl, record_id, write_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,6 +44,10 @@ class ImageRecord:
     category: str
     concept: str
     label: str
+
+    def __post_init__(self) -> None:
+        """Normalises the names; the path is kept as it is."""
+        normalise(self, "dataset", "image", "category", "concept")
 
     def question(
         self,
@@ -128,9 +132,9 @@ def read_images(folder: Path, dataset: str, label: str) -> list[ImageRecord]:
         where = f"{metadata}, line {number}"
         image = text_field(record, ("image_filename", "file_name"), where)
         where = f"{where} ({image!r})" if not image.isprintable() else f"{where} ({image})"
-        if image in seen:
+        if normal_name(image) in seen:
             raise RecordError(f"{where}: the image was named before: remove one of the records")
-        seen.add(image)
+        seen.add(normal_name(image))
         if label == UNSAFE:
             category = name_field(record, ("category",), where)
             if category not in CATEGORIES:
@@ -218,9 +222,10 @@ def say_unnamed(dataset: str, folder: Path) -> None:
     Raises:
         RecordError: The metadata file is missing.
     """
-    named = {record.get("image_filename", record.get("file_name")) for record in read_jsonl(require_metadata(folder))}
+    there = read_jsonl(require_metadata(folder))
+    named = {normal_name(str(record.get("image_filename", record.get("file_name")))) for record in there}
     images, _ = files_below(folder)
-    if unnamed := [name for image in images if (name := image.relative_to(folder).as_posix()) not in named]:
+    if unnamed := [name for image in images if normal_name(name := image.relative_to(folder).as_posix()) not in named]:
         say(f"{dataset}: metadata.jsonl doesn't name {len(unnamed)} images of {folder}, such as {unnamed[0]!r}")
 
 

@@ -96,17 +96,23 @@ class SaferData(LightningDataModule):
         """Result of :meth:`load`, after checking that ids are unique.
 
         Raises:
-            RecordError: Two examples of a split have the same id.
+            RecordError: Two examples of a split have the same id, or two images names that differ invisibly.
         """
         parts = self.load()
         if self.repeats > 1:
             parts = replace(parts, predict=repeated(parts.predict, self.repeats))
         for examples in (parts.train, parts.validation, parts.predict):
             seen = set()
-            for example in examples:
-                if example.question.id in seen:
-                    raise RecordError(f"{example.question.id}: two records have this id: remove or rename one")
-                seen.add(example.question.id)
+            files: dict[str, str] = {}
+            for question in (example.question for example in examples):
+                if question.id in seen:
+                    raise RecordError(f"{question.id}: two records have this id: remove or rename one")
+                seen.add(question.id)
+                if (path := question.image_path) and (other := files.setdefault(normal_name(path), path)) != path:
+                    raise RecordError(
+                        f"{question.id}: the images {other!a} and {path!a} have names that look the same: "
+                        "rename one"
+                    )
         return parts
 
     def setup(self, stage: str) -> None:

@@ -115,6 +115,7 @@ def read_examples(file: Path, name: str, argument: str = "data.file") -> list[Ex
         if unknown := set(record) - {"id", "image", "prompt", "completions", "label", "category", "concept"}:
             raise RecordError(f"{where}: unknown field {sorted(unknown)[0]!r}: see OwnData for the fields")
         image = text_field(record, ("image",), where)
+        shown = normal_name(image)
         completions = record.get("completions", [])
         if not isinstance(completions, list) or not all(isinstance(text, str) and text.strip() for text in completions):
             raise RecordError(
@@ -130,20 +131,20 @@ def read_examples(file: Path, name: str, argument: str = "data.file") -> list[Ex
         if label not in (SAFE, UNSAFE) and (label or not completions):
             raise RecordError(f"{where}: the field 'label' must be {SAFE!r} or {UNSAFE!r}, got {label!r}")
         question = Question(
-            id=text_field(record, ("id",), where)
+            id=name_field(record, ("id",), where)
             if "id" in record
-            else record_id(name, image, "alignment", asked[image]),
+            else record_id(name, shown, "alignment", asked[shown]),
             dataset=name,
-            image=image,
+            image=shown,
             image_path=str(named_file(file.parent, image, where)),
             capability="alignment",
-            prompt_number=asked[image],
+            prompt_number=asked[shown],
             prompt=text_field(record, ("prompt",), where),
             category=name_field(record, ("category",), where) if "category" in record else name,
             concept=name_field(record, ("concept",), where) if "concept" in record else "",
             answer=label,
         )
-        asked[image] += 1
+        asked[shown] += 1
         examples.append(Example(question, tuple(completions)))
     if not examples:
         raise RecordError(f"{argument}: {file} is empty: it needs one line per example")

@@ -16,7 +16,7 @@ from safervlm.data.folders import files_below, left_out
 from safervlm.data.loaders import Collator, limited
 from safervlm.data.module import Parts, SaferData
 from safervlm.errors import RecordError
-from safervlm.io.names import path_text
+from safervlm.io.names import normal_name, path_text
 from safervlm.io.reading import read_json
 from safervlm.io.tables import say
 from safervlm.records import Example, Question, Response, by_id, read_records, write_jsonl
@@ -132,7 +132,7 @@ def match_first_implementation(
     answered: dict[str, str] = {}
     for file, number, record in records:
         where = f"{file}, record {number}"
-        image, prompt = record["image_fname"], _words(record["prompt"])
+        image, prompt = normal_name(record["image_fname"]), _words(record["prompt"])
         found = about_names.get(prompt) or about_images.get((image, prompt), [])
         if not found:
             if prompt in prompts and image not in images:
@@ -169,12 +169,13 @@ def _names(question: Question) -> list[str]:
     """Returns the possible names of an image: its name in the dataset, and its path relative to each parent folder."""
     path = Path(str(question.image_path)).resolve().parts
     names = ["/".join(path[start:]) for start in range(1, len(path))]
+    names = [normal_name(name) for name in names]
     return [question.image, *(name for name in names if name.endswith(f"/{question.image}"))]
 
 
 def _words(prompt: str) -> str:
-    """Replaces each run of white space by one space, and strips the ends."""
-    return " ".join(prompt.split())
+    """Replaces each run of white space by one space, strips the ends, and composes characters."""
+    return normal_name(" ".join(prompt.split()))
 
 
 class SavedResponses(SaferData):

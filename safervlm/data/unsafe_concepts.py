@@ -103,7 +103,7 @@ def read_options(folder: Path, images: Iterable[ImageRecord]) -> dict[str, Optio
     published = {}
     for number, fields in numbered_jsonl(file):
         where = f"{file}, line {number}"
-        image = text_field(fields, ("image_filename", "file_name"), where)
+        image = name_field(fields, ("image_filename", "file_name"), where)
         text = text_field(fields, ("option_str",), where)
         answer = name_field(fields, ("correct_option",), where)
         match = re.fullmatch(r"A: (.+?)\s*\nB: (.+?)\s*\nC: (.+?)\s*\nD: (.+?)\s*", text)

@@ -1,4 +1,4 @@
-"""Normalisation of names (categories, concepts, labels, datasets): two spellings that look the same are the same name.
+"""Normalisation of names (ids, images, categories, concepts, labels): spellings that look the same are the same name.
 
 Prompts and responses are free text and are never changed. A name may contain control characters or markup; they are
 escaped wherever the name is printed or written to a page or table.
@@ -25,6 +25,8 @@ def normal_name(text: str) -> str:
     Args:
         text: Name as spelled in a file or argument.
     """
+    if text.isascii() and text.isprintable():  # most names; there may be a million
+        return text.strip()
     text = unicodedata.normalize("NFC", text).translate(dict.fromkeys(map(ord, INVISIBLE)))
     text = "".join(" " if unicodedata.category(character) == "Zs" else character for character in text)
     while (stripped := text.strip().strip(AT_THE_ENDS)) != text:

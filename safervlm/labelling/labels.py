@@ -12,7 +12,7 @@ import pandas as pd
 from safervlm.errors import RecordError
 from safervlm.labelling.plan import Plan
 from safervlm.protocol import LABELS
-from safervlm.records import Verdict, check_fields, read_records, to_line, write_jsonl
+from safervlm.records import Verdict, check_fields, normalise, read_records, to_line, write_jsonl
 from safervlm.run_folder import RunFolder
 
 
@@ -31,6 +31,10 @@ class Label:
     label: str
     rater: str
     answer: str
+
+    def __post_init__(self) -> None:
+        """Normalises the id as the question's, the label, and the name of the person."""
+        normalise(self, "id", "label", "rater")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record of ``labels.jsonl``."""

@@ -12,11 +12,15 @@ from PIL import Image
 
 from safervlm.data.benchmark import Benchmark
 from safervlm.data.folders import files_below
+from safervlm.data.image_folders import read_images
 from safervlm.data.own import OwnData
+from safervlm.data.responses import read_responses
 from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.caches import TEMPORARY
 from safervlm.io.images import BROKEN
+from safervlm.labelling.labels import Label
+from safervlm.records import Verdict, by_id
 
 
 def picture(colour: str, kind: str = "PNG") -> bytes:
@@ -195,6 +199,53 @@ def test_spellings_of_one_name_are_one(tmp_path: Path) -> None:
     assert {q.category for q in questions} == {"caf\u00e9"}
     assert {q.answer for q in questions} == {"Unsafe"}
     assert [q.prompt for q in questions] == [row["q"] for row in rows]  # free text is never changed
+
+
+SAME = {  # pairs of spellings of one name
+    "composed": ("caf\u00e9", "cafe\u0301"),
+    "composed twice": ("\u1ec7", "e\u0302\u0323"),
+    "Hangul": ("\ud55c", "\u1112\u1161\u11ab"),
+    "blanks around": ("a b", " a b\t"),
+    "hard space": ("a b", "a\u00a0b"),
+    "ideographic space at the end": ("a", "a\u3000"),
+    "zero width": ("ab", "a\u200bb\ufeff"),
+}
+
+
+@pytest.mark.parametrize("pair", SAME.values(), ids=SAME)
+def test_two_spellings_of_an_id_are_one_question(tmp_path: Path, pair: tuple[str, str]) -> None:
+    write(tmp_path, "a.png")
+    line = {"image": "a.png", "prompt": "?", "label": "Safe"}
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line | {"id": name}) + "\n" for name in pair))
+    with pytest.raises(RecordError, match="two records have this id"):
+        _ = OwnData(str(tmp_path / "q.jsonl")).parts
+    response = {"image_path": None, "response": "Yes", "finish_reason": "stop", "tokens": 1}
+    asked = line | {"dataset": pair[0], "capability": "alignment", "prompt_number": 0, "category": "", "concept": ""}
+    ids = [asked | response | {"id": name, "answer": "Safe"} for name in pair]
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ids))
+    with pytest.raises(RecordError, match="is there twice"):
+        read_responses(tmp_path)
+    verdicts = [Verdict(name, "Safe", {"Safe": 1.0}, "j") for name in pair]
+    with pytest.raises(RecordError, match="is there twice"):
+        by_id(tmp_path, verdicts)
+    first, second = (Label(name, f" {pair[0]}", name, "x") for name in pair)
+    assert first == second
+
+
+@pytest.mark.parametrize("pair", SAME.values(), ids=SAME)
+def test_two_spellings_of_an_image_are_one_image(tmp_path: Path, pair: tuple[str, str]) -> None:
+    names = [f"i/{name.strip()}.png" for name in pair]
+    line = {"prompt": "?", "label": "Safe"}
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line | {"image": name}) + "\n" for name in names))
+    if len(set(names)) == 1:  # a name with white space around is another file's
+        assert [e.question.prompt_number for e in OwnData(str(tmp_path / "q.jsonl")).parts.train] == [0, 1]
+    else:
+        with pytest.raises(RecordError, match="have names that look the same: rename one"):
+            _ = OwnData(str(tmp_path / "q.jsonl")).parts
+    records = [{"image_filename": name, "category": "Hate", "unsafe_concept": "x"} for name in names]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(RecordError, match="the image was named before"):
+        read_images(tmp_path, "X", "Unsafe")
 
 
 def test_names_with_control_characters_are_kept(tmp_path: Path) -> None:
