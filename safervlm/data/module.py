@@ -110,8 +110,7 @@ class SaferData(LightningDataModule):
                 seen.add(question.id)
                 if (path := question.image_path) and (other := files.setdefault(normal_name(path), path)) != path:
                     raise RecordError(
-                        f"{question.id}: the images {other!a} and {path!a} have names that look the same: "
-                        "rename one"
+                        f"{question.id}: the images {other!a} and {path!a} have names that look the same: rename one"
                     )
         return parts
 

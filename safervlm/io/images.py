@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 
 from safervlm.errors import ArgumentError, RecordError, first_line
+from safervlm.io.frames import first_frame
 from safervlm.io.pixels import Encoding, to_srgb
 from safervlm.ranges import in_range
 
@@ -172,7 +173,7 @@ def decode(path: str | Path, record: str, settings: ImageSettings = ImageSetting
 
     The EXIF orientation is applied, more than 8 bits per channel are scaled to 8, colours are converted to sRGB by the
     file's ICC profile, and transparency is composited on the background. Of an animation or a file of several pages the
-    first frame is decoded.
+    first frame is decoded, at its place on the canvas (see :mod:`safervlm.io.frames`).
 
     Args:
         path: Image file.
@@ -303,22 +304,23 @@ def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSet
     if kind == "PNG":  # verify the checksums, which loading skips
         with Image.open(io.BytesIO(content), formats=[kind]) as again:
             again.verify()
-    covered = covered_box(image)
     encoding = encoding_of(image, content)
+    alone, covered = first_frame(image, content)
     if kind == "TIFF" and image.info.get("compression") == "raw":  # Pillow ignores the length that the file gives
         tags = image.tag_v2  # type: ignore[attr-defined]
         given = sum(tags.get(STRIP_BYTES, ())) + sum(tags.get(TILE_BYTES, ()))
         if 0 < given < image.width * image.height * sum(tags.get(BITS_PER_SAMPLE, (1,))) // 8:
             raise OSError(NO_DATA)
     image.load()
-    orientation = orientation_of(image)
-    shown = to_srgb(image, encoding, settings.background_rgb)
-    if kind == "GIF" and covered != (0, 0, *image.size):  # pixels outside the frame are transparent
+    frame = image if alone is content else Image.open(io.BytesIO(alone), formats=[kind])
+    shown = to_srgb(frame, encoding, settings.background_rgb)
+    if kind in ("GIF", "PNG", "WEBP") and covered != (0, 0, *image.size):  # pixels outside the frame are transparent
         uncovered = Image.new("RGB", image.size, settings.background_rgb)
-        uncovered.paste(shown.crop(covered), covered)
+        uncovered.paste(shown.crop(covered) if frame is image else shown, covered)
         shown = uncovered
     elif (covered[2] - covered[0]) * (covered[3] - covered[1]) < image.width * image.height:
         raise OSError(NO_DATA)
+    orientation = orientation_of(frame)
     plain = (
         kind in COMMON_FORMATS
         and image.mode in ("RGB", "L", "P")
@@ -334,19 +336,6 @@ def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSet
         shown = shown.transpose(TRANSPOSITIONS[orientation])
     shown.info.clear()  # else a profile or transparent colour would be written to a PNG, and applied again
     return Decoded(shown, content, kind, plain)
-
-
-def covered_box(image: ImageFile.ImageFile) -> tuple[int, int, int, int]:
-    """Returns the part of an image that the file has data for: left, top, right, bottom.
-
-    Args:
-        image: Opened image, not loaded.
-    """
-    boxes = [tile.extents for tile in image.tile if tile.extents is not None]
-    if not boxes:  # formats that are decoded as a whole
-        return 0, 0, *image.size
-    left, top, right, bottom = zip(*boxes, strict=True)
-    return min(left), min(top), max(right), max(bottom)
 
 
 def encoding_of(image: ImageFile.ImageFile, content: bytes) -> Encoding:
