@@ -20,6 +20,7 @@ from safervlm.io.reading import read_object
 from safervlm.io.seals import SEAL, seal_folder, verify_folder
 from safervlm.io.tables import say
 from safervlm.limits import must_match_soon
+from safervlm.vlm.adapter_settings import check_settings
 from safervlm.vlm.compat import names_as_given, renamed_by_peft
 from safervlm.vlm.lora import active, switched
 from safervlm.vlm.weights import must_be_finite, read_tensors, reading
@@ -130,8 +131,10 @@ def load_adapter(
         )
     names = [name for name, _ in base.named_modules()]
     must_match_soon(sorted(patterns_of(settings)), names, f"{argument}: its {CONFIG}", seconds)
-    state = read_tensors(adapter_weights(folder), "vlm.adapter")
-    must_be_finite(state.items(), argument)
+    file = adapter_weights(folder)
+    state = read_tensors(file, "vlm.adapter")
+    must_be_finite(state.items(), f"{argument}: {file.name}")
+    check_settings(settings, state, f"{argument}: {CONFIG}", file.name)
     named = base.config.name_or_path
     trained_on = settings.get("base_model_name_or_path")
     hint = f" (it was trained on {trained_on!r})" if trained_on and trained_on != named else ""
@@ -148,14 +151,17 @@ def load_adapter(
             raise ArgumentError(f"{doesnt_fit}: {shown[:200]}; give the base model that it was trained on") from error
         raise
     if wrong := set(state) ^ set(expected):
+        absent = f"{CONFIG} asks for it, {file.name} lacks it"
+        reason = absent if min(wrong) in expected else f"{file.name} holds it, {CONFIG} or the base model has no place"
         raise ArgumentError(
-            f"{doesnt_fit}: {len(wrong)} weights don't fit, for example {min(wrong)}; give the base model that it was "
-            "trained on"
+            f"{doesnt_fit}: {len(wrong)} weights don't fit, for example {min(wrong)} ({reason}); give the base model "
+            "that it was trained on, and the two files of one adapter"
         )
     if wrong := {key for key, value in state.items() if value.shape != expected[key].shape}:
+        shapes = f"{tuple(state[min(wrong)].shape)} in {file.name}, {tuple(expected[min(wrong)].shape)} needed"
         raise ArgumentError(
-            f"{doesnt_fit}: {len(wrong)} weights have another shape, for example {min(wrong)}; give the base model "
-            "that it was trained on"
+            f"{doesnt_fit}: {len(wrong)} weights have another shape, for example {min(wrong)}: {shapes}; give the base "
+            "model that it was trained on"
         )
     if not switched(model):
         raise ArgumentError(f"{argument} ({kind}) is on none of the model's layers; give an adapter such as LoRA")

@@ -230,6 +230,17 @@ def file(name: str, content: bytes | None) -> Callable[[Path, Path], object]:
     return make
 
 
+def configured(**changes: object) -> Callable[[Path, Path], object]:
+    """An adapter of rank 2 whose configuration is changed afterwards."""
+
+    def make(base: Path, folder: Path) -> None:
+        adapted(base, folder, LoraConfig(r=2, target_modules=LAYERS))
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return make
+
+
 def pickled(base: Path, folder: Path) -> None:
     """A file of weights that would run code."""
     adapted(base, folder, LoraConfig(r=2, target_modules=LAYERS))
@@ -253,6 +264,33 @@ REJECTED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a weight is missing": (tensors(lambda s: s.pop(first(s))), "1 weights don't fit"),
     "a weight of another model": (tensors(lambda s: s.update({f"{first(s)}2": torch.ones(2)})), "1 weights don't fit"),
     "another width": (tensors(lambda s: s.update({first(s): torch.ones(2, 40)})), "was not made for"),
+    "another rank": (configured(r=4), r"adapter_config.json: r is 4, but \S+lora_A.weight in \S+ has rank 2"),
+    "a rank of text": (configured(r="2"), r"r must be an integer of at least 1, got '2'"),
+    "a rank of 0": (configured(r=0), r"r must be an integer of at least 1, got 0"),
+    "a rank of half": (configured(r=2.5), r"r must be an integer of at least 1, got 2.5"),
+    "an alpha of text": (configured(lora_alpha="8"), r"lora_alpha must be a number, got '8'"),
+    "no alpha": (configured(lora_alpha=None), r"lora_alpha must be a number, got None"),
+    "another rank of some": (
+        configured(rank_pattern={"q_proj": 3}),
+        r"rank_pattern\['q_proj'\] is 3, but \S+q_proj.lora_A.weight in adapter_model.safetensors has rank 2",
+    ),
+    "a rank of none": (configured(rank_pattern={"o_proj": 2}), r"rank_pattern has 'o_proj': 2, but none of the 4"),
+    "an alpha of none": (configured(alpha_pattern={"qproj": 64}), r"alpha_pattern has 'qproj': 64, but none of the 4"),
+    "patterns in a list": (configured(rank_pattern=["q_proj"]), r"rank_pattern must be an integer"),
+    "a pattern of text": (configured(alpha_pattern={"q_proj": "x"}), r"alpha_pattern\['q_proj'\] must be a number"),
+    "fewer modules": (
+        configured(target_modules=r".*language_model.*\.q_proj"),
+        r"4 weights don't fit, for example \S+down_proj\S+ \(adapter_model.safetensors holds it",
+    ),
+    "more modules": (
+        configured(target_modules=r".*language_model.*\.(q_proj|down_proj|o_proj)"),
+        r"4 weights don't fit, for example \S+o_proj\S+ \(adapter_config.json asks for it",
+    ),
+    "DoRA without its vectors": (configured(use_dora=True), r"lora_magnitude_vector\S* \(adapter_config.json asks"),
+    "infinity": (
+        tensors(lambda s: s[first(s)][0].fill_(float("inf"))),
+        r"adapter_model.safetensors holds NaN or infinite numbers in \S+lora_A",
+    ),
     "NaN": (tensors(lambda s: s[first(s)].fill_(float("nan"))), "NaN or infinite numbers in"),
     "no weights": (file("adapter_model.safetensors", None), "no adapter_model.safetensors or adapter_model.bin"),
     "weights cut": (file("adapter_model.safetensors", b"\x10\0\0\0\0\0\0\0{"), "is not a plain state dict"),
