@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from lightning import LightningDataModule, Trainer
 
-from safervlm.cli.arguments import options
+from safervlm.cli.arguments import SECTIONS, options
 from safervlm.recipes import CONFIGS
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.sampling import Sampling
 
+# Top-level names of a recipe.
+TOP = (*SECTIONS, "run", "seed_everything", "ckpt_path", "config")
 # Logger of Lightning -> extra of pyproject.toml with the package that it needs.
 EXTRAS = {"MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb"}
 
@@ -42,6 +44,8 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
             return f"unknown argument {unknown}: arguments begin with two dashes; --help lists all"
         end = unknown.lstrip("-").split("=")[0]  # of a nested argument only the last part
         name = argument(end, typed)
+        if meant := corrected(name, known):
+            return f"unknown argument --{name}; did you mean --{meant}?; --help lists all"
         parts = [part for part in ("data", "model", "trainer") if part in known]  # empty for commands without Lightning
         nested = [f"{part}.{name}" for part in parts if name in parameters(part)]
         if stem := name.removesuffix(end):
@@ -52,11 +56,12 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     if unknown := find(r"Option '([^']+)' is not accepted"):
         whole = argument(unknown, typed)
         if whole == unknown:  # it was not typed, so it is from a file
-            names = [*parameters("data"), *parameters("model")]
+            names = ["class_path", "init_args", *parameters("data"), *parameters("model")]
+            sets = f"{source_of(unknown, typed)} sets {unknown!r}, which its class doesn't take"
             if unknown not in names and (close := difflib.get_close_matches(unknown, names, 1, cutoff=0.8)):
-                return f"a config sets {unknown!r}, which its class doesn't take; did you mean {close[0]}?"
+                return f"{sets}; did you mean {close[0]}?"
             return (
-                f"a config sets {unknown!r}, which its class doesn't take: an overlay comes after its own recipe, as "
+                f"{sets}: an overlay comes after its own recipe, as "
                 "in --config configs/sft.yaml --config configs/pictograms/sft.yaml"
             )
         stem = whole.removesuffix(unknown)
@@ -66,11 +71,15 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     if unknown := find(r"does not accept option '([^']+)'"):
         section, dot, name = unknown.partition(".")
         if dot and section in ("data", "model", "trainer"):
-            return f"a config sets {unknown!r}, which {section} doesn't take" + did_you_mean(
-                name, parameters(section), f"{section}."
+            return (
+                f"{source_of(name, typed)} sets {unknown!r}, which {section} doesn't take"
+                f"{did_you_mean(name, parameters(section), f'{section}.')}"
             )
+        has = f"{source_of(section, typed)} has {section!r}, which no recipe has"
+        if close := difflib.get_close_matches(section, TOP, 1):
+            return f"{has}; did you mean {close[0]}?"
         return (
-            f"a config has {section!r}, which no recipe has: it is another kind of file; a recipe "
+            f"{has}: it is another kind of file; a recipe "
             "has run, model, data, trainer; a part goes where it belongs, as in --model.vlm configs/vlm/NAME.yaml"
         )
     if nothing := find(r"Unexpected config: *(.*)"):
@@ -115,6 +124,56 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         kinds = re.sub(r"Literal\[(.*?)\]", r"\1", " or ".join(expected)).replace("collections.abc.Sequence", "a list")
         return f"{name}expected {kinds}, got {got!r}{meant}"
     return name + " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
+
+
+def corrected(name: str, known: Sequence[str]) -> str | None:
+    """Returns a dotted name with each misspelt part replaced by the most similar one that its place may have.
+
+    Args:
+        name: Name of an argument, without dashes.
+        known: Names of the parser's arguments.
+
+    Returns:
+        The corrected name; None if no part is misspelt, or a part resembles none.
+    """
+    split = [each.split(".") for each in known]
+    parts: list[str] = []
+    for place, part in enumerate(name.split(".")):
+        # The names may be relative to a class: then they continue any end of the name.
+        starts = range(1 if "data" in known else place + 1)
+        ends = [(parts[start:], place - start) for start in starts]
+        there = {each[at] for end, at in ends for each in split if each[:at] == end and len(each) > at}
+        if "data" in known or place == 1:
+            there |= set(parameters(parts[0])) if parts and parts[0] in SECTIONS else set()
+        there |= set(SECTIONS) if not parts and "." in name else set()
+        there -= {"help"}
+        close = [part] if part in there else difflib.get_close_matches(part, sorted(there), 1, cutoff=0.6)
+        if not close:
+            return None
+        parts.append(close[0])
+    meant = ".".join(parts)
+    return None if meant == name else meant
+
+
+def source_of(key: str, typed: Sequence[str]) -> str:
+    """Returns where a setting comes from: the file and the line, or the argument; ``a config`` if it is not found.
+
+    Args:
+        key: Last part of the setting's name.
+        typed: Words of the command line.
+    """
+    setting = re.compile(rf"""[\s{{,'"]*{re.escape(key)}['"]?\s*:""")
+    for name, value in options(typed):
+        if value is None:
+            continue
+        if value.endswith((".yaml", ".yml", ".json")) and Path(value).is_file():
+            lines = Path(value).read_text(encoding="utf-8", errors="replace").splitlines()
+            number = next((number for number, line in enumerate(lines, 1) if setting.search(line)), None)
+            if number is not None:
+                return f"{value}, line {number}:"
+        elif value.lstrip()[:1] in ("{", "[") and setting.search(value):
+            return f"--{name}:"
+    return "a config"
 
 
 def argument(key: str, typed: Sequence[str]) -> str:
