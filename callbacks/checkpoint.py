@@ -9,6 +9,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from callbacks.generation_check import GenerationCheck
+from safervlm.compat import validation_follows
 from safervlm.finite import must_have_finite_weights
 from safervlm.io.caches import temporary_folder
 from safervlm.io.seals import origin_of, seal_file, seal_folder
@@ -49,6 +50,7 @@ class LastCheckpoint(Callback):
         self._limit = math.inf
         self._begun = self._step = self._saving = 0.0  # in seconds
         self._long_until = 0  # number of a batch
+        self._steps = 0  # optimizer steps before the current batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Moves this callback behind all others, so that their files of a batch are written before its checkpoint."""
@@ -67,8 +69,8 @@ class LastCheckpoint(Callback):
             loop.reset_restart_stage()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts the clock, after the hooks of the other callbacks."""
-        self._begun = time.monotonic()
+        """Starts the clock and notes the optimizer step, after the hooks of the other callbacks."""
+        self._begun, self._steps = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -83,7 +85,7 @@ class LastCheckpoint(Callback):
         last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
         last |= 0 < trainer.max_steps <= trainer.global_step
         self._step += time.monotonic() - self._begun
-        if pl_module.automatic_optimization and loop._should_accumulate():
+        if pl_module.automatic_optimization and trainer.global_step == self._steps:  # gradients are accumulated
             return
         if self._step + self._saving > self._limit:
             self._long_until = batches + RECENT
@@ -99,8 +101,7 @@ class LastCheckpoint(Callback):
 
     def _long_work_follows(self, trainer: Trainer, batches: int) -> bool:
         """Whether a validation, or a generation check that took long the last time, precedes the next batch."""
-        validates = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        if validates and sum(trainer.num_val_batches) > 0:
+        if validation_follows(trainer) and sum(trainer.num_val_batches) > 0:
             return True
         checks = [each for each in trainer.callbacks if isinstance(each, GenerationCheck)]  # type: ignore[attr-defined]
         return any(check.is_due(batches) and check.seconds > self._limit for check in checks)

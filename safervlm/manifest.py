@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies.launchers import subprocess_script
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from safervlm.addresses import public_text
+from safervlm.compat import SignalConnector, connect_signals, observe_processes, signals_of
 from safervlm.errors import RecordError
 from safervlm.io.caches import LOCK
 from safervlm.io.locks import Lock
@@ -36,7 +35,7 @@ def stage_name(module: LightningModule) -> str:
     return type(module).__name__.lower()
 
 
-class Signals(_SignalConnector):
+class Signals(SignalConnector):
     """Signal connector of Lightning that uses the request handling of :mod:`safervlm.io.signals`.
 
     Lightning's own handler communicates with the other processes from within the handler, and may block forever.
@@ -76,7 +75,7 @@ def agree_to_end(trainer: Trainer, save: bool = False) -> tuple[bool, bool]:
         trainer: Trainer of the fit; it ends after this step if the first value is True.
         save: Whether this process wants to save a checkpoint, which may depend on its clock.
     """
-    connector = trainer._signal_connector
+    connector = signals_of(trainer)
     here = torch.tensor([trainer.received_sigterm or asked_to_end(), save], dtype=torch.int64)
     ends, saves = trainer.strategy.reduce(here.to(trainer.strategy.root_device), reduce_op="sum").tolist()
     if isinstance(connector, Signals):
@@ -111,12 +110,16 @@ class RunManifest(Callback):
         self._lock: Lock | None = None
         self._waits = False
         # Must be set before Lightning launches the other processes of the run.
-        subprocess_script._launch_process_observer = observe
+        observe_processes(observe)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Locks the folder, checks the settings and writes the stage's entry, before any weight is loaded."""
+        """Locks the folder, checks the settings and writes the stage's entry, before any weight is loaded.
+
+        Raises:
+            RecordError: Another process uses the folder, or the run in it has other settings.
+        """
         run, name = Path(trainer.default_root_dir), stage_name(pl_module)
-        trainer._signal_connector = Signals(trainer)
+        connect_signals(trainer, Signals(trainer))
         together(trainer.global_rank)
         refusal = ""
         if trainer.is_global_zero and stage != "validate":
