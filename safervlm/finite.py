@@ -57,7 +57,11 @@ class TrainingGuard(Callback):
         self._engine_skipped = 0  # skipped steps reported by DeepSpeed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Rejects a run of zero epochs or steps before any weight is loaded."""
+        """Rejects a run of zero epochs or steps before any weight is loaded.
+
+        Raises:
+            ArgumentError: There is nothing to train.
+        """
         if stage != "fit":
             return
         for name in ("max_epochs", "max_steps"):
@@ -74,7 +78,11 @@ class TrainingGuard(Callback):
         self._loss = bad if self._loss is None else self._loss | bad
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Checks the loss and the gradients before gradient clipping."""
+        """Checks the loss and the gradients before gradient clipping.
+
+        Raises:
+            NotFiniteError: The loss or a gradient is not finite, or too many steps in a row were skipped.
+        """
         bad_loss = self._loss is not None and bool(self._loss)
         self._loss = None
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -97,7 +105,11 @@ class TrainingGuard(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Checks DeepSpeed's gradient norm and skipped steps: DeepSpeed does not expose the gradients themselves."""
+        """Checks DeepSpeed's gradient norm and skipped steps: DeepSpeed does not expose the gradients themselves.
+
+        Raises:
+            NotFiniteError: The norm is not finite, or too many steps in a row were skipped.
+        """
         if not isinstance(trainer.strategy, DeepSpeedStrategy):
             return
         engine = trainer.strategy.deepspeed_engine
@@ -112,7 +124,11 @@ class TrainingGuard(Callback):
             raise self._error(trainer, "the gradients' norm is not finite (NaN or infinite)")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks the validation losses, which are the same on all processes."""
+        """Checks the validation losses, which are the same on all processes.
+
+        Raises:
+            NotFiniteError: A validation loss is not finite.
+        """
         for name, value in trainer.callback_metrics.items():
             if name.startswith("val") and name.endswith("loss") and not torch.isfinite(value).all():
                 raise self._error(trainer, f"{name} is not finite (NaN or infinite)")

@@ -17,6 +17,8 @@ from safervlm.vlm.sampling import Sampling
 
 # Top-level names of a recipe.
 TOP = (*SECTIONS, "run", "seed_everything", "ckpt_path", "config")
+# Options of jsonargparse that no one who misspells a setting means.
+NO_SETTING = {"help", "print_shtab"}
 # Logger of Lightning -> extra of pyproject.toml with the package that it needs.
 EXTRAS = {"MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb"}
 
@@ -44,7 +46,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
             return f"unknown argument {unknown}: arguments begin with two dashes; --help lists all"
         end = unknown.lstrip("-").split("=")[0]  # of a nested argument only the last part
         name = argument(end, typed)
-        if meant := corrected(name, known):
+        if meant := corrected_name(name, known):
             return f"unknown argument --{name}; did you mean --{meant}?; --help lists all"
         parts = [part for part in ("data", "model", "trainer") if part in known]  # empty for commands without Lightning
         nested = [f"{part}.{name}" for part in parts if name in parameters(part)]
@@ -126,7 +128,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     return name + " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
 
 
-def corrected(name: str, known: Sequence[str]) -> str | None:
+def corrected_name(name: str, known: Sequence[str]) -> str | None:
     """Returns a dotted name with each misspelt part replaced by the most similar one that its place may have.
 
     Args:
@@ -141,16 +143,18 @@ def corrected(name: str, known: Sequence[str]) -> str | None:
     for place, part in enumerate(name.split(".")):
         # The names may be relative to a class: then they continue any end of the name.
         starts = range(1 if "data" in known else place + 1)
-        ends = [(parts[start:], place - start) for start in starts]
-        there = {each[at] for end, at in ends for each in split if each[:at] == end and len(each) > at}
-        if "data" in known or place == 1:
-            there |= set(parameters(parts[0])) if parts and parts[0] in SECTIONS else set()
+        sets = [
+            {each[len(end)] for each in split if each[: len(end)] == end and len(each) > len(end)}
+            for end in (parts[start:] for start in starts)
+        ]
+        there = next(filter(None, sets), set()) - NO_SETTING
+        if parts and parts[0] in SECTIONS and ("data" in known or place == 1):
+            there |= set(parameters(parts[0]))
         there |= set(SECTIONS) if not parts and "." in name else set()
-        there -= {"help"}
         close = [part] if part in there else difflib.get_close_matches(part, sorted(there), 1, cutoff=0.6)
-        if not close:
+        if not close and parts == name.split(".")[:place]:
             return None
-        parts.append(close[0])
+        parts.append(close[0] if close else part)  # a part behind a misspelt one may be right
     meant = ".".join(parts)
     return None if meant == name else meant
 
@@ -213,5 +217,5 @@ def did_you_mean(name: str, names: Sequence[str], stem: str = "") -> str:
         names: Known names.
         stem: Prefix of the suggested name.
     """
-    close = difflib.get_close_matches(name, names, 1, cutoff=0.6)
+    close = difflib.get_close_matches(name, [each for each in names if each.split(".")[-1] not in NO_SETTING], 1)
     return f"; did you mean --{stem}{close[0]}?" if close else ""

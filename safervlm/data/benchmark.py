@@ -307,7 +307,11 @@ class Benchmark(SaferData):
         return Parts(predict=[Example(question) for question in questions])
 
     def images(self) -> list[ImageRecord]:
-        """Returns the image of each row."""
+        """Returns the image of each row.
+
+        Raises:
+            RecordError: Two rows have the same index, or an image is that of a row that does not exist.
+        """
         files = written_images(self.images_folder) if self.embedded else {}
         folder = self.file if self.file.is_dir() else self.file.parent
         rows = self.rows

@@ -232,7 +232,11 @@ class SavedResponses(SaferData):
 
     @cached_property
     def all_answers(self) -> tuple[list[Response], list[Question]]:
-        """As :attr:`answers`, but without the limit."""
+        """As :attr:`answers`, but without the limit.
+
+        Raises:
+            RecordError: The records have no ids, and no dataset is named that they may be responses to.
+        """
         if self.has_ids:
             return read_responses(self.path), []
         records = read_first_implementation(self.path)

@@ -293,12 +293,15 @@ def check_size(image: Image.Image, what: str, settings: ImageSettings) -> None:
 
 
 def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSettings) -> Decoded:
-    """Decodes an opened image; raises Pillow's exceptions, UnsupportedPixelsError, or OSError if rows have no data.
+    """Decodes an opened image.
 
     Args:
         image: Opened image, not loaded.
         content: Bytes of its file.
         settings: Colour behind transparent pixels.
+
+    Raises:
+        OSError: The file has no data for some rows; see also :func:`safervlm.io.pixels.to_srgb` and Pillow.
     """
     kind = str(image.format)
     if kind == "PNG":  # verify the checksums, which loading skips

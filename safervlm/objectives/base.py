@@ -90,6 +90,9 @@ class Objective(L.LightningModule):
             the gradients of their losses are averaged with equal weight; :meth:`global_mean` weights each token or
             example equally, also where the batches differ in size. With ``accumulate_grad_batches`` the losses of the
             batches of a step are averaged with equal weight.
+
+        Raises:
+            NotImplementedError: The subclass has neither this method nor a ``training_step``.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither a loss nor a training_step")
 

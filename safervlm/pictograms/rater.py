@@ -82,10 +82,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Replies with one completion, or with status 400 to a malformed request."""
         try:
-            length = int(self.headers["Content-Length"])
-            if not 0 <= length <= LARGEST:
-                raise ValueError(f"at most {LARGEST} bytes")
-            body, status = completion(json.loads(self.rfile.read(length))), 200
+            body, status = completion(json.loads(self._content())), 200
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             body, status = {"error": {"message": f"no chat completion is asked for ({error})"}}, 400
         content = json.dumps(body).encode()
@@ -94,6 +91,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def _content(self) -> bytes:
+        length = int(self.headers["Content-Length"])
+        if not 0 <= length <= LARGEST:
+            raise ValueError(f"at most {LARGEST} bytes")
+        return self.rfile.read(length)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the library's name)
         """Suppresses the log line of each request.

@@ -18,7 +18,7 @@ RANKED = re.compile(r"\.lora_(embedding_)?([AB])(\.weight)?$")  # names of LoRA'
 PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
 
-def check_settings(settings: Mapping[str, Any], state: Mapping[str, Tensor], config: str, weights: str) -> None:
+def must_agree(settings: Mapping[str, Any], state: Mapping[str, Tensor], config: str, weights: str) -> None:
     """Rejects a LoRA adapter whose settings are no numbers, or contradict the shapes or names of its weights.
 
     Adapters of other kinds are not checked here.

@@ -20,7 +20,7 @@ from safervlm.io.reading import read_object
 from safervlm.io.seals import SEAL, seal_folder, verify_folder
 from safervlm.io.tables import say
 from safervlm.limits import must_match_soon
-from safervlm.vlm.adapter_settings import check_settings
+from safervlm.vlm.adapter_settings import must_agree
 from safervlm.vlm.compat import names_as_given, renamed_by_peft
 from safervlm.vlm.lora import active, switched
 from safervlm.vlm.weights import must_be_finite, read_tensors, reading
@@ -134,7 +134,7 @@ def load_adapter(
     file = adapter_weights(folder)
     state = read_tensors(file, "vlm.adapter")
     must_be_finite(state.items(), f"{argument}: {file.name}")
-    check_settings(settings, state, f"{argument}: {CONFIG}", file.name)
+    must_agree(settings, state, f"{argument}: {CONFIG}", file.name)
     named = base.config.name_or_path
     trained_on = settings.get("base_model_name_or_path")
     hint = f" (it was trained on {trained_on!r})" if trained_on and trained_on != named else ""

@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForImageTextToText,
     GenerationConfig,
     LogitsProcessorList,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -35,6 +34,7 @@ from safervlm.vlm.compat import grown_inputs
 from safervlm.vlm.conversation import template_arguments_of
 from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_tokens
 from safervlm.vlm.heads import transform_between
+from safervlm.vlm.layers import switch_off_dropout
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing, extend, join
@@ -43,19 +43,6 @@ from safervlm.vlm.sampling import Sampler, Sampling
 from safervlm.vlm.selfcheck import PROCESSOR_FAILS, UNLIKE, self_check, works
 from safervlm.vlm.thinking import Setting, Thinking, valid_setting
 from safervlm.vlm.weights import load_model, reading
-
-
-def switch_off_dropout(config: Any) -> None:
-    """Sets every dropout probability of a configuration to 0, including those of nested configurations.
-
-    Args:
-        config: A configuration of transformers; changed in place.
-    """
-    for name, value in list(vars(config).items()):
-        if isinstance(value, PreTrainedConfig):
-            switch_off_dropout(value)
-        elif "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
 
 
 class Transformers(LocalVLM):
@@ -120,6 +107,9 @@ class Transformers(LocalVLM):
         """The model's configuration with all dropout set to 0.
 
         LoRA has its own dropout, and the reference must be deterministic.
+
+        Raises:
+            ArgumentError: The model can't be read, needs code that is not installed, or has an encoder and a decoder.
         """
         with reading(self.name):
             config = AutoConfig.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
@@ -146,7 +136,11 @@ class Transformers(LocalVLM):
 
     @cached_property
     def collator(self) -> ProcessorCollator:
-        """The collator; the processor is loaded on first access."""
+        """The collator; the processor is loaded on first access.
+
+        Raises:
+            ArgumentError: The processor has no chat template, and none is given.
+        """
         if self.template is None and self.processor.chat_template is None:
             raise ArgumentError(
                 f"vlm.model: {self.name!r} has no chat template; give vlm.template, the text around {{question}}"
@@ -261,6 +255,9 @@ class Transformers(LocalVLM):
 
         The tokenizer's comes first, then those of the generation configuration, or of the model configuration if there
         is no generation configuration.
+
+        Raises:
+            ArgumentError: The settings can't be read, or name no token that ends a response.
         """
         with reading(self.name):
             try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ATTENTION, LINEAR_ATTENTION, MLP = "attention", "linear attention", "MLP"
@@ -133,3 +133,16 @@ def _kind(place: str, value: Any, stacks: dict[str, int], recurrent: set[str]) -
         if count in value.shape and (not parent or place.startswith(f"{parent}.")):
             return ROUTER
     return GATE if place.endswith("gate") else MLP
+
+
+def switch_off_dropout(config: Any) -> None:
+    """Sets every dropout probability of a configuration to 0, including those of nested configurations.
+
+    Args:
+        config: A configuration of transformers; changed in place.
+    """
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            switch_off_dropout(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)

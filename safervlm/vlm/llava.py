@@ -235,7 +235,11 @@ class Llava(PackedVLM):
 
     @cached_property
     def collator(self) -> LlavaCollator:
-        """The collator; the tokenizer and the image processor are loaded on first access."""
+        """The collator; the tokenizer and the image processor are loaded on first access.
+
+        Raises:
+            ArgumentError: The model is no LLaVA, or can't be read.
+        """
         with reading(self.name):
             config = AutoConfig.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
             if not isinstance(config, LlavaConfig):
@@ -302,7 +306,11 @@ class Llava(PackedVLM):
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Id of ``</s>``, as a list."""
+        """Id of ``</s>``, as a list.
+
+        Raises:
+            ArgumentError: The tokenizer names no end token.
+        """
         if self.tokenizer.eos_token_id is None:
             raise ArgumentError(
                 f"vlm.model: the tokenizer of {self.name!r} names no token that ends a response (eos_token)"

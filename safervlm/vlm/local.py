@@ -243,7 +243,11 @@ class LocalVLM(VLM):
 
     @property
     def base(self) -> PreTrainedModel:
-        """The Hugging Face model, including any adapter layers."""
+        """The Hugging Face model, including any adapter layers.
+
+        Raises:
+            RuntimeError: The weights are not loaded.
+        """
         if self.model is None:
             raise RuntimeError("the weights are not loaded: call load() first")
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model

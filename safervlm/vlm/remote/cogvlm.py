@@ -18,8 +18,9 @@ from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, PreTra
 from safervlm.errors import ArgumentError
 from safervlm.io.images import BLANK, ImageSettings
 from safervlm.records import Question
-from safervlm.vlm.auto import Encoding, switch_off_dropout
+from safervlm.vlm.auto import Encoding
 from safervlm.vlm.compat import local_torch_dtype
+from safervlm.vlm.layers import switch_off_dropout
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.remote.base import LegacyTupleCacheMixin, MissingPackageStub, Remote, RemoteCollator, rotate
 from safervlm.vlm.weights import reading
@@ -151,7 +152,11 @@ class CogVLM(Remote):
 
     @cached_property
     def collator(self) -> CogVLMCollator:
-        """The collator, checked against one prompt that the model's own code encodes."""
+        """The collator, checked against one prompt that the model's own code encodes.
+
+        Raises:
+            ArgumentError: The model's own code encodes the prompt differently.
+        """
         own = self.remote_class("AutoModelForCausalLM").build_conversation_input_ids(
             SimpleNamespace(config=self.config),
             self.tokenizer,

@@ -30,10 +30,11 @@ from transformers import (
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.images import ImageSettings
 from safervlm.records import Example, Question
-from safervlm.vlm.auto import Encoding, switch_off_dropout
+from safervlm.vlm.auto import Encoding
 from safervlm.vlm.base import Generation
 from safervlm.vlm.compat import CACHE, local_torch_dtype
 from safervlm.vlm.encoding import EncodedBatch
+from safervlm.vlm.layers import switch_off_dropout
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.remote.base import LegacyTupleCacheMixin, Remote, RemoteCollator, rotate
 
@@ -227,7 +228,11 @@ class XComposer2(Remote):
 
     @cached_property
     def eos_token_ids(self) -> list[int]:
-        """The end of a turn, which the model was trained to generate, and the tokenizer's end token."""
+        """The end of a turn, which the model was trained to generate, and the tokenizer's end token.
+
+        Raises:
+            ArgumentError: The tokenizer does not have the end of a turn.
+        """
         end = self.tokenizer.convert_tokens_to_ids(END)
         if end == self.tokenizer.unk_token_id:
             raise ArgumentError(f"vlm.model: the tokenizer of {self.name!r} has no {END}; name a {self.family}")
@@ -235,7 +240,11 @@ class XComposer2(Remote):
 
     @cached_property
     def collator(self) -> XComposer2Collator:
-        """The collator, checked against one prompt that the model's own code encodes."""
+        """The collator, checked against one prompt that the model's own code encodes.
+
+        Raises:
+            ArgumentError: The model's own code encodes the prompt differently.
+        """
         remote = self.remote_class("AutoModelForCausalLM")
         system = self.system
         if self.own_words:
