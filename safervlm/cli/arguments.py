@@ -7,12 +7,14 @@ the typed arguments and in the files that these name.
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from safervlm.errors import ArgumentError
+from safervlm.io.names import path_text
 from safervlm.io.settings import flat, from_yaml, read_part, read_settings
 from safervlm.io.trust import PATHS
 from safervlm.recipes import local_or_shipped
@@ -31,6 +33,8 @@ MAX_SEED = 2**32 - 1  # the largest seed that NumPy's generators accept
 SEEDS = {"seed", "seed_everything"}
 # Settings for which an empty text is a valid value: no system prompt, no description.
 MAY_BE_EMPTY = {"system", "about", "template"}
+# Environment variables that Lightning reads as numbers.
+RANKS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE")
 # Sections of a configuration. One without settings would discard those of the files before it.
 SECTIONS = ("model", "data", "trainer")
 # Arguments whose value must be a settings file if a file of this name exists; that of others, except of data files, may
@@ -58,6 +62,7 @@ def prepared(args: Sequence[str]) -> list[str]:
         else:
             words.append(word)
     check_words(words)
+    check_environment()
     return words
 
 
@@ -76,8 +81,23 @@ def check_words(words: Sequence[str]) -> None:
     for number, word in enumerate(words):
         if not word.strip() and number not in values:
             raise ArgumentError(f"the argument {word!r} is empty; give a value, or omit it")
+    for word in takewhile(lambda word: not word.startswith("-"), words):  # run folders
+        path_text("the argument", word)
     for name, value in options(words):
         check_arguments(plain_name(name), value, f"--{name}", Path(), set())
+
+
+def check_environment() -> None:
+    """Rejects numbers of processes that Lightning could not read from the environment, where torchrun sets them.
+
+    Raises:
+        ArgumentError: A variable is no number.
+    """
+    for name in RANKS:
+        if not re.fullmatch(r"\d{1,9}", value := os.environ.get(name, "0")):
+            raise ArgumentError(
+                f"the environment variable {name}: a number, as torchrun sets it, got {value!r}; unset it"
+            )
 
 
 def plain_name(name: str) -> str:
@@ -110,6 +130,8 @@ def check_arguments(name: str, value: Any, where: str, folder: Path, seen: set[P
     if not isinstance(value, str):
         return
     reject_empty(name, value, where)
+    if name == "run":
+        path_text(where, value)
     if "\0" in value:
         raise ArgumentError(f"{where}: {value[:80]!r} contains a zero character; remove it")
     if last in MAY_BE_EMPTY:

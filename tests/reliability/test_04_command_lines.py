@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from processes import Played
 
+from safervlm.cli.arguments import prepared
+from safervlm.errors import ArgumentError
+
 # MODEL, SETS and SAFE are replaced: a tiny model, and small datasets.
 MEASURE = "--config configs/measure.yaml --model.vlm.model MODEL --data.folder SETS"
 EVALUATE = "predict --config configs/evaluate.yaml --model.vlm.model MODEL"
@@ -164,6 +167,12 @@ WRONG: list[tuple[str, list[str]]] = [
     (f"predict {MEASURE} --model.vlm configs/vlm/nowhere.yaml", ["--model.vlm", "nowhere.yaml"]),
     (f"predict {MEASURE} --model safervlm.measure.Mesure", ["--model", "Mesure"]),
     (f"predict {MEASURE} --data safervlm.measure.Measure", ["--data", "safervlm.measure.Measure"]),
+    (f"predict {MEASURE} --run https://me:pw@host/run", ["--run", "https://host/run", "address"]),
+    ("predict --config addressed.yaml", ["addressed.yaml: run", "s3://host/run", "address"]),
+    ("report http://me:pw@host/run", ["http://host/run", "address"]),
+    ("verify nowhere https://host/run?token=1", ["https://host/run#query", "address"]),
+    ("label s3://bucket/run --rater x", ["s3://bucket/run", "address"]),
+    ("merge gs://bucket/run", ["gs://bucket/run", "address"]),
     (f"predict {MEASURE} --run file", ["--run", "file"]),
     (f"predict {MEASURE} --run file/under", ["--run", "file/under"]),
     (f"fit {FIT} --ckpt_path nowhere.ckpt", ["--ckpt_path", "nowhere.ckpt"]),
@@ -292,6 +301,7 @@ FILES = {
     "only_a_name.yaml": b"run:\n",
     "two.yaml": b"run: x\n---\nrun: y\n",
     "typo.yaml": b"model:\n  class_path: safervlm.measure.Measure\n  init_args:\n    vml: x\n",
+    "addressed.yaml": b"run: s3://me:pw@host/run\n",
     "section.yaml": b"run: x\ndta:\n  init_args:\n    limit: 3\n",
     "nested_typo.yaml": b"model:\n  init_args:\n    vlm:\n      init_args:\n        modle: x\n",
     "class_typo.yaml": b"data:\n  clas_path: UnsafeConcepts\n",
@@ -324,6 +334,15 @@ def test_a_wrong_command_line_is_one_line(
     assert lines[-1].startswith("safervlm: error: "), played.output
     missing = [name for name in named if name not in lines[-1]]
     assert not missing, f"{missing} not in {lines[-1]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "two"), ("LOCAL_RANK", ""), ("RANK", "-1"), ("NODE_RANK", "1.0")]
+)
+def test_a_rank_in_the_environment_is_a_number(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ArgumentError, match=f"^the environment variable {name}: a number, .* got '{value}'; unset it$"):
+        prepared(["fit"])
 
 
 def test_there_are_a_hundred() -> None:
