@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 import transformers as hf
-from jsonargparse import ArgumentParser
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -31,12 +29,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from safervlm import protocol
-from safervlm.cli.main import main
-from safervlm.recipes import CONFIGS
-from safervlm.records import Example, Question, read_jsonl
-from safervlm.run import read_manifest
-from safervlm.vlm.base import VLM
+from safervlm.records import Example, Question
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
 
@@ -698,45 +691,3 @@ def check_gpu(new: Callable[..., Any], examples: list[Example]) -> None:
     gradients = {name: parameter.grad for name, parameter in policy.named_parameters() if ".lora_B." in name}
     assert gradients
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
-
-
-def shipped(file: str, *line: str) -> Any:
-    """A VLM of configs/vlm, with some of its settings."""
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(VLM, "vlm")
-    return parser.instantiate(parser.parse_args([f"--vlm={CONFIGS / 'vlm' / file}.yaml", *line])).vlm
-
-
-def check_shipped(vlm: Any, examples: list[Example]) -> None:
-    """Checks that five questions get five responses."""
-    vlm.load()
-    assert len({answer.text for answer in vlm.generate(vlm.collator(examples), Sampling(max_new_tokens=8), 0)}) == 5
-
-
-def check_command_line(vlm: list[str], folder: Path, sets: Path) -> None:
-    """Runs two steps of SFT, then the measurement with the trained adapter; the responses are not classified.
-
-    Args:
-        vlm: the arguments that name the model.
-        folder: for the runs.
-        sets: with unsafe/ and safe/.
-    """
-    overlay = {"trainer": {"callbacks": [{"class_path": "callbacks.record_writer.RecordWriter"}]}}
-    (folder / "overlay.yaml").write_text(json.dumps(overlay))
-    same = [
-        *vlm,
-        f"--data.folder={sets / 'unsafe'}",
-        f"--data.safe_folder={sets / 'safe'}",
-        "--data.num_workers=0",
-        "--trainer.accelerator=cpu",
-    ]
-    measure = ["--config=configs/measure.yaml", f"--config={folder / 'overlay.yaml'}", "--data.split=test"]
-    sft = ["--config=configs/sft.yaml", "--model.vlm.lora.r=2", "--trainer.max_steps=2", "--data.batch_size=4"]
-    main(["fit", *sft, *same, f"--run={folder / 'sft'}"])
-    lora = read_manifest(folder / "sft")["stages"]["sft"]["lora"]
-    assert 0.5 <= lora["adapted"] <= 1
-    assert sum(each["adapted"] for each in lora["kinds"].values()) == pytest.approx(lora["adapted"])
-    adapter = f"--model.vlm.adapter={folder / 'sft' / 'adapter'}"
-    main(["predict", *measure, *same, adapter, "--model.sampling.max_new_tokens=4", f"--run={folder / 'measured'}"])
-    responses = read_jsonl(folder / "measured" / "responses.jsonl")
-    assert {response["capability"] for response in responses} == {*protocol.CAPABILITIES}

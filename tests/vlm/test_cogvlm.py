@@ -20,6 +20,7 @@ from unittest.mock import patch
 import families
 import numpy as np
 import pytest
+import shipped_families
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -598,15 +599,17 @@ def test_the_code_is_part_of_what_decides(base: CogVLM, folder: Path, tmp_path: 
 
 def test_the_shipped_file_is_rejected_until_it_is_pinned() -> None:
     with pytest.raises(ValueError, match=r"vlm.revision: .* pin it"):
-        families.shipped("cogvlm-chat")
-    assert families.shipped("cogvlm-chat", f"--vlm.revision={'a' * 40}").name == "THUDM/cogvlm-chat-hf"
+        shipped_families.shipped("cogvlm-chat")
+    assert shipped_families.shipped("cogvlm-chat", f"--vlm.revision={'a' * 40}").name == "THUDM/cogvlm-chat-hf"
 
 
 def test_the_shipped_model_responds(folder: Path, examples: list[Example]) -> None:
     """A tiny model replaces the real one."""
-    vlm = families.shipped("cogvlm-chat", f"--vlm.model={folder}", f"--vlm.tokenizer={folder}", "--vlm.lora.r=2")
+    vlm = shipped_families.shipped(
+        "cogvlm-chat", f"--vlm.model={folder}", f"--vlm.tokenizer={folder}", "--vlm.lora.r=2"
+    )
     assert (vlm.lora.r, vlm.lora.target_modules) == (2, LANGUAGE_EXPERTS)
-    families.check_shipped(vlm, examples)
+    shipped_families.check_shipped(vlm, examples)
 
 
 @pytest.mark.slow
@@ -617,4 +620,4 @@ def test_the_command_line_trains_and_measures_it(folder: Path, tmp_path: Path, t
         f"--model.vlm.model={folder}",
         f"--model.vlm.tokenizer={folder}",
     ]
-    families.check_command_line(vlm, tmp_path, tiny_sets)
+    shipped_families.check_command_line(vlm, tmp_path, tiny_sets)

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import families
 import more_families
 import pytest
+import shipped_families
 import torch
 import vision_families
 from PIL import Image
@@ -487,7 +488,7 @@ def test_a_shipped_model_responds(
 ) -> None:
     """A tiny model of its family replaces the real one."""
     build(tmp_path)
-    families.check_shipped(families.shipped(name, f"--vlm.model={tmp_path}"), examples)
+    shipped_families.check_shipped(shipped_families.shipped(name, f"--vlm.model={tmp_path}"), examples)
 
 
 @pytest.mark.slow
@@ -496,7 +497,7 @@ def test_the_command_line_measures_and_trains_such_a_model(tmp_path: Path, tiny_
     (tmp_path / "vlm").mkdir()
     families.qwen2_vl(tmp_path / "vlm")
     vlm = ["--model.vlm=safervlm.vlm.auto.Transformers", f"--model.vlm.model={tmp_path / 'vlm'}"]
-    families.check_command_line(vlm, tmp_path, tiny_sets)
+    shipped_families.check_command_line(vlm, tmp_path, tiny_sets)
     for run, stage in (("sft", "sft"), ("measured", "measure")):
         checked = read_manifest(tmp_path / run)["stages"][stage]["self_check"]
         assert checked["processor"].startswith("Qwen2VLProcessor, ")
