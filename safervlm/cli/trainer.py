@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
@@ -117,6 +118,7 @@ def with_log_folders(config: Namespace, command: str) -> Namespace:
         arguments = logger.get("init_args") if isinstance(logger, Namespace) else None
         if arguments is not None and "save_dir" in arguments and arguments["save_dir"] is None:
             folder = Path(settings["run"])
-            kind = resolve_name(logger["class_path"])
-            arguments["save_dir"] = str(folder / "mlruns" if issubclass(kind, MLFlowLogger) else folder)
+            if mlflow := issubclass(resolve_name(logger["class_path"]), MLFlowLogger):
+                os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 rejects folders without it
+            arguments["save_dir"] = str(folder / "mlruns" if mlflow else folder)
     return config

@@ -27,6 +27,11 @@ DISK = re.compile(
     r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error|File too large"
     r"|PytorchStreamWriter failed|unexpected pos|iostream error|os error (5|27|28|30|122)\b"
 )
+# Package of a logger -> remedy for an error that it raises: a missing key, an address that does not answer.
+LOGGERS = {
+    "mlflow": "correct MLFLOW_TRACKING_URI or the logger's arguments, or omit the logger",
+    "wandb": "log in, give --trainer.logger.offline true, or omit the logger",
+}
 # Module -> package to install, for modules that our dependencies import on use.
 PACKAGES = {
     **{
@@ -145,6 +150,8 @@ def explain(error: BaseException) -> str | None:
             return f"a file can't be written ({first_line(each)}); {REMEDIES[errno.ENOSPC]}"
         if isinstance(each, OSError):
             return f"{first_line(each)}; look at the path, the disk and the network, then try again"
+        if remedy := LOGGERS.get(type(each).__module__.split(".")[0]):
+            return f"--trainer.logger: {first_line(each).rstrip('.')}; {remedy}"
         if isinstance(each, ImportError) and str(each.name).split(".")[0] not in ("safervlm", "callbacks"):
             return f"a package is missing ({first_line(each)}){install_hint(each.name) if each.name else ''}"
         if isinstance(each, UnicodeDecodeError):

@@ -1,5 +1,7 @@
 """Settings of the trainer: folders of loggers."""
 
+import os
+
 import pytest
 
 from safervlm.cli.arguments import prepared
@@ -29,3 +31,14 @@ def test_a_logger_writes_to_the_run_folder_unless_it_has_another(given: list[str
     loggers = loggers if isinstance(loggers, list) else [loggers] if loggers is not True else []
     assert [logger["init_args"]["save_dir"] for logger in loggers] == folders
     assert cli.config == before
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "true"), ("false", "false")])
+def test_mlflow_may_write_to_a_folder(given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise MLflow 3 raises an error."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", given or "")
+    if given is None:
+        monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
+    cli = IdleCLI(prepared([*FIT, "--trainer.logger", "MLFlowLogger"]), build=False)
+    with_log_folders(cli.config, "fit")
+    assert os.environ["MLFLOW_ALLOW_FILE_STORE"] == expected

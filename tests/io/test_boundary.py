@@ -33,6 +33,14 @@ def decoding() -> Exception:
     raise AssertionError
 
 
+def of_package(module: str, text: str) -> Exception:
+    """An error of a class that a package defines, which its caller wraps."""
+    kind = type("UsageError", (Exception,), {"__module__": module})
+    error = ValueError("a page\nof text")
+    error.__cause__ = kind(text)
+    return error
+
+
 EXPECTED: dict[str, tuple[Exception, list[str]]] = {
     "ours": (ArgumentError("data.limit: at least 1, got 0"), ["data.limit: at least 1, got 0"]),
     "of two lines": (ArgumentError("data.limit: no\n  number"), ["data.limit: no number"]),
@@ -53,6 +61,8 @@ EXPECTED: dict[str, tuple[Exception, list[str]]] = {
     ),
     "torch, writer": (RuntimeError("PytorchStreamWriter failed writing file data/1"), ["can't be written"]),
     "safetensors, full disk": (ValueError("I/O error: No space left on device (os error 28)"), ["No space left"]),
+    "W&B": (of_package("wandb.errors.errors", "No API key.\nMore"), ["--trainer.logger: No API key;", "offline true"]),
+    "MLflow": (of_package("mlflow.exceptions", "No host"), ["--trainer.logger: No host;", "MLFLOW_TRACKING_URI"]),
     "memory": (MemoryError(), ["out of memory", "data.batch_size"]),
     "memory of the GPU": (torch.OutOfMemoryError("CUDA out of memory. Tried"), ["out of memory", "data.batch_size"]),
     "package": (ModuleNotFoundError("No module named 'wandb'", name="wandb"), ["wandb", "pip install wandb"]),
