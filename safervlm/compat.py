@@ -5,7 +5,8 @@ Each entry states the condition under which it can be removed ("Remove when"). T
 """
 
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.strategies.launchers import subprocess_script
@@ -35,7 +36,7 @@ def signals_of(trainer: Trainer) -> SignalConnector:
     return trainer._signal_connector
 
 
-def observe_processes(observe: Callable[[Sequence["subprocess.Popen[bytes]"]], None]) -> None:
+def observe_processes(observe: Callable[[list["subprocess.Popen[Any]"]], None]) -> None:
     """Sets what watches the other processes of a run. Remove when Lightning's own ends them all if one dies.
 
     Args:

@@ -150,8 +150,8 @@ def explain(error: BaseException) -> str | None:
             return f"a file can't be written ({first_line(each)}); {REMEDIES[errno.ENOSPC]}"
         if isinstance(each, OSError):
             return f"{first_line(each)}; look at the path, the disk and the network, then try again"
-        if remedy := LOGGERS.get(type(each).__module__.split(".")[0]):
-            return f"--trainer.logger: {first_line(each).rstrip('.')}; {remedy}"
+        if way_out := LOGGERS.get(type(each).__module__.split(".")[0]):
+            return f"--trainer.logger: {first_line(each).rstrip('.')}; {way_out}"
         if isinstance(each, ImportError) and str(each.name).split(".")[0] not in ("safervlm", "callbacks"):
             return f"a package is missing ({first_line(each)}){install_hint(each.name) if each.name else ''}"
         if isinstance(each, UnicodeDecodeError):

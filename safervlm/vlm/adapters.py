@@ -152,9 +152,9 @@ def load_adapter(
         raise
     if wrong := set(state) ^ set(expected):
         absent = f"{CONFIG} asks for it, {file.name} lacks it"
-        reason = absent if min(wrong) in expected else f"{file.name} holds it, {CONFIG} or the base model has no place"
+        why = absent if min(wrong) in expected else f"{file.name} holds it, {CONFIG} or the base model has no place"
         raise ArgumentError(
-            f"{doesnt_fit}: {len(wrong)} weights don't fit, for example {min(wrong)} ({reason}); give the base model "
+            f"{doesnt_fit}: {len(wrong)} weights don't fit, for example {min(wrong)} ({why}); give the base model "
             "that it was trained on, and the two files of one adapter"
         )
     if wrong := {key for key, value in state.items() if value.shape != expected[key].shape}:
