@@ -42,7 +42,7 @@ def observe_processes(observe: Callable[[list["subprocess.Popen[Any]"]], None]) 
     Args:
         observe: Called with the processes, after they are started.
     """
-    subprocess_script._launch_process_observer = observe
+    subprocess_script._launch_process_observer = observe  # type: ignore[assignment]
 
 
 def validation_follows(trainer: Trainer) -> bool:
