@@ -10,18 +10,15 @@ matched by id, never by position. Ids and names are normalised wherever a record
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, get_args
+from typing import Any, Protocol, Self, TypeVar, get_args
 
 from safervlm.errors import RecordError, first_line
 from safervlm.hashing import fingerprint
+from safervlm.io.fields import check_fields, normalise, shallow_dict
 from safervlm.io.files import write_text_atomically
 from safervlm.io.names import normal_name
 from safervlm.io.reading import json_text, numbered_jsonl, parse_json
 from safervlm.protocol import Capability
-from safervlm.ranges import LARGEST
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 # Fields of a question that are stored only if they differ from these values.
 RARE: dict[str, Any] = {"context": "", "drawn": False, "variant": ""}
@@ -29,15 +26,6 @@ RARE: dict[str, Any] = {"context": "", "drawn": False, "variant": ""}
 ROTATED = "rotated options"
 # The finish_reason of a response that ended inside its reasoning, so that it has no answer.
 THINKING_UNFINISHED = "thinking unfinished"
-# Names of JSON's types in error messages.
-KINDS = {
-    str: "a text",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    dict: "an object",
-    type(None): "null",
-}
 
 
 def record_id(dataset: str, image: str, capability: str, prompt_number: int) -> str:
@@ -52,17 +40,6 @@ def record_id(dataset: str, image: str, capability: str, prompt_number: int) -> 
     return f"{normal_name(dataset)}/{normal_name(image)}/{capability}/{prompt_number}"
 
 
-def normalise(record: object, *names: str) -> None:
-    """Replaces names in the fields of a frozen record by their normal spelling, when the record is made.
-
-    Args:
-        record: Instance of a frozen dataclass.
-        *names: Fields that are names.
-    """
-    for name in names:
-        object.__setattr__(record, name, normal_name(getattr(record, name)))
-
-
 def repeated_id(name: str, number: int) -> str:
     """Returns the id of a repetition of a question.
 
@@ -71,40 +48,6 @@ def repeated_id(name: str, number: int) -> str:
         number: Number of the repetition, from 1; the first has the question's own id, so that more can be added later.
     """
     return name if number == 1 else f"{name}#{number}"
-
-
-def check_fields(record: Mapping[str, Any], /, **kinds: type | tuple[type, ...]) -> None:
-    """Checks the types of a record's fields.
-
-    Args:
-        record: Fields of the record.
-        **kinds: Name of a field -> its type, or types.
-
-    Raises:
-        KeyError: A field is missing.
-        RecordError: A value has another type, or is an integer that is negative or too large.
-    """
-    for name, kind in kinds.items():
-        value = record[name]
-        # bool is a subclass of int in Python, but JSON's true is no number.
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            allowed = kind if isinstance(kind, tuple) else (kind,)
-            expected = " or ".join(KINDS.get(each, "null") for each in allowed)
-            raise RecordError(f"the field {name!r} must be {expected}, got {value!r:.80}")
-        if isinstance(value, int) and not 0 <= value <= LARGEST:
-            raise RecordError(f"the field {name!r} must be an integer from 0 to {LARGEST}, got {value!r:.80}")
-
-
-def shallow_dict(record: "DataclassInstance") -> dict[str, Any]:
-    """Returns the fields of a record by name, without copying their values.
-
-    It replaces ``dataclasses.asdict``, which copies recursively and takes ten times as long: for 100,000 records, the
-    difference is longer than writing them.
-
-    Args:
-        record: A data class with slots.
-    """
-    return {name: getattr(record, name) for name in type(record).__slots__}  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,13 @@ from safervlm.data.folders import files_below
 from safervlm.data.module import name_field, text_field
 from safervlm.errors import RecordError, explained
 from safervlm.io.caches import build_folder
+from safervlm.io.fields import normalise
 from safervlm.io.images import image_file
 from safervlm.io.names import normal_name
 from safervlm.io.reading import numbered_jsonl
 from safervlm.io.tables import say
 from safervlm.protocol import ALIGNMENT_QUESTIONS, CATEGORIES, UNSAFE, Capability
-from safervlm.records import Question, normalise, read_jsonl, record_id, write_jsonl
+from safervlm.records import Question, read_jsonl, record_id, write_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset

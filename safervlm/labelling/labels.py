@@ -10,9 +10,10 @@ from typing import Any, Self
 import pandas as pd
 
 from safervlm.errors import RecordError
+from safervlm.io.fields import check_fields, normalise
 from safervlm.labelling.plan import Plan
 from safervlm.protocol import LABELS
-from safervlm.records import Verdict, check_fields, normalise, read_records, to_line, write_jsonl
+from safervlm.records import Verdict, read_records, to_line, write_jsonl
 from safervlm.run_folder import RunFolder
 
 

@@ -15,10 +15,10 @@ import pandas as pd
 
 from safervlm.errors import RecordError
 from safervlm.hashing import fingerprint, seed_for
+from safervlm.io.fields import check_fields
 from safervlm.io.files import write_text_atomically
 from safervlm.io.reading import json_text, read_object
 from safervlm.protocol import CAPABILITIES, LABELS
-from safervlm.records import check_fields
 from safervlm.run_folder import RunFolder
 from safervlm.statistics.correction import allocation, sample, strata_of_verdicts
 from safervlm.statistics.intervals import Floats, Numbers

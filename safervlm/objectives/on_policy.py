@@ -15,6 +15,7 @@ prompt once.
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -83,7 +84,7 @@ class Rollout:
         return self.batch.select(rows, [answer.token_ids for answer in self.answers])
 
 
-class OnPolicy(Objective):
+class OnPolicy(Objective, ABC):
     """Base class of the objectives that train on sampled responses, rewarded by an alignment judge.
 
     A subclass implements :meth:`columns`, :meth:`rollout`, :meth:`losses`, :meth:`total` and :meth:`summands`.
@@ -144,6 +145,7 @@ class OnPolicy(Objective):
         self.length_bonus, self.no_eos_penalty = length_bonus, no_eos_penalty
         self.max_grad_norm = max_grad_norm
 
+    @abstractmethod
     def columns(self, batch: Batch) -> dict[str, Tensor]:
         """Scores the responses of a micro-batch, without gradients.
 
@@ -153,8 +155,8 @@ class OnPolicy(Objective):
         Returns:
             (M, T) tensors by name, among them ``mask``, ``logprobs`` (policy) and ``reference``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def rollout(self, batch: Batch, seed: int) -> Rollout:
         """Samples responses (:meth:`sample`) and computes their advantages (steps 1 to 4 of the module).
 
@@ -162,8 +164,8 @@ class OnPolicy(Objective):
             batch: questions without completions.
             seed: the seed of the sampling.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, rollout: Any, rows: Tensor) -> dict[str, Tensor]:
         """Computes the terms of the loss and the metrics of the updates, summed over some responses.
 
@@ -171,15 +173,14 @@ class OnPolicy(Objective):
             rollout: see :meth:`rollout`.
             rows: (M,) indices of the responses.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def total(self, sums: dict[str, Tensor]) -> Tensor:
         """Returns the sum to minimise.
 
         Args:
             sums: see :meth:`losses`.
         """
-        raise NotImplementedError
 
     def summands(self, mask: Tensor) -> Tensor:
         """Returns the number by which the sums of :meth:`losses` are divided: the response tokens.
