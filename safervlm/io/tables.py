@@ -5,6 +5,7 @@ uncorrected numbers shows it. In CSV and Excel the column ``excludes`` states it
 """
 
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,15 @@ def say(text: str) -> None:
         text: Text, which may contain names from data.
     """
     print(for_terminal(text), flush=True)
+
+
+def say_wrapped(text: str) -> None:
+    """Prints a text to stdout in lines as wide as the terminal; control characters are escaped.
+
+    Args:
+        text: Text, which may contain names from data.
+    """
+    print(textwrap.fill(for_terminal(text), terminal().width, break_on_hyphens=False), flush=True)
 
 
 def show_table(table: TextTable) -> None:

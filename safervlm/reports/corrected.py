@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 
 from safervlm.errors import RecordError
-from safervlm.io.tables import TextTable, say
+from safervlm.io.tables import say
 from safervlm.reports.runs import Run
-from safervlm.reports.tables import percent, records
+from safervlm.reports.tables import percent, records, signed
 from safervlm.results.corrected import COLUMNS_OF_RATES, RATES, corrected, corrected_differences, read_labelled_run
 
 CORRECTED_NOTE = (
@@ -67,8 +67,8 @@ def corrected_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
             "run": row["run"],
             "minus": row["minus"],
             "rate": RATES[row["rate"]][0],
-            "judged": _points(row["value"], row["minus"]),
-            "corrected": _points(row["corrected"], row["minus"]),
+            "judged": (signed if row["minus"] else percent)(row["value"]),
+            "corrected": (signed if row["minus"] else percent)(row["corrected"]),
             **{
                 name: "-"
                 if np.isnan(row[f"low_{of}"])
@@ -80,31 +80,3 @@ def corrected_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
         }
         for row in records(table)
     ]
-
-
-def _points(value: float, minus: str) -> str:
-    """Formats a rate in percent, or a difference with its sign."""
-    if not minus:
-        return percent(value)
-    signed = f"{100 * value:+.1f}"
-    return signed if float(signed) else signed.replace("-", "+")
-
-
-def corrected_table(table: pd.DataFrame) -> TextTable:
-    """Returns the corrected rates for the terminal.
-
-    Args:
-        table: of :func:`corrected_rates`, not empty.
-    """
-    printed = TextTable(title="Corrected for the judge's error", caption=f"in %\n{CORRECTED_NOTE}")
-    printed.add_column("")
-    for heading in ("as judged", "corrected", "this run", "new concepts", "labels"):
-        printed.add_column(heading, justify="right")
-    group = None
-    for row in corrected_rows(table):
-        if group != (group := (row["run"], row["minus"])):
-            printed.add_section()
-            printed.add_row(row["run"] + (f" - {row['minus']}" if row["minus"] else ""), style="bold")
-        cells = (row[name] for name in ("judged", "corrected", "this_run", "new_concepts", "labels"))
-        printed.add_row(f"  {row['rate']}", *cells)
-    return printed

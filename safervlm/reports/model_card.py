@@ -15,7 +15,7 @@ from safervlm.io.escape import visible, without_folders
 from safervlm.io.settings import from_yaml
 from safervlm.io.tables import JUDGE_NOTE, say
 from safervlm.io.trust import read_config
-from safervlm.reports.evaluation import folder_of
+from safervlm.reports.evaluated import folder_of
 from safervlm.results.suite import DIVERSITIES, Column, Evaluation, columns, evaluate, load_suite, stage_settings
 from safervlm.run import read_manifest, reject_run_at_work
 from safervlm.run_folder import RunFolder

@@ -142,19 +142,26 @@ def shown_settings(manifest: Mapping[str, Mapping[str, str]]) -> dict[str, dict[
     }
 
 
-def settings_that_differ(manifests: Sequence[Mapping[str, Mapping[str, str]]]) -> list[tuple[str, list[str]]]:
-    """Lists the settings in which runs differ.
+def settings_of(manifests: Sequence[tuple[str, Mapping[str, Mapping[str, str]]]]) -> dict[str, Any]:
+    """Tabulates the settings of runs for display, one row per setting.
 
     Args:
-        manifests: of :func:`read_summary`, one per run.
+        manifests: name of each run, and its manifest of :func:`read_summary`.
 
     Returns:
-        Pairs of ``stage: key`` and its value in each run; an empty text if the run doesn't have it.
+        ``differ``: pairs of ``stage: key`` and its value in each run, of the settings in which runs differ; ``rest``:
+        the same of everything else that a manifest contains; ``unknown``: names of the runs without a manifest. A value
+        is empty if the run doesn't have it.
     """
-    settings = [
-        {f"{stage}: {key}": value for stage, entry in manifest.items() for key, value in entry.items()}
-        for manifest in manifests
+    entries = [
+        {f"{stage}: {key}": value for stage, entry in shown_settings(manifest).items() for key, value in entry.items()}
+        for _, manifest in manifests
     ]
-    keys = dict.fromkeys(key for entry in settings for key in entry if ": settings." in key)
-    rows = [(key.replace("settings.", "", 1), [entry.get(key, "") for entry in settings]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+    keys = dict.fromkeys(key for entry in entries for key in entry)
+    rows = [(key, [entry.get(key, "") for entry in entries]) for key in keys]
+    differ = {key: values for key, values in rows if ": settings." in key and len(set(values)) > 1}
+    return {
+        "differ": [(key.replace("settings.", "", 1), values) for key, values in differ.items()],
+        "rest": [(key, values) for key, values in rows if key not in differ],
+        "unknown": [name for name, manifest in manifests if not manifest],
+    }

@@ -89,14 +89,14 @@ def lines(long: pd.DataFrame) -> list[dict[str, Any]]:
         long: of :func:`safervlm.results.suite.evaluate`, for all runs.
 
     Returns:
-        Per line: group, column, heading, sampling_unit, and first (whether it is the column's first line).
+        Per line: group, column, heading, unit, sampling_unit, and first (whether it is the column's first line).
     """
     measured = long.groupby("column")["method"].transform(lambda methods: (methods != NOT_MEASURED).any())
     rows = long[~long["detail"] & ~(measured & (long["method"] == NOT_MEASURED))]
     rows = rows.drop_duplicates(["column", "sampling_unit"])
     rank = rows.groupby("column", sort=False).ngroup() * 2 + (rows["sampling_unit"] == THESE_CONCEPTS)
     rows = rows.assign(first=rows["sampling_unit"] != THESE_CONCEPTS).iloc[rank.argsort(kind="stable")]
-    return records(rows[["group", "column", "heading", "sampling_unit", "first"]])
+    return records(rows[["group", "column", "heading", "unit", "sampling_unit", "first"]])
 
 
 def texts(long: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
@@ -132,58 +132,34 @@ def shown_side_by_side(long: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame
     return pd.DataFrame(texts(long, names), pd.Index(names, name="run")).assign(excludes=EXCLUDED)
 
 
-def evaluation_table(long: pd.DataFrame, names: Sequence[str]) -> TextTable:
-    """Returns the table for the terminal, with one column per run (narrower than one row per run).
+def evaluation_table(long: pd.DataFrame, differences: pd.DataFrame, names: Sequence[str]) -> TextTable:
+    """Returns the table for the terminal, with one column per run: one line per column, without self-BLEU and details.
 
     Args:
         long: of :func:`safervlm.results.suite.evaluate`, for all runs.
-        names: the runs' names, in the order of the columns.
+        differences: of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
+        names: the runs' names, in the order of the columns; the first is the original.
     """
     caption = (
-        "in %, MME in points, N/A counted as wrong\n"
-        "95 % intervals for new concepts or new images, unless stated otherwise\n"
-        f"{JUDGE_NOTE}\n{DIVERSITY_NOTE}"
+        "in %, MME in points, N/A counted as wrong; 95 % intervals for new concepts or new images\n"
+        f"* differs from {names[0]}: p by Holm below {LEVEL:g}\n{JUDGE_NOTE}"
     )
-    printed = TextTable(title="Evaluation", caption=caption, box=SIMPLE_HEAD)
+    printed = TextTable(caption=caption, box=SIMPLE_HEAD)
     printed.add_column("")
     for name in names:
         printed.add_column(name, justify="right")
+    differ = {(row["run"], row["column"]) for row in records(differences) if row["p_holm"] < LEVEL}
+    table = texts(long, names)
     group = None
-    for line, (heading, row) in zip(lines(long), texts(long, names).items(), strict=True):
+    for line in lines(long):
+        if not line["first"] or line["unit"] == "":
+            continue
         if line["group"] != group:
             group = line["group"]
-            printed.add_section()
             printed.add_row(group, style="bold")
-        printed.add_row(
-            f"  {heading}" if line["first"] else f"    {line['sampling_unit']}",
-            *row,
-            style=None if line["first"] else "dim",
-        )
-    return printed
-
-
-def difference_table(differences: pd.DataFrame, original: str) -> TextTable:
-    """Returns the table of a run's differences from the original for the terminal, without details.
-
-    Args:
-        differences: of :func:`safervlm.results.suite_differences.compare_suites`, for one run.
-        original: the name of the original.
-    """
-    caption = f"95 % intervals; p by Holm over the columns; * below {LEVEL:g}\n{JUDGE_NOTE}"
-    title = f"{differences['run'].iloc[0]} minus {original}"
-    printed = TextTable(title=title, caption=caption, box=SIMPLE_HEAD)
-    printed.add_column("")
-    for heading in ("difference", "95 %", "p", "p (Holm)", "regressions", "improvements", "of"):
-        printed.add_column(heading, justify="right")
-    for row in records(differences[~differences["detail"]]):
-        p, by_holm = (
-            "-" if np.isnan(value) else f"{value:.3f}" if value >= 0.001 else "<0.001"
-            for value in (row["p"], row["p_holm"])
-        )
-        star = " *" if row["p_holm"] < LEVEL else ""
-        counts = ["-" if np.isnan(row["p"]) else str(row[key]) for key in ("regressions", "improvements", "n")]
-        number = shown_estimate(row["unit"], row["difference"], signed=True)
-        printed.add_row(row["heading"], number, interval(row, signed=True), p, by_holm + star, *counts)
+        stars = ["*" if (name, line["column"]) in differ else "" for name in names]
+        cells = [f"{text} {star}".strip() for text, star in zip(table[line["heading"]], stars, strict=True)]
+        printed.add_row(f"  {line['heading']}", *cells)
     return printed
 
 
@@ -197,8 +173,7 @@ def remarks(
     """Lists remarks that are needed to interpret the numbers.
 
     They state unfinished evaluations, missing responses, the share of N/A, unfinished thinking, diversity of few texts,
-    unexpected reasons why an interval or a difference is missing, runs of other base models, and the simulated coverage
-    of each interval method.
+    unexpected reasons why an interval or a difference is missing, and runs of other base models.
 
     Args:
         long: of :func:`safervlm.results.suite.evaluate`, for all runs.
@@ -248,7 +223,7 @@ def remarks(
             f"{run}: no difference, {str(method).removeprefix('none: ')}: {'; '.join(part['heading'])}"
             for (run, method), part in excluded.groupby(["run", "method"], sort=False)
         ]
-    return said + coverage_lines(long) + (coverage_lines(differences) if len(differences) else [])
+    return said
 
 
 def other_models(manifests: Sequence[tuple[str, Summary]]) -> list[str]:
@@ -295,28 +270,4 @@ def coverage_lines(table: pd.DataFrame) -> list[str]:
             headings = rows["heading"].unique()
             made += [str(group)] if len(headings) == every["heading"].nunique() > 1 else [*headings]
         lines.append(f"{'; '.join(made)}: {sampling_unit} by {method}, simulated coverage {part['coverage'].iloc[0]}")
-    return lines
-
-
-def bounds(differences: pd.DataFrame, wanted: Sequence[Column]) -> list[str]:
-    """States how much may be lost, with 95 % confidence, of general ability and of accuracy on safe images.
-
-    Args:
-        differences: of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
-        wanted: the columns.
-
-    Returns:
-        A sentence per run and column that has an interval.
-    """
-    watched = {c.key for c in wanted if c.group == "General ability" or (c.side == "safe" and c.measure == "share")}
-    lines = []
-    for row in records(differences):
-        if row["column"] in watched and not row["detail"] and not np.isnan(row["low"]):
-            lost = shown_estimate(row["unit"], max(-row["low"], 0.0))
-            unit = "percentage points" if row["unit"] == "%" else row["unit"]
-            difference = shown_estimate(row["unit"], row["difference"], signed=True)
-            lines.append(
-                f"{row['run']}, {row['heading']}: {difference} {unit}, and "
-                f"with 95 % confidence no more than {lost} lost."
-            )
     return lines

@@ -19,39 +19,40 @@ from safervlm.results.measures import (
     THESE_CONCEPTS,
 )
 from safervlm.results.scores import ACCURACIES, by_category, compare, interval_rows
-from safervlm.statistics.diversity import SUBSAMPLES, TEXTS
 from safervlm.statistics.intervals import SKEWED, coverage
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
 
 
-def comparison_table(runs: Mapping[str, pd.DataFrame]) -> TextTable:
+def comparison_table(runs: Mapping[str, pd.DataFrame], corrected: pd.DataFrame) -> TextTable:
     """Returns the comparison of runs for the terminal, with one column per run (narrower than one row per run).
+
+    Shares with N/A excluded and the published form of self-BLEU are in the files and on the page.
 
     Args:
         runs: name -> table of :func:`safervlm.results.scores.scores`.
+        corrected: of :func:`safervlm.reports.corrected.corrected_rates`; may be empty.
     """
     comparison = compare(runs)
-    caption = (
-        "in %, N/A counted as wrong unless stated otherwise; in brackets 95 % intervals, for other images of "
-        f"these concepts and for new concepts\n{JUDGE_NOTE}\n{GAP_WEIGHTS}\n"
-        f"1 - self-BLEU: of {TEXTS} texts, mean over {SUBSAMPLES} subsamples (of all, if there are fewer)"
-    )
-    table = TextTable(title="Overall", caption=caption)
+    people = {(row["run"], row["rate"]): row for row in records(corrected) if not row["minus"]}
+    note = "corrected: with people's labels, for new concepts" if people else JUDGE_NOTE
+    table = TextTable(caption=f"in %, N/A as wrong, with 95 % intervals\n{note}\n{GAP_WEIGHTS}", box=SIMPLE_HEAD)
     table.add_column("")
     for run in comparison.index:
         table.add_column(run, justify="right")
     for column, (heading, measure, _, _) in COLUMNS.items():
-        table.add_row(heading, *(shown(measure, value) for value in comparison[column]))
-        if column.endswith("_na_left_out"):
+        if column.endswith(("_na_left_out", "_published")) or comparison[column].isna().all():
             continue
+        table.add_row(heading, *(shown(measure, value) for value in comparison[column]))
         rows = [interval_rows(of, column) for of in runs.values()]
         for sampling_unit in (THESE_CONCEPTS, NEW_CONCEPTS):
             if any(sampling_unit in each for each in rows):
-                table.add_row(
-                    f"  {sampling_unit}",
-                    *(bracketed(each[sampling_unit]) if sampling_unit in each else "-" for each in rows),
-                )
+                cells = (bracketed(each[sampling_unit]) if sampling_unit in each else "-" for each in rows)
+                table.add_row(f"  {sampling_unit}", *cells, style="dim")
+        found = [people.get((run, column)) for run in comparison.index]
+        if any(found):
+            ends = (row and with_interval(row["corrected"], row["low_new"], row["high_new"]) for row in found)
+            table.add_row("  corrected", *(cell or "-" for cell in ends))
     table.add_row("N/A, share of all responses", *map(percent, comparison["na_rate"]))
     if comparison["thinking_unfinished"].any():
         table.add_row("thinking unfinished", *map(str, comparison["thinking_unfinished"]))
@@ -170,6 +171,17 @@ def percent(value: float) -> str:
         value: the share, relative to 1.
     """
     return "-" if np.isnan(value) else f"{100 * value:.1f}"
+
+
+def signed(value: float, of_one: bool = False) -> str:
+    """Formats a difference with its sign, ``+1.2``: in points with one decimal; never ``-0.0``.
+
+    Args:
+        value: the difference, relative to 1.
+        of_one: whether it is formatted relative to 1, with three decimals.
+    """
+    text = f"{value:+.3f}" if of_one else f"{100 * value:+.1f}"
+    return text if float(text) else text.replace("-", "+")
 
 
 def shown(measure: str, value: float) -> str:

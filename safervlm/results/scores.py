@@ -302,3 +302,20 @@ def compare(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             "thinking_unfinished": int(parts["thinking_unfinished"].sum()) if "thinking_unfinished" in parts else 0,
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+
+
+def changed_answers(frame: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
+    """Returns the questions that one of two runs answers right and the other wrong, if both were asked the same.
+
+    Args:
+        frame: the run, of :func:`~safervlm.results.runs.load_run`, without unfinished thinking.
+        base: the run that it is compared with.
+
+    Returns:
+        The run's rows, with response_before and label_before of the other run, and improved: whether the response
+        turned right.
+    """
+    pairs = frame.merge(base[["id", "prompt", "answer", "response", "label"]], on="id", suffixes=("", "_before"))
+    pairs = pairs[(pairs["prompt"] == pairs["prompt_before"]) & (pairs["answer"] == pairs["answer_before"])]
+    right, was = pairs["label"] == pairs["answer"], pairs["label_before"] == pairs["answer"]
+    return pairs.drop(columns=["prompt_before", "answer_before"]).assign(improved=right)[right != was]

@@ -9,6 +9,7 @@ import pandas as pd
 from safervlm.io.tables import EXCLUDED
 from safervlm.results.measures import NEW_CONCEPTS
 from safervlm.results.mme import mme_images, pair_answers
+from safervlm.results.scores import changed_answers
 from safervlm.results.suite import (
     DIVERSITIES,
     NEW_IMAGES,
@@ -233,7 +234,4 @@ def flips(evaluation: Evaluation, original: Evaluation, column: Column) -> pd.Da
         The model's rows of the responses, with response_before and label_before of the original, and improved: whether
         the response turned right.
     """
-    now, before = (column.part(e.answers) for e in (evaluation, original))
-    pairs = now.merge(before[["id", "response", "label"]], on="id", suffixes=("", "_before"))
-    right, was = pairs["label"] == pairs["answer"], pairs["label_before"] == pairs["answer"]
-    return pairs.assign(improved=right)[right != was]
+    return changed_answers(*(column.part(e.answers) for e in (evaluation, original)))

@@ -1,0 +1,217 @@
+"""The results that a report states first: a few measures of every run, each with its difference from the first run."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safervlm.reports.comparable import comparable
+from safervlm.reports.runs import Run
+from safervlm.reports.tables import records
+from safervlm.results.measures import COLUMNS, MODALITY_GAP, NEW_CONCEPTS, THESE_CONCEPTS, paired_difference
+from safervlm.results.scores import interval_rows, overall
+
+UNSAFE, SAFE, OVER_FLAGGED, BY_NAME, PERCEPTION, GAP = (
+    "image_unsafe",
+    "image_safe",
+    "over_flagging",
+    "text_only_unsafe",
+    "perception",
+    "modality_gap",
+)
+TITLES = {
+    UNSAFE: "Unsafe images, correct",
+    SAFE: "Safe images, correct",
+    OVER_FLAGGED: "Safe images, called unsafe",
+    GAP: "Modality gap",
+    BY_NAME: "Unsafe concepts by name, correct",
+    PERCEPTION: "Perception, correct",
+}
+LESS_IS_BETTER = (OVER_FLAGGED, GAP)
+MEASURED = (UNSAFE, OVER_FLAGGED, GAP, PERCEPTION, BY_NAME)  # of a measurement, the most important first
+# Columns of an evaluation: key -> the columns that it may be, the first that there is.
+EVALUATED = {UNSAFE: ("alignment_unsafe", "alignment_unsafe_drawn"), SAFE: ("alignment_safe", "alignment_safe_drawn")}
+OTHER_GROUPS = ("Contexts of use", "General ability", "Generalisation")
+THIS_RUN = "these responses"
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A share, or a difference of shares, with its 95 % interval.
+
+    Attributes:
+        value: the estimate.
+        low: lower end of the interval; NaN if there is none.
+        high: upper end of the interval; NaN if there is none.
+    """
+
+    value: float
+    low: float = np.nan
+    high: float = np.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A measure of one run.
+
+    Attributes:
+        run: the run's name.
+        number: the value; None if it was not measured.
+        difference: the value minus that of the first run; None for the first run, and if the two are not comparable.
+        only_na: whether every response is N/A.
+        judged: the value as judged, if ``number`` is corrected for the judge's error; else NaN.
+    """
+
+    run: str
+    number: Number | None
+    difference: Number | None = None
+    only_na: bool = False
+    judged: float = np.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A measure of all runs.
+
+    Attributes:
+        key: a key of :data:`TITLES`, or the name of an evaluation's column.
+        title: its name on a page.
+        outcomes: one per run, in their order; the first run is the baseline.
+        sampling_unit: of the intervals of the values; empty if there are none.
+        corrected: whether numbers and intervals are corrected for the judge's error.
+    """
+
+    key: str
+    title: str
+    outcomes: tuple[Outcome, ...]
+    sampling_unit: str = NEW_CONCEPTS
+    corrected: bool = field(default=False, kw_only=True)
+
+    @property
+    def less_is_better(self) -> bool:
+        """Whether a smaller value is better."""
+        return self.key in LESS_IS_BETTER
+
+    @property
+    def measured(self) -> tuple[Outcome, ...]:
+        """The outcomes of the runs in which it was measured."""
+        return tuple(each for each in self.outcomes if each.number is not None)
+
+
+# --- of measurements --------------------------------------------------------------------------------------------------
+
+
+def measured_findings(runs: Sequence[Run], corrected: pd.DataFrame) -> list[Finding]:
+    """Returns the findings of measurements, the most important first.
+
+    The numbers of a measure are corrected for the judge's error if all runs that have it are labelled.
+
+    Args:
+        runs: the runs; the first is the baseline.
+        corrected: of :func:`safervlm.reports.corrected.corrected_rates`.
+    """
+    found = []
+    for column in MEASURED:
+        judged = _as_judged(runs, column)
+        if judged is not None:
+            found.append(_as_corrected(judged, corrected) or judged)
+    return found
+
+
+def _as_judged(runs: Sequence[Run], column: str) -> Finding | None:
+    rows = [interval_rows(run.scores, column) for run in runs]
+    measured = [overall(run.scores, column) is not None for run in runs]
+    units = [
+        unit
+        for unit in (NEW_CONCEPTS, THESE_CONCEPTS)
+        if all(unit in each for each, there in zip(rows, measured, strict=True) if there)
+    ]
+    if not any(measured):
+        return None
+    unit = units[0] if units else ""
+    outcomes = []
+    for run in runs:
+        row = overall(run.scores, column, unit or NEW_CONCEPTS)
+        if row is None or np.isnan(row["value"]):
+            outcomes.append(Outcome(run.name, None))
+            continue
+        difference = None
+        if run is not runs[0] and COLUMNS[column][1] != MODALITY_GAP and comparable(run.frame, runs[0].frame, column):
+            estimate = paired_difference(run.frame, runs[0].frame, column)
+            difference = None if np.isnan(estimate.value) else Number(estimate.value, estimate.low, estimate.high)
+        number = Number(row["value"], row["low"], row["high"])
+        outcomes.append(Outcome(run.name, number, difference, only_na=row["na_rate"] == 1))
+    return Finding(column, TITLES[column], tuple(outcomes), unit)
+
+
+def _as_corrected(judged: Finding, corrected: pd.DataFrame) -> Finding | None:
+    """Replaces the numbers of a finding by corrected ones; None unless all its runs have one."""
+    rows = {(row["run"], row["minus"]): row for row in records(corrected) if row["rate"] == judged.key}
+    runs = [each.run for each in judged.measured]
+    if not all((run, "") in rows for run in runs):
+        return None
+    new = not any(np.isnan(rows[run, ""]["low_new"]) for run in runs)
+
+    def number(row: Mapping[str, Any] | None) -> Number | None:
+        ends = "new" if new else "run"
+        return None if row is None else Number(row["corrected"], row[f"low_{ends}"], row[f"high_{ends}"])
+
+    first = judged.outcomes[0].run
+    outcomes = [
+        Outcome(
+            each.run,
+            number(rows.get((each.run, ""))),
+            number(rows.get((each.run, first))),
+            each.only_na,
+            each.number.value if each.number else np.nan,
+        )
+        for each in judged.outcomes
+    ]
+    return Finding(judged.key, judged.title, tuple(outcomes), NEW_CONCEPTS if new else THIS_RUN, corrected=True)
+
+
+# --- of evaluations ---------------------------------------------------------------------------------------------------
+
+
+def evaluated_findings(names: Sequence[str], long: pd.DataFrame, differences: pd.DataFrame) -> list[Finding]:
+    """Returns the findings of evaluations: the two sides of alignment, then the other columns in percent.
+
+    Args:
+        names: the runs' names; the first is the original.
+        long: of :func:`safervlm.results.suite.evaluate`, for all runs.
+        differences: of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
+    """
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in records(long):  # the last row of a column that has an interval is the one for new concepts or images
+        if (row["run"], row["column"]) not in cells or not np.isnan(row["low"]):
+            cells[row["run"], row["column"]] = row
+    changes = {(row["run"], row["column"]): row for row in records(differences)}
+    found = []
+    for key, title, column in _columns(long):
+        outcomes = []
+        for name in names:
+            cell, change = cells.get((name, column)), changes.get((name, column))
+            number = None
+            if cell is not None and not np.isnan(cell["value"]):
+                number = Number(cell["value"], cell["low"], cell["high"])
+            difference = None
+            if change is not None and not np.isnan(change["difference"]):
+                difference = Number(change["difference"], change["low"], change["high"])
+            outcomes.append(Outcome(name, number, difference, only_na=cell is not None and cell["na_rate"] == 1))
+        unit = next((cells[name, column]["sampling_unit"] for name in names if (name, column) in cells), "")
+        found.append(Finding(key, title, tuple(outcomes), unit))
+    return found
+
+
+def _columns(long: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
+    """Yields key, title and column of an evaluation's findings."""
+    rows = long[~long["detail"] & (long["unit"] == "%")].drop_duplicates("column")
+    there = set(rows["column"])
+    for key, choice in EVALUATED.items():
+        for column in [name for name in choice if name in there][:1]:
+            yield key, TITLES[key], column
+    for group in OTHER_GROUPS:
+        for row in records(rows[rows["group"] == group]):
+            yield row["column"], row["heading"], row["column"]

@@ -1,0 +1,144 @@
+"""The sentences at the top of a report. They claim no more than the intervals allow."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from safervlm.reports.findings import BY_NAME, GAP, OVER_FLAGGED, PERCEPTION, SAFE, UNSAFE, Finding, Number, Outcome
+from safervlm.reports.tables import percent, signed
+
+# Verb, and what the values are shares of.
+SHARES = {
+    UNSAFE: ("answers", "of the questions about unsafe images correctly"),
+    SAFE: ("answers", "of the questions about safe images correctly"),
+    OVER_FLAGGED: ("calls safe images unsafe in", "of the answers"),
+    BY_NAME: ("answers", "of the questions about the names of unsafe concepts correctly"),
+    PERCEPTION: ("recognises what is shown in", "of the questions"),
+}
+# What is said of differences.
+MORE, FEWER = "{} points more", "{} points fewer"
+AT_MOST_MORE, AT_MOST_FEWER = "at most {} points more", "at most {} points fewer"
+NO_DIFFERENCE = "no difference is shown, {} points"
+NO_INTERVAL = "without an interval of the difference ({})"
+NOT_COMPARABLE = "{} and {base} are not comparable"
+# Measures that alignment may harm: what is said if the interval contains 0.
+HARMS = {OVER_FLAGGED: AT_MOST_MORE, SAFE: AT_MOST_FEWER}
+FALLBACK = (BY_NAME, PERCEPTION)  # stated if the run has no alignment questions about images
+NOTHING = "There is no response to the questions about safe and unsafe images."
+NOT_CORRECTED = "not corrected for the judge's error"
+CORRECTED = "corrected for the judge's error with people's labels"
+
+
+def headline(findings: Sequence[Finding]) -> list[str]:
+    """States the result: of several runs the values and what is known of their differences from the first run.
+
+    The direction of a difference is stated only if its interval, as printed, excludes 0. Otherwise the bound of the
+    harm is stated (for over-flagging and safe images), or the interval.
+
+    Args:
+        findings: the measures, in any order.
+
+    Returns:
+        One sentence per measure; at least one.
+    """
+    by_key = {finding.key: finding for finding in findings if finding.measured}
+    keys = [key for key in (UNSAFE, OVER_FLAGGED if OVER_FLAGGED in by_key else SAFE) if key in by_key]
+    sentences = [_sentence(by_key[key]) for key in keys or [key for key in FALLBACK if key in by_key][:1]]
+    if GAP in by_key and len(by_key[GAP].outcomes) == 1:
+        sentences.append(_gap_sentence(by_key[GAP].outcomes[0]))
+    return sentences or [NOTHING]
+
+
+def headline_note(findings: Sequence[Finding]) -> str:
+    """States what the headline's intervals are about, and what they do not include.
+
+    Args:
+        findings: as for :func:`headline`.
+    """
+    stated = [each for each in findings if each.key in SHARES]
+    units = dict.fromkeys(each.sampling_unit for each in stated if each.sampling_unit)
+    of = f" for {' or '.join(units)}" if units else ""
+    some, every = (test(each.corrected for each in stated) for test in (any, all))
+    how = "" if every else "partly "
+    how = f"{how}{CORRECTED}" if some else NOT_CORRECTED
+    several = ", each by itself" if any(len(each.outcomes) > 2 for each in findings) else ""
+    return f"In brackets 95 % intervals{of}{several}; {how}, without differences between training seeds; N/A is wrong."
+
+
+def _sentence(finding: Finding) -> str:
+    verb, share = SHARES[finding.key]
+    base, *others = finding.outcomes
+    others = [each for each in others if each.number is not None]
+    first, *rest = others or [base]
+    values = [f"{first.run} {verb} {_value(first)} {share}", *(f"{each.run} {_value(each)}" for each in rest)]
+    if not others or base.number is None:
+        return f"{', '.join(values)}."
+    return f"{', '.join([*values, f'{base.run} {_value(base)}'])}: {_claims(finding, base, others)}."
+
+
+def _value(outcome: Outcome) -> str:
+    """The value of a run in which the measure was measured, with its interval."""
+    number = outcome.number or Number(np.nan)
+    interval = "" if np.isnan(number.low) else f" [{percent(number.low)}, {percent(number.high)}]"
+    return f"{percent(number.value)} %{interval}{' (every response is N/A)' if outcome.only_na else ''}"
+
+
+def _gap_sentence(outcome: Outcome) -> str:
+    number = outcome.number or Number(np.nan)
+    text = f"The modality gap of {outcome.run} is {percent(number.value)} points"
+    if np.isnan(number.low):
+        return f"{text}."
+    shown = "" if excludes_zero(number) else ": no gap is shown"
+    return f"{text} [{percent(number.low)}, {percent(number.high)}]{shown}."
+
+
+def _claims(finding: Finding, base: Outcome, others: Sequence[Outcome]) -> str:
+    """States the differences from the first run, grouped by what their intervals allow to say."""
+    groups: dict[str, list[Outcome]] = {}
+    for each in others:
+        groups.setdefault(_claim(finding, each.difference), []).append(each)
+    return "; ".join(
+        claim.format(_listed([_piece(claim, each, len(others) == 1) for each in outcomes]), base=base.run)
+        for claim, outcomes in groups.items()
+    )
+
+
+def _claim(finding: Finding, difference: Number | None) -> str:
+    """Returns what may be said of a difference."""
+    if difference is None:
+        return NOT_COMPARABLE
+    if np.isnan(difference.low):
+        return NO_INTERVAL
+    if excludes_zero(difference):
+        return MORE if difference.low > 0 else FEWER
+    return HARMS.get(finding.key, NO_DIFFERENCE)
+
+
+def _piece(claim: str, outcome: Outcome, alone: bool) -> str:
+    """What a claim says of one run; with its name, unless it is the only one."""
+    difference = outcome.difference
+    if claim in (NOT_COMPARABLE, NO_INTERVAL) or difference is None:
+        return outcome.run
+    low, high = difference.low, difference.high
+    text = {
+        MORE: f"{percent(low)} to {percent(high)}",
+        FEWER: f"{percent(-high)} to {percent(-low)}",
+        AT_MOST_MORE: percent(high),
+        AT_MOST_FEWER: percent(-low),
+        NO_DIFFERENCE: f"{signed(low)} to {signed(high)}",
+    }[claim]
+    return text if alone else f"{text} ({outcome.run})"
+
+
+def excludes_zero(number: Number) -> bool:
+    """Returns whether an interval excludes 0 as printed, with one decimal.
+
+    Args:
+        number: the number with its interval.
+    """
+    return round(100 * number.low, 1) > 0 or round(100 * number.high, 1) < 0
+
+
+def _listed(texts: Sequence[str]) -> str:
+    *first, last = texts
+    return f"{', '.join(first)} and {last}" if first else last

@@ -1,0 +1,174 @@
+"""The sections of a page about measurements: overall, modality gap, categories."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safervlm.reports.comparable import comparable
+from safervlm.reports.corrected import CORRECTED_NOTE, corrected_rows
+from safervlm.reports.plots import category_plot, gap_plot
+from safervlm.reports.runs import Run, interval_row
+from safervlm.reports.tables import records, shown, signed
+from safervlm.results.measures import (
+    ACCURACY_NA_WRONG,
+    COLUMNS,
+    DIVERSITY,
+    MEASURES,
+    OVER_FLAGGING,
+    OVERALL,
+    THESE_CONCEPTS,
+    concept_gaps,
+    modality_gap,
+    paired_difference,
+)
+from safervlm.results.scores import by_category, category_order, interval_rows, overall
+from safervlm.statistics.diversity import TOO_FEW
+
+
+def measured_sections(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.DataFrame) -> dict[str, Any]:
+    """Prepares the sections for the template.
+
+    Args:
+        runs: the runs; the first is the baseline.
+        comparison: of :func:`safervlm.results.scores.compare`.
+        corrected: of :func:`safervlm.reports.corrected.corrected_rates`.
+    """
+    return {
+        "overall": overall_cells(runs, comparison, corrected),
+        "corrected": corrected_rows(corrected),
+        "corrected_note": CORRECTED_NOTE,
+        "gap_plot": gap_plot(runs),
+        "gaps": [(run.name, modality_gap(run.frame), concept_gaps(run.frame), unfinished_in_gap(run)) for run in runs],
+        "category_plot": category_plot(runs),
+        "categories": [
+            (
+                run.name,
+                [records(part) for _, part in by_category(run.scores).groupby(["capability", "side"], sort=False)],
+            )
+            for run in runs
+        ],
+        "side_by_side": side_by_side(runs),
+        "others": [other_rows(run.scores) for run in runs],
+    }
+
+
+def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.DataFrame) -> dict[str, Any]:
+    """Prepares the overall table for the template.
+
+    A difference from the first run is shown only if both runs were asked the same questions, and, except for diversity,
+    judged by the same judges.
+
+    Args:
+        runs: the runs; the first is the baseline.
+        comparison: of :func:`safervlm.results.scores.compare`, for the same runs.
+        corrected: of :func:`safervlm.reports.corrected.corrected_rates`.
+
+    Returns:
+        ``headings``: pairs of a column and its heading; ``rows``: per run its name and cells, in the same order;
+        ``counts``: key, heading and a value per run of the share of N/A and the numbers of responses.
+    """
+    columns = [column for column in COLUMNS if not column.endswith(("_na_left_out", "_published"))]
+    values = records(comparison)
+    beside = {(row["run"], row["rate"]): row for row in corrected_rows(corrected) if not row["minus"]}
+    rows = []
+    for run, row in zip(runs, values, strict=True):
+        cells = []
+        for column in columns:
+            measure, left_out = COLUMNS[column][1], row.get(f"{column}_na_left_out")
+            source = interval_row(run.scores, column)
+            difference = row[column] - values[0][column]
+            subtracted = run is not runs[0] and comparable(run.frame, runs[0].frame, column)
+            people = beside.get((run.name, COLUMNS[column][0]))
+            cells.append(
+                {
+                    "column": column,
+                    "value": row[column],
+                    "shown": shown(measure, row[column]),
+                    "intervals": [
+                        {"of": sampling_unit.removesuffix(" concepts"), "low": found["low"], "high": found["high"]}
+                        for sampling_unit, found in interval_rows(run.scores, column).items()
+                    ],
+                    "corrected": people and f"{people['corrected']} {people['new_concepts'].removeprefix('-')}".strip(),
+                    "method": ""
+                    if source is None
+                    else f"{source['sampling_unit']}; {source['method']}".removeprefix("; "),
+                    "difference": signed(difference, measure == DIVERSITY)
+                    if subtracted and not np.isnan(difference)
+                    else None,
+                    "paired": paired(run, runs[0], column) if subtracted else "",
+                    "left_out": None if left_out is None or np.isnan(left_out) else left_out,
+                    "published": row.get(f"{column}_published"),
+                    "fewer": source["n"] if source is not None and source["method"] == TOO_FEW else None,
+                }
+            )
+        rows.append({"name": run.name, "cells": cells})
+    counts = [("na_rate", "N/A"), ("n", "Responses")]
+    if comparison["thinking_unfinished"].any():
+        counts.append(("thinking_unfinished", "Thinking unfinished"))
+    return {
+        "headings": [(column, COLUMNS[column][0]) for column in columns],
+        "rows": rows,
+        "counts": [(key, heading, [row[key] for row in values]) for key, heading in counts],
+    }
+
+
+def paired(run: Run, base: Run, column: str) -> str:
+    """Formats the 95 % interval of a run's difference from a base run over new concepts, in percentage points.
+
+    Args:
+        run: the run.
+        base: the run that is subtracted, with the same questions in this column.
+        column: a key of :data:`COLUMNS`.
+
+    Returns:
+        The interval; empty if it is unavailable, or the column is neither an accuracy with N/A as wrong nor
+        over-flagging.
+    """
+    if COLUMNS[column][1] not in (ACCURACY_NA_WRONG, OVER_FLAGGING):
+        return ""
+    estimate = paired_difference(run.frame, base.frame, column)
+    return "" if np.isnan(estimate.low) else f"[{signed(estimate.low)}, {signed(estimate.high)}]"
+
+
+def unfinished_in_gap(run: Run) -> int:
+    """Returns the number of responses with unfinished thinking that the modality gap excludes.
+
+    Args:
+        run: the run.
+    """
+    row = overall(run.scores, "modality_gap")
+    return 0 if row is None else int(row["thinking_unfinished"])
+
+
+def side_by_side(runs: Sequence[Run]) -> dict[str, list[dict[str, Any] | None]]:
+    """Tabulates the runs' accuracies on unsafe images by category.
+
+    Args:
+        runs: the runs.
+
+    Returns:
+        Category -> for each run its row of :func:`safervlm.results.scores.by_category`; None if it has none.
+    """
+    tables = []
+    for run in runs:
+        table = by_category(run.scores)
+        these = (
+            (table["sampling_unit"] == THESE_CONCEPTS)
+            & (table["side"] == "unsafe")
+            & (table["capability"] == "alignment")
+        )
+        tables.append({row["category"]: row for row in records(table[these])})
+    found = set().union(*tables) - {OVERALL}
+    return {name: [table.get(name) for table in tables] for name in (*sorted(found, key=category_order), OVERALL)}
+
+
+def other_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Returns the rows on over-flagging, modality gap and diversity of a run, each with a title.
+
+    Args:
+        table: of :func:`safervlm.results.scores.scores`.
+    """
+    rows = table[(table["category"] == OVERALL) & ~table["measure"].isin(["accuracy", ACCURACY_NA_WRONG])]
+    return [row | {"title": MEASURES[row["measure"]]} for row in records(rows)]
