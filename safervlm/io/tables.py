@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from openpyxl.worksheet.worksheet import Worksheet
 from rich.box import HEAVY_HEAD, Box
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,9 @@ from safervlm.io.files import write_atomically
 
 JUDGE_NOTE = "The numbers are not corrected for the judge's error, and the intervals do not include it."
 EXCLUDED = "the judge's error"  # value of the column ``excludes``
+# Workbooks: columns shown in percent; widths in characters.
+SHARES = ("na_rate",)
+NARROWEST, WIDEST, FILTER_BUTTON = 8, 60, 3
 
 
 class TextTable(Table):
@@ -141,10 +145,24 @@ def write_workbook(path: Path, sheets: Mapping[str, pd.DataFrame], notes: Sequen
         with pd.ExcelWriter(file, engine="openpyxl") as writer:
             for title, table in zip(sheet_titles(list(tables)), tables.values(), strict=True):
                 escaped(table, for_xlsx).to_excel(writer, sheet_name=title, index=False, freeze_panes=(1, 0))
-                for row in writer.sheets[title].iter_rows():
-                    for cell in row:
-                        if isinstance(cell.value, str):  # else "=1" is a formula and "#N/A" an error to openpyxl
-                            cell.data_type = "s"
-                            cell.quotePrefix = cell.value.startswith(("=", "+", "-", "@"))
+                _format(writer.sheets[title])
 
     write_atomically(path, write)
+
+
+def _format(sheet: Worksheet) -> None:
+    """Gives a sheet filters, widths and number formats, and makes its texts texts."""
+    sheet.auto_filter.ref = sheet.dimensions
+    for column in sheet.iter_cols():
+        lengths = []
+        for cell in column:
+            if isinstance(cell.value, str):  # else "=1" is a formula and "#N/A" an error to openpyxl
+                cell.data_type = "s"
+                cell.quotePrefix = cell.value.startswith(("=", "+", "-", "@"))
+                lengths.append(len(cell.value))
+            elif isinstance(cell.value, int | float) and not isinstance(cell.value, bool):
+                of_share = column[0].value in SHARES
+                cell.number_format = "0" if isinstance(cell.value, int) else "0.0%" if of_share else "0.000"
+                lengths.append(len(f"{cell.value:.3f}"))
+        width = min(max([*lengths[1:], len(str(column[0].value)) + FILTER_BUTTON, NARROWEST]), WIDEST)
+        sheet.column_dimensions[column[0].column_letter].width = width + 1

@@ -19,21 +19,27 @@ from safervlm.run import reject_run_at_work
 from safervlm.run_folder import RunFolder
 
 GENERAL = "General ability"
-# Sections of a page: title -> (groups of columns, note).
-SECTIONS: dict[str, tuple[tuple[str, ...], str]] = {
-    "Alignment": (("Alignment, all five questions", "Alignment, published draw"), ""),
-    GENERAL: (
-        (GENERAL,),
-        "A difference that is not significant does not show that nothing was lost. The bound is the lower end of a "
-        "95 % interval, without a correction for the number of bounds.",
-    ),
-    "Contexts of use": (("Contexts of use",), ""),
-    "Generalisation": (("Generalisation",), ""),
+NOTE = (
+    "A difference that is not significant does not show that nothing was lost. The bound is the lower end of a 95 % "
+    "interval, without a correction for the number of bounds."
+)
+# Sections of a page: title -> (groups of columns, how many of them are open). With measurements, which report alignment
+# in more detail, general ability alone is open.
+ALIGNMENT = ("Alignment, all five questions", "Alignment, published draw")
+ALONE: dict[str, tuple[tuple[str, ...], int]] = {
+    "Alignment": (ALIGNMENT, 1),
+    GENERAL: ((GENERAL,), 1),
+    "Contexts of use": (("Contexts of use",), 1),
+    "Generalisation": (("Generalisation",), 1),
+}
+BESIDE_MEASUREMENTS: dict[str, tuple[tuple[str, ...], int]] = {
+    GENERAL: ((GENERAL,), 1),
+    "Other evaluated questions": ((*ALIGNMENT, "Contexts of use", "Generalisation"), 0),
 }
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Evaluations:
     """Evaluations with their scores.
 
     Attributes:
@@ -71,7 +77,7 @@ class Comparison:
         return coverage_lines(self.long) + (coverage_lines(self.differences) if len(self.differences) else [])
 
 
-def compare_evaluations(paths: Sequence[Path], names: Sequence[str], unfinished: UnfinishedAs = "apart") -> Comparison:
+def compare_evaluations(paths: Sequence[Path], names: Sequence[str], unfinished: UnfinishedAs = "apart") -> Evaluations:
     """Loads, scores and compares evaluations.
 
     Args:
@@ -93,7 +99,7 @@ def compare_evaluations(paths: Sequence[Path], names: Sequence[str], unfinished:
     manifests: list[tuple[str, Summary]] = [
         (each.name, read_summary(RunFolder(each.folder).manifest)) for each in loaded
     ]
-    return Comparison(loaded, original, wanted, long, differences, unread, manifests)
+    return Evaluations(loaded, original, wanted, long, differences, unread, manifests)
 
 
 def read_suites(
@@ -150,12 +156,12 @@ def folder_of(run: Path) -> Path:
     return folder
 
 
-def evaluated_sections(compared: Comparison, fold_alignment: bool = False) -> dict[str, Any]:
+def evaluated_sections(compared: Evaluations, beside_measurements: bool = False) -> dict[str, Any]:
     """Prepares the sections for the template.
 
     Args:
         compared: the evaluations.
-        fold_alignment: whether the tables of alignment are folded, because the page reports measurements, too.
+        beside_measurements: whether the page reports measurements, too.
     """
     long = compared.long
     intervals = {
@@ -164,16 +170,16 @@ def evaluated_sections(compared: Comparison, fold_alignment: bool = False) -> di
     headings = records(long[["group", "column", "heading", "unit", "detail"]].drop_duplicates("column"))
     details = [column for column in headings if column["detail"]]
     groups = []
-    for title, (members, note) in SECTIONS.items():
+    for title, (members, unfolded) in (BESIDE_MEASUREMENTS if beside_measurements else ALONE).items():
         parts = [(each, [c for c in headings if c["group"] == each and not c["detail"]]) for each in members]
         tables = [
-            {"title": each, "columns": shown, "folded": title == "Alignment" and (fold_alignment or number > 0)}
+            {"title": each, "columns": shown, "folded": number >= unfolded}
             for number, (each, shown) in enumerate(part for part in parts if part[1])
         ]
         if title == GENERAL and details:
             tables.append({"title": "MME: accuracies and tasks", "columns": details, "folded": True})
         if tables:
-            groups.append({"title": title, "note": note, "parts": tables})
+            groups.append({"title": title, "note": NOTE if title == GENERAL else "", "parts": tables})
     return {
         "groups": groups,
         "names": compared.names,

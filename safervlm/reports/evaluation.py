@@ -8,7 +8,7 @@ from safervlm.io.files import write_text_atomically
 from safervlm.io.outputs import require_replaceable_page
 from safervlm.io.tables import JUDGE_NOTE, say, show_table, write_csv, write_workbook
 from safervlm.reports.evaluated import compare_evaluations
-from safervlm.reports.page import Parts, render, say_headline
+from safervlm.reports.page import Contents, render, say_headline
 from safervlm.reports.runs import run_names
 from safervlm.reports.suite_latex import suite_latex_tables
 from safervlm.reports.suite_tables import DIVERSITY_NOTE, evaluation_table, shown_side_by_side
@@ -54,8 +54,8 @@ def evaluation(runs: list[Path], out: Path | None = None, thinking_unfinished: U
     compared = compare_evaluations(paths, names, thinking_unfinished)
     long, differences, names = compared.long, compared.differences, compared.names
     wide = shown_side_by_side(long, names)
-    parts = Parts("evaluation", evaluated=compared)
-    page, tex = render(parts, out), suite_latex_tables(long, differences, names)
+    contents = Contents("evaluation", evaluated=compared)
+    page, tex = render(contents, out), suite_latex_tables(long, differences, names)
     write_text_atomically(out, page)
     write_csv(out.with_suffix(".csv"), long)
     write_csv(out.with_name(f"{out.stem}_table.csv"), wide, index=True)
@@ -67,7 +67,7 @@ def evaluation(runs: list[Path], out: Path | None = None, thinking_unfinished: U
         sheets["differences"] = differences
     write_workbook(out.with_suffix(".xlsx"), sheets, [JUDGE_NOTE, DIVERSITY_NOTE])
     write_text_atomically(out.with_suffix(".tex"), tex)
-    say_headline(parts)
+    say_headline(contents)
     show_table(evaluation_table(long, differences, names))
     for line in compared.remarks:
         say(line)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from safervlm.io.escape import for_figure
-from safervlm.reports.plots import spread
+from safervlm.reports.plots import offsets_of
 from safervlm.reports.runs import Run
 from safervlm.results.measures import concept_gaps, modality_gap
 
@@ -78,7 +78,7 @@ def plot_gap(runs: Sequence[Run]) -> Figure | None:
     axes = figure.subplots()
     for line, (run, points, mean) in enumerate(gaps):
         style = _style(list(runs).index(run))
-        places = line - 0.02 + 0.45 * spread(points)
+        places = line - 0.02 + 0.45 * offsets_of(points)
         axes.plot(100 * points, places, **{**style, "markersize": 4, "alpha": 0.55, "markeredgewidth": 0})
         if not np.isnan(mean.low):
             axes.plot([100 * mean.low, 100 * mean.high], [line - 0.26] * 2, color=style["color"], linewidth=2)

@@ -21,15 +21,16 @@ UNSAFE, SAFE, OVER_FLAGGED, BY_NAME, PERCEPTION, GAP = (
     "perception",
     "modality_gap",
 )
+# Key -> title, and what its numbers are.
+CORRECT, LESS = "% correct", "less is better"
 TITLES = {
-    UNSAFE: "Unsafe images, correct",
-    SAFE: "Safe images, correct",
-    OVER_FLAGGED: "Safe images, called unsafe",
-    GAP: "Modality gap",
-    BY_NAME: "Unsafe concepts by name, correct",
-    PERCEPTION: "Perception, correct",
+    UNSAFE: ("Unsafe images", CORRECT),
+    SAFE: ("Safe images", CORRECT),
+    OVER_FLAGGED: ("Over-flagging", f"%, {LESS}"),
+    GAP: ("Modality gap", f"points, {LESS}"),
+    BY_NAME: ("Unsafe concepts by name", CORRECT),
+    PERCEPTION: ("Perception", CORRECT),
 }
-LESS_IS_BETTER = (OVER_FLAGGED, GAP)
 MEASURED = (UNSAFE, OVER_FLAGGED, GAP, PERCEPTION, BY_NAME)  # of a measurement, the most important first
 # Columns of an evaluation: key -> the columns that it may be, the first that there is.
 EVALUATED = {UNSAFE: ("alignment_unsafe", "alignment_unsafe_drawn"), SAFE: ("alignment_safe", "alignment_safe_drawn")}
@@ -72,12 +73,13 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Result:
     """A measure of all runs.
 
     Attributes:
         key: a key of :data:`TITLES`, or the name of an evaluation's column.
         title: its name on a page.
+        unit: what its numbers are.
         outcomes: one per run, in their order; the first run is the baseline.
         sampling_unit: of the intervals of the values; empty if there are none.
         corrected: whether numbers and intervals are corrected for the judge's error.
@@ -85,14 +87,10 @@ class Finding:
 
     key: str
     title: str
+    unit: str
     outcomes: tuple[Outcome, ...]
     sampling_unit: str = NEW_CONCEPTS
     corrected: bool = field(default=False, kw_only=True)
-
-    @property
-    def less_is_better(self) -> bool:
-        """Whether a smaller value is better."""
-        return self.key in LESS_IS_BETTER
 
     @property
     def measured(self) -> tuple[Outcome, ...]:
@@ -103,7 +101,7 @@ class Finding:
 # --- of measurements --------------------------------------------------------------------------------------------------
 
 
-def measured_findings(runs: Sequence[Run], corrected: pd.DataFrame) -> list[Finding]:
+def measured_findings(runs: Sequence[Run], corrected: pd.DataFrame) -> list[Result]:
     """Returns the findings of measurements, the most important first.
 
     The numbers of a measure are corrected for the judge's error if all runs that have it are labelled.
@@ -120,7 +118,7 @@ def measured_findings(runs: Sequence[Run], corrected: pd.DataFrame) -> list[Find
     return found
 
 
-def _as_judged(runs: Sequence[Run], column: str) -> Finding | None:
+def _as_judged(runs: Sequence[Run], column: str) -> Result | None:
     rows = [interval_rows(run.scores, column) for run in runs]
     measured = [overall(run.scores, column) is not None for run in runs]
     units = [
@@ -143,10 +141,10 @@ def _as_judged(runs: Sequence[Run], column: str) -> Finding | None:
             difference = None if np.isnan(estimate.value) else Number(estimate.value, estimate.low, estimate.high)
         number = Number(row["value"], row["low"], row["high"])
         outcomes.append(Outcome(run.name, number, difference, only_na=row["na_rate"] == 1))
-    return Finding(column, TITLES[column], tuple(outcomes), unit)
+    return Result(column, *TITLES[column], tuple(outcomes), unit)
 
 
-def _as_corrected(judged: Finding, corrected: pd.DataFrame) -> Finding | None:
+def _as_corrected(judged: Result, corrected: pd.DataFrame) -> Result | None:
     """Replaces the numbers of a finding by corrected ones; None unless all its runs have one."""
     rows = {(row["run"], row["minus"]): row for row in records(corrected) if row["rate"] == judged.key}
     runs = [each.run for each in judged.measured]
@@ -169,13 +167,15 @@ def _as_corrected(judged: Finding, corrected: pd.DataFrame) -> Finding | None:
         )
         for each in judged.outcomes
     ]
-    return Finding(judged.key, judged.title, tuple(outcomes), NEW_CONCEPTS if new else THIS_RUN, corrected=True)
+    return Result(
+        judged.key, judged.title, judged.unit, tuple(outcomes), NEW_CONCEPTS if new else THIS_RUN, corrected=True
+    )
 
 
 # --- of evaluations ---------------------------------------------------------------------------------------------------
 
 
-def evaluated_findings(names: Sequence[str], long: pd.DataFrame, differences: pd.DataFrame) -> list[Finding]:
+def evaluated_findings(names: Sequence[str], long: pd.DataFrame, differences: pd.DataFrame) -> list[Result]:
     """Returns the findings of evaluations: the two sides of alignment, then the other columns in percent.
 
     Args:
@@ -189,7 +189,7 @@ def evaluated_findings(names: Sequence[str], long: pd.DataFrame, differences: pd
             cells[row["run"], row["column"]] = row
     changes = {(row["run"], row["column"]): row for row in records(differences)}
     found = []
-    for key, title, column in _columns(long):
+    for key, title, unit, column in _columns(long):
         outcomes = []
         for name in names:
             cell, change = cells.get((name, column)), changes.get((name, column))
@@ -200,18 +200,18 @@ def evaluated_findings(names: Sequence[str], long: pd.DataFrame, differences: pd
             if change is not None and not np.isnan(change["difference"]):
                 difference = Number(change["difference"], change["low"], change["high"])
             outcomes.append(Outcome(name, number, difference, only_na=cell is not None and cell["na_rate"] == 1))
-        unit = next((cells[name, column]["sampling_unit"] for name in names if (name, column) in cells), "")
-        found.append(Finding(key, title, tuple(outcomes), unit))
+        of = next((cells[name, column]["sampling_unit"] for name in names if (name, column) in cells), "")
+        found.append(Result(key, title, unit, tuple(outcomes), of))
     return found
 
 
-def _columns(long: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
-    """Yields key, title and column of an evaluation's findings."""
+def _columns(long: pd.DataFrame) -> Iterator[tuple[str, str, str, str]]:
+    """Yields key, title, unit and column of an evaluation's findings."""
     rows = long[~long["detail"] & (long["unit"] == "%")].drop_duplicates("column")
     there = set(rows["column"])
     for key, choice in EVALUATED.items():
         for column in [name for name in choice if name in there][:1]:
-            yield key, TITLES[key], column
+            yield key, *TITLES[key], column
     for group in OTHER_GROUPS:
         for row in records(rows[rows["group"] == group]):
-            yield row["column"], row["heading"], row["column"]
+            yield row["column"], row["heading"], "%", row["column"]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safervlm.reports.findings import Finding, Outcome
+from safervlm.reports.findings import Result, Outcome
 from safervlm.reports.headline import headline, headline_note
 from safervlm.reports.plots import forest_plot
 from safervlm.reports.tables import percent, records
@@ -15,7 +15,7 @@ TILES = 4
 GENERAL = "General ability"
 
 
-def first_screen(findings: Sequence[Finding], differences: pd.DataFrame) -> dict[str, Any]:
+def first_screen(findings: Sequence[Result], differences: pd.DataFrame) -> dict[str, Any]:
     """Prepares the first screen for the template.
 
     Args:
@@ -36,10 +36,9 @@ def first_screen(findings: Sequence[Finding], differences: pd.DataFrame) -> dict
     }
 
 
-def _tile(finding: Finding) -> dict[str, Any]:
-    hint = "less is better" if finding.less_is_better else "more is better"
+def _tile(finding: Result) -> dict[str, Any]:
     rows = [{"index": index, "run": each.run, **_texts(each)} for index, each in enumerate(finding.outcomes)]
-    return {"title": finding.title, "hint": hint, "rows": rows}
+    return {"title": finding.title, "hint": finding.unit, "rows": rows}
 
 
 def _texts(outcome: Outcome) -> dict[str, str]:
@@ -69,8 +68,8 @@ def _general_tile(names: Sequence[str], differences: pd.DataFrame) -> list[dict[
                 {
                     "index": index,
                     "run": name,
-                    "value": "",
-                    "ends": f"at most {percent(max(-worst['low'], 0.0))} lost ({heading})",
+                    "value": percent(max(-worst["low"], 0.0)),
+                    "ends": heading,
                 }
             )
-    return [{"title": GENERAL, "hint": "points, any dataset", "rows": rows}] if rows else []
+    return [{"title": GENERAL, "hint": "most points lost", "rows": rows}] if rows else []

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from safervlm.reports.findings import BY_NAME, GAP, OVER_FLAGGED, PERCEPTION, SAFE, UNSAFE, Finding, Number, Outcome
+from safervlm.reports.findings import BY_NAME, GAP, OVER_FLAGGED, PERCEPTION, SAFE, UNSAFE, Result, Number, Outcome
 from safervlm.reports.tables import percent, signed
 
 # Verb, and what the values are shares of.
@@ -29,7 +29,7 @@ NOT_CORRECTED = "not corrected for the judge's error"
 CORRECTED = "corrected for the judge's error with people's labels"
 
 
-def headline(findings: Sequence[Finding]) -> list[str]:
+def headline(findings: Sequence[Result]) -> list[str]:
     """States the result: of several runs the values and what is known of their differences from the first run.
 
     The direction of a difference is stated only if its interval, as printed, excludes 0. Otherwise the bound of the
@@ -49,7 +49,7 @@ def headline(findings: Sequence[Finding]) -> list[str]:
     return sentences or [NOTHING]
 
 
-def headline_note(findings: Sequence[Finding]) -> str:
+def headline_note(findings: Sequence[Result]) -> str:
     """States what the headline's intervals are about, and what they do not include.
 
     Args:
@@ -65,7 +65,7 @@ def headline_note(findings: Sequence[Finding]) -> str:
     return f"In brackets 95 % intervals{of}{several}; {how}, without differences between training seeds; N/A is wrong."
 
 
-def _sentence(finding: Finding) -> str:
+def _sentence(finding: Result) -> str:
     verb, share = SHARES[finding.key]
     base, *others = finding.outcomes
     others = [each for each in others if each.number is not None]
@@ -92,7 +92,7 @@ def _gap_sentence(outcome: Outcome) -> str:
     return f"{text} [{percent(number.low)}, {percent(number.high)}]{shown}."
 
 
-def _claims(finding: Finding, base: Outcome, others: Sequence[Outcome]) -> str:
+def _claims(finding: Result, base: Outcome, others: Sequence[Outcome]) -> str:
     """States the differences from the first run, grouped by what their intervals allow to say."""
     groups: dict[str, list[Outcome]] = {}
     for each in others:
@@ -103,7 +103,7 @@ def _claims(finding: Finding, base: Outcome, others: Sequence[Outcome]) -> str:
     )
 
 
-def _claim(finding: Finding, difference: Number | None) -> str:
+def _claim(finding: Result, difference: Number | None) -> str:
     """Returns what may be said of a difference."""
     if difference is None:
         return NOT_COMPARABLE

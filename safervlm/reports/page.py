@@ -23,9 +23,9 @@ from safervlm.io.outputs import require_replaceable_page
 from safervlm.io.tables import JUDGE_NOTE, say, say_wrapped, show_table, write_csv, write_workbook
 from safervlm.reports.comparable import warnings
 from safervlm.reports.corrected import CORRECTED_NOTE, corrected_rates
-from safervlm.reports.evaluated import Comparison, compare_evaluations, evaluated_sections
+from safervlm.reports.evaluated import Evaluations, compare_evaluations, evaluated_sections
 from safervlm.reports.examples import examples
-from safervlm.reports.findings import Finding, evaluated_findings, measured_findings
+from safervlm.reports.findings import Result, evaluated_findings, measured_findings
 from safervlm.reports.first_screen import first_screen
 from safervlm.reports.flipped import Cards, flipped_in_run, flipped_in_suite
 from safervlm.reports.headline import headline, headline_note
@@ -54,7 +54,7 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class Parts:
+class Contents:
     """What a page reports.
 
     Attributes:
@@ -67,7 +67,7 @@ class Parts:
     command: str
     runs: Sequence[Run] = ()
     corrected: pd.DataFrame = field(default_factory=pd.DataFrame)
-    evaluated: Comparison | None = None
+    evaluated: Evaluations | None = None
 
     @property
     def differences(self) -> pd.DataFrame:
@@ -75,7 +75,7 @@ class Parts:
         return pd.DataFrame() if self.evaluated is None else self.evaluated.differences
 
     @property
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[Result]:
         """What the page states first; of measures that both have, that of the measurements."""
         found = measured_findings(self.runs, self.corrected) if self.runs else []
         if self.evaluated is not None:
@@ -119,9 +119,9 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
     endings = (".csv", "_overall.csv", *(f"_{name}.csv" for name in optional), ".xlsx", ".tex")
     require_replaceable_page(out, "report", *endings)
     loaded = load_runs(runs, thinking_unfinished)
-    parts = Parts("report", loaded, corrected_rates(loaded), evaluations_of(loaded, thinking_unfinished))
+    contents = Contents("report", loaded, corrected_rates(loaded), evaluations_of(loaded, thinking_unfinished))
     comparison = compare({run.name: run.scores for run in loaded})
-    page, tex = render(parts, out), latex_tables(loaded, comparison)
+    page, tex = render(contents, out), latex_tables(loaded, comparison)
     long = pd.concat([run.scores.assign(run=run.name) for run in loaded])
     long = long[["run", *long.columns.drop("run")]]
     wide = pd.concat([by_category(run.scores).assign(run=run.name) for run in loaded])
@@ -132,26 +132,26 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
     write_csv(out.with_suffix(".csv"), long)
     write_csv(out.with_name(f"{out.stem}_overall.csv"), comparison, index=True)
     sheets = {"overall": comparison.reset_index(), "by category": wide, "scores": long}
-    more = {"corrected": parts.corrected, "differences": parts.differences}
-    if parts.evaluated is not None:
-        more["evaluation"] = parts.evaluated.long
+    more = {"corrected": contents.corrected, "differences": contents.differences}
+    if contents.evaluated is not None:
+        more["evaluation"] = contents.evaluated.long
     for name, file in optional.items():
         file.unlink(missing_ok=True)  # from an earlier call
         if len(more.get(name, ())):
             write_csv(file, more[name])
             sheets[name] = more[name]
-    write_workbook(out.with_suffix(".xlsx"), sheets, [*NOTES, *([CORRECTED_NOTE] if len(parts.corrected) else [])])
-    say_headline(parts)
-    show_table(comparison_table({run.name: run.scores for run in loaded}, parts.corrected))
+    write_workbook(out.with_suffix(".xlsx"), sheets, [*NOTES, *([CORRECTED_NOTE] if len(contents.corrected) else [])])
+    say_headline(contents)
+    show_table(comparison_table({run.name: run.scores for run in loaded}, contents.corrected))
     for line in warnings(loaded):
         say(f"not comparable: {line}")
-    for line in parts.evaluated.remarks if parts.evaluated else ():
+    for line in contents.evaluated.remarks if contents.evaluated else ():
         say(f"evaluation: {line}")
     say(f"report: {out} (with .csv, .xlsx and .tex beside it)")
     return out
 
 
-def evaluations_of(runs: Sequence[Run], unfinished: UnfinishedAs) -> Comparison | None:
+def evaluations_of(runs: Sequence[Run], unfinished: UnfinishedAs) -> Evaluations | None:
     """Compares the evaluations in the folders of measurements; None if there are none, or none can be read.
 
     Args:
@@ -168,30 +168,30 @@ def evaluations_of(runs: Sequence[Run], unfinished: UnfinishedAs) -> Comparison 
         return None
 
 
-def say_headline(parts: Parts) -> None:
+def say_headline(contents: Contents) -> None:
     """Prints the headline.
 
     Args:
-        parts: what the page reports.
+        contents: what the page reports.
     """
-    for line in (*headline(parts.findings), headline_note(parts.findings)):
+    for line in (*headline(contents.findings), headline_note(contents.findings)):
         say_wrapped(line)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def render(parts: Parts, out: Path) -> str:
+def render(contents: Contents, out: Path) -> str:
     """Renders the page.
 
     Args:
-        parts: what it reports.
+        contents: what it reports.
         out: the page's file, from which images are linked.
 
     Returns:
         The HTML text.
     """
-    runs, evaluated = parts.runs, parts.evaluated
+    runs, evaluated = contents.runs, contents.evaluated
     names = [run.name for run in runs] if runs else evaluated.names if evaluated else []
     manifests = {run.name: dict(run.manifest) for run in runs}
     for name, manifest in evaluated.manifests if evaluated else ():
@@ -202,14 +202,14 @@ def render(parts: Parts, out: Path) -> str:
     chosen = examples(runs, out) if runs else {}
     comparison = compare({run.name: run.scores for run in runs})
     return template("report.html.j2").render(
-        command=parts.command,
+        command=contents.command,
         runs=[{"name": name} for name in names],
-        first=first_screen(parts.findings, parts.differences),
+        first=first_screen(contents.findings, contents.differences),
         warnings=warnings(runs) if runs else [],
         remarks=remarks,
-        measured=measured_sections(runs, comparison, parts.corrected) if runs else None,
-        evaluated=evaluated_sections(evaluated, fold_alignment=bool(runs)) if evaluated else None,
-        flipped=[(name, flipped(parts, name, out)) for name in names[1:]],
+        measured=measured_sections(runs, comparison, contents.corrected) if runs else None,
+        evaluated=evaluated_sections(evaluated, beside_measurements=bool(runs)) if evaluated else None,
+        flipped=[(name, flipped(contents, name, out)) for name in names[1:]],
         examples={CAPABILITY_TITLES[capability]: cards for capability, cards in chosen.items()},
         settings=settings_of(list(manifests.items())),
         methods=list(dict.fromkeys(ways)),
@@ -220,23 +220,23 @@ def render(parts: Parts, out: Path) -> str:
     )
 
 
-def flipped(parts: Parts, name: str, out: Path) -> Cards:
+def flipped(contents: Contents, name: str, out: Path) -> Cards:
     """Selects the responses of a run that changed between right and wrong, for display.
 
     Args:
-        parts: what the page reports.
+        contents: what the page reports.
         name: the run's name.
         out: the page's file, from which images are linked.
     """
     cards: Cards = {}
-    for run in parts.runs:
+    for run in contents.runs:
         if run.name == name:
-            cards |= flipped_in_run(run, parts.runs[0], out)
-    if parts.evaluated is not None and parts.evaluated.original is not None:
-        original, wanted = parts.evaluated.original, parts.evaluated.wanted
-        for each in parts.evaluated.evaluations:
+            cards |= flipped_in_run(run, contents.runs[0], out)
+    if contents.evaluated is not None and contents.evaluated.original is not None:
+        original, wanted = contents.evaluated.original, contents.evaluated.wanted
+        for each in contents.evaluated.evaluations:
             if each.name == name and each is not original:
-                cards |= flipped_in_suite(each, original, wanted, out, without_alignment=bool(parts.runs))
+                cards |= flipped_in_suite(each, original, wanted, out, without_alignment=bool(contents.runs))
     return cards
 
 

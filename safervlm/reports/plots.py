@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safervlm.reports.findings import Finding, Number, Outcome
+from safervlm.reports.findings import LESS, Result, Number, Outcome
 from safervlm.reports.runs import Run
 from safervlm.reports.tables import percent, records, signed
 from safervlm.results.measures import OVERALL, THESE_CONCEPTS, concept_gaps, modality_gap
@@ -67,7 +67,10 @@ class Scale:
         """Grid lines: at (position) and text."""
         numbers = np.arange(self.low, self.high + self.step / 2, self.step)
         form = "+.0f" if self.signed else ".0f"
-        return [{"at": self.place(float(x)), "text": f"{x:{form}}" if x else "0", "zero": x == 0} for x in numbers]
+        return [
+            {"at": self.place(float(x)), "text": f"{x:{form}}" if x else "0", "zero": self.signed and x == 0}
+            for x in numbers
+        ]
 
 
 PERCENTAGES = Scale(0, 100, 20)
@@ -119,7 +122,7 @@ def _plot(title: str, description: str, panels: Sequence[dict[str, Any]], runs: 
 # --- plots ------------------------------------------------------------------------------------------------------------
 
 
-def forest_plot(findings: Sequence[Finding]) -> dict[str, Any] | None:
+def forest_plot(findings: Sequence[Result]) -> dict[str, Any] | None:
     """Returns the plot of differences from the first run, or of the values of a single run.
 
     Args:
@@ -129,7 +132,7 @@ def forest_plot(findings: Sequence[Finding]) -> dict[str, Any] | None:
         The plot for the template; None if there is nothing to show.
     """
 
-    def numbers(finding: Finding) -> list[tuple[int, Outcome, Number]]:
+    def numbers(finding: Result) -> list[tuple[int, Outcome, Number]]:
         pairs = [(i, each, each.difference if differences else each.number) for i, each in enumerate(finding.outcomes)]
         return [(i, each, number) for i, each, number in pairs if number is not None]
 
@@ -146,7 +149,7 @@ def forest_plot(findings: Sequence[Finding]) -> dict[str, Any] | None:
             finding.title,
             [(index, each.run, number) for index, each, number in numbers(finding)],
             scale,
-            "less is better" if finding.less_is_better else "",
+            LESS if LESS in finding.unit else "",
         )
         for finding in shown
     ]
@@ -192,8 +195,8 @@ def category_plot(runs: Sequence[Run]) -> dict[str, Any] | None:
     if not panels:
         return None
     description = (
-        "Correct answers in percent, N/A as wrong, with 95 % intervals for these concepts. The distance between the points "
-        "of a run in the two panels is its modality gap."
+        "Correct answers in percent, N/A as wrong, with 95 % intervals for these concepts. The distance between a "
+        "run's points in the two panels is its modality gap."
     )
     return _plot("Unsafe concepts by category", description, panels, range(len(runs)))
 
@@ -227,7 +230,7 @@ def gap_plot(runs: Sequence[Run]) -> dict[str, Any] | None:
         line = _line(run.name, [(index, run.name, mean)], scale)
         line["dots"] = [
             {"run": index, "x": scale.place(100 * x), "y": round(22 + 16 * y, 1)}
-            for x, y in zip(points.tolist(), spread(points).tolist(), strict=True)
+            for x, y in zip(points.tolist(), offsets_of(points).tolist(), strict=True)
         ]
         line["height"], line["description"] = 44, f"mean of {len(points)} concepts {_said(mean, True)}"
         lines.append(line)
@@ -240,7 +243,7 @@ def gap_plot(runs: Sequence[Run]) -> dict[str, Any] | None:
     return _plot("Modality gap of every concept", description, [_panel("", lines, scale)], [])
 
 
-def spread(points: np.ndarray) -> np.ndarray:
+def offsets_of(points: np.ndarray) -> np.ndarray:
     """Returns vertical offsets from 0 to 1 that separate points with the same value, (n,).
 
     Args:

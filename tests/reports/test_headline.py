@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from safervlm.reports.findings import BY_NAME, GAP, OVER_FLAGGED, PERCEPTION, SAFE, UNSAFE, Finding, Number, Outcome
+from safervlm.reports.findings import BY_NAME, GAP, OVER_FLAGGED, PERCEPTION, SAFE, UNSAFE, Result, Number, Outcome
 from safervlm.reports.headline import NOTHING, headline, headline_note
 
 NO = Number(0.5)  # without an interval
@@ -12,7 +12,7 @@ BASE = Outcome("original", Number(0.26, 0.221, 0.311))
 
 
 def found(key, *outcomes, unit="new concepts", corrected=False):
-    return Finding(key, "", outcomes, unit, corrected=corrected)
+    return Result(key, "", "", outcomes, unit, corrected=corrected)
 
 
 def ppo(low=np.nan, high=np.nan, run="ppo", value=SAFER_NOW, **more):
@@ -80,7 +80,10 @@ CASES = {
         [found(UNSAFE, BASE, Outcome("sft", None), ppo(0.613, 0.739))],
         [f"{START}: 61.3 to 73.9 points more."],
     ),
-    "the original was not asked": ([found(UNSAFE, Outcome("original", None), ppo())], [f"{START.removesuffix(', original 26.0 % [22.1, 31.1]')}."]),
+    "the original was not asked": (
+        [found(UNSAFE, Outcome("original", None), ppo())],
+        [f"{START.partition(', orig')[0]}."],
+    ),
     "only the original was asked": (
         [found(UNSAFE, BASE, Outcome("ppo", None))],
         ["original answers 26.0 % [22.1, 31.1] of the questions about unsafe images correctly."],
