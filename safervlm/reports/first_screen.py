@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safervlm.reports.findings import Result, Outcome
+from safervlm.reports.findings import Outcome, Result
 from safervlm.reports.headline import headline, headline_note
 from safervlm.reports.plots import forest_plot
 from safervlm.reports.tables import percent, records

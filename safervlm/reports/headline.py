@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from safervlm.reports.findings import BY_NAME, GAP, OVER_FLAGGED, PERCEPTION, SAFE, UNSAFE, Result, Number, Outcome
+from safervlm.reports.findings import BY_NAME, GAP, OVER_FLAGGED, PERCEPTION, SAFE, UNSAFE, Number, Outcome, Result
 from safervlm.reports.tables import percent, signed
 
 # Verb, and what the values are shares of.

@@ -32,7 +32,7 @@ from safervlm.reports.headline import headline, headline_note
 from safervlm.reports.latex import latex_tables
 from safervlm.reports.measured import measured_sections
 from safervlm.reports.runs import Run, load_runs, settings_of
-from safervlm.reports.suite_tables import DIVERSITY_NOTE
+from safervlm.reports.suite_tables import DIVERSITY_NOTE, few_texts
 from safervlm.reports.tables import comparison_table, methods, percent, shown
 from safervlm.results.measures import GAP_WEIGHTS, UnfinishedAs
 from safervlm.results.scores import by_category, compare
@@ -145,8 +145,10 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
     show_table(comparison_table({run.name: run.scores for run in loaded}, contents.corrected))
     for line in warnings(loaded):
         say(f"not comparable: {line}")
-    for line in contents.evaluated.remarks if contents.evaluated else ():
-        say(f"evaluation: {line}")
+    if contents.evaluated is not None:
+        for line in contents.evaluated.unread:
+            say(f"evaluation: {line}")
+        say("the evaluations, with remarks on them, are on the page")
     say(f"report: {out} (with .csv, .xlsx and .tex beside it)")
     return out
 
@@ -197,7 +199,7 @@ def render(contents: Contents, out: Path) -> str:
     for name, manifest in evaluated.manifests if evaluated else ():
         prefix = "evaluation, " if runs else ""
         manifests.setdefault(name, {}).update({f"{prefix}{stage}": dict(entry) for stage, entry in manifest.items()})
-    remarks = [without_folders(line) for line in evaluated.remarks] if evaluated else []
+    remarks = [without_folders(line) for line in (*evaluated.remarks, *few_texts(evaluated.long))] if evaluated else []
     ways = [line for run in runs for line in methods(run.scores)] + (evaluated.methods if evaluated else [])
     chosen = examples(runs, out) if runs else {}
     comparison = compare({run.name: run.scores for run in runs})

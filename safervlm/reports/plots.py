@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safervlm.reports.findings import LESS, Result, Number, Outcome
+from safervlm.reports.findings import LESS, Number, Outcome, Result
 from safervlm.reports.runs import Run
 from safervlm.reports.tables import percent, records, signed
 from safervlm.results.measures import OVERALL, THESE_CONCEPTS, concept_gaps, modality_gap

@@ -1,13 +1,14 @@
 """The tables of an evaluation suite, for the terminal and a page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil, floor
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 
-from safervlm.io.tables import EXCLUDED, JUDGE_NOTE, TextTable
+from safervlm.io.tables import EXCLUDED, JUDGE_NOTE, TextTable, terminal
 from safervlm.reports.tables import records
 from safervlm.results.measures import THESE_CONCEPTS
 from safervlm.results.mme import ALL_TASKS
@@ -21,6 +22,7 @@ DIVERSITY_NOTE = (
     f"1 - self-BLEU: mean over {SUBSAMPLES} subsamples of {TEXTS} texts (of all, if there are fewer); the published "
     "form is of all texts."
 )
+HEADING_WIDTH, CELL_WIDTH = 36, 25  # characters of the terminal's table, with one decimal
 OFTEN = 0.1  # share of N/A from which a remark reports it; the page reports every share
 
 # A manifest as stage -> dotted key -> value; see safervlm.reports.runs.read_summary.
@@ -30,43 +32,49 @@ Summary = Mapping[str, Mapping[str, str]]
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def shown_estimate(unit: str, value: float, signed: bool = False) -> str:
+def shown_estimate(unit: str, value: float, signed: bool = False, whole: Callable[[float], float] | None = None) -> str:
     """Formats a number for tables: shares and ratios in percent, MME in points, self-BLEU with three decimals.
 
     Args:
         unit: of :attr:`safervlm.results.suite.Column.unit`.
         value: the number; shares and ratios relative to 1. NaN becomes a dash.
         signed: whether positive numbers have a plus sign.
+        whole: how shares and points are rounded to whole numbers; None: they have one decimal.
     """
     if np.isnan(value):
         return "-"
     number, digits = (100 * value, 1) if unit == "%" else (value, 1 if unit == "points" else 3)
+    if whole and digits == 1:
+        number, digits = whole(round(number, 6)), 0
     rounded = round(number, digits) + 0.0  # no -0.0
     return f"{rounded:{'+' if signed else ''}.{digits}f}"
 
 
-def interval(row: dict[str, Any], signed: bool = False) -> str:
+def interval(row: dict[str, Any], signed: bool = False, whole: bool = False) -> str:
     """Formats the interval of a row, ``[90.2, 97.0]``; empty if there is none.
 
     Args:
         row: with unit, low and high.
         signed: whether positive numbers have a plus sign.
+        whole: whether the ends are rounded outwards to whole numbers.
     """
     if np.isnan(row["low"]):
         return ""
-    return "[" + ", ".join(shown_estimate(row["unit"], row[end], signed) for end in ("low", "high")) + "]"
+    outwards = {"low": floor, "high": ceil} if whole else {"low": None, "high": None}
+    ends = (shown_estimate(row["unit"], row[end], signed, how) for end, how in outwards.items())
+    return f"[{', '.join(ends)}]"
 
 
-def estimate_with_interval(row: dict[str, Any]) -> str:
+def estimate_with_interval(row: dict[str, Any], whole: bool = False) -> str:
     """Formats a number with its interval, ``94.1 [90.2, 97.0]``, and how many answers or ratings there are not.
 
     Args:
         row: of :func:`safervlm.results.suite.evaluate`.
+        whole: whether numbers are rounded to whole ones, the interval's ends outwards.
     """
     counts = ", ".join(counts_without_answer(row))
-    return " ".join(
-        filter(None, (shown_estimate(row["unit"], row["value"]), interval(row), f"({counts})" if counts else ""))
-    )
+    number = shown_estimate(row["unit"], row["value"], whole=round if whole else None)
+    return " ".join(filter(None, (number, interval(row, whole=whole), f"({counts})" if counts else "")))
 
 
 def counts_without_answer(row: dict[str, Any]) -> list[str]:
@@ -135,31 +143,32 @@ def shown_side_by_side(long: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame
 def evaluation_table(long: pd.DataFrame, differences: pd.DataFrame, names: Sequence[str]) -> TextTable:
     """Returns the table for the terminal, with one column per run: one line per column, without self-BLEU and details.
 
+    On a narrow terminal numbers are rounded to whole ones, intervals outwards.
+
     Args:
         long: of :func:`safervlm.results.suite.evaluate`, for all runs.
         differences: of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
         names: the runs' names, in the order of the columns; the first is the original.
     """
     caption = (
-        "in %, MME in points, N/A counted as wrong; 95 % intervals for new concepts or new images\n"
-        f"* differs from {names[0]}: p by Holm below {LEVEL:g}\n{JUDGE_NOTE}"
+        "in %, MME in points, N/A is wrong; 95 % intervals for new concepts or images; * p (Holm) below "
+        f"{LEVEL:g}\n{JUDGE_NOTE}"
     )
     printed = TextTable(caption=caption, box=SIMPLE_HEAD)
-    printed.add_column("")
+    printed.pad_edge = False
+    printed.add_column("", no_wrap=True)
     for name in names:
         printed.add_column(name, justify="right")
+    whole = terminal().width < HEADING_WIDTH + CELL_WIDTH * len(names)
     differ = {(row["run"], row["column"]) for row in records(differences) if row["p_holm"] < LEVEL}
-    table = texts(long, names)
-    group = None
+    found = {(row["run"], row["column"], row["sampling_unit"]): row for row in records(long)}
     for line in lines(long):
         if not line["first"] or line["unit"] == "":
             continue
-        if line["group"] != group:
-            group = line["group"]
-            printed.add_row(group, style="bold")
-        stars = ["*" if (name, line["column"]) in differ else "" for name in names]
-        cells = [f"{text} {star}".strip() for text, star in zip(table[line["heading"]], stars, strict=True)]
-        printed.add_row(f"  {line['heading']}", *cells)
+        rows = [found.get((name, line["column"], line["sampling_unit"])) for name in names]
+        stars = ["*" if (name, line["column"]) in differ else " " for name in names]
+        cells = ("-" if row is None else estimate_with_interval(row, whole) for row in rows)
+        printed.add_row(line["heading"], *(cell + star for cell, star in zip(cells, stars, strict=True)))
     return printed
 
 
@@ -172,8 +181,8 @@ def remarks(
 ) -> list[str]:
     """Lists remarks that are needed to interpret the numbers.
 
-    They state unfinished evaluations, missing responses, the share of N/A, unfinished thinking, diversity of few texts,
-    unexpected reasons why an interval or a difference is missing, and runs of other base models.
+    They state unfinished evaluations, missing responses, the share of N/A, unfinished thinking, unexpected
+    reasons why an interval or a difference is missing, and runs of other base models.
 
     Args:
         long: of :func:`safervlm.results.suite.evaluate`, for all runs.
@@ -208,10 +217,6 @@ def remarks(
         every = pd.concat([each.answers, each.unfinished])
         if line := many_unfinished(each.name, unfinished_in(every), len(every)):
             said.append(line)
-        few = mine[mine["method"] == TOO_FEW]
-        if len(few):
-            parts = [f"{row['heading']} ({row['n']} texts)" for row in records(few)]
-            said.append(f"{each.name}: of fewer than {TEXTS} texts, more would lower it: {'; '.join(parts)}")
     plain = table["method"].str.startswith(NO_INTERVAL) | (table["method"] == NOT_MEASURED)
     bare = table[table["method"].str.startswith("none: ") & ~plain]
     for (run, method), part in bare.groupby(["run", "method"], sort=False):
@@ -224,6 +229,20 @@ def remarks(
             for (run, method), part in excluded.groupby(["run", "method"], sort=False)
         ]
     return said
+
+
+def few_texts(long: pd.DataFrame) -> list[str]:
+    """Lists the runs whose diversity is of too few texts to be compared, in a sentence each.
+
+    Args:
+        long: of :func:`safervlm.results.suite.evaluate`, for all runs.
+    """
+    few = long[~long["detail"] & (long["method"] == TOO_FEW)]
+    return [
+        f"{run}: of fewer than {TEXTS} texts, more would lower it: "
+        + "; ".join(f"{row['heading']} ({row['n']} texts)" for row in records(rows))
+        for run, rows in few.groupby("run", sort=False)
+    ]
 
 
 def other_models(manifests: Sequence[tuple[str, Summary]]) -> list[str]:

@@ -225,8 +225,8 @@ def test_fewer_than_a_hundred_texts_are_reported(tmp_path, capsys):
     for text in (printed, " ".join(page.read_text().split())):
         assert "is of fewer than 100 texts in few (26 texts)" in text
         assert "enough (1" not in text
-    evaluation(runs, tmp_path / "evaluation.html")
-    assert "few: of fewer than 100 texts" in capsys.readouterr().out
+    page = evaluation(runs, tmp_path / "evaluation.html")
+    assert "few: of fewer than 100 texts" in page.read_text()
 
 
 # --- damaged folders --------------------------------------------------------------------------------------------------

@@ -265,7 +265,8 @@ def named_runs(tmp_path_factory):
     books = [read_workbook(folder / name) for name in ("report.xlsx", "evaluation.xlsx")]
     captions = re.findall(r"^\\caption\{(.*)\}$", (folder / "report.tex").read_text(encoding="utf-8"), re.MULTILINE)
     tex = [*map(unescaped_latex, captions)], read_latex(folder / "evaluation.tex")
-    drawn = re.findall(r"<text[^>]*>(.*?)</text>", (folder / "report.html").read_text(encoding="utf-8"), re.DOTALL)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    drawn = re.findall(r'class="(?:key|label)">(?:<svg.*?</svg>)?<bdi>(.*?)</bdi>', page, re.DOTALL)
     return printed.getvalue(), pages, first, books, tex, [html.unescape(text).strip() for text in drawn]
 
 
@@ -282,9 +283,8 @@ def test_a_runs_name_is_shown_everywhere(name, shown, named_runs):
         assert shown in texts
     assert [caption for caption in captions if caption.startswith(f"{shown}: ")]
     assert shown.strip() in rows
-    # Each figure names the run, in its legend or beside its line.
-    short = shown if len(shown) <= 40 else shown[:39] + "…"
-    assert drawn.count(short.strip()) >= 3
+    # Each plot names the run, in its legend or beside its line.
+    assert drawn.count(shown.strip()) >= 2
 
 
 def test_runs_are_distinguished(tmp_path):

@@ -32,7 +32,6 @@ def test_corrected_rates_are_reported(tmp_path, capsys):
     assert not beside.exists()
     assert 'id="corrected' not in page.read_text()
     said = capsys.readouterr().out
-    assert "Corrected for" not in said
     assert "not corrected for the judge's error" in " ".join(said.split())
 
     for run, truth in zip(runs, truths, strict=True):
@@ -42,14 +41,16 @@ def test_corrected_rates_are_reported(tmp_path, capsys):
     assert table["rate"].tolist() == list(RATES) * 3
     assert set(zip(table["run"], table["minus"], strict=True)) == {("base", ""), ("ppo", ""), ("ppo", "base")}
     said = capsys.readouterr().out
-    assert "Corrected for the judge's error" in said
-    assert "ppo - base" in said
+    assert "corrected for the judge's error with people's labels" in " ".join(said.split())
     text = page.read_text()
+    first = table.iloc[0]
+    beside = f"{100 * float(first['corrected']):.1f} [{100 * float(first['low_new']):.1f}, "
+    assert f"corrected {beside}" in text  # beside the value as judged
+    assert beside in said
     part = text[text.index('<table id="corrected">') :]
     part = part[: part.index("</table>")]
     assert part.count("<tr>") == 1 + len(table)
-    first = table.iloc[0]
-    assert f'<td class="number">{100 * float(first["corrected"]):.1f}</td>' in part
+    assert f'<td class="number" data-label="Corrected">{100 * float(first["corrected"]):.1f}</td>' in part
     assert f"[{100 * float(first['low_new']):.1f}, {100 * float(first['high_new']):.1f}]" in part
     sheet = openpyxl.load_workbook(page.with_suffix(".xlsx"))["corrected"]
     assert sheet.max_row == 1 + len(table)

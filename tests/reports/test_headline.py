@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from safervlm.reports.findings import BY_NAME, GAP, OVER_FLAGGED, PERCEPTION, SAFE, UNSAFE, Result, Number, Outcome
+from safervlm.reports.findings import BY_NAME, GAP, OVER_FLAGGED, PERCEPTION, SAFE, UNSAFE, Number, Outcome, Result
 from safervlm.reports.headline import NOTHING, headline, headline_note
 
 NO = Number(0.5)  # without an interval

@@ -22,7 +22,10 @@ from safervlm.hashing import seed_for
 from safervlm.protocol import ALIGNMENT_QUESTIONS, CATEGORIES, perception_question, text_only_question
 from safervlm.records import Failure, Question, Response, Verdict, record_id, write_jsonl
 from safervlm.reports.examples import blurred, examples
-from safervlm.reports.page import overall_cells, report, warnings
+from safervlm.reports.comparable import warnings
+from safervlm.reports.corrected import corrected_rates
+from safervlm.reports.measured import overall_cells
+from safervlm.reports.page import report
 from safervlm.reports.runs import load_runs, read_summary
 from safervlm.results.measures import modality_gap, paired_difference
 from safervlm.results.runs import load_run
@@ -135,6 +138,14 @@ def chromium():
     return found
 
 
+def cells_of(loaded):
+    """The second run's cells of the overall table."""
+    comparison = compare({each.name: each.scores for each in loaded})
+    return {
+        cell["column"]: cell for cell in overall_cells(loaded, comparison, corrected_rates(loaded))["rows"][1]["cells"]
+    }
+
+
 def browse(page, profile, *arguments):
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
     flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}"]
@@ -197,27 +208,27 @@ def dom(page, tmp_path_factory):
 
 def test_overall_table_equals_the_csv(dom, page, runs):
     table = pd.read_csv(page.with_name("report_overall.csv"), index_col="run")
-    rows = dom.table(id="overall")[1:]
-    assert [row[0]["text"] for row in rows] == list(table.index) == ["base", "p&p_$o<1>"]
+    heading, *rows = dom.table(id="overall")
+    names = [cell["text"] for cell in heading[1:]]
+    assert names == list(table.index) == ["base", "p&p_$o<1>"]
     seen = set()
     for row in rows:
-        for cell in row[1:]:
+        for run, cell in zip(names, row[1:], strict=True):
             column = cell["attributes"]["data-column"]
             beside = f"{column}_published" if column.startswith("diversity") else f"{column}_na_left_out"
-            names = [column, beside][: len(cell["data"])]
-            for name, (value, text) in zip(names, cell["data"], strict=True):
-                expected = table.loc[row[0]["text"], name]
+            for name, (value, text) in zip([column, beside], cell["data"], strict=False):
+                expected = table.loc[run, name]
                 assert float(value) == pytest.approx(expected, abs=1e-12)
                 assert float(text) == pytest.approx(
                     expected if name.startswith("diversity") or name == "n" else 100 * expected, abs=0.051
                 )
                 seen.add(name)
-    assert seen == set(table.columns)
+    assert seen == set(table.columns) - {"thinking_unfinished"}  # none is
     base, ppo = table.loc["base"], table.loc["p&p_$o<1>"]
     estimate = paired_difference(*(load_run(run) for run in reversed(runs)), "image_unsafe")
     assert estimate.value == pytest.approx(ppo.image_unsafe - base.image_unsafe)
-    for shown in (f"{100 * estimate.value:+.1f}", f"{100 * estimate.low:+.1f} to {100 * estimate.high:+.1f}"):
-        assert shown in rows[1][3]["text"]
+    shown = f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+    assert shown in next(row[2]["text"] for row in rows if row[0]["text"] == "Image, unsafe")
 
 
 @pytest.mark.parametrize("name", ["base", "p&p_$o<1>"])
@@ -291,7 +302,8 @@ def test_unfinished_thinking_is_counted_in_every_table(runs, folder, tmp_path):
         lines.append(json.dumps(response) + "\n")
     (run / "responses.jsonl").write_text("".join(lines))
     dom = Reader(report([runs[0], run], tmp_path / "report.html").read_text())
-    tables = [{"id": "overall"}, {"id": "gap"}]
+    assert ["Thinking unfinished", "0", "3"] in [[cell["text"] for cell in row] for row in dom.table(id="overall")]
+    tables = [{"id": "gap"}]
     tables += [{"class": each, "data-run": "thinking"} for each in ("categories", "others")]
     for wanted in tables:
         heading, *rows = dom.table(**wanted)
@@ -490,8 +502,7 @@ def test_runs_that_another_judge_classified_are_not_subtracted(folder, tmp_path,
     assert "other was classified by another judge than base" in report([base, run]).read_text()
     assert "not comparable: other was classified by another judge" in " ".join(capsys.readouterr().out.split())
     loaded = load_runs([base, run])
-    comparison = compare({each.name: each.scores for each in loaded})
-    cells = {cell["column"]: cell for cell in overall_cells(loaded, comparison)["rows"][1]["cells"]}
+    cells = cells_of(loaded)
     for column in ("image_unsafe", "image_safe", "modality_gap", "text_only_unsafe"):
         assert cells[column]["difference"] is None
         assert not cells[column]["paired"]
@@ -509,8 +520,7 @@ def test_questions_of_the_same_id_in_other_words_are_other_questions(what, folde
     (run / "responses.jsonl").write_text("".join(json.dumps(each) + "\n" for each in answers))
     loaded = load_runs([base, run])
     assert any("was asked other questions" in line for line in warnings(loaded))
-    comparison = compare({each.name: each.scores for each in loaded})
-    cells = {cell["column"]: cell for cell in overall_cells(loaded, comparison)["rows"][1]["cells"]}
+    cells = cells_of(loaded)
     assert cells["perception"]["difference"] is None
     assert cells["image_safe"]["difference"] is not None
 
@@ -536,10 +546,7 @@ def test_runs_that_answered_other_questions_are_not_subtracted(folder, tmp_path,
     assert "fewer was asked other questions than base" in page
     assert "not comparable: fewer was asked other questions" in capsys.readouterr().out
     loaded = load_runs([base, run])
-    cells = {
-        cell["column"]: cell
-        for cell in overall_cells(loaded, compare({each.name: each.scores for each in loaded}))["rows"][1]["cells"]
-    }
+    cells = cells_of(loaded)
     for column in ("image_unsafe", "modality_gap", "diversity_overall"):
         assert cells[column]["difference"] is None
     for column in ("perception", "image_safe", "text_only_unsafe"):
