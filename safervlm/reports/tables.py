@@ -35,8 +35,9 @@ def comparison_table(runs: Mapping[str, pd.DataFrame], corrected: pd.DataFrame) 
     """
     comparison = compare(runs)
     people = {(row["run"], row["rate"]): row for row in records(corrected) if not row["minus"]}
-    note = "corrected: with people's labels, for new concepts" if people else JUDGE_NOTE
-    table = TextTable(caption=f"in %, N/A as wrong, with 95 % intervals\n{note}\n{GAP_WEIGHTS}", box=SIMPLE_HEAD)
+    note = "corrected: for the judge's error with people's labels, for new concepts\n" if people else ""
+    caption = f"in %, N/A as wrong, with 95 % intervals\n{note}{JUDGE_NOTE}\n{GAP_WEIGHTS}"
+    table = TextTable(caption=caption, box=SIMPLE_HEAD)
     table.add_column("")
     for run in comparison.index:
         table.add_column(run, justify="right")

@@ -44,9 +44,9 @@ def test_corrected_rates_are_reported(tmp_path, capsys):
     assert "corrected for the judge's error with people's labels" in " ".join(said.split())
     text = page.read_text()
     first = table.iloc[0]
-    beside = f"{100 * float(first['corrected']):.1f} [{100 * float(first['low_new']):.1f}, "
-    assert f"corrected {beside}" in text  # beside the value as judged
-    assert beside in said
+    shown = f"{100 * float(first['corrected']):.1f} [{100 * float(first['low_new']):.1f}, "
+    assert f"corrected {shown}" in text  # beside the value as judged
+    assert shown in said
     part = text[text.index('<table id="corrected">') :]
     part = part[: part.index("</table>")]
     assert part.count("<tr>") == 1 + len(table)

@@ -21,9 +21,9 @@ from safervlm.errors import RecordError
 from safervlm.hashing import seed_for
 from safervlm.protocol import ALIGNMENT_QUESTIONS, CATEGORIES, perception_question, text_only_question
 from safervlm.records import Failure, Question, Response, Verdict, record_id, write_jsonl
-from safervlm.reports.examples import blurred, examples
 from safervlm.reports.comparable import warnings
 from safervlm.reports.corrected import corrected_rates
+from safervlm.reports.examples import blurred, examples
 from safervlm.reports.measured import overall_cells
 from safervlm.reports.page import report
 from safervlm.reports.runs import load_runs, read_summary

@@ -1,0 +1,75 @@
+"""The report in a browser, at the widths of a desktop and a phone, light and dark: what is seen first, and by whom."""
+
+import shutil
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from evaluations import safety, write
+from labelled import write_labelled
+from playwright.sync_api import sync_playwright
+
+from safervlm.reports.evaluation import evaluation
+from safervlm.reports.page import report
+
+FIRST_SCREEN = {1400: 900, 390: 1_700}  # width -> the height within which the result is stated, in pixels
+SCREENS = 6
+WIDER = """() => [...document.querySelectorAll('body *')].filter(element => {
+    const box = element.getBoundingClientRect();
+    if (!box.width || element.closest('details:not([open]) > :not(summary)') || element.closest('thead')) return false;
+    return box.right > innerWidth + 1 || box.left < -1
+        || (element.matches('.scroll') && element.scrollWidth > element.clientWidth + 1);
+}).map(element => element.outerHTML.slice(0, 200))"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """A report of three measurements with evaluations, and one of the evaluations alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = []
+    for seed, (name, right) in enumerate((("original", 0.4), ("sft", 0.8), ("ppo", 0.95))):
+        write_labelled(folder / name, right, images=2, seed=seed)
+        write(folder / name / "evaluation", safety(np.random.default_rng(seed), right))
+        runs.append(folder / name)
+    return [report(runs, folder / "report.html"), evaluation(runs, folder / "evaluation.html")]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
+    assert found, "no chromium: install Debian's (apt-get install chromium); the report is tested in a browser"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", FIRST_SCREEN)
+def test_the_page_in_a_browser(width, scheme, browser, pages):
+    for file in pages:
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page = context.new_page()
+        requests = []
+        page.on("request", lambda request, requests=requests: requests.append(request.url))
+        page.goto(file.as_uri())
+        assert [url for url in requests if not url.startswith("data:")] == [file.as_uri()]
+
+        for seen in (".headline", ".tile", "#plot-forest"):
+            boxes = [each.bounding_box() for each in page.locator(seen).all()]
+            assert boxes, seen
+            assert all(box["y"] + box["height"] <= FIRST_SCREEN[width] for box in boxes), (seen, boxes)
+        assert page.locator(".tile").count() == 4
+        if width == 1400:
+            assert page.evaluate("document.documentElement.scrollHeight") <= SCREENS * 900
+
+        for plot in page.locator("svg[role=img]").all():
+            named = plot.get_attribute("aria-labelledby").split()
+            assert all(plot.locator(f"#{name}").text_content().strip() for name in named)
+        for _ in range(2):  # as opened, and with everything unfolded
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate(WIDER) == []
+            found = Axe().run(page).response["violations"]
+            assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
+            page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+        context.close()
