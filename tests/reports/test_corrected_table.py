@@ -47,7 +47,7 @@ def test_corrected_rates_are_reported(tmp_path, capsys):
     shown = f"{100 * float(first['corrected']):.1f} [{100 * float(first['low_new']):.1f}, "
     assert f"corrected {shown}" in text  # beside the value as judged
     assert shown in said
-    part = text[text.index('<table id="corrected">') :]
+    part = text[text.index('<table id="corrected" class="stack">') :]
     part = part[: part.index("</table>")]
     assert part.count("<tr>") == 1 + len(table)
     assert f'<td class="number" data-label="Corrected">{100 * float(first["corrected"]):.1f}</td>' in part

@@ -39,7 +39,7 @@ def test_one_table_everywhere(runs, tmp_path, capsys):
     assert names == ["all.csv", "all.html", "all.tex", "all.xlsx", "all_differences.csv", "all_table.csv"]
     page = out.read_text()
     long = pd.read_csv(out.with_suffix(".csv"))
-    cells = re.findall(r'data-column="([^"]+)"><data value="([^"]+)">', page)
+    cells = re.findall(r'data-column="([^"]+)"[^>]*><div><data value="([^"]+)">', page)
     by_column = {}
     for column, value in cells:
         by_column.setdefault(column, []).append(float(value))
