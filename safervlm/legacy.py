@@ -21,7 +21,11 @@ MOVED: dict[str, tuple[str, ...]] = {
     "safervlm.differences": ("safervlm.statistics.differences",),
     "safervlm.doctor": ("safervlm.cli.doctor",),
     "safervlm.evaluation": ("safervlm.results.suite", "safervlm.results.suite_differences", "safervlm.results.mme"),
-    "safervlm.evaluation_report": ("safervlm.reports.evaluation", "safervlm.reports.suite_tables"),
+    "safervlm.evaluation_report": (
+        "safervlm.reports.evaluation",
+        "safervlm.reports.evaluated",
+        "safervlm.reports.suite_tables",
+    ),
     "safervlm.functional": ("safervlm.objectives.functional",),
     "safervlm.images": ("safervlm.io.images",),
     "safervlm.intervals": ("safervlm.statistics.intervals",),

@@ -24,17 +24,19 @@ from safervlm.statistics.intervals import SKEWED, coverage
 # --- the terminal -----------------------------------------------------------------------------------------------------
 
 
-def comparison_table(runs: Mapping[str, pd.DataFrame], corrected: pd.DataFrame) -> TextTable:
+def comparison_table(runs: Mapping[str, pd.DataFrame], corrected: pd.DataFrame | None = None) -> TextTable:
     """Returns the comparison of runs for the terminal, with one column per run (narrower than one row per run).
 
     Shares with N/A excluded and the published form of self-BLEU are in the files and on the page.
 
     Args:
         runs: name -> table of :func:`safervlm.results.scores.scores`.
-        corrected: of :func:`safervlm.reports.corrected.corrected_rates`; may be empty.
+        corrected: of :func:`safervlm.reports.corrected.corrected_rates`; None if no run is labelled.
     """
     comparison = compare(runs)
-    people = {(row["run"], row["rate"]): row for row in records(corrected) if not row["minus"]}
+    people = {
+        (row["run"], row["rate"]): row for row in ([] if corrected is None else records(corrected)) if not row["minus"]
+    }
     note = "corrected: for the judge's error with people's labels, for new concepts\n" if people else ""
     caption = f"in %, N/A as wrong, with 95 % intervals\n{note}{JUDGE_NOTE}\n{GAP_WEIGHTS}"
     table = TextTable(caption=caption, box=SIMPLE_HEAD)

@@ -24,7 +24,8 @@ def label(run, truth):
             file.append(name, truth[name], "Ada")
 
 
-def test_corrected_rates_are_reported(tmp_path, capsys):
+def test_corrected_rates_are_reported(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     runs = [tmp_path / name for name in ("base", "ppo")]
     truths = [write_labelled(run, accuracy, **SMALL) for run, accuracy in zip(runs, (0.6, 0.9), strict=True)]
     page = report(runs, tmp_path / "page.html")
@@ -32,6 +33,8 @@ def test_corrected_rates_are_reported(tmp_path, capsys):
     assert not beside.exists()
     assert 'id="corrected' not in page.read_text()
     said = capsys.readouterr().out
+    assert said.startswith("ppo answers ")
+    assert len(said.splitlines()) < 40
     assert "not corrected for the judge's error" in " ".join(said.split())
 
     for run, truth in zip(runs, truths, strict=True):
@@ -41,6 +44,7 @@ def test_corrected_rates_are_reported(tmp_path, capsys):
     assert table["rate"].tolist() == list(RATES) * 3
     assert set(zip(table["run"], table["minus"], strict=True)) == {("base", ""), ("ppo", ""), ("ppo", "base")}
     said = capsys.readouterr().out
+    assert len(said.splitlines()) < 45
     assert "corrected for the judge's error with people's labels" in " ".join(said.split())
     text = page.read_text()
     first = table.iloc[0]

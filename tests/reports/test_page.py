@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlparse
 
 import numpy as np
+import openpyxl
 import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
@@ -598,6 +599,13 @@ def test_workbook(page):
     pd.testing.assert_frame_equal(sheets["overall"], overall, check_dtype=False)
     scores = pd.read_csv(page.with_suffix(".csv"), keep_default_na=False, na_values=[""])
     pd.testing.assert_frame_equal(sheets["scores"], scores, check_dtype=False)
+    sheet = openpyxl.load_workbook(page.with_suffix(".xlsx"))["scores"]
+    assert sheet.auto_filter.ref == sheet.dimensions
+    assert sheet.freeze_panes == "A2"
+    formats = {heading.value: cell.number_format for heading, cell in zip(sheet[1], sheet[2], strict=True)}
+    assert (formats["value"], formats["na_rate"], formats["n"]) == ("0.000", "0.0%", "0")
+    widths = {cell.value: sheet.column_dimensions[cell.column_letter].width for cell in sheet[1]}
+    assert widths["method"] > 30 > widths["n"]
 
 
 def test_latex(page):
