@@ -34,9 +34,8 @@ def comparison_table(runs: Mapping[str, pd.DataFrame], corrected: pd.DataFrame |
         corrected: of :func:`safervlm.reports.corrected.corrected_rates`; None if no run is labelled.
     """
     comparison = compare(runs)
-    people = {
-        (row["run"], row["rate"]): row for row in ([] if corrected is None else records(corrected)) if not row["minus"]
-    }
+    rates = [] if corrected is None else records(corrected)
+    people = {(row["run"], row["rate"]): row for row in rates if not row["minus"]}
     note = "corrected: for the judge's error with people's labels, for new concepts\n" if people else ""
     caption = f"in %, N/A as wrong, with 95 % intervals\n{note}{JUDGE_NOTE}\n{GAP_WEIGHTS}"
     table = TextTable(caption=caption, box=SIMPLE_HEAD)

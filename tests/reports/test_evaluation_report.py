@@ -168,7 +168,7 @@ def test_a_line_break_in_a_name_does_not_end_a_latex_comment(monkeypatch):
     monkeypatch.setattr(
         "safervlm.reports.suite_latex.coverage_lines", lambda table: ["a\n\\input{x}\u2028: by bootstrap"]
     )
-    table = pd.DataFrame(columns=["run", "column", "sampling_unit", "group", "heading", "method", "detail"])
+    table = pd.DataFrame(columns=["run", "column", "unit", "sampling_unit", "group", "heading", "method", "detail"])
     written = suite_latex_tables(table, pd.DataFrame(), [])
     assert "% a\\n\\input{x}\\u2028: by bootstrap" in written.splitlines()
 
