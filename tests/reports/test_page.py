@@ -242,7 +242,7 @@ def test_category_tables_equal_the_csv(dom, page, runs, name):
         table,
         check_dtype=False,
     )
-    rows = dom.table(**{"class": "categories", "data-run": name})[1:]
+    rows = dom.table(**{"class": "categories stack", "data-run": name})[1:]
     # Nine categories and overall, for two runs, for perception, unsafe alignment and text only; one category and
     # overall for the safe side; overall for both sides.
     assert len([row for row in rows if len(row) > 1]) == 3 * (9 + 2) + (1 + 2) + 2
@@ -305,7 +305,7 @@ def test_unfinished_thinking_is_counted_in_every_table(runs, folder, tmp_path):
     dom = Reader(report([runs[0], run], tmp_path / "report.html").read_text())
     assert ["Thinking unfinished", "0", "3"] in [[cell["text"] for cell in row] for row in dom.table(id="overall")]
     tables = [{"id": "gap"}]
-    tables += [{"class": each, "data-run": "thinking"} for each in ("categories", "others")]
+    tables += [{"class": f"{each} stack", "data-run": "thinking"} for each in ("categories", "others")]
     for wanted in tables:
         heading, *rows = dom.table(**wanted)
         place = [cell["text"] for cell in heading].index("Thinking unfinished")
