@@ -197,7 +197,15 @@ def plain_parser(name: str) -> "OneLineParser":
     if name == "demo":
         own = {"play"}
     if name in ("report", "evaluation"):
-        own = {"runs"}
-        parser.add_argument("runs", nargs="+", help="The run folders; the first is the one to compare with.")
+        own = {"runs", "group"}
+        at_least = "*" if name == "report" else "+"  # a report may be of groups alone
+        parser.add_argument("runs", nargs=at_least, help="The run folders; the first is the one to compare with.")
+    if name == "report":
+        parser.add_argument(
+            "--group",
+            action="append",
+            metavar="NAME=PATTERN",
+            help="Runs that differ in their training seed only, such as 'ppo=runs/ppo-*'; may be repeated.",
+        )
     parser.add_function_arguments(function, skip=own, fail_untyped=True)
     return parser

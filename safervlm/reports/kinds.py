@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from safervlm.errors import ArgumentError
 from safervlm.protocol import CAPABILITIES
 from safervlm.records import read_jsonl
 from safervlm.reports.evaluation import evaluation
@@ -11,7 +12,12 @@ from safervlm.run import read_manifest
 from safervlm.run_folder import RunFolder
 
 
-def report_runs(runs: list[Path], out: Path | None = None, thinking_unfinished: UnfinishedAs = "apart") -> Path:
+def report_runs(
+    runs: list[Path],
+    out: Path | None = None,
+    thinking_unfinished: UnfinishedAs = "apart",
+    group: list[str] | None = None,
+) -> Path:
     """Reports measurements on a page with tables and plots, or evaluations in one table; the first run is the baseline.
 
     Next to FILE.html it writes every number as FILE.csv and FILE.xlsx, and tables as FILE.tex. Folders that hold a
@@ -22,19 +28,24 @@ def report_runs(runs: list[Path], out: Path | None = None, thinking_unfinished: 
         out: The HTML file to write; by default report.html, or evaluation.html, in the first run's folder.
         thinking_unfinished: How responses count that ended inside their reasoning, without an answer: "apart" excludes
             them and counts them separately, "N/A" and "wrong" count them as such.
+        group: Measurements that differ in their training seed only, ``NAME=PATTERN`` of run folders; may be repeated.
 
     Returns:
         The path of the page.
 
     Raises:
-        ArgumentError: See :func:`safervlm.reports.page.report`.
+        ArgumentError: See :func:`safervlm.reports.page.report`; or a group is given for evaluations.
         RecordError: A run can't be read.
         SystemExit: With exit code 3 at the end, if some of the evaluations can't be read.
     """
     paths = list(map(Path, runs))
     measured = all(map(holds_measurement, paths))
     evaluated = not measured and any(map(holds_evaluation, paths))
-    return (evaluation if evaluated else report)(paths, out, thinking_unfinished)
+    if not evaluated:
+        return report(paths, out, thinking_unfinished, group)
+    if group:
+        raise ArgumentError(f"group: {group[0]!r}: a group is of measurements, but {paths[0]} is an evaluation")
+    return evaluation(paths, out, thinking_unfinished)
 
 
 def holds_measurement(run: Path) -> bool:

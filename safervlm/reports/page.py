@@ -25,6 +25,7 @@ from safervlm.reports.comparable import warnings
 from safervlm.reports.corrected import CORRECTED_NOTE, corrected_rates
 from safervlm.reports.evaluated import Evaluations, compare_evaluations, evaluated_sections
 from safervlm.reports.examples import examples
+from safervlm.reports.extra import NAMES, SEEDS_NOTE, ExtraTable, extra_tables, named_groups
 from safervlm.reports.findings import Result, evaluated_findings, measured_findings
 from safervlm.reports.first_screen import first_screen
 from safervlm.reports.flipped import Cards, flipped_in_run, flipped_in_suite
@@ -50,7 +51,11 @@ NOTES = (
     JUDGE_NOTE,
     GAP_WEIGHTS,
     DIVERSITY_NOTE,
+    SEEDS_NOTE,
 )
+
+# Files and sheets that a report has only if there is something for them.
+OPTIONAL = ("corrected", "evaluation", "differences", *NAMES)
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,14 @@ class Contents:
         runs: measurements; the first is the baseline. Empty for evaluations alone.
         corrected: of :func:`safervlm.reports.corrected.corrected_rates`, for the measurements.
         evaluated: evaluations; None for measurements alone.
+        extra: further tables that the runs allow.
     """
 
     command: str
     runs: Sequence[Run] = ()
     corrected: pd.DataFrame = field(default_factory=pd.DataFrame)
     evaluated: Evaluations | None = None
+    extra: Sequence[ExtraTable] = ()
 
     @property
     def differences(self) -> pd.DataFrame:
@@ -86,7 +93,12 @@ class Contents:
         return found
 
 
-def report(runs: list[Path], out: Path | None = None, thinking_unfinished: UnfinishedAs = "apart") -> Path:
+def report(
+    runs: list[Path],
+    out: Path | None = None,
+    thinking_unfinished: UnfinishedAs = "apart",
+    group: list[str] | None = None,
+) -> Path:
     """Writes a report of one or several runs: a page with tables and plots.
 
     Next to FILE.html it writes FILE.csv (every score), FILE_overall.csv (the runs side by side), FILE.xlsx and
@@ -100,26 +112,35 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
         out: The HTML file to write; by default report.html in the first run's folder.
         thinking_unfinished: How responses count that ended inside their reasoning, without an answer: "apart" excludes
             them and counts them separately, "N/A" and "wrong" count them as such.
+        group: Runs that differ in their training seed only, each ``NAME=PATTERN`` of run folders, such as
+            ``ppo=runs/ppo-*``. They are reported like the others, and their means and differences with intervals over
+            training seeds (FILE_groups.csv, FILE_group_differences.csv).
 
     Returns:
         The path of the page.
 
     Raises:
-        ArgumentError: there are no runs, one is named twice, ``out`` is not an HTML file, or a file other than a report
-            exists there.
+        ArgumentError: there are no runs, one is named twice, ``out`` is not an HTML file, a file other than a report
+            exists there, or a group is not understood.
         RecordError: a run can't be read (:func:`safervlm.results.runs.load_run`), has no responses to the protocol's
             questions, or is being written by another command.
     """
+    members = named_groups(group or [])
+    there = {Path(run).resolve() for run in runs}
+    runs = [*runs, *(run for each in members.values() for run in each if run.resolve() not in there)]
     if not runs:
         raise ArgumentError("runs: a report needs at least one run folder, for example runs/base")
     out = Path(out) if out else Path(runs[0]) / "report.html"
     if out.suffix != ".html":
         raise ArgumentError(f"out: the report is a page, {str(out)!r} must end in .html")
-    optional = {name: out.with_name(f"{out.stem}_{name}.csv") for name in ("corrected", "evaluation", "differences")}
+    optional = {name: out.with_name(f"{out.stem}_{name}.csv") for name in OPTIONAL}
     endings = (".csv", "_overall.csv", *(f"_{name}.csv" for name in optional), ".xlsx", ".tex")
     require_replaceable_page(out, "report", *endings)
     loaded = load_runs(runs, thinking_unfinished)
-    contents = Contents("report", loaded, corrected_rates(loaded), evaluations_of(loaded, thinking_unfinished))
+    by_folder = {run.folder.resolve(): run for run in loaded}
+    groups = {name: [by_folder[folder.resolve()] for folder in each] for name, each in members.items()}
+    evaluations = evaluations_of(loaded, thinking_unfinished)
+    contents = Contents("report", loaded, corrected_rates(loaded), evaluations, extra_tables(loaded, groups))
     comparison = compare({run.name: run.scores for run in loaded})
     page, tex = render(contents, out), latex_tables(loaded, comparison)
     long = pd.concat([run.scores.assign(run=run.name) for run in loaded])
@@ -133,6 +154,7 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
     write_csv(out.with_name(f"{out.stem}_overall.csv"), comparison, index=True)
     sheets = {"overall": comparison.reset_index(), "by category": wide, "scores": long}
     more = {"corrected": contents.corrected, "differences": contents.differences}
+    more |= {table.name: table.numbers for table in contents.extra}
     if contents.evaluated is not None:
         more["evaluation"] = contents.evaluated.long
     for name, file in optional.items():
@@ -143,6 +165,9 @@ def report(runs: list[Path], out: Path | None = None, thinking_unfinished: Unfin
     write_workbook(out.with_suffix(".xlsx"), sheets, [*NOTES, *([CORRECTED_NOTE] if len(contents.corrected) else [])])
     say_headline(contents)
     show_table(comparison_table({run.name: run.scores for run in loaded}, contents.corrected))
+    for table in contents.extra if groups else ():
+        if table.name.startswith("group"):
+            show_table(table.for_terminal())
     for line in warnings(loaded):
         say(f"not comparable: {line}")
     if contents.evaluated is not None:
@@ -213,10 +238,12 @@ def render(contents: Contents, out: Path) -> str:
         evaluated=evaluated_sections(evaluated, beside_measurements=bool(runs)) if evaluated else None,
         flipped=[(name, flipped(contents, name, out)) for name in names[1:]],
         examples={CAPABILITY_TITLES[capability]: cards for capability, cards in chosen.items()},
+        extra=contents.extra,
         settings=settings_of(list(manifests.items())),
         methods=list(dict.fromkeys(ways)),
         shown=shown,
         judge_note=JUDGE_NOTE,
+        seeds_note=SEEDS_NOTE,
         gap_weights=GAP_WEIGHTS,
         diversity_note=DIVERSITY_NOTE,
     )

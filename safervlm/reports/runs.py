@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Run:
         frame: its responses and verdicts, of :func:`safervlm.results.runs.load_run`.
         scores: of :func:`safervlm.results.scores.scores`.
         manifest: stage -> dotted key -> value; empty without ``manifest.json``.
+        variants: responses and verdicts to questions that depart from the published protocol.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Run:
     frame: pd.DataFrame
     scores: pd.DataFrame
     manifest: dict[str, dict[str, str]]
+    variants: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def load_runs(folders: Sequence[Path], unfinished: UnfinishedAs = "apart") -> list[Run]:
@@ -57,7 +59,9 @@ def load_runs(folders: Sequence[Path], unfinished: UnfinishedAs = "apart") -> li
     runs = []
     for path, name in zip(paths, run_names(paths), strict=True):
         reject_run_at_work(path)
-        frame = load_run(path, unfinished)
+        every = load_run(path, unfinished, variants=True)
+        published = every["variant"] == ""
+        frame, variants = (every[rows].reset_index(drop=True) for rows in (published, ~published))
         kinds = frame["capability"].value_counts()
         if others := {str(kind): int(count) for kind, count in kinds.items() if kind not in CAPABILITIES}:
             listed = ", ".join(f"{count} {kind}" for kind, count in others.items())
@@ -68,7 +72,7 @@ def load_runs(folders: Sequence[Path], unfinished: UnfinishedAs = "apart") -> li
                 f"{path}: it has no responses to the protocol's questions, which a report is about; use `safervlm "
                 f"evaluation {path}`"
             )
-        runs.append(Run(name, path, frame, table, read_summary(RunFolder(path).manifest)))
+        runs.append(Run(name, path, frame, table, read_summary(RunFolder(path).manifest), variants))
     return runs
 
 

@@ -1,0 +1,184 @@
+"""Tables that a report has only if the runs allow them: training seeds, repeated questions, rotated options."""
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+
+from safervlm.errors import ArgumentError
+from safervlm.io.tables import TextTable
+from safervlm.reports.runs import Run
+from safervlm.reports.tables import percent, records, signed, with_interval
+from safervlm.results.groups import group_differences, group_table
+from safervlm.results.measures import COLUMNS
+from safervlm.results.positions import position_table
+from safervlm.results.repeats import VARIANCE, WRONG_AT_LEAST_ONCE, repeat_table
+from safervlm.statistics.seeds import FEWEST_SEEDS
+
+SEEDS_NOTE = "An interval of one trained run does not include the variation between training seeds (--group)."
+
+
+@dataclass(frozen=True)
+class ExtraTable:
+    """A table of a report.
+
+    Attributes:
+        name: ending of its CSV file, name of its sheet, and its id on the page.
+        title: heading.
+        note: what the numbers are.
+        headings: of the columns.
+        rows: the cells as texts; the first of a row is its header.
+        numbers: the table for CSV and XLSX.
+    """
+
+    name: str
+    title: str
+    note: str
+    headings: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    numbers: pd.DataFrame
+
+    def for_terminal(self) -> TextTable:
+        """Returns the table for the terminal."""
+        printed = TextTable(title=self.title, caption=self.note, box=SIMPLE_HEAD)
+        for heading in self.headings:
+            printed.add_column(heading)
+        for row in self.rows:
+            printed.add_row(*row)
+        return printed
+
+
+NAMES = ("groups", "group_differences", "repeats", "positions")  # of the tables, for files of an earlier report
+
+
+def named_groups(words: Sequence[str]) -> dict[str, list[Path]]:
+    """Parses groups of runs.
+
+    Args:
+        words: each ``NAME=PATTERN``, where the pattern is that of run folders, such as ``ppo=runs/ppo-*``.
+
+    Returns:
+        Name -> run folders, sorted.
+
+    Raises:
+        ArgumentError: a word has no name or pattern, a name occurs twice, or no folder has a pattern.
+    """
+    groups: dict[str, list[Path]] = {}
+    for word in words:
+        name, equals, pattern = word.partition("=")
+        if not name.strip() or not equals or not pattern:
+            raise ArgumentError(f"group: needs NAME=PATTERN, such as 'ppo=runs/ppo-*', got {word!r}")
+        if name in groups:
+            raise ArgumentError(f"group: {name!r} is named twice; give one of the groups another name")
+        groups[name] = sorted(path for path in map(Path, glob.glob(pattern)) if path.is_dir())  # noqa: PTH207 (absolute, too)
+        if not groups[name]:
+            raise ArgumentError(f"group: no run folder is called {pattern!r}; quote the pattern")
+    return groups
+
+
+def extra_tables(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> list[ExtraTable]:
+    """Returns the tables that the runs allow.
+
+    Args:
+        runs: the runs of the report; the first is the baseline.
+        groups: name -> runs that differ in their training seed only.
+    """
+    tables = [*_of_groups(runs, groups), _of_repeats(runs), _of_positions(runs)]
+    return [table for table in tables if table is not None and table.rows]
+
+
+def _of_groups(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> list[ExtraTable]:
+    if not groups:
+        return []
+    frames = {name: [run.frame for run in members] for name, members in groups.items()}
+    table = group_table(frames)
+    note = (
+        "Mean over training seeds, in percent, with a 95 % interval over new concepts and new training seeds; none for "
+        f"fewer than {FEWEST_SEEDS} seeds. SD: standard deviation between seeds, in points."
+    )
+    rows: list[tuple[str, ...]] = [
+        (
+            row["group"],
+            COLUMNS[row["measure"]][0],
+            str(row["seeds"]),
+            with_interval(row["value"], row["low"], row["high"]),
+            percent(row["deviation"]),
+            f"{percent(row['smallest'])} to {percent(row['largest'])}",
+        )
+        for row in records(table)
+    ]
+    headings: tuple[str, ...] = ("Group", "Measure", "Seeds", "Mean [95 %]", "SD", "Range")
+    tables = [ExtraTable("groups", "Training seeds", note, headings, rows, table)]
+    members = {run.name for each in groups.values() for run in each}
+    if runs[0].name not in members:
+        frames = {runs[0].name: [runs[0].frame]} | frames
+    if len(frames) > 1:
+        differences = group_differences(frames)
+        rows = [
+            (
+                f"{row['group']} - {row['base']}",
+                COLUMNS[row["measure"]][0],
+                signed(row["value"])
+                + ("" if np.isnan(row["low"]) else f" [{signed(row['low'])}, {signed(row['high'])}]"),
+            )
+            for row in records(differences)
+        ]
+        note = "Differences of the means, in points, with a 95 % interval over new concepts and new training seeds."
+        headings = ("Groups", "Measure", "Difference [95 %]")
+        title = "Differences between groups"
+        tables.append(ExtraTable("group_differences", title, note, headings, rows, differences))
+    return tables
+
+
+def _of_repeats(runs: Sequence[Run]) -> ExtraTable | None:
+    tables = [repeat_table(run.frame).assign(run=run.name) for run in runs]
+    found = pd.concat(tables, ignore_index=True)
+    if found.empty:
+        return None
+    rows = []
+    for row in records(found):
+        what = row["measure"]
+        if what == WRONG_AT_LEAST_ONCE:
+            what = f"wrong at least once in {row['of']}"
+        elif what == VARIANCE:
+            what = f"share of variance: {row['of']}"
+        side = "" if row["side"] == "-" else f", {row['side']}"
+        about = f"{row['capability'].replace('_', ' ')}{side}"
+        unit = row["sampling_unit"] if isinstance(row["sampling_unit"], str) else ""
+        rows.append((row["run"], about, what, with_interval(row["value"], row["low"], row["high"]), unit))
+    note = (
+        "In percent. Wrong at least once in k: of k responses to a question; N/A counts as wrong. Flip rate: how often "
+        "two responses to a question differ in being right. Share of variance: of single responses."
+    )
+    headings = ("Run", "Questions", "Measure", "Value [95 %]", "Sampling unit")
+    return ExtraTable("repeats", "Repeated questions", note, headings, rows, _run_first(found))
+
+
+def _of_positions(runs: Sequence[Run]) -> ExtraTable | None:
+    tables = [position_table(pd.concat([run.frame, run.variants])).assign(run=run.name) for run in runs]
+    found = pd.concat(tables, ignore_index=True)
+    if found.empty:
+        return None
+    rows = [
+        (
+            row["run"],
+            f"{row['measure']} {row['position']}".strip(),
+            with_interval(row["value"], row["low"], row["high"]),
+            str(row["n"]),
+        )
+        for row in records(found)
+    ]
+    note = (
+        "In percent, over all orders of the options. Accuracy beyond chance: 0 for guesses. Position bias: standard "
+        "deviation of the accuracy over the positions of the right option, beside its expectation without a bias."
+    )
+    headings = ("Run", "Measure", "Value [95 %]", "n")
+    return ExtraTable("positions", "Rotated options", note, headings, rows, _run_first(found))
+
+
+def _run_first(table: pd.DataFrame) -> pd.DataFrame:
+    return table[["run", *table.columns.drop("run")]]
