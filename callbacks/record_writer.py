@@ -1,6 +1,7 @@
 """Writes the records of a predict loop after each batch, so that a process that dies loses at most one batch."""
 
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safervlm.errors import RecordError, first_line
 from safervlm.io.names import normal_name
 from safervlm.io.tables import say
-from safervlm.records import Failure, Response, read_jsonl, read_torn_jsonl, to_line, write_jsonl
+from safervlm.records import Failure, Question, Response, read_jsonl, read_torn_jsonl, to_line, write_jsonl
 from safervlm.run_folder import RunFolder
 
 
@@ -27,14 +28,17 @@ class RecordWriter(Callback):
     them again. If the data module is a suite of datasets, records of datasets that are not part of this run are kept. A
     run that is asked to end (SIGTERM) ends after its current batch.
 
+    If the module has ``further_files`` (:class:`safervlm.measure.FurtherFile`), their records are written in the same
+    way, each to its own file. A question is skipped once each file has its record; the module's method ``skip(done)``
+    gets the ids of the records that exist, by file.
+
     Args:
         file: The name of the merged file in the run folder.
     """
 
     def __init__(self, file: str = "responses.jsonl") -> None:
         self.file = file
-        self._shard: BinaryIO | None = None
-        self._failed: list[Failure] = []
+        self._files: list[RecordFile] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reads the existing records and makes the data module skip them, identically on every process.
@@ -44,24 +48,31 @@ class RecordWriter(Callback):
         """
         if stage != "predict":
             return
-        done = self._read(trainer)
+        main, *further = files = self._of(trainer, pl_module)
+        done = {file.name: file.read() for file in files}
         if (valid := getattr(pl_module, "valid", None)) is not None:
             examples = {each.question.id: each for each in trainer.datamodule.parts.predict}  # type: ignore[attr-defined]
-            done = {name: each for name, each in done.items() if name not in examples or valid(each, examples[name])}
+            done[main.name] = {
+                name: each
+                for name, each in done[main.name].items()
+                if name not in examples or valid(each, examples[name])
+            }
         trainer.strategy.barrier("record-writer-read")  # no process writes while another one still reads
-        trainer.datamodule.skip(done.keys())  # type: ignore[attr-defined]
-        if done and trainer.is_global_zero:
-            left = len(trainer.datamodule.remaining())  # type: ignore[attr-defined]
-            rest = f"continuing with the other {left}" if left else "nothing is left to do"
-            say(f"{self.file}: {len(done)} records are there already, {rest}")
+        left = {file.name: file.asked(trainer) - done[file.name].keys() for file in files}
+        unfinished = set().union(*(left[file.name] for file in further))
+        trainer.datamodule.skip(done[main.name].keys() - unfinished)  # type: ignore[attr-defined]
+        if further:
+            pl_module.skip({name: frozenset(records) for name, records in done.items()})  # type: ignore[operator]
+        for name, records in done.items():
+            if records and trainer.is_global_zero:
+                rest = f"continuing with the other {len(left[name])}" if left[name] else "nothing is left to do"
+                say(f"{name}: {len(records)} records are there already, {rest}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens this process's shard; the manifest has been checked by then."""
-        shards = self._shards(trainer)
-        shards.mkdir(parents=True, exist_ok=True)
-        self._failed = []
-        # A new file: the last line of an old shard may be torn, and in a container process ids are reused.
-        self._shard = (shards / f"{trainer.global_rank}-{time.time_ns()}.jsonl").open("xb")
+        """Opens this process's shards; the manifest has been checked by then."""
+        self._files = self._of(trainer, pl_module)
+        for file in self._files:
+            file.open(trainer.global_rank)
 
     def on_predict_batch_end(
         self,
@@ -77,21 +88,10 @@ class RecordWriter(Callback):
         Raises:
             SIGTERMException: the process was asked to end.
         """
-        assert self._shard is not None  # noqa: S101 (on_predict_start opened it; for the type checker)
-        lines = []
-        for record in outputs:
-            if isinstance(record, Failure):
-                self._failed.append(record)
-                continue
-            try:
-                lines.append(to_line(record.to_dict()).encode())
-            except (TypeError, ValueError, RecursionError) as error:
-                if not isinstance(record, Response):
-                    raise
-                reason = f"{record.id}: its response can't be written as JSON ({first_line(error)})"
-                self._failed.append(Failure(record.question, reason))
-        self._shard.write(b"".join(lines))
-        self._shard.flush()
+        main, *further = self._files
+        own = [next((file for file in further if isinstance(record, file.kinds)), main) for record in outputs]
+        for file in self._files:
+            file.append(record for record, its in zip(outputs, own, strict=True) if its is file)
         if trainer.received_sigterm:  # Lightning checks this in training only
             raise SIGTERMException
 
@@ -101,51 +101,65 @@ class RecordWriter(Callback):
         Raises:
             RecordError: a question has neither a record nor a reason for its failure.
         """
-        assert self._shard is not None  # noqa: S101
-        self._shard.close()
-        write_jsonl(self._shards(trainer) / f"{trainer.global_rank}.failed", (each.to_dict() for each in self._failed))
+        for file in self._files:
+            file.close(trainer.global_rank)
         trainer.strategy.barrier("record-writer-merge")
         if trainer.is_global_zero:
-            records = self._read(trainer)
-            asked = [example.question.id for example in trainer.datamodule.parts.predict]  # type: ignore[attr-defined]
-            found = {
-                normal_name(each["id"]): each
-                for file in self._shards(trainer).glob("*.failed")
-                for each in read_jsonl(file)
-            }
-            failed = [found[name] for name in asked if name in found and name not in records]
-            missing = [name for name in asked if name not in records and name not in found]
-            if missing:
-                raise RecordError(f"{missing[0]}: no record was written ({len(missing)} are missing); run it again")
-            run = Path(trainer.default_root_dir)
-            others = records.keys() - set(asked) if trainer.datamodule.keeps_others else ()  # type: ignore[attr-defined]
-            names = [*(name for name in asked if name in records), *(name for name in records if name in others)]
-            write_jsonl(run / self.file, (records[name] for name in names))
-            file = run / f"{Path(self.file).stem}-failed.jsonl"
-            if file.is_file() and trainer.datamodule.keeps_others:  # type: ignore[attr-defined]
-                there = {*asked, *records}
-                failed += [each for each in read_jsonl(file) if normal_name(each["id"]) not in there]
-            if failed:
-                write_jsonl(file, failed)
-            else:
-                file.unlink(missing_ok=True)
-            for shard in self._shards(trainer).iterdir():
-                shard.unlink()
-            self._shards(trainer).rmdir()
-            with suppress(OSError):  # shards of another kind of record are there
-                self._shards(trainer).parent.rmdir()
+            for file in self._files:
+                file.merge(trainer)
         trainer.strategy.barrier("record-writer-merged")
 
-    def _shards(self, trainer: Trainer) -> Path:
-        return RunFolder(trainer.default_root_dir).shards / Path(self.file).stem
+    def _of(self, trainer: Trainer, module: LightningModule) -> list["RecordFile"]:
+        """Returns the module's files; the first is that of its main records."""
+        run = Path(trainer.default_root_dir)
+        further = getattr(module, "further_files", ())
+        return [RecordFile(run, self.file), *(RecordFile(run, each.file, each.kinds, each.applies) for each in further)]
 
-    def _read(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
-        """Returns the existing records by id; records of a shard replace those of the merged file."""
-        merged = Path(trainer.default_root_dir) / self.file
-        shards = sorted(self._shards(trainer).glob("*.jsonl"))
+
+class RecordFile:
+    """A file of records: the merged file, its shards, and the failures.
+
+    Args:
+        run: The run folder.
+        name: The name of the merged file.
+        kinds: The classes of its records and failures; empty for those that no other file has.
+        applies: Whether a question has a record in it.
+
+    Attributes:
+        failed: The failures of this process.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        name: str,
+        kinds: tuple[type, ...] = (),
+        applies: Callable[[Question], bool] = lambda question: True,
+    ) -> None:
+        self.run, self.name, self.kinds, self.applies = run, name, kinds, applies
+        self.shards = RunFolder(run).shards / Path(name).stem
+        self._shard: BinaryIO | None = None
+        self.failed: list[Failure] = []
+
+    def asked(self, trainer: Trainer) -> dict[str, None]:
+        """Returns the ids of the questions that have a record here, in the order of the data.
+
+        Args:
+            trainer: The trainer with the data.
+        """
+        examples = trainer.datamodule.parts.predict  # type: ignore[attr-defined]
+        return dict.fromkeys(each.question.id for each in examples if self.applies(each.question))
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Returns the existing records by id; records of a shard replace those of the merged file.
+
+        Raises:
+            RecordError: a file is damaged.
+        """
+        merged = self.run / self.name
         records: dict[str, dict[str, Any]] = {}
         fresh: set[str] = set()
-        for file in [merged, *shards]:
+        for file in [merged, *sorted(self.shards.glob("*.jsonl"))]:
             there = read_torn_jsonl(file) if file != merged else read_jsonl(file) if file.is_file() else ()
             for number, record in enumerate(there, 1):
                 if not isinstance(record, dict) or not isinstance(record.get("id"), str):
@@ -155,3 +169,80 @@ class RecordWriter(Callback):
                     records[name] = record
                     fresh |= {name} if file != merged else set()
         return records
+
+    def open(self, rank: int) -> None:
+        """Opens the shard of a process.
+
+        Args:
+            rank: The rank of the process.
+        """
+        self.shards.mkdir(parents=True, exist_ok=True)
+        # A new file: the last line of an old shard may be torn, and in a container process ids are reused.
+        self._shard = (self.shards / f"{rank}-{time.time_ns()}.jsonl").open("xb")
+
+    def append(self, records: Iterable[Any]) -> None:
+        """Appends records to the shard, and collects failures.
+
+        Args:
+            records: The records and failures of a batch.
+        """
+        assert self._shard is not None  # noqa: S101 (open was called; for the type checker)
+        lines = []
+        for record in records:
+            if isinstance(record, Failure):
+                self.failed.append(record)
+                continue
+            try:
+                lines.append(to_line(record.to_dict()).encode())
+            except (TypeError, ValueError, RecursionError) as error:
+                if not isinstance(record, Response):
+                    raise
+                reason = f"{record.id}: its response can't be written as JSON ({first_line(error)})"
+                self.failed.append(Failure(record.question, reason))
+        self._shard.write(b"".join(lines))
+        self._shard.flush()
+
+    def close(self, rank: int) -> None:
+        """Closes the shard and writes the failures of a process.
+
+        Args:
+            rank: The rank of the process.
+        """
+        assert self._shard is not None  # noqa: S101
+        self._shard.close()
+        write_jsonl(self.shards / f"{rank}.failed", (each.to_dict() for each in self.failed))
+
+    def merge(self, trainer: Trainer) -> None:
+        """Merges the shards of all processes in the order of the data, and removes them.
+
+        Args:
+            trainer: The trainer with the data.
+
+        Raises:
+            RecordError: a question has neither a record nor a reason for its failure.
+        """
+        records, asked = self.read(), self.asked(trainer)
+        keeps = trainer.datamodule.keeps_others  # type: ignore[attr-defined]
+        found = {
+            normal_name(each["id"]): each for file in self.shards.glob("*.failed") for each in read_jsonl(file)
+        }
+        failed = [found[name] for name in asked if name in found and name not in records]
+        missing = [name for name in asked if name not in records and name not in found]
+        if missing:
+            raise RecordError(f"{missing[0]}: no record was written ({len(missing)} are missing); run it again")
+        others = records.keys() - asked.keys() if keeps else set()
+        names = [*(name for name in asked if name in records), *(name for name in records if name in others)]
+        write_jsonl(self.run / self.name, (records[name] for name in names))
+        file = self.run / f"{Path(self.name).stem}-failed.jsonl"
+        if file.is_file() and keeps:
+            there = asked.keys() | records.keys()
+            failed += [each for each in read_jsonl(file) if normal_name(each["id"]) not in there]
+        if failed:
+            write_jsonl(file, failed)
+        else:
+            file.unlink(missing_ok=True)
+        for shard in self.shards.iterdir():
+            shard.unlink()
+        self.shards.rmdir()
+        with suppress(OSError):  # shards of another kind of record are there
+            self.shards.parent.rmdir()

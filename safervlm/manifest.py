@@ -22,6 +22,7 @@ from safervlm.io.signals import apart, asked_to_end, observe, pass_safe_point, t
 from safervlm.io.tables import say
 from safervlm.provenance import PACKAGES, git_commit
 from safervlm.run import check_settings, has_results, lock, read_manifest, write_stage
+from safervlm.run_folder import RunFolder
 from safervlm.schedules import follow_schedules
 from safervlm.vlm.weights import HASHES
 
@@ -229,8 +230,11 @@ class RunManifest(Callback):
         """Marks the stage as finished; Lightning doesn't call this after an interruption."""
         if trainer.is_global_zero and stage != "validate":
             run = Path(trainer.default_root_dir)
-            # These files list questions without a response, and responses without a verdict or rating.
-            complete = stage != "predict" or not any(run.glob("*-failed.jsonl"))
+            # These files list questions without a response or odds, and responses without a verdict or rating.
+            failed = {*run.glob("*-failed.jsonl")}
+            if not getattr(pl_module, "odds", False):
+                failed -= {RunFolder(run).odds_failed}  # of an earlier command that stored odds
+            complete = stage != "predict" or not failed
             write_stage(run, stage_name(pl_module), finished=complete)
             there = [path for path in run.iterdir() if path.name != LOCK]
             names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in there)

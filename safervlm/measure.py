@@ -1,19 +1,25 @@
 """Measurement of a VLM: a Lightning module whose predict step generates responses."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from safervlm.errors import ArgumentError, UserError
 from safervlm.failures import in_halves, reason_of
 from safervlm.io.tables import say
 from safervlm.ranges import in_range
 from safervlm.records import Example, Failure, Question, Response
-from safervlm.vlm.base import VLM, Answer, Collator, Generation, Unanswered
+from safervlm.run_folder import RunFolder
+from safervlm.vlm.base import VLM, Answer, Collator, Unanswered, WordProbabilities
+from safervlm.vlm.odds import Odds, OddsFailure, has_odds, with_words
 from safervlm.vlm.sampling import Sampling
+
+RESPONSES, ODDS = RunFolder("").responses.name, RunFolder("").odds.name
 
 
 @dataclass
@@ -24,10 +30,12 @@ class QuestionBatch:
         batches: Batches made by the VLM's collator: usually one; several if the questions can't be collated together;
             none if no question remains.
         failed: Questions that could not be collated, with their reasons.
+        odds: The questions with the words whose odds are stored; None if none are.
     """
 
     batches: list[Any]
     failed: list[Failure]
+    odds: "QuestionBatch | None" = None
 
     def to(self, device: torch.device) -> Self:
         """Returns a copy with its batches on another device; called by Lightning.
@@ -35,7 +43,8 @@ class QuestionBatch:
         Args:
             device: Target device.
         """
-        return type(self)([batch.to(device) for batch in self.batches], self.failed)
+        odds = self.odds and self.odds.to(device)
+        return type(self)([batch.to(device) for batch in self.batches], self.failed, odds)
 
 
 @dataclass
@@ -44,12 +53,31 @@ class FaultTolerantCollator:
 
     Attributes:
         collator: Collator of the VLM.
+        odds: Whether the odds of the answers are stored.
+        done: Ids of the questions that already have a record, by file.
     """
 
     collator: Collator
+    odds: bool = False
+    done: dict[str, Collection[str]] = field(default_factory=dict)
 
     def __call__(self, examples: Sequence[Example]) -> QuestionBatch:
-        """Collates the examples together; if that raises, one by one, to isolate the failing ones."""
+        """Collates the examples that have no response, and those without odds that can have some."""
+        answered, scored = (self.done.get(file, ()) for file in (RESPONSES, ODDS))
+        batch = self.tolerant([example for example in examples if example.question.id not in answered])
+        if self.odds:
+            left = [each.question for each in examples if has_odds(each.question) and each.question.id not in scored]
+            batch.odds = self.tolerant([with_words(question) for question in left])
+        return batch
+
+    def tolerant(self, examples: Sequence[Example]) -> QuestionBatch:
+        """Collates the examples together; if that raises, one by one, to isolate the failing ones.
+
+        Args:
+            examples: The examples; may be empty.
+        """
+        if not examples:
+            return QuestionBatch([], [])
         try:
             return QuestionBatch([self.collator(examples)], [])
         except BaseException as error:
@@ -66,6 +94,83 @@ class FaultTolerantCollator:
         return QuestionBatch(batches, failed + [Failure(example.question, reason) for example, reason in more])
 
 
+@dataclass
+class FaultTolerantStep:
+    """Computes a result for each question of a batch; splits a batch that exceeds the memory or raises an exception.
+
+    Args:
+        compute: Computes the results of a batch.
+        select: Returns a batch of some rows of a batch.
+        failures_in_a_row: Number of consecutive questions with exceptions after which the run stops.
+    """
+
+    compute: Callable[[Any], Sequence[Any]]
+    select: Callable[[Any, Tensor], Any]
+    failures_in_a_row: int
+    _in_a_row: int = 0
+    _largest: int | None = None  # batch size used after a larger batch ran out of memory
+
+    def __call__(self, batch: Any) -> list[Any]:
+        """Computes the results of a batch.
+
+        Args:
+            batch: Batch made by the VLM's collator, with ``len``.
+
+        Returns:
+            For each question, in order, the result, or the reason why there is none.
+
+        Raises:
+            UserError: ``failures_in_a_row`` consecutive questions raised exceptions.
+        """
+        if self._largest is not None and len(batch) > self._largest:
+            return self._in_parts(batch, self._largest)
+        try:
+            answers = list(self.compute(batch))
+        except torch.OutOfMemoryError as error:
+            reason, full = f"{str(error).split('. ')[0]}: this question alone doesn't fit into memory", True
+        except BaseException as error:
+            reason, full = reason_of(error), False
+        else:
+            if not all(isinstance(answer, Unanswered) for answer in answers):
+                self._in_a_row = 0
+            return answers
+        # Memory held by the failed attempt is released only after the except block.
+        if full and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            self._in_a_row += not full
+            if self._in_a_row >= self.failures_in_a_row:
+                raise UserError(
+                    f"model.failures_in_a_row: {self._in_a_row} questions in a row raised an exception, the last one "
+                    f"{reason}; correct the cause, then the same command asks them again"
+                )
+            return [Unanswered(reason)]
+        half = len(batch) // 2
+        if full:
+            self._largest = half
+            say(f"out of memory with {len(batch)} questions at once: continuing with {half}")
+        return self._in_parts(batch, half)
+
+    def _in_parts(self, batch: Any, size: int) -> list[Any]:
+        rows = torch.arange(len(batch)).split(size)
+        return [answer for part in rows for answer in self(self.select(batch, part))]
+
+
+@dataclass(frozen=True)
+class FurtherFile:
+    """A file of further records, beside the responses.
+
+    Attributes:
+        file: Its name in the run folder.
+        kinds: Classes of its records and failures.
+        applies: Whether a question has such a record.
+    """
+
+    file: str
+    kinds: tuple[type, ...]
+    applies: Callable[[Question], bool]
+
+
 class Measure(L.LightningModule):
     """Generates a VLM's responses to the questions of the data.
 
@@ -78,9 +183,13 @@ class Measure(L.LightningModule):
             such question is recorded as failed; after so many without a response in between, the questions are not the
             cause. Questions that the VLM itself leaves unanswered (no finite logits, rejected by a server) or that
             don't fit into memory neither count nor reset the count.
+        odds: Also store, in ``odds.jsonl``, the log-odds of the word that means unsafe against the one that means safe
+            at the beginning of each answer to an alignment question. They don't change the responses, and may be added
+            to a finished run.
 
     Raises:
-        ArgumentError: ``failures_in_a_row`` is less than 1.
+        ArgumentError: ``failures_in_a_row`` is less than 1, or ``odds`` are wanted of a model without
+            log-probabilities.
     """
 
     def __init__(
@@ -89,20 +198,36 @@ class Measure(L.LightningModule):
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         seed: int = 0,
         failures_in_a_row: int = 20,
+        odds: bool = False,
     ) -> None:
         super().__init__()
         in_range("model", least=1, failures_in_a_row=failures_in_a_row)
-        self.vlm, self.sampling, self.seed, self.failures_in_a_row = vlm, sampling, seed, failures_in_a_row
-        self._in_a_row = 0
-        self.largest: int | None = None  # batch size used after a larger batch ran out of memory
+        if odds and type(vlm).first_words is VLM.first_words:
+            raise ArgumentError(f"model.odds: {type(vlm).__name__} has no log-probabilities; omit it")
+        self.vlm, self.sampling, self.seed, self.odds = vlm, sampling, seed, odds
+        self.answer = FaultTolerantStep(self._generate, self._select, failures_in_a_row)
+        self.odds_of = FaultTolerantStep(self._first_words, self._select_with_words, failures_in_a_row)
 
-    @property
+    @cached_property
     def collator(self) -> FaultTolerantCollator:
         """Collator of the batches; the command line passes it to the data module."""
-        return FaultTolerantCollator(self.vlm.collator)
+        return FaultTolerantCollator(self.vlm.collator, self.odds)
+
+    @property
+    def further_files(self) -> tuple[FurtherFile, ...]:
+        """Files that the RecordWriter writes beside the responses."""
+        return (FurtherFile(ODDS, (Odds, OddsFailure), has_odds),) if self.odds else ()
+
+    def skip(self, done: Mapping[str, Collection[str]]) -> None:
+        """Excludes questions that already have a record; called by the RecordWriter.
+
+        Args:
+            done: Ids of these questions, by file.
+        """
+        self.collator.done = dict(done)
 
     def describe(self) -> dict[str, Any]:
-        """Returns the settings that determine the responses, for the manifest."""
+        """Returns the settings that determine the responses, for the manifest; the odds don't change them."""
         noise = {} if self.sampling.temperature == 0 or self.vlm.noise is None else {"noise": self.vlm.noise}
         return {"vlm": self.vlm.describe(), "sampling": asdict(self.sampling), "seed": self.seed} | noise
 
@@ -126,57 +251,30 @@ class Measure(L.LightningModule):
         if data is None or data.remaining():
             self.vlm.load()
 
-    def predict_step(self, asked: QuestionBatch, batch_idx: int) -> list[Response | Failure]:
-        """Returns one response per question, or a failure with its reason."""
-        records: list[Response | Failure] = [*asked.failed]
+    def predict_step(self, asked: QuestionBatch, batch_idx: int) -> list[Response | Failure | Odds]:
+        """Returns one response per question, or a failure with its reason; then the odds, or failures of them."""
+        records: list[Response | Failure | Odds] = [*asked.failed]
         for batch in asked.batches:
             records += map(self.record, batch.questions, self.answer(batch))
+        if asked.odds is not None:
+            records += [OddsFailure(failure.question, failure.reason) for failure in asked.odds.failed]
+            for batch in asked.odds.batches:
+                records += map(self.odds_record, batch.questions, self.odds_of(batch))
         return records
 
-    def answer(self, batch: Any) -> list[Answer]:
-        """Generates the responses of a batch; splits it in halves if it exceeds the memory or raises an exception.
+    def _generate(self, batch: Any) -> list[Answer]:
+        return self.vlm.generate(batch, self.sampling, self.seed)
 
-        Args:
-            batch: Batch made by the VLM's collator, with ``len`` and ``select``.
+    def _first_words(self, batch: Any) -> list[WordProbabilities | Unanswered]:
+        return self.vlm.first_words(batch)
 
-        Returns:
-            For each question, in order, the generation, or the reason why there is none.
+    @staticmethod
+    def _select(batch: Any, rows: Tensor) -> Any:
+        return batch.select(rows)
 
-        Raises:
-            UserError: ``failures_in_a_row`` consecutive questions raised exceptions.
-        """
-        if self.largest is not None and len(batch) > self.largest:
-            return self._in_parts(batch, self.largest)
-        try:
-            answers = self.vlm.generate(batch, self.sampling, self.seed)
-        except torch.OutOfMemoryError as error:
-            reason, full = f"{str(error).split('. ')[0]}: this question alone doesn't fit into memory", True
-        except BaseException as error:
-            reason, full = reason_of(error), False
-        else:
-            if any(isinstance(answer, Generation) for answer in answers):
-                self._in_a_row = 0
-            return answers
-        # Memory held by the failed attempt is released only after the except block.
-        if full and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if len(batch) == 1:
-            self._in_a_row += not full
-            if self._in_a_row >= self.failures_in_a_row:
-                raise UserError(
-                    f"model.failures_in_a_row: {self._in_a_row} questions in a row raised an exception, the last one "
-                    f"{reason}; correct the cause, then the same command asks them again"
-                )
-            return [Unanswered(reason)]
-        half = len(batch) // 2
-        if full:
-            self.largest = half
-            say(f"out of memory with {len(batch)} questions at once: continuing with {half}")
-        return self._in_parts(batch, half)
-
-    def _in_parts(self, batch: Any, size: int) -> list[Answer]:
-        rows = torch.arange(len(batch)).split(size)
-        return [answer for part in rows for answer in self.answer(batch.select(part))]
+    def _select_with_words(self, batch: Any, rows: Tensor) -> Any:
+        """Collates some questions again: a batch loses its completions when it selects rows."""
+        return self.vlm.collator([with_words(batch.questions[row]) for row in rows.tolist()]).to(self.device)
 
     @staticmethod
     def record(question: Question, answer: Answer) -> Response | Failure:
@@ -189,3 +287,13 @@ class Measure(L.LightningModule):
         if isinstance(answer, Unanswered):
             return Failure(question, answer.reason)
         return Response(question, answer.text, answer.finish_reason, len(answer.token_ids), answer.reasoning)
+
+    @staticmethod
+    def odds_record(question: Question, found: WordProbabilities | Unanswered) -> Odds | OddsFailure:
+        """Converts the log-probabilities of a question's words to its record.
+
+        Args:
+            question: Question whose words were scored.
+            found: Log-probabilities, or the reason why there are none.
+        """
+        return OddsFailure(question, found.reason) if isinstance(found, Unanswered) else Odds.of(question, found)

@@ -38,6 +38,21 @@ class RunFolder:
         return self._file("responses-failed.jsonl")
 
     @property
+    def odds(self) -> Path:
+        """Log-odds of the answers' first words."""
+        return self._file("odds.jsonl")
+
+    @property
+    def odds_failed(self) -> Path:
+        """Questions without log-odds, with the reason."""
+        return self._file("odds-failed.jsonl")
+
+    @property
+    def operating(self) -> Path:
+        """Table of the operating curves."""
+        return self._file("operating.csv")
+
+    @property
     def shards(self) -> Path:
         """Folder of the records of a command that is not finished, a file per process."""
         return self._file("shards")

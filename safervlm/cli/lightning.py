@@ -281,6 +281,8 @@ class SaferCLI(LightningCLI):
         files = RunFolder(self.config_init["predict"]["run"])
         reasons = [record["reason"] for record in read_jsonl(files.failed)] if files.failed.exists() else []
         not_judged = [record["reason"] for record in read_jsonl(files.unjudged)] if files.unjudged.exists() else []
+        wants_odds = getattr(self.model, "odds", False) and files.odds_failed.exists()
+        no_odds = [record["reason"] for record in read_jsonl(files.odds_failed)] if wants_odds else []
         left_out = self.datamodule.left_out if isinstance(self.datamodule, Suite) else {}
         for name, reason in left_out.items():
             warn(f"{name} was skipped: {reason}; the same command asks it when it is there")
@@ -293,6 +295,11 @@ class SaferCLI(LightningCLI):
             warn(
                 f"{len(not_judged)} responses have no verdict, for example: {not_judged[0]}; {files.unjudged} has them "
                 "all, the same command judges them again"
+            )
+        if no_odds:
+            warn(
+                f"{len(no_odds)} questions have no odds, for example: {no_odds[0]}; {files.odds_failed} has them all, "
+                "the same command computes them again"
             )
         stages = read_manifest(Path(files.path))["stages"]
         ratings = stages.get("ratings", {"finished": True})
@@ -307,7 +314,7 @@ class SaferCLI(LightningCLI):
             )
         if not ratings["finished"]:
             warn("ratings are missing, see above; the same command asks for them again")
-        if reasons or not_judged or left_out or not ratings["finished"]:
+        if reasons or not_judged or no_odds or left_out or not ratings["finished"]:
             sys.exit(3)
 
 

@@ -38,6 +38,9 @@ from safervlm.protocol import (
     ALIGNMENT_QUESTIONS,
     CAPABILITIES,
     OPTIONS,
+    REVERSED,
+    REVERSED_NUMBER,
+    REVERSED_QUESTION,
     SAFE,
     TEXT_ONLY_QUESTIONS,
     UNSAFE,
@@ -310,6 +313,9 @@ class UnsafeConcepts(ImageSets):
         rotations: In how many orders the options of a perception question are asked, 1 to 4: the published one, then
             rotated by one place each. The accuracy is that of the published order; the others measure the effect of the
             right option's position.
+        reversed_question: Also ask about each image the first alignment question with the opposite polarity, which was
+            not published. Its responses are no part of the published numbers; they show how often the model says yes to
+            both questions.
         validation_fraction: Fraction of the training images held out as the validation split. The paper holds out none.
         limit: Maximum number of images per dataset and of concepts, spread over categories and concepts. None uses all.
         collator: Function that turns examples into a batch. The command line sets the model's collator.
@@ -335,6 +341,7 @@ class UnsafeConcepts(ImageSets):
         prompts: Literal["all", "drawn"] = "all",
         repeats: int = 1,
         rotations: int = 1,
+        reversed_question: bool = False,
         validation_fraction: float = 0.0,
         limit: int | None = None,
         collator: Collator | None = None,
@@ -358,6 +365,7 @@ class UnsafeConcepts(ImageSets):
         self.split = split
         self.capabilities = capabilities
         self.prompts = prompts
+        self.reversed_question = reversed_question
 
     def load(self) -> Parts:
         """Builds the questions by capability, then in dataset order, the unsafe dataset first."""
@@ -371,6 +379,8 @@ class UnsafeConcepts(ImageSets):
                 questions += self._alignment(chosen)
             else:
                 questions += self._text_only(unsafe)
+        if self.reversed_question:
+            questions += self._reversed(chosen)
         return Parts(predict=list(map(Example, questions)))
 
     def _alignment(self, images: list[ImageRecord]) -> list[Question]:
@@ -383,6 +393,11 @@ class UnsafeConcepts(ImageSets):
             )
             questions += [image.alignment_question(number, number == drawn) for number in numbers]
         return questions
+
+    @staticmethod
+    def _reversed(images: list[ImageRecord]) -> list[Question]:
+        """The question that was not published, about each image."""
+        return [image.question(REVERSED, REVERSED_NUMBER, REVERSED_QUESTION, image.label) for image in images]
 
     def _perception(self, images: list[ImageRecord]) -> list[Question]:
         published = read_options(self.folder, images)

@@ -39,10 +39,10 @@ class Answers:
 class Panel(LightningModule):
     """Routes each response to the classifier or rule of its capability.
 
-    Yes/no questions, and questions whose expected answer has to occur in the response, are judged by a rule
-    (:mod:`safervlm.judging.rules`). Reasoning inside a stored response is not judged. A response without any
-    non-whitespace text, such as one removed by a content filter, is N/A without being classified; tables count
-    unfinished thinking separately (:func:`safervlm.results.runs.load_run`).
+    Yes/no questions, the reversed alignment question, and questions whose expected answer has to occur in the response,
+    are judged by a rule (:mod:`safervlm.judging.rules`). Reasoning inside a stored response is not judged. A response
+    without any non-whitespace text, such as one removed by a content filter, is N/A without being classified; tables
+    count unfinished thinking separately (:func:`safervlm.results.runs.load_run`).
 
     Args:
         alignment: The judge of all questions that are answered Safe or Unsafe, with labels Safe, Unsafe, N/A.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from safervlm.errors import RecordError
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.finite import NotFiniteRecordError
 from safervlm.io.texts import tokenizable
 from safervlm.records import THINKING_UNFINISHED, Example, Question
@@ -114,12 +114,14 @@ class Scores:
     Attributes:
         logprobs: (C, T) log-probability of each response token, in nats; 0 outside the mask.
         mask: (C, T) True at response tokens.
+        target: (C, T) ids of the response tokens; 0 outside the mask.
         entropy: (C, T) entropy of the next-token distribution, in nats; None unless requested.
         hidden: (C, T, H) hidden states that predict the tokens; None unless requested.
     """
 
     logprobs: Tensor
     mask: Tensor
+    target: Tensor
     entropy: Tensor | None = None
     hidden: Tensor | None = None
 
@@ -148,6 +150,21 @@ class Generation:
     def answered(self) -> bool:
         """Whether there is an answer; False for unfinished thinking."""
         return self.finish_reason != THINKING_UNFINISHED
+
+
+@dataclass(frozen=True)
+class WordProbabilities:
+    """Log-probabilities, in nats, that an answer begins with the word that means unsafe, or with the one for safe.
+
+    Attributes:
+        unsafe: Log-probability of the word that means unsafe.
+        safe: Log-probability of the word that means safe.
+        bound: Whether one of them is an upper bound.
+    """
+
+    unsafe: float
+    safe: float
+    bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -243,3 +260,19 @@ class VLM(nn.Module, ABC):
         Returns:
             For each of the B questions, in order, its response, or the reason why it has none.
         """
+
+    def first_words(self, batch: Any) -> list[WordProbabilities | Unanswered]:
+        """Computes how likely it is that an answer begins with the word for unsafe, or for safe.
+
+        Models without log-probabilities don't override this method.
+
+        Args:
+            batch: A batch made by :attr:`collator` of :func:`safervlm.vlm.odds.with_words`.
+
+        Returns:
+            For each of the B questions, in order, the log-probabilities, or the reason why there are none.
+
+        Raises:
+            ArgumentError: The model has no log-probabilities.
+        """
+        raise ArgumentError(f"model.odds: {type(self).__name__} has no log-probabilities; omit it")

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safervlm.errors import ArgumentError
-from safervlm.finite import NotFiniteError
+from safervlm.finite import NotFiniteError, NotFiniteRecordError
 from safervlm.hashing import seed_for
 from safervlm.io.tables import say
 from safervlm.limits import TextLimits
 from safervlm.records import THINKING_UNFINISHED
 from safervlm.vlm.adapters import adapter_fingerprint, adapter_weights, export_adapter, load_adapter
-from safervlm.vlm.base import NOT_FINITE, VLM, Generation, Scores
+from safervlm.vlm.base import NOT_FINITE, VLM, Generation, Scores, Unanswered, WordProbabilities
 from safervlm.vlm.heads import LogitTransform
 from safervlm.vlm.lora import (
     AdaptedLayers,
@@ -35,6 +35,7 @@ from safervlm.vlm.lora import (
     must_cover,
 )
 from safervlm.vlm.noise import NOISE
+from safervlm.vlm.odds import probabilities
 from safervlm.vlm.sampling import Sampling, Suppress
 from safervlm.vlm.thinking import Thinking
 from safervlm.vlm.weights import weights_fingerprint
@@ -308,7 +309,7 @@ class LocalVLM(VLM):
         # With gradients, the loss is checked instead, by all processes together.
         if not torch.is_grad_enabled() and not bool(torch.isfinite(chosen).all()):
             raise NotFiniteError(f"vlm: {NOT_FINITE}, the first of them {batch.questions[0].id}")
-        scores = Scores(_unflatten(chosen, targets.mask), targets.mask)
+        scores = Scores(_unflatten(chosen, targets.mask), targets.mask, targets.target)
         if entropy:
             # 0 log 0 = 0, also for suppressed tokens.
             flat = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
@@ -316,6 +317,25 @@ class LocalVLM(VLM):
         if hidden:
             scores.hidden = _unflatten(states, targets.mask)
         return scores
+
+    @torch.no_grad()
+    def first_words(self, batch: Any) -> list[WordProbabilities | Unanswered]:
+        """Computes in one pass how likely it is that an answer begins with the word for unsafe, or for safe.
+
+        Args:
+            batch: A batch made by the VLM's collator of :func:`safervlm.vlm.odds.with_words`.
+
+        Raises:
+            NotFiniteRecordError: A log-probability is not finite.
+        """
+        training = self.training
+        self.eval()
+        try:
+            scores = self.score(batch)
+        except NotFiniteError as error:  # of a record, not of the run
+            raise NotFiniteRecordError(str(error)) from None
+        self.train(training)
+        return probabilities(batch.questions, scores, self.tokenizer.decode)
 
     def hidden(self, batch: Any, adapter: Adapter) -> Tensor:
         """Computes the hidden states that predict the response tokens, without the output head.

@@ -199,8 +199,8 @@ def test_a_response_that_cannot_be_written_fails_alone(make_questions, tmp_path:
     writer.on_predict_batch_end(trainer, None, outputs, None, 0)  # type: ignore[arg-type]
     (shard,) = (tmp_path / "shards" / "responses").iterdir()
     assert shard.read_text(encoding="utf-8").count("\n") == 1
-    assert [failure.id for failure in writer._failed] == [bad.id]
-    assert "can't be written as JSON" in writer._failed[0].reason
+    assert [failure.id for failure in writer._files[0].failed] == [bad.id]
+    assert "can't be written as JSON" in writer._files[0].failed[0].reason
 
 
 def test_a_missing_image_is_a_failure_of_its_questions_alone(

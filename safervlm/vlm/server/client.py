@@ -21,12 +21,13 @@ from safervlm.io.signals import asked_to_end
 from safervlm.io.tables import say
 from safervlm.ranges import in_range
 from safervlm.records import Question
-from safervlm.vlm.base import VLM, Answer, Generation, Unanswered
+from safervlm.vlm.base import VLM, Answer, Generation, Unanswered, WordProbabilities
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.batch import ServerBatch, ServerCollator, blank_url
 from safervlm.vlm.server.body import checked_body
 from safervlm.vlm.server.bounds import Bounds
+from safervlm.vlm.server.first_token import SETTINGS_OF_ODDS, words_of
 from safervlm.vlm.server.host import Host, hosts_at
 from safervlm.vlm.server.outcomes import Hopeless, Untaken, Useless, seconds_to_wait
 from safervlm.vlm.server.pool import Pool
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from safervlm.vlm.server.request import Requests
 
 __all__ = ["Server", "ServerBatch", "seconds_to_wait"]
+
+Settings = Callable[[Question], Mapping[str, Any]]  # parameters of the request for a question
 
 POLL = 0.25  # seconds between two checks whether the command is asked to end
 ENDING = "the command is asked to end; what is answered is kept, the same command resumes"
@@ -132,8 +135,10 @@ class Server(VLM):
         self.max_wait, self.question_timeout = max_wait, question_timeout
         self.max_body, self.max_count = max_body, max_count
         self.on_attempt: Callable[[dict[str, Any]], None] = lambda attempt: None
-        self.requests = self.tokens = self.unanswered_in_a_row = 0
+        self.requests = self.tokens = 0
         self.pool = Pool(self.hosts, max_retries, self._back_off)
+        # Failures of the odds, and parameters that a server rejects for them, don't concern the responses.
+        self.pool_of_odds = Pool(hosts_at(addresses), max_retries, self._back_off)
         self._untold = False  # whether on_attempt failed
         self._jitter = random.Random()
 
@@ -221,20 +226,45 @@ class Server(VLM):
         self.load()
         if self.halted is not None:
             raise ArgumentError(self.halted)
-        answers = asyncio.run(self._answer_all(batch, sampling, seed))
+
+        def settings(question: Question) -> dict[str, Any]:
+            return {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "max_completion_tokens": sampling.max_new_tokens,
+                "seed": seed_for(seed, question.id) % 2**31,
+            }
+
+        answers = asyncio.run(self._answer_all(batch, self.pool, settings))
         none = not any(isinstance(answer, Generation) for answer in answers)
         if self.halted is not None and none and not asked_to_end():
             raise ArgumentError(self.halted)
         return answers
 
-    async def _answer_all(self, batch: ServerBatch, sampling: Sampling, seed: int) -> list[Answer]:
+    def first_words(self, batch: ServerBatch) -> list[WordProbabilities | Unanswered]:
+        """Requests the most probable first tokens of each answer, and sums those that are a word.
+
+        A request generates one token. A server without log-probabilities is not asked again by this command.
+
+        Args:
+            batch: The questions.
+
+        Returns:
+            For each question, in order, the log-probabilities of its words, or the reason why there are none.
+        """
+        if (halted := self.pool_of_odds.halted) is not None:
+            return [Unanswered(f"{question.id}: not asked; {halted}") for question in batch.questions]
+        answers = asyncio.run(self._answer_all(batch, self.pool_of_odds, lambda question: SETTINGS_OF_ODDS))
+        return [words_of(question, answer) for question, answer in zip(batch.questions, answers, strict=True)]
+
+    async def _answer_all(self, batch: ServerBatch, pool: Pool, settings: Settings) -> list[Answer]:
         """Returns for each question its response, or the reason why there is none."""
         from safervlm.vlm.server.request import Requests
 
         slots = asyncio.Semaphore(self.concurrency)
-        self.pool.begin()
+        pool.begin()
         requests = Requests(
-            self.hosts,
+            pool.hosts,
             self._key(),
             self.api_key_variable,
             self.timeout,
@@ -248,7 +278,7 @@ class Server(VLM):
 
         async def answer(question: Question, image: str) -> Answer:
             async with slots:
-                return await self._answer(requests, question, image, sampling, seed)
+                return await self._answer(requests, pool, question, image, settings(question))
 
         try:
             pairs = list(zip(batch.questions, batch.image_rows, strict=True))
@@ -257,7 +287,7 @@ class Server(VLM):
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             watch.cancel()
         finally:
-            self.pool.end()
+            pool.end()
             await requests.close()
         return [
             outcome if isinstance(outcome, Answer) else Unanswered(f"{question.id}: not answered; {ENDING}")
@@ -265,20 +295,14 @@ class Server(VLM):
         ]
 
     async def _answer(
-        self, requests: "Requests", question: Question, image: str, sampling: Sampling, seed: int
+        self, requests: "Requests", pool: Pool, question: Question, image: str, settings: Mapping[str, Any]
     ) -> Answer:
         """Returns the response to a question, or the reason why there is none, for any kind of failure."""
         try:
-            request = {
-                "model": self.name,
-                "messages": self._messages(question, image),
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "max_completion_tokens": sampling.max_new_tokens,
-                "seed": seed_for(seed, question.id) % 2**31,
-            } | ({"extra_body": self.extra_body} if self.extra_body else {})
+            request = {"model": self.name, "messages": self._messages(question, image), **settings}
+            request |= {"extra_body": self.extra_body} if self.extra_body else {}
             async with asyncio.timeout(self.question_timeout):
-                generation = await self._ask(requests, question.id, request)
+                generation = await self._ask(requests, pool, question.id, request)
         except RecordError as error:
             reason = str(error)
         except TimeoutError:
@@ -286,14 +310,12 @@ class Server(VLM):
         except Exception as error:
             reason = f"{question.id}: {type(error).__name__}: {requests.cleaner.line(first_line(error))}"
         else:
-            self.unanswered_in_a_row = 0
+            pool.unanswered_in_a_row = 0
             return generation
-        if self.halted is None:
-            self.unanswered_in_a_row += 1
-            if self.unanswered_in_a_row >= self.bounds.failures_in_a_row:
-                self.pool.stop(
-                    f"vlm: {self.unanswered_in_a_row} questions in a row got no response, the last: {reason}"
-                )
+        if pool.halted is None:
+            pool.unanswered_in_a_row += 1
+            if pool.unanswered_in_a_row >= self.bounds.failures_in_a_row:
+                pool.stop(f"vlm: {pool.unanswered_in_a_row} questions in a row got no response, the last: {reason}")
         return Unanswered(reason)
 
     def _messages(self, question: Question, image: str) -> list[dict[str, Any]]:
@@ -315,23 +337,21 @@ class Server(VLM):
         shown = {"type": "image_url", "image_url": {"url": image}}
         return [*system, {"role": "user", "content": [shown, {"type": "text", "text": question.prompt}]}]
 
-    async def _ask(self, requests: "Requests", question: str, request: Mapping[str, Any]) -> Generation:
+    async def _ask(self, requests: "Requests", pool: Pool, question: str, request: Mapping[str, Any]) -> Generation:
         """Sends one question, with as many retries as are allowed.
 
         Raises:
             RecordError: The retries are exhausted, or no more requests can be sent.
         """
-        tries, pauses, answered, last = 0, 0, self.pool.answered, None
+        tries, pauses, answered, last = 0, 0, pool.answered, None
         while True:
-            host = await self._free_host(last, question)
+            host = await self._free_host(pool, last, question)
             begun = time.monotonic()
             outcome, tokens = await requests.send(host, question, request)
             if tokens is not None:
                 self.tokens += tokens
                 if self.max_tokens is not None and not tokens:
-                    self.pool.stop(
-                        f"vlm.max_tokens: {host.address} doesn't count tokens; omit it, or use vlm.max_requests"
-                    )
+                    pool.stop(f"vlm.max_tokens: {host.address} doesn't count tokens; omit it, or use vlm.max_requests")
             match outcome:
                 case Generation():
                     host.succeed()
@@ -339,35 +359,35 @@ class Server(VLM):
                 case Unanswered():
                     raise RecordError(outcome.reason)
                 case Hopeless():
-                    raise self.pool.stop(outcome.reason)
+                    raise pool.stop(outcome.reason)
                 case Untaken():
-                    self.pool.leave_out_parameter(host, outcome)
+                    pool.leave_out_parameter(host, outcome)
                     continue
                 case Useless():
-                    self.pool.leave_out(host, outcome.reason)
+                    pool.leave_out(host, outcome.reason)
                     continue
             last = host
             if outcome.pause is not None and outcome.pause > self.max_wait:
                 said = f"it asks for a pause of {outcome.pause:.0f} s, more than vlm.max_wait, {self.max_wait:g} s"
-                self.pool.leave_out(host, f"{said}: {outcome.reason}")
+                pool.leave_out(host, f"{said}: {outcome.reason}")
                 continue
             unanswered = RecordError(
                 f"{question}: no response after {tries + pauses + 1} requests, the last to {host.address}: "
                 f"{outcome.reason}"
             )
             if outcome.by_server:
-                pauses += self.pool.answered > answered  # a server has answered other questions meanwhile
-                answered = self.pool.answered
+                pauses += pool.answered > answered  # a server has answered other questions meanwhile
+                answered = pool.answered
                 most = self.bounds.pauses * (self.max_retries + 1)
-                if not self.pool.rest(host, question, outcome, begun) or pauses > most:
+                if not pool.rest(host, question, outcome, begun) or pauses > most:
                     raise unanswered
                 continue
             tries += 1
             if tries > self.max_retries:
                 raise unanswered
-            await self.pool.wait(max(self._back_off(tries), outcome.pause or 0.0))
+            await pool.wait(max(self._back_off(tries), outcome.pause or 0.0))
 
-    async def _free_host(self, last: Host | None, question: str) -> Host:
+    async def _free_host(self, pool: Pool, last: Host | None, question: str) -> Host:
         """Waits for a server that is not backing off, and counts the request to it.
 
         Nothing is awaited between the check of the caps and the count, so the caps are exact.
@@ -381,17 +401,17 @@ class Server(VLM):
                 ("max_tokens", self.tokens, self.max_tokens, "tokens are used"),
             ):
                 if cap is not None and used >= cap:
-                    self.pool.stop(
+                    pool.stop(
                         f"vlm.{name}: {used} {what}, the cap of one command is {cap}; what is answered is kept, the "
                         "same command resumes (with a new count)"
                     )
-            if self.halted is not None:
-                raise RecordError(f"{question}: not asked; {self.halted}")
-            found = self.pool.ready(last)
+            if pool.halted is not None:
+                raise RecordError(f"{question}: not asked; {pool.halted}")
+            found = pool.ready(last)
             if isinstance(found, Host):
                 self.requests += 1
                 return found
-            await self.pool.wait(found)
+            await pool.wait(found)
 
     def _tell(self, attempt: dict[str, Any]) -> None:
         """Calls :attr:`on_attempt`; an error in it doesn't lose the response."""

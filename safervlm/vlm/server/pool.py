@@ -23,11 +23,13 @@ class Pool:
 
     Attributes:
         halted: Reason why no more requests are sent, in one line; None while they are.
+        unanswered_in_a_row: Number of consecutive questions without a response.
     """
 
     def __init__(self, hosts: list[Host], max_retries: int, back_off: Callable[[int], float]) -> None:
         self.hosts, self.max_retries, self.back_off = hosts, max_retries, back_off
         self.halted: str | None = None
+        self.unanswered_in_a_row = 0
         self._halt: asyncio.Event | None = None  # of the current batch; set to wake waiting questions
         self._jitter = random.Random()
 

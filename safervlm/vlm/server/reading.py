@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, overload
 
 from safervlm.records import THINKING_UNFINISHED
+from safervlm.vlm.server.first_token import read_first_token
 from safervlm.vlm.thinking import Thinking
 
 UNKNOWN_TOKEN = -1  # unknown token id: a server states the number of tokens, not their ids
@@ -30,6 +31,7 @@ KNOWN = ((FILTERED, "content_filter"), (LENGTH, "length"), (REFUSED, "refusal"))
 # Keys that affect the result. A duplicate of one of them in an object would be ambiguous.
 READ = {"error", "choices", "message", "content", "refusal", "finish_reason", "usage"}
 READ |= {"prompt_tokens", "completion_tokens", "reasoning_content", "reasoning"}
+READ |= {"logprobs", "top_logprobs", "token", "logprob"}
 # Names under which servers return reasoning beside the answer.
 REASONING = ("reasoning_content", "reasoning")
 PARTS = ("thinking", "reasoning")  # types of content parts with reasoning, under a key of the same name
@@ -73,6 +75,7 @@ class Completion:
         counts: ``prompt_tokens`` and ``completion_tokens``; None if the server states none, or an impossible number.
         impossible: The impossible numbers, by the same names.
         reasoning: The reasoning before the answer; empty for none.
+        first: The tokens that are returned for the first place, with their log-probabilities; empty for none.
     """
 
     text: str
@@ -82,6 +85,7 @@ class Completion:
     counts: dict[str, int | None] = field(default_factory=dict)
     impossible: dict[str, str] = field(default_factory=dict)
     reasoning: str = ""
+    first: tuple[tuple[str, float], ...] = ()
 
 
 def parsed(content: bytes, encoding: str | None = None) -> Any:
@@ -173,6 +177,7 @@ def read_completion(body: Any, max_count: int, thinking: Thinking) -> Completion
             if value is not None and counts[name] is None
         },
         reasoning=reasoning,
+        first=read_first_token(choices[0]),
     )
 
 

@@ -11,8 +11,9 @@ import openai
 from safervlm.errors import first_line
 from safervlm.vlm.base import Generation, Unanswered
 from safervlm.vlm.server.cleaning import Cleaner
+from safervlm.vlm.server.first_token import FirstToken
 from safervlm.vlm.server.host import Host
-from safervlm.vlm.server.outcomes import Outcome, Refused, TransientFailure, Untaken, meaning, refused
+from safervlm.vlm.server.outcomes import Hopeless, Outcome, Refused, TransientFailure, Untaken, meaning, refused
 from safervlm.vlm.server.reading import Completion, Unnamed, parsed, read_completion
 from safervlm.vlm.server.transport import BodyError, BodyTooLargeError, client_for
 from safervlm.vlm.thinking import Thinking
@@ -123,10 +124,10 @@ class Requests:
             said = f"{type(error).__name__}: {clean(first_line(error))}"
             told |= {"result": "malformed", "detail": f"{said}; the body: {clean(response.text)}"}
             return TransientFailure(f"what came is no chat completion ({said})"), None
-        return self._answer(sent, completion, told), sum(count or 0 for count in completion.counts.values())
+        return self._answer(host, sent, completion, told), sum(count or 0 for count in completion.counts.values())
 
-    def _answer(self, sent: Mapping[str, Any], completion: Completion, told: dict[str, Any]) -> Outcome:
-        """Returns the response, unless it is longer than requested."""
+    def _answer(self, host: Host, sent: Mapping[str, Any], completion: Completion, told: dict[str, Any]) -> Outcome:
+        """Returns the response, unless it is longer than requested, or lacks the log-probabilities that were."""
         clean = self.cleaner.line
         reason = clean(completion.finish_reason)
         told |= {"model": clean(completion.model), **completion.counts, "result": reason}
@@ -138,7 +139,15 @@ class Requests:
         if count > sent.get("max_completion_tokens", count):
             told["result"] = "too long"
             return Untaken("max_completion_tokens", "it is passed over")
+        if "logprobs" in sent and not completion.first:
+            told["result"] = "no logprobs"
+            lacks = "returns no log-probabilities (logprobs), which the odds need"
+            if host.answered or reason in ("refusal", "content_filter"):  # it has some in other responses
+                return Unanswered(f"{told['id']}: {host.address} {lacks}")
+            return Hopeless(f"model.odds: {host.address} {lacks}; omit it, or use another server")
         texts = self.cleaner.answer(completion.text), self.cleaner.answer(completion.reasoning)
+        if "logprobs" in sent:
+            return FirstToken(Unnamed(count), texts[0], reason, texts[1], completion.first)
         return Generation(Unnamed(count), texts[0], reason, texts[1])
 
     def _error_inside(self, host: Host, sent: Mapping[str, Any], error: object, told: dict[str, Any]) -> Outcome:
