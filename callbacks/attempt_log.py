@@ -42,9 +42,9 @@ class AttemptLog(Callback):
     """Prints an estimate of the work before the first request, and logs every request to a server.
 
     Each process appends one line per request to its ``attempts-RANK.jsonl`` in the run folder: the question's id, the
-    time, the server, the HTTP status, the outcome and the duration. Texts, images and keys are not logged. The callback
-    must come after the RecordWriter, which determines the questions that have a response already. It does nothing for a
-    VLM that is not a server.
+    time, the server, the HTTP status, the outcome, the duration, and whether it is about the odds. Texts, images and
+    keys are not logged. The callback must come after the RecordWriter, which determines the questions that have a
+    response already. It does nothing for a VLM that is not a server.
     """
 
     def __init__(self) -> None:

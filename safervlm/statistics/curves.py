@@ -82,13 +82,40 @@ def curve(unsafe: Side, safe: Side, weights: tuple[Floats, Floats] | None = None
     """
     if weights is None:
         weights = np.ones(len(unsafe.scores)), np.ones(len(safe.scores))
-    thresholds = np.unique(np.concatenate([unsafe.scores, safe.scores]))[::-1]
-    rates = []
-    for side, weight in zip((unsafe, safe), weights, strict=True):
-        order = np.argsort(side.scores, kind="stable")
-        below = np.concatenate([[0.0], np.cumsum(weight[order])])
-        rates.append(1 - below[np.searchsorted(side.scores[order], thresholds, side="left")] / below[-1])
-    return Curve(thresholds, rates[0], rates[1])
+    return _Sorted.of(unsafe, safe).curve(weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    """Both sides' images by score, for curves with several weights.
+
+    Attributes:
+        thresholds: (points,) descending.
+        orders: for each side, the images in ascending order of their scores.
+        below: for each side, (points,) how many images are below each threshold.
+    """
+
+    thresholds: Floats
+    orders: tuple[Numbers, ...]
+    below: tuple[Numbers, ...]
+
+    @classmethod
+    def of(cls, unsafe: Side, safe: Side) -> "_Sorted":
+        sides = (unsafe, safe)
+        thresholds = np.unique(np.concatenate([side.scores for side in sides]))[::-1]
+        orders = tuple(np.argsort(side.scores, kind="stable") for side in sides)
+        below = tuple(
+            np.searchsorted(side.scores[order], thresholds, side="left")
+            for side, order in zip(sides, orders, strict=True)
+        )
+        return cls(thresholds, orders, below)
+
+    def curve(self, weights: tuple[Floats, Floats]) -> Curve:
+        rates = []
+        for order, below, weight in zip(self.orders, self.below, weights, strict=True):
+            sums = np.concatenate([[0.0], np.cumsum(weight[order])])
+            rates.append(1 - sums[below] / sums[-1])
+        return Curve(self.thresholds, rates[0], rates[1])
 
 
 def auroc(unsafe: Side, safe: Side) -> tuple[float, float, float]:
@@ -163,13 +190,13 @@ def bootstrap(
     if min(len(unsafe.images), len(safe.images)) < FEWEST_CONCEPTS:
         return np.nan, np.nan
     rng = np.random.default_rng(seed)
-    values = []
+    images, values = _Sorted.of(unsafe, safe), []
     for _ in range(samples):
         weights = []
         for side in (unsafe, safe):
             count = len(side.images)
             weights.append(rng.multinomial(count, np.full(count, 1 / count))[side.concepts].astype(np.float64))
-        values.append(statistic(curve(unsafe, safe, (weights[0], weights[1]))))
+        values.append(statistic(images.curve((weights[0], weights[1]))))
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 

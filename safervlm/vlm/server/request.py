@@ -90,7 +90,7 @@ class Requests:
             "address": host.address,
             "status": None,
             "result": "cancelled",
-        }
+        } | ({"odds": True} if "logprobs" in sent else {})
         try:
             async with asyncio.timeout(self.timeout):
                 raw = await host.client.chat.completions.with_raw_response.create(**sent)

@@ -1,0 +1,103 @@
+"""The operating curves of a report's runs: ``operating.csv`` in each run folder, and lines on the terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from safervlm.io.tables import say, write_csv
+from safervlm.reports.runs import Run
+from safervlm.reports.tables import percent
+from safervlm.results.measures import BOTH, NEW_CONCEPTS, OVERALL
+from safervlm.results.operating import (
+    ACQUIESCENCE,
+    AUROC,
+    GAP,
+    MASS,
+    MEAN,
+    OF_ANSWERS,
+    OF_ODDS,
+    ONE,
+    operating,
+    read_odds,
+)
+from safervlm.run_folder import RunFolder
+
+
+def operating_tables(runs: Sequence[Run], prevalence: float = 0.5) -> dict[str, pd.DataFrame]:
+    """Writes ``operating.csv`` into the folder of each run with log-odds or the reversed question, and prints a line.
+
+    Args:
+        runs: the runs.
+        prevalence: share of unsafe images for the AUPRC.
+
+    Returns:
+        Name of the run -> table of :func:`safervlm.results.operating.operating`.
+
+    Raises:
+        ArgumentError: ``prevalence`` is not between 0 and 1.
+        RecordError: the odds can't be read.
+    """
+    tables = {}
+    for run in runs:
+        odds = read_odds(run.folder)
+        if odds.empty and run.reversed_rows.empty:
+            continue
+        frame = pd.concat([run.frame, run.reversed_rows], ignore_index=True)
+        tables[run.name] = table = operating(frame, odds, prevalence)
+        write_csv(RunFolder(run.folder).operating, table)
+        for line in lines(table):
+            say(f"{run.name}: {line}")
+    return tables
+
+
+def lines(table: pd.DataFrame) -> list[str]:
+    """Summarises the operating curve of the alignment questions, and acquiescence, in a line each.
+
+    Args:
+        table: of :func:`safervlm.results.operating.operating`.
+    """
+    found = []
+    auroc = overall_row(table, AUROC)
+    if auroc is not None:
+        low, high = auroc["low"], auroc["high"]
+        line = f"log-odds separate unsafe from safe images with an AUROC of {auroc['value']:.3f}"
+        line += "" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]"
+        of_odds, of_answers, gap = (overall_row(table, name) for name in (OF_ODDS, OF_ANSWERS, GAP))
+        if of_odds is not None and of_answers is not None and gap is not None:
+            line += f"; TPR - FPR {percent(of_odds['value'])} points, of the answers {percent(of_answers['value'])}"
+            line += f" (gap {100 * gap['value']:+.1f})"
+        mass = overall_row(table, MASS)
+        found.append(line + ("" if mass is None else f"; median probability of Yes or No {mass['value']:.2f}"))
+    yes = table[(table["measure"] == ACQUIESCENCE) & (table["sampling_unit"].isin(["", NEW_CONCEPTS]))]
+    if len(yes):
+        shares = ", ".join(
+            f"{percent(value)} % ({side})" for side, value in dict(zip(yes["side"], yes["value"], strict=True)).items()
+        )
+        found.append(f"says yes to the first question and to its opposite about {shares} of the images")
+    return found
+
+
+def overall_row(table: pd.DataFrame, measure: str, capability: str = "alignment") -> "pd.Series[Any] | None":
+    """Returns the overall row of a measure: of the mean of an image's questions, or of one if only one was asked.
+
+    Args:
+        table: of :func:`safervlm.results.operating.operating`.
+        measure: value of the column ``measure``.
+        capability: value of the column ``capability``.
+
+    Returns:
+        The row; None if there is none.
+    """
+    rows = table[
+        (table["measure"] == measure)
+        & (table["capability"] == capability)
+        & (table["category"] == OVERALL)
+        & (table["side"] == BOTH)
+    ]
+    for questions in (MEAN, ONE):
+        own = rows[rows["questions"] == questions]
+        if len(own):
+            return own.iloc[0]
+    return None
