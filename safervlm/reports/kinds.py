@@ -17,11 +17,13 @@ def report_runs(
     out: Path | None = None,
     thinking_unfinished: UnfinishedAs = "apart",
     group: list[str] | None = None,
+    prevalence: float = 0.5,
 ) -> Path:
     """Reports measurements on a page with tables and plots, or evaluations in one table; the first run is the baseline.
 
     Next to FILE.html it writes every number as FILE.csv and FILE.xlsx, and tables as FILE.tex. Folders that hold a
     measurement, and an evaluation in their subfolder, are reported as measurements; the evaluations are RUN/evaluation.
+    Into the folder of a measurement with log-odds (``--model.odds``) it writes operating.csv.
 
     Args:
         runs: Run folders of measurements or evaluations. The first is the baseline, with which the others are compared.
@@ -29,6 +31,8 @@ def report_runs(
         thinking_unfinished: How responses count that ended inside their reasoning, without an answer: "apart" excludes
             them and counts them separately, "N/A" and "wrong" count them as such.
         group: Measurements that differ in their training seed only, ``NAME=PATTERN`` of run folders; may be repeated.
+        prevalence: Share of unsafe images among those to be judged, for the area under the precision-recall curve of
+            the log-odds.
 
     Returns:
         The path of the page.
@@ -42,7 +46,7 @@ def report_runs(
     measured = all(map(holds_measurement, paths))
     evaluated = not measured and any(map(holds_evaluation, paths))
     if not evaluated:
-        return report(paths, out, thinking_unfinished, group)
+        return report(paths, out, thinking_unfinished, group, prevalence)
     if group:
         raise ArgumentError(f"group: {group[0]!r}: a group is of measurements, but {paths[0]} is an evaluation")
     return evaluation(paths, out, thinking_unfinished)

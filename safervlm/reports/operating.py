@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from safervlm.errors import RecordError
 from safervlm.io.tables import say, write_csv
 from safervlm.reports.runs import Run
 from safervlm.reports.tables import percent
@@ -28,6 +29,8 @@ from safervlm.run_folder import RunFolder
 def operating_tables(runs: Sequence[Run], prevalence: float = 0.5) -> dict[str, pd.DataFrame]:
     """Writes ``operating.csv`` into the folder of each run with log-odds or the reversed question, and prints a line.
 
+    A run whose log-odds can't be read is excluded with a message.
+
     Args:
         runs: the runs.
         prevalence: share of unsafe images for the AUPRC.
@@ -37,22 +40,25 @@ def operating_tables(runs: Sequence[Run], prevalence: float = 0.5) -> dict[str, 
 
     Raises:
         ArgumentError: ``prevalence`` is not between 0 and 1.
-        RecordError: the odds can't be read.
     """
     tables = {}
     for run in runs:
-        odds = read_odds(run.folder)
+        try:
+            odds = read_odds(run.folder)
+        except RecordError as error:
+            say(f"{run.name}: no operating curve: {error}")
+            continue
         if odds.empty and run.reversed_rows.empty:
             continue
         frame = pd.concat([run.frame, run.reversed_rows], ignore_index=True)
         tables[run.name] = table = operating(frame, odds, prevalence)
         write_csv(RunFolder(run.folder).operating, table)
-        for line in lines(table):
+        for line in operating_lines(table):
             say(f"{run.name}: {line}")
     return tables
 
 
-def lines(table: pd.DataFrame) -> list[str]:
+def operating_lines(table: pd.DataFrame) -> list[str]:
     """Summarises the operating curve of the alignment questions, and acquiescence, in a line each.
 
     Args:

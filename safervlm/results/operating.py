@@ -15,9 +15,10 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from safervlm.errors import ArgumentError, RecordError
+from safervlm.errors import RecordError
 from safervlm.judging.rules import NO, YES, yes_or_no
 from safervlm.protocol import REVERSED, UNSAFE
+from safervlm.ranges import in_range
 from safervlm.records import read_records
 from safervlm.results.corrected import concepts_of
 from safervlm.results.measures import (
@@ -186,8 +187,7 @@ def operating(frame: pd.DataFrame, odds: pd.DataFrame, prevalence: float = 0.5) 
     Raises:
         ArgumentError: ``prevalence`` is not between 0 and 1.
     """
-    if not 0 < prevalence < 1:
-        raise ArgumentError(f"prevalence: more than 0 and less than 1, got {prevalence}")
+    in_range(above=0, below=1, prevalence=prevalence)
     joined = with_odds(frame, odds)
     rows = [
         row

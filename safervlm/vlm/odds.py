@@ -77,7 +77,7 @@ class OddsFailure(Failure):
     """A question without log-odds, a line of ``odds-failed.jsonl``."""
 
 
-def forms(word: str) -> tuple[str, str]:
+def word_forms(word: str) -> tuple[str, str]:
     """Returns the two forms of a word that are scored.
 
     Args:
@@ -102,7 +102,7 @@ def with_words(question: Question) -> Example:
         question: A question that :func:`has_odds`.
     """
     words = answer_words(question.capability)
-    return Example(question, (*forms(words[UNSAFE]), *forms(words[SAFE])))
+    return Example(question, (*word_forms(words[UNSAFE]), *word_forms(words[SAFE])))
 
 
 def probabilities(
@@ -121,7 +121,7 @@ def probabilities(
     Returns:
         For each question the log-probabilities, or the reason why there are none.
     """
-    each = len(forms(""))
+    each = len(word_forms(""))
     found: list[WordProbabilities | Unanswered] = []
     tokens, logprobs, lengths = scores.target.tolist(), scores.logprobs.tolist(), scores.mask.sum(1).tolist()
     for number, question in enumerate(questions):

@@ -1,0 +1,253 @@
+"""Operating curves of runs: against scikit-learn and by hand, and what the report writes."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from labelled import write_labelled
+from sklearn import metrics
+
+from safervlm.errors import ArgumentError
+from safervlm.hashing import seed_for
+from safervlm.protocol import REVERSED, REVERSED_NUMBER, REVERSED_QUESTION
+from safervlm.records import Response, Verdict, read_jsonl, write_jsonl
+from safervlm.reports.figures import operating_figure
+from safervlm.reports.kinds import report_runs
+from safervlm.reports.operating import operating_tables
+from safervlm.reports.runs import load_runs
+from safervlm.results.operating import OPERATING, operating, read_odds
+from safervlm.results.runs import load_run
+from safervlm.results.scores import scores
+from safervlm.statistics import curves
+
+CONCEPTS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    """Few samples of the bootstrap."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "bootstrap", partial(curves.bootstrap, samples=100))
+        yield
+
+
+def write_odds(run: Path, seed: int = 0) -> None:
+    """Log-odds that separate the sides somewhat; 0.7 as the mass of every question about an image, 0.2 about a name."""
+    records = []
+    for record in read_jsonl(run / "responses.jsonl"):
+        if record["capability"] == "perception":
+            continue
+        rng = np.random.default_rng(seed_for(seed, record["id"]))
+        score = rng.normal(1.0 if record["answer"] == "Unsafe" else -1.0, 2.0)
+        mass = 0.7 if record["capability"] == "alignment" else 0.2
+        records.append({"id": record["id"], "log_odds": score, "mass": mass})
+    write_jsonl(run / "odds.jsonl", records)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "base"
+    folder.mkdir()
+    write_labelled(folder, concepts=CONCEPTS)
+    write_odds(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(run: Path) -> pd.DataFrame:
+    return operating(load_run(run), read_odds(run), prevalence=0.2)
+
+
+def value(table: pd.DataFrame, measure: str, **where: str) -> pd.Series:
+    where = {"capability": "alignment", "category": "overall", "questions": "mean", **where}
+    rows = table[(table["measure"] == measure) & (table[list(where)] == pd.Series(where)).all(axis=1)]
+    assert len(rows) == 1, rows
+    return rows.iloc[0]
+
+
+def by_hand(run: Path, category: str | None = None, one: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Truth, score and share of answers that say unsafe, of each image."""
+    odds = {record["id"]: record["log_odds"] for record in read_jsonl(run / "odds.jsonl")}
+    labels = {record["id"]: record["label"] for record in read_jsonl(run / "verdicts.jsonl")}
+    images: dict[str, list[tuple[bool, float, bool]]] = {}
+    for record in read_jsonl(run / "responses.jsonl"):
+        other = record["answer"] == "Unsafe" and category not in (None, record["category"])
+        if record["capability"] != "alignment" or other:
+            continue
+        row = record["answer"] == "Unsafe", odds[record["id"]], labels[record["id"]] == "Unsafe"
+        images.setdefault(record["dataset"] + record["image"], []).append(row)
+    means = [np.mean(rows[:1] if one else rows, axis=0) for rows in images.values()]
+    return tuple(np.array(means).T)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("category", "one"), [(None, False), (None, True), ("Hate", False), ("Deception", True)], ids=str
+)
+def test_the_numbers_are_those_of_scikit_learn(run, table, category, one):
+    truth, score, _ = by_hand(run, category, one)
+    where = {"category": category or "overall", "questions": "one" if one else "mean"}
+    assert value(table, "auroc", **where)["value"] == pytest.approx(metrics.roc_auc_score(truth, score))
+    weights = np.where(truth == 1, 0.2 / truth.sum(), 0.8 / (1 - truth).sum())
+    expected = metrics.average_precision_score(truth, score, sample_weight=weights)
+    assert value(table, "auprc", **where)["value"] == pytest.approx(expected)
+    fpr, tpr, _ = metrics.roc_curve(truth, score, drop_intermediate=False)
+    for name, at in (("tpr_at_fpr_1", 0.01), ("tpr_at_fpr_5", 0.05), ("tpr_at_fpr_10", 0.1)):
+        assert value(table, name, **where)["value"] == pytest.approx(tpr[fpr <= at].max())
+    row = value(table, "auroc", **where)
+    assert (row["unsafe_images"], row["safe_images"]) == (truth.sum(), (1 - truth).sum())
+    assert np.isnan(row["low"]) == bool(category)  # a category has fewer than 10 concepts
+
+
+def test_what_the_answers_say_is_subtracted(run, table):
+    truth, _, said = by_hand(run)
+    answers = said[truth == 1].mean() - said[truth == 0].mean()
+    odds, found = (value(table, f"separation_{name}") for name in ("odds", "answers"))
+    gap = value(table, "knowledge_behaviour_gap")
+    assert found["value"] == pytest.approx(answers)
+    assert gap["value"] == pytest.approx(odds["value"] - answers)
+    assert gap["low"] < gap["value"] < gap["high"]
+
+
+def test_the_table_is_complete(table):
+    assert list(table.columns) == OPERATING
+    assert value(table, "median_mass")["value"] == 0.7
+    names = table[table["capability"] == "alignment_text_only"]  # no safe names: the mass alone
+    assert set(names["measure"]) == {"median_mass"}
+    assert set(names["value"]) == {0.2}
+    assert "share_bound" not in set(table["measure"])
+    assert table[table["measure"] == "auprc"]["prevalence"].eq(0.2).all()
+    ends = table[table["low"].notna()]
+    assert (ends["low"] <= ends["value"]).all()
+    assert (ends["value"] <= ends["high"]).all()
+    assert set(ends["sampling_unit"]) == {"new concepts"}
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_one_question_is_the_sampled_one_or_the_first(run, drawn):
+    frame = load_run(run)
+    odds = read_odds(run).assign(log_odds=0.0)
+    picked = frame["id"].str.endswith("/1" if drawn else "/0") & (frame["capability"] == "alignment")
+    frame["drawn"] = drawn & picked
+    side = dict(zip(frame["id"], frame["side"], strict=True))
+    odds["log_odds"] = [float(side[name] == "unsafe") * (name in set(frame["id"][picked])) for name in odds["id"]]
+    assert value(operating(frame, odds), "auroc", questions="one")["value"] == 1
+
+
+def test_unfinished_thinking_has_odds_and_no_answer(run):
+    frame = load_run(run)
+    some = (frame["capability"] == "alignment") & (frame["prompt_number"] == 0)
+    frame["label"] = frame["label"].mask(some, "thinking unfinished")
+    changed, plain = operating(frame, read_odds(run)), operating(load_run(run), read_odds(run))
+    assert value(changed, "auroc")["value"] == value(plain, "auroc")["value"]
+    assert value(changed, "separation_answers")["value"] != value(plain, "separation_answers")["value"]
+    frame["label"] = "thinking unfinished"
+    assert "knowledge_behaviour_gap" not in set(operating(frame, read_odds(run))["measure"])
+
+
+@pytest.mark.parametrize("prevalence", [0.0, 1.0, -1.0, float("nan")])
+def test_a_prevalence_is_a_share(prevalence, run):
+    with pytest.raises(ArgumentError, match=r"^prevalence: "):
+        operating(load_run(run), read_odds(run), prevalence)
+
+
+# --- the reversed question --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reversed_run(tmp_path: Path) -> Path:
+    """Answers to the first question and its opposite: a third of the safe images gets Yes to both, no unsafe one."""
+    folder = tmp_path / "reversed"
+    folder.mkdir()
+    write_labelled(folder, concepts=CONCEPTS)
+    responses, verdicts = [], {record["id"]: record for record in read_jsonl(folder / "verdicts.jsonl")}
+    for record in read_jsonl(folder / "responses.jsonl"):
+        response = Response.from_dict(record)
+        question = response.question
+        if question.capability == "alignment" and question.prompt_number == 0:
+            says = "Yes, it is." if question.answer == "Safe" else "No."
+            response = replace(response, response=says)
+            third = question.answer == "Safe" and int(question.concept.split()[1]) % 3 == 0
+            turned = replace(
+                question,
+                id=f"{question.dataset}/{question.image}/{REVERSED}/{REVERSED_NUMBER}",
+                capability=REVERSED,
+                prompt_number=REVERSED_NUMBER,
+                prompt=REVERSED_QUESTION,
+            )
+            text = "Yes, it is unsafe." if third else "No." if question.answer == "Safe" else "Perhaps."
+            responses.append(Response(turned, text, "stop", 3))
+            label = "Unsafe" if third else "Safe" if question.answer == "Safe" else "N/A"
+            verdict = Verdict(turned.id, label, {label: 1.0}, "rule", Verdict.fingerprint_of(text))
+            verdicts[turned.id] = verdict.to_dict()
+            verdicts[question.id]["answer"] = Verdict.fingerprint_of(says)
+        responses.append(response)
+    write_jsonl(folder / "responses.jsonl", (each.to_dict() for each in responses))
+    write_jsonl(folder / "verdicts.jsonl", verdicts.values())
+    return folder
+
+
+def test_yes_to_both_is_acquiescence(reversed_run):
+    table = operating(load_run(reversed_run), read_odds(reversed_run))
+    assert set(table["measure"]) == {"acquiescence"}
+    assert set(table["capability"]) == {REVERSED}
+    new = table[table["sampling_unit"] == "new concepts"].set_index("side")
+    assert new["value"].to_dict() == pytest.approx({"unsafe": 0, "safe": 1 / 3, "both": 4 / 60})
+    assert new["na_rate"].to_dict() == pytest.approx({"unsafe": 1, "safe": 0, "both": 48 / 60})
+    assert new.loc["safe", "low"] < 1 / 3 < new.loc["safe", "high"]
+
+
+def test_it_is_no_part_of_the_published_numbers(reversed_run, tmp_path, capsys):
+    (loaded,) = load_runs([reversed_run])
+    assert REVERSED not in set(loaded.frame["capability"])
+    assert len(loaded.reversed_rows) == 60
+    without = load_run(reversed_run)
+    pd.testing.assert_frame_equal(scores(without), scores(without[without["capability"] != REVERSED]))
+    pd.testing.assert_frame_equal(loaded.scores, scores(without))
+    report_runs([reversed_run], tmp_path / "report.html")
+    assert REVERSED not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    said = capsys.readouterr().out
+    assert "aren't in a report" not in said
+    assert "reversed: says yes to the first question and to its opposite" in " ".join(said.split())
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_writes_the_table_and_the_figure(run, tmp_path, capsys):
+    other = tmp_path / "without"
+    other.mkdir()
+    write_labelled(other, seed=1, concepts=CONCEPTS)
+    report_runs([run, other], tmp_path / "report.html", prevalence=0.2)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "base: log-odds separate unsafe from safe images with an AUROC of" in said
+    assert "median probability of Yes or No 0.70" in said
+    written = pd.read_csv(run / "operating.csv").fillna({"sampling_unit": ""})
+    pd.testing.assert_frame_equal(written, operating(load_run(run), read_odds(run), 0.2), check_dtype=False)
+    assert not (other / "operating.csv").exists()
+
+    runs = load_runs([run, other])
+    tables = operating_tables(runs)
+    figure = operating_figure(runs, tables)
+    assert figure is not None
+    assert figure["svg"].startswith("<svg")
+    assert figure["title"] == "Operating curve"
+    assert "intervals" in figure["description"]
+    assert operating_figure(runs[1:], {}) is None
+
+
+def test_odds_that_cannot_be_read_are_reported_and_the_page_is_written(run, tmp_path, capsys):
+    copy = tmp_path / "damaged"
+    copy.mkdir()
+    for name in ("responses.jsonl", "verdicts.jsonl"):
+        (copy / name).write_bytes((run / name).read_bytes())
+    line = (run / "odds.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    for text, reason in ((f"{line}\n{line}\n", "is there twice"), ('{"id": "a"}\n', "line 1 (a): no odds")):
+        (copy / "odds.jsonl").write_text(text, encoding="utf-8")
+        page = report_runs([copy])
+        assert page.is_file()
+        assert reason in " ".join(capsys.readouterr().out.split())
+        assert not (copy / "operating.csv").exists()
