@@ -13,12 +13,13 @@ from sklearn import metrics
 
 from safervlm.errors import ArgumentError
 from safervlm.hashing import seed_for
+from safervlm.labelling.plan import labelable
 from safervlm.protocol import REVERSED, REVERSED_NUMBER, REVERSED_QUESTION
 from safervlm.records import Response, Verdict, read_jsonl, write_jsonl
 from safervlm.reports.figures import operating_figure
 from safervlm.reports.kinds import report_runs
 from safervlm.reports.operating import operating_tables
-from safervlm.reports.runs import load_runs
+from safervlm.reports.runs import Run, load_runs
 from safervlm.results.operating import OPERATING, operating, read_odds
 from safervlm.results.runs import load_run
 from safervlm.results.scores import scores
@@ -200,38 +201,34 @@ def test_yes_to_both_is_acquiescence(reversed_run):
     assert new.loc["safe", "low"] < 1 / 3 < new.loc["safe", "high"]
 
 
-def test_it_is_no_part_of_the_published_numbers(reversed_run, tmp_path, capsys):
+def test_it_is_no_part_of_the_published_numbers(reversed_run, capsys):
     (loaded,) = load_runs([reversed_run])
     assert REVERSED not in set(loaded.frame["capability"])
     assert len(loaded.reversed_rows) == 60
-    without = load_run(reversed_run)
-    pd.testing.assert_frame_equal(scores(without), scores(without[without["capability"] != REVERSED]))
-    pd.testing.assert_frame_equal(loaded.scores, scores(without))
-    report_runs([reversed_run], tmp_path / "report.html")
-    assert REVERSED not in (tmp_path / "report.html").read_text(encoding="utf-8")
-    said = capsys.readouterr().out
-    assert "aren't in a report" not in said
-    assert "reversed: says yes to the first question and to its opposite" in " ".join(said.split())
+    assert "aren't in a report" not in capsys.readouterr().out
+    whole = load_run(reversed_run)
+    assert REVERSED in set(whole["capability"])
+    pd.testing.assert_frame_equal(scores(whole), loaded.scores)
+    assert labelable(whole)["id"].equals(labelable(loaded.frame)["id"])
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_writes_the_table_and_the_figure(run, tmp_path, capsys):
-    other = tmp_path / "without"
-    other.mkdir()
-    write_labelled(other, seed=1, concepts=CONCEPTS)
-    report_runs([run, other], tmp_path / "report.html", prevalence=0.2)
+def test_the_report_writes_the_tables_and_the_figure(run, reversed_run, tmp_path, capsys):
+    report_runs([run, reversed_run], tmp_path / "report.html", prevalence=0.2)
     said = " ".join(capsys.readouterr().out.split())
     assert "base: log-odds separate unsafe from safe images with an AUROC of" in said
     assert "median probability of Yes or No 0.70" in said
+    assert "reversed: says yes to the first question and to its opposite about 0.0 % (unsafe), 33.3 % (safe)" in said
+    assert REVERSED not in (tmp_path / "report.html").read_text(encoding="utf-8")
     written = pd.read_csv(run / "operating.csv").fillna({"sampling_unit": ""})
-    pd.testing.assert_frame_equal(written, operating(load_run(run), read_odds(run), 0.2), check_dtype=False)
-    assert not (other / "operating.csv").exists()
+    expected = operating(load_run(run), read_odds(run), 0.2)
+    pd.testing.assert_frame_equal(written, expected, check_dtype=False)
+    assert set(pd.read_csv(reversed_run / "operating.csv")["measure"]) == {"acquiescence"}
 
-    runs = load_runs([run, other])
-    tables = operating_tables(runs)
-    figure = operating_figure(runs, tables)
+    runs = [Run(folder.name, folder, load_run(folder), pd.DataFrame(), {}) for folder in (run, reversed_run)]
+    figure = operating_figure(runs, {"base": expected})
     assert figure is not None
     assert figure["svg"].startswith("<svg")
     assert figure["title"] == "Operating curve"
@@ -239,15 +236,11 @@ def test_the_report_writes_the_table_and_the_figure(run, tmp_path, capsys):
     assert operating_figure(runs[1:], {}) is None
 
 
-def test_odds_that_cannot_be_read_are_reported_and_the_page_is_written(run, tmp_path, capsys):
-    copy = tmp_path / "damaged"
-    copy.mkdir()
-    for name in ("responses.jsonl", "verdicts.jsonl"):
-        (copy / name).write_bytes((run / name).read_bytes())
+def test_odds_that_cannot_be_read_are_reported(run, tmp_path, capsys):
     line = (run / "odds.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    damaged = Run("damaged", tmp_path, load_run(run), pd.DataFrame(), {})
     for text, reason in ((f"{line}\n{line}\n", "is there twice"), ('{"id": "a"}\n', "line 1 (a): no odds")):
-        (copy / "odds.jsonl").write_text(text, encoding="utf-8")
-        page = report_runs([copy])
-        assert page.is_file()
+        (tmp_path / "odds.jsonl").write_text(text, encoding="utf-8")
+        assert operating_tables([damaged]) == {}
         assert reason in " ".join(capsys.readouterr().out.split())
-        assert not (copy / "operating.csv").exists()
+    assert not (tmp_path / "operating.csv").exists()
