@@ -353,6 +353,22 @@ class RefuseToLoad(Callback):
         pl_module.vlm.load = load
 
 
+class FailOdds(Callback):
+    """Lets the odds of the questions about one image fail."""
+
+    def setup(self, trainer, pl_module, stage):
+        first_words = pl_module.vlm.first_words
+        asked = [example.question for example in trainer.datamodule.parts.predict]
+        path = next(question.image_path for question in asked if question.capability == "alignment")
+
+        def fail(batch):
+            if any(question.image_path == path for question in batch.questions):
+                raise RuntimeError("no odds")
+            return first_words(batch)
+
+        pl_module.vlm.first_words = fail
+
+
 class KillInMerge(Callback):
     """Kills its own process when the answers have been merged and the shards are still there."""
 
