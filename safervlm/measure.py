@@ -102,11 +102,13 @@ class FaultTolerantStep:
         compute: Computes the results of a batch.
         select: Returns a batch of some rows of a batch.
         failures_in_a_row: Number of consecutive questions with exceptions after which the run stops.
+        remedy: What to do then.
     """
 
     compute: Callable[[Any], Sequence[Any]]
     select: Callable[[Any, Tensor], Any]
     failures_in_a_row: int
+    remedy: str = "correct the cause"
     _in_a_row: int = 0
     _largest: int | None = None  # batch size used after a larger batch ran out of memory
 
@@ -142,7 +144,7 @@ class FaultTolerantStep:
             if self._in_a_row >= self.failures_in_a_row:
                 raise UserError(
                     f"model.failures_in_a_row: {self._in_a_row} questions in a row raised an exception, the last one "
-                    f"{reason}; correct the cause, then the same command asks them again"
+                    f"{reason}; {self.remedy}, then the same command asks them again"
                 )
             return [Unanswered(reason)]
         half = len(batch) // 2
@@ -206,7 +208,8 @@ class Measure(L.LightningModule):
             raise ArgumentError(f"model.odds: {type(vlm).__name__} has no log-probabilities; omit it")
         self.vlm, self.sampling, self.seed, self.odds = vlm, sampling, seed, odds
         self.answer = FaultTolerantStep(self._generate, self._select, failures_in_a_row)
-        self.odds_of = FaultTolerantStep(self._first_words, self._select_with_words, failures_in_a_row)
+        remedy = "omit model.odds or correct the cause"
+        self.odds_of = FaultTolerantStep(self._first_words, self._select_with_words, failures_in_a_row, remedy)
 
     @cached_property
     def collator(self) -> FaultTolerantCollator:

@@ -23,6 +23,7 @@ from safervlm.reports.runs import Run, load_runs
 from safervlm.results.operating import OPERATING, operating, read_odds
 from safervlm.results.runs import load_run
 from safervlm.results.scores import scores
+from safervlm.results.suite import load_suite
 from safervlm.statistics import curves
 
 CONCEPTS = 12
@@ -209,6 +210,9 @@ def test_it_is_no_part_of_the_published_numbers(reversed_run, capsys):
     whole = load_run(reversed_run)
     assert REVERSED in set(whole["capability"])
     pd.testing.assert_frame_equal(scores(whole), loaded.scores)
+    evaluation = load_suite(reversed_run, "reversed")
+    assert len(evaluation.answers) == len(loaded.frame)
+    assert REVERSED not in set(evaluation.answers["capability"])
     assert labelable(whole)["id"].equals(labelable(loaded.frame)["id"])
 
 

@@ -9,7 +9,7 @@ import families
 import pytest
 import torch
 
-from safervlm.errors import ArgumentError, RecordError
+from safervlm.errors import ArgumentError, RecordError, UserError
 from safervlm.measure import Measure
 from safervlm.protocol import LABELS, REVERSED, SAFE, UNSAFE, answer_words
 from safervlm.records import Example, Question, Response
@@ -162,6 +162,17 @@ def test_a_batch_that_does_not_fit_is_halved_and_one_that_fails_fails_alone(
     assert (type(odds[1]), odds[1].reason) == (OddsFailure, "no")
     for place in (0, 2, 3):
         assert odds[place].log_odds == pytest.approx(plain[place].log_odds, abs=1e-4)
+
+
+def test_odds_that_always_fail_stop_the_run_with_the_argument(
+    tiny_llava: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = Llava(str(tiny_llava), dtype="float32")
+    measure = Measure(vlm, GREEDY, odds=True, failures_in_a_row=3)
+    measure.configure_model()
+    monkeypatch.setattr(vlm, "score", lambda batch: 1 / 0)
+    with pytest.raises(UserError, match=r"3 questions in a row .* omit model.odds or correct the cause"):
+        measure.predict_step(measure.collator([Example(question) for question in questions]), 0)
 
 
 def test_what_has_a_record_is_not_computed_again(tiny_llava: Path, questions: list[Question]) -> None:
