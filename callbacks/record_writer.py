@@ -223,9 +223,7 @@ class RecordFile:
         """
         records, asked = self.read(), self.asked(trainer)
         keeps = trainer.datamodule.keeps_others  # type: ignore[attr-defined]
-        found = {
-            normal_name(each["id"]): each for file in self.shards.glob("*.failed") for each in read_jsonl(file)
-        }
+        found = {normal_name(each["id"]): each for file in self.shards.glob("*.failed") for each in read_jsonl(file)}
         failed = [found[name] for name in asked if name in found and name not in records]
         missing = [name for name in asked if name not in records and name not in found]
         if missing:

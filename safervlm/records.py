@@ -24,6 +24,8 @@ from safervlm.protocol import Capability
 RARE: dict[str, Any] = {"context": "", "drawn": False, "variant": ""}
 # Variant of a perception question: its options are in another than the published order.
 ROTATED = "rotated options"
+# Variant of an alignment question: the opposite is asked.
+TURNED = "reversed question"
 # The finish_reason of a response that ended inside its reasoning, so that it has no answer.
 THINKING_UNFINISHED = "thinking unfinished"
 

@@ -48,11 +48,6 @@ class RunFolder:
         return self._file("odds-failed.jsonl")
 
     @property
-    def operating(self) -> Path:
-        """Table of the operating curves."""
-        return self._file("operating.csv")
-
-    @property
     def shards(self) -> Path:
         """Folder of the records of a command that is not finished, a file per process."""
         return self._file("shards")

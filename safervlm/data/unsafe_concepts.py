@@ -50,7 +50,7 @@ from safervlm.protocol import (
     text_only_question,
 )
 from safervlm.ranges import in_range
-from safervlm.records import ROTATED, Example, Question, record_id
+from safervlm.records import ROTATED, TURNED, Example, Question, record_id
 
 REMEDY = "by data.folder (the unsafe dataset) or data.safe_folder"  # how to name a local dataset instead
 
@@ -397,7 +397,10 @@ class UnsafeConcepts(ImageSets):
     @staticmethod
     def _reversed(images: list[ImageRecord]) -> list[Question]:
         """The question that was not published, about each image."""
-        return [image.question(REVERSED, REVERSED_NUMBER, REVERSED_QUESTION, image.label) for image in images]
+        return [
+            image.question(REVERSED, REVERSED_NUMBER, REVERSED_QUESTION, image.label, variant=TURNED)
+            for image in images
+        ]
 
     def _perception(self, images: list[ImageRecord]) -> list[Question]:
         published = read_options(self.folder, images)

@@ -11,10 +11,12 @@ from rich.box import SIMPLE_HEAD
 
 from safervlm.errors import ArgumentError
 from safervlm.io.tables import TextTable
+from safervlm.protocol import REVERSED
 from safervlm.reports.runs import Run
 from safervlm.reports.tables import percent, records, signed, with_interval
 from safervlm.results.groups import group_differences, group_table
-from safervlm.results.measures import COLUMNS
+from safervlm.results.measures import BOTH, COLUMNS, OVERALL, THESE_CONCEPTS
+from safervlm.results.operating import ACQUIESCENCE, AUPRC, AUROC, BOUND, GAP, MASS, OF_ANSWERS, OF_ODDS, RATES
 from safervlm.results.positions import position_table
 from safervlm.results.repeats import VARIANCE, WRONG_AT_LEAST_ONCE, repeat_table
 from safervlm.statistics.seeds import FEWEST_SEEDS
@@ -52,7 +54,19 @@ class ExtraTable:
         return printed
 
 
-NAMES = ("groups", "group_differences", "repeats", "positions")  # of the tables, for files of an earlier report
+CURVE_MEASURES = {
+    AUROC: "AUROC",
+    AUPRC: "AUPRC",
+    **{name: f"TPR at FPR {100 * fpr:g} %" for name, fpr in RATES.items()},
+    OF_ODDS: "TPR - FPR, log-odds",
+    OF_ANSWERS: "TPR - FPR, answers",
+    GAP: "knowledge-behaviour gap",
+    MASS: "median probability of Yes or No",
+    BOUND: "log-odds that are a bound",
+    ACQUIESCENCE: "yes to the first question and to its opposite",
+}
+# Of all tables, for the files of an earlier report.
+NAMES = ("operating", "groups", "group_differences", "repeats", "positions")
 
 
 def named_groups(words: Sequence[str]) -> dict[str, list[Path]]:
@@ -80,14 +94,17 @@ def named_groups(words: Sequence[str]) -> dict[str, list[Path]]:
     return groups
 
 
-def extra_tables(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> list[ExtraTable]:
+def extra_tables(
+    runs: Sequence[Run], groups: Mapping[str, Sequence[Run]], curves: Mapping[str, pd.DataFrame]
+) -> list[ExtraTable]:
     """Returns the tables that the runs allow.
 
     Args:
         runs: the runs of the report; the first is the baseline.
         groups: name -> runs that differ in their training seed only.
+        curves: of :func:`safervlm.reports.operating.operating_tables`.
     """
-    tables = [*_of_groups(runs, groups), _of_repeats(runs), _of_positions(runs)]
+    tables = [_of_curves(curves), *_of_groups(runs, groups), _of_repeats(runs), _of_positions(runs)]
     return [table for table in tables if table is not None and table.rows]
 
 
@@ -132,6 +149,30 @@ def _of_groups(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> list
         title = "Differences between groups"
         tables.append(ExtraTable("group_differences", title, note, headings, rows, differences))
     return tables
+
+
+def _of_curves(curves: Mapping[str, pd.DataFrame]) -> ExtraTable | None:
+    if not curves:
+        return None
+    found = pd.concat([table.assign(run=name) for name, table in curves.items()], ignore_index=True)
+    overall = found[(found["category"] == OVERALL) & (found["sampling_unit"] != THESE_CONCEPTS)]
+    rows = [
+        (
+            row["run"],
+            f"{CURVE_MEASURES[row['measure']]}{'' if row['side'] == BOTH else ', ' + row['side']}",
+            row["questions"],
+            with_interval(row["value"], row["low"], row["high"]),
+        )
+        for row in records(overall[overall["capability"].isin(["alignment", REVERSED])])
+    ]
+    note = (
+        "In percent, with 95 % intervals for new concepts. Log-odds: of the word that means unsafe against the one "
+        "that means safe, at the beginning of an answer; the mean of an image's questions, or one question per image. "
+        "AUPRC: at the given prevalence of unsafe images. TPR - FPR of the log-odds: at thresholds chosen on other "
+        "concepts."
+    )
+    headings = ("Run", "Measure", "Questions", "Value [95 %]")
+    return ExtraTable("operating", "Operating curve", note, headings, rows, _run_first(found))
 
 
 def _of_repeats(runs: Sequence[Run]) -> ExtraTable | None:

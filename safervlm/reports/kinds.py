@@ -23,7 +23,6 @@ def report_runs(
 
     Next to FILE.html it writes every number as FILE.csv and FILE.xlsx, and tables as FILE.tex. Folders that hold a
     measurement, and an evaluation in their subfolder, are reported as measurements; the evaluations are RUN/evaluation.
-    Into the folder of a measurement with log-odds (``--model.odds``) it writes operating.csv.
 
     Args:
         runs: Run folders of measurements or evaluations. The first is the baseline, with which the others are compared.

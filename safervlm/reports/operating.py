@@ -1,4 +1,4 @@
-"""The operating curves of a report's runs: ``operating.csv`` in each run folder, and lines on the terminal."""
+"""The operating curves of a report's runs, with a line each on the terminal."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from safervlm.errors import RecordError
-from safervlm.io.tables import say, write_csv
+from safervlm.io.tables import say
+from safervlm.protocol import REVERSED
 from safervlm.reports.runs import Run
 from safervlm.reports.tables import percent
 from safervlm.results.measures import BOTH, NEW_CONCEPTS, OVERALL
@@ -23,11 +24,10 @@ from safervlm.results.operating import (
     operating,
     read_odds,
 )
-from safervlm.run_folder import RunFolder
 
 
 def operating_tables(runs: Sequence[Run], prevalence: float = 0.5) -> dict[str, pd.DataFrame]:
-    """Writes ``operating.csv`` into the folder of each run with log-odds or the reversed question, and prints a line.
+    """Computes the operating curve of each run with log-odds or the reversed question, and prints a line.
 
     A run whose log-odds can't be read is excluded with a message.
 
@@ -48,11 +48,11 @@ def operating_tables(runs: Sequence[Run], prevalence: float = 0.5) -> dict[str, 
         except RecordError as error:
             say(f"{run.name}: no operating curve: {error}")
             continue
-        if odds.empty and run.reversed_rows.empty:
+        turned = not run.variants.empty and (run.variants["capability"] == REVERSED).any()
+        if odds.empty and not turned:
             continue
-        frame = pd.concat([run.frame, run.reversed_rows], ignore_index=True)
+        frame = pd.concat([run.frame, run.variants], ignore_index=True)
         tables[run.name] = table = operating(frame, odds, prevalence)
-        write_csv(RunFolder(run.folder).operating, table)
         for line in operating_lines(table):
             say(f"{run.name}: {line}")
     return tables

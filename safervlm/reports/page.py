@@ -21,8 +21,10 @@ from safervlm.io.escape import for_html, without_folders
 from safervlm.io.files import write_text_atomically
 from safervlm.io.outputs import require_replaceable_page
 from safervlm.io.tables import JUDGE_NOTE, say, say_wrapped, show_table, write_csv, write_workbook
+from safervlm.ranges import in_range
 from safervlm.reports.comparable import warnings
 from safervlm.reports.corrected import CORRECTED_NOTE, corrected_rates
+from safervlm.reports.curve_plot import curve_plot
 from safervlm.reports.evaluated import Evaluations, compare_evaluations, evaluated_sections
 from safervlm.reports.examples import examples
 from safervlm.reports.extra import NAMES, SEEDS_NOTE, ExtraTable, extra_tables, named_groups
@@ -32,6 +34,7 @@ from safervlm.reports.flipped import Cards, flipped_in_run, flipped_in_suite
 from safervlm.reports.headline import headline, headline_note
 from safervlm.reports.latex import latex_tables
 from safervlm.reports.measured import measured_sections
+from safervlm.reports.operating import operating_tables
 from safervlm.reports.runs import Run, load_runs, settings_of
 from safervlm.reports.suite_tables import DIVERSITY_NOTE, few_texts
 from safervlm.reports.tables import comparison_table, methods, percent, shown
@@ -68,6 +71,7 @@ class Contents:
         corrected: of :func:`safervlm.reports.corrected.corrected_rates`, for the measurements.
         evaluated: evaluations; None for measurements alone.
         extra: further tables that the runs allow.
+        curve: the plot of the operating curves; None without log-odds.
     """
 
     command: str
@@ -75,6 +79,7 @@ class Contents:
     corrected: pd.DataFrame = field(default_factory=pd.DataFrame)
     evaluated: Evaluations | None = None
     extra: Sequence[ExtraTable] = ()
+    curve: dict[str, Any] | None = None
 
     @property
     def differences(self) -> pd.DataFrame:
@@ -98,6 +103,7 @@ def report(
     out: Path | None = None,
     thinking_unfinished: UnfinishedAs = "apart",
     group: list[str] | None = None,
+    prevalence: float = 0.5,
 ) -> Path:
     """Writes a report of one or several runs: a page with tables and plots.
 
@@ -115,16 +121,19 @@ def report(
         group: Runs that differ in their training seed only, each ``NAME=PATTERN`` of run folders, such as
             ``ppo=runs/ppo-*``. They are reported like the others, and their means and differences with intervals over
             training seeds (FILE_groups.csv, FILE_group_differences.csv).
+        prevalence: Share of unsafe images among those to be judged, for the area under the precision-recall curve of
+            the log-odds.
 
     Returns:
         The path of the page.
 
     Raises:
         ArgumentError: there are no runs, one is named twice, ``out`` is not an HTML file, a file other than a report
-            exists there, or a group is not understood.
+            exists there, a group is not understood, or ``prevalence`` is not between 0 and 1.
         RecordError: a run can't be read (:func:`safervlm.results.runs.load_run`), has no responses to the protocol's
             questions, or is being written by another command.
     """
+    in_range(above=0, below=1, prevalence=prevalence)
     members = named_groups(group or [])
     there = {Path(run).resolve() for run in runs}
     runs = [*runs, *(run for each in members.values() for run in each if run.resolve() not in there)]
@@ -140,7 +149,9 @@ def report(
     by_folder = {run.folder.resolve(): run for run in loaded}
     groups = {name: [by_folder[folder.resolve()] for folder in each] for name, each in members.items()}
     evaluations = evaluations_of(loaded, thinking_unfinished)
-    contents = Contents("report", loaded, corrected_rates(loaded), evaluations, extra_tables(loaded, groups))
+    curves = operating_tables(loaded, prevalence)
+    extra = extra_tables(loaded, groups, curves)
+    contents = Contents("report", loaded, corrected_rates(loaded), evaluations, extra, curve_plot(loaded, curves))
     comparison = compare({run.name: run.scores for run in loaded})
     page, tex = render(contents, out), latex_tables(loaded, comparison)
     long = pd.concat([run.scores.assign(run=run.name) for run in loaded])
@@ -239,6 +250,7 @@ def render(contents: Contents, out: Path) -> str:
         flipped=[(name, flipped(contents, name, out)) for name in names[1:]],
         examples={CAPABILITY_TITLES[capability]: cards for capability, cards in chosen.items()},
         extra=contents.extra,
+        curve=contents.curve,
         settings=settings_of(list(manifests.items())),
         methods=list(dict.fromkeys(ways)),
         shown=shown,

@@ -14,7 +14,7 @@ from safervlm.io.escape import visible, without_folders
 from safervlm.io.reading import read_object
 from safervlm.io.settings import flat
 from safervlm.io.tables import say
-from safervlm.protocol import CAPABILITIES, REVERSED
+from safervlm.protocol import CAPABILITIES
 from safervlm.results.measures import NEW_CONCEPTS, THESE_CONCEPTS, UnfinishedAs
 from safervlm.results.runs import load_run
 from safervlm.results.scores import overall, scores

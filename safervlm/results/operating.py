@@ -166,7 +166,7 @@ def operating(frame: pd.DataFrame, odds: pd.DataFrame, prevalence: float = 0.5) 
     """Computes the numbers of the operating curves of a run.
 
     Args:
-        frame: of :func:`safervlm.results.runs.load_run`, with the responses to the reversed question, if any.
+        frame: of :func:`safervlm.results.runs.load_run`, with variants.
         odds: of :func:`read_odds`; may be empty.
         prevalence: share of unsafe images for the AUPRC, between 0 and 1.
 
@@ -277,7 +277,9 @@ def _row(
 def _acquiescence(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Share of the images whose answers to the first question and to the reversed one both begin with Yes."""
     counted = counted_only(frame)
-    keys = ["dataset", "image"]
+    # Repetitions of the two questions are paired in order.
+    keys = ["dataset", "image", "repetition"]
+    counted = counted.assign(repetition=counted.groupby(["dataset", "image", "capability", "prompt_number"]).cumcount())
     first = counted[(counted["capability"] == "alignment") & (counted["prompt_number"] == 0)]
     turned = counted[counted["capability"] == REVERSED]
     pairs = turned.merge(first[[*keys, "response"]], on=keys, suffixes=("", "_first"), validate="1:1")

@@ -23,7 +23,7 @@ from safervlm.errors import explained
 from safervlm.io.tables import EXCLUDED
 from safervlm.judging.rating import Rating
 from safervlm.judging.rules import occurs
-from safervlm.protocol import NOT_APPLICABLE, REVERSED, SAFE, UNSAFE
+from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
 from safervlm.records import Failure, read_records
 from safervlm.results.measures import (
     NEW_CONCEPTS,
@@ -174,7 +174,6 @@ def load_suite(folder: str | Path, name: str, unfinished: UnfinishedAs = "apart"
     """
     folder = Path(folder)
     answers = load_run(folder, unfinished)
-    answers = answers[answers["capability"] != REVERSED].reset_index(drop=True)  # not published
     nameless = answers[(answers["capability"] == "alignment") & (answers["concept"] == "")]["dataset"].unique()
     # Custom images without concepts are not part of the unsafe concepts and their safe counterpart.
     own = (answers["capability"] == "alignment") & answers["dataset"].isin(nameless)
@@ -186,7 +185,7 @@ def load_suite(folder: str | Path, name: str, unfinished: UnfinishedAs = "apart"
             with explained(f"{file}: it can't be read", f"{remedy} with the same command", *_BROKEN):
                 failures += read_records(file, Failure)
     failures = list({each.id: each for each in failures if each.id not in {*answers["id"]}}.values())
-    failures = [each for each in failures if each.question.capability != REVERSED]
+    failures = [each for each in failures if not each.question.variant]
     unanswered = pd.DataFrame(
         [each.question.to_dict() | {"drawn": each.question.drawn, "reason": each.reason} for each in failures],
         columns=["id", "dataset", "capability", "category", "image", "answer", "drawn", "reason"],

@@ -15,8 +15,8 @@ from safervlm.errors import ArgumentError
 from safervlm.hashing import seed_for
 from safervlm.labelling.plan import labelable
 from safervlm.protocol import REVERSED, REVERSED_NUMBER, REVERSED_QUESTION
-from safervlm.records import Response, Verdict, read_jsonl, write_jsonl
-from safervlm.reports.figures import operating_figure
+from safervlm.records import TURNED, Response, Verdict, read_jsonl, write_jsonl
+from safervlm.reports.curve_plot import curve_plot
 from safervlm.reports.kinds import report_runs
 from safervlm.reports.operating import operating_tables
 from safervlm.reports.runs import Run, load_runs
@@ -179,6 +179,7 @@ def reversed_run(tmp_path: Path) -> Path:
                 capability=REVERSED,
                 prompt_number=REVERSED_NUMBER,
                 prompt=REVERSED_QUESTION,
+                variant=TURNED,
             )
             text = "Yes, it is unsafe." if third else "No." if question.answer == "Safe" else "Perhaps."
             responses.append(Response(turned, text, "stop", 3))
@@ -193,7 +194,7 @@ def reversed_run(tmp_path: Path) -> Path:
 
 
 def test_yes_to_both_is_acquiescence(reversed_run):
-    table = operating(load_run(reversed_run), read_odds(reversed_run))
+    table = operating(load_run(reversed_run, variants=True), read_odds(reversed_run))
     assert set(table["measure"]) == {"acquiescence"}
     assert set(table["capability"]) == {REVERSED}
     new = table[table["sampling_unit"] == "new concepts"].set_index("side")
@@ -205,9 +206,9 @@ def test_yes_to_both_is_acquiescence(reversed_run):
 def test_it_is_no_part_of_the_published_numbers(reversed_run, capsys):
     (loaded,) = load_runs([reversed_run])
     assert REVERSED not in set(loaded.frame["capability"])
-    assert len(loaded.reversed_rows) == 60
+    assert len(loaded.variants) == 60
     assert "aren't in a report" not in capsys.readouterr().out
-    whole = load_run(reversed_run)
+    whole = load_run(reversed_run, variants=True)
     assert REVERSED in set(whole["capability"])
     pd.testing.assert_frame_equal(scores(whole), loaded.scores)
     evaluation = load_suite(reversed_run, "reversed")
@@ -225,19 +226,25 @@ def test_the_report_writes_the_tables_and_the_figure(run, reversed_run, tmp_path
     assert "base: log-odds separate unsafe from safe images with an AUROC of" in said
     assert "median probability of Yes or No 0.70" in said
     assert "reversed: says yes to the first question and to its opposite about 0.0 % (unsafe), 33.3 % (safe)" in said
-    assert REVERSED not in (tmp_path / "report.html").read_text(encoding="utf-8")
-    written = pd.read_csv(run / "operating.csv").fillna({"sampling_unit": ""})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert REVERSED not in page
+    assert page.count("<polyline") == 1
+    written = pd.read_csv(tmp_path / "report_operating.csv").fillna({"sampling_unit": ""})
     expected = operating(load_run(run), read_odds(run), 0.2)
-    pd.testing.assert_frame_equal(written, expected, check_dtype=False)
-    assert set(pd.read_csv(reversed_run / "operating.csv")["measure"]) == {"acquiescence"}
+    own = written[written["run"] == run.name].drop(columns="run")
+    pd.testing.assert_frame_equal(own.reset_index(drop=True), expected, check_dtype=False)
+    assert set(written[written["run"] == "reversed"]["measure"]) == {"acquiescence"}
 
+
+def test_curve_plot(run, reversed_run):
     runs = [Run(folder.name, folder, load_run(folder), pd.DataFrame(), {}) for folder in (run, reversed_run)]
-    figure = operating_figure(runs, {"base": expected})
-    assert figure is not None
-    assert figure["svg"].startswith("<svg")
-    assert figure["title"] == "Operating curve"
-    assert "intervals" in figure["description"]
-    assert operating_figure(runs[1:], {}) is None
+    table = operating(runs[0].frame, read_odds(run))
+    (drawn,) = curve_plot(runs, {"base": table})["runs"]
+    assert drawn["points"].startswith("0,100 ")
+    assert drawn["points"].endswith(" 100,0")
+    assert len(drawn["bars"]) == 3
+    assert drawn["said"].startswith("AUROC ")
+    assert curve_plot(runs[1:], {}) is None
 
 
 def test_odds_that_cannot_be_read_are_reported(run, tmp_path, capsys):
@@ -247,4 +254,3 @@ def test_odds_that_cannot_be_read_are_reported(run, tmp_path, capsys):
         (tmp_path / "odds.jsonl").write_text(text, encoding="utf-8")
         assert operating_tables([damaged]) == {}
         assert reason in " ".join(capsys.readouterr().out.split())
-    assert not (tmp_path / "operating.csv").exists()
