@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from safervlm.data.module import SaferData
 from safervlm.errors import ArgumentError, UserError
 from safervlm.failures import in_halves, reason_of
 from safervlm.io.tables import say
@@ -241,7 +242,7 @@ class Measure(L.LightningModule):
             ArgumentError: The data repeats its questions, and decoding is greedy.
         """
         data = getattr(self._trainer, "datamodule", None)
-        repeats = max(getattr(each, "repeats", 1) for each in (data, *getattr(data, "sets", {}).values()))
+        repeats = data.most_repeats() if isinstance(data, SaferData) else 1
         if repeats > 1 and self.sampling.temperature == 0:
             raise ArgumentError(
                 f"data.repeats: {repeats} responses to a question would be the same with sampling.temperature 0: set a "

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from safervlm.cli.main import main
+from safervlm.data.suite import Suite
 from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.errors import ArgumentError
 from safervlm.measure import FaultTolerantCollator, Measure
@@ -173,8 +174,9 @@ def test_a_run_with_a_damaged_image_ends_with_3_and_asks_again_once_it_is_mended
 
 def test_repetitions_need_a_temperature(measure: Measure) -> None:
     measure.sampling = replace(measure.sampling, temperature=0.0)
-    measure._trainer = SimpleNamespace(datamodule=SimpleNamespace(repeats=3))
+    thrice = UnsafeConcepts("folder", repeats=3)
+    measure._trainer = SimpleNamespace(datamodule=Suite({"once": UnsafeConcepts("folder"), "thrice": thrice}))
     with pytest.raises(ArgumentError, match=r"data\.repeats: 3 .* sampling\.temperature 0"):
         measure.setup("predict")
-    measure._trainer.datamodule.repeats = 1
+    thrice.repeats = 1
     measure.setup("predict")

@@ -143,6 +143,10 @@ class SaferData(LightningDataModule):
         """Returns the examples that are still to be predicted, on all processes together."""
         return [example for example in self.parts.predict if example.question.id not in self._skipped]
 
+    def most_repeats(self) -> int:
+        """Returns how often the most repeated question is asked."""
+        return self.repeats
+
     def completions_at(self, validation: bool) -> str:
         """Returns where the user's completions are: file, line and field; empty if the class itself makes them.
 

@@ -105,6 +105,10 @@ class Suite(SaferData):
             raise RecordError(f"data.sets: none of {', '.join(self.left_out)} is available; the reasons are above")
         return Parts(predict=examples)
 
+    def most_repeats(self) -> int:
+        """Returns how often the most repeated question of any dataset is asked."""
+        return max(data.most_repeats() for data in self.sets.values())
+
     def describe(self) -> dict[str, Any]:
         """Combines the descriptions of the available datasets."""
         _ = self.parts  # determines which datasets are available

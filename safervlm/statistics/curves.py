@@ -172,10 +172,12 @@ def average_precision(points: Curve, prevalence: float) -> float:
 def bootstrap(
     statistic: Callable[[Curve], float], unsafe: Side, safe: Side, seed: int, samples: int = BOOTSTRAP
 ) -> tuple[float, float]:
-    """Computes the 95 % percentile interval of a statistic of the curve over new concepts.
+    """Computes the 95 % interval of a rate of the curve over new concepts.
 
-    The concepts of each side are sampled with replacement, from all categories: the interval is longer than needed if
-    categories differ.
+    It is Student's on the logit scale, with the bootstrap's standard error and the degrees of freedom of the side with
+    fewer concepts: percentile intervals of these rates have coverage of .86 to .94. The concepts of each side are
+    sampled with replacement, from all categories: the interval is longer than needed if categories differ. Rates of 0
+    and 1 count as half an image from there.
 
     Args:
         statistic: for example ``lambda points: tpr_at_fpr(points, 0.05)``.
@@ -197,8 +199,11 @@ def bootstrap(
             count = len(side.images)
             weights.append(rng.multinomial(count, np.full(count, 1 / count))[side.concepts].astype(np.float64))
         values.append(statistic(images.curve((weights[0], weights[1]))))
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    edge = 0.5 / len(unsafe.scores)
+    error = logit(np.clip(values, edge, 1 - edge)).std(ddof=1)
+    value = logit(np.clip(statistic(curve(unsafe, safe)), edge, 1 - edge))
+    low, high = t_interval(float(value), float(error**2), min(len(unsafe.images), len(safe.images)) - 1.0)
+    return float(expit(low)), float(expit(high))
 
 
 def cross_fitted(unsafe: Side, safe: Side) -> tuple[Floats, Floats]:
