@@ -1,0 +1,104 @@
+"""Tables that a report has only if the runs allow them."""
+
+import pandas as pd
+import pytest
+from labelled import write_labelled
+
+from safervlm.cli.main import main
+from safervlm.errors import ArgumentError
+from safervlm.records import read_jsonl, write_jsonl
+from safervlm.reports.extra import NAMES, named_groups
+from safervlm.reports.kinds import report_runs
+from safervlm.results.groups import group_differences, group_table
+from safervlm.results.positions import position_table
+from safervlm.results.repeats import repeat_table
+from safervlm.results.runs import load_run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """An original run, and two recipes of three and two seeds."""
+    for number, name in enumerate(("original", "ppo-0", "ppo-1", "ppo-2", "dpo-0", "dpo-1")):
+        (tmp_path / name).mkdir()
+        write_labelled(tmp_path / name, accuracy=0.5 if name == "original" else 0.8, images=2, seed=number)
+    return tmp_path
+
+
+def read(file):
+    return pd.read_csv(file, keep_default_na=False, na_values=[""])
+
+
+def test_groups(runs, capsys):
+    """The command as it is typed."""
+    words = ["--group", f"ppo={runs}/ppo-*", "--group", f"dpo={runs}/dpo-*", "--out", f"{runs}/report.html"]
+    main(["report", f"{runs}/original", *words])
+    frames = {name: [load_run(path) for path in sorted(runs.glob(f"{name}-*"))] for name in ("ppo", "dpo")}
+    pd.testing.assert_frame_equal(read(runs / "report_groups.csv"), group_table(frames), check_dtype=False)
+    differences = group_differences({"original": [load_run(runs / "original")]} | frames)
+    pd.testing.assert_frame_equal(read(runs / "report_group_differences.csv"), differences, check_dtype=False)
+    assert set(read(runs / "report_overall.csv")["run"]) == {path.name for path in runs.iterdir() if path.is_dir()}
+    page = (runs / "report.html").read_text(encoding="utf-8")
+    assert page.count('<table id="groups"') == page.count('<table id="group_differences"') == 1
+    said = capsys.readouterr().out
+    assert "Training seeds" in said
+    assert "Differences between groups" in said
+
+
+def test_groups_alone_and_a_run_that_is_named_twice(runs):
+    """Without runs, the first group is the one to compare with; a run of a group may be named as well."""
+    main(["report", "--group", f"dpo={runs}/dpo-*", "--group", f"ppo={runs}/ppo-*", "--out", f"{runs}/report.html"])
+    assert set(read(runs / "report_group_differences.csv")["base"]) == {"dpo"}
+    main(["report", f"{runs}/ppo-1", "--group", f"ppo={runs}/ppo-*", "--out", f"{runs}/report.html"])
+    assert len(read(runs / "report_overall.csv")) == 3
+    assert not (runs / "report_group_differences.csv").exists()  # that of the report before
+
+
+@pytest.mark.parametrize("words", [["ppo"], ["=x"], ["ppo="], ["ppo=nothing-*"], ["ppo=.", "ppo=."]])
+def test_groups_that_are_not_understood(words):
+    with pytest.raises(ArgumentError, match=r"^group: "):
+        named_groups(words)
+
+
+def test_groups_of_evaluations_are_rejected(tmp_path):
+    (tmp_path / "trained" / "evaluation").mkdir(parents=True)
+    with pytest.raises(ArgumentError, match=r"^group: "):
+        report_runs([tmp_path / "trained"], group=[f"a={tmp_path}"])
+
+
+def change(run, records_of):
+    """Rewrites responses and verdicts of a run, from pairs of both."""
+    pairs = zip(read_jsonl(run / "responses.jsonl"), read_jsonl(run / "verdicts.jsonl"), strict=True)
+    changed = [each for pair in pairs for each in records_of(*pair)]
+    for place, file in enumerate(("responses.jsonl", "verdicts.jsonl")):
+        write_jsonl(run / file, (pair[place] for pair in changed))
+
+
+def test_repeated_questions_and_rotated_options(runs):
+    def thrice(response, verdict):
+        yield response, verdict
+        for number in (2, 3):
+            name = f"{response['id']}#{number}"
+            yield response | {"id": name}, verdict | {"id": name}
+
+    def turned(response, verdict):
+        yield response, verdict
+        if response["capability"] == "perception":
+            name = response["id"].removesuffix("0") + "1"
+            variant = {"id": name, "prompt_number": 1, "variant": "rotated options"}
+            yield response | variant, verdict | {"id": name}
+
+    change(runs / "original", turned)
+    change(runs / "ppo-0", thrice)
+    report_runs([runs / "original", runs / "ppo-0"], runs / "report.html")
+    found = {name: runs / f"report_{name}.csv" for name in NAMES}
+    assert {name for name, file in found.items() if file.exists()} == {"repeats", "positions"}
+    repeats = read(found["repeats"])
+    assert set(repeats["run"]) == {"ppo-0"}
+    expected = repeat_table(load_run(runs / "ppo-0"))
+    assert repeats["value"].tolist() == pytest.approx(expected["value"].tolist(), nan_ok=True)
+    positions = read(found["positions"])
+    assert set(positions["run"]) == {"original"}
+    expected = position_table(load_run(runs / "original", variants=True))
+    assert positions["value"].tolist() == pytest.approx(expected["value"].tolist(), nan_ok=True)
+    sheets = pd.ExcelFile(runs / "report.xlsx").sheet_names
+    assert {"repeats", "positions"} <= set(sheets)
