@@ -136,7 +136,8 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: b
 def must_have_noise(run: Path, stage: str, before: int | None, now: int | None, argument: str) -> None:
     """Rejects a run whose responses were sampled with the noise of another version: other responses follow from a seed.
 
-    Greedy responses and those of servers have no noise.
+    Greedy responses and those of servers have no noise: a run that now has none is not rejected here, as its other
+    settings differ.
 
     Args:
         run: Run folder.
@@ -148,7 +149,7 @@ def must_have_noise(run: Path, stage: str, before: int | None, now: int | None, 
     Raises:
         SettingsDifferError: The versions differ.
     """
-    if before != now:
+    if now is not None and before != now:
         raise SettingsDifferError(
             f"{argument}: {run} holds a {stage} with the sampling noise of another version of SaferVLM ({NOISE}: "
             f"{before} there, {now} now); use that version, or another folder"

@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
 from playwright.sync_api import sync_playwright
+
+from safervlm.io.images import open_image
 
 DOCS = Path(__file__).parent.parent / "docs"
 WIDTH = 1200  # pixels
@@ -43,7 +44,7 @@ def take(pages: dict[str, Path], folder: Path) -> None:
             tab.goto(page.resolve().as_uri())
             picture = Path(temporary) / f"{name}.png"
             tab.screenshot(path=picture)
-            Image.open(picture).convert("RGB").quantize(COLOURS).save(folder / f"{name}.png", optimize=True)
+            open_image(picture, name).quantize(COLOURS).save(folder / f"{name}.png", optimize=True)
         browser.close()
 
 

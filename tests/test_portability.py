@@ -48,6 +48,7 @@ must_match_soon(["a+"], ["aa"], "here")
 """
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_without_what_windows_lacks(tmp_path: Path) -> None:
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in SOURCES]
     modules = [name for name in modules if not name.endswith("__main__")]

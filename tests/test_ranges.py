@@ -180,7 +180,7 @@ WRONG: dict[str, tuple[Callable[..., object], dict[str, tuple[float, ...]]]] = {
     },
     "OwnData": (
         lambda **given: OwnData("nowhere.jsonl", **given),
-        {"limit": (0,), "batch_size": (0, -1), "num_workers": (-1,)},
+        {"limit": (0,), "repeats": (0, -1), "batch_size": (0, -1), "num_workers": (-1,)},
     ),
     "SavedResponses": (saved, {"limit": (0,), "batch_size": (0, -1), "num_workers": (-1,)}),
     "LabelledAnswers": (

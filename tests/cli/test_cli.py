@@ -511,7 +511,8 @@ def test_what_lightning_rejects_is_one_line(
         (["mesure"], "no command 'mesure'"),
         (["pictograms", "--sed", "3"], "unknown argument --sed; did you mean --seed?"),
         (["export", "--out", "x", "--name", "y"], "unknown argument --name; --help"),
-        (["report"], "missing: runs; see --help"),
+        (["report"], "runs: a report needs at least one run folder"),
+        (["evaluation"], "missing: runs; see --help"),
         (["report", "nowhere"], "nowhere"),
     ],
 )
@@ -618,7 +619,9 @@ def test_a_defect_is_one_line_and_keeps_its_traceback(
 def test_the_traceback_of_a_plain_command_is_in_the_folder_that_it_names(
     line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def read(runs: list[Path] | None = None, run: Path | None = None, out: str | None = None) -> None:
+    def read(
+        runs: list[Path] | None = None, run: Path | None = None, out: str | None = None, group: list[str] | None = None
+    ) -> None:
         raise KeyError("x")
 
     name = line.split()[0]

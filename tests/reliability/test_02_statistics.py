@@ -212,7 +212,7 @@ def test_the_gap_and_the_accuracies_beside_it_state_their_weights(tmp_path, caps
     printed = " ".join(capsys.readouterr().out.split())
     for text in (printed, page.read_text(), page.with_suffix(".tex").read_text()):
         assert "averaged over concepts, each with the same weight" in text
-    rows = re.search(r'<table id="gap">.*?</table>', page.read_text(), re.DOTALL)[0]
+    rows = re.search(r'<table id="gap".*?</table>', page.read_text(), re.DOTALL)[0]
     values = [float(value) for value in re.findall(r'<data value="([^"]+)">', rows)]
     assert values == pytest.approx([1 / 2, 1, 1 / 2])  # the gap, and its two shares
     assert GAP_WEIGHTS in str(other_table(scores(frame)).caption)

@@ -130,7 +130,7 @@ def test_a_response_that_changed_is_judged_again(changed: str, panel: Panel, tmp
 
 
 def test_every_path_writes_what_it_judged(panel: Panel, tmp_path: Path) -> None:
-    responses = answers(TEXTS | {"alignment3": "  "})
+    responses = answers(TEXTS | {"alignment3": "  ", "alignment_reversed1": "Yes."})
     expected = {each.id: Verdict.fingerprint_of(each.response) for each in responses}
     assert {key: each.answer for key, each in judge(tmp_path, panel, responses).items()} == expected
     stepped = panel.predict_step(Answers([(r.question, r.response) for r in responses]), 0)

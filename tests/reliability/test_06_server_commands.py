@@ -191,6 +191,7 @@ def test_a_damaged_rating_is_one_line(change, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_hostile_responses_do_not_end_a_command(tmp_path, tiny_sets):
     replies = [
         *(ok("cut \ud83d"), ok(CONTROLS), counted("3e8"), ok("x", "eos"), http(NESTED), failed("400 B", CONTROLS)),

@@ -44,6 +44,7 @@ def browser():
         started.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", FIRST_SCREEN)
 def test_the_page_in_a_browser(width, scheme, browser, pages):
