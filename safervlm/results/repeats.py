@@ -31,16 +31,16 @@ def repeat_table(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per number: capability, side, measure, of, value, low, high, sampling_unit, method, questions (their
-        number). ``of`` is the number k of responses for ``wrong at least once``, which has a row for each k up to the
-        smallest number of responses to a question, and the component for ``share of variance``. No rows if no question
-        was asked twice.
+        number). ``of`` is the number k of responses for ``wrong at least once``, which has a row for each k, of the
+        questions with at least k responses, and the component for ``share of variance``. No rows if no question has two
+        responses.
     """
     counted = counted_only(frame).assign(wrong=lambda rows: (rows["label"] != rows["answer"]).astype(float))
     rows: list[dict[str, Any]] = []
     for (capability, side), part in counted.groupby(["capability", "side"], sort=False):
         questions = part.groupby(QUESTION, sort=True)["wrong"].agg(["sum", "size"]).astype(float).reset_index()
-        if questions["size"].min() > 1:
-            keys = {"capability": capability, "side": side, "questions": len(questions)}
+        if questions["size"].max() > 1:
+            keys = {"capability": capability, "side": side}
             rows += [keys | row for row in _shares(part, questions)]
             rows += [keys | row for row in _components(part)]
     return pd.DataFrame(rows, columns=_COLUMNS)
@@ -48,21 +48,21 @@ def repeat_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _shares(part: pd.DataFrame, questions: pd.DataFrame) -> Iterator[dict[str, Any]]:
     wrong, asked = questions["sum"].to_numpy(float), questions["size"].to_numpy(float)
-    found = [
-        (WRONG_AT_LEAST_ONCE, str(k), wrong_at_least_once(wrong, asked, k)) for k in range(1, int(asked.min()) + 1)
-    ]
     # One row for each question stands for its responses, so that Counts has the units in its own order.
     first = part.drop_duplicates(QUESTION).sort_values(QUESTION, kind="stable")
-    counts = Counts.of(first)
-    units = Counts.units(first)
-    for measure, of, values in (*found, (FLIP_RATE, "", flip_rate(wrong, asked))):
-        hits = pd.Series(values, index=first.index).groupby(units, sort=True).sum().to_numpy(np.float64)
+    for k in (*range(1, int(asked.max()) + 1), None):  # None: pairs of responses
+        there = asked >= (2 if k is None else k)
+        own, values = first[there], (wrong[there], asked[there])
+        shares = flip_rate(*values) if k is None else wrong_at_least_once(*values, k)
+        counts = Counts.of(own)
+        hits = np.asarray(pd.Series(shares, index=own.index).groupby(Counts.units(own), sort=True).sum(), np.float64)
         for sampling_unit in (THESE_CONCEPTS, NEW_CONCEPTS):
-            kind = "answers" if first["capability"].iloc[0] == TEXT_ONLY else "images"
+            kind = "answers" if own["capability"].iloc[0] == TEXT_ONLY else "images"
             estimate = proportion(hits, counts.asked, counts, sampling_unit, kind)
             yield {
-                "measure": measure,
-                "of": of,
+                "measure": FLIP_RATE if k is None else WRONG_AT_LEAST_ONCE,
+                "of": "" if k is None else str(k),
+                "questions": len(own),
                 "value": estimate.value,
                 "low": estimate.low,
                 "high": estimate.high,
@@ -79,17 +79,19 @@ def _components(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
     found = variance_components(array, concepts)
     total = sum(found.values())
     for component, value in found.items():
-        yield {"measure": VARIANCE, "of": component, "value": value / total if total > 0 else np.nan}
+        yield {"measure": VARIANCE, "of": component, "value": value / total if total > 0 else np.nan} | {
+            "questions": images * questions
+        }
 
 
 def _balanced(part: pd.DataFrame) -> "tuple[Floats, np.ndarray[Any, np.dtype[np.intp]]]":
-    """Images with a response to each question, as often as the least asked question of them; and their concepts."""
+    """Images with two responses to each question, as often as the least asked question of them; and their concepts."""
     image = part.groupby([*CONCEPT, "image"], sort=True).ngroup().to_numpy()
     question = np.unique(part["prompt_number"].to_numpy(), return_inverse=True)[1]
     number = part.groupby([image, question]).cumcount().to_numpy()
     counts = np.zeros((image.max() + 1, question.max() + 1), int)
     np.add.at(counts, (image, question), 1)
-    complete = counts.min(axis=1) > 0
+    complete = counts.min(axis=1) > 1
     answers = int(counts[complete].min()) if complete.any() else 0
     array = np.zeros((*counts.shape, max(answers, 1)))
     kept = number < answers

@@ -55,12 +55,15 @@ def test_components_are_those_of_the_balanced_array():
     rng = np.random.default_rng(0)
     answers = rng.integers(0, 2, (5, 3, 4, 2))
     frame = frame_of(answers)
-    frame = frame[frame["id"] != "d/4-2/alignment/3#1"]  # one response less: every question counts once
+    frame = frame[frame["id"] != "d/4-2/alignment/3#1"]  # one response less
     table = repeat_table(frame_of(answers)).set_index("of")["value"]
     images = answers.reshape(15, 4, 2).astype(float)
     found = components.variance_components(images, np.repeat(np.arange(5), 3))
     assert table[list(found)].to_dict() == pytest.approx({k: v / sum(found.values()) for k, v in found.items()})
-    assert repeat_table(frame).empty  # a question without a repetition
+    less = repeat_table(frame)  # the question with a single response counts for k = 1 alone
+    assert [value_of(less, repeats.WRONG_AT_LEAST_ONCE, k)["questions"] for k in "12"] == [60, 59]
+    assert value_of(less, repeats.FLIP_RATE)["questions"] == 59
+    assert set(less[less["measure"] == repeats.VARIANCE]["questions"]) == {56}  # of 14 images
 
 
 def test_nothing_was_repeated():
