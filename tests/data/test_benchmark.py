@@ -324,7 +324,7 @@ class Unkind(BaseHTTPRequestHandler):
             for _ in range(200):
                 self.wfile.write(b"x" * (1 if self.path == "/slow" else 1000))
                 if self.path in ("/slow", "/silent"):
-                    time.sleep(0.05 if self.path == "/slow" else 3)
+                    time.sleep(0.05 if self.path == "/slow" else 60)
         except OSError:
             pass  # the client has given up
 
@@ -354,7 +354,7 @@ def test_a_download_is_bounded(tmp_path, path, bounds, said):
     finally:
         server.shutdown()
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - begun < 2.5  # the silent server resumes after 3 s
+    assert time.monotonic() - begun < 30  # the silent server resumes after 60 s
     assert Unkind.asked == [f"/{path}"]
     assert list((tmp_path / "cache").iterdir()) == []
 
