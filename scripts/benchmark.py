@@ -56,7 +56,7 @@ from safervlm.objectives.grpo import GroupRollout
 from safervlm.objectives.ppo import ValuedRollout
 from safervlm.records import Example, Question
 from safervlm.statistics.diversity import self_bleu
-from safervlm.vlm import packed
+from safervlm.vlm import rows as packed_rows
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.base import Generation, must_be_answered
 from safervlm.vlm.llava import Llava
@@ -736,11 +736,11 @@ def responses_a_row(number: int) -> Iterator[None]:
     Args:
         number: the maximum number; 1 for one row per response.
     """
-    before, packed.ROW = packed.ROW, number
+    before, packed_rows.ROW = packed_rows.ROW, number
     try:
         yield
     finally:
-        packed.ROW = before
+        packed_rows.ROW = before
 
 
 def benchmark_group(shape: Shape, folder: Path, repeats: int, group: int = 8, tokens: int = 24) -> list[Row]:

@@ -1,10 +1,10 @@
 """Any vision-language model that transformers loads with ``AutoModelForImageTextToText``.
 
-Each question is encoded by the model's own processor, independently of how the model represents images. Scoring is one
-plain forward pass with one row per completion. The common prefix of the questions about an image is computed once
-(:mod:`safervlm.vlm.prefix`).
+Each question is encoded by the model's own processor, independently of how the model represents images. The common
+prefix of the questions about an image is computed once, in generation (:mod:`safervlm.vlm.prefix`) and in scoring
+(:mod:`safervlm.vlm.scoring`), where the model allows it.
 
-Shapes: B questions of a batch, C completions, T tokens of the longest completion, N response tokens, H hidden units.
+Shapes: B questions of a batch, N response tokens, H hidden units.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -37,9 +36,10 @@ from safervlm.vlm.heads import transform_between
 from safervlm.vlm.layers import switch_off_dropout
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
-from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing, extend, join
+from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing
 from safervlm.vlm.processors import read_processor
 from safervlm.vlm.sampling import Sampler, Sampling
+from safervlm.vlm.scoring import Asked, Scoring
 from safervlm.vlm.selfcheck import PROCESSOR_FAILS, UNLIKE, self_check, works
 from safervlm.vlm.thinking import Setting, Thinking, valid_setting
 from safervlm.vlm.weights import load_model, reading
@@ -297,7 +297,7 @@ class Transformers(LocalVLM):
         return self.eos_token_ids[0] if pad is None else pad
 
     def response_states(self, batch: EncodedBatch, adapter: Adapter) -> tuple[Targets, Tensor]:
-        """Computes the hidden states that predict the response tokens, with one row per completion.
+        """Computes the hidden states that predict the response tokens (:mod:`safervlm.vlm.scoring`).
 
         Args:
             batch: Encoded questions, each with at least one completion.
@@ -313,41 +313,22 @@ class Transformers(LocalVLM):
         """
         if not all(batch.completions):
             raise ValueError("the batch has no completions to score")
-        encodings = batch.before_answers({"input_ids", *self.written(batch.encodings[0])})
-        pairs = [(e, answer) for e, those in zip(encodings, batch.completions, strict=True) for answer in those]
-        device = pairs[0][0]["input_ids"].device
-        target = pad_sequence([torch.tensor(answer) for _, answer in pairs], batch_first=True).to(device)
-        lengths = torch.tensor([len(answer) for _, answer in pairs], device=device)
-        mask = torch.arange(target.shape[1], device=device) < lengths[:, None]
-        sequences = [extend(encoding, answer, self.written(encoding)) for encoding, answer in pairs]
-        together = [[sequence] for sequence in sequences] if self.one_by_one else [sequences]
-
-        kept: list[Tensor] = []
-
-        def keep(head: Any, states: tuple[Tensor]) -> tuple[Tensor]:
-            kept.append(states[0])
-            return (states[0][:, :1],)  # saves the model's own head from computing all logits
-
-        hook = self.base.get_output_embeddings().register_forward_pre_hook(keep)
-        try:
-            with active(self.base, adapter):
-                for rows in together:
-                    inputs = join(rows, self.pad_token_id, self.dtype)
-                    logits = self.base(**inputs, use_cache=False).logits
-        finally:
-            hook.remove()
-        with torch.no_grad():
-            bare = self.base.get_output_embeddings()(kept[-1][:, :1])
-            if self.logit_transform is None:
+        written = self.written(batch.encodings[0])
+        images = [question.image_path for question in batch.questions]
+        asked = Asked(batch.before_answers({"input_ids", *written}), batch.completions, written, images)
+        with active(self.base, adapter):
+            targets, found = self.scoring.states(asked)
+        if self.logit_transform is None and self.scoring.last is not None:
+            states, logits = self.scoring.last
+            with torch.no_grad():
+                bare = self.base.get_output_embeddings()(states)
                 self.logit_transform = transform_between(self.base.config, bare, logits)
         if self.logit_transform is None:
             raise ArgumentError(
                 f"vlm.model: {self.name!r} changes the logits behind its head in a way that its config.json does not "
                 "name, so that scoring can't repeat it: it can be measured, not trained; train another model"
             )
-        starts = [encoding["input_ids"].shape[1] - 1 for encoding, _ in pairs]
-        sources = zip((row for states in kept for row in states), starts, pairs, strict=True)
-        return Targets(target, mask), torch.cat([row[at : at + len(answer)] for row, at, (_, answer) in sources])
+        return targets, found
 
     def written(self, encoding: Encoding) -> Encoding:
         """Returns the values that the model's own ``generate`` appends to the inputs for each generated token.
@@ -369,6 +350,11 @@ class Transformers(LocalVLM):
     def sharing(self) -> PrefixSharing:
         """Prefix sharing between questions about the same image."""
         return PrefixSharing(self.base, self.pad_token_id, self.image_token_ids, self.dtype)
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        """Scoring of completions, in rows that share an image and its questions where the model allows it."""
+        return Scoring(self.base, self.sharing, self.one_by_one)
 
     def without_room(self, batch: EncodedBatch, sampling: Sampling) -> dict[int, str]:
         """Returns the questions whose responses may exceed the learned position embeddings, with the reason for each.

@@ -31,6 +31,7 @@ __all__ = [
     "names_as_given",
     "position_ids",
     "renamed_by_peft",
+    "takes_a_mask",
     "takes_a_plain_cache",
     "tree_leaves",
     "tree_map",
@@ -94,6 +95,17 @@ def takes_a_plain_cache(model: PreTrainedModel) -> bool:
         model: A generative model.
     """
     return bool(model._supports_default_dynamic_cache() and model._supports_logits_to_keep())
+
+
+def takes_a_mask(model: PreTrainedModel) -> bool:
+    """Returns whether the attention of a language model adds a mask per pair of tokens to its scores.
+
+    Remove when the implementation of the attention is public.
+
+    Args:
+        model: A generative model.
+    """
+    return model.config.get_text_config()._attn_implementation in ("sdpa", "eager")
 
 
 def position_ids(model: GenerationMixin, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -25,8 +25,9 @@ from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.records import Example, Question
 from safervlm.vlm.base import tokenizable_example
 from safervlm.vlm.lora import LoRA
-from safervlm.vlm.packed import PackedBatch, PackedVLM, pack
+from safervlm.vlm.packed import PackedBatch, PackedVLM
 from safervlm.vlm.recent import RecentPixels
+from safervlm.vlm.rows import pack_completions
 from safervlm.vlm.weights import load_model, reading
 
 ROWS_AT_ONCE = 64  # number of pixel rows that are padded and resized together
@@ -118,12 +119,13 @@ class LlavaCollator:
                 raise RecordError(
                     f"{example.question.id}: {length} tokens, the model takes {self.max_length}; shorten the question"
                 )
+        image_rows = [rows[example.question.image_path] for example in examples]
         return PackedBatch(
             questions=[example.question for example in examples],
             prompt_ids=prompts,
             pixel_values=torch.cat(pixels),
-            image_rows=torch.tensor([rows[example.question.image_path] for example in examples]),
-            packed=pack(prompts, completions) if all(completions) else None,
+            image_rows=torch.tensor(image_rows),
+            packed=pack_completions(image_rows, prompts, completions) if all(completions) else None,
         )
 
     def read(self, question: Question) -> Tensor:

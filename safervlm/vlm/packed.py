@@ -1,136 +1,29 @@
-"""Packed rows: the common prefix of completions, or of the questions about an image, is computed once.
+"""VLMs that compute packed rows (:mod:`safervlm.vlm.rows`): questions about an image share its tokens.
 
-A row is ``beginning | continuation 1 | continuation 2 | padding``. A continuation attends to the beginning and to
-itself, and its positions continue from the end of the beginning, as if it were alone. Scoring packs the completions of
-a prompt, sampled responses included. Generation packs the questions about an image, whose responses are decoded in
-parallel over one KV cache that is never copied per question. It requires a language model with causal attention and
-rotary positions.
+Scoring packs the questions about an image with their completions, sampled responses included. Generation packs the
+questions about an image, whose responses are decoded in parallel over one KV cache that is never copied per question.
+Both require a language model with causal attention and rotary positions.
 
 Shapes: B questions of a batch, I different images, R packed rows, Q questions of the longest row, K cached positions of
-a row, C completions in all, T tokens of the longest completion, L tokens of the longest row, V tokens of the
-vocabulary, H hidden units.
+a row, C completions in all, L tokens of the longest row, V tokens of the vocabulary, H hidden units.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby, takewhile
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from safervlm.records import Question
 from safervlm.vlm.base import Answer, Batch, without_bad
 from safervlm.vlm.cache import roomy
 from safervlm.vlm.compat import CACHE
-from safervlm.vlm.local import LocalVLM, Targets
+from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.lora import Adapter, active
+from safervlm.vlm.rows import Packed, additive, common_beginning, pack, pack_completions, questions_of_rows
 from safervlm.vlm.sampling import Sampler, Sampling
-
-# Maximum number of questions, or of responses to a prompt, per row. Each also computes attention to its neighbours'
-# tokens, then masked.
-ROW = 8
-
-
-@dataclass
-class Packed(Targets):
-    """Beginnings with their continuations, one row per beginning.
-
-    Attributes:
-        input_ids: (R, L) token ids, padded on the right.
-        segments: (R, L) 0 for the beginning, k for its k-th continuation, -1 for padding.
-        position_ids: (R, L) positions; each continuation's positions continue from the end of the beginning.
-        rows: (C,) row of each continuation; the continuations of a row are contiguous.
-        questions: (R,) a question of each row, which has the row's image.
-        source: (C, T) position in the row whose hidden state predicts each token of the continuation.
-        ends: (C,) position in the row of the continuation's last token.
-    """
-
-    input_ids: Tensor
-    segments: Tensor
-    position_ids: Tensor
-    rows: Tensor
-    questions: Tensor
-    source: Tensor
-    ends: Tensor
-
-    def to(self, device: torch.device) -> Self:
-        """Returns the packed rows on another device.
-
-        Args:
-            device: The target device.
-        """
-        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
-
-    def attention_mask(self) -> Tensor | None:
-        """Returns the attention mask: each token attends to the beginning and its own continuation, up to itself.
-
-        Returns:
-            (R, 1, L, L) True where a query may attend to a key. None if each row holds one continuation: padding comes
-            last, so causal attention alone is correct, and the fastest kernels take no mask.
-        """
-        if len(self.rows) == len(self.input_ids):
-            return None
-        query, key = self.segments[:, :, None], self.segments[:, None, :]
-        length = self.input_ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        # Padding attends to itself: attention to no key would be NaN.
-        allowed = causal & ((key == 0) | (key == query))
-        return (allowed | torch.eye(length, dtype=torch.bool, device=query.device))[:, None]
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Converts a mask to the one that attention adds to its scores; otherwise each layer converts it anew.
-
-    Args:
-        mask: True where a query may attend to a key.
-        dtype: Data type of the hidden states.
-
-    Returns:
-        0 where the mask is True, minus infinity elsewhere.
-    """
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-
-
-def pack(beginnings: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]) -> Packed:
-    """Packs each beginning with its continuations into one row.
-
-    Args:
-        beginnings: Token ids of the R beginnings, none of them empty.
-        continuations: For each beginning, the token ids of its continuations (at least one, none of them empty).
-    """
-    ids, segments, positions, rows, source, target, ends = [], [], [], [], [], [], []
-    for row, (beginning, following) in enumerate(zip(beginnings, continuations, strict=True)):
-        row_ids, row_segments = list(beginning), [0] * len(beginning)
-        row_positions = list(range(len(beginning)))
-        for number, tokens in enumerate(following, 1):
-            start = len(row_ids)
-            # The last token of the beginning predicts the first token; each token predicts the next.
-            source.append(torch.tensor([len(beginning) - 1, *range(start, start + len(tokens) - 1)]))
-            target.append(torch.tensor(tokens))
-            rows.append(row)
-            row_ids += tokens
-            row_segments += [number] * len(tokens)
-            row_positions += range(len(beginning), len(beginning) + len(tokens))
-            ends.append(len(row_ids) - 1)
-        ids.append(torch.tensor(row_ids))
-        segments.append(torch.tensor(row_segments))
-        positions.append(torch.tensor(row_positions))
-    lengths = torch.tensor([len(tokens) for tokens in target])
-    return Packed(
-        target=pad_sequence(target, batch_first=True),
-        mask=torch.arange(int(lengths.max())) < lengths[:, None],
-        input_ids=pad_sequence(ids, batch_first=True),
-        segments=pad_sequence(segments, batch_first=True, padding_value=-1),
-        position_ids=pad_sequence(positions, batch_first=True),
-        rows=torch.tensor(rows),
-        questions=torch.arange(len(beginnings)),
-        source=pad_sequence(source, batch_first=True),
-        ends=torch.tensor(ends),
-    )
 
 
 class PackedBatch(Batch):
@@ -141,7 +34,7 @@ class PackedBatch(Batch):
         prompt_ids: Token ids of the B prompts, including image placeholders, without padding.
         pixel_values: (I, 3, height, width) the different images of the batch.
         image_rows: (B,) index of the image of each question.
-        packed: The prompts with their completions; None if there are no completions to score.
+        packed: The prompts with their completions, one row per image; None if there are no completions to score.
         features: (I, image tokens, H) the encoded images; the VLM computes them on first use.
         samples: See :class:`safervlm.vlm.base.Batch`.
     """
@@ -173,40 +66,29 @@ class PackedBatch(Batch):
     def select(self, rows: Tensor, answers: Sequence[Sequence[int]] | None = None) -> Self:
         """Returns a batch of some of the questions, each with its generated response as its only completion.
 
-        Successive responses to one prompt about one image share a packed row.
-
         Args:
             rows: Indices of the questions to keep.
             answers: Token ids of the response to each of the B questions; None for a batch without completions.
         """
         chosen = rows.tolist()
-        packed = answers and self._pack(chosen, answers).to(self.image_rows.device)
         pixel_values, image_rows = self.pixel_values, self.image_rows[rows.to(self.image_rows.device)]
+        prompts = [self.prompt_ids[row] for row in chosen]
+        packed = None
+        if answers:
+            packed = pack_completions(image_rows.tolist(), prompts, [[answers[row]] for row in chosen])
+            packed = packed.to(self.image_rows.device)
         if self.features is None:  # features that are already encoded are kept whole, and shared
             used, image_rows = image_rows.unique(return_inverse=True)
             pixel_values = pixel_values[used]
         return type(self)(
             questions=[self.questions[row] for row in chosen],
-            prompt_ids=[self.prompt_ids[row] for row in chosen],
+            prompt_ids=prompts,
             pixel_values=pixel_values,
             image_rows=image_rows,
-            packed=packed or None,
+            packed=packed,
             features=self.features,
             samples=[self.samples[row] for row in chosen],
         )
-
-    def _pack(self, chosen: Sequence[int], answers: Sequence[Sequence[int]]) -> Packed:
-        """Packs the chosen questions' responses; successive ones to one prompt about one image share a row."""
-        about = [(image, self.prompt_ids[row]) for row, image in enumerate(self.image_rows.tolist())]
-        rows: list[list[int]] = []
-        for _, same in groupby(range(len(chosen)), key=lambda place: about[chosen[place]]):
-            places = list(same)
-            rows += [places[start : start + ROW] for start in range(0, len(places), ROW)]
-        packed = pack(
-            [self.prompt_ids[chosen[row[0]]] for row in rows],
-            [[answers[chosen[place]] for place in row] for row in rows],
-        )
-        return replace(packed, questions=torch.tensor([row[0] for row in rows]))
 
 
 class PackedVLM(LocalVLM):
@@ -380,28 +262,3 @@ class PackedVLM(LocalVLM):
                 use_cache=True,
             ).last_hidden_state[row, slot]
             segments = torch.cat([segments, slots], dim=1)
-
-
-def questions_of_rows(image_rows: Sequence[int]) -> list[list[int]]:
-    """Groups questions into packed rows: questions about one image, at most :data:`ROW` per row.
-
-    Args:
-        image_rows: For each question, the index of its image.
-
-    Returns:
-        The indices of the questions of each row.
-    """
-    about: dict[int, list[int]] = {}
-    for question, image in enumerate(image_rows):
-        about.setdefault(image, []).append(question)
-    return [those[start : start + ROW] for those in about.values() for start in range(0, len(those), ROW)]
-
-
-def common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Returns the longest common prefix of all prompts that leaves at least one token of each prompt.
-
-    Args:
-        prompts: Token ids of the prompts.
-    """
-    together = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, together)]

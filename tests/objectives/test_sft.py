@@ -30,9 +30,9 @@ def test_three_steps_equal_trls(sft: SFT, targets: list[Example], fit: Callable[
     # The same tokens, with the same response positions.
     packed = batch.packed
     assert packed is not None
-    ids = [row[: keep.sum()].tolist() for row, keep in zip(packed.input_ids, packed.segments >= 0, strict=True)]
-    assert oracle.sequences() == ids
     answers = [row[keep].tolist() for row, keep in zip(packed.target, packed.mask, strict=True)]
+    ids = [prompt + answer for prompt, answer in zip(batch.prompt_ids, answers, strict=True)]
+    assert oracle.sequences() == ids
     assert oracle.sequences(oracle.batch["labels"] != -100) == answers
     assert len({len(row) for row in ids}) > 2
     assert len({len(row) for row in answers}) > 3

@@ -20,7 +20,8 @@ from safervlm.protocol import UNSAFE, aligned_response
 from safervlm.records import Example, Question
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA, active
-from safervlm.vlm.packed import ROW, PackedBatch, pack, questions_of_rows
+from safervlm.vlm.packed import PackedBatch
+from safervlm.vlm.rows import ROW, pack, questions_of_rows
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.weights import weights_fingerprint
 
@@ -106,7 +107,7 @@ def test_a_gpu_returns_the_same(tiny_llava: Path, make_questions: Callable[[int]
 def test_single_completions_need_no_mask_and_return_the_same(
     vlm: Llava, make_questions: Callable[[int], list[Question]]
 ) -> None:
-    questions = make_questions(4)
+    questions = make_questions(5)[::2]  # each about another image
     both = vlm.collator([Example(question, answers(question)) for question in questions])
     chosen = vlm.collator([Example(question, answers(question)[:1]) for question in questions])
     assert chosen.packed is not None

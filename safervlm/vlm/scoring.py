@@ -1,0 +1,226 @@
+"""Scoring with any model of transformers: the hidden states that predict completions, in packed rows where possible.
+
+Without sharing there is one row per completion. Packed rows (:mod:`safervlm.vlm.rows`) hold all completions of the
+questions about an image. They need a mask and positions of their own for each token, which not every model accepts. So
+they are used only where
+
+- the model's attention is causal, takes a mask, and its layers keep all positions (:class:`PrefixSharing`),
+- the tokens have no inputs besides the attention mask and the image token types,
+- all placeholders of the image are in the beginning of the row, and
+- the first time, a row has the hidden states of its completions computed one by one.
+
+Positions with several coordinates (M-RoPE) are computed for each sequence as if it were alone.
+
+Shapes: C completions, R packed rows, L tokens of the longest row, N response tokens, H hidden units.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from safervlm.io.boundary import warn
+from safervlm.vlm.compat import position_ids, takes_a_mask
+from safervlm.vlm.local import Targets
+from safervlm.vlm.prefix import Encoding, PrefixSharing, agree, extend, join
+from safervlm.vlm.rows import Packed, additive, pack_completions
+
+
+@dataclass
+class Asked:
+    """Questions with completions.
+
+    Attributes:
+        encodings: For each question, the encoding of its prompt up to where the completion begins.
+        completions: For each question, the token ids of its completions.
+        written: Values that each token of a completion appends to the inputs (see :func:`extend`).
+        images: For each question, the name of its image; questions about different images have different names.
+    """
+
+    encodings: list[Encoding]
+    completions: list[list[list[int]]]
+    written: Encoding
+    images: list[str | None]
+
+    def select(self, questions: Sequence[int]) -> "Asked":
+        """Returns some of the questions.
+
+        Args:
+            questions: Their places.
+        """
+        parts = (self.encodings, self.completions, self.images)
+        encodings, completions, images = ([part[place] for place in questions] for part in parts)
+        return Asked(encodings, completions, self.written, images)
+
+    def sequences(self) -> list[dict[str, Tensor]]:
+        """Returns the inputs of each prompt followed by a completion."""
+        asked = zip(self.encodings, self.completions, strict=True)
+        return [extend(encoding, tokens, self.written) for encoding, those in asked for tokens in those]
+
+    def image_numbers(self) -> list[int]:
+        """Returns a number per question; those of two questions are equal if all their inputs but the tokens are."""
+        numbers: list[int] = []
+        seen: dict[str | None, list[int]] = {}
+        for place, (name, encoding) in enumerate(zip(self.images, self.encodings, strict=True)):
+            firsts = seen.setdefault(name, [])
+            equal = (first for first in firsts if self._alike(encoding, self.encodings[first]))
+            numbers.append(next(equal, place))
+            if numbers[-1] == place:
+                firsts.append(place)
+        return numbers
+
+    def _alike(self, one: Encoding, other: Encoding) -> bool:
+        names = one.keys() - {"input_ids", *self.written}
+        return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in names)
+
+
+class Scoring:
+    """Computes the hidden states that predict completions.
+
+    Attributes:
+        last: First state of each row of the last forward pass, and the logits that the model's own head computed of it.
+
+    Args:
+        model: A causal model.
+        sharing: Prefix sharing of the same model.
+        one_by_one: Whether each row is computed alone, because a batch would change its result.
+    """
+
+    def __init__(self, model: PreTrainedModel, sharing: PrefixSharing, one_by_one: bool) -> None:
+        self.model, self.sharing, self.one_by_one = model, sharing, one_by_one
+        self.works: bool | None = None if sharing.plain and takes_a_mask(model) and not one_by_one else False
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def states(self, asked: Asked) -> tuple[Targets, Tensor]:
+        """Computes the hidden states that predict the tokens of all completions.
+
+        Args:
+            asked: Questions with completions.
+
+        Returns:
+            The tokens, and the (N, H) hidden states that predict them.
+        """
+        packed = self._packed(asked)
+        if packed is None:
+            return self._alone(asked)
+        if self.works is None:
+            row = int(packed.rows[packed.rows.bincount()[packed.rows] > 1][0])
+            numbers = asked.image_numbers()
+            image = numbers[int(packed.questions[row])]
+            self.works = self._agrees(asked.select([place for place, number in enumerate(numbers) if number == image]))
+        return self._together(asked, packed) if self.works else self._alone(asked)
+
+    def _packed(self, asked: Asked) -> Packed | None:
+        """Packs the completions; None if the model can't, or nothing is shared."""
+        if self.works is False or not {"input_ids", *asked.written} <= {
+            "input_ids",
+            "attention_mask",
+            "mm_token_type_ids",
+        }:
+            return None
+        prompts = [encoding["input_ids"][0].tolist() for encoding in asked.encodings]
+        packed = pack_completions(asked.image_numbers(), prompts, asked.completions)
+        images = torch.tensor(sorted(self.sharing.image_token_ids))
+        placed = torch.isin(packed.input_ids, images)
+        outside = placed & (packed.segments > 0)
+        if len(packed.rows) == len(packed.input_ids) or outside.any() or not placed.any(-1).all():
+            return None
+        return packed.to(asked.encodings[0]["input_ids"].device)
+
+    def _together(self, asked: Asked, packed: Packed) -> tuple[Targets, Tensor]:
+        """Computes packed rows."""
+        tokenwise = {"input_ids", *asked.written}
+        # Inputs of each sequence alone; a token of a row has those of a sequence that contains it.
+        alone = [
+            {name: value for name, value in sequence.items() if not value.is_floating_point()}
+            for sequence in asked.sequences()
+        ]
+        each = join(alone, self.sharing.pad_token_id, self.sharing.dtype)
+        positions = position_ids(self.model, each["input_ids"], each)
+        place = (packed.sequences, packed.position_ids)
+        questions = [asked.encodings[question] for question in packed.questions.tolist()]
+        images = join(
+            [{name: value for name, value in encoding.items() if name not in tokenwise} for encoding in questions],
+            self.sharing.pad_token_id,
+            self.sharing.dtype,
+        )
+        mask = packed.attention_mask()
+        assert mask is not None  # noqa: S101 (something is shared; for the type checker)
+        inputs = images | {name: each[name][place] for name in tokenwise}
+        inputs |= {"attention_mask": additive(mask, self.sharing.dtype), "position_ids": positions[..., *place]}
+        states = self._forward(inputs)
+        rows = packed.rows[:, None].expand_as(packed.source)
+        return packed, states[rows[packed.mask], packed.source[packed.mask]]
+
+    def _alone(self, asked: Asked) -> tuple[Targets, Tensor]:
+        """Computes a row per completion."""
+        tokens = [tokens for those in asked.completions for tokens in those]
+        device = asked.encodings[0]["input_ids"].device
+        target = pad_sequence([torch.tensor(each) for each in tokens], batch_first=True).to(device)
+        lengths = torch.tensor([len(each) for each in tokens], device=device)
+        mask = torch.arange(target.shape[1], device=device) < lengths[:, None]
+        sequences = asked.sequences()
+        together = [[sequence] for sequence in sequences] if self.one_by_one else [sequences]
+        states = [
+            row for rows in together for row in self._forward(join(rows, self.sharing.pad_token_id, self.sharing.dtype))
+        ]
+        ends = [sequence["input_ids"].shape[1] - 1 for sequence in sequences]
+        sources = zip(states, ends, tokens, strict=True)
+        return Targets(target, mask), torch.cat([row[end - len(each) : end] for row, end, each in sources])
+
+    def _forward(self, inputs: dict[str, Any]) -> Tensor:
+        """Returns the hidden states before the head."""
+        kept: list[Tensor] = []
+
+        def keep(head: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
+            kept.append(states[0])
+            return (states[0][:, :1],)  # saves the model's own head from computing all logits
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            logits = self.model(**inputs, use_cache=False).logits
+        finally:
+            hook.remove()
+        self.last = (kept[-1][:, :1], logits)
+        return kept[-1]
+
+    @torch.no_grad()
+    def _agrees(self, asked: Asked) -> bool:
+        """Returns whether the completions about an image have the same states in packed rows and alone."""
+        packed = self._packed(asked)
+        if packed is None:
+            return False
+        with evaluated(self.model), torch.autocast(packed.input_ids.device.type, enabled=False):
+            _, alone = self._alone(asked)
+            try:
+                _, together = self._together(asked, packed)
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                same = False  # the model's code takes no mask or no positions per token
+            else:
+                same = agree(alone, together, self.sharing.dtype)
+        if not same:
+            warn("completions are scored with a row for each: this model's can't share an image and its question")
+        return same
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Context manager in which all modules of a model are in evaluation mode, without dropout.
+
+    Args:
+        model: The model; afterwards each of its modules has its mode again.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
