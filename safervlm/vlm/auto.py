@@ -354,7 +354,7 @@ class Transformers(LocalVLM):
     @cached_property
     def scoring(self) -> Scoring:
         """Scoring of completions, in rows that share an image and its questions where the model allows it."""
-        return Scoring(self.base, self.sharing, self.one_by_one)
+        return Scoring(self)
 
     def without_room(self, batch: EncodedBatch, sampling: Sampling) -> dict[int, str]:
         """Returns the questions whose responses may exceed the learned position embeddings, with the reason for each.

@@ -4,7 +4,7 @@ Without sharing there is one row per completion. Packed rows (:mod:`safervlm.vlm
 questions about an image. They need a mask and positions of their own for each token, which not every model accepts. So
 they are used only where
 
-- the model's attention is causal, takes a mask, and its layers keep all positions (:class:`PrefixSharing`),
+- the model's attention takes a mask, and its layers keep all positions (as for prefix sharing in generation),
 - the tokens have no inputs besides the attention mask and the image token types,
 - all placeholders of the image are in the beginning of the row, and
 - the first time, a row has the hidden states of its completions computed one by one.
@@ -14,6 +14,7 @@ Positions with several coordinates (M-RoPE) are computed for each sequence as if
 Shapes: C completions, R packed rows, L tokens of the longest row, N response tokens, H hidden units.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from safervlm.io.boundary import warn
 from safervlm.vlm.compat import position_ids, takes_a_mask
 from safervlm.vlm.local import Targets
-from safervlm.vlm.prefix import Encoding, PrefixSharing, agree, extend, join
+from safervlm.vlm.prefix import Encoding, agree, extend, join
 from safervlm.vlm.rows import Packed, additive, pack_completions
+
+# Inputs with a value per token, for which causal attention is known.
+TOKENWISE = {"input_ids", "attention_mask", "mm_token_type_ids"}
 
 
 @dataclass
@@ -53,9 +56,12 @@ class Asked:
         Args:
             questions: Their places.
         """
-        parts = (self.encodings, self.completions, self.images)
-        encodings, completions, images = ([part[place] for place in questions] for part in parts)
-        return Asked(encodings, completions, self.written, images)
+        return Asked(
+            [self.encodings[place] for place in questions],
+            [self.completions[place] for place in questions],
+            self.written,
+            [self.images[place] for place in questions],
+        )
 
     def sequences(self) -> list[dict[str, Tensor]]:
         """Returns the inputs of each prompt followed by a completion."""
@@ -86,14 +92,12 @@ class Scoring:
         last: First state of each row of the last forward pass, and the logits that the model's own head computed of it.
 
     Args:
-        model: A causal model.
-        sharing: Prefix sharing of the same model.
-        one_by_one: Whether each row is computed alone, because a batch would change its result.
+        vlm: The model, a :class:`safervlm.vlm.auto.Transformers`.
     """
 
-    def __init__(self, model: PreTrainedModel, sharing: PrefixSharing, one_by_one: bool) -> None:
-        self.model, self.sharing, self.one_by_one = model, sharing, one_by_one
-        self.works: bool | None = None if sharing.plain and takes_a_mask(model) and not one_by_one else False
+    def __init__(self, vlm: Any) -> None:
+        self.vlm = vlm
+        self.works: bool | None = None  # whether rows may be packed; None until the first that would be
         self.last: tuple[Tensor, Tensor] | None = None
 
     def states(self, asked: Asked) -> tuple[Targets, Tensor]:
@@ -106,29 +110,25 @@ class Scoring:
             The tokens, and the (N, H) hidden states that predict them.
         """
         packed = self._packed(asked)
-        if packed is None:
-            return self._alone(asked)
-        if self.works is None:
-            row = int(packed.rows[packed.rows.bincount()[packed.rows] > 1][0])
-            numbers = asked.image_numbers()
-            image = numbers[int(packed.questions[row])]
-            self.works = self._agrees(asked.select([place for place, number in enumerate(numbers) if number == image]))
-        return self._together(asked, packed) if self.works else self._alone(asked)
+        return self._alone(asked) if packed is None else self._together(asked, packed)
 
     def _packed(self, asked: Asked) -> Packed | None:
-        """Packs the completions; None if the model can't, or nothing is shared."""
-        if self.works is False or not {"input_ids", *asked.written} <= {
-            "input_ids",
-            "attention_mask",
-            "mm_token_type_ids",
-        }:
+        """Packs the completions; None if nothing is shared, or the model can't share it."""
+        numbers = asked.image_numbers()
+        tokenwise = {"input_ids", *asked.written}
+        if len(set(numbers)) == sum(map(len, asked.completions)) or not tokenwise <= TOKENWISE:
             return None
+        if self.works is None:
+            self.works = self._works(asked, numbers)
+        return self._rows(asked, numbers) if self.works else None
+
+    def _rows(self, asked: Asked, numbers: Sequence[int]) -> Packed | None:
+        """Packs the completions; None if a row would have no image in its beginning, or one behind it."""
         prompts = [encoding["input_ids"][0].tolist() for encoding in asked.encodings]
-        packed = pack_completions(asked.image_numbers(), prompts, asked.completions)
-        images = torch.tensor(sorted(self.sharing.image_token_ids))
-        placed = torch.isin(packed.input_ids, images)
-        outside = placed & (packed.segments > 0)
-        if len(packed.rows) == len(packed.input_ids) or outside.any() or not placed.any(-1).all():
+        packed = pack_completions(numbers, prompts, asked.completions)
+        placed = torch.isin(packed.input_ids, torch.tensor(sorted(self.vlm.image_token_ids)))
+        alone = len(packed.rows) == len(packed.input_ids)
+        if alone or (placed & (packed.segments > 0)).any() or not placed.any(-1).all():
             return None
         return packed.to(asked.encodings[0]["input_ids"].device)
 
@@ -140,19 +140,19 @@ class Scoring:
             {name: value for name, value in sequence.items() if not value.is_floating_point()}
             for sequence in asked.sequences()
         ]
-        each = join(alone, self.sharing.pad_token_id, self.sharing.dtype)
-        positions = position_ids(self.model, each["input_ids"], each)
+        each = join(alone, self.vlm.pad_token_id, self.vlm.dtype)
+        positions = position_ids(self.vlm.base, each["input_ids"], each)
         place = (packed.sequences, packed.position_ids)
         questions = [asked.encodings[question] for question in packed.questions.tolist()]
         images = join(
             [{name: value for name, value in encoding.items() if name not in tokenwise} for encoding in questions],
-            self.sharing.pad_token_id,
-            self.sharing.dtype,
+            self.vlm.pad_token_id,
+            self.vlm.dtype,
         )
         mask = packed.attention_mask()
         assert mask is not None  # noqa: S101 (something is shared; for the type checker)
         inputs = images | {name: each[name][place] for name in tokenwise}
-        inputs |= {"attention_mask": additive(mask, self.sharing.dtype), "position_ids": positions[..., *place]}
+        inputs |= {"attention_mask": additive(mask, self.vlm.dtype), "position_ids": positions[..., *place]}
         states = self._forward(inputs)
         rows = packed.rows[:, None].expand_as(packed.source)
         return packed, states[rows[packed.mask], packed.source[packed.mask]]
@@ -165,10 +165,8 @@ class Scoring:
         lengths = torch.tensor([len(each) for each in tokens], device=device)
         mask = torch.arange(target.shape[1], device=device) < lengths[:, None]
         sequences = asked.sequences()
-        together = [[sequence] for sequence in sequences] if self.one_by_one else [sequences]
-        states = [
-            row for rows in together for row in self._forward(join(rows, self.sharing.pad_token_id, self.sharing.dtype))
-        ]
+        together = [[sequence] for sequence in sequences] if self.vlm.one_by_one else [sequences]
+        states = [row for rows in together for row in self._forward(join(rows, self.vlm.pad_token_id, self.vlm.dtype))]
         ends = [sequence["input_ids"].shape[1] - 1 for sequence in sequences]
         sources = zip(states, ends, tokens, strict=True)
         return Targets(target, mask), torch.cat([row[end - len(each) : end] for row, end, each in sources])
@@ -181,30 +179,38 @@ class Scoring:
             kept.append(states[0])
             return (states[0][:, :1],)  # saves the model's own head from computing all logits
 
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        hook = self.vlm.base.get_output_embeddings().register_forward_pre_hook(keep)
         try:
-            logits = self.model(**inputs, use_cache=False).logits
+            logits = self.vlm.base(**inputs, use_cache=False).logits
         finally:
             hook.remove()
-        self.last = (kept[-1][:, :1], logits)
+        self.last = (kept[-1][:, :1].detach().clone(), logits.detach())
         return kept[-1]
 
     @torch.no_grad()
-    def _agrees(self, asked: Asked) -> bool:
-        """Returns whether the completions about an image have the same states in packed rows and alone."""
-        packed = self._packed(asked)
-        if packed is None:
+    def _works(self, asked: Asked, numbers: Sequence[int]) -> bool | None:
+        """Returns whether the completions about an image have the same states in packed rows and alone.
+
+        Returns None if it can't be told from these questions.
+        """
+        if self.vlm.one_by_one or not self.vlm.sharing.plain or not takes_a_mask(self.vlm.base):
             return False
-        with evaluated(self.model), torch.autocast(packed.input_ids.device.type, enabled=False):
-            _, alone = self._alone(asked)
+        completions = Counter(number for number, those in zip(numbers, asked.completions, strict=True) for _ in those)
+        image = completions.most_common(1)[0][0]
+        trial = asked.select([place for place, number in enumerate(numbers) if number == image])
+        packed = self._rows(trial, [image] * len(trial.images))
+        if packed is None:
+            return None
+        with evaluated(self.vlm.base), torch.autocast(packed.input_ids.device.type, enabled=False):
+            _, alone = self._alone(trial)
             try:
-                _, together = self._together(asked, packed)
+                _, together = self._together(trial, packed)
             except torch.OutOfMemoryError:
                 raise
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 same = False  # the model's code takes no mask or no positions per token
             else:
-                same = agree(alone, together, self.sharing.dtype)
+                same = agree(alone, together, self.vlm.dtype)
         if not same:
             warn("completions are scored with a row for each: this model's can't share an image and its question")
         return same

@@ -107,7 +107,7 @@ def _checked(vlm: Any) -> dict[str, Any]:
     vlm.checked = result
     large = sum(parameter.numel() for parameter in vlm.base.parameters()) > LARGE
     with in_float32(vlm, skip=_layers(vlm.base)[LAYERS:] if large else ()):
-        reason = _differences(vlm, encodings, large)
+        reason = _differences(vlm, questions, encodings, large)
     return result | {"layers": LAYERS if large else None, "one_by_one": reason}
 
 
@@ -210,7 +210,7 @@ def in_float32(vlm: Any, skip: Sequence[nn.Module] = ()) -> Iterator[None]:
             tensor.data = data
 
 
-def _differences(vlm: Any, encodings: Sequence[Encoding], large: bool) -> str | None:
+def _differences(vlm: Any, questions: list[Question], encodings: Sequence[Encoding], large: bool) -> str | None:
     """Returns what differs between a batch and its second question alone; None if nothing does."""
     with works(vlm, "its code in transformers fails"):
         alone = trace(vlm, encodings[1:], large)
@@ -221,7 +221,7 @@ def _differences(vlm: Any, encodings: Sequence[Encoding], large: bool) -> str | 
         )
     try:
         together = trace(vlm, encodings, large)
-        return difference(together, alone) or (None if large else _scores_differ(vlm, encodings))
+        return difference(together, alone) or (None if large else _scores_differ(vlm, questions, encodings))
     except ArgumentError:  # can't be scored: reported where it is trained
         return None
     except Exception as error:
@@ -322,10 +322,10 @@ def same_row(batch: Tensor, alone: Tensor, padding: int) -> bool:
 
 
 @torch.no_grad()
-def _scores_differ(vlm: Any, encodings: Sequence[Encoding]) -> str | None:
+def _scores_differ(vlm: Any, questions: list[Question], encodings: Sequence[Encoding]) -> str | None:
     """Returns that the states that score responses differ between a batch and its second question; or None."""
     answers = [[[vlm.eos_token_ids[0]]], [[vlm.eos_token_ids[0]] * 2]]
     rows = [slice(None), slice(1, None)]
-    batches = [EncodedBatch([], list(encodings[some]), answers[some]) for some in rows]
+    batches = [EncodedBatch(questions[some], list(encodings[some]), answers[some]) for some in rows]
     together, alone = (vlm.response_states(batch, "reference")[1] for batch in batches)
     return None if agree(alone, together[-len(alone) :], torch.float32) else "the scores of a response differ"

@@ -344,7 +344,7 @@ def test_a_step_encodes_each_image_once_and_each_prompt_once_a_pass(
 
 @pytest.fixture
 def any_model(tiny_llava: Path) -> Transformers:
-    """The tiny LLaVA as any model of transformers, whose scoring shares no rows."""
+    """The tiny LLaVA as any model of transformers."""
     return Transformers(
         str(tiny_llava),
         dtype="float32",

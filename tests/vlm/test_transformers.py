@@ -260,6 +260,38 @@ def test_score_equals_one_plain_forward_a_completion(policy: Transformers, plain
     families.check_scores(policy, examples, alone, rtol=1e-5 if families.linear_attention(policy) else 0)
 
 
+def test_completions_about_an_image_are_scored_in_one_row(policy: Transformers, examples: list[Example]) -> None:
+    """Where generation shares image and prefix; otherwise each completion has a row of its own."""
+    rows: list[int] = []
+    parameters = [weight for name, weight in policy.named_parameters() if ".default." in name]
+    weights = torch.linspace(-1, 1, 10)[:, None]
+
+    def scored() -> tuple[Tensor, list[Tensor]]:
+        batch = policy.collator(examples)
+        policy.score(batch)  # the first time, both ways are compared
+        rows.clear()
+        logprobs = policy.score(batch).logprobs
+        return logprobs.detach(), list(torch.autograd.grad((logprobs * weights).sum(), parameters))
+
+    hook = policy.base.get_decoder().register_forward_pre_hook(
+        lambda _, args, given: rows.append(len(given["inputs_embeds"])), with_kwargs=True
+    )
+    try:
+        shared = policy.config.model_type in SHARING
+        logprobs, gradients = scored()
+        assert bool(policy.scoring.works) == shared
+        assert rows == ([3] if shared else [1] * 10 if policy.one_by_one else [10])
+        if shared:
+            with patch.object(policy.scoring, "works", False):
+                alone, expected = scored()
+            assert rows == [10]
+            torch.testing.assert_close(logprobs, alone, atol=1e-5, rtol=0)
+            apart = torch.cat([(a - b).flatten() for a, b in zip(gradients, expected, strict=True)]).norm()
+            assert apart < 1e-4 * torch.cat([part.flatten() for part in expected]).norm()
+    finally:
+        hook.remove()
+
+
 def test_lora_is_on_every_linear_layer_of_the_language_model_and_on_no_other(
     policy: Transformers, record_property: Callable[[str, object], None]
 ) -> None:

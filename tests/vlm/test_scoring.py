@@ -1,0 +1,93 @@
+"""Scoring with any model of transformers falls back to a row per completion where a row can't be shared."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import families
+import pytest
+import torch
+from torch import Tensor
+
+from safervlm.records import Example, Question
+from safervlm.vlm.auto import Transformers
+from safervlm.vlm.lora import LoRA
+from safervlm.vlm.scoring import evaluated
+
+
+@pytest.fixture
+def vlm(tmp_path: Path) -> Transformers:
+    families.llava(tmp_path)
+    return families.with_effect(Transformers(str(tmp_path), dtype="float32", lora=LoRA(r=4, alpha=8, dropout=0.5)))
+
+
+@pytest.fixture
+def examples(make_questions: Callable[[int], list[Question]]) -> list[Example]:
+    return families.ask(make_questions(5))
+
+
+def plain(vlm: Transformers, batch: Any) -> Tensor:
+    with patch.object(vlm.scoring, "works", False):
+        return vlm.score(batch).logprobs
+
+
+def failing(**inputs: Any) -> Any:
+    if inputs["attention_mask"].dim() == 4:
+        raise ValueError("no such mask")
+    return MODEL["forward"](**inputs)
+
+
+def without_mask(**inputs: Any) -> Any:
+    if inputs["attention_mask"].dim() == 4:
+        inputs["attention_mask"] = None
+    return MODEL["forward"](**inputs)
+
+
+MODEL: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize("forward", [failing, without_mask])
+def test_a_model_that_takes_no_mask_per_token_is_scored_alone(
+    forward: Any, vlm: Transformers, examples: list[Example]
+) -> None:
+    vlm.eval()
+    batch = vlm.collator(examples)
+    expected = plain(vlm, batch)
+    MODEL["forward"] = vlm.base.forward
+    with patch.object(vlm.base, "forward", forward), pytest.warns(UserWarning, match="a row for each"):
+        torch.testing.assert_close(vlm.score(batch).logprobs, expected)
+    assert vlm.scoring.works is False
+
+
+def test_the_comparison_draws_no_dropout_and_restores_modes(vlm: Transformers, examples: list[Example]) -> None:
+    vlm.train()
+    modes = [module.training for module in vlm.modules()]
+    torch.manual_seed(0)
+    first = vlm.score(vlm.collator(examples)).logprobs
+    assert vlm.scoring.works
+    assert [module.training for module in vlm.modules()] == modes
+    torch.manual_seed(0)
+    torch.testing.assert_close(vlm.score(vlm.collator(examples)).logprobs, first, atol=0, rtol=0)
+    with evaluated(vlm.base):
+        assert not any(module.training for module in vlm.base.modules())
+
+
+def test_questions_that_share_nothing_decide_nothing(vlm: Transformers, examples: list[Example]) -> None:
+    """Three images with a completion each: whether rows can be packed is decided later."""
+    vlm.eval()
+    batch = vlm.collator([replace(example, completions=example.completions[:1]) for example in examples[::2]])
+    vlm.score(batch)
+    assert vlm.scoring.works is None
+    both = vlm.collator(examples)
+    torch.testing.assert_close(vlm.score(both).logprobs, plain(vlm, both), atol=1e-5, rtol=0)
+    assert vlm.scoring.works
+
+
+def test_the_same_image_encoded_otherwise_is_another_one(vlm: Transformers, examples: list[Example]) -> None:
+    vlm.eval()
+    batch = vlm.collator(examples[:2])
+    batch.encodings[1] = {**batch.encodings[1], "pixel_values": -batch.encodings[1]["pixel_values"]}
+    torch.testing.assert_close(vlm.score(batch).logprobs, plain(vlm, batch), atol=1e-5, rtol=0)
+    assert vlm.scoring.works  # the two completions of a question share a row
