@@ -1,18 +1,19 @@
 """Training data for SFT, DPO, PPO and GRPO: the unsafe and the safe dataset.
 
-As published, each training image is paired with one of the five alignment questions, sampled at random. The completions
-that an objective trains on follow from the question and the image's label.
+As published, each training image is paired with one of the five alignment questions, sampled at random; optionally,
+with all five. The completions that an objective trains on follow from the question and the image's label.
 """
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from safervlm import legacy
 from safervlm.data.contexts import context_questions, read_contexts
 from safervlm.data.loaders import Collator
 from safervlm.data.module import Parts
 from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, ImageRecord, ImageSets, PartName, spread
+from safervlm.errors import ArgumentError
 from safervlm.hashing import seed_for
 from safervlm.io.names import path_text
 from safervlm.io.tables import say
@@ -24,7 +25,7 @@ HELD_OUT = 100
 
 
 class AlignmentData(ImageSets):
-    """Training images, each with one randomly sampled alignment question.
+    """Training images, each with one randomly sampled alignment question, or with all of them.
 
     A dataset is read from its local folder. Without a folder, it is downloaded once from the Hub into ``cache_dir``
     (gated: accept the terms on its page, then run ``hf auth login``). The images are split by the paper's rule. The
@@ -48,6 +49,13 @@ class AlignmentData(ImageSets):
         batch_size: Number of examples per step and process.
         num_workers: Number of processes that load images in advance. 0 loads them in the main process.
         seed: Seed of the training order and of the sampled questions.
+        questions: Which alignment questions each training image is paired with: ``one``, sampled at random (published),
+            or ``all`` five. Held-out images are always paired with one.
+        questions_together: Whether training keeps the questions about an image together, in random order, so that they
+            share its computation. Without effect where each image has one question, as published.
+
+    Raises:
+        ArgumentError: ``questions`` is ``all``, and ``contexts`` is set.
     """
 
     def __init__(
@@ -66,10 +74,15 @@ class AlignmentData(ImageSets):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        questions: Literal["one", "all"] = "one",
+        questions_together: bool = True,
     ) -> None:
         sources = (folder, safe_folder, repo, safe_repo, name, safe_name, cache_dir)
         super().__init__(*sources, validation_fraction, limit, collator, batch_size, num_workers, seed)
         self.contexts = None if contexts is None else path_text("data.contexts", contexts)
+        if questions == "all" and contexts is not None:
+            raise ArgumentError("data.questions: contexts take the place of the five questions; omit one of the two")
+        self.questions, self.questions_together = questions, questions_together
 
     def completions(self, question: Question) -> tuple[str, ...]:
         """Returns the completions that the objective trains on.
@@ -105,11 +118,12 @@ class AlignmentData(ImageSets):
         generator = random.Random(seed_for(self.seed, "question", image.dataset, image.image))
         return image.alignment_question(generator.randrange(len(ALIGNMENT_QUESTIONS)))
 
-    def examples(self, images: Sequence[ImageRecord]) -> list[Example]:
+    def examples(self, images: Sequence[ImageRecord], every: bool = False) -> list[Example]:
         """Builds one example per image, or two per unsafe image if ``contexts`` is set.
 
         Args:
             images: Images to build examples from.
+            every: Whether to build an example for each of the five questions instead.
 
         Returns:
             The examples, in the order of the images.
@@ -123,6 +137,8 @@ class AlignmentData(ImageSets):
         for image in images:
             if contexts is not None and image.label == UNSAFE:
                 questions += context_questions(image, contexts)
+            elif every:
+                questions += map(image.alignment_question, range(len(ALIGNMENT_QUESTIONS)))
             else:
                 questions.append(self.drawn_question(image))
         return [Example(question, self.completions(question)) for question in questions]
@@ -135,7 +151,8 @@ class AlignmentData(ImageSets):
 
     def load(self) -> Parts:
         """Builds the training and the validation examples, the unsafe dataset first."""
-        return Parts(train=self.examples(self.chosen("train")), validation=self.examples(self.held_out()))
+        train = self.examples(self.chosen("train"), every=self.questions == "all")
+        return Parts(train=train, validation=self.examples(self.held_out()))
 
     def chosen(self, part: PartName) -> list[ImageRecord]:
         """Returns the unsafe and the safe images of a split; the unsafe images alone if ``contexts`` is set.

@@ -20,18 +20,34 @@ Collator = Callable[[Sequence[Example]], Any]
 AUTOMATIC = 256
 
 
+def image_groups(examples: Sequence[Example]) -> list[list[int]]:
+    """Groups examples by their image; an example without an image is a group of its own.
+
+    Args:
+        examples: Examples in any order.
+
+    Returns:
+        The row numbers of the examples of each group.
+    """
+    groups: dict[str | int, list[int]] = {}
+    for row, example in enumerate(examples):
+        groups.setdefault(example.question.image_path or row, []).append(row)
+    return list(groups.values())
+
+
 def training_batches(
-    examples: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1
+    groups: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1
 ) -> list[list[int]]:
     """Computes the batches of an epoch.
 
-    All examples are shuffled by (seed, epoch) and cut into global batches of ``world_size * batch_size``. Each process
-    takes a consecutive slice of every global batch, so two processes see in one step the same examples as one process
-    with twice the batch size. The last global batch may be smaller; it is divided so that the sizes per process differ
-    by at most one. It is dropped only if it has fewer examples than there are processes.
+    All groups, and the examples of each, are shuffled by (seed, epoch) and cut into global batches of ``world_size *
+    batch_size`` examples; a group at a cut is divided. Each process takes a consecutive slice of every global batch, so
+    two processes see in one step the same examples as one process with twice the batch size. The last global batch may
+    be smaller; it is divided so that the sizes per process differ by at most one. It is dropped only if it has fewer
+    examples than there are processes.
 
     Args:
-        examples: Number of examples.
+        groups: Row numbers of the examples that stay together. Groups of one example give any order of the examples.
         batch_size: Number of examples per batch of one process.
         seed: Seed of the order.
         epoch: Number of the epoch, from 0.
@@ -41,11 +57,15 @@ def training_batches(
     Returns:
         The row numbers of the examples in each batch of this process.
     """
-    order = list(range(examples))
-    random.Random(seed_for(seed, "order", epoch)).shuffle(order)
+    generator = random.Random(seed_for(seed, "order", epoch))
+    shuffled = list(map(list, groups))
+    generator.shuffle(shuffled)
+    for group in shuffled:
+        generator.shuffle(group)
+    order = [row for group in shuffled for row in group]
     size = world_size * batch_size
     batches = []
-    for start in range(0, examples, size):
+    for start in range(0, len(order), size):
         together = order[start : start + size]
         if len(together) >= world_size:
             begin, end = (len(together) * r // world_size for r in (rank, rank + 1))
@@ -92,6 +112,7 @@ class TrainingLoader:
         current_epoch: Returns the epoch; called when the first batch of an iteration is requested. Lightning's
             ``set_epoch`` is not used: it is one epoch too high after resuming, at the end of an epoch, a run limited by
             steps.
+        groups: Row numbers of the examples that stay together; None for any order.
 
     Raises:
         RecordError: There are fewer examples than processes.
@@ -107,6 +128,7 @@ class TrainingLoader:
         rank: int = 0,
         world_size: int = 1,
         current_epoch: Callable[[], int] = lambda: 0,
+        groups: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if len(examples) < world_size:
             raise RecordError(f"{len(examples)} training examples for {world_size} processes: use fewer processes")
@@ -118,6 +140,7 @@ class TrainingLoader:
         self.rank = rank
         self.world_size = world_size
         self.current_epoch = current_epoch
+        self.groups = groups or [[row] for row in range(len(examples))]
         self._epoch = 0
         self._delivered = 0
         self._start = 0  # first batch of the next iteration, if it is of the same epoch
@@ -132,7 +155,7 @@ class TrainingLoader:
         epoch = self.current_epoch()
         self._delivered = self._start if epoch == self._epoch else 0
         self._epoch, self._start = epoch, 0
-        batches = training_batches(len(self.examples), self.batch_size, self.seed, epoch, self.rank, self.world_size)
+        batches = training_batches(self.groups, self.batch_size, self.seed, epoch, self.rank, self.world_size)
         loader = _deliver(self.examples, batches[self._delivered :], self.collator, self.num_workers)
         try:
             for batch in loader:
@@ -145,7 +168,13 @@ class TrainingLoader:
     def _order(self) -> dict[str, Any]:
         # Everything, besides the epoch, that determines which examples the first k batches contain. Equal on all ranks.
         ids = fingerprint("\n".join(example.question.id for example in self.examples))
-        return {"examples": ids, "seed": self.seed, "batch_size over all processes": self.world_size * self.batch_size}
+        together = max(map(len, self.groups)) > 1  # in files of earlier versions it is missing, and never was
+        return {
+            "examples": ids,
+            "seed": self.seed,
+            "batch_size over all processes": self.world_size * self.batch_size,
+            **({"questions_together": True} if together else {}),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the epoch, the number of batches delivered in it, and everything else their order depends on."""
@@ -161,10 +190,12 @@ class TrainingLoader:
             ArgumentError: The examples, the seed or the global batch size differ, so the position would refer to other
                 examples.
         """
-        for name, value in self._order().items():
-            if state["order"][name] != value:
+        order = self._order()
+        for name in order | state["order"]:
+            before, value = state["order"].get(name, False), order.get(name, False)
+            if before != value:
                 raise ArgumentError(
-                    f"data: the checkpoint is from the middle of an epoch with {name} {state['order'][name]}, now it "
+                    f"data: the checkpoint is from the middle of an epoch with {name} {before}, now it "
                     f"is {value}: continue with the same data, or start from a checkpoint of an epoch's end"
                 )
         self._epoch, self._delivered, self._start = state["epoch"], state["batches"], state["batches"]

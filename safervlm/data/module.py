@@ -13,6 +13,7 @@ from safervlm.data.loaders import (
     Collator,
     OrderedLoader,
     TrainingLoader,
+    image_groups,
     prediction_batches,
     validation_batches,
 )
@@ -47,6 +48,7 @@ class SaferData(LightningDataModule):
     Attributes:
         keeps_others: Whether the run folder keeps records of questions that an earlier run asked and this one does not.
         repeats: How often each question is asked when predicting; subclasses that allow more than once set it.
+        questions_together: Whether training keeps the questions about an image together; subclasses set it.
 
     Args:
         collator: Function that turns examples into a batch. The command line sets the model's collator.
@@ -61,6 +63,7 @@ class SaferData(LightningDataModule):
 
     keeps_others = False
     repeats = 1
+    questions_together = False
 
     def __init__(
         self,
@@ -172,6 +175,8 @@ class SaferData(LightningDataModule):
         no effect. Animated images are reported.
         """
         description: dict[str, Any] = {"class": f"{type(self).__module__}.{type(self).__qualname__}"}
+        if self._groups() is not None:
+            description["questions_together"] = True
         dataset = type(self).__name__
         for name in ("train", "validation", "predict"):
             examples: list[Example] = getattr(self.parts, name)
@@ -211,6 +216,7 @@ class SaferData(LightningDataModule):
             self.seed,
             *self._place(),
             current_epoch=lambda: self.trainer.current_epoch if self.trainer is not None else 0,
+            groups=self._groups(),
         )
         if self._position is not None:
             self._training.load_state_dict(self._position)
@@ -257,6 +263,11 @@ class SaferData(LightningDataModule):
         # run that is already complete still merges its files.
         length = max(1, *map(len, batches))
         return OrderedLoader(examples, batches[rank], length, self._collator(), self.num_workers)
+
+    def _groups(self) -> list[list[int]] | None:
+        """Returns the training examples that stay together; None if each image has one question, or they needn't."""
+        groups = image_groups(self.parts.train) if self.questions_together else []
+        return groups if len(groups) < len(self.parts.train) and groups else None
 
     def _collator(self) -> Collator:
         if self.collator is None:

@@ -40,6 +40,8 @@ class OwnData(SaferData):
         limit: Maximum number of examples per label and file. None uses all.
         repeats: How often each question is asked when predicting. Each repetition has an id of its own, the question's
             with ``#2`` and so on, and is sampled independently; scores are means over them.
+        questions_together: Whether training keeps the questions about an image together, in random order, so that they
+            share its computation. Without effect where each image has one question.
 
     Raises:
         ArgumentError: A number is outside its range, or a path or name is invalid.
@@ -56,8 +58,10 @@ class OwnData(SaferData):
         seed: int = 0,
         limit: int | None = None,
         repeats: int = 1,
+        questions_together: bool = True,
     ) -> None:
         super().__init__(collator, batch_size, num_workers, seed)
+        self.questions_together = questions_together
         in_range("data", least=1, repeats=repeats)
         self.repeats = repeats
         self.limit = limit

@@ -83,6 +83,26 @@ def test_each_training_image_is_asked_one_question(sets):
         assert question.id == f"{question.dataset}/{question.image}/alignment/{question.prompt_number}"
 
 
+def test_every_question_about_a_training_image(sets):
+    data = DPOData(**sets, questions="all", validation_fraction=0.25, batch_size=10)
+    one = DPOData(**sets, validation_fraction=0.25)
+    asked = [example.question for example in data.parts.train]
+    assert len(asked) == 5 * len(one.parts.train)
+    assert Counter(question.prompt_number for question in asked) == dict.fromkeys(range(5), len(one.parts.train))
+    assert {question.id for question in asked} > {example.question.id for example in one.parts.train}
+    assert data.parts.validation == one.parts.validation
+    assert all(example.completions == data.completions(example.question) for example in data.parts.train)
+    data.collator = lambda examples: [example.question.image_path for example in examples]
+    assert all(len(set(batch)) == 2 for batch in data.train_dataloader())
+    apart = DPOData(**sets, questions="all", validation_fraction=0.25, batch_size=10, questions_together=False)
+    apart.collator = data.collator
+    assert any(len(set(batch)) > 2 for batch in apart.train_dataloader())
+    assert data.describe() == apart.describe() | {"questions_together": True}
+    assert "questions_together" not in one.describe()
+    with pytest.raises(ValueError, match=r"data\.questions: contexts take the place"):
+        DPOData(**sets, questions="all", contexts="contexts.json")
+
+
 def test_the_question_depends_on_seed_and_image_alone(sets):
     def drawn(data: SFTData) -> dict[str, int]:
         return {example.question.image_path: example.question.prompt_number for example in data.parts.train}
@@ -189,6 +209,7 @@ def test_your_own_examples(tmp_path: Path):
         (second.question, ()),
     ]
     assert data.parts.validation == []
+    assert data.describe()["questions_together"]  # two questions about one image
     both = OwnData(data.file, validation_file=data.file)
     assert both.parts.validation == both.parts.train
 

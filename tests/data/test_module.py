@@ -1,9 +1,11 @@
 """Data loaders: order, position, sharding, and their use by a Lightning trainer."""
 
 import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from safervlm.data.loaders import (
 )
 from safervlm.data.module import Parts, SaferData, text_field
 from safervlm.errors import RecordError
+from safervlm.hashing import seed_for
 from safervlm.records import Example, Question
 
 
@@ -117,23 +120,27 @@ def trainer(*callbacks: Callback, **settings) -> Trainer:
 # Orders and shards
 
 
+def singles(count: int) -> list[list[int]]:
+    return [[row] for row in range(count)]
+
+
 def test_an_epoch_holds_every_example_once_and_the_order_depends_on_seed_and_epoch_alone():
     orders = {
-        (seed, epoch): list(itertools.chain(*training_batches(23, 4, seed, epoch)))
+        (seed, epoch): list(itertools.chain(*training_batches(singles(23), 4, seed, epoch)))
         for seed in (0, 1)
         for epoch in (0, 1)
     }
     assert all(sorted(order) == list(range(23)) for order in orders.values())
     assert len({tuple(order) for order in orders.values()}) == 4
-    assert training_batches(23, 4, 0, 1) == training_batches(23, 4, 0, 1)
+    assert training_batches(singles(23), 4, 0, 1) == training_batches(singles(23), 4, 0, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("count", [3, 12, 23, 24, 25])
 def test_processes_share_what_one_with_the_larger_batch_sees(count: int, world_size: int):
-    ranks = [training_batches(count, 4, 0, 0, rank, world_size) for rank in range(world_size)]
+    ranks = [training_batches(singles(count), 4, 0, 0, rank, world_size) for rank in range(world_size)]
     together = [list(itertools.chain(*batches)) for batches in zip(*ranks, strict=True)]
-    whole = training_batches(count, 4 * world_size, 0, 0)
+    whole = training_batches(singles(count), 4 * world_size, 0, 0)
     dropped = count % (4 * world_size) if count % (4 * world_size) < world_size else 0
     assert together == (whole[:-1] if dropped else whole)
     for batches in zip(*ranks, strict=True):
@@ -143,6 +150,57 @@ def test_processes_share_what_one_with_the_larger_batch_sees(count: int, world_s
     loader = TrainingLoader(examples(count), ids, 4, rank=world_size - 1, world_size=world_size)
     assert list(loader) == ranks[-1]
     assert len(loader) == len(ranks[-1])
+
+
+GROUPS = [[0, 1, 2], [3], [4, 5, 6, 7, 8], [9, 10], [11], [12, 13, 14, 15]]
+
+
+def about_images(batch_size: int = 4, **settings: Any) -> TrainingLoader:
+    """Sixteen questions about six images."""
+    return TrainingLoader(examples(16), ids, batch_size, groups=GROUPS, **settings)
+
+
+def test_questions_about_an_image_stay_together_in_random_order():
+    orders = []
+    for epoch in range(3):
+        order = list(itertools.chain(*training_batches(GROUPS, 4, 0, epoch)))
+        assert sorted(order) == list(range(16))
+        for group in GROUPS:
+            places = sorted(map(order.index, group))
+            assert places[-1] - places[0] == len(group) - 1
+        orders.append(order)
+    assert len({tuple(order) for order in orders}) == 3
+    assert any(sorted(order) != order for order in ([row for row in order if row in GROUPS[2]] for order in orders))
+    # Batches and shares of the processes are those of any order.
+    assert [len(batch) for batch in training_batches(GROUPS, 5, 0, 0)] == [5, 5, 5, 1]
+    halves = [training_batches(GROUPS, 2, 0, 0, rank, 2) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == training_batches(GROUPS, 4, 0, 0)
+
+
+def test_the_place_belongs_to_an_order_with_or_without_groups():
+    state = about_images().state_dict()
+    for loader, there in (
+        (TrainingLoader(examples(16), ids, 4), state),
+        (about_images(), TrainingLoader(examples(16), ids, 4).state_dict()),
+    ):
+        with pytest.raises(ValueError, match=r"with questions_together (True, now it is False|False, now it is True)"):
+            loader.load_state_dict(there)
+    iterator = iter(about_images(num_workers=2))
+    first = [next(iterator), next(iterator)]
+    resumed = about_images()
+    resumed.load_state_dict(state | {"batches": 2})
+    assert first + list(resumed) == list(about_images())
+
+
+def test_the_order_with_one_question_per_image_is_the_same():
+    assert TrainingLoader(examples(9), ids, 4).state_dict()["order"].keys() == {
+        "examples",
+        "seed",
+        "batch_size over all processes",
+    }
+    order = list(range(9))
+    random.Random(seed_for(0, "order", 1)).shuffle(order)
+    assert list(itertools.chain(*training_batches(singles(9), 4, 0, 1))) == order
 
 
 def test_fewer_examples_than_processes():
@@ -263,7 +321,7 @@ def test_a_continued_run_sees_what_an_uninterrupted_one_sees(
     settings = {"train": 19, "batch_size": 4, "num_workers": num_workers}  # five batches, the last one smaller
     whole, before, after = Listener(), Listener(), Listener()
     trainer(**limit).fit(whole, datamodule=Numbers(**settings))
-    epochs = [training_batches(19, 4, 0, epoch)[: limit.get("limit_train_batches")] for epoch in range(3)]
+    epochs = [training_batches(singles(19), 4, 0, epoch)[: limit.get("limit_train_batches")] for epoch in range(3)]
     assert [batch for _, _, batch in whole.seen] == list(itertools.chain(*epochs))[: len(whole.seen)]
     with pytest.raises(Kill.Killed):
         trainer(Kill(killed_after, tmp_path / "place.ckpt"), **limit).fit(before, datamodule=Numbers(**settings))
@@ -291,7 +349,7 @@ def test_epochs_cut_short_continue_with_the_next_order(tmp_path: Path):
     module = Listener()
     trainer(max_epochs=3, limit_train_batches=2).fit(module, datamodule=Numbers(train=19, batch_size=4))
     assert [batch for _, _, batch in module.seen] == [
-        batch for epoch in range(3) for batch in training_batches(19, 4, 0, epoch)[:2]
+        batch for epoch in range(3) for batch in training_batches(singles(19), 4, 0, epoch)[:2]
     ]
 
 
@@ -374,7 +432,7 @@ def test_two_processes_share_the_work(tmp_path: Path):
     data = Shared(train=13, validation=3, predict=5, batch_size=3)
     Trainer(max_epochs=2, **settings).fit(Sharer(tmp_path), datamodule=data)
     for rank in (0, 1):
-        expected = [batch for epoch in (0, 1) for batch in training_batches(13, 3, 0, epoch, rank, 2)]
+        expected = [batch for epoch in (0, 1) for batch in training_batches(singles(13), 3, 0, epoch, rank, 2)]
         assert (tmp_path / f"train-{rank}").read_text() == str(expected)
     data.skip({"Set/0", "Set/1", "Set/2", "Set/4"})
     Trainer(**settings).predict(Sharer(tmp_path), datamodule=data, return_predictions=False)
