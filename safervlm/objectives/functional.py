@@ -3,7 +3,7 @@
 Shapes: B sequences, T response tokens. ``mask`` is True at response tokens; values outside the mask are ignored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -300,16 +300,35 @@ def in_parts(rows: Tensor, size: int, fewest: int) -> tuple[Tensor, ...]:
     return rows.tensor_split(list(range(size, fewest, size)))
 
 
-def as_many_parts(rows: Tensor, size: int, number: int) -> list[Tensor]:
-    """Splits rows into parts of at most ``size``, and appends empty ones.
+def alike(rows: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """Groups rows by their names, in the order in which the names occur first.
 
     Args:
         rows: (N,) indices.
+        names: the name of each index.
+    """
+    groups: dict[str, list[int]] = {}
+    for row in rows.tolist():
+        groups.setdefault(names[row], []).append(row)
+    return [torch.tensor(group) for group in groups.values()]
+
+
+def micro_batches(groups: Sequence[Tensor], lengths: Tensor, size: int) -> list[Tensor]:
+    """Cuts rows into parts of similar length, so that little of a part is padding.
+
+    Args:
+        groups: indices of the rows; those of a group share computation. A group stays in one part where it fits.
+        lengths: the length of each row.
         size: maximum number of rows of a part.
-        number: number of parts, at least ceil(N / size).
 
     Returns:
-        The parts; without rows, all of them are empty.
+        The parts, the shortest first.
     """
-    parts = list(rows.split(size)) if len(rows) else []
-    return parts + [rows[:0]] * (number - len(parts))
+    parts: list[list[int]] = []
+    for group in sorted(groups, key=lambda group: int(lengths[group].max())):
+        for piece in group.split(size):
+            if parts and len(parts[-1]) + len(piece) <= size:
+                parts[-1] += piece.tolist()
+            else:
+                parts.append(piece.tolist())
+    return [torch.tensor(part) for part in parts]

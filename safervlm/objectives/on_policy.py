@@ -10,8 +10,8 @@ A batch is a rollout:
 5. ``epochs`` passes over mini-batches, with one optimizer step each, minimise the loss of the subclass, averaged over a
    mini-batch (of all processes together, as are the statistics above).
 
-The responses to a question are contiguous in every micro-batch, so that a VLM which packs rows computes their image and
-prompt once.
+The responses to the questions about an image stay together in the mini-batches, and in a micro-batch where they fit, so
+that a VLM which packs rows computes their image and prompt once. Micro-batches are sorted by length.
 """
 
 import inspect
@@ -30,7 +30,7 @@ from safervlm.finite import must_be_finite_now
 from safervlm.hashing import seed_for
 from safervlm.judging.classifier import Judge
 from safervlm.objectives.base import Objective
-from safervlm.objectives.functional import as_many_parts, in_parts, sequence_rewards
+from safervlm.objectives.functional import alike, in_parts, micro_batches, sequence_rewards
 from safervlm.protocol import LABELS
 from safervlm.ranges import in_range
 from safervlm.vlm.base import Batch, Generation, must_be_answered
@@ -305,16 +305,18 @@ class OnPolicy(Objective, ABC):
         # All processes take part in each step and each backward pass, so they have to agree on the number of these.
         # The process with the fewest responses determines the number of steps; one with a response more adds it to its
         # last step. The process with the most responses in a step determines the number of backward passes.
-        groups = torch.arange(len(rollout.answers)).view(-1, self.group_size)
-        fewest = int(self.all_gather(torch.tensor(groups.numel(), device=self.device)).min())  # type: ignore[union-attr]
+        every = torch.arange(len(rollout.answers))
+        images = [question.image_path or question.id for question in rollout.batch.questions]
+        groups, lengths = alike(every, images), rollout.mask.sum(-1).cpu()
+        fewest = int(self.all_gather(torch.tensor(len(every), device=self.device)).min())  # type: ignore[union-attr]
         for _ in range(self.epochs):
-            order = groups[torch.randperm(len(groups), generator=generator)].flatten()
+            order = torch.cat([groups[place] for place in torch.randperm(len(groups), generator=generator)])
             for mini in in_parts(order, self.mini_batch_size, fewest):
                 count = self.sum_over_ranks(self.summands(rollout.mask[mini.to(self.device)]))
-                rows = self.used(rollout, mini)
-                passes = torch.tensor(ceil(len(rows) / self.micro_batch_size), device=self.device)
+                parts = micro_batches(alike(self.used(rollout, mini), images), lengths, self.micro_batch_size)
+                passes = torch.tensor(len(parts), device=self.device)
                 number = max(1, int(self.all_gather(passes).max()))  # type: ignore[union-attr]
-                for step, micro in enumerate(as_many_parts(rows, self.micro_batch_size, number), 1):
+                for step, micro in enumerate([*parts, *[mini[:0]] * (number - len(parts))], 1):
                     # A process without responses for a backward pass computes any one, with weight 0.
                     sums = self.losses(rollout, micro if len(micro) else mini[:1])
                     weight = self.trainer.world_size / count if len(micro) else 0.0

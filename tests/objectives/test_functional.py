@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from safervlm.objectives.functional import (
+    alike,
     approx_kl,
-    as_many_parts,
     dpo_loss,
     explained_variance,
     gae,
     group_advantages,
     importance_ratio,
+    micro_batches,
     ppo_policy_loss,
     ppo_value_loss,
     sequence_rewards,
@@ -132,10 +133,16 @@ def test_kl_of_the_sampled_tokens_by_hand() -> None:
     assert approx_kl(reference, policy).tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_all_processes_have_as_many_parts() -> None:
-    rows = torch.tensor([4, 2, 7])
-    assert [part.tolist() for part in as_many_parts(rows, 2, 3)] == [[4, 2], [7], []]
-    assert [part.tolist() for part in as_many_parts(rows[:0], 2, 1)] == [[]]
+def test_micro_batches_keep_groups_together_and_are_sorted_by_length() -> None:
+    names = ["a", "a", "b", "c", "c", "c", "b", "d", "e"]
+    rows = torch.tensor([4, 8, 0, 5, 2, 3, 1, 6, 7])
+    groups = alike(rows, names)
+    assert [group.tolist() for group in groups] == [[4, 5, 3], [8], [0, 1], [2, 6], [7]]
+    lengths = torch.tensor([3, 9, 2, 1, 1, 4, 2, 5, 30])
+    parts = micro_batches(groups, lengths, 3)
+    assert [part.tolist() for part in parts] == [[2, 6], [4, 5, 3], [7, 0, 1], [8]]
+    assert [part.tolist() for part in micro_batches(groups[:1], lengths, 2)] == [[4, 5], [3]]
+    assert micro_batches([], lengths, 2) == []
 
 
 def test_value_loss_with_the_clip_active_on_both_sides() -> None:

@@ -140,7 +140,8 @@ def test_a_rollout_and_its_updates_equal_those_by_hand(
     assert rollout.signal.all()
 
     generator = torch.Generator().manual_seed(done.orders[0])
-    orders = [torch.randperm(QUESTIONS, generator=generator).tolist() for _ in range(2)]
+    images = [[0, 1], [2]]  # the questions about each image
+    orders = [[q for image in torch.randperm(2, generator=generator) for q in images[image]] for _ in range(2)]
     responses = [[question * GROUP + sample for question in order for sample in range(GROUP)] for order in orders]
     minis = [order[start : start + MINI] for order in responses for start in range(0, len(order), MINI)]
     assert len(done.steps.gradients) == len(minis) == 4

@@ -143,7 +143,9 @@ def test_a_rollout_and_its_updates_equal_those_by_hand(
     # The updates: each optimizer step's gradient, from the weights before it.
     old = [[(token["logprob"].item(), token["value"].item()) for token in tokens] for tokens in seen]
     generator = torch.Generator().manual_seed(done.orders[0])
-    minis = [mini.tolist() for _ in range(EPOCHS) for mini in torch.randperm(5, generator=generator).split(MINI)]
+    images = [[0, 1], [2, 3], [4]]  # the responses to the questions about each image
+    orders = [[row for image in torch.randperm(3, generator=generator) for row in images[image]] for _ in range(EPOCHS)]
+    minis = [order[start : start + MINI] for order in orders for start in range(0, 5, MINI)]
     assert len(done.steps.gradients) == len(minis) == EPOCHS * 2
     sums = dict.fromkeys(["policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction"], 0.0)
     sums["approx_kl"] = 0.0
