@@ -313,9 +313,9 @@ class Transformers(LocalVLM):
         """
         if not all(batch.completions):
             raise ValueError("the batch has no completions to score")
-        written = self.written(batch.encodings[0])
+        encodings = batch.before_answers({"input_ids", *self.written(batch.encodings[0])})
         images = [question.image_path for question in batch.questions]
-        asked = Asked(batch.before_answers({"input_ids", *written}), batch.completions, written, images)
+        asked = Asked(encodings, batch.completions, list(map(self.written, encodings)), images)
         with active(self.base, adapter):
             targets, found = self.scoring.states(asked)
         if self.logit_transform is None and self.scoring.last is not None:

@@ -41,13 +41,13 @@ class Asked:
     Attributes:
         encodings: For each question, the encoding of its prompt up to where the completion begins.
         completions: For each question, the token ids of its completions.
-        written: Values that each token of a completion appends to the inputs (see :func:`extend`).
+        written: For each question, the values that a token of a completion appends to the inputs (see :func:`extend`).
         images: For each question, the name of its image; questions about different images have different names.
     """
 
     encodings: list[Encoding]
     completions: list[list[list[int]]]
-    written: Encoding
+    written: list[Encoding]
     images: list[str | None]
 
     def select(self, questions: Sequence[int]) -> "Asked":
@@ -59,14 +59,19 @@ class Asked:
         return Asked(
             [self.encodings[place] for place in questions],
             [self.completions[place] for place in questions],
-            self.written,
+            [self.written[place] for place in questions],
             [self.images[place] for place in questions],
         )
 
     def sequences(self) -> list[dict[str, Tensor]]:
         """Returns the inputs of each prompt followed by a completion."""
-        asked = zip(self.encodings, self.completions, strict=True)
-        return [extend(encoding, tokens, self.written) for encoding, those in asked for tokens in those]
+        asked = zip(self.encodings, self.completions, self.written, strict=True)
+        return [extend(encoding, tokens, written) for encoding, those, written in asked for tokens in those]
+
+    @property
+    def tokenwise(self) -> set[str]:
+        """Names of the inputs with a value per token."""
+        return {"input_ids", *self.written[0]}
 
     def image_numbers(self) -> list[int]:
         """Returns a number per question; those of two questions are equal if all their inputs but the tokens are."""
@@ -81,7 +86,7 @@ class Asked:
         return numbers
 
     def _alike(self, one: Encoding, other: Encoding) -> bool:
-        names = one.keys() - {"input_ids", *self.written}
+        names = one.keys() - self.tokenwise
         return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in names)
 
 
@@ -115,8 +120,7 @@ class Scoring:
     def _packed(self, asked: Asked) -> Packed | None:
         """Packs the completions; None if nothing is shared, or the model can't share it."""
         numbers = asked.image_numbers()
-        tokenwise = {"input_ids", *asked.written}
-        if len(set(numbers)) == sum(map(len, asked.completions)) or not tokenwise <= TOKENWISE:
+        if len(set(numbers)) == sum(map(len, asked.completions)) or not asked.tokenwise <= TOKENWISE:
             return None
         if self.works is None:
             self.works = self._works(asked, numbers)
@@ -134,7 +138,6 @@ class Scoring:
 
     def _together(self, asked: Asked, packed: Packed) -> tuple[Targets, Tensor]:
         """Computes packed rows."""
-        tokenwise = {"input_ids", *asked.written}
         # Inputs of each sequence alone; a token of a row has those of a sequence that contains it.
         alone = [
             {name: value for name, value in sequence.items() if not value.is_floating_point()}
@@ -145,13 +148,16 @@ class Scoring:
         place = (packed.sequences, packed.position_ids)
         questions = [asked.encodings[question] for question in packed.questions.tolist()]
         images = join(
-            [{name: value for name, value in encoding.items() if name not in tokenwise} for encoding in questions],
+            [
+                {name: value for name, value in encoding.items() if name not in asked.tokenwise}
+                for encoding in questions
+            ],
             self.vlm.pad_token_id,
             self.vlm.dtype,
         )
         mask = packed.attention_mask()
         assert mask is not None  # noqa: S101 (something is shared; for the type checker)
-        inputs = images | {name: each[name][place] for name in tokenwise}
+        inputs = images | {name: each[name][place] for name in asked.tokenwise}
         inputs |= {"attention_mask": additive(mask, self.vlm.dtype), "position_ids": positions[..., *place]}
         states = self._forward(inputs)
         rows = packed.rows[:, None].expand_as(packed.source)

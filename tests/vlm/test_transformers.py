@@ -273,8 +273,8 @@ def test_completions_about_an_image_are_scored_in_one_row(policy: Transformers, 
         logprobs = policy.score(batch).logprobs
         return logprobs.detach(), list(torch.autograd.grad((logprobs * weights).sum(), parameters))
 
-    hook = policy.base.get_decoder().register_forward_pre_hook(
-        lambda _, args, given: rows.append(len(given["inputs_embeds"])), with_kwargs=True
+    hook = policy.base.register_forward_pre_hook(
+        lambda _, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
     )
     try:
         shared = policy.config.model_type in SHARING
