@@ -107,6 +107,12 @@ class Shape:
     response_length: int = 512
 
 
+# Attention and the vision tower have larger shares of the work than in the default shape.
+SMALL = Shape(
+    hidden=256, layers=2, heads=4, intermediate=688, vocabulary=128, vision_hidden=32, vision_layers=2, vision_heads=1
+)
+
+
 @dataclass
 class Side:
     """One implementation of a training step.
@@ -309,14 +315,15 @@ def write_model(shape: Shape, folder: Path, dtype: torch.dtype = torch.float32, 
     ).save_pretrained(folder)
 
 
-def examples(shape: Shape, folder: Path, count: int, completions: int) -> list[Example]:
-    """Creates questions, each about a different image, with random responses of different lengths.
+def examples(shape: Shape, folder: Path, count: int, completions: int, questions: int = 1) -> list[Example]:
+    """Creates questions with random responses of different lengths.
 
     Args:
         shape: the lengths of questions and responses.
         folder: the folder for the images.
         count: number of questions.
         completions: number of responses per question.
+        questions: number of questions about each image.
     """
     rng = random.Random(1)
 
@@ -325,16 +332,16 @@ def examples(shape: Shape, folder: Path, count: int, completions: int) -> list[E
 
     made = []
     for number in range(count):
-        path = folder / f"{number}.png"
-        pixels = np.random.default_rng(number).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+        path = folder / f"{number // questions}.png"
+        pixels = np.random.default_rng(number // questions).integers(0, 255, (12, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((448, 336)).save(path)
         question = Question(
-            id=f"Benchmark/{number}.png/alignment/0",
+            id=f"Benchmark/{path.name}/alignment/{number % questions}",
             dataset="Benchmark",
             image=path.name,
             image_path=str(path),
             capability="alignment",
-            prompt_number=0,
+            prompt_number=number % questions,
             prompt=words(shape.question),
             category="",
             concept="",
@@ -494,15 +501,16 @@ def trl_side(made: Sequence[Example], vlm: Llava, gradient_checkpointing: bool) 
     return Side(backward, trained, trainer.optimizer)
 
 
-def benchmark_dpo(shape: Shape, folder: Path, repeats: int) -> list[Row]:
+def benchmark_dpo(shape: Shape, folder: Path, repeats: int, questions: int = 1) -> list[Row]:
     """Compares DPO with TRL, with and without cached reference and gradient checkpointing (GC).
 
     Args:
         shape: see :class:`Shape`.
         folder: the folder of the model.
         repeats: number of measured repetitions.
+        questions: number of questions about each image.
     """
-    made = examples(shape, folder, shape.pairs, completions=2)
+    made = examples(shape, folder, shape.pairs, completions=2, questions=questions)
 
     def ours(gradient_checkpointing: bool, kept: bool) -> Side:
         objective = DPO(llava(shape, folder, gradient_checkpointing), beta=BETA)
@@ -527,15 +535,32 @@ def benchmark_dpo(shape: Shape, folder: Path, repeats: int) -> list[Row]:
     }
     measure(sides, repeats)
     times = {name: side.seconds for name, side in sides.items()}
+    name = titled("DPO", questions)
+    kept, checkpointed, default, first = (2.5, 2.3, None, None) if questions == 1 else (8, None, 10, 6)
     return [
-        Row("DPO, reference kept (from the second epoch on) : TRL without GC", times["TRL"], times["ours"], 2.5),
-        Row("DPO, reference kept, GC : TRL with GC", times["TRL, GC"], times["ours, GC"], 2.3),
-        Row("DPO, reference kept : TRL as it comes (with GC)", times["TRL, GC"], times["ours"]),
-        Row("DPO, first epoch (reference computed) : TRL without GC", times["TRL"], times["ours, first epoch"]),
+        Row(f"{name}, reference kept (from the second epoch on) : TRL without GC", times["TRL"], times["ours"], kept),
+        Row(f"{name}, reference kept, GC : TRL with GC", times["TRL, GC"], times["ours, GC"], checkpointed),
+        Row(f"{name}, reference kept : TRL as it comes (with GC)", times["TRL, GC"], times["ours"], default),
+        Row(
+            f"{name}, first epoch (reference computed) : TRL without GC",
+            times["TRL"],
+            times["ours, first epoch"],
+            first,
+        ),
     ]
 
 
-def benchmark_sft(shape: Shape, folder: Path, repeats: int) -> list[Row]:
+def titled(objective: str, questions: int) -> str:
+    """Returns the name of an objective in the table.
+
+    Args:
+        objective: its name.
+        questions: number of questions about each image.
+    """
+    return objective if questions == 1 else f"{objective}, {questions} questions per image"
+
+
+def benchmark_sft(shape: Shape, folder: Path, repeats: int, questions: int = 1) -> list[Row]:
     """Compares SFT with TRL at the same settings.
 
     With one response per prompt and one question per image there is no prefix to share.
@@ -544,8 +569,9 @@ def benchmark_sft(shape: Shape, folder: Path, repeats: int) -> list[Row]:
         shape: see :class:`Shape`.
         folder: the folder of the model.
         repeats: number of measured repetitions.
+        questions: number of questions about each image.
     """
-    made = examples(shape, folder, shape.targets, completions=1)
+    made = examples(shape, folder, shape.targets, completions=1, questions=questions)
     vlm = llava(shape, folder)
     sides = {}
     for name, checkpointing in (("", False), (", GC", True)):
@@ -554,9 +580,15 @@ def benchmark_sft(shape: Shape, folder: Path, repeats: int) -> list[Row]:
         sides[f"ours{name}"] = our_side(objective, objective.collator(made))
     measure(sides, repeats)
     times = {name: side.seconds for name, side in sides.items()}
+    name = titled("SFT", questions)
     return [
-        Row("SFT : TRL without GC", times["TRL"], times["ours"], 1.0),
-        Row("SFT, GC : TRL with GC (as it comes)", times["TRL, GC"], times["ours, GC"], 1.0),
+        Row(f"{name} : TRL without GC", times["TRL"], times["ours"], 1.0 if questions == 1 else 3.3),
+        Row(
+            f"{name}, GC : TRL with GC (as it comes)",
+            times["TRL, GC"],
+            times["ours, GC"],
+            1.0 if questions == 1 else None,
+        ),
     ]
 
 
@@ -564,7 +596,7 @@ def benchmark_sft(shape: Shape, folder: Path, repeats: int) -> list[Row]:
 
 
 def our_ppo(
-    shape: Shape, folder: Path, value_on: Any, rollout: ValuedRollout | None = None
+    shape: Shape, folder: Path, value_on: Any, rollout: ValuedRollout | None = None, questions: int = 1
 ) -> tuple[PPO, Side, ValuedRollout]:
     """Returns an inner PPO step of SaferVLM.
 
@@ -575,6 +607,7 @@ def our_ppo(
         folder: the folder of the model.
         value_on: see :class:`safervlm.objectives.PPO`.
         rollout: the rollout of another variant; None to make one.
+        questions: number of questions about each image.
 
     Returns:
         The objective, the step and the rollout.
@@ -589,7 +622,7 @@ def our_ppo(
     ppo.value_head = nn.Linear(shape.hidden, 1)
     nn.init.constant_(ppo.value_head.weight, 0.01)
     nn.init.zeros_(ppo.value_head.bias)
-    made = rollout or make_rollout(ppo, examples(shape, folder, shape.rollouts, completions=1))
+    made = rollout or make_rollout(ppo, examples(shape, folder, shape.rollouts, 1, questions))
     rows = torch.arange(shape.rollouts)
 
     def backward() -> Tensor:
@@ -656,7 +689,8 @@ def three_passes(shape: Shape, ppo: PPO, rollout: ValuedRollout, reference: bool
         for part in (rollout.logprobs, rollout.advantages, rollout.values, rollout.returns)
     ]
     old_logprobs, advantages, old_values, returns = wide
-    inputs = {"input_ids": ids, "attention_mask": attention, "pixel_values": batch.pixel_values, "use_cache": False}
+    images = batch.pixel_values[batch.image_rows]  # each row has an image of its own
+    inputs = {"input_ids": ids, "attention_mask": attention, "pixel_values": images, "use_cache": False}
     suppressed = ppo.vlm.suppressed
 
     def distribution() -> Tensor:
@@ -688,15 +722,16 @@ def three_passes(shape: Shape, ppo: PPO, rollout: ValuedRollout, reference: bool
     return Side(backward, lora_parameters(model), torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0))
 
 
-def benchmark_ppo(shape: Shape, folder: Path, repeats: int) -> list[Row]:
+def benchmark_ppo(shape: Shape, folder: Path, repeats: int, questions: int = 1) -> list[Row]:
     """Compares the inner step of PPO (forward, backward, optimizer) with three passes over padded responses.
 
     Args:
         shape: see :class:`Shape`.
         folder: the folder of the model.
         repeats: number of measured repetitions.
+        questions: number of questions about each image.
     """
-    _, on_adapter, rollout = our_ppo(shape, folder, "adapter")
+    _, on_adapter, rollout = our_ppo(shape, folder, "adapter", questions=questions)
     _, on_policy, _ = our_ppo(shape, folder, "policy", rollout)
     published, _, _ = our_ppo(shape, folder, "adapter", rollout)
     without, _, _ = our_ppo(shape, folder, "adapter", rollout)
@@ -709,21 +744,32 @@ def benchmark_ppo(shape: Shape, folder: Path, repeats: int) -> list[Row]:
     measure(sides, repeats)
     times = {name: side.seconds for name, side in sides.items()}
     published_times = times["three passes"]
+    name = titled("PPO", questions)
+    adapter, policy = (2.5, 5.0) if questions == 1 else (8.5, 17.5)
+    padded = f"three passes padded to {shape.response_length}"
     return [
+        Row(f"{name}, value adapter : {padded}", published_times, times["value adapter"], adapter),
+        Row(f"{name}, value head on the policy : {padded}", published_times, times["value head on the policy"], policy),
         Row(
-            f"PPO, value adapter : three passes padded to {shape.response_length}",
-            published_times,
+            f"{name}, value adapter : the same without the reference's pass",
+            times["two passes"],
             times["value adapter"],
-            2.5,
         ),
-        Row(
-            f"PPO, value head on the policy : three passes padded to {shape.response_length}",
-            published_times,
-            times["value head on the policy"],
-            5.0,
-        ),
-        Row("PPO, value adapter : the same without the reference's pass", times["two passes"], times["value adapter"]),
     ]
+
+
+def benchmark_shared(shape: Shape, folder: Path, repeats: int, questions: int = 5) -> list[Row]:
+    """Compares DPO, SFT and PPO with the alternatives where all questions of a step are about one image.
+
+    Args:
+        shape: see :class:`Shape`; a step has ``questions`` examples.
+        folder: the folder of the model.
+        repeats: number of measured repetitions.
+        questions: number of questions about the image.
+    """
+    shape = replace(shape, pairs=questions, targets=questions, rollouts=questions)
+    comparisons = (benchmark_dpo, benchmark_sft, benchmark_ppo)
+    return [row for compare in comparisons for row in compare(shape, folder, repeats, questions)]
 
 
 # --- groups of responses ----------------------------------------------------------------------------------------------
@@ -853,10 +899,7 @@ def benchmark_measure(shape: Shape, folder: Path, repeats: int, images: int = 4,
     other = Transformers(str(folder), dtype="float32", template="w1 w2 USER: <image> {question} ASSISTANT:")
     vlm.load()
     other.load()
-    made = []
-    for number, example in enumerate(examples(shape, folder, 5 * images, 0)):
-        path = str(folder / f"{number // 5}.png")
-        made.append(Example(replace(example.question, image_path=path)))
+    made = examples(shape, folder, 5 * images, 0, questions=5)
     never = [*vlm.suppressed.tolist(), *vlm.eos_token_ids]
     vlm.suppressed = other.suppressed = torch.tensor(sorted(never))
     singles = [vlm.collator([example]) for example in made]
@@ -1053,9 +1096,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the command line; None for that of the process.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("dpo", "sft", "ppo", "group", "measure", "sampling", "bleu")
+    names = ("dpo", "sft", "ppo", "shared", "group", "measure", "sampling", "bleu")
     parser.add_argument("which", nargs="*", help=f"what to measure: {', '.join(names)} (default: everything)")
     parser.add_argument("--repeats", type=int, default=5, help="measured repetitions (default: 5)")
+    parser.add_argument("--small", action="store_true", help="a smaller model, for a busy machine")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     options = parser.parse_args(arguments)
     wrong = set(options.which) - set(names)
@@ -1066,7 +1110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    shape = Shape()
+    shape = SMALL if options.small else Shape()
     rows: list[Row] = []
     for name in options.which or names:
         say(f"{name}: {options.repeats} repetitions")
