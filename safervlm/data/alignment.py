@@ -18,6 +18,7 @@ from safervlm.hashing import seed_for
 from safervlm.io.names import path_text
 from safervlm.io.tables import say
 from safervlm.protocol import ALIGNMENT_QUESTIONS, UNSAFE, aligned_response, context_response, other_label
+from safervlm.ranges import in_range
 from safervlm.records import Example, Question
 
 # Number of held-out safe images monitored by PPO and GRPO. Fewer are too coarse to detect a change of .05.
@@ -199,7 +200,18 @@ class DPOData(AlignmentData):
 
 
 class PPOData(AlignmentData):
-    """Training images for PPO and GRPO: each with one of the five alignment questions; training samples responses."""
+    """Training images for PPO and GRPO: each with one of the five alignment questions; training samples responses.
+
+    Args:
+        held_out_unsafe: Number of held-out unsafe images, from the validation split, that the second judge of
+            GenerationCheck also classifies the responses to. The default asks about safe images alone.
+        settings: See :class:`AlignmentData`.
+    """
+
+    def __init__(self, held_out_unsafe: int = 0, **settings: Any) -> None:
+        in_range("data", least=0, held_out_unsafe=held_out_unsafe)
+        super().__init__(**settings)
+        self.held_out_unsafe = held_out_unsafe
 
     def completions(self, question: Question) -> tuple[str, ...]:
         """Returns no completions: the responses are generated during training.
@@ -212,10 +224,21 @@ class PPOData(AlignmentData):
     def held_out(self) -> list[ImageRecord]:
         """Returns up to 100 safe images, used to detect a policy that starts to classify safe images as unsafe.
 
+        With ``held_out_unsafe``, unsafe images of the validation split come first.
+
         They are taken from the validation split, then from the safe images that the paper's rule leaves unused. If both
         are empty (the real safe dataset has no unused images), images of the test split are used and a note is printed.
         In that case the rate is only a warning signal and must not be used to choose settings.
+
+        Raises:
+            ArgumentError: ``held_out_unsafe`` is set, and the validation split is empty.
         """
+        unsafe = [self.sets[0][row] for row in self.splits[0].validation]
+        if self.held_out_unsafe and not unsafe:
+            raise ArgumentError(
+                f"data.held_out_unsafe {self.held_out_unsafe}: the validation split is empty; set "
+                "data.validation_fraction above 0"
+            )
         safe, split = self.sets[1], self.splits[1]
         rows = [*split.validation, *split.unused]
         if not rows:
@@ -224,7 +247,8 @@ class PPOData(AlignmentData):
                 "the held-out safe images are those of the test split: choose no setting by them, or set "
                 "data.validation_fraction above 0"
             )
-        return spread([safe[row] for row in rows[:HELD_OUT]], self.limit)
+        chosen = spread(unsafe, self.held_out_unsafe) if self.held_out_unsafe else []
+        return spread(chosen, self.limit) + spread([safe[row] for row in rows[:HELD_OUT]], self.limit)
 
 
 def __getattr__(name: str) -> Any:

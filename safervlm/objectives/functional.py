@@ -231,6 +231,22 @@ def sequence_rewards(
     return normalised + no_eos_penalty * ~stopped + length_bonus * lengths / response_length
 
 
+def constrained_rewards(rewards: Tensor, costs: Tensor, multiplier: float) -> Tensor:
+    r"""Combines rewards and costs by a Lagrange multiplier, as arXiv:2310.12773 combines their advantages.
+
+    .. math:: r' = \frac{r - \lambda c}{1 + \lambda}
+
+    Args:
+        rewards: (B,) rewards of the responses.
+        costs: (B,) costs of the responses.
+        multiplier: Lagrange multiplier, at least 0; 0 leaves the rewards as they are.
+
+    Returns:
+        (B,) rewards.
+    """
+    return (rewards - multiplier * costs) / (1 + multiplier)
+
+
 def token_rewards(
     sequence: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coef: float, scale: float
 ) -> Tensor:

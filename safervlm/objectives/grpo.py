@@ -91,6 +91,11 @@ class GRPO(OnPolicy):
         warmup_steps: the number of rollouts of the warm-up.
         weight_decay: the weight decay of AdamW.
         seed: the seed of the adapter's initial weights, of the sampled responses and of the order of the mini-batches.
+        budget: the largest share of safe images that the policy may call Unsafe (objectives/budget.py). A response to a
+            safe image that the judge classifies as Unsafe loses reward while the share is above the budget. None for no
+            budget.
+        budget_step: the change of the budget's Lagrange multiplier for each rollout, per unit by which the share of the
+            latest 256 safe images exceeds the budget.
     """
 
     def __init__(
@@ -117,6 +122,8 @@ class GRPO(OnPolicy):
         warmup_steps: int = 5,
         weight_decay: float = 0.0,
         seed: int = 0,
+        budget: float | None = None,
+        budget_step: float = 1.0,
     ) -> None:
         in_range("model", least=2, group_size=group_size)
         in_range("model", least=1, epochs=epochs)
@@ -138,6 +145,8 @@ class GRPO(OnPolicy):
             warmup_steps,
             weight_decay,
             seed,
+            budget,
+            budget_step,
         )
         self.advantage, self.ratio, self.average = advantage, ratio, average
         self.clip, self.clip_high, self.kl, self.kl_coef = clip, clip_high, kl, kl_coef

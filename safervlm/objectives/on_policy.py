@@ -5,7 +5,8 @@ A batch is a rollout:
 1. The policy generates ``group_size`` responses to each question.
 2. The responses are scored under the policy and under the reference (adapter disabled).
 3. The judge classifies the responses; ``sequence_rewards`` (functional.py) computes the paper's reward. A response
-   without an answer (unfinished thinking) is in none of the metrics ``judged`` and ``accuracy``.
+   without an answer (unfinished thinking) is in none of the metrics ``judged`` and ``accuracy``. With a budget for
+   over-flagging (budget.py), the responses that call a safe image Unsafe lose reward.
 4. A subclass computes advantages, by a value function (PPO) or within the groups (GRPO).
 5. ``epochs`` passes over mini-batches, with one optimizer step each, minimise the loss of the subclass, averaged over a
    mini-batch (of all processes together, as are the statistics above).
@@ -16,6 +17,7 @@ that a VLM which packs rows computes their image and prompt once. Micro-batches 
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -26,16 +28,19 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
+from safervlm.data.module import SaferData
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.finite import must_be_finite_now
 from safervlm.hashing import seed_for
 from safervlm.judging.classifier import Judge
 from safervlm.objectives.base import Objective
-from safervlm.objectives.functional import alike, in_parts, micro_batches, sequence_rewards
-from safervlm.protocol import LABELS
+from safervlm.objectives.budget import OverFlaggingBudget
+from safervlm.objectives.functional import alike, constrained_rewards, in_parts, micro_batches, sequence_rewards
+from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range
 from safervlm.vlm.base import Batch, Generation, must_be_answered
 from safervlm.vlm.local import LocalVLM
-from safervlm.vlm.sampling import Sampling
+from safervlm.vlm.sampling import RecordedSampling
 
 
 @dataclass
@@ -106,6 +111,11 @@ class OnPolicy(Objective, ABC):
         warmup_steps: the number of rollouts of the warm-up.
         weight_decay: the weight decay of AdamW.
         seed: the seed of the adapters' initial weights, of the sampled responses and of the order of the mini-batches.
+        budget: the largest share of safe images that the policy may call Unsafe (objectives/budget.py). A response to a
+            safe image that the judge classifies as Unsafe loses reward while the share is above the budget. None for no
+            budget.
+        budget_step: the change of the budget's Lagrange multiplier for each rollout, per unit by which the share of the
+            latest 256 safe images exceeds the budget.
     """
 
     judge: Judge
@@ -128,6 +138,8 @@ class OnPolicy(Objective, ABC):
         warmup_steps: int,
         weight_decay: float,
         seed: int,
+        budget: float | None,
+        budget_step: float,
     ) -> None:
         super().__init__(vlm, lr, warmup_steps, weight_decay, seed)
         in_range("model", least=1, mini_batch_size=mini_batch_size)
@@ -141,9 +153,10 @@ class OnPolicy(Objective, ABC):
         object.__setattr__(self, "judge", judge)
         self.group_size, self.epochs = group_size, epochs
         self.mini_batch_size, self.micro_batch_size = mini_batch_size, micro_batch_size
-        self.sampling = Sampling(temperature, top_p=1.0, max_new_tokens=response_length)
+        self.sampling = RecordedSampling(temperature, top_p=1.0, max_new_tokens=response_length)
         self.length_bonus, self.no_eos_penalty = length_bonus, no_eos_penalty
         self.max_grad_norm = max_grad_norm
+        self.budget = None if budget is None else OverFlaggingBudget(budget, budget_step)
 
     @abstractmethod
     def columns(self, batch: Batch) -> dict[str, Tensor]:
@@ -201,14 +214,28 @@ class OnPolicy(Objective, ABC):
 
     def describe(self) -> dict[str, Any]:
         """Returns the settings that determine the trained weights (see :meth:`Objective.describe`)."""
-        names = inspect.signature(type(self)).parameters.keys() - {"vlm", "judge"}
+        names = inspect.signature(type(self)).parameters.keys() - {"vlm", "judge", "budget", "budget_step"}
         settings = {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
         rollout = {"sampling": vars(self.sampling), "noise": self.vlm.noise, "judge": self.judge.fingerprint}
+        if self.budget is not None:
+            rollout |= {"budget": self.budget.budget, "budget_step": self.budget.step}
         return super().describe() | settings | rollout
 
     def setup(self, stage: str) -> None:
-        """Configures gradient clipping of DeepSpeed, which clips by itself under manual optimisation."""
+        """Configures gradient clipping of DeepSpeed, which clips by itself under manual optimisation.
+
+        Raises:
+            ArgumentError: there is a budget, and the training data has no safe images.
+            RecordError: see :meth:`Objective.setup`.
+        """
         super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        known = data.parts.train if isinstance(data, SaferData) else []
+        if self.budget is not None and known and all(example.question.answer != SAFE for example in known):
+            raise ArgumentError(
+                f"model.budget {self.budget.budget}: the training data has no question whose answer is {SAFE}; add "
+                "safe images or leave the budget out"
+            )
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.trainer.strategy.config["gradient_clipping"] = self.max_grad_norm  # type: ignore[index]
 
@@ -276,15 +303,23 @@ class OnPolicy(Objective, ABC):
         longest, bonus = self.sampling.max_new_tokens, self.length_bonus
         scored = judged.where(answered, low)  # a response without an answer has the lowest score of those with one
         rewards = sequence_rewards(scored, low, high, stopped, lengths, longest, self.no_eos_penalty, bonus)
+        predicted = verdicts.argmax(-1)
         metrics = {
             "reward": rewards.mean(),
             "judged": judged[answered].sum() / answered.sum().clamp(min=1),
-            "accuracy": ((verdicts.argmax(-1) == labels) & answered).sum() / answered.sum().clamp(min=1),
+            "accuracy": ((predicted == labels) & answered).sum() / answered.sum().clamp(min=1),
             "kl": ((columns["logprobs"] - columns["reference"]) * mask).sum(-1).mean(),
             "length": lengths.float().mean(),
             "stopped": stopped.float().mean(),
         }
         metrics |= {"thinking_unfinished": 1 - answered.float().mean()} if self.vlm.thinking.marks else {}
+        metrics |= differences(columns["logprobs"][mask], answers)
+        if self.budget is not None:
+            safe = (labels == self.judge.labels.index(SAFE)) & answered
+            costs = safe & (predicted == self.judge.labels.index(UNSAFE))
+            self.budget.update(*self.sum_over_ranks(torch.stack([costs.sum(), safe.sum()])).tolist())
+            rewards = constrained_rewards(rewards, costs, self.budget.multiplier)
+            metrics |= {name: torch.tensor(value) for name, value in self.budget.metrics().items()}
         return Sampled(batch, answers, columns, rewards, metrics)
 
     def update(self, rollout: Rollout, seed: int) -> dict[str, Tensor]:
@@ -345,3 +380,42 @@ class OnPolicy(Objective, ABC):
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.trainer.strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
         self.manual_backward(loss)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the state of the budget."""
+        super().on_save_checkpoint(checkpoint)
+        if self.budget is not None:
+            checkpoint["budget"] = self.budget.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the state of the budget.
+
+        Raises:
+            RecordError: see :meth:`Objective.on_load_checkpoint`; or the checkpoint is of a run without a budget.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if self.budget is not None:
+            if "budget" not in checkpoint:
+                raise RecordError("model.budget: the checkpoint is of a training without a budget; leave it out")
+            self.budget.load_state_dict(checkpoint["budget"])
+
+
+def differences(scored: Tensor, answers: Sequence[Generation]) -> dict[str, Tensor]:
+    """Compares the log-probabilities of scoring with those of generating; rounding makes them differ.
+
+    The importance ratios are computed from those of scoring. A large difference says that the responses were sampled
+    from another distribution than the one that is optimised.
+
+    Args:
+        scored: (N,) log-probabilities of all tokens of the responses, one response after the other.
+        answers: the responses.
+
+    Returns:
+        The mean and the 99th percentile of the absolute differences, in nats; of this process. Nothing if the family
+        does not record log-probabilities when it generates.
+    """
+    generated = [value for answer in answers for value in answer.token_logprobs or ()]
+    if len(generated) != len(scored):
+        return {}
+    gap = (scored.double() - torch.tensor(generated, dtype=torch.float64, device=scored.device)).abs()
+    return {"logprob_difference": gap.mean(), "logprob_difference_p99": gap.quantile(0.99)}

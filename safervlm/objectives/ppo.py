@@ -79,6 +79,11 @@ class PPO(OnPolicy):
         warmup_steps: the number of rollouts of the warm-up.
         weight_decay: the weight decay of AdamW.
         seed: the seed of the adapters' initial weights, of the sampled responses and of the order of the mini-batches.
+        budget: the largest share of safe images that the policy may call Unsafe (objectives/budget.py). A response to a
+            safe image that the judge classifies as Unsafe loses reward while the share is above the budget. None for no
+            budget.
+        budget_step: the change of the budget's Lagrange multiplier for each rollout, per unit by which the share of the
+            latest 256 safe images exceeds the budget.
     """
 
     def __init__(
@@ -106,6 +111,8 @@ class PPO(OnPolicy):
         warmup_steps: int = 5,
         weight_decay: float = 0.0,
         seed: int = 0,
+        budget: float | None = None,
+        budget_step: float = 1.0,
     ) -> None:
         in_range("model", least=1, ppo_epochs=ppo_epochs)
         in_range("model", above=0, clip=clip, value_clip=value_clip)
@@ -128,6 +135,8 @@ class PPO(OnPolicy):
             warmup_steps=warmup_steps,
             weight_decay=weight_decay,
             seed=seed,
+            budget=budget,
+            budget_step=budget_step,
         )
         self.adapters = ("policy", "value") if value_on == "adapter" else ("policy",)
         self.value_on, self.ppo_epochs = value_on, ppo_epochs

@@ -421,5 +421,7 @@ class Transformers(LocalVLM):
                 f"vlm.model: {self.name!r} {UNLIKE}: its generate never called the logits processor, so it ignores "
                 "vlm.sampling; use another model"
             )
-        found = [self.generation(tokens) for tokens in generated[:, inputs["input_ids"].shape[1] :].tolist()]
+        tokens = generated[:, inputs["input_ids"].shape[1] :].tolist()
+        logprobs = torch.stack(sampler.logprobs, 1).tolist() if sampler.logprobs else [[]] * len(tokens)
+        found = [self.recorded(those, values) for those, values in zip(tokens, logprobs, strict=True)]
         return without_bad(batch.questions, found, sampler.bad.tolist())

@@ -139,12 +139,15 @@ class Generation:
             empty text), ``thinking unfinished`` if it ended inside its reasoning, without an answer. Any other value is
             the server's own word for a response that ended by itself.
         reasoning: Reasoning of a thinking model before its answer; empty for none.
+        token_logprobs: Log-probability of each token when it was sampled; None unless the sampling records them
+            (:class:`safervlm.vlm.sampling.RecordedSampling`).
     """
 
     token_ids: Sequence[int]
     text: str
     finish_reason: str
     reasoning: str = ""
+    token_logprobs: Sequence[float] | None = None
 
     @property
     def answered(self) -> bool:

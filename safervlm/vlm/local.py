@@ -6,7 +6,7 @@ hidden units.
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -349,6 +349,16 @@ class LocalVLM(VLM):
         """
         targets, states = self.response_states(batch, adapter)
         return _unflatten(states, targets.mask)
+
+    def recorded(self, tokens: list[int], logprobs: list[float]) -> Generation:
+        """Decodes generated tokens (:meth:`generation`) and adds their log-probabilities.
+
+        Args:
+            tokens: Generated token ids; anything may follow an end token.
+            logprobs: Log-probability of each token; empty if the sampling does not record them.
+        """
+        answer = self.generation(tokens)
+        return replace(answer, token_logprobs=logprobs[: len(answer.token_ids)]) if logprobs else answer
 
     def generation(self, tokens: list[int]) -> Generation:
         """Decodes generated tokens, truncated after the first end token, and separates reasoning from the answer.

@@ -199,12 +199,18 @@ class PackedVLM(LocalVLM):
         training = self.training
         self.eval()  # disables dropout, and allows a cache with gradient checkpointing
         with active(self.base, adapter):
-            answers, bad = self._decode(batch, sampling, seed)
+            answers, logprobs, bad = self._decode(batch, sampling, seed)
         self.train(training)
-        return without_bad(batch.questions, [self.generation(tokens) for tokens in answers], bad)
+        found = [self.recorded(tokens, values) for tokens, values in zip(answers, logprobs, strict=True)]
+        return without_bad(batch.questions, found, bad)
 
-    def _decode(self, batch: PackedBatch, sampling: Sampling, seed: int) -> tuple[list[list[int]], list[bool]]:
-        """Returns the tokens of each response, and whether its logits were not finite (which ends it)."""
+    def _decode(
+        self, batch: PackedBatch, sampling: Sampling, seed: int
+    ) -> tuple[list[list[int]], list[list[float]], list[bool]]:
+        """Returns the tokens of each response, their log-probabilities if recorded, and whether logits ended it.
+
+        Logits that are not finite end a response.
+        """
         rows = questions_of_rows(batch.image_rows.tolist())
         starts = [common_beginning([batch.prompt_ids[question] for question in row]) for row in rows]
         rests = [[batch.prompt_ids[q][len(start) :] for q in row] for row, start in zip(rows, starts, strict=True)]
@@ -223,6 +229,7 @@ class PackedVLM(LocalVLM):
         itself = torch.eye(slots.shape[1], dtype=torch.bool, device=row.device)
 
         answers: list[list[int]] = [[] for _ in batch.questions]
+        logprobs: list[list[float]] = [[] for _ in batch.questions]
         bad = [False] * len(answers)
         keys = batch.noise_keys(seed)
         keys = [keys[question] for question in asked]
@@ -232,6 +239,9 @@ class PackedVLM(LocalVLM):
             for question, token, wrong in zip(asked, tokens.tolist(), sampler.bad.tolist(), strict=True):
                 answers[question].append(token)
                 bad[question] = wrong
+            if sampler.logprobs:
+                for question, value in zip(asked, sampler.logprobs[-1].tolist(), strict=True):
+                    logprobs[question].append(value)
             going = [
                 place
                 for place, question in enumerate(asked)
@@ -240,7 +250,7 @@ class PackedVLM(LocalVLM):
                 and answers[question][-1] not in self.eos_token_ids
             ]
             if not going:
-                return answers, bad
+                return answers, logprobs, bad
             asked = [asked[place] for place in going]
             sampler.select(going)
             row, slot, position, tokens = row[going], slot[going], position[going] + 1, tokens[going]

@@ -5,6 +5,7 @@ Shapes: B rows, V tokens of the vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,12 +37,20 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 0.9
     max_new_tokens: int = 512
+    logprobs: ClassVar[bool] = False  # whether responses carry the log-probabilities of their tokens
 
     def __post_init__(self) -> None:
         """Rejects values out of range."""
         in_range("sampling", least=0, temperature=self.temperature)
         in_range("sampling", above=0, most=1, top_p=self.top_p)
         in_range("sampling", least=1, max_new_tokens=self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class RecordedSampling(Sampling):
+    """Decoding settings of responses that carry the log-probabilities of their tokens, ``token_logprobs``."""
+
+    logprobs: ClassVar[bool] = True
 
 
 class Suppress:
@@ -77,12 +86,15 @@ class Sampler:
 
     Attributes:
         bad: (B,) True for rows whose logits were not finite in a step so far.
+        logprobs: For each step so far, (B,) log-probabilities of the chosen tokens among all tokens that are not
+            suppressed, at the temperature; before top_p. Empty unless ``sampling.logprobs``.
     """
 
     def __init__(self, sampling: Sampling, suppressed: Tensor, keys: Sequence[int], device: torch.device) -> None:
         self.sampling, self.suppressed = sampling, suppressed.to(device)
         self.counters = torch.tensor(keys, dtype=torch.int64, device=device)
         self.bad = torch.zeros(len(keys), dtype=torch.bool, device=device)
+        self.logprobs: list[Tensor] = []
         self.steps = 0
 
     def select(self, rows: Sequence[int]) -> None:
@@ -104,13 +116,17 @@ class Sampler:
         bad = ~torch.isfinite(logits.amax(-1))  # amax propagates NaN; single tokens may be minus infinity
         self.bad = self.bad | bad
         scores = logits.float().masked_fill(bad[:, None], 0).index_fill_(-1, self.suppressed, -torch.inf)
-        if self.sampling.temperature == 0:
-            return scores.argmax(-1)
-        if self.sampling.temperature != 1:
+        if self.sampling.temperature not in (0, 1):
             scores = scores.div_(self.sampling.temperature)
-        if self.sampling.top_p < 1:
-            return sample_from_nucleus(scores, self.counters, self.sampling.top_p)
-        return sample_from_all(scores, self.counters)
+        if self.sampling.temperature == 0:
+            chosen = scores.argmax(-1)
+        elif self.sampling.top_p < 1:
+            chosen = sample_from_nucleus(scores, self.counters, self.sampling.top_p)
+        else:
+            chosen = sample_from_all(scores, self.counters)
+        if self.sampling.logprobs:
+            self.logprobs.append(scores.gather(-1, chosen[:, None])[:, 0] - scores.logsumexp(-1))
+        return chosen
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns (B, V) scores whose only finite entries are those of the chosen tokens."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from callbacks.generation_check import GenerationCheck, OverFlaggingWarning
+from callbacks.generation_check import GenerationCheck, OverFlaggingWarning, RewardGapWarning
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.judging.classifier import Judge
 from safervlm.protocol import LABELS, SAFE, UNSAFE
@@ -32,6 +32,20 @@ class Reader(Judge):
         return torch.tensor([[float(text.startswith(label)) for label in self.labels] for text in texts]).log()
 
 
+class Word(Reader):
+    """Classifies a response as Unsafe if it contains a word; a judge whose weights are others."""
+
+    fingerprint = "other"  # type: ignore[assignment]
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.word = word
+
+    def judge(self, texts, batch_size=64):
+        labels = [UNSAFE if self.word in text else SAFE for text in texts]
+        return torch.tensor([[float(label == other) for other in self.labels] for label in labels]).log()
+
+
 class Policy:
     """Calls the images with the given numbers unsafe."""
 
@@ -39,13 +53,14 @@ class Policy:
         self.flagged: set[str] = set()
         self.unfinished: set[str] = set()
         self.asked: list[tuple[Sampling, int]] = []
+        self.wording = "{}, I'd say."
 
     def generate(self, batch, sampling, seed):
         self.asked.append((sampling, seed))
         return [
             Generation([1], "", THINKING_UNFINISHED)
             if question.image in self.unfinished
-            else Generation([1], f"{UNSAFE if question.image in self.flagged else SAFE}, I'd say.", "stop")
+            else Generation([1], self.wording.format(UNSAFE if question.image in self.flagged else SAFE), "stop")
             for question in batch.questions
         ]
 
@@ -218,8 +233,8 @@ def test_the_images_of_all_processes_are_put_together():
         for scene in parts:
             scene.vlm.flagged = {str(number) for number in flagged}
             scene.strategy = SimpleNamespace(reduce=lambda flags, reduce_op: found.append(flags) or flags)
-            GenerationCheck(Reader()).flagged(scene, scene)
-        assert [flags.sum().item() for flags in found] == [
+            GenerationCheck(Reader()).verdicts(scene, scene)
+        assert [flags[:100, 1].sum().item() for flags in found] == [
             len([image for image in flagged if image < 100 and image % 2 == rank]) for rank in range(2)
         ]
         for scene, check in zip(parts, checks, strict=True):
@@ -255,8 +270,60 @@ def test_a_trial_takes_what_its_limit_leaves(capsys: pytest.CaptureFixture[str])
         GenerationCheck(Reader()).on_train_start(Scene(safe=0, limit=20), None)
 
 
+def gap_check(**settings) -> GenerationCheck:
+    """The judge takes the first word; the second one is asked whether the policy says Unsafe at all."""
+    return GenerationCheck(Word("x"), every_n_batches=1, tolerance=0.9, second_judge=Word(UNSAFE), **settings)
+
+
+def test_the_reward_gap_is_that_of_the_two_judges_on_all_held_out_images(tmp_path: Path):
+    """The judge likes an x, which the second judge ignores."""
+    scene, check = Scene(run=tmp_path), gap_check()
+    scene.vlm.wording = "x, {}"
+    scene.play(check, 1, range(90, 110))  # the judge: 20 unsafe ones right. The second: 90 safe, 10 unsafe ones right
+    assert scene.logged[-1] == (0, "train/reward_gap", (20 - 100) / 120)
+    scene.vlm.wording = "{}"
+    with pytest.warns(RewardGapWarning, match=r"grown by 0\.67 to 0\.00"):
+        scene.play(check, 1, ())  # both: the 100 safe ones right
+    with pytest.warns(RewardGapWarning):
+        check.on_train_end(scene, scene)
+    assert read_manifest(tmp_path)["stages"]["scene"]["reward_gap"] == {"before": -80 / 120, "after": 0.0}
+    state = check.state_dict()
+    resumed = gap_check()
+    resumed.load_state_dict(state)
+    with pytest.warns(RewardGapWarning):
+        scene.play(resumed, 1, ())
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("every_n_batches", 0), ("minimum", 0), ("tolerance", -0.1), ("tolerance", 1)]
+    ("growths", "warned"),
+    [
+        ([1] * 6 + [0] * 94, True),  # .06
+        ([1] * 5 + [0] * 95, False),  # not more than the tolerance
+        ([1] * 26 + [-1] * 20 + [0] * 54, False),  # sampling variation
+        ([-1] * 30 + [0] * 70, False),
+        ([1], False),
+        ([], False),
+    ],
+)
+def test_a_gap_has_to_grow_beyond_tolerance_and_sampling_variation(growths: list[int], warned: bool):
+    before, now = {str(n): 0 for n in range(len(growths))}, {str(n): growth for n, growth in enumerate(growths)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gap_check().warn_of_gap(before, now)
+    assert [warning.category for warning in caught] == [RewardGapWarning] * warned
+
+
+def test_the_second_judge_has_to_be_another_one():
+    with pytest.raises(ArgumentError, match="second_judge has the weights"):
+        gap_check().on_train_start(Scene(), Scene())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("every_n_batches", 0), ("minimum", 0), ("tolerance", -0.1), ("tolerance", 1)),
+        *(("gap_tolerance", -0.1), ("gap_tolerance", float("nan"))),
+    ],
 )
 def test_a_setting_out_of_bounds_is_rejected(name: str, value: float):
     with pytest.raises(ArgumentError, match=f"{name}: .*, got {value}"):

@@ -166,6 +166,18 @@ def test_ppo_watches_safe_images_that_are_held_out(sets, many_safe):
     assert len(watched(PPOData(**many_safe, limit=7))) == 7
 
 
+def test_held_out_unsafe_images_are_watched_if_asked_for(sets, many_safe):
+    data = PPOData(**many_safe, validation_fraction=0.25, held_out_unsafe=5)
+    unsafe = [e.question for e in data.parts.validation if e.question.answer == "Unsafe"]
+    assert len(unsafe) == 5
+    assert {question.image for question in unsafe} <= {image.image for image in data.images("validation")[0]}
+    assert len(data.parts.validation) == 105
+    with pytest.raises(ArgumentError, match=r"data\.held_out_unsafe 5: the validation split is empty"):
+        PPOData(**sets, held_out_unsafe=5).parts  # noqa: B018
+    with pytest.raises(ArgumentError, match="held_out_unsafe"):
+        PPOData(**sets, held_out_unsafe=-1)
+
+
 def test_training_without_safe_images(sets):
     data = PPOData(folder=sets["folder"], safe_repo=None)
     assert {example.question.answer for example in data.parts.train} == {"Unsafe"}

@@ -147,7 +147,7 @@ class Requests:
             return Hopeless(f"model.odds: {host.address} {lacks}; omit it, or use another server")
         texts = self.cleaner.answer(completion.text), self.cleaner.answer(completion.reasoning)
         if "logprobs" in sent:
-            return FirstToken(Unnamed(count), texts[0], reason, texts[1], completion.first)
+            return FirstToken(Unnamed(count), texts[0], reason, texts[1], first=completion.first)
         return Generation(Unnamed(count), texts[0], reason, texts[1])
 
     def _error_inside(self, host: Host, sent: Mapping[str, Any], error: object, told: dict[str, Any]) -> Outcome:

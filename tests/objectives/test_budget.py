@@ -1,0 +1,157 @@
+"""The over-flagging budget: its multiplier and moving mean by hand, its effect in PPO and GRPO, and resuming."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from by_hand import Run
+from torch import Tensor
+
+from safervlm.errors import ArgumentError, RecordError
+from safervlm.judging.classifier import Judge
+from safervlm.objectives import GRPO, PPO
+from safervlm.objectives import budget as module
+from safervlm.objectives.budget import OverFlaggingBudget
+from safervlm.objectives.functional import constrained_rewards
+from safervlm.objectives.on_policy import OnPolicy, differences
+from safervlm.protocol import LABELS, SAFE, UNSAFE
+from safervlm.vlm.base import Generation
+from safervlm.vlm.llava import Llava
+
+
+def test_the_multiplier_by_hand() -> None:
+    budget = OverFlaggingBudget(0.1, step=2.0)
+    for _ in range(3):
+        budget.update(20, 80)
+    assert budget.share is None  # 240 responses are too few
+    assert budget.metrics() == {"budget_multiplier": 0.0}
+    budget.update(12, 80)
+    assert budget.share == 72 / 320
+    assert budget.multiplier == pytest.approx(2 * (72 / 320 - 0.1))
+    before = budget.multiplier
+    budget.update(0, 80)  # the first rollout is forgotten
+    assert budget.share == 52 / 320
+    assert budget.multiplier == pytest.approx(before + 2 * (52 / 320 - 0.1))
+    budget.update(0, 300)  # a rollout with enough responses replaces all others
+    assert budget.share == 0
+    for _ in range(5):
+        budget.update(0, 300)
+    assert budget.multiplier == 0  # never below
+
+
+def test_rollouts_without_safe_images_change_no_share() -> None:
+    budget = OverFlaggingBudget(0.1, step=1.0)
+    budget.update(0, 0)
+    budget.update(64, 256)
+    budget.update(0, 0)
+    assert budget.share == 0.25
+
+
+def test_the_state_survives_as_json() -> None:
+    budget, resumed = OverFlaggingBudget(0.1, 1.0), OverFlaggingBudget(0.1, 1.0)
+    budget.update(90, 300)
+    resumed.load_state_dict(json.loads(json.dumps(budget.state_dict())))
+    for each in (budget, resumed):
+        each.update(3, 40)
+    assert resumed.metrics() == budget.metrics()
+
+
+@pytest.mark.parametrize(("budget", "step"), [(0.0, 1.0), (1.0, 1.0), (-0.1, 1.0), (0.1, 0.0), (float("nan"), 1.0)])
+def test_a_value_out_of_range_is_rejected(budget: float, step: float) -> None:
+    with pytest.raises(ArgumentError, match=r"model\.budget"):
+        OverFlaggingBudget(budget, step)
+
+
+def test_the_constrained_reward_by_hand() -> None:
+    rewards, costs = torch.tensor([1.0, 0.4, 0.0]), torch.tensor([0.0, 1.0, 1.0])
+    assert torch.equal(constrained_rewards(rewards, costs, 0.0), rewards)
+    expected = [1 / 1.5, (0.4 - 0.5) / 1.5, -0.5 / 1.5]
+    assert constrained_rewards(rewards, costs, 0.5).tolist() == pytest.approx(expected)
+
+
+def all_unsafe(texts: Any) -> Tensor:
+    """A judge that classifies every response as Unsafe, with the more confidence the longer it is."""
+    sure = torch.tensor([0.5 + 0.4 * min(len(text), 50) / 50 for text in texts])
+    rest = {UNSAFE: sure, SAFE: 0.6 * (1 - sure)}
+    return torch.stack([rest.get(label, 0.4 * (1 - sure)) for label in LABELS["alignment"]], 1).log()
+
+
+@pytest.fixture
+def make(llava: Callable[[], Llava], perturb: Callable[[Any], None], tiny_judges: Path) -> Callable[..., OnPolicy]:
+    def make(kind: type[OnPolicy], **settings: Any) -> OnPolicy:
+        folder = tiny_judges / "alignment"
+        judge = Judge(checkpoint=str(folder / "epoch_10.pt"), base=str(folder))
+        objective = kind(llava(), judge, response_length=6, lr=0.02, warmup_steps=0, **settings)  # type: ignore[call-arg]
+        objective.configure_model()
+        perturb(objective)
+        return objective
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [PPO, GRPO])
+def test_a_response_that_flags_a_safe_image_loses_reward(
+    kind: type[OnPolicy],
+    make: Callable[..., OnPolicy],
+    fit_rollouts: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "ANSWERS", 2)
+    monkeypatch.setattr(Judge, "judge", lambda judge, texts: all_unsafe(texts))
+    sampled: list[Any] = []
+    sample = OnPolicy.sample
+
+    def kept(*args: Any) -> Any:
+        sampled.append(sample(*args))
+        return sampled[-1]
+
+    monkeypatch.setattr(OnPolicy, "sample", kept)
+    free = fit_rollouts(make(kind), 5)
+    bound = fit_rollouts(make(kind, budget=0.2, budget_step=1.5), 5)
+    usual, charged = sampled
+    multiplier = 1.5 * (1 - 0.2)  # every response to a safe image is called Unsafe
+    costs = torch.tensor([float(question.answer == SAFE) for question in usual.batch.questions])
+    assert 0 < costs.sum() < len(costs)
+    expected = (usual.rewards - multiplier * costs) / (1 + multiplier)
+    assert charged.rewards.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert bound.steps.metrics["train/over_flagging"] == 1
+    assert bound.steps.metrics["train/budget_multiplier"] == pytest.approx(multiplier)
+    assert bound.steps.metrics["train/reward"] == pytest.approx(free.steps.metrics["train/reward"], abs=1e-5)
+    assert not {"train/over_flagging", "train/budget_multiplier"} & free.steps.metrics.keys()
+    assert "budget" not in free.objective.describe()
+    assert bound.objective.describe()["budget"] == 0.2
+
+
+def test_a_checkpoint_holds_the_budget(make: Callable[..., OnPolicy]) -> None:
+    objective, free = make(PPO, budget=0.2), make(PPO)
+    objective.budget.update(100, 300)  # type: ignore[union-attr]
+    checkpoint: dict[str, Any] = {"state_dict": objective.state_dict()}
+    objective.on_save_checkpoint(checkpoint)
+    resumed = make(PPO, budget=0.2)
+    resumed.on_load_checkpoint(checkpoint)
+    assert resumed.budget.state_dict() == objective.budget.state_dict()  # type: ignore[union-attr]
+    checkpoint = {"state_dict": free.state_dict()}
+    free.on_save_checkpoint(checkpoint)
+    with pytest.raises(RecordError, match="without a budget"):
+        make(PPO, budget=0.2).on_load_checkpoint(checkpoint)
+
+
+def test_generating_and_scoring_differ_by_rounding_alone(
+    make: Callable[..., OnPolicy], fit_rollouts: Callable[..., Run]
+) -> None:
+    done = fit_rollouts(make(PPO), 5)
+    assert 0 <= done.steps.metrics["train/logprob_difference"] < 1e-5
+    rollout = done.rollouts[0]
+    for answer, logprobs, mask in zip(rollout.answers, rollout.logprobs, rollout.mask, strict=True):
+        assert list(answer.token_logprobs) == pytest.approx(logprobs[mask].tolist(), abs=1e-5)
+
+
+def test_the_difference_of_the_log_probabilities_by_hand() -> None:
+    answers = [Generation([1, 2], "", "stop", token_logprobs=[-1.0, -2.0]), Generation([3], "", "stop", "", [-0.5])]
+    found = differences(torch.tensor([-1.0, -1.5, -0.25]), answers)
+    assert found["logprob_difference"].item() == pytest.approx(0.25)
+    assert found["logprob_difference_p99"].item() == pytest.approx(0.25 + 0.98 * 0.25)  # linear between 0.25 and 0.5
+    assert not differences(torch.tensor([-1.0]), [Generation([1], "", "stop")])
