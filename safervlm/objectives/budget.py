@@ -16,6 +16,9 @@ the advantages, and the KL term is outside of them, so it is not divided by :mat
 from collections import deque
 from typing import Any
 
+from safervlm.data.module import SaferData
+from safervlm.errors import ArgumentError
+from safervlm.protocol import SAFE
 from safervlm.ranges import in_range
 
 ANSWERS = 256  # smallest number of responses in the mean; fewer are too coarse for a budget of some percent
@@ -37,6 +40,22 @@ class OverFlaggingBudget:
         in_range("model", above=0, budget_step=step)
         self.budget, self.step, self.multiplier = budget, step, 0.0
         self.rollouts: deque[tuple[int, int]] = deque()  # of each rollout: safe images called unsafe, safe images
+
+    def must_apply(self, data: Any) -> None:
+        """Rejects training data without safe images.
+
+        Args:
+            data: The data module; those of other packages are not looked at.
+
+        Raises:
+            ArgumentError: No question has the answer Safe.
+        """
+        known = data.parts.train if isinstance(data, SaferData) else []
+        if known and all(example.question.answer != SAFE for example in known):
+            raise ArgumentError(
+                f"model.budget {self.budget}: the training data has no question whose answer is {SAFE}; add safe "
+                "images or leave the budget out"
+            )
 
     @property
     def share(self) -> float | None:

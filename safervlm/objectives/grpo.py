@@ -35,7 +35,8 @@ from safervlm.objectives.functional import (
     summands,
     token_weights,
 )
-from safervlm.objectives.on_policy import OnPolicy, Rollout
+from safervlm.objectives.on_policy import OnPolicy
+from safervlm.objectives.rollout import Rollout
 from safervlm.ranges import in_range
 from safervlm.vlm.base import Batch
 from safervlm.vlm.local import LocalVLM

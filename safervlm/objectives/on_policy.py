@@ -17,8 +17,7 @@ that a VLM which packs rows computes their image and prompt once. Micro-batches 
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -28,65 +27,19 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from safervlm.data.module import SaferData
-from safervlm.errors import ArgumentError, RecordError
+from safervlm.errors import RecordError
 from safervlm.finite import must_be_finite_now
 from safervlm.hashing import seed_for
 from safervlm.judging.classifier import Judge
 from safervlm.objectives.base import Objective
 from safervlm.objectives.budget import OverFlaggingBudget
 from safervlm.objectives.functional import alike, constrained_rewards, in_parts, micro_batches, sequence_rewards
+from safervlm.objectives.rollout import Rollout, Sampled, logprob_differences
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range
-from safervlm.vlm.base import Batch, Generation, must_be_answered
+from safervlm.vlm.base import Batch, must_be_answered
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.sampling import RecordedSampling
-
-
-@dataclass
-class Sampled:
-    """A batch with its responses and their rewards; B responses, T tokens of the longest one.
-
-    Attributes:
-        batch: the question of each response, with encoded images.
-        answers: the B generated responses.
-        columns: by name, (B, T) tensors of :meth:`OnPolicy.columns`, 0 at padding.
-        rewards: (B,) rewards of the responses.
-        metrics: scalar means over this process's responses, by name.
-    """
-
-    batch: Batch
-    answers: list[Generation]
-    columns: dict[str, Tensor]
-    rewards: Tensor
-    metrics: dict[str, Tensor]
-
-
-@dataclass
-class Rollout:
-    """The inputs of the updates.
-
-    Attributes:
-        batch: see :class:`Sampled`, as are answers and metrics.
-        mask: (B, T) True at response tokens.
-        logprobs: (B, T) log-probabilities under the policy that generated the responses.
-        advantages: the advantage of each token (B, T) or of each response (B, 1).
-    """
-
-    batch: Batch
-    answers: list[Generation]
-    mask: Tensor
-    logprobs: Tensor
-    advantages: Tensor
-    metrics: dict[str, Tensor]
-
-    def select(self, rows: Tensor) -> Batch:
-        """Returns the batch of some responses, for :meth:`LocalVLM.score`.
-
-        Args:
-            rows: (M,) indices of the responses.
-        """
-        return self.batch.select(rows, [answer.token_ids for answer in self.answers])
 
 
 class OnPolicy(Objective, ABC):
@@ -229,13 +182,8 @@ class OnPolicy(Objective, ABC):
             RecordError: see :meth:`Objective.setup`.
         """
         super().setup(stage)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        known = data.parts.train if isinstance(data, SaferData) else []
-        if self.budget is not None and known and all(example.question.answer != SAFE for example in known):
-            raise ArgumentError(
-                f"model.budget {self.budget.budget}: the training data has no question whose answer is {SAFE}; add "
-                "safe images or leave the budget out"
-            )
+        if self.budget is not None:
+            self.budget.must_apply(self.trainer.datamodule)  # type: ignore[attr-defined]
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.trainer.strategy.config["gradient_clipping"] = self.max_grad_norm  # type: ignore[index]
 
@@ -313,7 +261,7 @@ class OnPolicy(Objective, ABC):
             "stopped": stopped.float().mean(),
         }
         metrics |= {"thinking_unfinished": 1 - answered.float().mean()} if self.vlm.thinking.marks else {}
-        metrics |= differences(columns["logprobs"][mask], answers)
+        metrics |= logprob_differences(columns["logprobs"][mask], answers)
         if self.budget is not None:
             safe = (labels == self.judge.labels.index(SAFE)) & answered
             costs = safe & (predicted == self.judge.labels.index(UNSAFE))
@@ -398,24 +346,3 @@ class OnPolicy(Objective, ABC):
             if "budget" not in checkpoint:
                 raise RecordError("model.budget: the checkpoint is of a training without a budget; leave it out")
             self.budget.load_state_dict(checkpoint["budget"])
-
-
-def differences(scored: Tensor, answers: Sequence[Generation]) -> dict[str, Tensor]:
-    """Compares the log-probabilities of scoring with those of generating; rounding makes them differ.
-
-    The importance ratios are computed from those of scoring. A large difference says that the responses were sampled
-    from another distribution than the one that is optimised.
-
-    Args:
-        scored: (N,) log-probabilities of all tokens of the responses, one response after the other.
-        answers: the responses.
-
-    Returns:
-        The mean and the 99th percentile of the absolute differences, in nats; of this process. Nothing if the family
-        does not record log-probabilities when it generates.
-    """
-    generated = [value for answer in answers for value in answer.token_logprobs or ()]
-    if len(generated) != len(scored):
-        return {}
-    gap = (scored.double() - torch.tensor(generated, dtype=torch.float64, device=scored.device)).abs()
-    return {"logprob_difference": gap.mean(), "logprob_difference_p99": gap.quantile(0.99)}

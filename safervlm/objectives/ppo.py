@@ -30,7 +30,8 @@ from safervlm.objectives.functional import (
     token_rewards,
     whiten,
 )
-from safervlm.objectives.on_policy import OnPolicy, Rollout
+from safervlm.objectives.on_policy import OnPolicy
+from safervlm.objectives.rollout import Rollout
 from safervlm.ranges import in_range
 from safervlm.vlm.base import Batch, Scores
 from safervlm.vlm.local import LocalVLM

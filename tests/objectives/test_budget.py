@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,18 @@ import torch
 from by_hand import Run
 from torch import Tensor
 
+from safervlm.data.module import Parts
+from safervlm.data.own import OwnData
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.judging.classifier import Judge
 from safervlm.objectives import GRPO, PPO
 from safervlm.objectives import budget as module
 from safervlm.objectives.budget import OverFlaggingBudget
 from safervlm.objectives.functional import constrained_rewards
-from safervlm.objectives.on_policy import OnPolicy, differences
+from safervlm.objectives.on_policy import OnPolicy
+from safervlm.objectives.rollout import logprob_differences
 from safervlm.protocol import LABELS, SAFE, UNSAFE
+from safervlm.records import Example, Question
 from safervlm.vlm.base import Generation
 from safervlm.vlm.llava import Llava
 
@@ -57,6 +62,19 @@ def test_the_state_survives_as_json() -> None:
     for each in (budget, resumed):
         each.update(3, 40)
     assert resumed.metrics() == budget.metrics()
+
+
+@pytest.mark.parametrize(("answers", "rejected"), [((UNSAFE, UNSAFE), True), ((UNSAFE, SAFE), False), ((), False)])
+def test_a_budget_needs_safe_images(
+    answers: tuple[str, ...], rejected: bool, make_questions: Callable[[int], list[Question]]
+) -> None:
+    data = OwnData("unused.jsonl")
+    data.parts = Parts([Example(replace(q, answer=a)) for q, a in zip(make_questions(2), answers, strict=False)], [])
+    if rejected:
+        with pytest.raises(ArgumentError, match=r"model\.budget 0\.1: the training data has no question"):
+            OverFlaggingBudget(0.1, 1.0).must_apply(data)
+    else:
+        OverFlaggingBudget(0.1, 1.0).must_apply(data)
 
 
 @pytest.mark.parametrize(("budget", "step"), [(0.0, 1.0), (1.0, 1.0), (-0.1, 1.0), (0.1, 0.0), (float("nan"), 1.0)])
@@ -151,7 +169,7 @@ def test_generating_and_scoring_differ_by_rounding_alone(
 
 def test_the_difference_of_the_log_probabilities_by_hand() -> None:
     answers = [Generation([1, 2], "", "stop", token_logprobs=[-1.0, -2.0]), Generation([3], "", "stop", "", [-0.5])]
-    found = differences(torch.tensor([-1.0, -1.5, -0.25]), answers)
+    found = logprob_differences(torch.tensor([-1.0, -1.5, -0.25]), answers)
     assert found["logprob_difference"].item() == pytest.approx(0.25)
     assert found["logprob_difference_p99"].item() == pytest.approx(0.25 + 0.98 * 0.25)  # linear between 0.25 and 0.5
-    assert not differences(torch.tensor([-1.0]), [Generation([1], "", "stop")])
+    assert not logprob_differences(torch.tensor([-1.0]), [Generation([1], "", "stop")])

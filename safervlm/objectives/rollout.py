@@ -1,0 +1,76 @@
+"""The data of a rollout of an on-policy objective."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safervlm.vlm.base import Batch, Generation
+
+
+@dataclass
+class Sampled:
+    """A batch with its responses and their rewards; B responses, T tokens of the longest one.
+
+    Attributes:
+        batch: the question of each response, with encoded images.
+        answers: the B generated responses.
+        columns: by name, (B, T) tensors of :meth:`OnPolicy.columns`, 0 at padding.
+        rewards: (B,) rewards of the responses.
+        metrics: scalar means over this process's responses, by name.
+    """
+
+    batch: Batch
+    answers: list[Generation]
+    columns: dict[str, Tensor]
+    rewards: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass
+class Rollout:
+    """The inputs of the updates.
+
+    Attributes:
+        batch: see :class:`Sampled`, as are answers and metrics.
+        mask: (B, T) True at response tokens.
+        logprobs: (B, T) log-probabilities under the policy that generated the responses.
+        advantages: the advantage of each token (B, T) or of each response (B, 1).
+    """
+
+    batch: Batch
+    answers: list[Generation]
+    mask: Tensor
+    logprobs: Tensor
+    advantages: Tensor
+    metrics: dict[str, Tensor]
+
+    def select(self, rows: Tensor) -> Batch:
+        """Returns the batch of some responses, for :meth:`LocalVLM.score`.
+
+        Args:
+            rows: (M,) indices of the responses.
+        """
+        return self.batch.select(rows, [answer.token_ids for answer in self.answers])
+
+
+def logprob_differences(scored: Tensor, answers: Sequence[Generation]) -> dict[str, Tensor]:
+    """Compares the log-probabilities of scoring with those of generating; rounding makes them differ.
+
+    The importance ratios are computed from those of scoring. A large difference says that the responses were sampled
+    from another distribution than the one that is optimised.
+
+    Args:
+        scored: (N,) log-probabilities of all tokens of the responses, one response after the other.
+        answers: the responses.
+
+    Returns:
+        The mean and the 99th percentile of the absolute differences, in nats; of this process. Nothing if the family
+        does not record log-probabilities when it generates.
+    """
+    generated = [value for answer in answers for value in answer.token_logprobs or ()]
+    if len(generated) != len(scored):
+        return {}
+    gap = (scored.double() - torch.tensor(generated, dtype=torch.float64, device=scored.device)).abs()
+    return {"logprob_difference": gap.mean(), "logprob_difference_p99": gap.quantile(0.99)}
