@@ -13,7 +13,7 @@ from torch import Tensor
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent
-CASES = ("sft", "dpo", "ppo", "ppo-head", "grpo")
+CASES = ("sft", "dpo", "dpo-all", "ppo", "ppo-all-head", "grpo")
 STRATEGIES = ("ddp", "zero2")
 
 
@@ -22,7 +22,8 @@ def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..
     """``command(case, strategy, *more)``: five steps on 41 examples, 16 per step over all processes.
 
     The last global batch of an epoch has 9 examples, which are not divided evenly; responses differ in length. One
-    process has four of the seven held-out examples.
+    process has four of the seven held-out examples. A case with ``all`` asks five questions about each image, some of
+    which are divided between the processes.
     """
     folder = tmp_path_factory.mktemp("configs")
     lora = {"r": 4, "alpha": 8, "dropout": 0.0}
@@ -33,15 +34,15 @@ def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..
         processes = 1 if strategy == "one" else 2
         model: dict[str, Any] = {"vlm": {"class_path": "safervlm.vlm.llava.Llava", "init_args": vlm}}
         model |= {"lr": 0.003, "warmup_steps": 1}
-        if case == "dpo":
+        if case.startswith("dpo"):
             model["rpo_alpha"] = 1.0
-        if case not in ("sft", "dpo"):
+        if case.startswith(("ppo", "grpo")):
             # A rollout is one optimizer step of several backward passes; gradients are clipped.
             model["judge"] = {"class_path": "safervlm.judging.classifier.Judge", "init_args": judge}
             model |= {"response_length": 8, "mini_batch_size": 16 // processes, "micro_batch_size": 3}
             model["max_grad_norm"] = 0.1
         if case.startswith("ppo"):
-            model |= {"value_on": "policy" if case == "ppo-head" else "adapter", "ppo_epochs": 1}
+            model |= {"value_on": "policy" if case.endswith("head") else "adapter", "ppo_epochs": 1}
         if case == "grpo":
             model |= {"group_size": 3, "mini_batch_size": 48 // processes}
         trainer: dict[str, Any] = {
@@ -66,6 +67,7 @@ def command(tmp_path_factory, tiny_llava, tiny_sets, tiny_judges) -> Callable[..
             trainer["strategy"] = overlay["strategy"]
         data = {"folder": str(tiny_sets / "unsafe"), "safe_folder": str(tiny_sets / "safe"), "num_workers": 0}
         data |= {"validation_fraction": 0.2, "batch_size": 16 // processes}
+        data |= {"questions": "all"} if "all" in case else {}
         config = {"model": {"init_args": model}, "data": {"init_args": data}, "trainer": trainer}
         file = write_config(folder / f"{case}-{strategy}.yaml", config)
         objective = case.partition("-")[0]
@@ -120,11 +122,11 @@ def test_two_processes_equal_one(case, strategy, trained):
             assert apart.abs().max() < 1e-5, name
         if "lora_B" in name or "value_head" in name:
             assert value.abs().max() > 1e-3, name  # initialised to 0: changed by a hundred times the tolerance
-    if case in ("sft", "dpo"):
+    if case.startswith(("sft", "dpo")):
         assert rates(two)["train/loss"] == pytest.approx(rates(one)["train/loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize(("case", "strategy"), [("dpo", "ddp"), ("ppo", "zero2")])
+@pytest.mark.parametrize(("case", "strategy"), [("dpo-all", "ddp"), ("ppo", "zero2")])
 def test_two_processes_are_killed_and_resume(case, strategy, command, trained, tmp_path):
     line = command(case, strategy)
     kill = ["--trainer.callbacks+=processes.SignalAtBatchEnd", "--trainer.callbacks.batch=3"]
