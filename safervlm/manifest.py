@@ -110,6 +110,7 @@ class RunManifest(Callback):
         self.extend = extend
         self._lock: Lock | None = None
         self._waits = False
+        self._decoded: dict[str, str] = {}
         # Must be set before Lightning launches the other processes of the run.
         observe_processes(observe)
 
@@ -191,6 +192,21 @@ class RunManifest(Callback):
         """Defers requests to end until the current batch is written."""
         self._write_check(trainer, pl_module)
         self._wait()
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """States and stores how responses are decoded, which is known now."""
+        self._write_decoding(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """States and stores how responses are decoded, where training samples any."""
+        self._write_decoding(trainer, pl_module)
+
+    def _write_decoding(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        decoded = getattr(getattr(pl_module, "vlm", None), "decoded", {})
+        if trainer.is_global_zero and decoded != self._decoded:
+            self._decoded = decoded
+            say(f"decoding: {decoded['steps']} steps" + (f" ({decoded['reason']})" if "reason" in decoded else ""))
+            write_stage(Path(trainer.default_root_dir), stage_name(pl_module), decoding=decoded)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops deferring requests to end before callbacks that merge and judge, which can be repeated."""

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from safervlm.errors import ArgumentError
-from safervlm.manifest import share_hashes
+from safervlm.manifest import RunManifest, share_hashes
+from safervlm.run import read_manifest
 from safervlm.vlm import weights
 from safervlm.vlm.weights import HASHES, weights_fingerprint
 
@@ -51,3 +52,21 @@ def test_an_error_of_the_first_process_leaves_no_other_waiting() -> None:
 
     module: Any = SimpleNamespace(describe=describe)
     share_hashes(trainer(0), module)  # each process raises it afterwards
+
+
+def test_the_kind_of_decoding_is_stated_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Measure:
+        vlm = SimpleNamespace(decoded={})
+
+    module, callback = Measure(), RunManifest()
+    process: Any = SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path))
+    for decoded in ({}, {"steps": "fixed"}, {"steps": "fixed"}, {"steps": "growing", "reason": "its cache"}):
+        module.vlm.decoded = decoded
+        callback.on_predict_batch_end(process, module, [], None, 0)  # type: ignore[arg-type]
+        callback.on_train_batch_end(process, module, None, None, 0)  # type: ignore[arg-type]
+        if decoded:
+            assert read_manifest(tmp_path)["stages"]["measure"]["decoding"] == decoded
+    assert capsys.readouterr().out.splitlines() == ["decoding: fixed steps", "decoding: growing steps (its cache)"]
+    process.is_global_zero = False
+    RunManifest().on_predict_batch_end(process, module, [], None, 0)  # type: ignore[arg-type]
+    assert not capsys.readouterr().out

@@ -19,7 +19,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -28,9 +27,10 @@ from transformers import (
 from safervlm.errors import ArgumentError, first_line
 from safervlm.io.images import ImageSettings
 from safervlm.limits import TextLimits
-from safervlm.vlm.base import Answer, Unanswered, without_bad
+from safervlm.vlm.base import Answer, Unanswered
 from safervlm.vlm.compat import grown_inputs
 from safervlm.vlm.conversation import template_arguments_of
+from safervlm.vlm.decoding import AS_ASKED, Decoded, Decoding
 from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_tokens
 from safervlm.vlm.heads import transform_between
 from safervlm.vlm.layers import switch_off_dropout
@@ -38,6 +38,7 @@ from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing
 from safervlm.vlm.processors import read_processor
+from safervlm.vlm.prompted import PromptedRows
 from safervlm.vlm.sampling import Sampler, Sampling
 from safervlm.vlm.scoring import Asked, Scoring
 from safervlm.vlm.selfcheck import PROCESSOR_FAILS, UNLIKE, self_check, works
@@ -67,6 +68,7 @@ class Transformers(LocalVLM):
             mark means that the prompt ends inside the reasoning.
         train_without_thinking: Whether a thinking model may be trained on answers that the template writes without
             reasoning, which trains it not to think.
+        decoding: How the steps of generation are computed.
 
     Raises:
         ArgumentError: ``template`` has other placeholders than ``{question}``, or the adapter or model folder is
@@ -88,8 +90,9 @@ class Transformers(LocalVLM):
         template_arguments: dict[str, Any] | None = None,
         thinking: Setting = "detected",
         train_without_thinking: bool = False,
+        decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, limits)
+        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, limits, decoding)
         if template is not None and {name for _, name, _, _ in Formatter().parse(template)} - {None} != {"question"}:
             raise ArgumentError(f"vlm.template: it holds {{question}}, and nothing else in braces, got {template!r}")
         self.system, self.template, self.images = system, template, images
@@ -402,26 +405,23 @@ class Transformers(LocalVLM):
         training = self.training
         self.eval()  # disables dropout, and allows a cache with gradient checkpointing
         with active(self.base, adapter):
-            sharing, asked = self.sharing, batch.encodings
-            inputs = sharing.inputs(asked, tokenwise) or sharing.alone(asked, tokenwise)
-            sampler = Sampler(sampling, self.suppressed, keys, inputs["input_ids"].device)
-            generated = self.base.generate(
-                **inputs,
-                logits_processor=LogitsProcessorList([sampler]),
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=sampling.max_new_tokens,
-                    eos_token_id=self.eos_token_ids,
-                    pad_token_id=self.pad_token_id,
-                ),
-            )
+            rows = PromptedRows(self.sharing, batch.encodings, tokenwise)
+            if reason := AS_ASKED if self.decoding.step == "growing" else rows.obstacle():
+                self.decodes_by("growing", reason)
+                decoded = self._grow(rows, keys, sampling)
+            else:
+                decoded = self.decode(rows, keys, sampling, adapter)
         self.train(training)
+        return self.answers(batch.questions, decoded)
+
+    def _grow(self, rows: PromptedRows, keys: list[int], sampling: Sampling) -> Decoded:
+        """Decodes by the library's loop."""
+        sampler = Sampler(sampling, self.suppressed, keys, rows.encodings[0]["input_ids"].device)
+        answers = rows.grown(sampler, self.eos_token_ids)
         if not sampler.steps:  # the self-check of a large model computes no logits
             raise ArgumentError(
                 f"vlm.model: {self.name!r} {UNLIKE}: its generate never called the logits processor, so it ignores "
                 "vlm.sampling; use another model"
             )
-        tokens = generated[:, inputs["input_ids"].shape[1] :].tolist()
-        logprobs = torch.stack(sampler.logprobs, 1).tolist() if sampler.logprobs else [[]] * len(tokens)
-        found = [self.recorded(those, values) for those, values in zip(tokens, logprobs, strict=True)]
-        return without_bad(batch.questions, found, sampler.bad.tolist())
+        logprobs = torch.stack(sampler.logprobs, 1).tolist() if sampler.logprobs else None
+        return Decoded(answers, sampler.bad.tolist(), logprobs)

@@ -1,11 +1,14 @@
-"""KV cache with spare capacity: appends in place instead of re-allocating at every step.
+"""KV caches that are written in place: one that grows, and one of fixed size.
 
 The library's cache copies all keys and values at every step. For a large batch, these copies are much of the work of a
 step, and on a GPU each copy is slightly larger than any block of memory that was freed before.
 
-Shapes: R rows, A key/value heads, K cached positions, D head dimension.
+Shapes: R rows, A key/value heads, K cached positions, D head dimension, Q tokens of a row in one step.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
@@ -86,4 +89,100 @@ def roomy(config: PreTrainedConfig | None = None) -> DynamicCache:
     if config is None:
         cache.layer_class_to_replicate = PreallocatedLayer
     cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class Places:
+    """Where a step writes into a cache of fixed size; shared by its layers.
+
+    Args:
+        columns: (R, Q) position in the cache of each token of the step. The caller changes it in place.
+        capacity: K.
+
+    Attributes:
+        length: Number of positions that attention uses, from the first one on.
+    """
+
+    def __init__(self, columns: Tensor, capacity: int) -> None:
+        self.columns, self.capacity, self.length = columns, capacity, capacity
+        self.starts: dict[int, Tensor] = {}
+        self.found: dict[int, Tensor] = {}
+
+    def begin(self, length: int) -> None:
+        """Begins a step.
+
+        Args:
+            length: See :attr:`length`.
+        """
+        self.length = length
+        self.found.clear()
+
+    def indices(self, heads: int) -> Tensor:
+        """Returns the (R A Q) places of a step in a (R A K, D) buffer.
+
+        Args:
+            heads: A; layers may have different numbers of heads.
+        """
+        if heads not in self.starts:
+            rows = len(self.columns)
+            each = torch.arange(rows * heads, device=self.columns.device) * self.capacity
+            self.starts[heads] = each.view(rows, heads, 1)
+        if heads not in self.found:
+            self.found[heads] = (self.starts[heads] + self.columns[:, None]).flatten()
+        return self.found[heads]
+
+
+class FixedLayer(DynamicLayer):
+    """Keys and values of one layer in buffers of fixed size.
+
+    Args:
+        keys: (R, A, K, D) buffer of the keys.
+        values: (R, A, K, D) buffer of the values, perhaps with another D.
+        places: Where steps write.
+    """
+
+    is_compileable = True
+
+    def __init__(self, keys: Tensor, values: Tensor, places: Places) -> None:
+        super().__init__()
+        self.keys, self.values, self.places = keys, values, places
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Writes the keys and values of a step, and returns those that attention uses.
+
+        Args:
+            key_states: (R, A, Q, D) keys to write.
+            value_states: (R, A, Q, D) values to write.
+            *_: Further arguments of the library; ignored.
+            **__: Further arguments of the library; ignored.
+        """
+        places = self.places.indices(key_states.shape[1])
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            width = states.shape[-1]
+            buffer.view(-1, width).index_copy_(0, places, states.reshape(-1, width))
+        return self.keys[:, :, : self.places.length], self.values[:, :, : self.places.length]
+
+    def get_seq_length(self) -> int:
+        """Returns how many positions precede the last one that attention uses."""
+        return self.places.length - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns the number of positions that attention uses, and the first of them.
+
+        Args:
+            query_length: Q; ignored.
+        """
+        return self.places.length, 0
+
+
+def fixed(layers: Sequence[tuple[Tensor, Tensor]], places: Places) -> DynamicCache:
+    """Returns a cache of fixed size.
+
+    Args:
+        layers: Buffers of the keys and values of each layer.
+        places: Where steps write.
+    """
+    cache = DynamicCache()
+    cache.layers = [FixedLayer(keys, values, places) for keys, values in layers]
     return cache

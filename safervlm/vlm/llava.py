@@ -24,6 +24,7 @@ from safervlm.limits import TextLimits
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.records import Example, Question
 from safervlm.vlm.base import tokenizable_example
+from safervlm.vlm.decoding import Decoding
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.packed import PackedBatch, PackedVLM
 from safervlm.vlm.recent import RecentPixels
@@ -206,6 +207,7 @@ class Llava(PackedVLM):
         system: System prompt of the conversation; empty for none.
         images: How images are decoded, and the size limits above which they are rejected.
         limits: Limits of texts and of the time to render or match them.
+        decoding: How the steps of generation are computed.
     """
 
     def __init__(
@@ -220,8 +222,9 @@ class Llava(PackedVLM):
         system: str = VICUNA_SYSTEM,
         images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
         limits: TextLimits = TextLimits(),  # noqa: B008 (frozen)
+        decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, limits)
+        super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, limits, decoding)
         self.image_fit, self.system, self.images = image_fit, system, images
 
     @classmethod

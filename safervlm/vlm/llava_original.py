@@ -27,6 +27,7 @@ from safervlm.io.reading import json_text
 from safervlm.limits import TextLimits
 from safervlm.protocol import VICUNA_SYSTEM
 from safervlm.vlm.adapters import CONFIG, adapter_config, adapter_weights
+from safervlm.vlm.decoding import Decoding
 from safervlm.vlm.llava import Llava, LlavaCollator
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.weights import (
@@ -69,6 +70,7 @@ class LlavaOriginal(Llava):
         cache_dir: Folder for converted models. A conversion is as large as the model.
         images: How images are decoded, and the size limits above which they are rejected.
         limits: Limits of texts and of the time to render or match them.
+        decoding: How the steps of generation are computed.
     """
 
     def __init__(
@@ -85,9 +87,10 @@ class LlavaOriginal(Llava):
         cache_dir: str = "~/.cache/safervlm",
         images: ImageSettings = ImageSettings(),  # noqa: B008 (frozen)
         limits: TextLimits = TextLimits(),  # noqa: B008 (frozen)
+        decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(
-            model, revision, adapter, lora, dtype, gradient_checkpointing, image_fit, system, images, limits
+            model, revision, adapter, lora, dtype, gradient_checkpointing, image_fit, system, images, limits, decoding
         )
         self.original, self.vision, self.cache = model, vision, Path(cache_dir).expanduser() / "converted"
         if adapter is not None:

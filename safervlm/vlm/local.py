@@ -21,10 +21,22 @@ from safervlm.finite import NotFiniteError, NotFiniteRecordError
 from safervlm.hashing import seed_for
 from safervlm.io.tables import say
 from safervlm.limits import TextLimits
-from safervlm.records import THINKING_UNFINISHED
+from safervlm.records import THINKING_UNFINISHED, Question
 from safervlm.vlm.adapters import adapter_fingerprint, adapter_weights, export_adapter, load_adapter
-from safervlm.vlm.base import NOT_FINITE, VLM, Generation, Scores, Unanswered, WordProbabilities
+from safervlm.vlm.base import (
+    NOT_FINITE,
+    VLM,
+    Answer,
+    Generation,
+    Scores,
+    Unanswered,
+    WordProbabilities,
+    without_bad,
+)
+from safervlm.vlm.decoding import Decoded, Decoder, Decoding, Rows
+from safervlm.vlm.graphs import capture_for
 from safervlm.vlm.heads import LogitTransform
+from safervlm.vlm.lean import lean_lora
 from safervlm.vlm.lora import (
     AdaptedLayers,
     Adapter,
@@ -36,7 +48,7 @@ from safervlm.vlm.lora import (
 )
 from safervlm.vlm.noise import NOISE
 from safervlm.vlm.odds import probabilities
-from safervlm.vlm.sampling import Sampling, Suppress
+from safervlm.vlm.sampling import Choice, Sampling, Suppress
 from safervlm.vlm.thinking import Thinking
 from safervlm.vlm.weights import weights_fingerprint
 
@@ -68,6 +80,11 @@ class LocalVLM(VLM):
         gradient_checkpointing: Recompute activations in the backward pass. Takes less memory and about a third more
             time.
         limits: Limits of texts and of the time to render or match them.
+        decoding: How the steps of generation are computed.
+
+    Attributes:
+        decoded: How the last responses were decoded: the kind of the ``steps`` (``growing``; ``fixed``; ``fixed,
+            captured`` as CUDA graphs), and the ``reason`` if a faster kind is not used. Empty before the first.
 
     Raises:
         ArgumentError: The adapter folder is incomplete, or the model is a path that doesn't exist.
@@ -84,6 +101,7 @@ class LocalVLM(VLM):
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
         gradient_checkpointing: bool = False,
         limits: TextLimits = TextLimits(),  # noqa: B008 (frozen)
+        decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
@@ -99,7 +117,9 @@ class LocalVLM(VLM):
             )
         self.name, self.revision, self.adapter, self.lora = model, revision, adapter, lora
         self.dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-        self.gradient_checkpointing, self.limits = gradient_checkpointing, limits
+        self.gradient_checkpointing, self.limits, self.decoding = gradient_checkpointing, limits, decoding
+        self.decoded: dict[str, str] = {}
+        self.uncaptured = ""  # why no step of this model can be captured
         self.model: PreTrainedModel | PeftModel | None = None
         self.logit_transform: LogitTransform | None = None  # behind the head; a subclass finds it
         self.adapted: AdaptedLayers | None = None  # what training adapts, known once the weights are loaded
@@ -350,15 +370,48 @@ class LocalVLM(VLM):
         targets, states = self.response_states(batch, adapter)
         return _unflatten(states, targets.mask)
 
-    def recorded(self, tokens: list[int], logprobs: list[float]) -> Generation:
-        """Decodes generated tokens (:meth:`generation`) and adds their log-probabilities.
+    def answers(self, questions: Sequence[Question], decoded: Decoded) -> list[Answer]:
+        """Returns the response to each question, or why it has none: its logits were not finite.
 
         Args:
-            tokens: Generated token ids; anything may follow an end token.
-            logprobs: Log-probability of each token; empty if the sampling does not record them.
+            questions: The questions.
+            decoded: The tokens of their responses.
         """
-        answer = self.generation(tokens)
-        return replace(answer, token_logprobs=logprobs[: len(answer.token_ids)]) if logprobs else answer
+        found = [self.generation(tokens) for tokens in decoded.tokens]
+        if decoded.logprobs is not None:
+            found = [
+                replace(answer, token_logprobs=logprobs[: len(answer.token_ids)])
+                for answer, logprobs in zip(found, decoded.logprobs, strict=True)
+            ]
+        return without_bad(questions, found, decoded.bad)
+
+    def decode(self, rows: Rows, keys: Sequence[int], sampling: Sampling, adapter: Adapter) -> Decoded:
+        """Decodes questions with steps of fixed shapes.
+
+        Args:
+            rows: The questions in rows.
+            keys: Key of the noise of each question.
+            sampling: Decoding settings.
+            adapter: The active adapter.
+        """
+        device = self.base.get_output_embeddings().weight.device
+        choice = Choice(sampling, self.suppressed.to(device), torch.tensor(self.eos_token_ids, device=device))
+        capture = capture_for(device) if self.decoding.step == "automatic" and not self.uncaptured else None
+        decoder = Decoder(rows, keys, choice, self.decoding.rows, capture)
+        with lean_lora(self.base, adapter):
+            found = decoder.run()
+        self.uncaptured = self.uncaptured or decoder.graphs.reason
+        self.decodes_by("fixed" if capture is None or self.uncaptured else "fixed, captured", self.uncaptured)
+        return found
+
+    def decodes_by(self, steps: str, reason: str = "") -> None:
+        """Records how responses are decoded, for the log and the manifest.
+
+        Args:
+            steps: Kind of the steps.
+            reason: Why no faster kind is used, or an empty text.
+        """
+        self.decoded = {"steps": steps} | ({"reason": reason} if reason else {})
 
     def generation(self, tokens: list[int]) -> Generation:
         """Decodes generated tokens, truncated after the first end token, and separates reasoning from the answer.

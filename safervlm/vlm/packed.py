@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from safervlm.records import Question
-from safervlm.vlm.base import Answer, Batch, without_bad
+from safervlm.vlm.base import Answer, Batch
 from safervlm.vlm.cache import roomy
 from safervlm.vlm.compat import CACHE
+from safervlm.vlm.decoding import AS_ASKED, Decoded, Prompts, Rows
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.lora import Adapter, active
 from safervlm.vlm.rows import Packed, additive, common_beginning, pack, pack_completions, questions_of_rows
@@ -198,25 +199,57 @@ class PackedVLM(LocalVLM):
         """
         training = self.training
         self.eval()  # disables dropout, and allows a cache with gradient checkpointing
+        keys = batch.noise_keys(seed)
         with active(self.base, adapter):
-            answers, logprobs, bad = self._decode(batch, sampling, seed)
+            if self.decoding.step == "growing":
+                self.decodes_by("growing", AS_ASKED)
+                decoded = self._decode(batch, sampling, keys)
+            else:
+                decoded = self.decode(PackedRows(self, batch), keys, sampling, adapter)
         self.train(training)
-        found = [self.recorded(tokens, values) for tokens, values in zip(answers, logprobs, strict=True)]
-        return without_bad(batch.questions, found, bad)
+        return self.answers(batch.questions, decoded)
 
-    def _decode(
-        self, batch: PackedBatch, sampling: Sampling, seed: int
-    ) -> tuple[list[list[int]], list[list[float]], list[bool]]:
-        """Returns the tokens of each response, their log-probabilities if recorded, and whether logits ended it.
+    def prefill(self, batch: PackedBatch, rows: Sequence[Sequence[int]]) -> tuple[Packed, Tensor, DynamicCache]:
+        """Computes prompts, several in a row.
 
-        Logits that are not finite end a response.
+        Args:
+            batch: The questions.
+            rows: The questions of each row, all about one image.
+
+        Returns:
+            The packed rows, their (R, L, H) hidden states, and the KV cache.
         """
-        rows = questions_of_rows(batch.image_rows.tolist())
         starts = [common_beginning([batch.prompt_ids[question] for question in row]) for row in rows]
         rests = [[batch.prompt_ids[q][len(start) :] for q in row] for row, start in zip(rows, starts, strict=True)]
         packed = pack(starts, rests).to(batch.image_rows.device)
         cache = roomy()
         states = self.forward_packed(packed, batch.image_rows[[row[0] for row in rows]], batch, cache)
+        return packed, states, cache
+
+    def step(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Computes the hidden states of a token of each slot.
+
+        Args:
+            ids: (R, Q) token ids.
+            positions: (R, Q) their positions.
+            mask: (R, 1, Q, K) mask that attention adds to its scores.
+            cache: The KV cache, which is written to.
+
+        Returns:
+            (R, Q, H) hidden states.
+        """
+        return self.language_model()(
+            inputs_embeds=self.base.get_input_embeddings()(ids),
+            attention_mask=mask,
+            position_ids=positions,
+            **{CACHE: cache},
+            use_cache=True,
+        ).last_hidden_state
+
+    def _decode(self, batch: PackedBatch, sampling: Sampling, keys: list[int]) -> Decoded:
+        """Decodes with steps whose tensors grow."""
+        rows = questions_of_rows(batch.image_rows.tolist())
+        packed, states, cache = self.prefill(batch, rows)
 
         # State of each question that is still being decoded: row, hidden state, slot and position.
         asked = [question for row in rows for question in row]
@@ -231,7 +264,6 @@ class PackedVLM(LocalVLM):
         answers: list[list[int]] = [[] for _ in batch.questions]
         logprobs: list[list[float]] = [[] for _ in batch.questions]
         bad = [False] * len(answers)
-        keys = batch.noise_keys(seed)
         keys = [keys[question] for question in asked]
         head, sampler = self.base.get_output_embeddings(), Sampler(sampling, self.suppressed, keys, row.device)
         while True:
@@ -250,7 +282,7 @@ class PackedVLM(LocalVLM):
                 and answers[question][-1] not in self.eos_token_ids
             ]
             if not going:
-                return answers, logprobs, bad
+                return Decoded(answers, bad, logprobs if sampler.logprobs else None)
             asked = [asked[place] for place in going]
             sampler.select(going)
             row, slot, position, tokens = row[going], slot[going], position[going] + 1, tokens[going]
@@ -263,12 +295,53 @@ class PackedVLM(LocalVLM):
             ids[row, slot], positions[row, slot] = tokens, position
             seen = (segments[:, None] == 0) | (segments[:, None] == slots[:, :, None])
             mask = torch.cat([seen, itself.expand(len(seen), -1, -1)], dim=-1)[:, None]
-            embeddings = self.base.get_input_embeddings()(ids)
-            states = self.language_model()(
-                inputs_embeds=embeddings,
-                attention_mask=additive(mask, embeddings.dtype),
-                position_ids=positions,
-                **{CACHE: cache},
-                use_cache=True,
-            ).last_hidden_state[row, slot]
+            added = additive(mask, self.base.get_input_embeddings().weight.dtype)
+            states = self.step(ids, positions, added, cache)[row, slot]
             segments = torch.cat([segments, slots], dim=1)
+
+
+class PackedRows(Rows):
+    """The questions of a batch, each row about one image.
+
+    Args:
+        vlm: The model.
+        batch: The questions.
+    """
+
+    def __init__(self, vlm: PackedVLM, batch: PackedBatch) -> None:
+        self.vlm, self.batch = vlm, batch
+        self.questions = questions_of_rows(batch.image_rows.tolist())
+        self.dtype = vlm.base.get_input_embeddings().weight.dtype
+
+    def prefill(self, rows: Sequence[int]) -> Prompts:
+        """Computes the prompts of some of the rows.
+
+        Args:
+            rows: Their numbers.
+        """
+        packed, states, cache = self.vlm.prefill(self.batch, [self.questions[row] for row in rows])
+        slots = torch.arange(1, self.slots + 1, device=states.device)
+        segments = packed.segments[:, None]
+        row, slot = packed.rows, packed.segments[packed.rows, packed.ends] - 1
+        logits = self.vlm.base.get_output_embeddings()(states[row, packed.ends])
+        prompts = Prompts(
+            layers=[(layer.keys, layer.values) for layer in cache.layers],
+            seen=(segments == 0) | (segments == slots[:, None]),
+            positions=slots.new_zeros(len(rows), self.slots, 1),
+            logits=logits.new_zeros(len(rows), self.slots, logits.shape[-1]),
+        )
+        prompts.positions[row, slot, 0] = packed.position_ids[row, packed.ends]
+        prompts.logits[row, slot] = logits
+        return prompts
+
+    def logits(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Computes the (R, Q, V) logits that follow a token of each slot.
+
+        Args:
+            tokens: (R, Q) token ids.
+            positions: (R, Q, 1) their positions.
+            mask: (R, 1, Q, length) mask that attention adds to its scores.
+            cache: Where the step writes, and what it attends to.
+        """
+        states = self.vlm.step(tokens, positions[..., 0], mask, cache)
+        return self.vlm.base.get_output_embeddings()(states)

@@ -20,6 +20,7 @@ Encoding = Mapping[str, Tensor]
 # Tolerated root-mean-square difference between two ways to compute the same values, relative to their standard
 # deviation. Rounding to bfloat16 causes some hundredths. Values of other types must be equal.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+GROWS = "its KV cache doesn't keep all positions, or its generate is its own"
 
 
 def extend(encoding: Encoding, completion: Sequence[int], written: Encoding) -> dict[str, Tensor]:
@@ -248,6 +249,12 @@ class PrefixSharing:
         pad_token_id: Padding token, which the attention mask hides.
         image_token_ids: Placeholder tokens of images.
         dtype: Data type of the base weights.
+
+    Attributes:
+        plain: Whether every layer caches all positions, and the library's ``generate`` is used.
+        works: Whether prompts share what they begin with; None before it is known.
+        obstacle: Why steps of fixed shapes are not used, or an empty text (:mod:`safervlm.vlm.prompted`); None before
+            it is known.
     """
 
     def __init__(
@@ -262,6 +269,7 @@ class PrefixSharing:
             and all(type(layer) is PreallocatedLayer for layer in self.cache().layers)
         )
         self.works: bool | None = None if self.plain else False
+        self.obstacle: str | None = None if self.plain else GROWS
 
     def cache(self) -> DynamicCache:
         """Returns an empty KV cache for the model."""

@@ -113,11 +113,8 @@ class Sampler:
         """
         self.steps += 1
         self.counters = self.counters + STEP
-        bad = ~torch.isfinite(logits.amax(-1))  # amax propagates NaN; single tokens may be minus infinity
+        scores, bad = prepared_scores(logits, self.suppressed, self.sampling.temperature)
         self.bad = self.bad | bad
-        scores = logits.float().masked_fill(bad[:, None], 0).index_fill_(-1, self.suppressed, -torch.inf)
-        if self.sampling.temperature not in (0, 1):
-            scores = scores.div_(self.sampling.temperature)
         if self.sampling.temperature == 0:
             chosen = scores.argmax(-1)
         elif self.sampling.top_p < 1:
@@ -125,12 +122,35 @@ class Sampler:
         else:
             chosen = sample_from_all(scores, self.counters)
         if self.sampling.logprobs:
-            self.logprobs.append(scores.gather(-1, chosen[:, None])[:, 0] - scores.logsumexp(-1))
+            self.logprobs.append(logprobs_of(scores, chosen))
         return chosen
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns (B, V) scores whose only finite entries are those of the chosen tokens."""
         return torch.full_like(scores, -torch.inf).scatter_(1, self.choose(scores)[:, None], 0)
+
+
+def prepared_scores(logits: Tensor, suppressed: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Returns the scores from which tokens are chosen, and which rows had logits that are not finite.
+
+    Args:
+        logits: (B, V) logits of the model.
+        suppressed: Tokens that a response must not contain.
+        temperature: See :class:`Sampling`; 0 leaves the scores as they are.
+    """
+    bad = ~torch.isfinite(logits.amax(-1))  # amax propagates NaN; single tokens may be minus infinity
+    scores = logits.float().masked_fill(bad[:, None], 0).index_fill_(-1, suppressed, -torch.inf)
+    return scores if temperature in (0, 1) else scores.div_(temperature), bad
+
+
+def logprobs_of(scores: Tensor, chosen: Tensor) -> Tensor:
+    """Returns the (B,) log-probabilities of tokens.
+
+    Args:
+        scores: (B, V) scores, see :func:`prepared_scores`.
+        chosen: (B,) tokens.
+    """
+    return scores.gather(-1, chosen[:, None])[:, 0] - scores.logsumexp(-1)
 
 
 def sample_from_all(scores: Tensor, counters: Tensor) -> Tensor:
@@ -155,9 +175,8 @@ def sample_from_all(scores: Tensor, counters: Tensor) -> Tensor:
 def sample_from_nucleus(scores: Tensor, counters: Tensor, top_p: float, most: int = NUCLEUS) -> Tensor:
     """Samples a token of each row from its most probable tokens, whose probabilities sum to at least ``top_p``.
 
-    Tokens as probable as the last of them belong to them, too: so the set doesn't depend on how a sort orders equal
-    logits, which are frequent in bfloat16. Only the ``most`` largest logits are sorted. Rows whose set may be larger
-    are computed again with more, and each row by itself, so that no row depends on the others.
+    Only the ``most`` largest logits are sorted. Rows with more survivors are computed again with more logits, and each
+    row by itself, so that no row depends on the others.
 
     Args:
         scores: (B, V) logits.
@@ -168,14 +187,86 @@ def sample_from_nucleus(scores: Tensor, counters: Tensor, top_p: float, most: in
     Returns:
         (B,) token ids.
     """
+    chosen, undecided = sample_from_largest(scores, counters, top_p, most)
+    if most < scores.shape[-1]:
+        rows = undecided.nonzero()[:, 0]
+        if len(rows):
+            chosen[rows] = sample_from_nucleus(scores[rows], counters[rows], top_p, MORE * most)
+    return chosen
+
+
+def sample_from_largest(scores: Tensor, counters: Tensor, top_p: float, most: int) -> tuple[Tensor, Tensor]:
+    """Samples a token of each row from its most probable tokens, as far as ``most`` of them suffice.
+
+    Tokens as probable as the last of them belong to them, too: so the set doesn't depend on how a sort orders equal
+    logits, which are frequent in bfloat16.
+
+    Args:
+        scores: (B, V) logits.
+        counters: (B,) counters of the noise.
+        top_p: See :class:`Sampling`; below 1.
+        most: Number of logits of a row to sort.
+
+    Returns:
+        (B,) token ids, and (B,) True for the rows whose set may be larger than ``most``.
+    """
     values, tokens = scores.topk(min(most, scores.shape[-1]))
     probabilities = (values - scores.logsumexp(-1, keepdim=True)).exp()
     before = probabilities.cumsum(-1) - probabilities
     least = values.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
     noisy = (values + gumbel(token_bits(counters, tokens))).masked_fill_(values < least, -torch.inf)
     chosen = tokens.gather(-1, noisy.argmax(-1, keepdim=True))[:, 0]
-    if most < scores.shape[-1]:
-        rows = (values[:, -1] >= least[:, 0]).nonzero()[:, 0]
-        if len(rows):
-            chosen[rows] = sample_from_nucleus(scores[rows], counters[rows], top_p, MORE * most)
-    return chosen
+    if most >= scores.shape[-1]:
+        return chosen, torch.zeros_like(chosen, dtype=torch.bool)
+    return chosen, values[:, -1] >= least[:, 0]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What determines a token, given its logits.
+
+    Attributes:
+        sampling: Decoding settings.
+        suppressed: Tokens that a response must not contain.
+        ends: Tokens that end a response.
+    """
+
+    sampling: Sampling
+    suppressed: Tensor
+    ends: Tensor
+
+    def tokens(self, logits: Tensor, counters: Tensor, levels: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Chooses a token of each row.
+
+        Args:
+            logits: (B, V) logits.
+            counters: (B,) counters of the noise.
+            levels: How often more logits are sorted than :data:`NUCLEUS`, in every row, whether it needs them or not.
+                None looks which rows need them, and leaves none undecided.
+
+        Returns:
+            (B,) tokens; (B,) whether the logits were not finite; (B,) whether the token is undecided, because more
+            logits have to be sorted; (B,) log-probabilities of the tokens, 0 unless the sampling records them.
+        """
+        scores, wrong = prepared_scores(logits, self.suppressed, self.sampling.temperature)
+        chosen, undecided = self._chosen(scores, counters, levels)
+        recorded = self.sampling.logprobs
+        logprobs = logprobs_of(scores, chosen) if recorded else torch.zeros_like(wrong, dtype=scores.dtype)
+        return chosen, wrong, undecided, logprobs
+
+    def _chosen(self, scores: Tensor, counters: Tensor, levels: int | None) -> tuple[Tensor, Tensor]:
+        """Returns the tokens, and which of them are undecided."""
+        decided = torch.zeros_like(counters, dtype=torch.bool)
+        if self.sampling.temperature == 0:
+            return scores.argmax(-1), decided
+        if self.sampling.top_p == 1:
+            return sample_from_all(scores, counters), decided
+        if levels is None:
+            return sample_from_nucleus(scores, counters, self.sampling.top_p), decided
+        most = NUCLEUS
+        chosen, undecided = sample_from_largest(scores, counters, self.sampling.top_p, most)
+        for _ in range(levels):
+            most *= MORE
+            again, still = sample_from_largest(scores, counters, self.sampling.top_p, most)
+            chosen, undecided = torch.where(undecided, again, chosen), undecided & still
+        return chosen, undecided

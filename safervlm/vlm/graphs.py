@@ -1,0 +1,83 @@
+"""CUDA graphs: a step is captured once, and replayed with one launch.
+
+A replay repeats the kernels of the step on the same addresses. So a step may be captured if it reads and writes tensors
+that stay where they are, and if nothing in it depends on their values on the CPU.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+import torch
+
+from safervlm.errors import first_line
+
+
+class Replayable(Protocol):
+    """A captured step."""
+
+    def replay(self) -> None:
+        """Repeats the step."""
+
+
+Capture = Callable[[Callable[[], None]], Replayable]
+
+
+def capture_cuda(step: Callable[[], None]) -> Replayable:
+    """Captures a step as a CUDA graph, without executing it.
+
+    Args:
+        step: The step. It has been executed before, so that libraries have allocated their workspaces.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, which pin the memory of the next batch, may use the GPU meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph
+
+
+def capture_for(device: torch.device) -> Capture | None:
+    """Returns how steps on a device are captured; None where they can't be.
+
+    Args:
+        device: The device of the model.
+    """
+    return capture_cuda if device.type == "cuda" else None
+
+
+class Graphs:
+    """Captured steps, by what determines their shapes.
+
+    Args:
+        capture: How a step is captured; None to execute each step anew.
+
+    Attributes:
+        reason: Why nothing is captured any more, or an empty text.
+    """
+
+    def __init__(self, capture: Capture | None) -> None:
+        self.capture = capture
+        self.captured: dict[Hashable, Replayable] = {}
+        self.reason = ""
+
+    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+        """Executes a step: the first time as it is, from then on by replaying it.
+
+        Args:
+            key: What determines the shapes of the step.
+            step: The step.
+        """
+        if key in self.captured:
+            self.captured[key].replay()
+            return
+        step()
+        if self.capture is not None and not self.reason:
+            try:
+                self.captured[key] = self.capture(step)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # the model's code waits for the GPU, for example to route tokens to experts
+                self.reason = f"no CUDA graph: {first_line(error)}"
+
+    def clear(self) -> None:
+        """Forgets the captured steps, because their tensors have been replaced."""
+        self.captured.clear()
