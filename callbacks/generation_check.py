@@ -21,6 +21,7 @@ from safervlm.ranges import in_range
 from safervlm.run import write_stage
 from safervlm.statistics.differences import difference_of_items
 from safervlm.vlm.base import must_be_answered
+from safervlm.vlm.noise import NOISE
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.thinking import many_unfinished
 
@@ -112,21 +113,33 @@ class GenerationCheck(Callback):
         """
         return batches % self.every_n_batches == 0
 
+    @property
+    def noise(self) -> int | None:
+        """Version of the sampling noise; None for greedy decoding, which has none."""
+        return None if self.sampling.temperature == 0 else NOISE
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the baseline by question: a resumed run compares with the same responses from before training."""
         before = self.before
-        return {"before": None} if before is None else {"before": before.flags, "gaps": before.gaps}
+        baseline = {"before": None} if before is None else {"before": before.flags, "gaps": before.gaps}
+        return baseline | {"noise": self.noise}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the baseline.
 
         Raises:
-            ArgumentError: the checkpoint is of an earlier version, which stored no baseline by question.
+            ArgumentError: the checkpoint is of an earlier version, which stored no baseline by question, or sampled
+                it with other noise.
         """
         if "before" not in state_dict:
             raise ArgumentError(
                 "GenerationCheck: the checkpoint is of an earlier version, which kept no responses from before "
                 "training; start a new run (--run)"
+            )
+        if self.noise is not None and (there := state_dict.get("noise", 1)) != self.noise:
+            raise ArgumentError(
+                f"GenerationCheck: the responses from before training were sampled with noise of version {there}, "
+                f"those of today would be with version {self.noise}; start a new run (--run)"
             )
         flags = state_dict["before"]
         self.before = None if flags is None else Verdicts(flags, state_dict.get("gaps", {}))

@@ -24,7 +24,8 @@ from safervlm.errors import ArgumentError, RecordError, UserError
 from safervlm.io.boundary import causes
 from safervlm.io.reading import read_object
 from safervlm.io.tables import say
-from safervlm.judging.classifier import BATCH_SIZE, WEIGHTS, Judge
+from safervlm.judging.classifier import BATCH_SIZE, Judge
+from safervlm.judging.files import WEIGHTS
 from safervlm.protocol import LABELS, NOT_APPLICABLE
 from safervlm.ranges import in_range
 from safervlm.recipes import local_or_shipped

@@ -238,8 +238,11 @@ class Verdict:
     answer: str = ""
 
     def __post_init__(self) -> None:
-        """Normalises the id as the question's."""
-        normalise(self, "id")
+        """Normalises the id as the question's, and the labels; two spellings of a label are a contradiction."""
+        normalise(self, "id", "label")
+        if isinstance(self.probabilities, dict) and any(normal_name(name) != name for name in self.probabilities):
+            named = {normal_name(name): value for name, value in self.probabilities.items()}
+            object.__setattr__(self, "probabilities", named)
 
     @staticmethod
     def fingerprint_of(text: str) -> str:

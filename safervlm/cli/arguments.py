@@ -166,9 +166,7 @@ def check_inside(settings: Any, prefix: str, where: str, folder: Path, seen: set
     Raises:
         ArgumentError: See :func:`prepared`.
     """
-    for name in SECTIONS if not prefix and isinstance(settings, Mapping) else ():
-        if not isinstance(section := settings.get(name, ""), Mapping | str):
-            raise ArgumentError(f"{where}: {name}: settings are needed, got {section!r:.80}; give some, or omit {name}")
+    check_kinds(settings, prefix, where)
     names: set[str] = set()
     for key, setting in flat(settings, prefix, lists=True):
         if key == prefix:
@@ -177,6 +175,37 @@ def check_inside(settings: Any, prefix: str, where: str, folder: Path, seen: set
             raise ArgumentError(f"{where}: {key} is there twice, nested and with dots; leave one out")
         names.add(key)
         check_arguments(plain_name(key), setting, f"{where}: {key}", folder, seen)
+
+
+def check_kinds(settings: Any, name: str, where: str) -> None:
+    """Rejects settings of a kind that the parser would take for the settings of a class, or would not name.
+
+    Args:
+        settings: Parsed settings.
+        name: Dotted name that the settings are nested in; empty for top-level settings.
+        where: Location of the settings, for the error message.
+
+    Raises:
+        ArgumentError: A section or the arguments of a class are no settings, the path of a class is no text, or the
+            name of an argument is no text.
+    """
+    for item in settings if isinstance(settings, list) else ():
+        check_kinds(item, name, where)
+    if not isinstance(settings, Mapping):
+        return
+    section, arguments = not name, name.endswith(("init_args", "dict_kwargs"))
+    for key, value in settings.items():
+        whole = f"{name}.{key}" if name else str(key)
+        if not isinstance(key, str) and (section or arguments):
+            raise ArgumentError(f"{where}: the name {key!r} is no text; name an argument, as model or data")
+        if (section and key in SECTIONS) or key in ("init_args", "dict_kwargs"):
+            if not isinstance(value, Mapping | str):
+                raise ArgumentError(
+                    f"{where}: {whole}: settings are needed, got {value!r:.80}; give some, or omit {key}"
+                )
+        elif key == "class_path" and not isinstance(value, str):
+            raise ArgumentError(f"{where}: {whole}: the path of a class is needed, got {value!r:.80}; name one")
+        check_kinds(value, whole, where)
 
 
 def options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:

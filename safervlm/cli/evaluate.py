@@ -15,7 +15,7 @@ Evaluates the original model and models trained from it on every dataset, and wr
 The adapter of each RUN is evaluated into RUN/evaluation, each in a process of its own. In the ARGUMENTS, {} is replaced
 by the name of the run. Complete evaluations are not repeated, a failed one does not stop the others, unavailable
 datasets are skipped with a warning, and the same command resumes. The exit code is 1 after a failure, 3 if something
-has no response.
+has no response, 2 if the first one rejects the ARGUMENTS.
 
   --original FOLDER   the original model is evaluated into FOLDER/evaluation (default: runs/original)
   --out FILE          the table, a page with .csv, .xlsx and .tex files beside it (default: runs/evaluation.html)
@@ -31,7 +31,8 @@ def evaluate_runs(words: Sequence[str]) -> None:
 
     Raises:
         ArgumentError: An option has no value.
-        SystemExit: With exit code 1 if an evaluation failed, 3 if something has no response.
+        SystemExit: With exit code 1 if an evaluation failed, 3 if something has no response, 2 if the first evaluation
+            rejects the arguments.
     """
     given = typed(words, {"original": "runs/original", "out": "runs/evaluation.html"})
     overlay = ["--config", "configs/pictograms/evaluate.yaml"] if given.options["pictograms"] else []
@@ -52,7 +53,8 @@ def evaluate_runs(words: Sequence[str]) -> None:
         say(f"{run}: evaluating into {RunFolder(run).evaluation}")
         rest = [word.replace("{}", run.name) for word in (*overlay, *given.rest)]
         recipe = ["--config", "configs/evaluate.yaml"]
-        code = play(["predict", *recipe, *rest, *adapter, "--run", str(RunFolder(run).evaluation)])
+        line = ["predict", *recipe, *rest, *adapter, "--run", str(RunFolder(run).evaluation)]
+        code = play(line, first=run == original and bool(given.rest))
         if code == 3:
             partial.append(f"{run}: some questions have no response, see above; the same command asks them again")
         elif code:

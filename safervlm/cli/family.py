@@ -54,7 +54,7 @@ def with_class(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
 
 
 def fitting_class(vlm: Namespace, words: Sequence[str]) -> Namespace:
-    """Returns the settings of a VLM with the class that loads its checkpoint, if only the checkpoint was typed.
+    """Returns the settings of a VLM, of which the checkpoint was typed and no class, with the class that loads it.
 
     Settings that differ from the defaults of the recipe's class are kept where the new class has them.
 
@@ -63,12 +63,10 @@ def fitting_class(vlm: Namespace, words: Sequence[str]) -> Namespace:
         words: Words of the command line.
 
     Returns:
-        The settings; the same ones if a class was typed, too, or the recipe's is not one of the built-in families.
+        The settings; the same ones if the recipe's class is not one of the built-in families.
     """
     typed = {plain_name(name) for name, _ in options(words)}
     before = resolve_name(vlm["class_path"])
-    if "model.vlm.model" not in typed or "model.vlm" in typed or "model.vlm.class_path" in typed:
-        return vlm
     if before not in (*BUILT_IN, Transformers):
         return vlm
     given = vlm["init_args"].as_dict()

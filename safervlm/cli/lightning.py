@@ -23,6 +23,7 @@ from safervlm.cli.arguments import prepared
 from safervlm.cli.classes import import_classes
 from safervlm.cli.family import with_class
 from safervlm.cli.messages import one_line
+from safervlm.cli.nulls import reject_nulls
 from safervlm.cli.parser import ConfigInRunFolder, OneLineParser
 from safervlm.cli.trainer import callbacks_with_lines, check_trainer, with_log_folders
 from safervlm.data.suite import Suite
@@ -144,6 +145,7 @@ class SaferCLI(LightningCLI):
         can = [command for command, name in step.items() if is_overridden(name, resolve_name(path), LightningModule)]
         if self.subcommand not in can:
             fail(f"--config: {path} is not for {self.subcommand}; use safervlm {' or '.join(can)}, or another recipe")
+        reject_nulls(self.config[self.subcommand].as_dict())
         check_trainer(self.subcommand, self.config[self.subcommand])
         self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"
 
@@ -155,10 +157,10 @@ class SaferCLI(LightningCLI):
         """
         assert self.subcommand is not None  # noqa: S101 (we always have one; for the type checker)
         run = Path(self.config[self.subcommand]["run"])
-        made = [folder for folder in (run, *run.parents) if not folder.exists()]
         with explained(
             f"--run: the folder {str(run)!r} can't be made", "name another one", OSError, error=ArgumentError
         ):
+            made = [folder for folder in (run, *run.parents) if not folder.exists()]
             run.mkdir(parents=True, exist_ok=True)
         run_folder.set(run)
         try:
@@ -374,9 +376,13 @@ def hush() -> None:
         r".*`predict_dataloader` returned 0 batches|.*eval mode at the start of training",
     ):
         warnings.filterwarnings("ignore", message)
-    news = re.compile(r"(?!.*(Tip:|TPU available|weights_only|to estimate number of stepping))", re.DOTALL)
-    rank_zero = "lightning.pytorch.utilities.rank_zero"
-    for name in (rank_zero, "lightning.pytorch.trainer.connectors.checkpoint_connector"):
+    known = "Seed set to|Automatic Mixed Precision|TPU available|weights_only|to estimate number of stepping"
+    news = re.compile(rf"(?!.*(Tip:|{known}))", re.DOTALL)
+    for name in (
+        "lightning.fabric.utilities.seed",
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    ):
         logging.getLogger(name).addFilter(lambda record: bool(news.match(record.getMessage())))
 
 

@@ -105,7 +105,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         print(__version__)
         return
-    with one_line_errors(), listening():
+    with one_line_errors(args), listening():
         shell = args[0].partition("--print_shtab")[2].removeprefix("=") or " ".join(args[1:])
         if args[0].startswith("--print_shtab"):
             print(shell_completion(shell))

@@ -21,7 +21,7 @@ Measures VLMs with the published questions, each in a run folder and a process o
 A VLM is the name of a file in configs/vlm/ without its extension, or the path of another such file. The default is all
 files in configs/vlm/. In the ARGUMENTS, {} is replaced by the name of the VLM. Complete measurements are not repeated,
 a failed one does not stop the others, and the same command resumes. At the end a table of VLMs and capabilities is
-printed. The exit code is 1 after a failure, 3 if something has no response.
+printed. The exit code is 1 after a failure, 3 if something has no response; 2 if the first one rejects the ARGUMENTS.
 
   --runs FOLDER   each VLM has the run folder FOLDER/VLM and the log FOLDER/VLM.log (default: runs/query)
   --pictograms    measure on the pictograms, by default their VLM: --config configs/pictograms/measure.yaml
@@ -36,7 +36,8 @@ def measure_vlms(words: Sequence[str]) -> None:
 
     Raises:
         ArgumentError: A VLM does not exist.
-        SystemExit: With exit code 1 if a measurement failed, 3 if something has no response.
+        SystemExit: With exit code 1 if a measurement failed, 3 if something has no response, 2 if the first measurement
+            rejects the arguments.
     """
     given = typed(words, {"runs": "runs/query"})
     pictograms = bool(given.options["pictograms"])
@@ -45,6 +46,7 @@ def measure_vlms(words: Sequence[str]) -> None:
     files = [recipe_file(name, "configs/vlm") for name in given.names or every]
     runs = [Path(given.options["runs"]) / Path(file).stem for file in files]
     failed, partial = [], []
+    first = bool(given.rest)  # nothing but the arguments is common to the measurements
     for file, run in zip(files, runs, strict=True):
         line = ["predict", "--config", "configs/measure.yaml", *overlay]
         line += [*(word.replace("{}", run.name) for word in given.rest), "--model.vlm", file]
@@ -54,7 +56,8 @@ def measure_vlms(words: Sequence[str]) -> None:
             continue
         say(f"{run.name}: measuring into {run}")
         run.parent.mkdir(parents=True, exist_ok=True)
-        code = play(line, log=log_of(run))
+        code = play(line, log=log_of(run), first=first)
+        first = False
         if code == 3:
             partial.append(f"{run}: some questions have no response, see the table; the same command asks them again")
         elif code:

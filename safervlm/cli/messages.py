@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from lightning import LightningDataModule, Trainer
 
-from safervlm.cli.arguments import SECTIONS, options
+from safervlm.cli.arguments import SECTIONS, SHORT, options
 from safervlm.recipes import CONFIGS
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.sampling import Sampling
@@ -87,8 +87,9 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     if nothing := find(r"Unexpected config: *(.*)"):
         return f"a config sets {nothing.rstrip(':')!r} and no value for it; give one, or omit it"
     if lacking := find(r"argument (--\S+): expected one argument"):
-        typed_without = (f"--{name}" for name, value in options(typed) if value is None or value.startswith("-"))
-        lacking = next((name for name in typed_without if name.startswith(lacking)), lacking)
+        without = [name for name, value in options(typed) if value is None or value.startswith("-")]
+        full = {f"--{name}": f"--{SHORT.get(name, name)}" for name in without}
+        lacking = next((name for name in full if full[name].startswith(lacking)), lacking)
         return f"{lacking} has no value; write {lacking}=VALUE for one that begins with a dash"
     key = find(r"""[Pp]arser key ["']([^"']+)["']""") or ""
     if missing := find(r"File does not exist: '?([^'\n]+)"):
@@ -98,9 +99,15 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         close = difflib.get_close_matches(Path(missing).stem, shipped, 1)
         hint = f"did you mean {shipped[close[0]]}?" if close else "see configs/"
         return f"--{key}: no file {missing!r}; {hint}"
-    name = f"--{argument(key, typed)}: " if key else ""
+    whole_sections = {"LightningModule": "model", "LightningDataModule": "data"}
+    section = next((part for kind, part in whole_sections.items() if re.search(rf"\b{kind}\b", message)), "")
+    name = f"--{section or argument(key, typed)}: " if key else ""
+    if path := find(r"Unexpected import path format: (.*)"):
+        return f"{name}{path!r} is no path of a class, as safervlm.measure.Measure is; correct it"
     if reason := find(r"does not correspond to a subclass of (\w+)"):
         return f"{name}{find(r'Given value: (.*)') or 'the class'} is not a {reason}; name the class_path of one"
+    if reason := find(r"Not a valid subclass of (\w+)"):
+        return f"{name}{find(r'Got value: (.*)') or 'it'} is not a {reason}; name the class_path of one"
     if path := find(r"Problem with given class_path '([^']+)'"):
         reason = find(r"class_path '[^']+':\s+(.*)") or ""
         short = path.rpartition(".")[2]
@@ -191,7 +198,7 @@ def argument(key: str, typed: Sequence[str]) -> str:
         The first typed name that ends in ``key``; ``key`` itself if there is none.
     """
     names = [each.lstrip("-").split("=")[0] for each in typed if each.startswith("--")]
-    return next((name for name in names if name.replace("init_args.", "").endswith(key)), key)
+    return next((name for name in names if f".{name}".replace("init_args.", "").endswith(f".{key}")), key)
 
 
 def parameters(part: str) -> list[str]:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import IO
 
 from safervlm.errors import ArgumentError
-from safervlm.io.boundary import warn
+from safervlm.io.boundary import REJECTED, warn
 from safervlm.io.signals import GRACE, grace
 from safervlm.recipes import CONFIGS, local_or_shipped
 
 PROGRAM: Sequence[str] = (sys.executable, "-m", "safervlm")
 ENDED_BY_SIGNAL = (130, 143)
+USAGE = 64  # exit code of a command that rejects its arguments, see REJECTED
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def recipes(folder: str) -> list[str]:
     return sorted({file.stem for place in places for file in place.glob("*.yaml")})
 
 
-def play(words: Sequence[str], log: Path | None = None) -> int:
+def play(words: Sequence[str], log: Path | None = None, first: bool = False) -> int:
     """Runs a command of SaferVLM in a process of its own and returns its exit code.
 
     A request to end is passed on to it as SIGTERM. It is given nine tenths of the time that this process has to end.
@@ -115,21 +116,27 @@ def play(words: Sequence[str], log: Path | None = None) -> int:
     Args:
         words: Words of the command line, beginning with the command.
         log: File that receives a copy of its output; None for none.
+        first: Whether it is the first of several commands with the same arguments.
 
     Raises:
-        SystemExit: The command was ended by a signal, so no other one is to be started.
+        SystemExit: The command was ended by a signal, or is the first one and has rejected its arguments, so no other
+            one is to be started.
     """
     # PYTHONSAFEPATH: a file in the current folder, such as datasets.py, must not shadow a package.
-    environment = os.environ | {"PYTHONSAFEPATH": "1", GRACE: f"{0.9 * grace():g}"}
+    environment = os.environ | {"PYTHONSAFEPATH": "1", GRACE: f"{0.9 * grace():g}", REJECTED: str(USAGE)}
     sys.stdout.flush()
     if log is None:
         child = subprocess.Popen([*PROGRAM, *words], env=environment)  # noqa: S603
-        return _wait(child)
-    with log.open("wb") as file:
-        child = subprocess.Popen(  # noqa: S603
-            [*PROGRAM, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        return _wait(child, file)
+        code = _wait(child)
+    else:
+        with log.open("wb") as file:
+            child = subprocess.Popen(  # noqa: S603
+                [*PROGRAM, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            code = _wait(child, file)
+    if code == USAGE and first:
+        raise SystemExit(2)
+    return 2 if code == USAGE else code
 
 
 def _wait(child: "subprocess.Popen[bytes]", log: IO[bytes] | None = None) -> int:

@@ -14,7 +14,8 @@ Trains the models that `safervlm evaluate` evaluates, each in a run folder and a
 
 An OBJECTIVE is the name of a file in configs/ without its extension (sft, dpo, ppo, grpo), or the path of such a file.
 In the ARGUMENTS, {} is replaced by the name of the objective: --config my/{}.yaml. Finished runs are kept as they are,
-a failure does not stop the others, and the same command resumes. The exit code is 1 after a failure.
+a failure does not stop the others, and the same command resumes. The exit code is 1 after a failure, 2 if the
+first one rejects the ARGUMENTS.
 
   --runs FOLDER   each objective has the run folder FOLDER/OBJECTIVE (default: runs)
   --pictograms    train on the pictograms: --config configs/pictograms/{}.yaml
@@ -29,7 +30,7 @@ def train_objectives(words: Sequence[str]) -> None:
 
     Raises:
         ArgumentError: There is no objective, or one that does not exist.
-        SystemExit: With exit code 1, if a training failed.
+        SystemExit: With exit code 1 if a training failed, 2 if the first one rejects the arguments.
     """
     given = typed(words, {"runs": "runs"})
     if not given.names:
@@ -42,6 +43,7 @@ def train_objectives(words: Sequence[str]) -> None:
         run = Path(given.options["runs"]) / name
         say(f"{name}: training into {run}")
         rest = [word.replace("{}", name) for word in (*overlay, *given.rest)]
-        if code := play(["fit", "--config", file, *rest, "--run", str(run)]):
+        line = ["fit", "--config", file, *rest, "--run", str(run)]
+        if code := play(line, first=file == files[0] and bool(given.rest)):
             failed.append(f"{name} (exit code {code})")
     finish(failed)

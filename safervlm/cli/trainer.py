@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
@@ -16,6 +17,9 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger
 from safervlm.errors import ArgumentError
 from safervlm.progress_lines import progress_lines
 from safervlm.run_folder import RunFolder
+
+# Numbers that Lightning takes without a check, and the least that each may be.
+LEAST = {"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "num_sanity_val_steps": -1}
 
 
 def check_trainer(command: str, settings: Namespace) -> None:
@@ -37,6 +41,9 @@ def check_trainer(command: str, settings: Namespace) -> None:
         value = settings["trainer"].get(name)
         if value is not None and value is not False and value == 0:
             raise ArgumentError(f"--trainer.{name}: {value} leaves nothing to do for {command}; give more, or omit it")
+    duration = settings["trainer"].get("max_time")  # such as 00:12:00:00, or {hours: 12}
+    if duration is not None and not re.search("[1-9]", str(duration)):
+        raise ArgumentError(f"--trainer.max_time: {duration} leaves nothing to do for {command}; give more, or omit it")
     check_bounds(settings["trainer"])
     given = settings.get("ckpt_path")
     if given is not None and command == "predict":
@@ -77,6 +84,10 @@ def check_bounds(trainer: Namespace) -> None:
             fits, bounds = 0 < value < math.inf, "above 0"
         if not fits:
             raise ArgumentError(f"--trainer.{name}: {bounds}, got {value}; correct it, or omit it")
+    for name, least in LEAST.items():
+        value = trainer.get(name)
+        if value is not None and value < least:
+            raise ArgumentError(f"--trainer.{name}: at least {least}, got {value}; correct it, or omit it")
 
 
 def callbacks_with_lines(trainer: Mapping[str, Any]) -> list[Callback]:

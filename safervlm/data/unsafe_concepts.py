@@ -354,6 +354,8 @@ class UnsafeConcepts(ImageSets):
             raise ArgumentError(f"data.capabilities: at least one of {', '.join(CAPABILITIES)}, got []")
         if unknown := [name for name in capabilities if name not in CAPABILITIES]:
             raise ArgumentError(f"data.capabilities: {unknown[0]!r} is none of {', '.join(CAPABILITIES)}")
+        if len(set(capabilities)) < len(capabilities):
+            raise ArgumentError(f"data.capabilities: one is there twice in {', '.join(capabilities)}; name each once")
         if prompts == "drawn" and split != "test":
             raise ArgumentError(
                 "data.prompts: the draw is published for the test split; set data.split to test, or data.prompts to all"

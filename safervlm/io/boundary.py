@@ -6,7 +6,7 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -20,6 +20,9 @@ from safervlm.io.signals import why_ended
 # Run folder of the current command, if it has one; tracebacks of unexpected errors are written to it.
 run_folder: ContextVar[Path | None] = ContextVar("run_folder", default=None)
 TRACEBACK = "traceback.txt"
+# Environment variable of a command that another one runs: its exit code, instead of 2, if its arguments are rejected
+# before it has a run folder. The other commands of the sequence would reject them, too.
+REJECTED = "SAFERVLM_REJECTED"
 BEGINS = "Traceback (most recent call last)"
 
 # Messages of libraries' own errors about a failed write, which have no errno.
@@ -74,8 +77,11 @@ REMEDIES = {
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(words: Sequence[str] = ()) -> Iterator[None]:
     """Context manager that ends the process with one line instead of a traceback, whatever exception is raised inside.
+
+    Args:
+        words: Words of the command line, to name an argument that a library's message lacks.
 
     Exit codes: 2 for an error that the user can correct; 1 for a defect, whose traceback is written to a file, or if
     another process of the run died; 130 after Ctrl-C; 143 after SIGTERM; 141 if the reader of the output has ended. A
@@ -100,13 +106,13 @@ def one_line_errors() -> Iterator[None]:
             code, said = ended
             sys.stderr.write(f"safervlm: {said}\n" if said else "")
             raise SystemExit(code) from error
-        line = explain(error)
+        line = explain(error, words)
         if line is None:
             line = f"unexpected {type(error).__name__}: {first_line(error)}; {keep_traceback(error)}"
-            sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
+            warn(f"error: {line}")
             raise SystemExit(1) from error
-        sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
-        raise SystemExit(2) from error
+        warn(f"error: {line}")
+        raise SystemExit(_user_error()) from error
     finally:
         run_folder.reset(before)
 
@@ -126,11 +132,12 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         following = following.__cause__ or (None if hidden else following.__context__)
 
 
-def explain(error: BaseException) -> str | None:
+def explain(error: BaseException, words: Sequence[str] = ()) -> str | None:
     """Returns the one-line message of an expected failure; None for a defect.
 
     Args:
         error: Exception that was raised. Its causes are examined too, as libraries wrap our errors in theirs.
+        words: Words of the command line.
     """
     chain = list(causes(error))
     for each in chain:
@@ -139,7 +146,7 @@ def explain(error: BaseException) -> str | None:
     for each in chain:
         kinds = {kind.__name__ for kind in type(each).__mro__}
         if "MisconfigurationException" in kinds:  # Lightning's; compared by name to avoid the import
-            return trainer_line(each)
+            return trainer_line(each, words)
         if "OutOfMemoryError" in kinds or isinstance(each, MemoryError):
             return f"out of memory ({first_line(each)}): lower data.batch_size, or use a machine with more"
         if isinstance(each, OSError) and each.errno is not None:
@@ -158,18 +165,21 @@ def explain(error: BaseException) -> str | None:
             return f"a text file isn't in UTF-8 ({first_line(each)}); convert it, for example by iconv -t UTF-8"
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, TypeError | ValueError) and frames and "/lightning/" in frames[-1].filename:
-        return trainer_line(error)
+        return trainer_line(error, words)
     return None
 
 
-def trainer_line(error: BaseException) -> str:
+def trainer_line(error: BaseException, words: Sequence[str]) -> str:
     """Returns the message of an error of Lightning's trainer, with a remedy, which Lightning's own message may lack.
 
     Args:
         error: Exception raised by Lightning.
+        words: Words of the command line, of which one is named with its value if the message is about it.
     """
     said = " ".join(str(error).split()).rstrip(".")
-    return f"--trainer: {said}; correct that --trainer argument, or omit it"
+    typed = re.findall(r"--trainer\.(\w+)[= ](\S+)", " ".join(words))
+    given = next((f".{name} {value}" for name, value in typed if re.search(rf"\b{name}\b", said)), "")
+    return f"--trainer{given}: {said}; correct that --trainer argument, or omit it"
 
 
 def install_hint(module: str) -> str:
@@ -219,11 +229,12 @@ def _to_temporary_file(text: str) -> Path:
 
 
 def warn(line: str) -> None:
-    """Writes one line to stderr; control characters are escaped.
+    """Writes one line to stderr; control characters are escaped, and words of more than 300 characters are cut.
 
     Args:
-        line: Text, which may contain names from data and servers.
+        line: Text, which may contain names from data and servers, and arguments of any length.
     """
+    line = re.sub(r"\S{300,}", lambda word: f"{word[0][:150]}...{word[0][-50:]}", line)
     sys.stderr.write(f"safervlm: {for_terminal(line)}\n")
 
 
@@ -236,5 +247,10 @@ def fail(line: str) -> NoReturn:
     Raises:
         SystemExit: Always.
     """
-    sys.stderr.write(f"safervlm: error: {for_terminal(line)}\n")
-    sys.exit(2)
+    warn(f"error: {line}")
+    sys.exit(_user_error())
+
+
+def _user_error() -> int:
+    """Returns the exit code of an error that the user can correct."""
+    return 2 if run_folder.get() else int(os.environ.get(REJECTED, 2))

@@ -21,6 +21,7 @@ from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.io.frames import first_frame
 from safervlm.io.pixels import Encoding, to_srgb
+from safervlm.io.tiff import NO_DATA, check_layout, tiff_encoding
 from safervlm.ranges import in_range
 
 # Image given to a VLM with a question about a name, as published.
@@ -56,9 +57,6 @@ TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT, STRIP_BYTES, TILE_BYTES = 258, 262, 339, 279, 325  # TIFF tags
-WHITE_IS_ZERO, SIGNED = 0, 2  # values of PHOTOMETRIC and of SAMPLE_FORMAT
-NO_DATA = "image file is truncated: it has no data for some of its rows"
 
 # Formats that every server decodes to the same pixels, if nothing in the file requires interpretation.
 COMMON_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
@@ -309,11 +307,8 @@ def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSet
             again.verify()
     encoding = encoding_of(image, content)
     alone, covered = first_frame(image, content)
-    if kind == "TIFF" and image.info.get("compression") == "raw":  # Pillow ignores the length that the file gives
-        tags = image.tag_v2  # type: ignore[attr-defined]
-        given = sum(tags.get(STRIP_BYTES, ())) + sum(tags.get(TILE_BYTES, ()))
-        if 0 < given < image.width * image.height * sum(tags.get(BITS_PER_SAMPLE, (1,))) // 8:
-            raise OSError(NO_DATA)
+    if kind == "TIFF":
+        check_layout(image, encoding)
     image.load()
     frame = image if alone is content else Image.open(io.BytesIO(alone), formats=[kind])
     shown = to_srgb(frame, encoding, settings.background_rgb)
@@ -352,15 +347,7 @@ def encoding_of(image: ImageFile.ImageFile, content: bytes) -> Encoding:
     profile = profile if isinstance(profile, bytes) else b""
     if image.format == "PNG":
         return Encoding(bits=content[24], profile=profile)  # byte 24: the bit depth in the header
-    if image.format != "TIFF":
-        return Encoding(profile=profile)
-    tags = image.tag_v2  # type: ignore[attr-defined]
-    return Encoding(
-        bits=max(tags.get(BITS_PER_SAMPLE, (8,))),
-        signed=SIGNED in tags.get(SAMPLE_FORMAT, (1,)),
-        white_is_zero=tags.get(PHOTOMETRIC) == WHITE_IS_ZERO,
-        profile=profile,
-    )
+    return tiff_encoding(image, profile) if image.format == "TIFF" else Encoding(profile=profile)
 
 
 def orientation_of(image: Image.Image) -> int | None:

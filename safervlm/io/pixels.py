@@ -46,8 +46,10 @@ def to_srgb(image: Image.Image, encoding: Encoding, background: tuple[int, int, 
         background: Colour behind transparent pixels: red, green and blue, 0 to 255.
 
     Raises:
-        UnsupportedPixelsError: The values can't be interpreted, for example floating point beyond 0 to 1.
+        UnsupportedPixelsError: The values can't be interpreted: signed integers, or floating point beyond 0 to 1.
     """
+    if encoding.signed:
+        raise UnsupportedPixelsError("its values are signed integers")
     colours, alpha = split_alpha(image, encoding)
     if colours.mode not in PROFILE_SPACES:
         colours = lab_to_srgb(colours) if colours.mode == "LAB" else colours.convert("RGB")
@@ -103,22 +105,19 @@ def eight_bits(values: np.ndarray, encoding: Encoding) -> np.ndarray:
 
     Args:
         values: (H, W) integers, or floating point from 0 to 1.
-        encoding: Number of bits, sign, and whether 0 is white.
+        encoding: Number of bits, and whether 0 is white.
 
     Returns:
         (H, W) uint8, 0 to 255. For integers these are the highest 8 bits, as Pillow keeps them of 16-bit colours.
 
     Raises:
-        UnsupportedPixelsError: The values are signed integers or floating point beyond 0 to 1, for which no black and
-            white are defined.
+        UnsupportedPixelsError: The values are floating point beyond 0 to 1, for which no black and white are defined.
     """
     if values.dtype.kind == "f":
         low, high = float(values.min()), float(values.max())
         if not (low >= 0 and high <= 1):  # also True if one of them is NaN
             raise UnsupportedPixelsError(f"its floating-point values go from {low:g} to {high:g}, not from 0 to 1")
         grey = np.rint(values * 255).astype(np.uint8)
-    elif encoding.signed:
-        raise UnsupportedPixelsError("its values are signed integers")
     else:
         unsigned = values.view(np.uint32) if values.dtype == np.int32 else values
         grey = (unsigned >> (encoding.bits - 8)).astype(np.uint8)

@@ -26,6 +26,8 @@ from safervlm.provenance import PACKAGES, installed_version
 SEAL = "safervlm.json"
 END = struct.Struct("<4s4H2LH")  # last record of a zip archive; its last field is the length of the comment
 DIGITS = 64  # hexadecimal digits of SHA-256, at the end of the comment
+# What a sharded checkpoint holds that has no seal: FSDP's and Lightning's description, DeepSpeed's files.
+SHARDED = (".metadata", "meta.pt", "latest", "checkpoint", "zero_to_fp32.py")
 REMEDY = "take an earlier copy, or delete it and train again"
 
 
@@ -193,6 +195,8 @@ def verify_seal(
         if not any(path.iterdir()):
             raise RecordError(f"{argument}: the folder {str(path)!r} is empty; {REMEDY}")
         found = verify_folder(path, argument)
+        if found is None and not any((path / name).exists() for name in SHARDED):
+            raise RecordError(f"{argument}: the folder {str(path)!r} is no checkpoint; name the last.ckpt in it")
     else:
         found = verify_file(path, argument)
     if found is None or origin is None:

@@ -1,36 +1,35 @@
 """Judges: RoBERTa classifiers that assign a label to a VLM's response from its text alone."""
 
 import csv
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
 from lightning import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.classification import MulticlassConfusionMatrix
-from transformers import AutoConfig, AutoTokenizer, RobertaConfig, RobertaModel, get_linear_schedule_with_warmup
-from transformers.utils import cached_file
+from transformers import AutoConfig, RobertaConfig, RobertaModel, get_linear_schedule_with_warmup
 
 from safervlm.data.labelled import LabelCollator
-from safervlm.errors import ArgumentError, first_line
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.finite import NotFiniteRecordError, TrainingGuard, must_be_trained
 from safervlm.hashing import fingerprint
 from safervlm.io.escape import for_csv
 from safervlm.io.files import write_atomically
+from safervlm.io.names import label_names
 from safervlm.io.tables import TextTable, show_table
 from safervlm.io.texts import tokenizable
+from safervlm.judging.files import WEIGHTS, checkpoint_file, config_file
 from safervlm.protocol import LABELS
 from safervlm.ranges import in_range
+from safervlm.vlm.processors import read_tokenizer
 from safervlm.vlm.weights import load_model, must_be_finite, read_tensors, reading, weights_fingerprint
 
-WEIGHTS = "model.safetensors"
 # Keys that a checkpoint may contain although this model does not. Older versions of transformers saved the position
 # ids, which are 0, 1, 2, ... for every RoBERTa. The pooler is not used: the classifier takes the first token's state.
 UNREAD_KEYS = frozenset({"roberta.embeddings.position_ids", "roberta.pooler.dense.weight", "roberta.pooler.dense.bias"})
@@ -87,6 +86,7 @@ class Judge(LightningModule):
         max_characters: int = 65_536,
     ) -> None:
         super().__init__()
+        labels = label_names("labels", labels)
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ArgumentError(f"labels: a judge distinguishes at least two labels, got {list(labels)}")
         in_range(least=1, max_characters=max_characters)
@@ -96,7 +96,7 @@ class Judge(LightningModule):
         in_range(least=0, below=1, label_smoothing=label_smoothing)
         self.max_characters = max_characters
         self.checkpoint = checkpoint
-        self.labels = tuple(labels)
+        self.labels = labels
         self.base = base
         self.lr = lr
         self.weight_decay = weight_decay
@@ -168,7 +168,7 @@ class Judge(LightningModule):
         weights = self._weights
         with reading(base, "base"):
             config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        tokenizer = read_tokenizer(base, "base")
         if not isinstance(config, RobertaConfig):
             raise ArgumentError(f"base: {base!r} is a {config.model_type}; the judge is built on a RoBERTa")
         if weights is not None and weights.name == WEIGHTS:
@@ -177,21 +177,18 @@ class Judge(LightningModule):
                 raise ArgumentError(
                     f"labels: {', '.join(self.labels)}, but those of the judge in {base!r} are {', '.join(saved)}"
                 )
+        if not isinstance(config.pad_token_id, int):
+            raise ArgumentError(f"base: {base!r} has no pad_token_id in its config.json; give a RoBERTa's")
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: number for number, label in enumerate(self.labels)}
         if weights is None:
             # The base is a masked language model, whose head is not used.
             roberta: Any = load_model(
-                RobertaModel,
-                base,
-                "base",
-                whole=False,
-                add_pooling_layer=False,
-                dtype=torch.float32,
-                weights_only=True,
+                RobertaModel, base, "base", whole=False, add_pooling_layer=False, dtype=torch.float32, weights_only=True
             )
         else:
-            roberta = RobertaModel(config, add_pooling_layer=False)
+            with reading(base, "base"):  # sizes in its configuration that make no model
+                roberta = RobertaModel(config, add_pooling_layer=False)
         # float32 whatever the trainer's precision: rounded weights would make a different judge.
         model = nn.ModuleDict({"roberta": roberta, "classifier": nn.Linear(config.hidden_size, len(self.labels))})
         model = model.float()
@@ -200,12 +197,16 @@ class Judge(LightningModule):
         self.config, self.tokenizer = config, tokenizer
         positions = config.max_position_embeddings - config.pad_token_id - 1
         self.max_length = min(tokenizer.model_max_length, positions)
+        if self.max_length < 3:  # two special tokens and one of the text
+            raise ArgumentError(
+                f"base: {base!r} reads {self.max_length} tokens of a text (model_max_length); correct it"
+            )
         return dict(model.items())
 
     @property
     def _weights(self) -> Path | None:
         """The file with the checkpoint's weights; None without a checkpoint."""
-        return None if self.checkpoint is None else _checkpoint_file(self.checkpoint)
+        return None if self.checkpoint is None else checkpoint_file(self.checkpoint)
 
     @property
     def _base(self) -> str:
@@ -248,7 +249,7 @@ class Judge(LightningModule):
             weights = self._weights
             if weights is None:
                 raise ArgumentError("checkpoint: a judge without one has to be fitted before it can judge")
-            self._fingerprint = fingerprint(weights, _config_file(self._base), "\n".join(self.labels))
+            self._fingerprint = fingerprint(weights, config_file(self._base), "\n".join(self.labels))
         return self._fingerprint
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -267,7 +268,7 @@ class Judge(LightningModule):
             if key.startswith(("roberta.", "classifier."))
         }
         write_atomically(folder / WEIGHTS, lambda file: save_file(state, file, metadata={"format": "pt"}))
-        self._fingerprint = fingerprint(folder / WEIGHTS, _config_file(str(folder)), "\n".join(self.labels))
+        self._fingerprint = fingerprint(folder / WEIGHTS, config_file(str(folder)), "\n".join(self.labels))
 
     def describe(self) -> dict[str, Any]:
         """Returns the settings that determine the result of ``fit``.
@@ -335,7 +336,10 @@ class Judge(LightningModule):
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         cut = [tokenizable(text[: self.max_characters]) for text in texts]
-        return self.tokenizer(cut, truncation=True, max_length=self.max_length)["input_ids"]
+        tokens: list[list[int]] = self.tokenizer(cut, truncation=True, max_length=self.max_length)["input_ids"]
+        if (highest := max(map(max, filter(None, tokens)), default=0)) >= self.config.vocab_size:
+            raise RecordError(f"judge: a text has the token {highest}, {self._base!r} has {self.config.vocab_size}")
+        return tokens
 
     def _logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         rows = [torch.tensor(row) for row in tokens]
@@ -413,34 +417,3 @@ class Judge(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_linear_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _config_file(base: str) -> Path:
-    return Path(cached_file(base, "config.json"))
-
-
-def _checkpoint_file(checkpoint: str) -> Path:
-    """Returns the local file of a checkpoint's weights, downloaded if the checkpoint is on the Hub."""
-    path = Path(checkpoint)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if not (path / WEIGHTS).is_file():
-            raise ArgumentError(
-                f"checkpoint: no {WEIGHTS} in the folder {checkpoint!r}; a state dict such as epoch_10.pt is named "
-                "itself, with the folder of its configuration and tokenizer as base"
-            )
-        return path / WEIGHTS
-    on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+):(.+)", checkpoint)
-    if on_hub is None:
-        raise ArgumentError(
-            f"checkpoint: {checkpoint!r} doesn't exist; give a state dict (epoch_10.pt), a folder that fit exported, "
-            "or owner/name:file on the Hub"
-        )
-    try:
-        return Path(hf_hub_download(on_hub[1], on_hub[2]))
-    except (OSError, ValueError) as error:
-        raise ArgumentError(
-            f"checkpoint: {checkpoint!r} is no file here and can't be loaded from the Hub ({first_line(error)}); "
-            "try again, give a file or an exported folder, or train one: safervlm fit --config configs/judge.yaml"
-        ) from error

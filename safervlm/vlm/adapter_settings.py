@@ -14,12 +14,13 @@ from safervlm.errors import ArgumentError
 
 PREFIX = "base_model.model."
 RANKED = re.compile(r"\.lora_(embedding_)?([AB])(\.weight)?$")  # names of LoRA's two matrices
+FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")  # PEFT takes any text for true
 # Kind of setting -> setting of the whole adapter.
 PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
 
 def must_agree(settings: Mapping[str, Any], state: Mapping[str, Tensor], config: str, weights: str) -> None:
-    """Rejects a LoRA adapter whose settings are no numbers, or contradict the shapes or names of its weights.
+    """Rejects a LoRA adapter whose settings are of another type, or contradict the shapes or names of its weights.
 
     Adapters of other kinds are not checked here.
 
@@ -40,6 +41,11 @@ def must_agree(settings: Mapping[str, Any], state: Mapping[str, Tensor], config:
         if isinstance(value, bool) or not number or (whole and value < 1):
             needed = "an integer of at least 1" if whole else "a number"
             raise ArgumentError(f"{config}: {key} must be {needed}, got {value!r:.80}; correct it")
+    if odd := next((key for key, value in state.items() if not value.is_floating_point()), None):
+        raise ArgumentError(f"{config}: {odd} in {weights} holds {state[odd].dtype} numbers; use an adapter's own file")
+    for key in FLAGS:
+        if not isinstance(value := settings.get(key, False), bool | None):
+            raise ArgumentError(f"{config}: {key} must be true or false, got {value!r:.80}; correct it")
     ranks = {
         key.removeprefix(PREFIX)[: found.start() - len(PREFIX)]: (key, value.shape[0])
         for key, value in state.items()

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -27,6 +26,7 @@ from safervlm.vlm.base import tokenizable_example
 from safervlm.vlm.decoding import Decoding
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.packed import PackedBatch, PackedVLM
+from safervlm.vlm.processors import read_tokenizer
 from safervlm.vlm.recent import RecentPixels
 from safervlm.vlm.rows import pack_completions
 from safervlm.vlm.weights import load_model, reading
@@ -252,7 +252,7 @@ class Llava(PackedVLM):
                     f"vlm.model: {self.name!r} is a {config.model_type}, not a llava; name a LLaVA-1.5, or have it "
                     "asked by --model.vlm safervlm.vlm.auto.Transformers"
                 )
-            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, trust_remote_code=False)
+            tokenizer = read_tokenizer(self.name, revision=self.revision)
             image_processor = LlavaImageProcessorPil.from_pretrained(
                 self.name, revision=self.revision, trust_remote_code=False, do_pad=self.image_fit == "pad"
             )

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPVisionModel, GenerationConfig, LlamaConfig, LlavaConfig
+from transformers import CLIPVisionModel, GenerationConfig, LlamaConfig, LlavaConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from safervlm.errors import ArgumentError
@@ -30,6 +30,7 @@ from safervlm.vlm.adapters import CONFIG, adapter_config, adapter_weights
 from safervlm.vlm.decoding import Decoding
 from safervlm.vlm.llava import Llava, LlavaCollator
 from safervlm.vlm.lora import LoRA
+from safervlm.vlm.processors import read_tokenizer
 from safervlm.vlm.weights import (
     load_model,
     model_config,
@@ -168,8 +169,7 @@ def write_converted(out: Path, name: str, source: Path, raw: dict[str, Any], vis
     Raises:
         ArgumentError: A weight is missing, unknown or not finite, or the tokenizer and the embeddings differ in size.
     """
-    with reading(name):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = read_tokenizer(str(source))
     state: dict[str, Tensor] = {}
     for file in weight_files(source):
         state |= read_tensors(file, "vlm.model")

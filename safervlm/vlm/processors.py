@@ -1,4 +1,4 @@
-"""Loads a model's own processor with the Pillow image backend, and without its video and audio parts.
+"""Loads a model's own tokenizer, and its processor with the Pillow image backend, without video and audio parts.
 
 transformers' video processors need torchvision, also where only images are used.
 """
@@ -7,17 +7,55 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import DummyObject
 from transformers.utils.hub import cached_file
 
 from safervlm.errors import ArgumentError
 from safervlm.io.reading import read_object
 from safervlm.vlm.compat import PROCESSOR_MAPPING
+from safervlm.vlm.weights import reading
 
 # Files that may name the class of the processor, in the order of AutoProcessor.
 NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 UNUSED = ("video_processor", "feature_extractor")  # the parts for videos and for audio
+
+
+def read_tokenizer(name: str, argument: str = "vlm.model", revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer.
+
+    Args:
+        name: Name on the Hugging Face Hub, or folder, of the model.
+        argument: Name of the argument, for the error message.
+        revision: Branch, tag or commit of a model on the Hub.
+
+    Raises:
+        ArgumentError: The tokenizer can't be read, or has no vocabulary.
+    """
+    with reading(name, argument):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
+    must_have_words(tokenizer, name, argument)
+    return tokenizer
+
+
+def must_have_words(tokenizer: PreTrainedTokenizerBase, name: str, argument: str = "vlm.model") -> None:
+    """Rejects a tokenizer of special tokens alone, which transformers makes for a folder without a tokenizer's files.
+
+    Args:
+        tokenizer: The tokenizer.
+        name: Name on the Hugging Face Hub, or folder, of the model.
+        argument: Name of the argument, for the error message.
+
+    Raises:
+        ArgumentError: The tokenizer has no other tokens: it would read no word of a text.
+    """
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise ArgumentError(
+            f"{argument}: {name!r} comes without its tokenizer (tokenizer.json, vocab.json or tokenizer.model); give a "
+            "folder that has it, or a name on the Hugging Face Hub"
+        )
 
 
 class UnusedPart:
@@ -101,6 +139,8 @@ def read_processor(name: str, revision: str | None, config: PreTrainedConfig) ->
     processor: ProcessorMixin = ImagesAlone.from_pretrained(
         name, revision=revision, backend="pil", trust_remote_code=False
     )
+    if isinstance(tokenizer := getattr(processor, "tokenizer", None), PreTrainedTokenizerBase):
+        must_have_words(tokenizer, name)
     processor.__class__ = whole  # a local class can't be pickled
     for part in UNUSED:
         if part in parts:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.records import THINKING_UNFINISHED, Example, Question
 from safervlm.run import read_manifest
 from safervlm.vlm.base import Generation
+from safervlm.vlm.noise import NOISE
 from safervlm.vlm.packed import PackedBatch
 from safervlm.vlm.sampling import Sampling
 
@@ -221,6 +223,17 @@ def test_unfinished_thinking_is_in_no_share_and_in_no_comparison(tmp_path: Path,
 def test_an_earlier_versions_checkpoint_is_rejected():
     with pytest.raises(ArgumentError, match="earlier version"):
         GenerationCheck(Reader()).load_state_dict({"first": 0.02})
+
+
+@pytest.mark.parametrize(
+    ("temperature", "stored", "rejected"),
+    [(1.0, {"noise": NOISE}, False), (1.0, {"noise": NOISE - 1}, True), (1.0, {}, True), (0.0, {}, False)],
+)
+def test_a_baseline_of_other_noise_is_rejected(temperature: float, stored: dict[str, int], rejected: bool):
+    check = GenerationCheck(Reader(), sampling=Sampling(temperature=temperature))
+    with pytest.raises(ArgumentError, match="noise of version 1") if rejected else nullcontext():
+        check.load_state_dict({"before": {"x": True}, **stored})
+    assert check.before == (None if rejected else {"x": True})
 
 
 def test_the_images_of_all_processes_are_put_together():

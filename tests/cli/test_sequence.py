@@ -167,6 +167,19 @@ def test_the_commands_fill_in_names_and_report_failures_alike(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("words", SEQUENCES, ids=lambda words: words[0])
+def test_arguments_that_the_first_command_rejects_end_the_sequence(words: list[str], driver, tmp_path: Path) -> None:
+    """The other commands would repeat its line; without arguments of their own in common, they may not."""
+    body = 'echo began >>"$LOG"; echo "safervlm: error: unknown argument" >&2; exit "$SAFERVLM_REJECTED"'
+    running = driver([*words, "--limti", "3"], body)
+    said = running.communicate(timeout=200)[0]
+    assert running.returncode == 2, said
+    assert said.count("safervlm: ") == 1
+    assert (tmp_path / "log.txt").read_text().split() == ["began"]
+    assert driver(words, body).wait(200) == 1
+
+
+@pytest.mark.slow
 def test_a_command_that_ignores_the_request_does_not_hold_up_its_sequence(driver, tmp_path: Path) -> None:
     running = driver(["train", "sft"], 'trap "" TERM INT; echo began >>"$LOG"; exec sleep 20 >/dev/null 2>&1')
     end = time.monotonic() + 200

@@ -32,7 +32,7 @@ def png(rows: np.ndarray, bits: int, kind: int, width: int, before: bytes = b"",
 
 
 def tiff(strip: bytes, width: int, height: int, tags: Mapping[int, Sequence[int]], order: str = "<") -> bytes:
-    """An uncompressed TIFF of one strip; every tag holds 16-bit numbers."""
+    """An uncompressed TIFF of one strip, or of those that begin at 273 and have the lengths 279."""
     entries = {256: [width], 257: [height], 259: [1], 273: [8], 278: [height], 279: [len(strip)]} | dict(tags)
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(strip))
     directory, extra = struct.pack(f"{order}H", len(entries)), b""
@@ -44,6 +44,14 @@ def tiff(strip: bytes, width: int, height: int, tags: Mapping[int, Sequence[int]
             extra, packed = extra + packed, struct.pack(f"{order}I", beyond + len(extra))
         directory += struct.pack(f"{order}HHI", tag, 4 if wide else 3, len(values)) + packed.ljust(4, b"\0")
     return head + strip + directory + b"\0\0\0\0" + extra
+
+
+def channels(pixels: np.ndarray, tags: Mapping[int, Sequence[int]]) -> bytes:
+    """A TIFF that stores each channel apart."""
+    count, size = pixels.shape[2], pixels[..., 0].nbytes
+    strips = {273: range(8, 8 + count * size, size), 279: [size] * count}
+    layout = {258: [pixels.itemsize * 8] * count, 277: [count], 284: [2]} | strips | dict(tags)
+    return tiff(np.moveaxis(pixels, 2, 0).tobytes(), W, H, layout)
 
 
 def bmp(rows: np.ndarray, bits: int, width: int, palette: bytes = b"") -> bytes:

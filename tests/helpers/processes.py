@@ -57,6 +57,26 @@ def _command(args: Sequence[str], folder: Path, log: Path, environment: dict[str
     main(args)
 
 
+def stall_instead(args: Sequence[str], log: Path) -> None:
+    """Runs a command whose function only waits; the file ``stalled`` beside the log shows that it waits."""
+    import functools
+
+    from safervlm.cli import main
+
+    whole = main.plain_commands
+
+    def waiting(function: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(function)
+        def wait(*args: object, **settings: object) -> None:
+            (log.parent / "stalled").touch()
+            time.sleep(120)
+
+        return wait
+
+    main.plain_commands = lambda: {name: waiting(function) for name, function in whole().items()}
+    _command(args, log.parent, log, {"SAFERVLM_GRACE": "1"})
+
+
 PROMISE = 5.0  # seconds from a signal to the end of a process, on an idle machine
 IDLE = 1.5  # ratio of elapsed to CPU time of a process on an idle machine, at most
 

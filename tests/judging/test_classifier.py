@@ -524,6 +524,7 @@ def test_labelled_responses_are_read_from_csv_and_jsonl(tmp_path, form):
         ("text,label\nYes,Safe\nNo,unsafe\n", r"line 3: unknown label 'unsafe'; write one of Safe, Unsafe, N/A"),
         ("text,label\nYes,Safe\nNo\n", r"line 3: has 1 cells, the header has 2"),
         ("text,verdict\nYes,Safe\n", r"line 2: the field 'label' is missing; it has \['text', 'verdict'\]"),
+        ("text,response,label\nIs it safe?,Yes,Safe\n", r"line 2: has both 'text' and 'response', which differ"),
         ("answer,label\nYes,Safe\n", r"line 2: the field 'text' or 'response' must hold the response, got None"),
         ("text,label\nYes,Safe\n", r"data\.answers: nothing to (train on|hold out) in"),
     ],

@@ -109,6 +109,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "config.json a list": (write("config.json", b"[1, 2]"), "can't be read"),
     "tokenizer.json cut": (cut("tokenizer.json"), "can't be read"),
     "tokenizer.json of another format": (write("tokenizer.json", b'{"model": {"type": "Nothing"}}'), "can't be read"),
+    "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "can't be read|without its tokenizer"),
     "tokenizer.json binary": (write("tokenizer.json", bytes(range(128, 256))), "can't be read"),
     "deep nesting": (write("config.json", b'{"a":' * 100_000), "can't be read"),
 }
@@ -270,6 +271,7 @@ REJECTED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a rank of half": (configured(r=2.5), r"r must be an integer of at least 1, got 2.5"),
     "an alpha of text": (configured(lora_alpha="8"), r"lora_alpha must be a number, got '8'"),
     "no alpha": (configured(lora_alpha=None), r"lora_alpha must be a number, got None"),
+    "a text for false": (configured(use_rslora="false"), r"use_rslora must be true or false, got 'false'"),
     "another rank of some": (
         configured(rank_pattern={"q_proj": 3}),
         r"rank_pattern\['q_proj'\] is 3, but \S+q_proj.lora_A.weight in adapter_model.safetensors has rank 2",
@@ -287,6 +289,11 @@ REJECTED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         r"4 weights don't fit, for example \S+o_proj\S+ \(adapter_config.json asks for it",
     ),
     "DoRA without its vectors": (configured(use_dora=True), r"lora_magnitude_vector\S* \(adapter_config.json asks"),
+    "integers": (tensors(lambda s: s.update({first(s): s[first(s)].to(torch.int32)})), "holds torch.int32 numbers"),
+    "complex numbers": (
+        tensors(lambda s: s.update({first(s): s[first(s)].to(torch.complex64)})),
+        "holds torch.complex64 numbers",
+    ),
     "infinity": (
         tensors(lambda s: s[first(s)][0].fill_(float("inf"))),
         r"adapter_model.safetensors holds NaN or infinite numbers in \S+lora_A",

@@ -45,6 +45,7 @@ WRONG = {
     "a boolean": {"probabilities": {"Safe": False, "Unsafe": True}},
     "none": {"probabilities": {}},
     "a list": {"probabilities": [0.3, 0.7]},
+    "a label in two spellings": {"probabilities": {"Safe": 0.2, "Unsafe": 0.4, "Unsafe\u200b": 0.4}},
 }
 
 
@@ -54,6 +55,11 @@ def test_a_verdict_that_contradicts_itself_is_rejected(case: str) -> None:
     with pytest.raises(RecordError, match=GOOD["id"]) as caught:
         Verdict.from_dict(GOOD | WRONG[case])
     assert "\n" not in str(caught.value)
+
+
+def test_the_spelling_of_a_label_is_the_judges() -> None:
+    verdict = Verdict.from_dict(GOOD | {"label": "Unsafe ", "probabilities": {"Safe": 0.2, "\u00a0Unsafe": 0.8}})
+    assert (verdict.label, verdict.probabilities) == ("Unsafe", {"Safe": 0.2, "Unsafe": 0.8})
 
 
 def test_rounding_is_no_contradiction() -> None:
@@ -281,6 +287,17 @@ def change(folder: Path, damage: Callable[[dict[str, torch.Tensor]], object]) ->
     torch.save(state, folder / "epoch_10.pt")
 
 
+def set_config(folder: Path, name: str = "config.json", **settings: object) -> None:
+    file = folder / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def more_tokens(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["No"])
+    tokenizer.save_pretrained(folder)
+
+
 JUDGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN": (lambda f: change(f, lambda s: s["classifier.bias"].fill_(float("nan"))), "NaN or infinite numbers in"),
     "infinity in its base": (
@@ -294,6 +311,16 @@ JUDGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "empty": (lambda f: (f / "epoch_10.pt").write_bytes(b""), "not a plain state dict"),
     "config.json cut": (lambda f: (f / "config.json").write_text('{"model_type": '), "can't be read"),
+    "no padding token": (lambda f: set_config(f, pad_token_id=None), "no pad_token_id"),
+    "a padding token beyond its tokens": (lambda f: set_config(f, pad_token_id=9999), "Padding_idx"),
+    "no heads": (lambda f: set_config(f, num_attention_heads=0), "can't be read"),
+    "heads of no width": (lambda f: set_config(f, num_attention_heads=3), "not a multiple of the number of attention"),
+    "no width": (lambda f: set_config(f, hidden_size=0), "can't be read"),
+    "more width than memory": (lambda f: set_config(f, hidden_size=2**40), "can't"),
+    "a tokenizer of more tokens": (more_tokens, r"a text has the token \d+, .* has 261"),
+    "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "comes without its tokenizer"),
+    "no tokens of a text": (lambda f: set_config(f, "tokenizer_config.json", model_max_length=0), "reads 0 tokens"),
+    "fewer than no tokens": (lambda f: set_config(f, "tokenizer_config.json", model_max_length=-5), "reads -5 tokens"),
     "tokenizer.json cut": (lambda f: (f / "tokenizer.json").write_text("{"), "can't be read"),
 }
 

@@ -136,6 +136,10 @@ CASES = [
     answer("a wrong content type", http(BODY, Content_Type="text/html"), "packed"),
     answer("a megabyte", ok("y" * 2**20), "y" * 2**20),
     answer("unhashable types", ok([{"type": ["text"], "text": "a"}, {"type": "text", "text": "b"}]), "b"),
+    *(
+        broken(f"charset {name}", http(b"\xff", Content_Type=f"application/json; charset={name}"), "UnicodeDecodeError")
+        for name in ("base64", "undefined", "idna", "nothing")
+    ),
     broken("bad UTF-8", http(BODY.replace(b"packed", b"\xff\xfe")), "UnicodeDecodeError"),
     broken("tool calls", ok(None, "tool_calls", tool_calls=[{"id": "1"}]), "tool_calls"),
     broken("null content", ok(None), "NoneType"),
@@ -164,6 +168,11 @@ CASES = [
     Case("400 of a megabyte", failed("400 Bad", "z" * 2**20), reason=r"z{300}\.\.\.\)$"),
     Case("400 with escapes", failed("400 Bad", CONTROLS * 3), reason=r"^\S+: http\S+ can't take it \(400: a\\x1b\[2J"),
     Case("413", failed("413 Large"), reason=r"\(413: no\)"),
+    # What a server that answers others forbids is this question, as a filter of the input does.
+    Case("403 for one question", failed("403 Forbidden", "it was flagged"), reason=r"\(403: it was flagged"),
+    Case("451 for one question", failed("451 Legal"), reason=r"can't take it \(451: no\)"),
+    Case("418 for one question", http("", "418 Teapot"), reason=r"can't take it \(418"),
+    stopped("410", failed("410 Gone"), r"^vlm\.addresses: .*410"),
     stopped("401", failed("401 No"), r"^vlm\.api_key_variable: .*\(401\)"),
     stopped("404", failed("404 No"), r"^vlm\.model: "),
     stopped("405", http("x", "405 No"), r"^vlm\.addresses: .*405"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import PROMISE, Played, must_end, play, start_together, write_config
+from processes import CONTEXT, PROMISE, Played, must_end, play, stall_instead, start_together, write_config
 
 from safervlm.run import finished
 
@@ -115,6 +115,41 @@ def test_a_step_that_ends_in_time_is_written(
     assert "the step at work is completed first" in said
     assert "the same command" in said
     assert answers_in_shards(tmp_path) == 10
+
+
+PLAIN = [
+    "report run",
+    "evaluation run",
+    "verify run",
+    "label run --rater me",
+    "merge run --out merged",
+    "export --out exported",
+    "pictograms",
+    "demo",
+    "doctor --config configs/measure.yaml",
+]
+
+
+@pytest.mark.parametrize("number", [TERM, INT])
+@pytest.mark.parametrize("line", PLAIN)
+def test_a_command_without_a_loop_ends_in_time(line: str, number: int, tmp_path: Path) -> None:
+    log, marker = tmp_path / "log.txt", tmp_path / "stalled"
+    (tmp_path / "run").mkdir()
+    process = CONTEXT.Process(target=stall_instead, args=(line.split(), log))
+    process.start()
+    try:
+        end = time.monotonic() + 200
+        while not marker.exists():
+            assert process.is_alive(), log.read_text()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        os.kill(int(process.pid or 0), number)
+        must_end(process.is_alive)
+        process.join()
+        assert process.exitcode == CODES[signal.Signals(number)], log.read_text()
+        assert "Traceback" not in log.read_text()
+    finally:
+        process.kill()
 
 
 def callbacks(long_step: float | None, *more: dict[str, Any]) -> list[dict[str, Any]]:

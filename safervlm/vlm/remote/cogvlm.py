@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from safervlm.errors import ArgumentError
 from safervlm.io.images import BLANK, ImageSettings
@@ -22,8 +22,8 @@ from safervlm.vlm.auto import Encoding
 from safervlm.vlm.compat import local_torch_dtype
 from safervlm.vlm.layers import switch_off_dropout
 from safervlm.vlm.lora import LoRA
+from safervlm.vlm.processors import read_tokenizer
 from safervlm.vlm.remote.base import LegacyTupleCacheMixin, MissingPackageStub, Remote, RemoteCollator, rotate
-from safervlm.vlm.weights import reading
 
 TEMPLATES = {"chat": "Question: {question} Answer:", "vqa": "Question: {question} Short answer:"}
 # All linear layers for text tokens; the parallel vision experts, for image tokens, are not adapted.
@@ -144,8 +144,7 @@ class CogVLM(Remote):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the model was trained with."""
-        with reading(self.tokenizer_name):
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name, trust_remote_code=False)
+        tokenizer = read_tokenizer(self.tokenizer_name)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.unk_token  # placeholder of image tokens, replaced by image features
         return tokenizer

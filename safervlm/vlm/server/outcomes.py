@@ -15,6 +15,7 @@ FILTERS = {"content_filter", "content_policy_violation", "image_content_policy_v
 RETRY_LATER = {429, 502, 503}
 RETRY = {408, 409}
 BAD_REQUEST = {400, 413, 415, 422}
+BAD_ADDRESS = {405, 407, 410, 426}
 SETTINGS = {
     "temperature": "sampling.temperature",
     "top_p": "sampling.top_p",
@@ -142,7 +143,13 @@ def _text(body: object) -> str:
 
 
 def meaning(
-    refusal: Refused, question: str, address: str, sent: Mapping[str, Any], variable: str, has_key: bool
+    refusal: Refused,
+    question: str,
+    address: str,
+    sent: Mapping[str, Any],
+    variable: str,
+    has_key: bool,
+    answered: bool = False,
 ) -> Outcome:
     """Returns what a failed response means for the question and the server.
 
@@ -153,6 +160,7 @@ def meaning(
         sent: Parameters of the request.
         variable: Name of the environment variable of the API key.
         has_key: Whether that variable holds a key.
+        answered: Whether the server has answered another question: what it forbids is then this one.
     """
     status, message, model = refusal.status, refusal.message, sent["model"]
     if status == 400 and FILTERS & {refusal.code, refusal.kind}:
@@ -172,7 +180,7 @@ def meaning(
             f"vlm.api_key_variable: {address} {known} the environment variable {variable} (401); "
             "export it, the same command resumes"
         )
-    if status == 403:
+    if status == 403 and not answered:
         return Hopeless(
             f"vlm.api_key_variable: {address} forbids it to the key in {variable} (403: "
             f"{message}); use one that may ask {model}"
@@ -182,7 +190,7 @@ def meaning(
             f"vlm.model: {address} has no {model!r}, or isn't a base URL, which mostly ends in /v1 (404: "
             f"{message}); {address}/models lists what it has"
         )
-    if status not in BAD_REQUEST:
+    if status in BAD_ADDRESS or (status not in BAD_REQUEST and not answered):
         return Hopeless(f"vlm.addresses: {address} rejects the request ({status}: {message}); is it a base URL?")
     return _of_the_question(refusal, question, address, sent)
 

@@ -166,7 +166,7 @@ class Requests:
             told["retry_after"] = refusal.pause
         if refusal.location:
             told["redirect"] = refusal.location
-        outcome = meaning(refusal, told["id"], host.address, sent, self.variable, self.has_key)
+        outcome = meaning(refusal, told["id"], host.address, sent, self.variable, self.has_key, host.answered > 0)
         if isinstance(outcome, Generation):
             told["result"] = outcome.finish_reason
         return outcome

@@ -65,7 +65,7 @@ class Bounded(httpx2.AsyncBaseTransport):
             await response.aclose()
         return httpx2.Response(
             response.status_code,
-            headers=[(name, value) for name, value in response.headers.raw if name.lower() not in CHANGED],
+            headers=[header for header in response.headers.raw if header[0].lower() not in left_out(response)],
             content=decompressed(bytes(body), response.headers.get("content-encoding", ""), self.max_body),
             extensions=response.extensions,
         )
@@ -73,6 +73,19 @@ class Bounded(httpx2.AsyncBaseTransport):
     async def aclose(self) -> None:
         """Closes the connections."""
         await self.inner.aclose()
+
+
+def left_out(response: httpx2.Response) -> set[bytes]:
+    """Returns the names of the headers that no longer describe the body, or name an encoding that no text has.
+
+    Args:
+        response: Response with its headers.
+    """
+    try:
+        b"a".decode(response.charset_encoding or "utf-8", "replace")
+    except (LookupError, UnicodeError, ValueError, AssertionError):
+        return {*CHANGED, b"content-type"}
+    return set(CHANGED)
 
 
 def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
