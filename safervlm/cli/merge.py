@@ -22,6 +22,7 @@ from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.merging import merge_adapter, write_merged
 from safervlm.vlm.remote.base import Remote
 
+MOST = 1e-2  # nats by which rounding moves a log-probability in float32
 QUESTIONS = f"{2 * len(ALIGNMENT_QUESTIONS)} questions about two images of noise with two responses each"
 
 
@@ -47,7 +48,8 @@ def merge(
 
     Raises:
         RecordError: The run has no adapter, no configuration, or another process is at work in it.
-        ArgumentError: The output folder is not empty, the model runs code of its own, or the adapter can't be merged.
+        ArgumentError: The output folder is not empty, the model runs code of its own, the adapter can't be merged, or
+            merging changes what the model computes.
     """
     run, out = Path(run), Path(out)
     config, adapter = run / "fit.yaml", run / "adapter"
@@ -63,6 +65,11 @@ def merge(
             before = _logprobs(vlm, Path(folder))
             merge_adapter(vlm)
             moved = (_logprobs(vlm, Path(folder)) - before).abs()
+        if vlm.dtype == torch.float32 and moved.max() > MOST:
+            raise ArgumentError(
+                f"run: with the adapter in the weights of {vlm.name!r}, log-probabilities differ by as much as "
+                f"{moved.max():.2g} nats, which is no rounding in float32; serve the base model with its adapter"
+            )
         rounding = f"at most {moved.max():.2g}, on average {moved.mean():.2g} nats per token"
         differs = f"Log-probabilities differ from those of base plus adapter by {rounding}, on {QUESTIONS}."
         card = model_card(run, vlm.name, vlm.revision, str(vlm.dtype).removeprefix("torch."), differs)

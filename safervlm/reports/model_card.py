@@ -112,8 +112,11 @@ def _table(run: Path) -> str:
         f"|{'---|' * len(HEADINGS)}",
     ]
     for row in evaluate(evaluation, wanted).to_dict("records"):
+        if not row["n"]:
+            continue  # its responses were not rated
+        value = "none" if np.isnan(row["value"]) else f"{row['value']:.4g}"
         interval = "none" if np.isnan(row["low"]) else f"[{row['low']:.4g}, {row['high']:.4g}]"
-        cells = [row["group"], row["heading"], f"{row['value']:.4g}", interval, row["sampling_unit"], row["n"]]
+        cells = [row["group"], row["heading"], value, interval, row["sampling_unit"], row["n"]]
         cells += [row["thinking_unfinished"], judges[row["column"]]]
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join([*lines, f"\n{JUDGE_NOTE} {_checkpoints(folder)}\n"])

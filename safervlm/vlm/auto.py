@@ -26,6 +26,7 @@ from transformers import (
 
 from safervlm.errors import ArgumentError, first_line
 from safervlm.io.images import ImageSettings
+from safervlm.io.tables import say
 from safervlm.limits import TextLimits
 from safervlm.vlm.base import Answer, Unanswered
 from safervlm.vlm.compat import grown_inputs
@@ -153,7 +154,7 @@ class Transformers(LocalVLM):
             self.processor,
             self.template,
             self.system,
-            self.eos_token_ids,
+            self.named_ends,
             min(getattr(text, "max_position_embeddings", 2**31), self.limits.max_tokens),
             self.config.qformer_config.max_position_embeddings if hasattr(self.processor, "qformer_tokenizer") else 0,
             images=self.images,
@@ -201,6 +202,9 @@ class Transformers(LocalVLM):
         """
         if self.model is None:
             super().load(train, seed)
+            if (end := self.collator.turn_end) is not None:
+                token = self.tokenizer.convert_ids_to_tokens(end)
+                say(f"vlm.model: {token} ends a response, too, because the chat template ends responses with it")
             training = self.training
             self.eval()
             try:
@@ -254,7 +258,12 @@ class Transformers(LocalVLM):
 
     @cached_property
     def eos_token_ids(self) -> list[int]:
-        """End tokens of a response.
+        """End tokens of a response: those that the model's files name, and the one that its chat template writes."""
+        return self.collator.eos_token_ids
+
+    @cached_property
+    def named_ends(self) -> list[int]:
+        """End tokens of a response that the model's files name.
 
         The tokenizer's comes first, then those of the generation configuration, or of the model configuration if there
         is no generation configuration.
@@ -271,7 +280,9 @@ class Transformers(LocalVLM):
                 settings = GenerationConfig.from_model_config(self.config)
         named = settings.eos_token_id
         every = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-        ends = [token for token in dict.fromkeys(every) if token is not None]
+        if wrong := [token for token in every if token is not None and type(token) is not int]:
+            raise ArgumentError(f"vlm.model: eos_token_id of {self.name!r} has {wrong[0]!r}, which is no token id")
+        ends = [token for token in dict.fromkeys(every) if token is not None and token >= 0]  # -1 stands for none
         if not ends:
             raise ArgumentError(f"vlm.model: {self.name!r} names no token that ends a response (eos_token_id)")
         return ends
@@ -322,10 +333,7 @@ class Transformers(LocalVLM):
         with active(self.base, adapter):
             targets, found = self.scoring.states(asked)
         if self.logit_transform is None and self.scoring.last is not None:
-            states, logits = self.scoring.last
-            with torch.no_grad():
-                bare = self.base.get_output_embeddings()(states)
-                self.logit_transform = transform_between(self.base.config, bare, logits)
+            self.logit_transform = transform_between(self.base.config, *self.scoring.last)
         if self.logit_transform is None:
             raise ArgumentError(
                 f"vlm.model: {self.name!r} changes the logits behind its head in a way that its config.json does not "

@@ -1,16 +1,18 @@
 """Writes conversations with a model's chat template: the prompt, and the template's own form of a given answer."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from safervlm.errors import ArgumentError
+from safervlm.errors import ArgumentError, explained
 from safervlm.limits import SECONDS, computing_limit
 from safervlm.vlm.base import CHARACTERS
 from safervlm.vlm.prefix import Encoding
-from safervlm.vlm.thinking import GivenForm, Setting, Thinking, default_system, detect, given_form
+from safervlm.vlm.thinking import GivenForm, Setting, Thinking, default_system, detect, given_form, unknown_mark
 
 # Arguments of the processor's apply_chat_template that are no variables of a template.
 TEMPLATE_SETTINGS = {
@@ -20,6 +22,10 @@ TEMPLATE_SETTINGS = {
 }
 PROBE = "SaferVLM-probe"  # a system prompt that no template contains
 ANSWER = "Yes."  # a given answer, to see the form in which a template writes it
+
+
+class TemplateFailsError(ArgumentError):
+    """Raised if a chat template fails, for example because it rejects a role or lacks a variable."""
 
 
 def template_arguments_of(arguments: Mapping[str, Any] | None, template: str | None) -> dict[str, Any]:
@@ -39,6 +45,23 @@ def template_arguments_of(arguments: Mapping[str, Any] | None, template: str | N
     return dict(arguments or {})
 
 
+def must_have_variables(source: str, arguments: Mapping[str, Any]) -> None:
+    """Rejects a variable that a chat template never uses, for example a misspelt one.
+
+    Args:
+        source: Source of the chat template.
+        arguments: Values of its variables.
+
+    Raises:
+        ArgumentError: The template lacks one.
+    """
+    words = set(re.findall(r"[^\W\d]\w*", source))
+    for name in arguments.keys() - words:
+        close = get_close_matches(name, words, n=1)
+        hint = f"did you mean {close[0]}?" if close else "remove it"
+        raise ArgumentError(f"vlm.template_arguments: the model's chat template has no variable {name!r}; {hint}")
+
+
 @dataclass
 class Conversation:
     """A conversation of one question and its answer, in the form that a model was trained on; picklable.
@@ -51,6 +74,8 @@ class Conversation:
         max_length: Maximum number of tokens of a prompt with its completion.
         seconds: Maximum CPU time of rendering the chat template.
         thinking: How the model marks its reasoning; set by :meth:`begin`.
+        turn_end: Token with which the chat template ends a response, if the model's settings omit it; set by
+            :meth:`begin`, which adds it to ``eos_token_ids``.
         template_arguments: Further variables of the chat template.
     """
 
@@ -61,6 +86,7 @@ class Conversation:
     max_length: int
     seconds: float = field(default=SECONDS, kw_only=True)
     thinking: Thinking = field(default=Thinking(), kw_only=True)
+    turn_end: int | None = field(default=None, kw_only=True)
     template_arguments: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
@@ -69,21 +95,52 @@ class Conversation:
         return self.processor.tokenizer
 
     def begin(self, setting: Setting) -> None:
-        """Renders the chat template once, and finds the marks of reasoning.
+        """Renders the chat template once, and finds the marks of reasoning and the token that ends a response.
 
         Args:
             setting: The setting ``vlm.thinking``.
 
         Raises:
-            ArgumentError: The template exceeds its limits.
+            ArgumentError: The template fails, exceeds its limits, or has no such variable as an argument for it names.
         """
         source = beginning = ""
         if self.template is None:
+            given = self.processor.chat_template
+            source = given if isinstance(given, str) else given.get("default", "")
+            must_have_variables(source, self.template_arguments)
             question = "Safe?"
             beginning = self.written(self.messages(question), add_generation_prompt=True).rpartition(question)[2]
-            given = self.processor.chat_template
-            source = given if isinstance(given, str) else "\n".join(given.values())
         self.thinking = detect(setting, source, self.tokenizer.get_added_vocab(), beginning)
+        if not self.thinking.marks and setting == "detected":
+            self.thinking = Thinking(unknown=self._unknown_mark())
+        self.turn_end = self._turn_end()
+        self.eos_token_ids = [*self.eos_token_ids, *([] if self.turn_end is None else [self.turn_end])]
+
+    def _unknown_mark(self) -> str:
+        """Returns a mark at the end of the prompt that the template doesn't write before a given answer, or ''."""
+        if self.template is not None:
+            return ""
+        asked = self.messages("Safe?")
+        given = [*asked, {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
+        try:
+            return unknown_mark(self.written(asked, add_generation_prompt=True), self.written(given))
+        except ArgumentError:  # reported where a given answer is needed
+            return ""
+
+    def _turn_end(self) -> int | None:
+        """Returns the token with which the chat template ends a response, if the model's settings omit it; or None.
+
+        It ended the responses that the model was trained on. Otherwise it would be suppressed, as special tokens are.
+        """
+        if self.template is not None:
+            return None
+        try:
+            rest = self.given_form({}, ANSWER).rest
+        except ArgumentError:  # reported where a given answer is needed
+            return None
+        first = next(iter(self.token_ids(rest.lstrip())), None)
+        known = first in self.eos_token_ids or first not in self.tokenizer.added_tokens_decoder
+        return None if known else first
 
     def default_system(self) -> str:
         """Returns the system prompt that the chat template inserts into a conversation without one; empty for none."""
@@ -92,9 +149,7 @@ class Conversation:
         messages, system = self.messages("Safe?"), {"type": "text", "text": PROBE}
         try:
             probed = self.written([{"role": "system", "content": [system]}, *messages])
-        except ArgumentError:
-            raise
-        except Exception:  # the template takes no system prompt
+        except TemplateFailsError:  # it takes no system prompt
             return ""
         return default_system(probed, self.written(messages), PROBE)
 
@@ -143,11 +198,16 @@ class Conversation:
             add_generation_prompt: Whether to append the beginning of a response.
 
         Raises:
-            ArgumentError: The template takes too long, or its output is too long.
+            ArgumentError: The template takes too long, its output is too long, or it fails.
         """
         remedy = "give vlm.template in its place, or use another model"
+        fails = "vlm.model: its chat template fails"
+        needed = "leave vlm.system empty" if self.system else "give what it needs as vlm.template_arguments"
         slow = f"vlm.model: its chat template computes for too long (vlm.limits.seconds: {self.seconds:g})"
-        with computing_limit(f"{slow}; {remedy}", self.seconds):
+        with (
+            explained(fails, f"{needed}, {remedy}", Exception, error=TemplateFailsError),
+            computing_limit(f"{slow}; {remedy}", self.seconds),
+        ):
             text: str = self.processor.apply_chat_template(
                 messages, add_generation_prompt=add_generation_prompt, **self.template_arguments
             )
@@ -178,8 +238,9 @@ class Conversation:
         )
         if form is None:
             raise ArgumentError(
-                "the chat template writes another beginning before a response that is given than before one that "
-                "is generated, so responses can't be scored; use a model whose template doesn't"
+                "vlm.model: its chat template writes another beginning before a response that is given than before one "
+                "that is generated, so responses can't be scored; give vlm.thinking if the beginning opens reasoning, "
+                "or use another model"
             )
         return form
 

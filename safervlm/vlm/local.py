@@ -41,6 +41,7 @@ from safervlm.vlm.lora import (
     AdaptedLayers,
     Adapter,
     LoRA,
+    active,
     adapted_layers,
     add_adapters,
     checkpoint_gradients,
@@ -319,7 +320,8 @@ class LocalVLM(VLM):
         if sampling is not None and sampling.top_p < 1:
             raise ArgumentError(f"sampling.top_p: scoring needs 1, got {sampling.top_p}")
         targets, states = self.response_states(batch, adapter)
-        logits = self.base.get_output_embeddings()(states).float()
+        with active(self.base, adapter):  # LoRA may adapt the head, too
+            logits = self.base.get_output_embeddings()(states).float()
         if self.logit_transform is not None:
             logits = self.logit_transform(logits)
         if sampling is not None:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def merge_adapter(vlm: LocalVLM) -> None:
         vlm: Loaded with an adapter.
 
     Raises:
-        ArgumentError: The adapter is of a kind that is no plain LoRA, or the weights are quantised.
+        ArgumentError: The adapter is of a kind that is no plain LoRA, it changes one of two layers that share their
+            weights, or the weights are quantised.
         TypeError: The VLM was loaded without an adapter.
     """
     if not isinstance(vlm.model, PeftModel):
@@ -45,11 +46,27 @@ def merge_adapter(vlm: LocalVLM) -> None:
             f"run: the weights of {vlm.name!r} are quantised, which nothing can be added to; name a run on the "
             "unquantised model"
         )
-    for layer in switched(vlm.model):
+    layers = switched(vlm.model)
+    _must_share_nothing(layers, vlm.base)
+    for layer in layers:
         for weight, update in _updates(layer):
             weight.copy_((weight.double() + update).to(weight.dtype))
     vlm.model = vlm.model.unload()
     vlm.eval()
+
+
+def _must_share_nothing(layers: Sequence[nn.Module], model: nn.Module) -> None:
+    """Rejects adapted layers whose weights another layer has, too, as a head may have those of the embedding."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for weight in module.parameters(recurse=False):
+            owners.setdefault(id(weight), []).append(name.removesuffix(".base_layer"))
+    for weight in (weight for layer in layers for weight in layer.parameters()):
+        if len(names := owners[id(weight)]) > 1:
+            raise ArgumentError(
+                f"run: its adapter changes one of {' and '.join(names)}, which have the same weights (tie_word_"
+                "embeddings), so merging would change both; serve the base model with its adapter"
+            )
 
 
 def _updates(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
@@ -66,11 +83,12 @@ def _updates(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         yield base.weight, scale * (second @ first)
         return
     stack, count = layer.get_param(), layer.num_experts
+    transposed = getattr(base, "is_transposed", False)  # by which PEFT, too, decides; the shapes may be square
     first = first.reshape(count, -1, first.shape[-1])
     second = second.reshape(second.shape[0], -1, count)
     for number in range(count):
         update = scale * (second[:, :, number] @ first[number])
-        yield stack[number], update if update.shape == stack[number].shape else update.T
+        yield stack[number] if stack.ndim > 2 else stack, update.T if transposed else update
 
 
 def write_merged(vlm: LocalVLM, folder: Path, shard_size: str) -> None:

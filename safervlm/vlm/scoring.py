@@ -94,7 +94,8 @@ class Scoring:
     """Computes the hidden states that predict completions.
 
     Attributes:
-        last: First state of each row of the last forward pass, and the logits that the model's own head computed of it.
+        last: Output of the head for the first token of each row of the last forward pass, and the logits that the model
+            returned for it.
 
     Args:
         vlm: The model, a :class:`safervlm.vlm.auto.Transformers`.
@@ -180,17 +181,19 @@ class Scoring:
     def _forward(self, inputs: dict[str, Any]) -> Tensor:
         """Returns the hidden states before the head."""
         kept: list[Tensor] = []
+        bare: list[Tensor] = []
 
         def keep(head: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
             kept.append(states[0])
             return (states[0][:, :1],)  # saves the model's own head from computing all logits
 
-        hook = self.vlm.base.get_output_embeddings().register_forward_pre_hook(keep)
-        try:
+        def keep_output(head: nn.Module, states: Any, output: Tensor) -> None:
+            bare.append(output.detach().clone())  # a model may change it in place
+
+        head = self.vlm.base.get_output_embeddings()
+        with head.register_forward_pre_hook(keep), head.register_forward_hook(keep_output):
             logits = self.vlm.base(**inputs, use_cache=False).logits
-        finally:
-            hook.remove()
-        self.last = (kept[-1][:, :1].detach().clone(), logits.detach())
+        self.last = (bare[-1], logits.detach())
         return kept[-1]
 
     @torch.no_grad()

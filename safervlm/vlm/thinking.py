@@ -75,12 +75,14 @@ class Thinking:
         opened: Whether the prompt ends inside the reasoning.
         closed: Whether the prompt ends after an empty block, so that the model answers without reasoning.
         source: Where the marks were found.
+        unknown: Without marks: what may be an opening mark at the end of the prompt; empty for nothing.
     """
 
     marks: tuple[Marks, ...] = ()
     opened: bool = False
     closed: bool = False
     source: Source = "none"
+    unknown: str = ""
 
     @property
     def expected(self) -> bool:
@@ -90,13 +92,14 @@ class Thinking:
         """
         return bool(self.marks) and not self.closed and (self.opened or self.source in ("argument", "template"))
 
-    def split(self, text: str) -> SplitResponse:
+    def split(self, text: str, beside: bool = False) -> SplitResponse:
         """Separates a response into reasoning and answer.
 
         Args:
             text: The response with its marks.
+            beside: Whether the reasoning was returned beside the text, so that the text doesn't begin inside it.
         """
-        return split(text, self.marks, self.opened)
+        return split(text, self.marks, self.opened and not beside)
 
     def mark_tokens(self, special: Mapping[int, str]) -> dict[int, str]:
         """Returns the special tokens that belong to the marks, which the model must be able to generate.
@@ -116,6 +119,12 @@ class Thinking:
 
     def report(self) -> str | None:
         """Returns one line about the marks and the prompt; None if there are no marks or only a tokenizer has them."""
+        if self.unknown:
+            closing = f"{self.unknown[0]}/{self.unknown[1:]}"
+            return (
+                f"vlm.thinking: the prompt ends with {self.unknown}; if it opens reasoning, give both marks, "
+                f"[{self.unknown}, {closing}], so that the answer alone is judged"
+            )
         if not self.marks or not (self.expected or self.closed):
             return None
         marks = " or ".join(f"{each.opening} and {each.closing}" for each in self.marks)
@@ -185,6 +194,18 @@ def detect(setting: Setting, template: str, tokens: Iterable[str], beginning: st
     return Thinking(marks, opened, closed, source)  # type: ignore[arg-type]
 
 
+def unknown_mark(prompt: str, answered: str) -> str:
+    """Returns a tag at the end of a prompt that the template doesn't write before a given answer; empty for none.
+
+    Args:
+        prompt: A conversation with the beginning of a response.
+        answered: The same conversation with a given answer.
+    """
+    found = re.search(r"(<[^\W\d][\w:-]*>|\[[^\W\d][\w:-]*\])\s*\Z", prompt)
+    given = found is None or answered.startswith(prompt[: found.end(1)])
+    return "" if found is None or given else found[1]
+
+
 def for_server(setting: Setting) -> Thinking:
     """Returns how the responses of a server are separated, whose template is unknown: by all common marks.
 
@@ -195,7 +216,24 @@ def for_server(setting: Setting) -> Thinking:
         ArgumentError: The setting is invalid.
     """
     marks = chosen(setting)
-    return Thinking(COMMON, source="common marks") if marks is None else Thinking(marks, source="argument")
+    if marks is None:
+        return Thinking(COMMON, source="common marks")
+    return Thinking(marks, opened=any(not each.opening for each in marks), source="argument")
+
+
+def closed_alone(text: str, thinking: Thinking) -> str | None:
+    """Returns the closing mark of a server's response that lacks the opening one, as the prompt opens the reasoning.
+
+    Args:
+        text: The response with its marks.
+        thinking: The possible marks.
+
+    Returns:
+        The mark; None if there is none, or if an argument states how a response begins.
+    """
+    if thinking.source != "common marks":
+        return None
+    return next((m.closing for m in thinking.marks if m.closing in text and m.opening not in text), None)
 
 
 def split(text: str, marks: Sequence[Marks], opened: bool = False) -> SplitResponse:
@@ -212,7 +250,6 @@ def split(text: str, marks: Sequence[Marks], opened: bool = False) -> SplitRespo
     ends = [(text.rfind(each.closing), len(each.closing)) for each in marks if each.closing in text]
     place, length = max(ends, default=(0, 0))
     rest = text[place + length :]
-    opened = opened or any(not each.opening for each in marks)
     if any(each.opening and each.opening in rest for each in marks) or (not ends and opened):
         return SplitResponse(_unmarked(text, marks), "", True)
     return SplitResponse(_unmarked(text[:place], marks), rest.strip())

@@ -49,3 +49,17 @@ def test_what_is_no_training_is_rejected(tmp_path: Path, capsys: Any) -> None:
     assert end.value.code == 2
     assert "name the folder of a finished training" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_merging_that_changes_what_the_model_computes_is_rejected(
+    run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(layer: Any) -> Any:
+        yield layer.get_base_layer().weight, torch.ones(())
+
+    monkeypatch.setattr("safervlm.vlm.merging._updates", wrong)
+    with pytest.raises(SystemExit) as end:
+        main(["merge", str(run), "--out", str(tmp_path / "out"), "--dtype", "float32"])
+    assert end.value.code == 2
+    assert "nats, which is no rounding in float32; serve the base model with its adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -396,6 +396,8 @@ def test_no_absolute_path_is_on_a_page(tmp_path):
         (r"--m C:\Users\jane\x", "--m …/x"),
         ("http://127.0.0.1:80/v1", "http://127.0.0.1:80/v1"),
         ("s3://bucket/jane/x", "s3://bucket/jane/x"),
+        ('[["<think>", "</think>"], ["[THINK]", "[/THINK]"]]', '[["<think>", "</think>"], ["[THINK]", "[/THINK]"]]'),
+        ("[/home/jane/x]", "[…/x]"),
         ("images/0.png ../x and/or N/A 1/2", "images/0.png ../x and/or N/A 1/2"),
     ],
 )

@@ -80,6 +80,25 @@ def test_the_scores_of_another_adapter_are_skipped_and_named(run: Path, capsys: 
     assert "| SMID |" not in card(run)
 
 
+def test_responses_that_were_not_rated_have_no_row(run: Path) -> None:
+    (run / "evaluation" / "ratings.jsonl").unlink()
+    text = card(run)
+    assert "| SMID |" in text
+    assert "| LLaVABench" not in text
+    assert "| nan" not in text
+
+
+def test_the_marks_of_reasoning_are_no_paths(run: Path) -> None:
+    model = {
+        "vlm": {"model": "/home/somebody/base", "thinking": {"marks": [["<think>", "</think>"]]}},
+        "lora": {"r": 4},
+    }
+    write_stage(run, "sft", settings={"model": model, "data": {"names": ["Pictograms"]}})
+    text = card(run)
+    assert "</think>" in text
+    assert "somebody" not in text
+
+
 def test_the_licence_is_the_base_models(run: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()

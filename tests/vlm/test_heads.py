@@ -104,6 +104,25 @@ def test_scores_are_those_of_the_models_own_logits(
     check(tmp_path, None, examples, expected)
 
 
+@pytest.mark.parametrize("build", [families.llava, families.qwen2_vl])
+def test_an_adapted_head_is_switched_with_the_other_layers(
+    build: Callable[[Path], None], examples: list[Example], tmp_path: Path
+) -> None:
+    """Otherwise the reference would be scored with the policy's head."""
+    build(tmp_path)
+    lora = LoRA(r=4, alpha=8, dropout=0.5, target_modules=r".*(language_model.*q_proj|lm_head)", min_coverage=0)
+    base, policy = (Transformers(str(tmp_path), dtype="float32", lora=lora) for _ in range(2))
+    base.load()
+    families.with_effect(policy)
+    batch = policy.collator(examples)
+    expected = base.score(base.collator(examples)).logprobs
+    policy.train()  # dropout makes two passes through the head different
+    torch.testing.assert_close(policy.score(batch, "reference").logprobs, expected, atol=1e-5, rtol=0)
+    policy.logit_transform = None
+    assert (policy.score(batch).logprobs - expected).abs().max() > 1e-2
+    assert policy.logit_transform == LogitTransform()
+
+
 def test_paligemma_2_is_scored_and_trained(examples: list[Example], tmp_path: Path) -> None:
     families.paligemma2(tmp_path)
     model = hf.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)

@@ -8,15 +8,19 @@ import families
 import more_families
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+from safervlm.errors import ArgumentError
 from safervlm.records import Question
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.merging import merge_adapter, write_merged
 
 LORA = LoRA(r=4, alpha=8, dropout=0.0)
+# The square matrices of Aria's experts are transposed, those of the other family are not.
+EXPERTS = (more_families.qwen3_vl_moe, more_families.aria)
 
 
 def tied(folder: Path) -> None:
@@ -36,7 +40,8 @@ def adapter(folder: Path, out: Path, lora: LoRA = LORA) -> str:
 
 
 @pytest.mark.parametrize(
-    "build", [families.llava, families.qwen2_vl, families.gemma3, families.internvl, tied, more_families.qwen3_vl_moe]
+    "build",
+    [families.llava, families.qwen2_vl, families.gemma3, families.internvl, tied, *EXPERTS],
 )
 def test_a_merged_model_scores_as_base_plus_adapter(
     build: Callable[[Path], None], make_questions: Callable[[int], list[Question]], tmp_path: Path
@@ -45,7 +50,7 @@ def test_a_merged_model_scores_as_base_plus_adapter(
     base.mkdir()
     out.mkdir()
     build(base)
-    lora = LoRA(r=4, alpha=8, dropout=0.0, experts=build is more_families.qwen3_vl_moe)
+    lora = LoRA(r=4, alpha=8, dropout=0.0, experts=build in EXPERTS)
     vlm = Transformers(str(base), dtype="float32", adapter=adapter(base, tmp_path / "adapter", lora))
     vlm.load()
     batch = vlm.collator(families.ask(make_questions(3)))
@@ -63,6 +68,27 @@ def test_a_merged_model_scores_as_base_plus_adapter(
     assert (expected - plain).abs().max() > 1e-2
     there = {file.name for file in base.iterdir()}
     assert there - {"model.safetensors"} <= {file.name for file in out.iterdir()}
+
+
+@pytest.mark.parametrize("target", ["lm_head", ".*embed_tokens"])
+def test_one_of_two_layers_with_the_same_weights_is_not_merged(target: str, tmp_path: Path) -> None:
+    """Their weights would change in both, as where the head is the embedding."""
+    base = tmp_path / "base"
+    base.mkdir()
+    tied(base)
+    model = get_peft_model(
+        families.hf.AutoModelForImageTextToText.from_pretrained(base), LoraConfig(target_modules=target)
+    )
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    vlm = Transformers(str(base), dtype="float32", adapter=str(tmp_path / "adapter"))
+    vlm.load()
+    before = vlm.base.get_input_embeddings().weight.clone()
+    with pytest.raises(ArgumentError, match=r"^run: its adapter changes one of .*embed_tokens and lm_head, which have"):
+        merge_adapter(vlm)
+    assert torch.equal(vlm.base.get_input_embeddings().weight, before)
 
 
 def test_in_bfloat16_each_weight_is_rounded_once(tmp_path: Path) -> None:

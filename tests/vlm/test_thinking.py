@@ -1,6 +1,7 @@
 """Thinking models of each type of chat template: measured, judged, scored, trained and served."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -304,6 +305,88 @@ def test_what_is_no_variable_of_a_template_is_rejected(settings, message, tmp_pa
         new(tmp_path, **settings)
 
 
+def with_template(folder: Path, template: str, **settings: Any) -> Transformers:
+    families.qwen3_vl(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return new(folder, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("enable_thinkin", r"'enable_thinkin'; did you mean enable_thinking\?"), ("zzz", "'zzz'; remove it")],
+)
+def test_a_variable_that_the_template_lacks_is_rejected(name, message, tmp_path):
+    vlm = new(folder_of(tmp_path, "hybrid"), template_arguments={name: False})
+    with pytest.raises(ArgumentError, match=rf"^vlm\.template_arguments: .* has no variable {message}"):
+        _ = vlm.collator
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+NO_ANSWER = "{% for m in messages if m.role == 'assistant' %}{{ raise_exception('No answer') }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "given", "message"),
+    [
+        (families.thinking_template("", first=NO_SYSTEM), {"system": "Be brief."}, False, "No system role.*vlm.system"),
+        (families.thinking_template("{{ mode + 1 }}"), {}, False, "'mode' is undefined.*vlm.template_arguments"),
+        (families.thinking_template("{% endif %}"), {}, False, "unknown tag"),
+        (families.thinking_template("", first=NO_ANSWER), {}, True, "No answer.*vlm.template"),
+    ],
+)
+def test_a_template_that_fails_is_reported_in_one_line(template, settings, given, message, tmp_path, examples):
+    vlm = with_template(tmp_path, template, **settings)
+    if given:  # it can be measured
+        assert vlm.describe()["system"] == ""
+    with pytest.raises(ArgumentError, match=rf"^vlm\.model: its chat template fails .*{message}") as raised:
+        vlm.collator(examples)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_template_without_a_system_role_is_measured(tmp_path):
+    assert "default_system" not in with_template(tmp_path, families.thinking_template("", first=NO_SYSTEM)).describe()
+
+
+def test_marks_in_a_template_that_is_not_used_are_ignored(tmp_path):
+    families.qwen3_vl(tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("<think>")
+    vlm = new(tmp_path)
+    assert set(vlm.processor.chat_template) == {"default", "tool_use"}
+    assert not vlm.thinking.marks
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "known"),
+    [("<reason>\n", "", False), ("<reason>", "<reason>", True), ("[PLAN]", "", False), ("Answer:", "", True)],
+)
+def test_a_mark_that_is_not_known_is_reported(prompt, given, known, tmp_path, capsys):
+    vlm = with_template(tmp_path, families.thinking_template(prompt, given))
+    vlm.load()
+    line = f"vlm.thinking: the prompt ends with {prompt.strip()}; if it opens reasoning"
+    assert (line in capsys.readouterr().out) == (not known)
+    marked = new(tmp_path, thinking=[prompt.strip(), "[END]"])
+    assert marked.thinking.opened
+    marked.load()
+    assert line not in capsys.readouterr().out
+
+
+def test_the_token_that_ends_a_response_in_the_template_is_an_end_token(tmp_path, examples, capsys):
+    """Otherwise it would be suppressed, and the model could not end a response as it was trained to."""
+    families.qwen3_vl(tmp_path)
+    for file in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        text = (tmp_path / file).read_text().replace('"eos_token": "<|im_end|>"', '"eos_token": "</s>"')
+        (tmp_path / file).write_text(re.sub(r'"eos_token_id": \d+', '"eos_token_id": 2', text))
+    vlm = new(tmp_path)
+    vlm.load()
+    end = vlm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert vlm.eos_token_ids == [2, end]
+    assert end not in vlm.suppressed
+    assert vlm.collator(examples[:1]).completions[0][0][-1] == end
+    assert vlm.generation([65, end, 66]).finish_reason == "stop"
+    assert "vlm.model: <|im_end|> ends a response, too" in capsys.readouterr().out
+
+
 def test_what_determines_a_response_is_described(kind, folder):
     described = new(folder).describe()
     assert described.get("default_system") == ("You are kind." if kind == "system" else None)
@@ -388,6 +471,12 @@ def hidden(tokens: int) -> dict[str, Any]:
         (completion("Yes, it", "length"), {}, ("Yes, it", "length", "")),
         (completion("", "content_filter", reasoning=THOUGHT), {}, ("", "content_filter", THOUGHT)),
         (completion(PARTS), {}, (ANSWER, "stop", THOUGHT)),
+        # Reasoning beside the answer and inside it.
+        (completion(BLOCK, reasoning_content="First."), {}, (ANSWER, "stop", f"First.\n\n{THOUGHT}")),
+        (completion(BLOCK, reasoning=THOUGHT, reasoning_content=THOUGHT), {}, (ANSWER, "stop", THOUGHT)),
+        (completion(f"</think>{ANSWER}", reasoning=THOUGHT), {}, (ANSWER, "stop", THOUGHT)),
+        (completion(f"<think>{THOUGHT}", reasoning="First."), {}, ("", THINKING_UNFINISHED, f"First.\n\n{THOUGHT}")),
+        (completion(ANSWER, reasoning=THOUGHT), {"thinking": ["", "</think>"]}, (ANSWER, "stop", THOUGHT)),
     ],
 )
 def test_a_server_returns_reasoning_beside_or_inside_the_text(body, settings, expected, loopback, make_questions):
@@ -399,6 +488,15 @@ def test_a_server_returns_reasoning_beside_or_inside_the_text(body, settings, ex
     assert (answer.text, answer.finish_reason, answer.reasoning) == expected
     (response,) = measured(server, make_questions(1))
     assert response.reasoning == expected[2]
+
+
+def test_a_server_whose_prompts_open_the_reasoning_is_reported_once(loopback, make_questions, capsys):
+    """A response that is cut off has no mark at all, so that only an argument can tell it from an answer."""
+    there = loopback(lambda prompt, number, asked: Reply(body=completion(BLOCK[8:])))
+    measured(Server("m", [there.address]), make_questions(3))
+    assert capsys.readouterr().out.count("responses begin inside the reasoning (</think> without an opening mark)") == 1
+    measured(Server("m", [there.address], thinking=["", "</think>"]), make_questions(1))
+    assert "begin inside" not in capsys.readouterr().out
 
 
 def test_further_fields_of_a_request_are_sent_and_described(loopback, make_questions):

@@ -167,7 +167,7 @@ class CogVLM(Remote):
             self.tokenizer,
             TEMPLATES[self.layout],
             self.system,
-            self.eos_token_ids,
+            self.named_ends,
             self.config.max_position_embeddings,
             0,
             self.config.vision_config["image_size"],

@@ -8,7 +8,7 @@ from typing import Any, overload
 
 from safervlm.records import THINKING_UNFINISHED
 from safervlm.vlm.server.first_token import read_first_token
-from safervlm.vlm.thinking import Thinking
+from safervlm.vlm.thinking import Thinking, closed_alone
 
 UNKNOWN_TOKEN = -1  # unknown token id: a server states the number of tokens, not their ids
 UNKNOWN = "unknown"  # finish_reason of a response for which the server states none
@@ -75,6 +75,7 @@ class Completion:
         counts: ``prompt_tokens`` and ``completion_tokens``; None if the server states none, or an impossible number.
         impossible: The impossible numbers, by the same names.
         reasoning: The reasoning before the answer; empty for none.
+        closing: The closing mark of reasoning, if the response lacks the opening one; None otherwise.
         first: The tokens that are returned for the first place, with their log-probabilities; empty for none.
     """
 
@@ -85,6 +86,7 @@ class Completion:
     counts: dict[str, int | None] = field(default_factory=dict)
     impossible: dict[str, str] = field(default_factory=dict)
     reasoning: str = ""
+    closing: str | None = None
     first: tuple[tuple[str, float], ...] = ()
 
 
@@ -177,6 +179,7 @@ def read_completion(body: Any, max_count: int, thinking: Thinking) -> Completion
             if value is not None and counts[name] is None
         },
         reasoning=reasoning,
+        closing=closed_alone(read_text(message.get("content")) or "", thinking),
         first=read_first_token(choices[0]),
     )
 
@@ -218,8 +221,8 @@ def read_answer(message: Mapping[str, Any], reason: object, thinking: Thinking) 
     if word in BROKEN:
         raise ValueError(f"finish_reason {named!r}: the response did not end")
     known = next((known for words, known in KNOWN if word in words), None)
-    parts = thinking.split(content or "")
-    reasoning = separate or parts.reasoning
+    parts = thinking.split(content or "", beside=bool(separate))
+    reasoning = "\n\n".join(dict.fromkeys(text for text in (separate, parts.reasoning) if text))
     if known in (None, "length") and (parts.unfinished or (separate and not content)):
         return "", THINKING_UNFINISHED, named, reasoning
     if known is None and (content is None or not (content or word)):

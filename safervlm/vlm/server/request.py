@@ -9,6 +9,7 @@ from typing import Any
 import openai
 
 from safervlm.errors import first_line
+from safervlm.io.tables import say
 from safervlm.vlm.base import Generation, Unanswered
 from safervlm.vlm.server.cleaning import Cleaner
 from safervlm.vlm.server.first_token import FirstToken
@@ -145,6 +146,12 @@ class Requests:
             if host.answered or reason in ("refusal", "content_filter"):  # it has some in other responses
                 return Unanswered(f"{told['id']}: {host.address} {lacks}")
             return Hopeless(f"model.odds: {host.address} {lacks}; omit it, or use another server")
+        if completion.closing and not host.told_marks:
+            host.told_marks = True
+            say(
+                f"{host.address}: responses begin inside the reasoning ({completion.closing} without an opening mark); "
+                f"so that one that ends there counts as unfinished, give vlm.thinking: ['', {completion.closing}]"
+            )
         texts = self.cleaner.answer(completion.text), self.cleaner.answer(completion.reasoning)
         if "logprobs" in sent:
             return FirstToken(Unnamed(count), texts[0], reason, texts[1], first=completion.first)
