@@ -23,9 +23,9 @@ class JudgeResponses(Callback):
     classified already are not classified again. Verdicts of other judges, on other texts, or on responses that no
     longer exist, are removed. A response whose classification raises an exception is listed in
     ``verdicts-failed.jsonl`` with the reason, and the same command classifies it again. While the judges are at work,
-    each 16 batches of verdicts are appended to ``verdicts-unfinished.jsonl``, so a process that dies loses at most
-    these; the same command reads them and writes the same ``verdicts.jsonl`` as an uninterrupted run. The callback must
-    come after the RecordWriter, which writes ``responses.jsonl``.
+    each batch of verdicts is appended to ``verdicts-unfinished.jsonl``, so a process that dies loses at most the
+    current one; the same command reads them and writes the same ``verdicts.jsonl`` as an uninterrupted run. The
+    callback must come after the RecordWriter, which writes ``responses.jsonl``.
 
     Args:
         panel: The judges.
@@ -75,7 +75,7 @@ class JudgeResponses(Callback):
 
         left = [(each.question, each.response) for each in responses if each.id not in verdicts]
         self.panel.to(trainer.strategy.root_device)
-        records = self.panel.judged_in_chunks(left, run / UNFINISHED, self.batch_size)
+        records = self.panel.judged_in_batches(left, run / UNFINISHED, self.batch_size)
         failed = [record for record in records if isinstance(record, Failure)]
         verdicts |= {record.id: record for record in records if isinstance(record, Verdict)}
         there = (verdicts[response.id] for response in responses if response.id in verdicts)

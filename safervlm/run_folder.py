@@ -95,6 +95,14 @@ class RunFolder:
         """Agreement of the people with each other and with the judge."""
         return self._file("labels-summary.csv")
 
+    def labelled_texts(self, judge: str) -> Path:
+        """Responses with the labels of people, as data to fit a judge on (``--data.answers``).
+
+        Args:
+            judge: ``alignment`` or ``perception``.
+        """
+        return self._file(f"labels-{judge}.jsonl")
+
     @property
     def ratings(self) -> Path:
         """A rating model's scores of the responses."""

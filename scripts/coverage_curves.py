@@ -15,6 +15,7 @@ binomial tests, Holm's correction over all cells).
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -81,10 +82,12 @@ def study(apart: float, correlation: float, seed: int, rng: np.random.Generator)
         sides.append(Side(scores, concepts))
         said.append((scores + NOISE * rng.standard_normal(len(scores)) > threshold).astype(float))
     unsafe, safe = sides
+    rates = partial(average_precision, prevalence=PREVALENCE), partial(tpr_at_fpr, fpr=FPR)
+    area, at_fpr = bootstrap(rates, unsafe, safe, seed, 200)
     found = {
         "AUROC": auroc(unsafe, safe)[1:],
-        "AUPRC": bootstrap(lambda points: average_precision(points, PREVALENCE), unsafe, safe, seed, 200),
-        "TPR at FPR": bootstrap(lambda points: tpr_at_fpr(points, FPR), unsafe, safe, seed, 200),
+        "AUPRC": area,
+        "TPR at FPR": at_fpr,
         "gap": knowledge_behaviour_gap(unsafe, safe, said[0], said[1])[1:],
     }
     return [held(found[name], truth) for name, truth in truths(apart, threshold).items()]

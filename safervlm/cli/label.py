@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
 from safervlm.errors import ArgumentError, RecordError
@@ -12,15 +13,23 @@ from safervlm.io.tables import TextTable, say, show_table, write_csv
 from safervlm.labelling.labels import LabelFile, complete_raters
 from safervlm.labelling.plan import Plan, labelable, read_plan, write_plan
 from safervlm.labelling.sheets import read_sheet, write_sheets
-from safervlm.labelling.summary import ALPHA, CONFUSION, summary
+from safervlm.labelling.summary import ACCURACY_OF_JUDGE, ALPHA, CONFUSION, ECE, summary
 from safervlm.protocol import NOT_APPLICABLE, OPTIONS, SAFE, UNSAFE
 from safervlm.ranges import in_range
+from safervlm.records import write_jsonl
 from safervlm.results.runs import load_run
 from safervlm.run import locked
 from safervlm.run_folder import RunFolder
 
 Way = Literal["terminal", "sheet", "summary"]
 LABELS, SEED = 100, 0  # defaults of a new sample
+# What is printed of a summary; the rest is in its file.
+TITLES = {
+    ALPHA: "Krippendorff's alpha",
+    ACCURACY_OF_JUDGE: "accuracy of the judge",
+    ECE: "calibration error of the judge",
+    CONFUSION: "judge and people",
+}
 KEYS = {SAFE: "1", UNSAFE: "2", NOT_APPLICABLE: "0"} | {option: option.lower() for option in OPTIONS}
 SKIP, QUIT = "s", "q"
 
@@ -169,19 +178,42 @@ def show_state(run: Path, rows: pd.DataFrame, plan: Plan, file: LabelFile) -> No
     """
     for rater, given in file.by_rater.items():
         say(f"{rater}: {len(given)} of {len(plan.sampled)} labelled")
+    write_for_judges(run, rows, file)
     table = summary(rows, plan, file.by_rater)
     if table.empty:
         return
     write_csv(RunFolder(run).labels_summary, table)
     complete = len(complete_raters(file.by_rater, plan))
-    caption = f"Shares are of all responses, by the weights of the strata; labels are those of {complete} raters"
+    raters = "1 rater" if complete == 1 else f"{complete} raters"
+    caption = (
+        "Shares are of all responses, by the weights of the strata; in brackets 95 % intervals for other samples of "
+        f"labels. Labels are those of {raters}"
+    )
     printed = TextTable(title="People and judge", caption=caption)
     for heading in ("", "judge", "people", "labels", "value"):
         printed.add_column(heading, justify="right" if heading in ("labels", "value") else "left")
-    titles = {ALPHA: "Krippendorff's alpha", CONFUSION: "judge and people"}
-    for line in table.itertuples():
-        if line.measure != CONFUSION or line.labels:
-            title = f"{line.capability}: {titles.get(str(line.measure), 'accuracy of the judge')}"
-            printed.add_row(title, line.judge, line.people, line.labels, f"{line.value:.3f}")
+    for line in table[table["category"] == ""].itertuples():
+        if line.measure in TITLES and (line.measure != CONFUSION or line.labels):
+            value = "-" if np.isnan(line.value) else f"{line.value:.3f}"  # alpha, if all labels are the same
+            value += "" if np.isnan(line.low) else f" [{line.low:.3f}, {line.high:.3f}]"
+            printed.add_row(f"{line.capability}: {TITLES[line.measure]}", line.judge, line.people, line.labels, value)
     show_table(printed)
-    say(f"summary: {RunFolder(run).labels_summary}")
+    say(f"summary, also by category: {RunFolder(run).labels_summary}")
+
+
+def write_for_judges(run: Path, rows: pd.DataFrame, file: LabelFile) -> None:
+    """Writes the labelled texts as data that a judge is fitted on: a file for alignment, and one for perception.
+
+    Args:
+        run: Run folder.
+        rows: of :func:`safervlm.labelling.plan.labelable`.
+        file: The run's labels.
+    """
+    people = {name: label for labels in reversed(file.by_rater.values()) for name, label in labels.items()}
+    labelled = rows[rows["id"].isin(list(people))]
+    seen = labelled["capability"] == "perception"
+    for judge, own in (("alignment", labelled[~seen]), ("perception", labelled[seen])):
+        pairs = zip(own["id"], own["response"], strict=True)
+        lines = [{"id": name, "text": text, "label": people[name]} for name, text in pairs]
+        if lines:
+            write_jsonl(RunFolder(run).labelled_texts(judge), lines)

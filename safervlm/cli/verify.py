@@ -252,7 +252,7 @@ def _compare(run: Path, cli: IdleCLI, before: Mapping[str, Response], again: Seq
             "are not compared"
         )
     judged = [(answers[name].question, answers[name].response) for name in old]
-    for record in panel.judged_in_chunks(judged, run / UNFINISHED[1]):
+    for record in panel.judged_in_batches(judged, run / UNFINISHED[1]):
         if isinstance(record, Failure):
             compared.failed.append(record)
         else:

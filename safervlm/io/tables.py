@@ -1,7 +1,8 @@
 """Output of tables on the terminal, as CSV and as Excel, with escaped texts.
 
 :data:`JUDGE_NOTE` states that numbers and intervals disregard the judge's error. Every table and page with intervals of
-uncorrected numbers shows it. In CSV and Excel the column ``excludes`` states it in each row.
+uncorrected numbers shows it; beside corrected ones, :data:`BESIDE_CORRECTED`. In CSV and Excel the column ``excludes``
+states it in each row.
 """
 
 import os
@@ -21,6 +22,10 @@ from safervlm.io.escape import for_csv, for_rich, for_terminal, for_xlsx, sheet_
 from safervlm.io.files import write_atomically
 
 JUDGE_NOTE = "The numbers are not corrected for the judge's error, and the intervals do not include it."
+BESIDE_CORRECTED = (
+    "The numbers that are not called corrected are not corrected for the judge's error, and their intervals do not "
+    "include it."
+)
 EXCLUDED = "the judge's error"  # value of the column ``excludes``
 # Workbooks: columns shown in percent; widths in characters.
 SHARES = ("na_rate",)

@@ -1,6 +1,5 @@
 """Judges: RoBERTa classifiers that assign a label to a VLM's response from its text alone."""
 
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ from safervlm.data.labelled import LabelCollator
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.finite import NotFiniteRecordError, TrainingGuard, must_be_trained
 from safervlm.hashing import fingerprint
-from safervlm.io.escape import for_csv
 from safervlm.io.files import write_atomically
 from safervlm.io.names import label_names
-from safervlm.io.tables import TextTable, show_table
 from safervlm.io.texts import tokenizable
+from safervlm.judging.confusion import show_confusion, write_confusion
 from safervlm.judging.files import WEIGHTS, checkpoint_file, config_file
 from safervlm.protocol import LABELS
 from safervlm.ranges import in_range
@@ -314,10 +312,8 @@ class Judge(LightningModule):
             return result
         self.configure_model()
         tokens = self._tokenize(texts)
-        order = sorted(range(len(texts)), key=lambda index: len(tokens[index]))
         with torch.autocast(self.device.type, enabled=False):
-            for start in range(0, len(order), batch_size):
-                part = order[start : start + batch_size]
+            for part in _by_length(tokens, batch_size):
                 result[part] = F.log_softmax(self._logits([tokens[index] for index in part]), dim=-1)
             best = result.topk(2, dim=-1).values
             for index in (best[:, 0] - best[:, 1] < NEAR_TIE).nonzero().flatten().tolist():
@@ -329,6 +325,17 @@ class Judge(LightningModule):
                 "weights, or name another judge"
             )
         return result
+
+    def batches(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> list[list[int]]:
+        """Returns the batches that :meth:`judge` makes of responses, as indices of the texts.
+
+        Judged one batch at a time, the responses get the same probabilities as together.
+
+        Args:
+            texts: the responses.
+            batch_size: number of texts in a forward pass.
+        """
+        return _by_length(self._tokenize(texts), batch_size) if texts else []
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         """Returns the logits of the labels, of shape (texts, labels)."""
@@ -392,24 +399,8 @@ class Judge(LightningModule):
         self.save_pretrained(run / "judge")
         if self._held_out is not None:
             counts = self._held_out.long().tolist()
-            write_atomically(run / "confusion.csv", lambda file: self._write_confusion(file, counts))
-            self._print_confusion(counts)
-
-    def _write_confusion(self, file: Path, counts: list[list[int]]) -> None:
-        with file.open("w", newline="", encoding="utf-8") as lines:
-            writer = csv.writer(lines)
-            writer.writerow(["label", *map(for_csv, self.labels)])
-            writer.writerows([for_csv(label), *row] for label, row in zip(self.labels, counts, strict=True))
-
-    def _print_confusion(self, counts: list[list[int]]) -> None:
-        right, total = sum(row[index] for index, row in enumerate(counts)), sum(map(sum, counts))
-        table = TextTable(title=f"Held-out responses: {right} of {total} right ({right / total:.3f})")
-        table.add_column("label")
-        for label in self.labels:
-            table.add_column(f"read as {label}", justify="right")
-        for label, row in zip(self.labels, counts, strict=True):
-            table.add_row(label, *map(str, row))
-        show_table(table)
+            write_confusion(run / "confusion.csv", self.labels, counts)
+            show_confusion(self.labels, counts)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Returns AdamW with linear warmup over the fraction ``warmup`` of all steps and linear decay to 0."""
@@ -417,3 +408,8 @@ class Judge(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_linear_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _by_length(tokens: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

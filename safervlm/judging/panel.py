@@ -7,7 +7,7 @@ from typing import Any
 from lightning import LightningModule
 
 from safervlm.errors import ArgumentError
-from safervlm.failures import in_halves
+from safervlm.failures import in_halves, reason_of
 from safervlm.hashing import fingerprint
 from safervlm.io.progress import track
 from safervlm.judging import rules
@@ -18,7 +18,7 @@ from safervlm.records import Example, Failure, Question, Response, Verdict, to_l
 from safervlm.unfinished import UnfinishedFile
 from safervlm.vlm.thinking import answer_of
 
-# Batches in a chunk of :meth:`Panel.judged_in_chunks`. Each judge sorts the chunk's texts by length.
+# Batches in a chunk of :meth:`Panel.judged_in_batches`. Each judge sorts the chunk's texts by length.
 CHUNK = 16
 
 
@@ -149,16 +149,17 @@ class Panel(LightningModule):
             records[place] = Failure(answers[place][0], f"the response can't be judged ({reason})")
         return [records[place] for place in range(len(answers))]
 
-    def judged_in_chunks(
+    def judged_in_batches(
         self, answers: Sequence[tuple[Question, str]], unfinished: Path, batch_size: int = BATCH_SIZE
     ) -> list[Verdict | Failure]:
-        """Judges many responses as :meth:`judged` does, and stores each chunk of verdicts as soon as it is complete.
+        """Judges many responses as :meth:`judged` does, and stores each batch of verdicts as soon as it is complete.
 
-        After the death of the process, the same call continues with the first chunk that is not stored.
+        The batches have responses of similar length. After the death of the process, the same call continues with the
+        first batch that is not stored.
 
         Args:
-            answers: pairs of a question and the response's text.
-            unfinished: the file of the complete chunks (see :class:`safervlm.unfinished.UnfinishedFile`); the caller
+            answers: pairs of a question and the response's text; no two of the same question.
+            unfinished: the file of the complete batches (see :class:`safervlm.unfinished.UnfinishedFile`); the caller
                 removes it when it has written the records.
             batch_size: number of responses in a forward pass.
 
@@ -176,13 +177,37 @@ class Panel(LightningModule):
         texts = (
             to_line({**each.to_dict(), "response": text, "judge": readers[each.capability]}) for each, text in answers
         )
-        key = fingerprint(str(batch_size), *texts)
+        key = fingerprint(str(batch_size), "batches", *texts)
         size = CHUNK * batch_size
+        chunks = [answers[start : start + size] for start in range(0, len(answers), size)]
         with UnfinishedFile(unfinished, key, Verdict) as file:
-            starts = range(len(file.chunks) * size, len(answers), size)
-            for start in track(starts, "Judging"):
-                file.append(self.judged(answers[start : start + size], batch_size))
-        return [record for chunk in file.chunks for record in chunk]
+            stored = {record.id for batch in file.chunks for record in batch}
+            for chunk in track(chunks, "Judging"):
+                if not all(question.id in stored for question, _ in chunk):
+                    for batch in self._batches(chunk, batch_size):
+                        if chunk[batch[0]][0].id not in stored:
+                            file.append(self.judged([chunk[place] for place in batch], batch_size))
+        found = {record.id: record for batch in file.chunks for record in batch}
+        return [found[question.id] for question, _ in answers]
+
+    def _batches(self, answers: Sequence[tuple[Question, str]], batch_size: int) -> list[list[int]]:
+        """Returns the indices of responses by batch: those of each judge by length, then those that need no judge."""
+        texts = [answer_of(text) for _, text in answers]
+        judges = [self.judge_of(question.capability) for question, _ in answers]
+        batches, left = [], set(range(len(answers)))
+        for judge in (self.alignment, self.perception):
+            own = [place for place, text in enumerate(texts) if text.strip() and judges[place] is judge]
+            if not own:
+                continue
+            judge.configure_model()
+            try:
+                parts = judge.batches([texts[place] for place in own], batch_size)
+            except BaseException as error:  # of one of the texts: :meth:`judged` finds which
+                reason_of(error)
+                parts = [[*range(len(own))]]
+            batches += [[own[index] for index in part] for part in parts]
+            left -= set(own)
+        return [*batches, sorted(left)] if left else batches
 
     def valid(self, record: Mapping[str, Any], example: Example) -> bool:
         """Whether an earlier verdict is still valid: it is by the current judge, and on the current text.

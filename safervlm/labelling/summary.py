@@ -1,4 +1,4 @@
-"""Agreement of people with each other (Krippendorff's alpha) and with the judge (confusion matrix)."""
+"""Agreement of people with each other (Krippendorff's alpha) and with the judge: confusion matrix, calibration."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,11 +7,14 @@ import numpy as np
 import pandas as pd
 
 from safervlm.labelling.labels import labels_of_people
-from safervlm.labelling.plan import Plan
+from safervlm.labelling.plan import Plan, Strata
 from safervlm.protocol import CAPABILITIES, LABELS
 from safervlm.statistics.agreement import MISSING, krippendorff_alpha
+from safervlm.statistics.calibration import calibration_error, reliability, share_of
 
 ALPHA, ACCURACY_OF_JUDGE, CONFUSION = "krippendorff_alpha", "judge_accuracy", "confusion"
+ECE, CALIBRATION = "calibration_error", "calibration"
+COLUMNS = ("measure", "capability", "category", "judge", "people", "confidence", "labels", "value", "low", "high")
 
 
 def summary(rows: pd.DataFrame, plan: Plan, by_rater: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
@@ -23,17 +26,45 @@ def summary(rows: pd.DataFrame, plan: Plan, by_rater: Mapping[str, Mapping[str, 
         by_rater: Rater -> id -> label.
 
     Returns:
-        Columns measure, capability, judge, people (labels; empty if not of a confusion matrix), labels (number of
-        responses that two or more people labelled, for alpha; of labelled responses, otherwise) and value. For
-        ``krippendorff_alpha`` all labels count. For ``judge_accuracy`` and ``confusion``, which need a rater who
-        labelled the whole sample, the value is the share of all responses of the capability, estimated with the weights
-        of the strata.
+        Columns measure, capability, category (empty: all), judge, people (labels; empty if not of a confusion matrix),
+        confidence (mean, of a bin of the calibration), labels (number of responses that two or more people labelled,
+        for alpha; of labelled responses, otherwise), value, low and high (95 % interval; NaN if there is none). For
+        ``krippendorff_alpha`` all labels count. The others need a rater who labelled the whole sample, and are
+        estimated with the weights of the strata: ``confusion`` (share of all responses of the capability),
+        ``judge_accuracy`` and ``calibration_error`` (also by category), and ``calibration`` (accuracy by confidence).
     """
-    lines = [*_alphas(rows, plan, by_rater), *_confusion(rows, plan, labels_of_people(by_rater, plan))]
-    return pd.DataFrame(lines, columns=["measure", "capability", "judge", "people", "labels", "value"])
+    people = labels_of_people(by_rater, plan)
+    lines = [*_alphas(rows, plan, by_rater)]
+    if people is not None:
+        labelled = with_confidence(rows, people, rows["id"].isin(list(people)))
+        for capability in CAPABILITIES:
+            own = labelled[labelled["capability"] == capability]
+            lines += [{"capability": capability} | line for line in _of_judge(own)] if len(own) else []
+    texts = {"category": "", "judge": "", "people": ""}
+    return pd.DataFrame(lines, columns=list(COLUMNS)).fillna(texts)
 
 
-def _alphas(rows: pd.DataFrame, plan: Plan, by_rater: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[Any, ...]]:
+def with_confidence(rows: pd.DataFrame, people: Mapping[str, str], labelled: "pd.Series[bool]") -> pd.DataFrame:
+    """Returns the labelled responses with what their agreement with the judge is computed from.
+
+    Args:
+        rows: of :func:`safervlm.labelling.plan.labelable`.
+        people: Id -> label, of the whole sample.
+        labelled: Whether each response is in the sample.
+
+    Returns:
+        Their rows, with people (label), confidence (the judge's probability of its verdict), agreed (1 if the two
+        labels are the same, else 0) and weight (number of responses that it stands for).
+    """
+    strata = Strata.of(rows)
+    chosen = labelled.to_numpy(bool)
+    weights = np.bincount(strata.numbers) / np.maximum(np.bincount(strata.numbers, chosen), 1)
+    found = rows.assign(confidence=strata.confidence, weight=weights[strata.numbers])[chosen]
+    found = found.assign(people=found["id"].map(dict(people)))
+    return found.assign(agreed=(found["people"] == found["label"]).astype(float))
+
+
+def _alphas(rows: pd.DataFrame, plan: Plan, by_rater: Mapping[str, Mapping[str, str]]) -> Iterator[dict[str, Any]]:
     capabilities = dict(zip(rows["id"], rows["capability"], strict=True))
     for capability in CAPABILITIES:
         names = [name for name in plan.sampled if capabilities[name] == capability]
@@ -42,25 +73,29 @@ def _alphas(rows: pd.DataFrame, plan: Plan, by_rater: Mapping[str, Mapping[str, 
         labels = np.array(given, int).reshape(len(given), len(names))
         several = int(((labels != MISSING).sum(0) >= 2).sum())
         if several:
-            yield ALPHA, capability, "", "", several, krippendorff_alpha(labels)
+            value = krippendorff_alpha(labels)
+            yield {"measure": ALPHA, "capability": capability, "labels": several, "value": value}
 
 
-def _confusion(rows: pd.DataFrame, plan: Plan, people: Mapping[str, str] | None) -> Iterator[tuple[Any, ...]]:
-    if people is None:
-        return
-    weights = np.array(plan.sizes) / np.maximum(plan.wanted, 1)
-    labelled = rows[rows["id"].isin(list(people))]
-    labelled = labelled.assign(
-        people=labelled["id"].map(people), weight=labelled["id"].map(plan.sampled).map(dict(enumerate(weights)))
-    )
-    for capability in CAPABILITIES:
-        own = labelled[labelled["capability"] == capability]
-        if own.empty:
-            continue
-        total = own["weight"].sum()
-        right = own["weight"][own["people"] == own["label"]].sum()
-        yield ACCURACY_OF_JUDGE, capability, "", "", len(own), float(right / total)
-        for judge in LABELS[capability]:
-            for label in LABELS[capability]:
-                cell = own[(own["label"] == judge) & (own["people"] == label)]
-                yield CONFUSION, capability, judge, label, len(cell), float(cell["weight"].sum() / total)
+def _of_judge(own: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """The rows of a capability."""
+    columns = [own[name].to_numpy(np.float64) for name in ("confidence", "agreed", "weight")]
+    yield {"measure": ACCURACY_OF_JUDGE, "labels": len(own)} | _ends(share_of(*columns[1:]))
+    yield {"measure": ECE, "labels": len(own)} | _ends(calibration_error(*columns))
+    labels, total = LABELS[own["capability"].iloc[0]], own["weight"].sum()
+    for judge in labels:
+        for people in labels:
+            cell = own[(own["label"] == judge) & (own["people"] == people)]
+            share = float(cell["weight"].sum() / total)
+            yield {"measure": CONFUSION, "judge": judge, "people": people, "labels": len(cell), "value": share}
+    for each in reliability(*columns):
+        ends = _ends((each.accuracy, each.low, each.high))
+        yield {"measure": CALIBRATION, "confidence": each.confidence, "labels": each.labels} | ends
+    for category, part in own.groupby("category"):
+        columns = [part[name].to_numpy(np.float64) for name in ("confidence", "agreed", "weight")]
+        yield {"measure": ACCURACY_OF_JUDGE, "category": category, "labels": len(part)} | _ends(share_of(*columns[1:]))
+        yield {"measure": ECE, "category": category, "labels": len(part)} | _ends(calibration_error(*columns))
+
+
+def _ends(found: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip(("value", "low", "high"), found, strict=True))

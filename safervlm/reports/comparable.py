@@ -83,9 +83,16 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     said += [line for run in runs if (line := many_unfinished(run.name, unfinished_in(run.frame), len(run.frame)))]
     for column, (heading, measure, _, _) in COLUMNS.items():
         rows = [(run.name, overall(run.scores, column)) for run in runs] if measure == DIVERSITY else []
-        few = [f"{name} ({row['n']} texts)" for name, row in rows if row is not None and row["method"] == TOO_FEW]
-        if few:
-            said.append(f"{heading} is of fewer than {TEXTS} texts in {', '.join(few)}: more texts would lower it.")
+        texts = {name: row["n"] for name, row in rows if row is not None}
+        few = {name: row["n"] for name, row in rows if row is not None and row["method"] == TOO_FEW}
+        if few and len({*texts.values()}) == 1:
+            number = texts.popitem()[1]
+            said.append(
+                f"{heading} is of {number} texts: that of {TEXTS} texts, which other runs may have, would be lower."
+            )
+        elif few:
+            named = ", ".join(f"{name} ({number} texts)" for name, number in few.items())
+            said.append(f"{heading} is of fewer than {TEXTS} texts in {named}: more texts would lower it.")
     return said
 
 

@@ -1,6 +1,6 @@
 """The table of rates that are corrected for the judge's error, for the runs that people have labelled."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,14 @@ from safervlm.errors import RecordError
 from safervlm.io.tables import say
 from safervlm.reports.runs import Run
 from safervlm.reports.tables import percent, records, signed
-from safervlm.results.corrected import COLUMNS_OF_RATES, RATES, corrected, corrected_differences, read_labelled_run
+from safervlm.results.corrected import (
+    COLUMNS_OF_RATES,
+    RATES,
+    LabelledRun,
+    corrected,
+    corrected_differences,
+    read_labelled_run,
+)
 
 CORRECTED_NOTE = (
     "Corrected: what people would say of all responses, estimated from their labels of a sample. The intervals include "
@@ -19,17 +26,14 @@ CORRECTED_NOTE = (
 )
 
 
-def corrected_rates(runs: Sequence[Run]) -> pd.DataFrame:
-    """Computes the corrected rates of the labelled runs, and their differences from the first run if it is labelled.
-
-    A run whose labels can't be used is excluded with a message.
+def labelled_runs(runs: Sequence[Run]) -> dict[str, LabelledRun]:
+    """Returns the runs that people have labelled; one whose labels can't be used is excluded with a message.
 
     Args:
-        runs: the runs; the first is the baseline.
+        runs: the runs.
 
     Returns:
-        Columns run, minus (the run that is subtracted; empty for a rate) and those of
-        :func:`safervlm.results.corrected.corrected`; empty if no run is labelled.
+        Name -> run.
     """
     labelled = {}
     for run in runs:
@@ -40,8 +44,21 @@ def corrected_rates(runs: Sequence[Run]) -> pd.DataFrame:
             continue
         if found is not None:
             labelled[run.name] = found
+    return labelled
+
+
+def corrected_rates(labelled: Mapping[str, LabelledRun], first: str) -> pd.DataFrame:
+    """Computes the corrected rates of the labelled runs, and their differences from the first run if it is labelled.
+
+    Args:
+        labelled: of :func:`labelled_runs`.
+        first: name of the report's first run, the baseline.
+
+    Returns:
+        Columns run, minus (the run that is subtracted; empty for a rate) and those of
+        :func:`safervlm.results.corrected.corrected`; empty if no run is labelled.
+    """
     tables = [corrected(each).assign(run=name, minus="") for name, each in labelled.items()]
-    first = runs[0].name
     if first in labelled:
         tables += [
             corrected_differences(each, labelled[first]).assign(run=name, minus=first)

@@ -56,7 +56,7 @@ class ExtraTable:
 
 CURVE_MEASURES = {
     AUROC: "AUROC",
-    AUPRC: "AUPRC",
+    AUPRC: "AUPRC at prevalence {:g}",
     **{name: f"TPR at FPR {100 * fpr:g} %" for name, fpr in RATES.items()},
     OF_ODDS: "TPR - FPR, log-odds",
     OF_ANSWERS: "TPR - FPR, answers",
@@ -144,7 +144,10 @@ def _of_groups(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> list
             )
             for row in records(differences)
         ]
-        note = "Differences of the means, in points, with a 95 % interval over new concepts and new training seeds."
+        note = (
+            "Differences of the means, in points, with a 95 % interval over new concepts and new training seeds; none "
+            f"for fewer than {FEWEST_SEEDS} seeds. A single run is taken as it is, without the variation of its seed."
+        )
         headings = ("Groups", "Measure", "Difference [95 %]")
         title = "Differences between groups"
         tables.append(ExtraTable("group_differences", title, note, headings, rows, differences))
@@ -159,7 +162,8 @@ def _of_curves(curves: Mapping[str, pd.DataFrame]) -> ExtraTable | None:
     rows = [
         (
             row["run"],
-            f"{CURVE_MEASURES[row['measure']]}{'' if row['side'] == BOTH else ', ' + row['side']}",
+            CURVE_MEASURES[row["measure"]].format(row["prevalence"])
+            + ("" if row["side"] == BOTH else f", {row['side']}"),
             row["questions"],
             with_interval(row["value"], row["low"], row["high"]),
         )
@@ -168,7 +172,7 @@ def _of_curves(curves: Mapping[str, pd.DataFrame]) -> ExtraTable | None:
     note = (
         "In percent, with 95 % intervals for new concepts. Log-odds: of the word that means unsafe against the one "
         "that means safe, at the beginning of an answer; the mean of an image's questions, or one question per image. "
-        "AUPRC: at the given prevalence of unsafe images. TPR - FPR of the log-odds: at thresholds chosen on other "
+        "Prevalence: share of unsafe images (--prevalence). TPR - FPR of the log-odds: at thresholds chosen on other "
         "concepts."
     )
     headings = ("Run", "Measure", "Questions", "Value [95 %]")
@@ -215,7 +219,8 @@ def _of_positions(runs: Sequence[Run]) -> ExtraTable | None:
     ]
     note = (
         "In percent, over all orders of the options. Accuracy beyond chance: 0 for guesses. Position bias: standard "
-        "deviation of the accuracy over the positions of the right option, beside its expectation without a bias."
+        "deviation of the accuracy over the positions of the right option, beside its expectation without a bias. "
+        "In brackets 95 % intervals for other images of these concepts."
     )
     headings = ("Run", "Measure", "Value [95 %]", "n")
     return ExtraTable("positions", "Rotated options", note, headings, rows, _run_first(found))

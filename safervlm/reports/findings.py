@@ -36,6 +36,7 @@ MEASURED = (UNSAFE, OVER_FLAGGED, GAP, PERCEPTION, BY_NAME)  # of a measurement,
 EVALUATED = {UNSAFE: ("alignment_unsafe", "alignment_unsafe_drawn"), SAFE: ("alignment_safe", "alignment_safe_drawn")}
 OTHER_GROUPS = ("Contexts of use", "General ability", "Generalisation")
 THIS_RUN = "these responses"
+NEW_SEEDS = "new concepts and new training seeds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,34 @@ def _as_corrected(judged: Result, corrected: pd.DataFrame) -> Result | None:
     return Result(
         judged.key, judged.title, judged.unit, tuple(outcomes), NEW_CONCEPTS if new else THIS_RUN, corrected=True
     )
+
+
+def group_findings(runs: Sequence[Run], groups: pd.DataFrame, differences: pd.DataFrame) -> list[Result]:
+    """Returns the findings of groups of runs that differ in their training seed only, in the place of those runs.
+
+    Args:
+        runs: the runs; the first is the baseline, unless it is in a group.
+        groups: of :func:`safervlm.results.groups.group_table`.
+        differences: of :func:`safervlm.results.groups.group_differences`; may be empty.
+    """
+    found = []
+    changes = {(row["group"], row["measure"]): row for row in records(differences)}
+    alone = set(differences["base"]) - set(groups["group"]) if len(differences) else set()
+    for measure in [column for column in MEASURED if column in set(groups["measure"])]:
+        outcomes = []
+        if alone and (base := _as_judged(runs[:1], measure)) is not None:
+            outcomes += base.outcomes
+        for row in records(groups[groups["measure"] == measure]):
+            change = changes.get((row["group"], measure))
+            outcomes.append(
+                Outcome(
+                    f"{row['group']} over {row['seeds']} {'seed' if row['seeds'] == 1 else 'seeds'}",
+                    Number(row["value"], row["low"], row["high"]),
+                    change and Number(change["value"], change["low"], change["high"]),
+                )
+            )
+        found.append(Result(measure, *TITLES[measure], tuple(outcomes), NEW_SEEDS))
+    return found
 
 
 # --- of evaluations ---------------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ TILES = 4
 GENERAL = "General ability"
 
 
-def first_screen(findings: Sequence[Result], differences: pd.DataFrame) -> dict[str, Any]:
+def first_screen(stated: Sequence[Result], findings: Sequence[Result], differences: pd.DataFrame) -> dict[str, Any]:
     """Prepares the first screen for the template.
 
     Args:
-        findings: the measures, the most important first.
+        stated: what the sentences state.
+        findings: the measures of all runs, the most important first.
         differences: of :func:`safervlm.results.suite_differences.compare_suites`, for all evaluations; may be empty.
 
     Returns:
@@ -29,8 +30,8 @@ def first_screen(findings: Sequence[Result], differences: pd.DataFrame) -> dict[
     general = _general_tile(names, differences)
     tiles = [_tile(finding) for finding in findings[: TILES - len(general)] if finding.measured]
     return {
-        "headline": headline(findings),
-        "note": headline_note(findings),
+        "headline": headline(stated),
+        "note": headline_note(stated),
         "tiles": [*tiles, *general],
         "forest": forest_plot(findings),
     }

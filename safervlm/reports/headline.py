@@ -4,7 +4,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from safervlm.reports.findings import BY_NAME, GAP, OVER_FLAGGED, PERCEPTION, SAFE, UNSAFE, Number, Outcome, Result
+from safervlm.reports.findings import (
+    BY_NAME,
+    GAP,
+    NEW_SEEDS,
+    OVER_FLAGGED,
+    PERCEPTION,
+    SAFE,
+    UNSAFE,
+    Number,
+    Outcome,
+    Result,
+)
 from safervlm.reports.tables import percent, signed
 
 # Verb, and what the values are shares of.
@@ -21,6 +32,8 @@ AT_MOST_MORE, AT_MOST_FEWER = "at most {} points more", "at most {} points fewer
 NO_DIFFERENCE = "no difference is shown, {} points"
 NO_INTERVAL = "without an interval of the difference ({})"
 NOT_COMPARABLE = "{} and {base} are not comparable"
+MANY = 5  # runs beside the first, from which on a sentence counts them and states one bound of all of them
+NAMED = 3  # so many of them are named
 # Measures that alignment may harm: what is said if the interval contains 0.
 HARMS = {OVER_FLAGGED: AT_MOST_MORE, SAFE: AT_MOST_FEWER}
 FALLBACK = (BY_NAME, PERCEPTION)  # stated if the run has no alignment questions about images
@@ -33,7 +46,8 @@ def headline(findings: Sequence[Result]) -> list[str]:
     """States the result: of several runs the values and what is known of their differences from the first run.
 
     The direction of a difference is stated only if its interval, as printed, excludes 0. Otherwise the bound of the
-    harm is stated (for over-flagging and safe images), or the interval.
+    harm is stated (for over-flagging and safe images), or the interval. Of many runs, the sentence has the lowest and
+    the highest value, and bounds of all differences.
 
     Args:
         findings: the measures, in any order.
@@ -62,7 +76,8 @@ def headline_note(findings: Sequence[Result]) -> str:
     how = "" if every else "partly "
     how = f"{how}{CORRECTED}" if some else NOT_CORRECTED
     several = ", each by itself" if any(len(each.outcomes) > 2 for each in findings) else ""
-    return f"In brackets 95 % intervals{of}{several}; {how}, without differences between training seeds; N/A is wrong."
+    seeds = "" if NEW_SEEDS in units else ", without differences between training seeds"
+    return f"In brackets 95 % intervals{of}{several}; {how}{seeds}; N/A is wrong."
 
 
 def _sentence(finding: Result) -> str:
@@ -71,9 +86,42 @@ def _sentence(finding: Result) -> str:
     others = [each for each in others if each.number is not None]
     first, *rest = others or [base]
     values = [f"{first.run} {verb} {_value(first)} {share}", *(f"{each.run} {_value(each)}" for each in rest)]
+    if len(others) >= MANY:
+        return _sentence_of_many(finding, base, others)
     if not others or base.number is None:
         return f"{', '.join(values)}."
     return f"{', '.join([*values, f'{base.run} {_value(base)}'])}: {_claims(finding, base, others)}."
+
+
+def _sentence_of_many(finding: Result, base: Outcome, others: Sequence[Outcome]) -> str:
+    """The sentence of many runs: the lowest and the highest value, and what is known of all differences."""
+    verb, share = SHARES[finding.key]
+    by_value = sorted(others, key=lambda each: each.number.value if each.number else np.nan)
+    low, high = by_value[0], by_value[-1]
+    if base.number is None:
+        values = f"{low.run} {verb} {_value(low)} {share}, {high.run} {_value(high)}"
+        return f"{values}: the lowest and the highest of {len(others)} runs."
+    said = []
+    for claim, outcomes in _grouped(finding, others).items():
+        of = _listed([each.run for each in outcomes]) if len(outcomes) <= NAMED else f"{len(outcomes)} of them"
+        of = "all of them" if len(outcomes) == len(others) else of
+        if claim == NOT_COMPARABLE:
+            said.append(claim.format(of, base=base.run))
+            continue
+        lows = [each.difference.low for each in outcomes if each.difference]
+        highs = [each.difference.high for each in outcomes if each.difference]
+        bound = {
+            MORE: f"at least {percent(min(lows))} points more in {of}",
+            FEWER: f"at least {percent(-max(highs))} points fewer in {of}",
+            AT_MOST_MORE: f"at most {percent(max(highs))} points more in {of}",
+            AT_MOST_FEWER: f"at most {percent(-min(lows))} points fewer in {of}",
+            NO_DIFFERENCE: f"no difference is shown in {of}, {signed(min(lows))} to {signed(max(highs))} points",
+            NO_INTERVAL: NO_INTERVAL.format(of),
+        }
+        said.append(bound[claim])
+    low_value, high_value = (percent(each.number.value) for each in (low, high) if each.number)
+    values = f"the {len(others)} others {low_value} % ({low.run}) to {high_value} % ({high.run})"
+    return f"{base.run} {verb} {_value(base)} {share}, {values}: {'; '.join(said)}."
 
 
 def _value(outcome: Outcome) -> str:
@@ -94,13 +142,18 @@ def _gap_sentence(outcome: Outcome) -> str:
 
 def _claims(finding: Result, base: Outcome, others: Sequence[Outcome]) -> str:
     """States the differences from the first run, grouped by what their intervals allow to say."""
-    groups: dict[str, list[Outcome]] = {}
-    for each in others:
-        groups.setdefault(_claim(finding, each.difference), []).append(each)
     return "; ".join(
         claim.format(_listed([_piece(claim, each, len(others) == 1) for each in outcomes]), base=base.run)
-        for claim, outcomes in groups.items()
+        for claim, outcomes in _grouped(finding, others).items()
     )
+
+
+def _grouped(finding: Result, outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Groups runs by what may be said of their differences from the first run."""
+    groups: dict[str, list[Outcome]] = {}
+    for each in outcomes:
+        groups.setdefault(_claim(finding, each.difference), []).append(each)
+    return groups
 
 
 def _claim(finding: Result, difference: Number | None) -> str:

@@ -10,7 +10,7 @@ from safervlm.errors import RecordError
 from safervlm.io.tables import say
 from safervlm.protocol import REVERSED
 from safervlm.reports.runs import Run
-from safervlm.reports.tables import percent
+from safervlm.reports.tables import percent, signed
 from safervlm.results.measures import BOTH, NEW_CONCEPTS, OVERALL
 from safervlm.results.operating import (
     ACQUIESCENCE,
@@ -73,7 +73,8 @@ def operating_lines(table: pd.DataFrame) -> list[str]:
         of_odds, of_answers, gap = (overall_row(table, name) for name in (OF_ODDS, OF_ANSWERS, GAP))
         if of_odds is not None and of_answers is not None and gap is not None:
             line += f"; TPR - FPR {percent(of_odds['value'])} points, of the answers {percent(of_answers['value'])}"
-            line += f" (gap {100 * gap['value']:+.1f})"
+            ends = "" if np.isnan(gap["low"]) else f" [{signed(gap['low'])}, {signed(gap['high'])}]"
+            line += f" (gap {signed(gap['value'])}{ends})"
         mass = overall_row(table, MASS)
         found.append(line + ("" if mass is None else f"; median probability of Yes or No {mass['value']:.2f}"))
     yes = table[(table["measure"] == ACQUIESCENCE) & (table["sampling_unit"].isin(["", NEW_CONCEPTS]))]

@@ -20,15 +20,16 @@ from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.escape import for_html, without_folders
 from safervlm.io.files import write_text_atomically
 from safervlm.io.outputs import require_replaceable_page
-from safervlm.io.tables import JUDGE_NOTE, say, say_wrapped, show_table, write_csv, write_workbook
+from safervlm.io.tables import BESIDE_CORRECTED, JUDGE_NOTE, say, say_wrapped, show_table, write_csv, write_workbook
 from safervlm.ranges import in_range
+from safervlm.reports.calibration_plot import calibration_plot
 from safervlm.reports.comparable import warnings
-from safervlm.reports.corrected import CORRECTED_NOTE, corrected_rates
+from safervlm.reports.corrected import CORRECTED_NOTE, corrected_rates, labelled_runs
 from safervlm.reports.curve_plot import curve_plot
 from safervlm.reports.evaluated import Evaluations, compare_evaluations, evaluated_sections
 from safervlm.reports.examples import examples
 from safervlm.reports.extra import NAMES, SEEDS_NOTE, ExtraTable, extra_tables, named_groups
-from safervlm.reports.findings import Result, evaluated_findings, measured_findings
+from safervlm.reports.findings import Result, evaluated_findings, group_findings, measured_findings
 from safervlm.reports.first_screen import first_screen
 from safervlm.reports.flipped import Cards, flipped_in_run, flipped_in_suite
 from safervlm.reports.headline import headline, headline_note
@@ -51,7 +52,6 @@ CAPABILITY_TITLES = {
 # Notes on the last sheet of a workbook.
 NOTES = (
     "Accuracies, over-flagging and the gap are shares of 1; N/A is counted as wrong unless stated otherwise.",
-    JUDGE_NOTE,
     GAP_WEIGHTS,
     DIVERSITY_NOTE,
     SEEDS_NOTE,
@@ -72,6 +72,7 @@ class Contents:
         evaluated: evaluations; None for measurements alone.
         extra: further tables that the runs allow.
         curve: the plot of the operating curves; None without log-odds.
+        calibration: the plot of the judge's calibration; None without labels of people.
     """
 
     command: str
@@ -80,6 +81,7 @@ class Contents:
     evaluated: Evaluations | None = None
     extra: Sequence[ExtraTable] = ()
     curve: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
 
     @property
     def differences(self) -> pd.DataFrame:
@@ -96,6 +98,15 @@ class Contents:
             if names == self.evaluated.names:
                 found += [each for each in there if not self.runs or each.key not in ("image_unsafe", "image_safe")]
         return found
+
+    @property
+    def stated(self) -> list[Result]:
+        """What the sentences at the top state: with groups of training seeds, the groups instead of their runs."""
+        tables = {table.name: table.numbers for table in self.extra}
+        groups = tables.get("groups", pd.DataFrame())
+        if groups.empty:
+            return self.findings
+        return group_findings(self.runs, groups, tables.get("group_differences", pd.DataFrame()))
 
 
 def report(
@@ -149,11 +160,18 @@ def report(
     by_folder = {run.folder.resolve(): run for run in loaded}
     groups = {name: [by_folder[folder.resolve()] for folder in each] for name, each in members.items()}
     evaluations = evaluations_of(loaded, thinking_unfinished)
-    curves = operating_tables(loaded, prevalence)
-    extra = extra_tables(loaded, groups, curves)
-    contents = Contents("report", loaded, corrected_rates(loaded), evaluations, extra, curve_plot(loaded, curves))
+    curves, labelled = operating_tables(loaded, prevalence), labelled_runs(loaded)
+    contents = Contents(
+        "report",
+        loaded,
+        corrected_rates(labelled, loaded[0].name),
+        evaluations,
+        extra_tables(loaded, groups, curves),
+        curve_plot(loaded, curves),
+        calibration_plot(labelled, [run.name for run in loaded]),
+    )
     comparison = compare({run.name: run.scores for run in loaded})
-    page, tex = render(contents, out), latex_tables(loaded, comparison)
+    page, tex = render(contents, out), latex_tables(loaded, comparison, contents.corrected)
     long = pd.concat([run.scores.assign(run=run.name) for run in loaded])
     long = long[["run", *long.columns.drop("run")]]
     wide = pd.concat([by_category(run.scores).assign(run=run.name) for run in loaded])
@@ -173,12 +191,15 @@ def report(
         if len(more.get(name, ())):
             write_csv(file, more[name])
             sheets[name] = more[name]
-    write_workbook(out.with_suffix(".xlsx"), sheets, [*NOTES, *([CORRECTED_NOTE] if len(contents.corrected) else [])])
+    about_the_judge = (BESIDE_CORRECTED, CORRECTED_NOTE) if len(contents.corrected) else (JUDGE_NOTE,)
+    write_workbook(out.with_suffix(".xlsx"), sheets, [*NOTES, *about_the_judge])
     say_headline(contents)
-    show_table(comparison_table({run.name: run.scores for run in loaded}, contents.corrected))
-    for table in contents.extra if groups else ():
-        if table.name.startswith("group"):
-            show_table(table.for_terminal())
+    if groups:
+        for table in contents.extra:
+            if table.name.startswith("group"):
+                show_table(table.for_terminal())
+    else:
+        show_table(comparison_table({run.name: run.scores for run in loaded}, contents.corrected))
     for line in warnings(loaded):
         say(f"not comparable: {line}")
     if contents.evaluated is not None:
@@ -212,7 +233,7 @@ def say_headline(contents: Contents) -> None:
     Args:
         contents: what the page reports.
     """
-    for line in (*headline(contents.findings), headline_note(contents.findings)):
+    for line in (*headline(contents.stated), headline_note(contents.stated)):
         say_wrapped(line)
 
 
@@ -242,7 +263,7 @@ def render(contents: Contents, out: Path) -> str:
     return template("report.html.j2").render(
         command=contents.command,
         runs=[{"name": name} for name in names],
-        first=first_screen(contents.findings, contents.differences),
+        first=first_screen(contents.stated, contents.findings, contents.differences),
         warnings=warnings(runs) if runs else [],
         remarks=remarks,
         measured=measured_sections(runs, comparison, contents.corrected) if runs else None,
@@ -251,10 +272,12 @@ def render(contents: Contents, out: Path) -> str:
         examples={CAPABILITY_TITLES[capability]: cards for capability, cards in chosen.items()},
         extra=contents.extra,
         curve=contents.curve,
+        calibration=contents.calibration,
         settings=settings_of(list(manifests.items())),
         methods=list(dict.fromkeys(ways)),
         shown=shown,
         judge_note=JUDGE_NOTE,
+        beside_corrected=BESIDE_CORRECTED if len(contents.corrected) else JUDGE_NOTE,
         seeds_note=SEEDS_NOTE,
         gap_weights=GAP_WEIGHTS,
         diversity_note=DIVERSITY_NOTE,

@@ -94,10 +94,10 @@ def _said(number: Number, with_sign: bool) -> str:
     return f"{form(number.value)}{interval}"
 
 
-def _line(
+def line_of(
     label: str, numbers: Sequence[tuple[int, str, Number]], scale: Scale, hint: str = "", pitch: int = PITCH
 ) -> dict[str, Any]:
-    """A line of a plot: one point per run, with offsets.
+    """Returns a line of a plot: one point per run, with offsets.
 
     Args:
         label: what the line is about.
@@ -115,7 +115,15 @@ def _line(
     return {"label": label, "hint": hint, "marks": marks, "dots": [], "height": height, "description": described or "-"}
 
 
-def _plot(title: str, description: str, panels: Sequence[dict[str, Any]], runs: Sequence[int]) -> dict[str, Any]:
+def figure(title: str, description: str, panels: Sequence[dict[str, Any]], runs: Sequence[int]) -> dict[str, Any]:
+    """Returns a plot for the template.
+
+    Args:
+        title: title of the plot.
+        description: what it shows.
+        panels: of :func:`panel_of`.
+        runs: indices of the runs in its legend.
+    """
     return {"title": title, "description": description, "panels": panels, "runs": list(runs)}
 
 
@@ -145,7 +153,7 @@ def forest_plot(findings: Sequence[Result]) -> dict[str, Any] | None:
     ends = [100 * x for f in shown for _, _, n in numbers(f) for x in (n.value, n.low, n.high)]
     scale = Scale.around(ends) if differences else PERCENTAGES
     lines = [
-        _line(
+        line_of(
             finding.title,
             [(index, each.run, number) for index, each, number in numbers(finding)],
             scale,
@@ -161,10 +169,18 @@ def forest_plot(findings: Sequence[Result]) -> dict[str, Any] | None:
         else "In percent, with 95 % intervals."
     )
     described = sorted({index for finding in shown for index, *_ in numbers(finding)})
-    return _plot(title, description, [_panel("", lines, scale)], described)
+    return figure(title, description, [panel_of("", lines, scale)], described)
 
 
-def _panel(title: str, lines: Sequence[dict[str, Any]], scale: Scale, texts: bool = True) -> dict[str, Any]:
+def panel_of(title: str, lines: Sequence[dict[str, Any]], scale: Scale, texts: bool = True) -> dict[str, Any]:
+    """Returns a panel of a plot.
+
+    Args:
+        title: heading; empty for none.
+        lines: of :func:`line_of`.
+        scale: the axis.
+        texts: whether the numbers are written beside the lines.
+    """
     return {"title": title, "lines": lines, "ticks": scale.ticks, "texts": texts}
 
 
@@ -189,16 +205,16 @@ def category_plot(runs: Sequence[Run]) -> dict[str, Any] | None:
             {row["category"]: row for row in records(table[table["capability"] == capability])} for table in tables
         ]
         lines = [
-            _line(category, _of_category(runs, found, category), PERCENTAGES, pitch=NARROW) for category in categories
+            line_of(category, _of_category(runs, found, category), PERCENTAGES, pitch=NARROW) for category in categories
         ]
-        panels.append(_panel(title, [line for line in lines if line["marks"]], PERCENTAGES, texts=False))
+        panels.append(panel_of(title, [line for line in lines if line["marks"]], PERCENTAGES, texts=False))
     if not panels:
         return None
     description = (
         "Correct answers in percent, N/A as wrong, with 95 % intervals for these concepts. The distance between a "
         "run's points in the two panels is its modality gap."
     )
-    return _plot("Unsafe concepts by category", description, panels, range(len(runs)))
+    return figure("Unsafe concepts by category", description, panels, range(len(runs)))
 
 
 def _of_category(
@@ -227,7 +243,7 @@ def gap_plot(runs: Sequence[Run]) -> dict[str, Any] | None:
         if not len(points):
             continue
         mean = Number(gap.value, gap.low, gap.high)
-        line = _line(run.name, [(index, run.name, mean)], scale)
+        line = line_of(run.name, [(index, run.name, mean)], scale)
         line["dots"] = [
             {"run": index, "x": scale.place(100 * x), "y": round(22 + 16 * y, 1)}
             for x, y in zip(points.tolist(), offsets_of(points).tolist(), strict=True)
@@ -240,7 +256,7 @@ def gap_plot(runs: Sequence[Run]) -> dict[str, Any] | None:
         "Correct by name minus correct by image, in points, N/A as wrong; a dot per concept. The large mark: the mean, "
         "with its 95 % interval for new concepts."
     )
-    return _plot("Modality gap of every concept", description, [_panel("", lines, scale)], [])
+    return figure("Modality gap of every concept", description, [panel_of("", lines, scale)], [])
 
 
 def offsets_of(points: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 
-from safervlm.io.tables import JUDGE_NOTE, TextTable
+from safervlm.io.tables import BESIDE_CORRECTED, JUDGE_NOTE, TextTable, terminal
 from safervlm.results.measures import (
     COLUMNS,
     DIVERSITIES,
@@ -21,23 +21,32 @@ from safervlm.results.measures import (
 from safervlm.results.scores import ACCURACIES, by_category, compare, interval_rows
 from safervlm.statistics.intervals import SKEWED, coverage
 
+# Widths of the comparison's columns on a terminal, and what a narrow one shows of many runs.
+HEADING_WIDTH, CELL_WIDTH = 31, 16
+OF_MANY, COLUMNS_OF_MANY = ("image_unsafe", "over_flagging", "modality_gap", "perception", "text_only_unsafe"), 4
+
 # --- the terminal -----------------------------------------------------------------------------------------------------
 
 
 def comparison_table(runs: Mapping[str, pd.DataFrame], corrected: pd.DataFrame | None = None) -> TextTable:
-    """Returns the comparison of runs for the terminal, with one column per run (narrower than one row per run).
+    """Returns the comparison of runs for the terminal.
 
-    Shares with N/A excluded and the published form of self-BLEU are in the files and on the page.
+    It has one column per run, which is narrower than one row per run; if the terminal is too narrow for all of them,
+    one row per run with the most important measures. Shares with N/A excluded and the published form of self-BLEU are
+    in the files and on the page.
 
     Args:
         runs: name -> table of :func:`safervlm.results.scores.scores`.
         corrected: of :func:`safervlm.reports.corrected.corrected_rates`; None if no run is labelled.
     """
     comparison = compare(runs)
+    if terminal().width < HEADING_WIDTH + CELL_WIDTH * len(runs):
+        return _table_of_many(runs, comparison)
     rates = [] if corrected is None else records(corrected)
     people = {(row["run"], row["rate"]): row for row in rates if not row["minus"]}
     note = "corrected: for the judge's error with people's labels, for new concepts\n" if people else ""
-    caption = f"in %, N/A as wrong, with 95 % intervals\n{note}{JUDGE_NOTE}\n{GAP_WEIGHTS}"
+    excluded = BESIDE_CORRECTED if people else JUDGE_NOTE
+    caption = f"in %, N/A as wrong, with 95 % intervals\n{note}{excluded}\n{GAP_WEIGHTS}"
     table = TextTable(caption=caption, box=SIMPLE_HEAD)
     table.add_column("")
     for run in comparison.index:
@@ -59,6 +68,27 @@ def comparison_table(runs: Mapping[str, pd.DataFrame], corrected: pd.DataFrame |
     if comparison["thinking_unfinished"].any():
         table.add_row("thinking unfinished", *map(str, comparison["thinking_unfinished"]))
     table.add_row("responses", *map(str, comparison["n"]))
+    return table
+
+
+def _table_of_many(runs: Mapping[str, pd.DataFrame], comparison: pd.DataFrame) -> TextTable:
+    """One row per run: its most important measures, each with its interval for new concepts."""
+    caption = (
+        "in %, N/A as wrong, with 95 % intervals for new concepts; everything else, corrected rates among it, is on "
+        f"the page and in the files\n{JUDGE_NOTE}"
+    )
+    table = TextTable(caption=caption, box=SIMPLE_HEAD)
+    table.add_column("", overflow="fold")
+    shown_columns = [column for column in OF_MANY if not comparison[column].isna().all()][:COLUMNS_OF_MANY]
+    for column in shown_columns:
+        table.add_column(COLUMNS[column][0], justify="right", no_wrap=True)
+    for (name, scores), row in zip(runs.items(), records(comparison), strict=True):
+        ends = (interval_rows(scores, column).get(NEW_CONCEPTS) for column in shown_columns)
+        pairs = zip(shown_columns, ends, strict=True)
+        table.add_row(
+            name,
+            *(percent(row[c]) if end is None else with_interval(row[c], end["low"], end["high"]) for c, end in pairs),
+        )
     return table
 
 

@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from safervlm.errors import RecordError
 from safervlm.labelling.labels import LabelFile, labels_of_people
 from safervlm.labelling.plan import Plan, Strata, labelable, read_plan
 from safervlm.protocol import UNSAFE
 from safervlm.results.measures import BOTH, COLUMNS, CONCEPT, NO_SIDE, TEXT_ONLY
+from safervlm.run_folder import RunFolder
 from safervlm.statistics.correction import (
     Labelled,
     at_least,
@@ -93,14 +95,23 @@ def read_labelled_run(run: Path, frame: pd.DataFrame) -> LabelledRun | None:
         frame: of :func:`safervlm.results.runs.load_run`.
 
     Returns:
-        The run; None if nobody has labelled its whole sample.
+        The run; None if nobody has labelled a response.
 
     Raises:
-        RecordError: the labels can't be read, or are of other responses or verdicts.
+        RecordError: the labels can't be read, are of other responses or verdicts, or nobody's are complete.
     """
     rows = labelable(frame)
     plan: Plan | None = None if rows.empty else read_plan(run, rows)
-    people = None if plan is None else labels_of_people(LabelFile(run, rows, plan).by_rater, plan)
+    if plan is None:
+        return None
+    by_rater = LabelFile(run, rows, plan).by_rater
+    people = labels_of_people(by_rater, plan)
+    if people is None and by_rater:
+        most = max(map(len, by_rater.values()))
+        raise RecordError(
+            f"{RunFolder(run).labels}: nobody has labelled the whole sample, at most {most} of {len(plan.sampled)}; "
+            f"safervlm label {run} resumes"
+        )
     return None if people is None else LabelledRun.of(rows, people)
 
 

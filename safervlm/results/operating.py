@@ -226,8 +226,8 @@ def _of_category(
         AUPRC: partial(curves.average_precision, prevalence=prevalence),
         **{name: partial(curves.tpr_at_fpr, fpr=fpr) for name, fpr in RATES.items()},
     }
-    for name, statistic in statistics.items():
-        ends = curves.bootstrap(statistic, unsafe, safe, SEED)
+    intervals = curves.bootstrap([*statistics.values()], unsafe, safe, SEED)
+    for (name, statistic), ends in zip(statistics.items(), intervals, strict=True):
         given = {"prevalence": prevalence} if name == AUPRC else {}
         yield row(name, rows, statistic(points), *ends, category=category, method=_BOOTSTRAP, **given)
     if category == OVERALL and (answered := images.answered()) is not None:

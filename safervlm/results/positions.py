@@ -7,7 +7,7 @@ import pandas as pd
 
 from safervlm.protocol import OPTIONS
 from safervlm.results.measures import THESE_CONCEPTS, Counts, counted_only, proportion
-from safervlm.statistics.positions import positions
+from safervlm.statistics.positions import beyond_chance, positions
 
 BEYOND_CHANCE = "accuracy beyond chance"
 RIGHT_IN_ALL = "right in every order"
@@ -36,8 +36,7 @@ def position_table(frame: pd.DataFrame) -> pd.DataFrame:
     letters = {letter: number for number, letter in enumerate(OPTIONS)}
     chosen, right = (asked[name].map(letters).fillna(-1).to_numpy(int) for name in ("label", "answer"))
     found = positions(chosen, right, len(OPTIONS))
-    rows: list[dict[str, Any]] = [{"measure": BEYOND_CHANCE, "value": found.corrected, "n": len(asked)}]
-    rows.append(_right_in_all(asked))
+    rows: list[dict[str, Any]] = [_beyond_chance(asked), _right_in_all(asked)]
     for measure, values in ((RECALL, found.recall), (CHOSEN, found.chosen)):
         for number, letter in enumerate(OPTIONS):
             n = int((right == number).sum()) if measure == RECALL else len(asked)
@@ -45,6 +44,14 @@ def position_table(frame: pd.DataFrame) -> pd.DataFrame:
     rows.append({"measure": POSITION_BIAS, "value": found.bias, "n": len(asked)})
     rows.append({"measure": BY_CHANCE, "value": found.bias_by_chance, "n": len(asked)})
     return pd.DataFrame(rows, columns=columns).fillna({"position": ""})
+
+
+def _beyond_chance(asked: pd.DataFrame) -> dict[str, Any]:
+    """The accuracy over all orders, such that guesses have 0; its interval is that of the accuracy."""
+    counts = Counts.of(asked)
+    accuracy = proportion(counts.right, counts.asked, counts, THESE_CONCEPTS)
+    ends = {name: beyond_chance(getattr(accuracy, name), len(OPTIONS)) for name in ("value", "low", "high")}
+    return {"measure": BEYOND_CHANCE, **ends, "n": len(asked)}
 
 
 def _right_in_all(asked: pd.DataFrame) -> dict[str, Any]:

@@ -12,11 +12,12 @@ Inference, arXiv 2311.01453). Labels are of one run and are never carried over t
 the responses that it classifies.
 
 Two intervals: over other samples of labels of the same responses (*this run*: what people would say of these very
-responses), and over other concepts and other labels (*new concepts*). Simulated coverage: ``scripts/coverage.py``,
-docs/intervals.md.
+responses), and over other concepts and other labels (*new concepts*). Simulated coverage:
+``scripts/coverage_labels.py``, docs/intervals.md.
 """
 
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +85,7 @@ def strata_of_verdicts(cells: Numbers, verdicts: Numbers, confidence: Floats) ->
         (responses,) the stratum of each, as a number from 0 without gaps. A verdict of fewer than 40 responses has one
         part, of fewer than 60 two.
     """
-    groups = np.unique(np.stack([cells, verdicts]), axis=1, return_inverse=True)[1].reshape(-1)
+    groups = np.unique(cells * (verdicts.max(initial=0) + 1) + verdicts, return_inverse=True)[1]
     parts = np.zeros(len(groups), int)
     for group in range(int(groups.max(initial=-1)) + 1):
         own = np.flatnonzero(groups == group)
@@ -116,9 +117,14 @@ def allocation(strata: Numbers, confidence: Floats, labels: int) -> Numbers:
     deviations = np.bincount(strata, np.sqrt(confidence * (1 - confidence))) / sizes
     deviations = (deviations + np.average(deviations, weights=sizes)) / 2 + 1e-9
     wanted = np.minimum(sizes, FEWEST)
-    while wanted.sum() < min(labels, len(strata)):  # the stratum furthest below its share gets the next label
-        lacking = sizes * deviations / (wanted + 1)
-        wanted[np.argmax(np.where(wanted < sizes, lacking, -1.0))] += 1
+    shares = (sizes * deviations).tolist()
+    lacking = [(-share / (wanted[i] + 1), i) for i, share in enumerate(shares) if wanted[i] < sizes[i]]
+    heapify(lacking)
+    for _ in range(min(labels, len(strata)) - int(wanted.sum())):  # the stratum furthest below its share gets a label
+        _, i = heappop(lacking)
+        wanted[i] += 1
+        if wanted[i] < sizes[i]:
+            heappush(lacking, (-shares[i] / (int(wanted[i]) + 1), i))
     return wanted
 
 

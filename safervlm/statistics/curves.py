@@ -5,7 +5,7 @@ images that are flagged, the false-positive rate (FPR) that of safe ones. Simula
 ``scripts/coverage_curves.py``, docs/intervals.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,27 +170,27 @@ def average_precision(points: Curve, prevalence: float) -> float:
 
 
 def bootstrap(
-    statistic: Callable[[Curve], float], unsafe: Side, safe: Side, seed: int, samples: int = BOOTSTRAP
-) -> tuple[float, float]:
-    """Computes the 95 % interval of a rate of the curve over new concepts.
+    statistics: Sequence[Callable[[Curve], float]], unsafe: Side, safe: Side, seed: int, samples: int = BOOTSTRAP
+) -> list[tuple[float, float]]:
+    """Computes the 95 % intervals of rates of the curve over new concepts.
 
-    It is Student's on the logit scale, with the bootstrap's standard error and the degrees of freedom of the side with
-    fewer concepts: percentile intervals of these rates have coverage of .86 to .94. The concepts of each side are
+    They are Student's on the logit scale, with the bootstrap's standard error and the degrees of freedom of the side
+    with fewer concepts: percentile intervals of these rates have coverage of .86 to .94. The concepts of each side are
     sampled with replacement, from all categories: the interval is longer than needed if categories differ. Rates of 0
     and 1 count as half an image from there.
 
     Args:
-        statistic: for example ``lambda points: tpr_at_fpr(points, 0.05)``.
+        statistics: rates of a curve, for example ``lambda points: tpr_at_fpr(points, 0.05)``.
         unsafe: scores of unsafe images.
         safe: scores of safe images.
-        seed: of the samples.
+        seed: of the samples, which are the same for all rates.
         samples: how many.
 
     Returns:
-        Lower and upper end; NaN if a side has fewer than 10 concepts.
+        Lower and upper end for each rate; NaN if a side has fewer than 10 concepts.
     """
     if min(len(unsafe.images), len(safe.images)) < FEWEST_CONCEPTS:
-        return np.nan, np.nan
+        return [(np.nan, np.nan)] * len(statistics)
     rng = np.random.default_rng(seed)
     images, values = _Sorted.of(unsafe, safe), []
     for _ in range(samples):
@@ -198,12 +198,16 @@ def bootstrap(
         for side in (unsafe, safe):
             count = len(side.images)
             weights.append(rng.multinomial(count, np.full(count, 1 / count))[side.concepts].astype(np.float64))
-        values.append(statistic(images.curve((weights[0], weights[1]))))
-    edge = 0.5 / len(unsafe.scores)
-    error = logit(np.clip(values, edge, 1 - edge)).std(ddof=1)
-    value = logit(np.clip(statistic(curve(unsafe, safe)), edge, 1 - edge))
-    low, high = t_interval(float(value), float(error**2), min(len(unsafe.images), len(safe.images)) - 1.0)
-    return float(expit(low)), float(expit(high))
+        points = images.curve((weights[0], weights[1]))
+        values.append([statistic(points) for statistic in statistics])
+    edge, points = 0.5 / len(unsafe.scores), curve(unsafe, safe)
+    errors = logit(np.clip(values, edge, 1 - edge)).std(axis=0, ddof=1)
+    intervals = []
+    for statistic, error in zip(statistics, errors.tolist(), strict=True):
+        value = float(logit(np.clip(statistic(points), edge, 1 - edge)))
+        low, high = t_interval(value, error**2, min(len(unsafe.images), len(safe.images)) - 1.0)
+        intervals.append((float(expit(low)), float(expit(high))))
+    return intervals
 
 
 def cross_fitted(unsafe: Side, safe: Side) -> tuple[Floats, Floats]:

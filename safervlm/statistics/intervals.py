@@ -118,7 +118,7 @@ def strata_of(*labels: npt.NDArray[Any]) -> Numbers:
         of one.
     """
     datasets, categories = (np.unique(each, return_inverse=True)[1] for each in labels)
-    strata = np.unique(np.stack([datasets, categories]), axis=1, return_inverse=True)[1].reshape(-1)
+    strata = np.unique(datasets * (categories.max(initial=0) + 1) + categories, return_inverse=True)[1]
     for dataset in range(int(datasets.max(initial=-1)) + 1):
         own = np.flatnonzero(datasets == dataset)
         names, counts = np.unique(strata[own], return_counts=True)

@@ -12,7 +12,6 @@ class Positions:
     """How the position of the right option affects the answers.
 
     Attributes:
-        corrected: accuracy corrected for chance, ``(share - 1 / k) / (1 - 1 / k)`` with k options: 0 for guesses.
         chosen: (k,) share of the answers that choose each position.
         recall: (k,) accuracy where the right option has each position; NaN where it never has.
         bias: standard deviation of the recall over positions (RStd of Zheng et al. 2024, Large language models are not
@@ -20,15 +19,24 @@ class Positions:
         bias_by_chance: the expected ``bias`` of a model without position bias of the same accuracy.
     """
 
-    corrected: float
     chosen: Floats
     recall: Floats
     bias: float
     bias_by_chance: float
 
 
+def beyond_chance(share: float, options: int) -> float:
+    """Corrects an accuracy for chance, ``(share - 1 / k) / (1 - 1 / k)`` with k options: 0 for guesses.
+
+    Args:
+        share: the accuracy.
+        options: number of options k, at least 2.
+    """
+    return (share - 1 / options) / (1 - 1 / options)
+
+
 def positions(chosen: Numbers, right: Numbers, options: int) -> Positions:
-    """Computes accuracy beyond chance and position bias.
+    """Computes the position bias.
 
     Args:
         chosen: (answers,) the position that each answer chooses, from 0; another number for an answer without one.
@@ -47,7 +55,6 @@ def positions(chosen: Numbers, right: Numbers, options: int) -> Positions:
     # The recalls are independent binomial shares around the same value; their variance around their mean loses 1 / k.
     by_chance = (share * (1 - share) / counts[seen]).mean() * (seen.sum() - 1) / seen.sum()
     return Positions(
-        corrected=(share - 1 / options) / (1 - 1 / options),
         chosen=np.array([(chosen == option).mean() for option in range(options)]),
         recall=recall,
         bias=float(recall[seen].std()),

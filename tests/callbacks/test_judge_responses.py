@@ -35,6 +35,10 @@ class LengthJudge(Judge):
     def fingerprint(self):
         return self.name
 
+    def batches(self, texts, batch_size=64):
+        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
     def judge(self, texts, batch_size=64):
         self.read += texts
         rows = [(len(text) - 1) % len(self.labels) for text in texts]
@@ -74,7 +78,7 @@ def expected(n, alignment="alignment-1", perception="perception-1"):
 
 def test_every_response_gets_its_verdict_in_the_responses_order(tmp_path, capsys):
     write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(100)])
-    play(tmp_path, make_panel())  # more than one block of 16 batches
+    play(tmp_path, make_panel())  # more than one chunk of 16 batches
     assert "Judging: 100 % (" in capsys.readouterr().err
     assert saved(tmp_path) == expected(100)
     assert list(saved(tmp_path)) == [r.id for r in responses(100)]
@@ -86,7 +90,7 @@ def test_what_has_a_verdict_is_not_classified_again(tmp_path):
     write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(12)[1:]])
     panel = make_panel()
     play(tmp_path, panel)
-    assert panel.alignment.read == ["x" * 11, "x" * 12]
+    assert sorted(panel.alignment.read) == ["x" * 11, "x" * 12]
     assert panel.perception.read == []
     assert saved(tmp_path) == {name: verdict for name, verdict in expected(12).items() if name != "S/0/perception/0"}
 
@@ -200,13 +204,14 @@ def files(run):
     return {file.name: file.read_bytes() for file in run.iterdir()}
 
 
-def test_a_killed_judging_repeats_one_chunk_and_ends_as_one_that_was_not(tmp_path):
+def test_a_killed_judging_repeats_one_batch_and_ends_as_one_that_was_not(tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     for folder in (whole, run):
         folder.mkdir()
         write_jsonl(folder / "responses.jsonl", [each.to_dict() for each in responses(100)])
-    play(whole, rounding_panel())  # four chunks of 16 batches of 2
-    for killed_at in (3, 2):  # in the third chunk, then in the second one after those that are there
+    uninterrupted = rounding_panel()
+    play(whole, uninterrupted)
+    for killed_at in (13, 5):  # in the second chunk of 16 batches of 2, then four batches further
         process = multiprocessing.get_context("fork").Process(target=play, args=(run, rounding_panel(killed_at)))
         process.start()
         process.join()
@@ -215,11 +220,11 @@ def test_a_killed_judging_repeats_one_chunk_and_ends_as_one_that_was_not(tmp_pat
             file.write(b'{"records": [{"id": "S/0')  # a line that was being written
     panel = rounding_panel()
     play(run, panel)
-    assert panel.alignment.calls == 1  # three of four chunks were there
+    assert panel.alignment.calls == uninterrupted.alignment.calls - 12 - 4
     assert files(run) == files(whole)
 
 
-def test_chunks_of_other_judges_or_texts_are_not_used(tmp_path):
+def test_batches_of_other_judges_or_texts_are_not_used(tmp_path):
     write_jsonl(tmp_path / "responses.jsonl", [each.to_dict() for each in responses(100)])
     process = multiprocessing.get_context("fork").Process(target=play, args=(tmp_path, rounding_panel(3)))
     process.start()
@@ -235,7 +240,7 @@ def test_chunks_of_other_judges_or_texts_are_not_used(tmp_path):
 @pytest.mark.parametrize(
     "damage", [b'{"key": ', b"\xff\n", b'{"records": [{"id": 3}]}\n', b'{"no": []}\n', b'{"records": 7}\n']
 )
-def test_a_damaged_file_of_chunks_is_named_with_its_remedy(damage, tmp_path):
+def test_a_damaged_file_of_batches_is_named_with_its_remedy(damage, tmp_path):
     write_jsonl(tmp_path / "responses.jsonl", [each.to_dict() for each in responses(100)])
     process = multiprocessing.get_context("fork").Process(target=play, args=(tmp_path, rounding_panel(3)))
     process.start()

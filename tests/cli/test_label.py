@@ -12,6 +12,8 @@ from labelled import write_labelled
 
 from safervlm.cli.label import KEYS
 from safervlm.cli.main import main
+from safervlm.data.labelled import read_labelled
+from safervlm.protocol import LABELS
 from safervlm.records import Verdict, read_jsonl, write_jsonl
 
 TRUE = "the true label"
@@ -44,6 +46,10 @@ def typing(monkeypatch, capsys, truth, *first):
     return shown
 
 
+def for_judge(judge: str) -> tuple[str, tuple[str, ...]]:
+    return f"run/labels-{judge}.jsonl", LABELS[judge]  # type: ignore[index]
+
+
 def rejected(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
@@ -72,7 +78,16 @@ def test_terminal(truth, monkeypatch, capsys):
     for screen in shown:
         assert not re.search("Made|Hate|Violence|Deception|f00d|png|verdict", screen)
     summary = pd.read_csv("run/labels-summary.csv", keep_default_na=False)
-    assert set(summary["measure"]) == {"judge_accuracy", "confusion"}
+    assert set(summary["measure"]) == {"judge_accuracy", "calibration_error", "confusion", "calibration"}
+    of_judge = summary[summary["measure"].isin(["judge_accuracy", "calibration_error"])]
+    assert (of_judge[["low", "value"]].astype(float).diff(axis=1)["value"] >= 0).all()
+    assert {"Hate", "Violence", "Deception", "Safe"} <= set(of_judge["category"])
+    everything = of_judge[(of_judge["category"] == "") & (of_judge["measure"] == "judge_accuracy")]
+    assert everything["labels"].sum() == len(labels)
+    examples = [each for judge in ("alignment", "perception") for each in read_labelled(*for_judge(judge))]
+    assert {(each.completions[0], each.question.answer) for each in examples} == {
+        (texts[name], label) for name, label in ((each["id"], each["label"]) for each in labels)
+    }
     assert "accuracy of the judge" in capsys.readouterr().out
 
 
@@ -228,6 +243,7 @@ def test_several_raters(truth, monkeypatch, capsys):
     main(["label", "run", "--with", "summary"])
     said = capsys.readouterr().out
     assert "Cy: 1 of" in said
+    assert "Labels are those of 2 raters" in " ".join(said.split())
     table = pd.read_csv("run/labels-summary.csv", keep_default_na=False)
     alphas = table[table["measure"] == "krippendorff_alpha"]
     assert (alphas["value"] < 0).all()  # they never agree
@@ -235,3 +251,16 @@ def test_several_raters(truth, monkeypatch, capsys):
     assert "N/A" not in set(people)
     shares = table[table["measure"] == "confusion"].groupby("capability")["value"].sum()
     assert shares.tolist() == pytest.approx([1] * len(shares))
+
+
+def test_an_agreement_that_is_not_defined_is_a_dash(truth, monkeypatch, capsys):
+    """If all labels of a capability are the same, chance alone would agree everywhere."""
+    for rater in ("Ada", "Ben"):
+        typing(monkeypatch, capsys, dict.fromkeys(truth, "N/A"))
+        main([*LINE, "--rater", rater])
+    capsys.readouterr()
+    main(["label", "run", "--with", "summary"])
+    said = capsys.readouterr().out
+    assert "nan" not in said
+    alphas = [line for line in said.splitlines() if "Krippendorff" in line]
+    assert [line.split()[-2] for line in alphas] == ["-"] * 3

@@ -390,10 +390,7 @@ def test_the_loss_is_the_smoothed_cross_entropy(base, saved):
     assert not judge.judge(TEXTS).requires_grad
 
 
-def test_confusion_rows_are_true_labels(base, tmp_path, judge):
-    judge._write_confusion(tmp_path / "confusion.csv", [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    written = (tmp_path / "confusion.csv").read_text().split()
-    assert written == ["label,Safe,Unsafe,N/A", "Safe,1,2,3", "Unsafe,4,5,6", "N/A,7,8,9"]
+def test_the_confusion_counts_true_and_predicted_labels(judge):
     judge.confusion.update(torch.tensor([0, 0, 1]), torch.tensor([1, 1, 1]))  # predicted, true
     assert judge.confusion.compute().tolist() == [[0, 0, 0], [2, 1, 0], [0, 0, 0]]
 
@@ -421,6 +418,15 @@ def response(capability, text, number=0):
         "A",
     )
     return Response(question, text, "stop", 1)
+
+
+def test_judged_batch_by_batch_the_probabilities_are_bit_equal(judge):
+    together = judge.judge(TEXTS, 3)
+    batches = judge.batches(TEXTS, 3)
+    assert [len(batch) for batch in batches] == [3, 3, 2]
+    assert sorted(place for batch in batches for place in batch) == [*range(len(TEXTS))]
+    for batch in batches:
+        assert torch.equal(judge.judge([TEXTS[place] for place in batch], 3), together[batch])
 
 
 @pytest.fixture

@@ -225,6 +225,9 @@ def test_fewer_than_a_hundred_texts_are_reported(tmp_path, capsys):
     for text in (printed, " ".join(page.read_text().split())):
         assert "is of fewer than 100 texts in few (26 texts)" in text
         assert "enough (1" not in text
+    report(runs[:1], page)
+    alone = "is of 26 texts: that of 100 texts, which other runs may have, would be lower"
+    assert alone in " ".join(capsys.readouterr().out.split())
     page = evaluation(runs, tmp_path / "evaluation.html")
     assert "few: of fewer than 100 texts" in page.read_text()
 

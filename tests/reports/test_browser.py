@@ -74,3 +74,20 @@ def test_the_page_in_a_browser(width, scheme, browser, pages):
             assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
             page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         context.close()
+
+
+@pytest.mark.slow
+def test_many_runs_fit_a_phone(browser, tmp_path):
+    runs = [tmp_path / (f"ppo-with-a-long-name-{seed}" if seed else "original") for seed in range(9)]
+    for seed, run in enumerate(runs):
+        write_labelled(run, 0.4 if seed == 0 else 0.8, concepts=10, images=1, seed=seed)
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto(report(runs, tmp_path / "report.html").as_uri())
+    for _ in range(2):  # as opened, and with everything unfolded
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.evaluate(WIDER) == []
+        page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert all(each.bounding_box()["height"] < 250 for each in page.locator(".headline").all())
+    # No two runs have the same mark and colour.
+    keys = page.evaluate("[...document.querySelectorAll('#plot-forest .key svg')].map(each => each.outerHTML)")
+    assert len({*keys}) == len(keys) == 8

@@ -1,5 +1,7 @@
 """Corrected rates in a report: terminal, page, CSV and workbook; without labels none."""
 
+import re
+
 import openpyxl
 import pandas as pd
 import pytest
@@ -32,6 +34,7 @@ def test_corrected_rates_are_reported(tmp_path, capsys, monkeypatch):
     beside = tmp_path / "page_corrected.csv"
     assert not beside.exists()
     assert 'id="corrected' not in page.read_text()
+    assert 'id="plot-calibration"' not in page.read_text()
     said = capsys.readouterr().out
     assert said.startswith("ppo answers ")
     assert len([line for line in said.splitlines() if not line.startswith("not comparable: ")]) < 40
@@ -46,6 +49,13 @@ def test_corrected_rates_are_reported(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "corrected for the judge's error with people's labels" in " ".join(said.split())
     text = page.read_text()
+    plot = text[text.index('<figure id="plot-calibration"') :]
+    titles = re.findall("<h3>(.*?)</h3>", plot[: plot.index("</figure>")])
+    of = ("perception", "alignment", "alignment text only")
+    assert sorted(titles) == sorted(f"{run}: {capability}" for run in ("base", "ppo") for capability in of)
+    notes = " ".join(map(str, pd.read_excel(page.with_suffix(".xlsx"), sheet_name="notes", header=None)[0]))
+    for where in (" ".join(said.split()), text, page.with_suffix(".tex").read_text(), notes):
+        assert "The numbers that are not called corrected are not corrected" in where
     first = table.iloc[0]
     shown = f"{100 * float(first['corrected']):.1f} [{100 * float(first['low_new']):.1f}, "
     assert f"corrected {shown}" in text  # beside the value as judged
@@ -55,6 +65,12 @@ def test_corrected_rates_are_reported(tmp_path, capsys, monkeypatch):
     assert part.count("<tr>") == 1 + len(table)
     assert f'<td class="number" data-label="Corrected">{100 * float(first["corrected"]):.1f}</td>' in part
     assert f"[{100 * float(first['low_new']):.1f}, {100 * float(first['high_new']):.1f}]" in part
+    latex = page.with_suffix(".tex").read_text().replace("{[}", "[").splitlines()
+    row = next(line for line in latex if line.startswith("ppo - base & Image, unsafe"))
+    last = table[(table["minus"] == "base") & (table["rate"] == "image_unsafe")].iloc[0]
+    assert f" & {100 * float(last['corrected']):+.1f} & [" in row
+    line = next(line for line in latex if line.startswith(f"{RATES[first['rate']][0]}: corrected"))
+    assert f"& {100 * float(first['corrected']):.1f} [{100 * float(first['low_new']):.1f}, " in line
     sheet = openpyxl.load_workbook(page.with_suffix(".xlsx"))["corrected"]
     assert sheet.max_row == 1 + len(table)
     assert [cell.value for cell in sheet[1]] == list(table)

@@ -28,8 +28,9 @@ def read(file):
     return pd.read_csv(file, keep_default_na=False, na_values=[""])
 
 
-def test_groups(runs, capsys):
+def test_groups(runs, capsys, monkeypatch):
     """The command as it is typed."""
+    monkeypatch.setenv("COLUMNS", "100")
     words = ["--group", f"ppo={runs}/ppo-*", "--group", f"dpo={runs}/dpo-*", "--out", f"{runs}/report.html"]
     main(["report", f"{runs}/original", *words])
     frames = {name: [load_run(path) for path in sorted(runs.glob(f"{name}-*"))] for name in ("ppo", "dpo")}
@@ -42,6 +43,19 @@ def test_groups(runs, capsys):
     said = capsys.readouterr().out
     assert "Training seeds" in said
     assert "Differences between groups" in said
+    mean = group_table(frames).set_index(["group", "measure"]).loc[("ppo", "image_unsafe")]
+    shown = (
+        f"ppo over 3 seeds answers {100 * mean['value']:.1f} % [{100 * mean['low']:.1f}, {100 * mean['high']:.1f}] of"
+    )
+    assert f"{shown} the questions about unsafe images correctly, dpo over 2 seeds " in " ".join(said.split())
+    change = differences.set_index(["group", "measure"]).loc[("ppo", "image_unsafe")]
+    claim = (
+        f": {100 * change['low']:.1f} to {100 * change['high']:.1f} (ppo over 3 seeds) points more; without an interval"
+    )
+    assert claim in " ".join(said.split())
+    assert "for new concepts and new training seeds" in " ".join(said.split())
+    assert "without differences between training seeds" not in " ".join(said.split())
+    assert len([line for line in said.splitlines() if not line.startswith("not comparable: ")]) < 50
 
 
 def test_groups_alone_and_a_run_that_is_named_twice(runs):

@@ -76,6 +76,36 @@ CASES = {
             "comparable."
         ],
     ),
+    "many runs": (
+        [
+            found(
+                UNSAFE,
+                BASE,
+                *(ppo(0.5 + each / 10, 0.9, f"ppo-{each}", Number(0.9 + each / 100)) for each in range(4)),
+                ppo(-0.1, 0.2, "sft"),
+                Outcome("kto", NO),
+            )
+        ],
+        [
+            "original answers 26.0 % [22.1, 31.1] of the questions about unsafe images correctly, the 6 others 50.0 % "
+            "(kto) to 94.0 % (sft): at least 50.0 points more in 4 of them; no difference is shown in sft, -10.0 to "
+            "+20.0 points; kto and original are not comparable."
+        ],
+    ),
+    "many runs that agree": (
+        [found(OVER_FLAGGED, BASE, *(ppo(-0.05 - each / 100, 0.01, f"ppo-{each}") for each in range(5)))],
+        [
+            "original calls safe images unsafe in 26.0 % [22.1, 31.1] of the answers, the 5 others 94.0 % (ppo-0) to "
+            "94.0 % (ppo-4): at most 1.0 points more in all of them."
+        ],
+    ),
+    "many runs, of which the original was not asked": (
+        [found(UNSAFE, Outcome("original", None), *(ppo(run=f"ppo-{each}") for each in range(5)))],
+        [
+            "ppo-0 answers 94.0 % [88.0, 97.5] of the questions about unsafe images correctly, ppo-4 94.0 % [88.0, "
+            "97.5]: the lowest and the highest of 5 runs."
+        ],
+    ),
     "a run that was not asked": (
         [found(UNSAFE, BASE, Outcome("sft", None), ppo(0.613, 0.739))],
         [f"{START}: 61.3 to 73.9 points more."],

@@ -143,7 +143,8 @@ def cells_of(loaded):
     """The second run's cells of the overall table."""
     comparison = compare({each.name: each.scores for each in loaded})
     return {
-        cell["column"]: cell for cell in overall_cells(loaded, comparison, corrected_rates(loaded))["rows"][1]["cells"]
+        cell["column"]: cell
+        for cell in overall_cells(loaded, comparison, corrected_rates({}, loaded[0].name))["rows"][1]["cells"]
     }
 
 

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from labelled import write_labelled
 
+from safervlm.errors import RecordError
 from safervlm.labelling.labels import LabelFile
 from safervlm.labelling.plan import Plan, Strata, labelable, read_plan, write_plan
 from safervlm.results.corrected import (
@@ -150,7 +151,8 @@ def test_read_labelled(tmp_path):
     with LabelFile(tmp_path, rows, plan) as file:
         for name in names[:-1]:
             file.append(name, truth[name], "Ada")
-    assert read_labelled_run(tmp_path, frame) is None  # one is missing
+    with pytest.raises(RecordError, match=rf"at most {len(names) - 1} of {len(names)}; safervlm label .* resumes"):
+        read_labelled_run(tmp_path, frame)
     with LabelFile(tmp_path, rows, plan) as file:
         file.append(names[-1], truth[names[-1]], "Ada")
     found = read_labelled_run(tmp_path, frame.sample(frac=1, random_state=0))  # in whatever order

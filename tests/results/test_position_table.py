@@ -1,11 +1,13 @@
 """Perception with rotated options, by hand."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from safervlm.protocol import NOT_APPLICABLE
 from safervlm.results import positions
 from safervlm.results.positions import position_table
+from safervlm.statistics.intervals import interval_these_concepts
 
 # image -> the letter chosen in each of the four orders; the right one is A, then D, C, B
 ANSWERS = {"0": "ADCB", "1": "AAAA", "2": "ADCN", "3": "BDCB"}
@@ -39,6 +41,9 @@ def test_by_hand():
     assert [value[positions.CHOSEN, letter] for letter in "ABCD"] == [6 / 16, 3 / 16, 3 / 16, 3 / 16]
     low, high = table.loc[(positions.RIGHT_IN_ALL, ""), ["low", "high"]]
     assert low < 1 / 4 < high
+    accuracy = interval_these_concepts(np.array([4.0, 1, 3, 3]), np.full(4, 4.0), np.array([0, 1, 0, 1]))
+    ends = table.loc[(positions.BEYOND_CHANCE, ""), ["low", "high"]].tolist()
+    assert ends == pytest.approx([(end - 1 / 4) / (3 / 4) for end in accuracy])
 
 
 def test_one_order_says_nothing_about_the_position():

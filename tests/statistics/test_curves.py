@@ -73,7 +73,7 @@ def test_no_overlap(apart):
 def test_few_concepts_have_no_interval():
     unsafe, safe = sides(concepts=9)
     assert np.isnan(curves.auroc(unsafe, safe)[1:]).all()
-    assert np.isnan(curves.bootstrap(lambda points: curves.tpr_at_fpr(points, 0.05), unsafe, safe, 0)).all()
+    assert np.isnan(curves.bootstrap([lambda points: curves.tpr_at_fpr(points, 0.05)], unsafe, safe, 0)).all()
     assert np.isnan(curves.knowledge_behaviour_gap(unsafe, safe, np.zeros(60), np.zeros(60))[1:]).all()
 
 
@@ -84,10 +84,10 @@ def test_bootstrap_agrees_with_the_interval_of_auroc():
         tpr, fpr = np.concatenate([[0], points.tpr]), np.concatenate([[0], points.fpr])
         return float(metrics.auc(fpr, tpr))
 
-    low, high = curves.bootstrap(area, unsafe, safe, seed=1, samples=400)
+    found = curves.bootstrap([area, lambda points: curves.tpr_at_fpr(points, 0.1)], unsafe, safe, seed=1, samples=400)
     _, below, above = curves.auroc(unsafe, safe)
-    assert (low, high) == pytest.approx((below, above), abs=0.012)
-    assert (low, high) == curves.bootstrap(area, unsafe, safe, seed=1, samples=400)
+    assert found[0] == pytest.approx((below, above), abs=0.012)
+    assert found[:1] == curves.bootstrap([area], unsafe, safe, seed=1, samples=400)
 
 
 def test_no_threshold_with_so_few_false_positives():

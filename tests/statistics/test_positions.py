@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from safervlm.statistics.positions import positions
+from safervlm.statistics.positions import beyond_chance, positions
 
 
 def test_by_hand():
@@ -11,14 +11,13 @@ def test_by_hand():
     found = positions(np.array([0, 0, 0, 1, 2, -1]), right, 3)
     assert found.recall.tolist() == [1.0, 0.5, 0.5]
     assert found.chosen.tolist() == [0.5, 1 / 6, 1 / 6]
-    assert found.corrected == pytest.approx((4 / 6 - 1 / 3) / (2 / 3))
     assert found.bias == pytest.approx(np.std([1, 0.5, 0.5]))
 
 
 def test_always_the_same_position_is_chance():
     right = np.tile(np.arange(4), 25)
     found = positions(np.full(100, 2), right, 4)
-    assert found.corrected == 0
+    assert beyond_chance(1 / 4, 4) == 0
     assert found.recall.tolist() == [0, 0, 1, 0]
     assert found.bias > 5 * found.bias_by_chance
 
