@@ -19,9 +19,10 @@ from functools import partial
 from itertools import product
 
 import numpy as np
-from coverage import TEST, header, held
 from scipy.special import ndtr, ndtri
 from scipy.stats import binomtest
+from simulations.designs import TEST
+from simulations.studies import header, held
 
 from safervlm.statistics.curves import (
     Side,

@@ -22,9 +22,10 @@ from itertools import product
 
 import numpy as np
 import numpy.typing as npt
-from coverage import IMAGES, TEST, header, held, rates
 from scipy.special import expit, ndtri
 from scipy.stats import binomtest
+from simulations.designs import IMAGES, TEST
+from simulations.studies import header, held, rates
 
 from safervlm.statistics.correction import (
     Labelled,

@@ -20,9 +20,10 @@ from itertools import product
 
 import numpy as np
 import numpy.typing as npt
-from coverage import IMAGES, TEST, header, held
 from scipy.special import expit
 from scipy.stats import binomtest
+from simulations.designs import IMAGES, TEST
+from simulations.studies import header, held
 
 from safervlm.statistics.differences import difference_of_shares, holm
 from safervlm.statistics.intervals import interval_new_concepts, strata_of

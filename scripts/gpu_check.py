@@ -28,7 +28,7 @@ import sizes
 import torch
 import torch.nn.functional as F
 import transformers
-from benchmark import Shape, examples
+from comparisons.model import Shape, examples
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from benchmark import Shape, write_model
+from comparisons.model import Shape, write_model
 from lightning import Callback
 from PIL import Image
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel

@@ -40,6 +40,18 @@ from safervlm.run import read_manifest
 from safervlm.run_folder import RunFolder
 from safervlm.vlm.server.client import Server
 
+# Texts of the help; otherwise they would be the first lines of Lightning's docstrings.
+DESCRIPTIONS = {
+    "fit": "Trains a model, for example: safervlm fit --config configs/ppo.yaml --run runs/ppo",
+    "validate": "Computes the loss on held-out records: the command that trained, with validate instead of fit",
+    "predict": "Measures or judges, for example: safervlm predict --config configs/measure.yaml --run runs/llava-7b",
+}
+GROUPS = {
+    "model": "Model: an objective, a measurement or a judge (--model.help PPO lists the arguments of PPO)",
+    "data": "Data: questions or training examples (--data.help UnsafeConcepts lists the arguments of UnsafeConcepts)",
+    "trainer": "Trainer of PyTorch Lightning: devices, precision, length of the training",
+}
+
 
 class SaferCLI(LightningCLI):
     """Lightning's command line with a run folder and links between model, data and trainer.
@@ -68,6 +80,7 @@ class SaferCLI(LightningCLI):
                 "enable_model_summary": False,
             },
             parser_class=OneLineParser,
+            parser_kwargs={"prog": "safervlm"} | {name: {"description": text} for name, text in DESCRIPTIONS.items()},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=list(args),
@@ -93,6 +106,19 @@ class SaferCLI(LightningCLI):
             )
         return parser
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the seed.
+
+        Args:
+            parser: Parser of a command.
+        """
+        parser.add_argument(
+            "--seed_everything",
+            type=bool | int,  # Lightning's; true is rejected with an explanation
+            default=self.seed_everything_default,
+            help="Seed of all random numbers; model and data receive it.",
+        )
+
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run folder, model, data and trainer, in the order of a help text.
 
@@ -108,6 +134,8 @@ class SaferCLI(LightningCLI):
         parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
+        for name, group in (parser.groups or {}).items():
+            group.title = GROUPS.get(name, group.title)
         defaults = {f"trainer.{name}": value for name, value in self.trainer_defaults.items() if name != "callbacks"}
         parser.set_defaults(defaults)
 

@@ -23,7 +23,7 @@ import callbacks
 import safervlm
 from callbacks.rate_responses import RateResponses
 from safervlm.cli.family import fitting_class, with_class
-from safervlm.cli.lightning import SaferCLI
+from safervlm.cli.lightning import DESCRIPTIONS, GROUPS, SaferCLI
 from safervlm.cli.main import HELP, main, plain_commands, sequence_commands
 from safervlm.cli.messages import one_line
 from safervlm.cli.trainer import callbacks_with_lines
@@ -237,6 +237,11 @@ def test_the_help_of_a_fit_begins_with_run_model_and_data(capsys: pytest.Capture
     details = shown[shown.index("options:") :]
     places = [details.index(f"  --{name} ") for name in ("run", "model", "data", "trainer")]
     assert places == sorted(places)
+    assert shown.startswith("usage: safervlm ")
+    texts = (DESCRIPTIONS["fit"], *GROUPS.values())
+    assert all(text in " ".join(shown.split()) for text in texts)
+    assert "<class" not in shown
+    assert "A DataModule standardizes" not in shown
 
 
 def vlm_overlay(folder: Path, name: str, **settings: object) -> str:

@@ -29,25 +29,33 @@ from safervlm.data.unsafe_concepts import UnsafeConcepts
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        *(
-            "safervlm.cli.lightning",
-            "safervlm.objectives",
-            "safervlm.measure",
-            "safervlm.vlm.llava",
-            "safervlm.data.alignment",
-        ),
-        *("callbacks.generation_check", "callbacks.checkpoint", "callbacks.adapter_export", "callbacks.rollout_log"),
+        "tests.helpers.warm",
+        "callbacks.generation_check",
+        "callbacks.checkpoint",
+        "callbacks.adapter_export",
+        "callbacks.rollout_log",
     ]
 )
 
 
-def _command(args: Sequence[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+def run_command(args: Sequence[str], folder: Path, out: Path, err: Path, environment: dict[str, str]) -> None:
+    """Runs a command in this process, which is a new one.
+
+    Args:
+        args: the command line.
+        folder: its working directory.
+        out: a file to which its standard output is appended.
+        err: the same for its standard error.
+        environment: more environment variables.
+    """
     os.chdir(folder)
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background commands ignore Ctrl-C
-    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(written, 1)
-    os.dup2(written, 2)
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    # Those of the fork server believe that they are files.
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of its data workers, as for a command in a shell
     from safervlm.cli.main import main
@@ -74,7 +82,7 @@ def stall_instead(args: Sequence[str], log: Path) -> None:
         return wait
 
     main.plain_commands = lambda: {name: waiting(function) for name, function in whole().items()}
-    _command(args, log.parent, log, {"SAFERVLM_GRACE": "1"})
+    run_command(args, log.parent, log, log, {"SAFERVLM_GRACE": "1"})
 
 
 PROMISE = 5.0  # seconds from a signal to the end of a process, on an idle machine
@@ -145,7 +153,7 @@ class Played:
         self.log.unlink(missing_ok=True)
         more = {key: str(value) for key, value in environment.items()}
         self.process: BaseProcess = CONTEXT.Process(
-            target=_command, args=(list(map(str, args)), folder, self.log, more)
+            target=run_command, args=(list(map(str, args)), folder, self.log, self.log, more)
         )
         self.process.start()
 

@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
-from processes import play
+from processes import play, play_together
 
 from safervlm.pictograms.benchmarks import write_benchmarks
 from safervlm.records import read_jsonl, write_jsonl
@@ -113,11 +113,9 @@ def test_two_processes_skip_the_same_dataset(overlay, tmp_path):
     some = "--data.only=[mme,smid,nsfw]"
     one = play(line(tmp_path / "overlay.yaml", tmp_path / "one", some), tmp_path, code=3)
     assert one.count("smid is skipped") == 1
-    two = [Path(sys.executable).parent / "safervlm", *line(tmp_path / "overlay.yaml", tmp_path / "two", some)]
-    two += ["--trainer.strategy=ddp", "--trainer.devices=2"]
-    ended = subprocess.run(list(map(str, two)), capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
-    assert ended.returncode == 3, ended.stderr
-    assert ended.stdout.count("smid is skipped") == 1
+    ddp = ("--trainer.strategy=ddp", "--trainer.devices=2")
+    two = play_together(line(tmp_path / "overlay.yaml", tmp_path / "two", some, *ddp), tmp_path, code=3)
+    assert two.count("smid is skipped") == 1
     assert_same(tmp_path / "two", tmp_path / "one")
 
 
@@ -136,32 +134,32 @@ def test_a_failure_stops_no_other_run_and_a_table_follows(overlay, tmp_path, tin
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
     ]
-    environment = os.environ | {
-        "COLUMNS": "200",
-    }
 
-    def script(*words):
-        command = [sys.executable, "-m", "safervlm", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    def run(*words):
+        environment = os.environ | {"COLUMNS": "200"}
+        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
 
-    (tmp_path / "broken.yaml").write_text("model: {")
-    trained = script("train", tmp_path / "broken.yaml", "sft", *fit[2:])
-    assert trained.returncode == 1
-    assert "failed: broken (exit code 2)" in trained.stderr
-    assert (adapter / "adapter_config.json").is_file()
-    only = "--data.only=[unsafe_concepts,contexts,mme,nsfw]"
-    ended = script("evaluate", "runs/sft/", "runs/dpo", "--config", tmp_path / "overlay.yaml", only)
-    assert ended.returncode == 1, ended.stderr
-    assert "failed: runs/dpo: no adapter in it; train one" in ended.stderr
-    assert ended.stderr.count("nsfw was skipped: data.sets.nsfw.source: there is no nowhere.tsv") == 2
-    assert "incomplete: runs/sft: some questions have no response" in ended.stderr
-    assert "MME total" in ended.stdout
-    assert "sft" in (tmp_path / "runs" / "evaluation_differences.csv").read_text()
-    page = (tmp_path / "runs" / "evaluation.html").read_text()
-    assert "vlm.adapter" in page  # the difference between the two
-    manifest = json.loads((tmp_path / "runs/sft/evaluation/manifest.json").read_text())
-    assert "nsfw" not in manifest["stages"]["measure"]["settings"]["data"]["sets"]
-    # The same table by the command that also reports measurements, for the folders or for the runs.
-    for runs in (["runs/original/evaluation", "runs/sft/evaluation"], ["runs/original", "runs/sft"]):
-        assert "MME total" in script("report", *runs, "--out", "again.html").stdout
-        assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "runs" / "evaluation.csv").read_bytes()
+    with forked.program() as program:
+        (tmp_path / "broken.yaml").write_text("model: {")
+        trained = run(*forked.driver(program), "train", tmp_path / "broken.yaml", "sft", *fit[2:])
+        assert trained.returncode == 1
+        assert "failed: broken (exit code 2)" in trained.stderr
+        assert (adapter / "adapter_config.json").is_file()
+        only = "--data.only=[unsafe_concepts,contexts,mme,nsfw]"
+        ended = run(
+            *forked.driver(program), "evaluate", "runs/sft/", "runs/dpo", "--config", tmp_path / "overlay.yaml", only
+        )
+        assert ended.returncode == 1, ended.stderr
+        assert "failed: runs/dpo: no adapter in it; train one" in ended.stderr
+        assert ended.stderr.count("nsfw was skipped: data.sets.nsfw.source: there is no nowhere.tsv") == 2
+        assert "incomplete: runs/sft: some questions have no response" in ended.stderr
+        assert "MME total" in ended.stdout
+        assert "sft" in (tmp_path / "runs" / "evaluation_differences.csv").read_text()
+        page = (tmp_path / "runs" / "evaluation.html").read_text()
+        assert "vlm.adapter" in page  # the difference between the two
+        manifest = json.loads((tmp_path / "runs/sft/evaluation/manifest.json").read_text())
+        assert "nsfw" not in manifest["stages"]["measure"]["settings"]["data"]["sets"]
+        # The same table by the command that also reports measurements, for the folders or for the runs.
+        for runs in (["runs/original/evaluation", "runs/sft/evaluation"], ["runs/original", "runs/sft"]):
+            assert "MME total" in run(*program, "report", *runs, "--out", "again.html").stdout
+            assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "runs" / "evaluation.csv").read_bytes()

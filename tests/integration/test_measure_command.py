@@ -2,19 +2,27 @@
 
 import os
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 
 from safervlm.cli.measure import state_of
 
-SAFERVLM = [sys.executable, "-m", "safervlm"]
+WIDE = os.environ | {"COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def measure() -> Iterator[list[str]]:
+    """The command, without the names of the VLMs."""
+    with forked.program() as program:
+        yield [*forked.driver(program), "measure"]
 
 
 @pytest.fixture
-def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_path: Path):
+def query(measure: list[str], tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_path: Path):
     """``query(*vlms)``: the output of the command; ``good`` is a VLM, ``bad`` names a folder that does not exist."""
     overlay = {
         "model": {"init_args": {"sampling": {"max_new_tokens": 3}}},
@@ -34,12 +42,9 @@ def query(tiny_llava: Path, tiny_sets: Path, tiny_panel: dict[str, object], tmp_
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(vlm))
 
     def query(*vlms: str, more: tuple[str, ...] = (), code: int = 0) -> str:
-        environment = os.environ | {
-            "COLUMNS": "200",
-        }
-        line = [*SAFERVLM, "measure", *(str(tmp_path / f"{name}.yaml") for name in vlms), "--runs=runs"]
+        line = [*measure, *(str(tmp_path / f"{name}.yaml") for name in vlms), "--runs=runs"]
         line += ["--config", str(tmp_path / "overlay.yaml"), *more]
-        ended = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        ended = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=WIDE, check=False)
         assert ended.returncode == code, ended.stderr
         return ended.stdout
 

@@ -1,26 +1,23 @@
 """scripts/benchmark.py: both sides compute the same, on shapes too small to measure time."""
 
-import importlib.util
 import math
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "benchmark.py"
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark"] = module  # dataclasses look up their module
-    spec.loader.exec_module(module)
-    return module
+def benchmark() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        import benchmark
+
+        yield benchmark
 
 
 @pytest.fixture
@@ -50,7 +47,7 @@ def test_both_sides_run_and_agree(
     name: str, rows: int, benchmark: ModuleType, tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     benchmark.write_model(tiny, tmp_path)
-    table = getattr(benchmark, f"benchmark_{name}")(tiny, tmp_path, repeats=1)
+    table = benchmark.WITH_A_MODEL[name](tiny, tmp_path, 1)
     assert len(table) == rows
     assert all(len(row.ratios()) == 1 and min(row.ratios()) > 0 for row in table)
     said = capsys.readouterr().err
@@ -62,17 +59,18 @@ def test_both_sides_run_and_agree(
 def test_a_side_that_computes_something_else_is_rejected(
     benchmark: ModuleType, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from comparisons import against_trl
+
     benchmark.write_model(tiny, tmp_path)
-    monkeypatch.setattr(benchmark, "BETA", 0.1)
-    trl_side = benchmark.trl_side
+    trl_side = against_trl.trl_side
 
     def other(*args, **kwargs):
-        monkeypatch.setattr(benchmark, "BETA", 0.11)
+        monkeypatch.setattr(against_trl, "BETA", 0.11)
         return trl_side(*args, **kwargs)
 
-    monkeypatch.setattr(benchmark, "trl_side", other)
-    ours = benchmark.DPO
-    monkeypatch.setattr(benchmark, "DPO", lambda vlm, beta: ours(vlm, beta=0.1))
+    monkeypatch.setattr(against_trl, "trl_side", other)
+    ours = against_trl.DPO
+    monkeypatch.setattr(against_trl, "DPO", lambda vlm, beta: ours(vlm, beta=0.1))
     with pytest.raises(SystemExit, match="don't compute the same"):
         benchmark.benchmark_dpo(tiny, tmp_path, repeats=1)
 
