@@ -32,7 +32,7 @@ from safervlm.vlm.decoding import Decoding
 from safervlm.vlm.lora import Adapter
 from safervlm.vlm.sampling import Sampling
 
-SHAPE = Shape(hidden=384, intermediate=1032, layers=6, heads=6, image_size=168)
+SHAPE = Shape(hidden=256, intermediate=688, layers=4, heads=4, image_size=112)
 SHORT = 2  # tokens of the shortest responses
 SIDES = {"growing": Decoding("growing"), "fixed": Decoding()}
 TEMPLATE = "w1 w2 USER: <image> {question} ASSISTANT:"
