@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
 from safervlm.errors import first_line
-from safervlm.vlm.compat import CACHE, position_ids
+from safervlm.vlm.compat import CACHE
 from safervlm.vlm.decoding import Prompts, Rows, State
 from safervlm.vlm.prefix import Encoding, PrefixSharing, agree
 from safervlm.vlm.sampling import Sampler
@@ -83,23 +83,32 @@ class PromptedRows(Rows):
 
         Returns:
             The prompts, without the tokens, and the output of ``generate``.
+
+        Raises:
+            KeyError: The model takes no positions.
         """
         sharing, inputs = self.sharing, self.inputs(rows)
-        positions = inputs.get("position_ids")
-        if positions is None:
-            positions = position_ids(sharing.model, inputs["input_ids"], inputs)
-        output = sharing.model.generate(
-            **inputs,
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=tokens,
-                pad_token_id=sharing.pad_token_id,
-                output_logits=True,
-                return_dict_in_generate=True,
-            ),
-        )
+        positions: list[Tensor] = []  # those that the model gets; its code may change what the library computes
+
+        def keep(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
+            positions.append(given["position_ids"])
+
+        hook = sharing.model.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            output = sharing.model.generate(
+                **inputs,
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=tokens,
+                    pad_token_id=sharing.pad_token_id,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                ),
+            )
+        finally:
+            hook.remove()
         count, length = inputs["input_ids"].shape
-        last = positions[..., -1:] if positions.dim() == 3 else positions[None, :, -1:]
+        last = positions[0][..., -1:] if positions[0].dim() == 3 else positions[0][None, :, -1:]
         prompts = Prompts(
             layers=[(each.keys[:, :, :length], each.values[:, :, :length]) for each in inputs[CACHE].layers],
             seen=inputs["attention_mask"].bool()[:, None],
