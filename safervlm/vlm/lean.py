@@ -15,7 +15,7 @@ Shapes: B tokens, I inputs and O outputs of a layer, r rank.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
@@ -49,12 +49,12 @@ def lean_lora(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 def _lean(layer: Any, names: list[str]) -> Callable[..., Tensor] | None:
     """Returns a layer's function with one adapter or none, or None if it is no plain LoRA of whole matrices."""
-    if type(layer) is not Linear or layer.merged or "forward" in vars(layer):
+    base = layer.get_base_layer() if type(layer) is Linear else None
+    if not isinstance(base, nn.Linear) or layer.merged or "forward" in vars(layer):
         return None
-    base = layer.get_base_layer()
     own = [name for name in names if name in layer.lora_A]
     if not own:
-        return cast("Callable[..., Tensor]", base)
+        return base.__call__
     (name,) = own
     first, second = layer.lora_A[name], layer.lora_B[name]
     whole = (second.weight.shape, first.weight.shape) == (

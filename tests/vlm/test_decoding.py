@@ -184,6 +184,7 @@ def test_an_adapter_takes_two_operations_per_layer(
         for autocast in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == "bfloat16"):
                 with lean.lean_lora(vlm.base, adapter), Recording() as recording:
+                    assert "forward" in vars(layer)
                     lean_result = layer(states)
                 assert "forward" not in vars(layer)
             bound = 1e-9 if dtype == "float32" else 0.03
