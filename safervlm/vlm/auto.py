@@ -406,8 +406,8 @@ class Transformers(LocalVLM):
             answers = iter(self.generate(batch.select(some), sampling, seed, adapter) if len(some) else [])
             return [Unanswered(reasons[row]) if row in reasons else next(answers) for row in range(len(batch))]
         if self.one_by_one and len(batch) > 1:
-            rows = torch.arange(len(batch)).split(1)
-            return [answer for row in rows for answer in self.generate(batch.select(row), sampling, seed, adapter)]
+            each = torch.arange(len(batch)).split(1)
+            return [answer for row in each for answer in self.generate(batch.select(row), sampling, seed, adapter)]
         tokenwise = {"input_ids", *self.written(batch.encodings[0])}
         keys = batch.noise_keys(seed)
         training = self.training

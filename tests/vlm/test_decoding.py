@@ -235,7 +235,7 @@ def test_models_of_transformers(
         for rows in (None, 2):
             assert tokens(vlm, examples, SAMPLINGS[name], Decoding(rows=rows)) == expected
             assert vlm.decoded == ({"steps": "growing", "reason": reason} if reason else {"steps": "fixed"})
-    assert len(lengths) > 2
+    assert len(lengths) > 1
     if not reason:
         recorder = Recorder()
         monkeypatch.setattr(local, "capture_for", lambda device: recorder)
