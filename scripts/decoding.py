@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="measured repetitions (default: 5)")
-    parser.add_argument("--tokens", type=int, default=26, help="length of a response in tokens (default: 26)")
+    parser.add_argument("--tokens", type=int, default=40, help="length of a response in tokens (default: 40)")
     options = parser.parse_args(arguments)
     if options.tokens <= SHORT:
         parser.error(f"--tokens: {options.tokens}, at least {SHORT + 1} are needed")

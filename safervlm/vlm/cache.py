@@ -101,20 +101,23 @@ class Places:
 
     Attributes:
         length: Number of positions that attention uses, from the first one on.
+        start: Where all rows write, if it is one place; None otherwise.
     """
 
     def __init__(self, columns: Tensor, capacity: int) -> None:
         self.columns, self.capacity, self.length = columns, capacity, capacity
+        self.start: int | None = None
         self.starts: dict[int, Tensor] = {}
         self.found: dict[int, Tensor] = {}
 
-    def begin(self, length: int) -> None:
+    def begin(self, length: int, start: int | None = None) -> None:
         """Begins a step.
 
         Args:
             length: See :attr:`length`.
+            start: See :attr:`start`.
         """
-        self.length = length
+        self.length, self.start = length, start
         self.found.clear()
 
     def indices(self, heads: int) -> Tensor:
@@ -157,10 +160,13 @@ class FixedLayer(DynamicLayer):
             *_: Further arguments of the library; ignored.
             **__: Further arguments of the library; ignored.
         """
-        places = self.places.indices(key_states.shape[1])
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            width = states.shape[-1]
-            buffer.view(-1, width).index_copy_(0, places, states.reshape(-1, width))
+            start, width = self.places.start, states.shape[-1]
+            if start is None:
+                places = self.places.indices(states.shape[1])
+                buffer.view(-1, width).index_copy_(0, places, states.reshape(-1, width))
+            else:  # on a CPU in half the time
+                buffer[:, :, start : start + states.shape[2]] = states
         return self.keys[:, :, : self.places.length], self.values[:, :, : self.places.length]
 
     def get_seq_length(self) -> int:

@@ -186,14 +186,15 @@ class State:
         for layer in self.cache.layers:
             layer.keys, layer.values, layer.places = new(layer.keys), new(layer.values), self.places
 
-    def forward(self, rows: Rows, length: int) -> Tensor:
+    def forward(self, rows: Rows, length: int, start: int | None = None) -> Tensor:
         """Computes the (R, Q, V) logits of the next token of each slot.
 
         Args:
             rows: The model's part.
             length: Number of columns that attention uses; all columns in use are among them.
+            start: First column of the step, if all rows have the same; slots that have ended may have any.
         """
-        self.places.begin(length)
+        self.places.begin(length, start)
         self.mask.scatter_(2, self.columns[..., None], 0)
         return rows.logits(self.tokens, self.positions, self.mask[:, None, :, :length], self.cache)
 
@@ -312,6 +313,8 @@ class Decoder:
         self.at_once = min(len(self.waiting), at_once or len(self.waiting))
         self.graphs = Graphs(capture)
         self.levels = None if capture is None else 0
+        self.used = 0  # columns in use
+        self.level = True  # whether all rows have the same columns, because they have begun together
         self.answers: list[list[int]] = [[] for _ in keys]
         self.bad = [False for _ in keys]
         self.logprobs: list[list[float]] = [[] for _ in keys]
@@ -322,24 +325,25 @@ class Decoder:
         state = self._started(held)
         held, state = self._changed(held, state)
         while held:
-            looks = self.levels is None and state.tokens.device.type == "cpu"
-            left = int((self.most - state.made).masked_fill(state.done, 0).max())
-            steps = min(1 if looks else EVERY, left)
-            self._make_steps(state, steps)
+            if self.levels is None and state.tokens.device.type == "cpu":
+                self._make_steps(state, 1)
+            else:
+                left = int((self.most - state.made).masked_fill(state.done, 0).max())
+                self._make_steps(state, min(EVERY, left))
             held, state = self._changed(held, state)
         return Decoded(self.answers, self.bad, self.logprobs if self.choice.sampling.logprobs else None)
 
     def _make_steps(self, state: State, steps: int) -> None:
         """Makes steps of one shape."""
         slots = self.rows.slots
-        length = int(state.columns.max()) + 1 + (steps - 1) * slots
-        if self.levels is not None:
-            length = rounded(length, BUCKET * slots)
+        start = self.used if self.level and steps == 1 and self.levels is None else None
+        self.used += steps * slots
+        length = self.used if self.levels is None else rounded(self.used, BUCKET * slots)
         if length > state.capacity:
             self._grow(state, length + (BUCKET - 1) * slots)
 
         def step() -> None:
-            state.choose(state.forward(self.rows, length), self.choice, self.levels)
+            state.choose(state.forward(self.rows, length, start), self.choice, self.levels)
 
         for _ in range(steps):
             self.graphs.run((length, self.levels), step)
@@ -360,6 +364,7 @@ class Decoder:
         capacity = max(capacity, rounded(enough, BUCKET))
         state = State(prompts, [self.keys[number] for number in numbers], self.most, capacity, self.rows.dtype)
         state.choose(prompts.logits, self.choice, None)
+        self.used = max(self.used, prompts.seen.shape[-1])
         return state
 
     def _changed(self, held: list[int], state: State) -> tuple[list[int], State]:
@@ -388,6 +393,7 @@ class Decoder:
             state.put(torch.tensor(places, device=state.tokens.device), news)
             for place, number in zip(places, numbers, strict=True):
                 held[place] = number
+            self.level, self.used = False, int(state.columns.max()) + 1 - self.rows.slots
             return self._changed(held, state)  # a first token may have been the last
         if not self.waiting and 2 * len(live) <= len(held):  # otherwise copying the cache costs more than it saves
             held = [held[place] for place in live]
