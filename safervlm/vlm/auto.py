@@ -41,7 +41,7 @@ from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing
 from safervlm.vlm.processors import read_processor
 from safervlm.vlm.prompted import PromptedRows
 from safervlm.vlm.sampling import Sampler, Sampling
-from safervlm.vlm.scoring import Asked, Scoring
+from safervlm.vlm.scoring import EncodedCompletions, Scoring
 from safervlm.vlm.selfcheck import PROCESSOR_FAILS, UNLIKE, self_check, works
 from safervlm.vlm.thinking import Setting, Thinking, valid_setting
 from safervlm.vlm.weights import load_model, reading
@@ -329,7 +329,7 @@ class Transformers(LocalVLM):
             raise ValueError("the batch has no completions to score")
         encodings = batch.before_answers({"input_ids", *self.written(batch.encodings[0])})
         images = [question.image_path for question in batch.questions]
-        asked = Asked(encodings, batch.completions, list(map(self.written, encodings)), images)
+        asked = EncodedCompletions(encodings, batch.completions, list(map(self.written, encodings)), images)
         with active(self.base, adapter):
             targets, found = self.scoring.states(asked)
         if self.logit_transform is None and self.scoring.last is not None:

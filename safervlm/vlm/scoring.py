@@ -35,7 +35,7 @@ TOKENWISE = {"input_ids", "attention_mask", "mm_token_type_ids"}
 
 
 @dataclass
-class Asked:
+class EncodedCompletions:
     """Questions with completions.
 
     Attributes:
@@ -50,13 +50,13 @@ class Asked:
     written: list[Encoding]
     images: list[str | None]
 
-    def select(self, questions: Sequence[int]) -> "Asked":
+    def select(self, questions: Sequence[int]) -> "EncodedCompletions":
         """Returns some of the questions.
 
         Args:
             questions: Their places.
         """
-        return Asked(
+        return EncodedCompletions(
             [self.encodings[place] for place in questions],
             [self.completions[place] for place in questions],
             [self.written[place] for place in questions],
@@ -106,7 +106,7 @@ class Scoring:
         self.works: bool | None = None  # whether rows may be packed; None until the first that would be
         self.last: tuple[Tensor, Tensor] | None = None
 
-    def states(self, asked: Asked) -> tuple[Targets, Tensor]:
+    def states(self, asked: EncodedCompletions) -> tuple[Targets, Tensor]:
         """Computes the hidden states that predict the tokens of all completions.
 
         Args:
@@ -118,7 +118,7 @@ class Scoring:
         packed = self._packed(asked)
         return self._alone(asked) if packed is None else self._together(asked, packed)
 
-    def _packed(self, asked: Asked) -> Packed | None:
+    def _packed(self, asked: EncodedCompletions) -> Packed | None:
         """Packs the completions; None if nothing is shared, or the model can't share it."""
         numbers = asked.image_numbers()
         if len(set(numbers)) == sum(map(len, asked.completions)) or not asked.tokenwise <= TOKENWISE:
@@ -127,7 +127,7 @@ class Scoring:
             self.works = self._works(asked, numbers)
         return self._rows(asked, numbers) if self.works else None
 
-    def _rows(self, asked: Asked, numbers: Sequence[int]) -> Packed | None:
+    def _rows(self, asked: EncodedCompletions, numbers: Sequence[int]) -> Packed | None:
         """Packs the completions; None if a row would have no image in its beginning, or one behind it."""
         prompts = [encoding["input_ids"][0].tolist() for encoding in asked.encodings]
         packed = pack_completions(numbers, prompts, asked.completions)
@@ -137,7 +137,7 @@ class Scoring:
             return None
         return packed.to(asked.encodings[0]["input_ids"].device)
 
-    def _together(self, asked: Asked, packed: Packed) -> tuple[Targets, Tensor]:
+    def _together(self, asked: EncodedCompletions, packed: Packed) -> tuple[Targets, Tensor]:
         """Computes packed rows."""
         # Inputs of each sequence alone; a token of a row has those of a sequence that contains it.
         alone = [
@@ -164,7 +164,7 @@ class Scoring:
         rows = packed.rows[:, None].expand_as(packed.source)
         return packed, states[rows[packed.mask], packed.source[packed.mask]]
 
-    def _alone(self, asked: Asked) -> tuple[Targets, Tensor]:
+    def _alone(self, asked: EncodedCompletions) -> tuple[Targets, Tensor]:
         """Computes a row per completion."""
         tokens = [tokens for those in asked.completions for tokens in those]
         device = asked.encodings[0]["input_ids"].device
@@ -197,7 +197,7 @@ class Scoring:
         return kept[-1]
 
     @torch.no_grad()
-    def _works(self, asked: Asked, numbers: Sequence[int]) -> bool | None:
+    def _works(self, asked: EncodedCompletions, numbers: Sequence[int]) -> bool | None:
         """Returns whether the completions about an image have the same states in packed rows and alone.
 
         Returns None if it can't be told from these questions.
