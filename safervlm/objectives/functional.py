@@ -329,19 +329,20 @@ def alike(rows: Tensor, names: Sequence[str]) -> list[Tensor]:
     return [torch.tensor(group) for group in groups.values()]
 
 
-def micro_batches(groups: Sequence[Tensor], lengths: Tensor, size: int) -> list[Tensor]:
+def micro_batches(rows: Tensor, names: Sequence[str], lengths: Tensor, size: int) -> list[Tensor]:
     """Cuts rows into parts of similar length, so that little of a part is padding.
 
     Args:
-        groups: indices of the rows; those of a group share computation. A group stays in one part where it fits.
-        lengths: the length of each row.
+        rows: (N,) indices.
+        names: the name of each index; rows of one name share computation, and stay in one part where they fit.
+        lengths: the length of each index.
         size: maximum number of rows of a part.
 
     Returns:
         The parts, the shortest first.
     """
     parts: list[list[int]] = []
-    for group in sorted(groups, key=lambda group: int(lengths[group].max())):
+    for group in sorted(alike(rows, names), key=lambda group: int(lengths[group].max())):
         for piece in group.split(size):
             if parts and len(parts[-1]) + len(piece) <= size:
                 parts[-1] += piece.tolist()

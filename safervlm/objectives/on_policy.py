@@ -233,10 +233,13 @@ class OnPolicy(Objective, ABC):
         tokens = [answer.token_ids for answer in answers]
         length = max(map(len, tokens))
         parts: list[dict[str, Tensor]] = []
-        for rows in torch.arange(len(batch)).split(self.micro_batch_size):
+        lengths = torch.tensor(list(map(len, tokens)), device=self.device)
+        micro = micro_batches(torch.arange(len(batch)), batch.image_names, lengths, self.micro_batch_size)
+        for rows in micro:
             found = self.columns(batch.select(rows, tokens))
             parts.append({name: F.pad(part, (0, length - part.shape[1])) for name, part in found.items()})
-        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        order = torch.cat(micro).argsort()
+        columns = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
         mask = columns["mask"]
 
         verdicts = self.judge.judge([answer.text for answer in answers]).to(self.device)
@@ -247,7 +250,7 @@ class OnPolicy(Objective, ABC):
         # The last batch of an epoch may hold one response more in one process than in another.
         low = self.all_gather(judged.where(answered, torch.inf).min()).min()  # type: ignore[union-attr]
         high = self.all_gather(judged.where(answered, -torch.inf).max()).max()  # type: ignore[union-attr]
-        lengths, stopped = mask.sum(-1), torch.tensor([a.finish_reason == "stop" for a in answers], device=self.device)
+        stopped = torch.tensor([answer.finish_reason == "stop" for answer in answers], device=self.device)
         longest, bonus = self.sampling.max_new_tokens, self.length_bonus
         scored = judged.where(answered, low)  # a response without an answer has the lowest score of those with one
         rewards = sequence_rewards(scored, low, high, stopped, lengths, longest, self.no_eos_penalty, bonus)
@@ -288,15 +291,14 @@ class OnPolicy(Objective, ABC):
         # All processes take part in each step and each backward pass, so they have to agree on the number of these.
         # The process with the fewest responses determines the number of steps; one with a response more adds it to its
         # last step. The process with the most responses in a step determines the number of backward passes.
-        every = torch.arange(len(rollout.answers))
-        images = [question.image_path or question.id for question in rollout.batch.questions]
+        every, images = torch.arange(len(rollout.answers)), rollout.batch.image_names
         groups, lengths = alike(every, images), rollout.mask.sum(-1).cpu()
         fewest = int(self.all_gather(torch.tensor(len(every), device=self.device)).min())  # type: ignore[union-attr]
         for _ in range(self.epochs):
             order = torch.cat([groups[place] for place in torch.randperm(len(groups), generator=generator)])
             for mini in in_parts(order, self.mini_batch_size, fewest):
                 count = self.sum_over_ranks(self.summands(rollout.mask[mini.to(self.device)]))
-                parts = micro_batches(alike(self.used(rollout, mini), images), lengths, self.micro_batch_size)
+                parts = micro_batches(self.used(rollout, mini), images, lengths, self.micro_batch_size)
                 passes = torch.tensor(len(parts), device=self.device)
                 number = max(1, int(self.all_gather(passes).max()))  # type: ignore[union-attr]
                 for step, micro in enumerate([*parts, *[mini[:0]] * (number - len(parts))], 1):

@@ -328,8 +328,7 @@ class Transformers(LocalVLM):
         if not all(batch.completions):
             raise ValueError("the batch has no completions to score")
         encodings = batch.before_answers({"input_ids", *self.written(batch.encodings[0])})
-        images = [question.image_path for question in batch.questions]
-        asked = EncodedCompletions(encodings, batch.completions, list(map(self.written, encodings)), images)
+        asked = EncodedCompletions(encodings, batch.completions, list(map(self.written, encodings)), batch.image_names)
         with active(self.base, adapter):
             targets, found = self.scoring.states(asked)
         if self.logit_transform is None and self.scoring.last is not None:

@@ -76,6 +76,11 @@ class Batch(ABC):
         """
         return self
 
+    @property
+    def image_names(self) -> list[str]:
+        """For each question, the path of its image, or its own id if it has none."""
+        return [question.image_path or question.id for question in self.questions]
+
     def noise_keys(self, seed: int) -> list[int]:
         """Returns the key of each question's sampling noise: (seed, record id, number of the sample).
 

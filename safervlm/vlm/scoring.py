@@ -48,7 +48,7 @@ class EncodedCompletions:
     encodings: list[Encoding]
     completions: list[list[list[int]]]
     written: list[Encoding]
-    images: list[str | None]
+    images: list[str]
 
     def select(self, questions: Sequence[int]) -> "EncodedCompletions":
         """Returns some of the questions.
@@ -76,7 +76,7 @@ class EncodedCompletions:
     def image_numbers(self) -> list[int]:
         """Returns a number per question; those of two questions are equal if all their inputs but the tokens are."""
         numbers: list[int] = []
-        seen: dict[str | None, list[int]] = {}
+        seen: dict[str, list[int]] = {}
         for place, (name, encoding) in enumerate(zip(self.images, self.encodings, strict=True)):
             firsts = seen.setdefault(name, [])
             equal = (first for first in firsts if self._alike(encoding, self.encodings[first]))
