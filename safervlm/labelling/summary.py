@@ -10,7 +10,7 @@ from safervlm.labelling.labels import labels_of_people
 from safervlm.labelling.plan import Plan, Strata
 from safervlm.protocol import CAPABILITIES, LABELS
 from safervlm.statistics.agreement import MISSING, krippendorff_alpha
-from safervlm.statistics.calibration import calibration_error, reliability, share_of
+from safervlm.statistics.calibration import calibration_error, reliability, weighted_share
 
 ALPHA, ACCURACY_OF_JUDGE, CONFUSION = "krippendorff_alpha", "judge_accuracy", "confusion"
 ECE, CALIBRATION = "calibration_error", "calibration"
@@ -80,7 +80,7 @@ def _alphas(rows: pd.DataFrame, plan: Plan, by_rater: Mapping[str, Mapping[str, 
 def _of_judge(own: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """The rows of a capability."""
     columns = [own[name].to_numpy(np.float64) for name in ("confidence", "agreed", "weight")]
-    yield {"measure": ACCURACY_OF_JUDGE, "labels": len(own)} | _ends(share_of(*columns[1:]))
+    yield {"measure": ACCURACY_OF_JUDGE, "labels": len(own)} | _ends(weighted_share(*columns[1:]))
     yield {"measure": ECE, "labels": len(own)} | _ends(calibration_error(*columns))
     labels, total = LABELS[own["capability"].iloc[0]], own["weight"].sum()
     for judge in labels:
@@ -93,7 +93,9 @@ def _of_judge(own: pd.DataFrame) -> Iterator[dict[str, Any]]:
         yield {"measure": CALIBRATION, "confidence": each.confidence, "labels": each.labels} | ends
     for category, part in own.groupby("category"):
         columns = [part[name].to_numpy(np.float64) for name in ("confidence", "agreed", "weight")]
-        yield {"measure": ACCURACY_OF_JUDGE, "category": category, "labels": len(part)} | _ends(share_of(*columns[1:]))
+        yield {"measure": ACCURACY_OF_JUDGE, "category": category, "labels": len(part)} | _ends(
+            weighted_share(*columns[1:])
+        )
         yield {"measure": ECE, "category": category, "labels": len(part)} | _ends(calibration_error(*columns))
 
 

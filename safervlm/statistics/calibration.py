@@ -55,12 +55,12 @@ def reliability(confidence: Floats, right: Floats, weights: Floats) -> list[Bin]
     bins, found = bins_of(confidence), []
     for number in range(int(bins.max(initial=-1)) + 1):
         own = bins == number
-        accuracy = share_of(right[own], weights[own])
+        accuracy = weighted_share(right[own], weights[own])
         found.append(Bin(float(np.average(confidence[own], weights=weights[own])), *accuracy, int(own.sum())))
     return found
 
 
-def share_of(right: Floats, weights: Floats) -> tuple[float, float, float]:
+def weighted_share(right: Floats, weights: Floats) -> tuple[float, float, float]:
     """Computes a weighted share with its 95 % interval (Clopper and Pearson, at Kish's effective number of labels).
 
     Args:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
 
-from safervlm.statistics.calibration import bins_of, calibration_error, reliability, share_of
+from safervlm.statistics.calibration import bins_of, calibration_error, reliability, weighted_share
 from safervlm.statistics.intervals import exact_interval
 
 
@@ -30,7 +30,7 @@ def test_weights_by_hand():
     confidence, right = np.repeat([0.6, 0.9], 10), np.tile([1.0, 1.0, 1.0, 1.0, 0.0], 4)
     weights = np.repeat([3.0, 1.0], 10)
     assert calibration_error(confidence, right, weights)[0] == pytest.approx(0.75 * 0.2 + 0.25 * 0.1)
-    share, low, high = share_of(np.array([1.0, 0.0]), np.array([3.0, 1.0]))
+    share, low, high = weighted_share(np.array([1.0, 0.0]), np.array([3.0, 1.0]))
     assert share == 0.75
     assert (low, high) == pytest.approx(exact_interval(0.75, 1.6))
 
