@@ -3,7 +3,7 @@
 Shapes: B sequences, T response tokens. ``mask`` is True at response tokens; values outside the mask are ignored.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -298,54 +298,3 @@ def explained_variance(returns: Tensor, values: Tensor) -> Tensor:
         Scalar: 1 for a perfect value function, 0 for a constant one; not finite where the returns are constant.
     """
     return 1 - (returns - values).var(correction=0) / returns.var(correction=0)
-
-
-def in_parts(rows: Tensor, size: int, fewest: int) -> tuple[Tensor, ...]:
-    """Splits rows into parts; the number of parts depends on ``fewest`` only.
-
-    All processes have to make the same number of parts, although their numbers of rows differ.
-
-    Args:
-        rows: (N,) indices, N >= ``fewest``.
-        size: number of rows of a part.
-        fewest: the smallest N of all processes.
-
-    Returns:
-        ceil(fewest / size) parts of ``size`` rows each; the last one holds the remaining rows.
-    """
-    return rows.tensor_split(list(range(size, fewest, size)))
-
-
-def alike(rows: Tensor, names: Sequence[str]) -> list[Tensor]:
-    """Groups rows by their names, in the order in which the names occur first.
-
-    Args:
-        rows: (N,) indices.
-        names: the name of each index.
-    """
-    groups: dict[str, list[int]] = {}
-    for row in rows.tolist():
-        groups.setdefault(names[row], []).append(row)
-    return [torch.tensor(group) for group in groups.values()]
-
-
-def micro_batches(rows: Tensor, names: Sequence[str], lengths: Tensor, size: int) -> list[Tensor]:
-    """Cuts rows into parts of similar length, so that little of a part is padding.
-
-    Args:
-        rows: (N,) indices.
-        names: the name of each index; rows of one name share computation, and stay in one part where they fit.
-        lengths: the length of each index.
-        size: maximum number of rows of a part.
-
-    Returns:
-        The parts, the shortest first.
-    """
-    parts: list[list[int]] = []
-    for group in sorted(alike(rows, names), key=lambda group: int(lengths[group].max())):
-        for piece in group.split(size):
-            if parts and len(parts[-1]) + len(piece) <= size:
-                parts[-1] += piece.tolist()
-            else:
-                parts.append(piece.tolist())
-    return [torch.tensor(part) for part in parts]

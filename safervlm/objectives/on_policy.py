@@ -33,7 +33,8 @@ from safervlm.hashing import seed_for
 from safervlm.judging.classifier import Judge
 from safervlm.objectives.base import Objective
 from safervlm.objectives.budget import OverFlaggingBudget
-from safervlm.objectives.functional import alike, constrained_rewards, in_parts, micro_batches, sequence_rewards
+from safervlm.objectives.functional import constrained_rewards, sequence_rewards
+from safervlm.objectives.parts import alike, in_parts, micro_batches
 from safervlm.objectives.rollout import Rollout, Sampled, logprob_differences
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range

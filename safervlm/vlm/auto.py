@@ -31,7 +31,7 @@ from safervlm.limits import TextLimits
 from safervlm.vlm.base import Answer, Unanswered
 from safervlm.vlm.compat import grown_inputs
 from safervlm.vlm.conversation import template_arguments_of
-from safervlm.vlm.decoding import AS_ASKED, Decoded, Decoding
+from safervlm.vlm.decoding import AS_ASKED, DecodedTokens, Decoding
 from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_tokens
 from safervlm.vlm.heads import transform_between
 from safervlm.vlm.layers import switch_off_dropout
@@ -421,7 +421,7 @@ class Transformers(LocalVLM):
         self.train(training)
         return self.answers(batch.questions, decoded)
 
-    def _grow(self, rows: PromptedRows, keys: list[int], sampling: Sampling) -> Decoded:
+    def _grow(self, rows: PromptedRows, keys: list[int], sampling: Sampling) -> DecodedTokens:
         """Decodes by the library's loop."""
         sampler = Sampler(sampling, self.suppressed, keys, rows.encodings[0]["input_ids"].device)
         answers = rows.grown(sampler, self.eos_token_ids)
@@ -431,4 +431,4 @@ class Transformers(LocalVLM):
                 "vlm.sampling; use another model"
             )
         logprobs = torch.stack(sampler.logprobs, 1).tolist() if sampler.logprobs else None
-        return Decoded(answers, sampler.bad.tolist(), logprobs)
+        return DecodedTokens(answers, sampler.bad.tolist(), logprobs)

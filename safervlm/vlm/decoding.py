@@ -59,7 +59,7 @@ class Decoding:
 
 
 @dataclass
-class Decoded:
+class DecodedTokens:
     """What was decoded for the questions of a batch.
 
     Attributes:
@@ -319,7 +319,7 @@ class Decoder:
         self.bad = [False for _ in keys]
         self.logprobs: list[list[float]] = [[] for _ in keys]
 
-    def run(self) -> Decoded:
+    def run(self) -> DecodedTokens:
         """Returns what is decoded for each question."""
         held = self._take(self.at_once)
         state = self._started(held)
@@ -331,7 +331,7 @@ class Decoder:
                 left = int((self.most - state.made).masked_fill(state.done, 0).max())
                 self._make_steps(state, min(EVERY, left))
             held, state = self._changed(held, state)
-        return Decoded(self.answers, self.bad, self.logprobs if self.choice.sampling.logprobs else None)
+        return DecodedTokens(self.answers, self.bad, self.logprobs if self.choice.sampling.logprobs else None)
 
     def _make_steps(self, state: State, steps: int) -> None:
         """Makes steps of one shape."""

@@ -33,7 +33,7 @@ from safervlm.vlm.base import (
     WordProbabilities,
     without_bad,
 )
-from safervlm.vlm.decoding import Decoded, Decoder, Decoding, Rows
+from safervlm.vlm.decoding import DecodedTokens, Decoder, Decoding, Rows
 from safervlm.vlm.graphs import capture_for
 from safervlm.vlm.heads import LogitTransform
 from safervlm.vlm.lean import lean_lora
@@ -372,7 +372,7 @@ class LocalVLM(VLM):
         targets, states = self.response_states(batch, adapter)
         return _unflatten(states, targets.mask)
 
-    def answers(self, questions: Sequence[Question], decoded: Decoded) -> list[Answer]:
+    def answers(self, questions: Sequence[Question], decoded: DecodedTokens) -> list[Answer]:
         """Returns the response to each question, or why it has none: its logits were not finite.
 
         Args:
@@ -387,7 +387,7 @@ class LocalVLM(VLM):
             ]
         return without_bad(questions, found, decoded.bad)
 
-    def decode(self, rows: Rows, keys: Sequence[int], sampling: Sampling, adapter: Adapter) -> Decoded:
+    def decode(self, rows: Rows, keys: Sequence[int], sampling: Sampling, adapter: Adapter) -> DecodedTokens:
         """Decodes questions with steps of fixed shapes.
 
         Args:

@@ -20,7 +20,7 @@ from safervlm.records import Question
 from safervlm.vlm.base import Answer, Batch
 from safervlm.vlm.cache import roomy
 from safervlm.vlm.compat import CACHE
-from safervlm.vlm.decoding import AS_ASKED, Decoded, Prompts, Rows
+from safervlm.vlm.decoding import AS_ASKED, DecodedTokens, Prompts, Rows
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.lora import Adapter, active
 from safervlm.vlm.rows import Packed, additive, common_beginning, pack, pack_completions, questions_of_rows
@@ -246,7 +246,7 @@ class PackedVLM(LocalVLM):
             use_cache=True,
         ).last_hidden_state
 
-    def _decode(self, batch: PackedBatch, sampling: Sampling, keys: list[int]) -> Decoded:
+    def _decode(self, batch: PackedBatch, sampling: Sampling, keys: list[int]) -> DecodedTokens:
         """Decodes with steps whose tensors grow."""
         rows = questions_of_rows(batch.image_rows.tolist())
         packed, states, cache = self.prefill(batch, rows)
@@ -282,7 +282,7 @@ class PackedVLM(LocalVLM):
                 and answers[question][-1] not in self.eos_token_ids
             ]
             if not going:
-                return Decoded(answers, bad, logprobs if sampler.logprobs else None)
+                return DecodedTokens(answers, bad, logprobs if sampler.logprobs else None)
             asked = [asked[place] for place in going]
             sampler.select(going)
             row, slot, position, tokens = row[going], slot[going], position[going] + 1, tokens[going]

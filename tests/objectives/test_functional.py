@@ -6,14 +6,12 @@ import pytest
 import torch
 
 from safervlm.objectives.functional import (
-    alike,
     approx_kl,
     dpo_loss,
     explained_variance,
     gae,
     group_advantages,
     importance_ratio,
-    micro_batches,
     ppo_policy_loss,
     ppo_value_loss,
     sequence_rewards,
@@ -131,17 +129,6 @@ def test_kl_of_the_sampled_tokens_by_hand() -> None:
     policy, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
     expected = [math.exp(-0.5) - 1 + 0.5, math.exp(1.0) - 1 - 1.0]
     assert approx_kl(reference, policy).tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_micro_batches_keep_groups_together_and_are_sorted_by_length() -> None:
-    names = ["a", "a", "b", "c", "c", "c", "b", "d", "e"]
-    rows = torch.tensor([4, 8, 0, 5, 2, 3, 1, 6, 7])
-    assert [group.tolist() for group in alike(rows, names)] == [[4, 5, 3], [8], [0, 1], [2, 6], [7]]
-    lengths = torch.tensor([3, 9, 2, 1, 1, 4, 2, 5, 30])
-    parts = micro_batches(rows, names, lengths, 3)
-    assert [part.tolist() for part in parts] == [[2, 6], [4, 5, 3], [7, 0, 1], [8]]
-    assert [part.tolist() for part in micro_batches(rows[[0, 3, 5]], names, lengths, 2)] == [[4, 5], [3]]
-    assert micro_batches(rows[:0], names, lengths, 2) == []
 
 
 def test_value_loss_with_the_clip_active_on_both_sides() -> None:

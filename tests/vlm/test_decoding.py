@@ -14,6 +14,7 @@ from graph_recorder import Recorder, Recording
 from safervlm.errors import ArgumentError
 from safervlm.records import Example, Question
 from safervlm.vlm import decoding, lean, local
+from safervlm.vlm import sampling as sampling_module
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.base import UnansweredNotFinite
 from safervlm.vlm.decoding import AS_ASKED, Decoding
@@ -116,7 +117,7 @@ def test_logits_that_do_not_suffice_are_sorted_again(
     """Captured steps can't look which rows need more: these wait until more logits are sorted."""
     sampling = Sampling(temperature=3, top_p=0.95, max_new_tokens=12)
     expected = tokens(vlm, examples, sampling, Decoding("growing"))
-    monkeypatch.setattr(decoding, "NUCLEUS", 2)
+    monkeypatch.setattr(sampling_module, "NUCLEUS", 2)
     assert tokens(vlm, examples, sampling, Decoding(rows=3)) == expected
 
 
