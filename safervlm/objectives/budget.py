@@ -17,7 +17,7 @@ from collections import deque
 from typing import Any
 
 from safervlm.data.module import SaferData
-from safervlm.errors import ArgumentError
+from safervlm.errors import ArgumentError, RecordError
 from safervlm.protocol import SAFE
 from safervlm.ranges import in_range
 
@@ -85,11 +85,17 @@ class OverFlaggingBudget:
         """Returns the state, as JSON values."""
         return {"multiplier": self.multiplier, "rollouts": [list(counts) for counts in self.rollouts]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def restore(self, checkpoint: dict[str, Any]) -> None:
         """Restores the state.
 
         Args:
-            state: See :meth:`state_dict`.
+            checkpoint: A checkpoint, with :meth:`state_dict` as ``budget``.
+
+        Raises:
+            RecordError: The checkpoint has none.
         """
+        if "budget" not in checkpoint:
+            raise RecordError("model.budget: the checkpoint is of a training without a budget; leave it out")
+        state = checkpoint["budget"]
         self.multiplier = state["multiplier"]
         self.rollouts = deque((flagged, safe) for flagged, safe in state["rollouts"])

@@ -27,7 +27,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from safervlm.errors import RecordError
 from safervlm.finite import must_be_finite_now
 from safervlm.hashing import seed_for
 from safervlm.judging.classifier import Judge
@@ -346,6 +345,4 @@ class OnPolicy(Objective, ABC):
         """
         super().on_load_checkpoint(checkpoint)
         if self.budget is not None:
-            if "budget" not in checkpoint:
-                raise RecordError("model.budget: the checkpoint is of a training without a budget; leave it out")
-            self.budget.load_state_dict(checkpoint["budget"])
+            self.budget.restore(checkpoint)

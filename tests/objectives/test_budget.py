@@ -58,7 +58,7 @@ def test_rollouts_without_safe_images_change_no_share() -> None:
 def test_the_state_survives_as_json() -> None:
     budget, resumed = OverFlaggingBudget(0.1, 1.0), OverFlaggingBudget(0.1, 1.0)
     budget.update(90, 300)
-    resumed.load_state_dict(json.loads(json.dumps(budget.state_dict())))
+    resumed.restore(json.loads(json.dumps({"budget": budget.state_dict()})))
     for each in (budget, resumed):
         each.update(3, 40)
     assert resumed.metrics() == budget.metrics()
