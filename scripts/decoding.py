@@ -169,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="measured repetitions (default: 5)")
     parser.add_argument("--tokens", type=int, default=40, help="length of a response in tokens (default: 40)")
+    parser.add_argument("--only", default="", help="text that a case's name begins with (default: all cases)")
     options = parser.parse_args(arguments)
     if options.tokens <= SHORT:
         parser.error(f"--tokens: {options.tokens}, at least {SHORT + 1} are needed")
@@ -188,19 +189,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cases = [
             Measured({"Llava": packed, "Transformers": other}[case.family], case, folder, options.tokens)
             for case in CASES
+            if str(case).startswith(options.only)
         ]
         for repeat in range(options.repeats + 1):
             for case in cases:
                 case.repeat(bool(repeat))
             say(f"  {repeat}/{options.repeats}")
         rows = [case.row() for case in cases]
-    adapter, merged = (next(each for each in cases if each.case == case) for case in (CASES[2], CASES[0]))
+    found = {each.case: each.ms for each in cases}
     print(f"\n{machine()}\n\n{SHAPE}\n")
     print("| a step | fixed / growing (median) | min | max | growing, ms | fixed, ms | operators, growing | fixed |")
     print("|---|---|---|---|---|---|---|---|")
     print(*rows, sep="\n")
-    for side in SIDES:
-        ratios = [one / two for one, two in zip(adapter.ms[side], merged.ms[side], strict=True)]
+    for side in SIDES if CASES[2] in found and CASES[0] in found else ():
+        ratios = [one / two for one, two in zip(found[CASES[2]][side], found[CASES[0]][side], strict=True)]
         print(f"\nA {side} step with an adapter takes {statistics.median(ratios):.2f} times as long as one without.")
 
 
