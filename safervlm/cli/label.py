@@ -17,6 +17,7 @@ from safervlm.labelling.summary import ACCURACY_OF_JUDGE, ALPHA, CONFUSION, ECE,
 from safervlm.protocol import NOT_APPLICABLE, OPTIONS, SAFE, UNSAFE
 from safervlm.ranges import in_range
 from safervlm.records import write_jsonl
+from safervlm.reports.tables import records
 from safervlm.results.runs import load_run
 from safervlm.run import locked
 from safervlm.run_folder import RunFolder
@@ -192,11 +193,12 @@ def show_state(run: Path, rows: pd.DataFrame, plan: Plan, file: LabelFile) -> No
     printed = TextTable(title="People and judge", caption=caption)
     for heading in ("", "judge", "people", "labels", "value"):
         printed.add_column(heading, justify="right" if heading in ("labels", "value") else "left")
-    for line in table[table["category"] == ""].itertuples():
-        if line.measure in TITLES and (line.measure != CONFUSION or line.labels):
-            value = "-" if np.isnan(line.value) else f"{line.value:.3f}"  # alpha, if all labels are the same
-            value += "" if np.isnan(line.low) else f" [{line.low:.3f}, {line.high:.3f}]"
-            printed.add_row(f"{line.capability}: {TITLES[line.measure]}", line.judge, line.people, line.labels, value)
+    for line in records(table[table["category"] == ""]):
+        if line["measure"] in TITLES and (line["measure"] != CONFUSION or line["labels"]):
+            value = "-" if np.isnan(line["value"]) else f"{line['value']:.3f}"  # alpha, if all labels are the same
+            value += "" if np.isnan(line["low"]) else f" [{line['low']:.3f}, {line['high']:.3f}]"
+            title = f"{line['capability']}: {TITLES[line['measure']]}"
+            printed.add_row(title, line["judge"], line["people"], line["labels"], value)
     show_table(printed)
     say(f"summary, also by category: {RunFolder(run).labels_summary}")
 

@@ -11,6 +11,7 @@ from safervlm.labelling.plan import Plan, Strata
 from safervlm.protocol import CAPABILITIES, LABELS
 from safervlm.statistics.agreement import MISSING, krippendorff_alpha
 from safervlm.statistics.calibration import calibration_error, reliability, weighted_share
+from safervlm.statistics.intervals import Floats
 
 ALPHA, ACCURACY_OF_JUDGE, CONFUSION = "krippendorff_alpha", "judge_accuracy", "confusion"
 ECE, CALIBRATION = "calibration_error", "calibration"
@@ -79,24 +80,33 @@ def _alphas(rows: pd.DataFrame, plan: Plan, by_rater: Mapping[str, Mapping[str, 
 
 def _of_judge(own: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """The rows of a capability."""
-    columns = [own[name].to_numpy(np.float64) for name in ("confidence", "agreed", "weight")]
-    yield {"measure": ACCURACY_OF_JUDGE, "labels": len(own)} | _ends(weighted_share(*columns[1:]))
-    yield {"measure": ECE, "labels": len(own)} | _ends(calibration_error(*columns))
+    yield from _accuracy_and_error(own)
     labels, total = LABELS[own["capability"].iloc[0]], own["weight"].sum()
     for judge in labels:
         for people in labels:
             cell = own[(own["label"] == judge) & (own["people"] == people)]
             share = float(cell["weight"].sum() / total)
             yield {"measure": CONFUSION, "judge": judge, "people": people, "labels": len(cell), "value": share}
-    for each in reliability(*columns):
+    for each in reliability(*_columns(own)):
         ends = _ends((each.accuracy, each.low, each.high))
         yield {"measure": CALIBRATION, "confidence": each.confidence, "labels": each.labels} | ends
     for category, part in own.groupby("category"):
-        columns = [part[name].to_numpy(np.float64) for name in ("confidence", "agreed", "weight")]
-        yield {"measure": ACCURACY_OF_JUDGE, "category": category, "labels": len(part)} | _ends(
-            weighted_share(*columns[1:])
-        )
-        yield {"measure": ECE, "category": category, "labels": len(part)} | _ends(calibration_error(*columns))
+        yield from ({"category": category} | line for line in _accuracy_and_error(part))
+
+
+def _accuracy_and_error(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    confidence, agreed, weights = _columns(part)
+    found = {
+        ACCURACY_OF_JUDGE: weighted_share(agreed, weights),
+        ECE: calibration_error(confidence, agreed, weights),
+    }
+    for measure, ends in found.items():
+        yield {"measure": measure, "labels": len(part)} | _ends(ends)
+
+
+def _columns(part: pd.DataFrame) -> tuple[Floats, Floats, Floats]:
+    confidence, agreed, weights = (part[name].to_numpy(np.float64) for name in ("confidence", "agreed", "weight"))
+    return confidence, agreed, weights
 
 
 def _ends(found: tuple[float, float, float]) -> dict[str, float]:

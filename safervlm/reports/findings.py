@@ -185,7 +185,7 @@ def group_findings(runs: Sequence[Run], groups: pd.DataFrame, differences: pd.Da
     changes = {(row["group"], row["measure"]): row for row in records(differences)}
     alone = set(differences["base"]) - set(groups["group"]) if len(differences) else set()
     for measure in [column for column in MEASURED if column in set(groups["measure"])]:
-        outcomes = []
+        outcomes: list[Outcome] = []
         if alone and (base := _as_judged(runs[:1], measure)) is not None:
             outcomes += base.outcomes
         for row in records(groups[groups["measure"] == measure]):
@@ -194,7 +194,7 @@ def group_findings(runs: Sequence[Run], groups: pd.DataFrame, differences: pd.Da
                 Outcome(
                     f"{row['group']} over {row['seeds']} {'seed' if row['seeds'] == 1 else 'seeds'}",
                     Number(row["value"], row["low"], row["high"]),
-                    change and Number(change["value"], change["low"], change["high"]),
+                    Number(change["value"], change["low"], change["high"]) if change else None,
                 )
             )
         found.append(Result(measure, *TITLES[measure], tuple(outcomes), NEW_SEEDS))
