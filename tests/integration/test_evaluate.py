@@ -8,7 +8,7 @@ from pathlib import Path
 import forked
 import pytest
 import yaml
-from processes import play, play_together
+from processes import play, start_together
 
 from safervlm.pictograms.benchmarks import write_benchmarks
 from safervlm.records import read_jsonl, write_jsonl
@@ -114,8 +114,9 @@ def test_two_processes_skip_the_same_dataset(overlay, tmp_path):
     one = play(line(tmp_path / "overlay.yaml", tmp_path / "one", some), tmp_path, code=3)
     assert one.count("smid is skipped") == 1
     ddp = ("--trainer.strategy=ddp", "--trainer.devices=2")
-    two = play_together(line(tmp_path / "overlay.yaml", tmp_path / "two", some, *ddp), tmp_path, code=3)
-    assert two.count("smid is skipped") == 1
+    ranks = start_together(line(tmp_path / "overlay.yaml", tmp_path / "two", some, *ddp), tmp_path)
+    assert [rank.end() for rank in ranks] == [3, 0], ranks[0].output  # the first process reports for both
+    assert sum(rank.output.count("smid is skipped") for rank in ranks) == 1
     assert_same(tmp_path / "two", tmp_path / "one")
 
 
