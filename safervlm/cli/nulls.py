@@ -17,8 +17,14 @@ def reject_nulls(settings: Mapping[str, Any]) -> None:
     Raises:
         ArgumentError: An argument is null; the message names it.
     """
-    for part in ("model", "data", "trainer"):
-        for name, hint in _nulls(settings.get(part), part):
+    trainer = settings.get("trainer") or {}  # the parser checks its own arguments, and loggers get a folder later
+    parts = {
+        "model": settings.get("model"),
+        "data": settings.get("data"),
+        "trainer.callbacks": trainer.get("callbacks"),
+    }
+    for part, given in parts.items():
+        for name, hint in _nulls(given, part):
             kind = getattr(hint, "__name__", str(hint).replace("typing.", "").replace("collections.abc.", ""))
             raise ArgumentError(f"--{name}: null is no value for it, it needs {kind}; give one, or omit it")
 

@@ -515,7 +515,7 @@ def test_what_lightning_rejects_is_one_line(
             ]
         )
     assert caught.value.code == 2
-    assert f"safervlm: error: --trainer: {message}" in capsys.readouterr().err
+    assert f"safervlm: error: --trainer.{setting.replace('=', ' ')}: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import gzip
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -366,6 +368,23 @@ def test_a_wrong_command_line_is_one_line(
     assert lines[-1].startswith("safervlm: error: "), played.output
     missing = [name for name in named if name not in lines[-1]]
     assert not missing, f"{missing} not in {lines[-1]}"
+
+
+# Ten of them, and their like, in processes that import everything themselves; the others are forked.
+REAL = [
+    *("mesure", "--verison", "measure nothing", "measure ''", "train", "train nothing", "train sft --run x"),
+    *("evaluate --out", "report nowhere", "fit --config nowhere.yaml"),
+]
+
+
+@pytest.mark.parametrize("line", REAL)
+def test_a_wrong_command_line_is_one_line_of_a_real_process(line: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "safervlm", *shlex.split(line)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, ""), ended.stderr
+    (said,) = ended.stderr.splitlines()
+    assert said.startswith("safervlm: error: ")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
