@@ -112,7 +112,7 @@ def _table(run: Path) -> str:
         f"|{'---|' * len(HEADINGS)}",
     ]
     for row in evaluate(evaluation, wanted).to_dict("records"):
-        if not row["n"]:
+        if not row["n"] + row["thinking_unfinished"]:
             continue  # its responses were not rated
         value = "none" if np.isnan(row["value"]) else f"{row['value']:.4g}"
         interval = "none" if np.isnan(row["low"]) else f"[{row['low']:.4g}, {row['high']:.4g}]"
@@ -127,7 +127,7 @@ def _judges(evaluation: Evaluation, column: Column) -> str:
     if column.measure in DIVERSITIES:
         return "none"
     part = column.part(evaluation.ratings if column.measure == "ratio" else evaluation.answers)
-    return ", ".join(sorted(set(part["judge"])))
+    return ", ".join(sorted(set(part["judge"]))) or "none"
 
 
 def _checkpoints(folder: Path) -> str:

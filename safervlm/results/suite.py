@@ -252,18 +252,19 @@ def stage_settings(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def columns(evaluations: Sequence[Evaluation]) -> list[Column]:
-    """Returns the columns for which any model has responses or ratings, in the order of the paper's tables.
+    """Returns the columns for which any model has responses, also unfinished ones, in the order of the paper's tables.
 
     Args:
         evaluations: the models that are compared.
     """
     frames = [frame for e in evaluations for frame in (e.answers, e.ratings, e.unanswered, e.unfinished) if len(frame)]
-    asked = pd.concat([frame[["dataset", "capability", "category", "drawn"]] for frame in frames])
-    asked = asked.drop_duplicates()
-    found = [column for column in _all_columns(asked) if any(len(column.part(e.answers)) for e in evaluations)]
-    rated = [c for c in _all_columns(asked) if c.measure == "ratio"]
-    wanted = [c for c in rated if any(len(c.part(e.ratings)) for e in evaluations)]
-    return sorted([*found, *wanted], key=lambda column: GROUPS.index(column.group))
+    asked = pd.concat([frame[["dataset", "capability", "category", "drawn"]] for frame in frames]).drop_duplicates()
+
+    def has_some(column: Column, e: Evaluation) -> bool:
+        return any(len(column.part(f)) for f in (e.ratings if column.measure == "ratio" else e.answers, e.unfinished))
+
+    found = [column for column in _all_columns(asked) if any(has_some(column, each) for each in evaluations)]
+    return sorted(found, key=lambda column: GROUPS.index(column.group))
 
 
 def _all_columns(asked: pd.DataFrame) -> Iterator[Column]:

@@ -1,5 +1,6 @@
 """The card of a merged model: scores with their judges, licence and settings; nothing of another model's."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from evaluations import question, safety, write
 
 from safervlm.io.tables import JUDGE_NOTE
 from safervlm.judging.rating import Rating
+from safervlm.records import THINKING_UNFINISHED
 from safervlm.reports.model_card import licence_of, model_card
 from safervlm.run import write_stage
 from safervlm.vlm.adapters import adapter_fingerprint
@@ -86,6 +88,18 @@ def test_responses_that_were_not_rated_have_no_row(run: Path) -> None:
     assert "| SMID |" in text
     assert "| LLaVABench" not in text
     assert "| nan" not in text
+
+
+def test_responses_without_an_answer_are_counted(run: Path) -> None:
+    file = run / "evaluation" / "responses.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records:
+        if record["dataset"] == "SMID":
+            record |= {"response": "", "finish_reason": THINKING_UNFINISHED}
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    number = sum(record["dataset"] == "SMID" for record in records)
+    (row,) = [line.split(" | ") for line in card(run).splitlines() if " | SMID | " in line]
+    assert row[2:] == ["none", "none", row[4], "0", str(number), "none |"]
 
 
 def test_the_marks_of_reasoning_are_no_paths(run: Path) -> None:
