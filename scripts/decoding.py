@@ -3,10 +3,10 @@
     python scripts/decoding.py
     python scripts/decoding.py --repeats 3 --tokens 12
 
-The model is a random LLaVA (see benchmark.py) of fewer image tokens, on a CPU. Every repetition runs both sides one
-after the other, and the ratio is taken within a repetition. Their responses have to be equal, token by token, in every
-repetition; otherwise the script stops and prints no table. The time per step is the difference between long and short
-responses, so that it doesn't contain the prompt. On a GPU, gpu_check.py measures the step and its launches.
+The model is a random LLaVA (see comparisons/model.py) with fewer image tokens, on a CPU. Every repetition runs both
+sides one after the other, and the ratio is taken within a repetition. Their responses have to be equal, token by token,
+in every repetition; otherwise the script stops and prints no table. The time per step is the difference between long
+and short responses, so that it doesn't contain the prompt. On a GPU, gpu_check.py measures the step and its launches.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from benchmark import Shape, examples, llava, lora_parameters, machine, perturb, say, write_model
+from benchmark import machine
+from comparisons.model import Shape, examples, llava, lora_parameters, perturb, write_model
+from comparisons.timing import say
 from torch.profiler import ProfilerActivity, profile
 
 from safervlm.records import Example

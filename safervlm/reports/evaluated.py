@@ -68,7 +68,7 @@ class Evaluations:
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences that are needed to interpret the numbers, but for self-BLEU (:func:`few_texts`)."""
+        """Sentences that are needed to interpret the numbers, but for self-BLEU (:func:`safervlm.reports.comparable.few_texts`)."""
         return [*self.unread, *remarks(self.long, self.differences, self.evaluations, self.wanted, self.manifests)]
 
     @property

@@ -26,9 +26,9 @@ from safervlm.vlm.base import tokenizable_example
 from safervlm.vlm.decoding import Decoding
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.packed import PackedBatch, PackedVLM
+from safervlm.vlm.packing import pack_completions
 from safervlm.vlm.processors import read_tokenizer
 from safervlm.vlm.recent import RecentPixels
-from safervlm.vlm.rows import pack_completions
 from safervlm.vlm.weights import load_model, reading
 
 ROWS_AT_ONCE = 64  # number of pixel rows that are padded and resized together

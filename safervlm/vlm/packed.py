@@ -1,4 +1,4 @@
-"""VLMs that compute packed rows (:mod:`safervlm.vlm.rows`): questions about an image share its tokens.
+"""VLMs that compute packed rows (:mod:`safervlm.vlm.packing`): questions about an image share its tokens.
 
 Scoring packs the questions about an image with their completions, sampled responses included. Generation packs the
 questions about an image, whose responses are decoded in parallel over one KV cache that is never copied per question.
@@ -23,7 +23,7 @@ from safervlm.vlm.compat import CACHE
 from safervlm.vlm.decoding import AS_ASKED, DecodedTokens, Prompts, Rows
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.lora import Adapter, active
-from safervlm.vlm.rows import Packed, additive, common_beginning, pack, pack_completions, questions_of_rows
+from safervlm.vlm.packing import Packed, additive, common_beginning, pack, pack_completions, questions_of_rows
 from safervlm.vlm.sampling import Sampler, Sampling
 
 

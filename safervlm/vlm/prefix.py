@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from safervlm.io.boundary import warn
 from safervlm.vlm.cache import PreallocatedLayer, roomy
 from safervlm.vlm.compat import CACHE, position_ids, takes_a_plain_cache, tree_leaves, tree_map
-from safervlm.vlm.rows import common_beginning
+from safervlm.vlm.packing import common_beginning
 
 Encoding = Mapping[str, Tensor]
 

@@ -1,6 +1,6 @@
 """Scoring with any model of transformers: the hidden states that predict completions, in packed rows where possible.
 
-Without sharing there is one row per completion. Packed rows (:mod:`safervlm.vlm.rows`) hold all completions of the
+Without sharing there is one row per completion. Packed rows (:mod:`safervlm.vlm.packing`) hold all completions of the
 questions about an image. They need a mask and positions of their own for each token, which not every model accepts. So
 they are used only where
 
@@ -27,8 +27,8 @@ from torch.nn.utils.rnn import pad_sequence
 from safervlm.io.boundary import warn
 from safervlm.vlm.compat import position_ids, takes_a_mask
 from safervlm.vlm.local import Targets
+from safervlm.vlm.packing import Packed, additive, pack_completions
 from safervlm.vlm.prefix import Encoding, agree, extend, join
-from safervlm.vlm.rows import Packed, additive, pack_completions
 
 # Inputs with a value per token, for which causal attention is known.
 TOKENWISE = {"input_ids", "attention_mask", "mm_token_type_ids"}

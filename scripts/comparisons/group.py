@@ -14,7 +14,7 @@ from comparisons.timing import LR, Row, Side, alternate, measure
 from safervlm.judging.classifier import Judge
 from safervlm.objectives import GRPO
 from safervlm.objectives.grpo import GroupRollout
-from safervlm.vlm import rows as packed_rows
+from safervlm.vlm import packing
 from safervlm.vlm.base import Generation, must_be_answered
 from safervlm.vlm.packed import PackedBatch
 
@@ -26,11 +26,11 @@ def responses_a_row(number: int) -> Iterator[None]:
     Args:
         number: the maximum number; 1 for one row per response.
     """
-    before, packed_rows.ROW = packed_rows.ROW, number
+    before, packing.ROW = packing.ROW, number
     try:
         yield
     finally:
-        packed_rows.ROW = before
+        packing.ROW = before
 
 
 def benchmark_group(shape: Shape, folder: Path, repeats: int, group: int = 8, tokens: int = 24) -> list[Row]:

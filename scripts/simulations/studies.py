@@ -37,7 +37,7 @@ def skewed(quantiles: Floats, mean: float, skew: str) -> Floats:
     Args:
         quantiles: values in [0, 1].
         mean: the mean of the distribution.
-        skew: one of :data:`SKEWS`.
+        skew: one of :data:`simulations.designs.SKEWS`.
     """
     return expit(centre(mean, skew) + deviations(quantiles, skew))
 
@@ -47,7 +47,7 @@ def deviations(quantiles: Floats, skew: str) -> Floats:
 
     Args:
         quantiles: values in [0, 1].
-        skew: one of :data:`SKEWS`.
+        skew: one of :data:`simulations.designs.SKEWS`.
     """
     return 0.8 * stdtrit(2, quantiles) if skew == "t" else np.where(quantiles < 0.05, -6.5, 0.0)
 
@@ -58,7 +58,7 @@ def centre(mean: float, skew: str) -> float:
 
     Args:
         mean: the mean of the rates.
-        skew: one of :data:`SKEWS`.
+        skew: one of :data:`simulations.designs.SKEWS`.
     """
     grid = (np.arange(20_000) + 0.5) / 20_000
     return float(brentq(lambda at: expit(at + deviations(grid, skew)).mean() - mean, -30, 30))

@@ -17,7 +17,7 @@ from safervlm.judging.classifier import Judge
 from safervlm.objectives import GRPO
 from safervlm.objectives.grpo import GroupRollout
 from safervlm.records import Example, Question
-from safervlm.vlm import rows as packed_rows
+from safervlm.vlm import packing
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA
@@ -296,7 +296,7 @@ def test_a_group_in_one_row_equals_one_row_per_response(
     loss, gradients = loss_of(grpo, together)
     every = torch.arange(QUESTIONS * GROUP)
     assert len(together.select(every).packed.input_ids) <= QUESTIONS
-    monkeypatch.setattr(packed_rows, "ROW", 1)
+    monkeypatch.setattr(packing, "ROW", 1)
     alone_grpo, alone = moved()
     assert len(alone.select(every).packed.input_ids) == QUESTIONS * GROUP
     assert [answer.token_ids for answer in together.answers] == [answer.token_ids for answer in alone.answers]
@@ -308,7 +308,7 @@ def test_a_group_in_one_row_equals_one_row_per_response(
 
 
 def test_a_row_has_at_most_so_many_responses(moved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_rows, "ROW", 3)
+    monkeypatch.setattr(packing, "ROW", 3)
     grpo, rollout = moved()
     rows = rollout.select(torch.tensor([4, 5, 6, 7, 0, 1, 2])).packed
     assert rows.rows.tolist() == [0, 0, 1, 1, 2, 2, 2]  # the two questions are about one image

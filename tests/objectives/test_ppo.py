@@ -19,7 +19,7 @@ from safervlm.judging.classifier import Judge
 from safervlm.objectives import PPO
 from safervlm.records import THINKING_UNFINISHED, Example, Question
 from safervlm.vlm.llava import Llava
-from safervlm.vlm.rows import pack
+from safervlm.vlm.packing import pack
 from safervlm.vlm.thinking import COMMON, Thinking
 
 TEMPERATURE, LENGTH, EPOCHS, MINI = 0.8, 7, 2, 3

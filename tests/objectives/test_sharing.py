@@ -13,7 +13,7 @@ from safervlm.judging.classifier import Judge
 from safervlm.objectives import DPO, PPO, SFT
 from safervlm.objectives.base import Objective
 from safervlm.records import Example, Question
-from safervlm.vlm import rows as packed_rows
+from safervlm.vlm import packing
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA
@@ -97,7 +97,7 @@ def test_loss_and_gradients_equal_those_of_a_row_per_question(
         assert vlm.scoring.works  # type: ignore[union-attr]
     if isinstance(objective, DPO):
         objective.reference.clear()
-    monkeypatch.setattr(packed_rows, "ROW", 1)
+    monkeypatch.setattr(packing, "ROW", 1)
     if model == "any":
         monkeypatch.setattr(vlm.scoring, "works", False)  # type: ignore[union-attr]
     expected_loss, expected = computed()

@@ -104,7 +104,7 @@ def test_a_step_is_captured_once_per_rows_and_length(
     monkeypatch.setattr(vlm, "suppressed", torch.tensor(sorted({*vlm.suppressed.tolist(), vlm.eos_token_ids[0]})))
     asked = [replace(each, question=replace(each.question, image_path=None, prompt="why")) for each in examples]
     asked = [replace(each, question=replace(each.question, id=f"s{n}")) for n, each in enumerate(asked)]
-    monkeypatch.setattr("safervlm.vlm.rows.ROW", 1)
+    monkeypatch.setattr("safervlm.vlm.packing.ROW", 1)
     tokens(vlm, asked[:4], Sampling(temperature=0, max_new_tokens=70), Decoding(rows=2))
     # 69 steps of each half, in lengths of 64 columns; the first step of each is made as it is.
     assert sum(captured.replays for captured in recorder.captured) == 2 * 69 - len(recorder.captured)

@@ -21,7 +21,7 @@ from safervlm.records import Example, Question
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA, active
 from safervlm.vlm.packed import PackedBatch
-from safervlm.vlm.rows import ROW, pack, questions_of_rows
+from safervlm.vlm.packing import ROW, pack, questions_of_rows
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.weights import weights_fingerprint
 

@@ -65,7 +65,7 @@ class Bounded(httpx2.AsyncBaseTransport):
             await response.aclose()
         return httpx2.Response(
             response.status_code,
-            headers=[header for header in response.headers.raw if header[0].lower() not in left_out(response)],
+            headers=[header for header in response.headers.raw if header[0].lower() not in dropped_headers(response)],
             content=decompressed(bytes(body), response.headers.get("content-encoding", ""), self.max_body),
             extensions=response.extensions,
         )
@@ -75,7 +75,7 @@ class Bounded(httpx2.AsyncBaseTransport):
         await self.inner.aclose()
 
 
-def left_out(response: httpx2.Response) -> set[bytes]:
+def dropped_headers(response: httpx2.Response) -> set[bytes]:
     """Returns the names of the headers that no longer describe the body, or name an encoding that no text has.
 
     Args:

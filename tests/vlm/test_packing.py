@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from safervlm.records import Example, Question
-from safervlm.vlm import rows as packed_rows
+from safervlm.vlm import packing
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA
-from safervlm.vlm.rows import Packed, pack, pack_completions, rows_of_completions
+from safervlm.vlm.packing import Packed, pack, pack_completions, rows_of_completions
 
 # Questions about two images; the second and the last are one prompt, and 4 is the beginning of every prompt.
 IMAGES = [0, 1, 0, 0, 0]
@@ -137,7 +137,7 @@ def test_a_row_per_image_equals_a_row_per_question(
     monkeypatch.setattr(vlm, "forward_packed", counted_forward)
     found = []
     for most in (8, 1):
-        monkeypatch.setattr(packed_rows, "ROW", most)
+        monkeypatch.setattr(packing, "ROW", most)
         scores = vlm.score(vlm.collator(examples), entropy=True)
         assert scores.entropy is not None
         loss = ((scores.logprobs + scores.entropy) * weights).sum() / scores.mask.sum()
@@ -152,7 +152,7 @@ def test_a_row_per_image_equals_a_row_per_question(
     collator = vlm.collator
     prompts = [collator.prompt_ids(example.question.prompt) for example in examples]
     answers = sum(len(collator.completion_ids(text)) - 1 for example in examples for text in example.completions)
-    beginning = len(packed_rows.common_beginning([list(prompt) for prompt in {*map(tuple, prompts)}]))
+    beginning = len(packing.common_beginning([list(prompt) for prompt in {*map(tuple, prompts)}]))
     distinct = {(number % 2, tuple(prompt)) for number, prompt in enumerate(prompts)}
     assert tokens == [
         2 * beginning + sum(len(prompt) - beginning for _, prompt in distinct) + answers,
