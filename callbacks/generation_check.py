@@ -42,7 +42,7 @@ class Verdicts:
 
     Attributes:
         flags: For a safe image, whether it is called Unsafe.
-        gaps: For each image, 1 if only the judge finds the response right, -1 if only the second judge does, else 0.
+        gaps: For each image, 1 if the response is correct by the judge only, -1 by the second judge only, else 0.
     """
 
     flags: dict[str, bool] = field(default_factory=dict)
@@ -61,12 +61,11 @@ class GenerationCheck(Callback):
     (:func:`safervlm.statistics.differences.difference_of_items`), so that sampling variation of a few images does not
     trigger the warning.
 
-    With a second judge, which the reward never sees, the check also measures the *reward gap*: the share of the
-    responses that the judge finds right (their label is the image's) minus the share that the second judge finds right,
-    over all held-out images. A policy that learns to please the judge rather than to answer right widens it. It is
-    logged as ``train/reward_gap`` and written to the manifest. A warning is issued if it has grown by more than
-    ``gap_tolerance`` since before training, and by more than sampling variation: the lower end of the 95 % interval of
-    the paired increase (normal approximation over images) is above 0.
+    With a second judge, which the reward never uses, the check also measures the *reward gap*: the share of correct
+    responses by the judge (their label is the image's) minus the share by the second judge, over all held-out images.
+    It grows if the policy exploits the judge. It is logged as ``train/reward_gap`` and written to the manifest. A
+    warning is issued if it has grown by more than ``gap_tolerance`` since before training, and by more than sampling
+    variation: the lower end of the 95 % interval of the paired increase (normal approximation over images) is above 0.
 
     A response of a thinking model that ended inside its reasoning has no answer. It is part of no share, and its image
     is compared only if it was answered both times. If there are many, one line reports their number.

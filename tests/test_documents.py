@@ -75,6 +75,13 @@ def test_there_are_commands_to_check() -> None:
     assert "scripts/demo.sh" in TEXTS["README.md"]
 
 
+def anchors(text: str) -> set[str]:
+    """The anchors of the headings, as Python-Markdown makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+    words = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings)
+    return {re.sub(r"[-\s]+", "-", each) for each in words}
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_files_and_links_exist(name: str) -> None:
     text, folder = TEXTS[name], DOCUMENTS[name].parent
@@ -85,6 +92,10 @@ def test_files_and_links_exist(name: str) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in target:
             assert (folder / target).is_file(), target
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", text):
+        if "://" not in target:
+            page = folder / target if target else DOCUMENTS[name]
+            assert anchor in anchors(page.read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -22,7 +22,7 @@ from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.merging import merge_adapter, write_merged
 from safervlm.vlm.remote.base import Remote
 
-MOST = 1e-2  # nats by which rounding moves a log-probability in float32
+MAX_DIFFERENCE = 1e-2  # nats; rounding in float32 changes a log-probability by less
 QUESTIONS = f"{2 * len(ALIGNMENT_QUESTIONS)} questions about two images of noise with two responses each"
 
 
@@ -65,7 +65,7 @@ def merge(
             before = _logprobs(vlm, Path(folder))
             merge_adapter(vlm)
             moved = (_logprobs(vlm, Path(folder)) - before).abs()
-        if vlm.dtype == torch.float32 and moved.max() > MOST:
+        if vlm.dtype == torch.float32 and moved.max() > MAX_DIFFERENCE:
             raise ArgumentError(
                 f"run: with the adapter in the weights of {vlm.name!r}, log-probabilities differ by as much as "
                 f"{moved.max():.2g} nats, which is no rounding in float32; serve the base model with its adapter"

@@ -203,8 +203,8 @@ class PPOData(AlignmentData):
     """Training images for PPO and GRPO: each with one of the five alignment questions; training samples responses.
 
     Args:
-        held_out_unsafe: Number of held-out unsafe images, from the validation split, that the second judge of
-            GenerationCheck also classifies the responses to. The default asks about safe images alone.
+        held_out_unsafe: Number of unsafe images of the validation split that GenerationCheck also asks about, for its
+            second judge. By default it asks about safe images only.
         settings: See :class:`AlignmentData`.
     """
 

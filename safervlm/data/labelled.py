@@ -91,9 +91,7 @@ def read_labelled(path: str | Path, labels: Sequence[str]) -> list[Example]:
         label = known[label]
         text = record.get("text", record.get("response"))
         if "response" in record and record["response"] != text:
-            raise RecordError(
-                f"{where}: has both 'text' and 'response', which differ: remove the one not to learn from"
-            )
+            raise RecordError(f"{where}: has both 'text' and 'response', which differ: remove one of them")
         if not isinstance(text, str):  # an empty response is valid
             raise RecordError(f"{where}: the field 'text' or 'response' must hold the response, got {text!r}")
         question = Question(f"{path.name}/{row}", path.name, str(row), None, capability, 0, "", "", "", label)

@@ -7,9 +7,9 @@ from safervlm.io.pixels import Encoding, UnsupportedPixelsError
 WIDTH, HEIGHT, BITS_PER_SAMPLE, PHOTOMETRIC = 256, 257, 258, 262  # tags
 SAMPLES_PER_PIXEL, ROWS_PER_STRIP, STRIP_BYTES = 277, 278, 279
 PLANAR, TILE_WIDTH, TILE_HEIGHT, TILE_BYTES, SAMPLE_FORMAT = 284, 322, 323, 325, 339
-WHITE_IS_ZERO, APART, SIGNED = 0, 2, 2  # values of PHOTOMETRIC, of PLANAR and of SAMPLE_FORMAT
-# Modes whose channels Pillow puts together if a file stores each channel apart; of others it loses some.
-MODES_APART = ("RGB", "RGBA", "CMYK")
+WHITE_IS_ZERO, SEPARATE, SIGNED = 0, 2, 2  # values of PHOTOMETRIC, of PLANAR and of SAMPLE_FORMAT
+# Modes that Pillow decodes correctly if a file stores each channel in a plane of its own; of others it loses channels.
+PLANAR_MODES = ("RGB", "RGBA", "CMYK")
 NO_DATA = "image file is truncated: it has no data for some of its rows"
 
 
@@ -37,20 +37,20 @@ def check_layout(image: ImageFile.ImageFile, encoding: Encoding) -> None:
         encoding: Its encoding.
 
     Raises:
-        UnsupportedPixelsError: Each channel is stored apart, in a form that Pillow does not put together.
+        UnsupportedPixelsError: Each channel is stored in a plane of its own, in a form that Pillow does not decode.
         OSError: A strip or tile has fewer bytes than its pixels need; Pillow would read those of the next one.
     """
     tags = image.tag_v2  # type: ignore[attr-defined]
     raw = image.info.get("compression") == "raw"
     samples = tags.get(SAMPLES_PER_PIXEL, 1)
-    apart = samples > 1 and tags.get(PLANAR) == APART
-    if apart and (image.mode not in MODES_APART or (raw and encoding.bits > 8)):
+    planar = samples > 1 and tags.get(PLANAR) == SEPARATE
+    if planar and (image.mode not in PLANAR_MODES or (raw and encoding.bits > 8)):
         raise UnsupportedPixelsError(
-            f"each of its {samples} channels of {encoding.bits} bits is stored apart; save them together"
+            f"its {samples} channels of {encoding.bits} bits are stored in separate planes; save them interleaved"
         )
     given = tags.get(STRIP_BYTES) or tags.get(TILE_BYTES) or ()
     if raw and any(given):
-        planes = samples if apart else 1
+        planes = samples if planar else 1
         bits = encoding.bits * samples // planes  # of a pixel in a plane
         needed = [-(-width * bits // 8) * height for width, height in pieces(image)] * planes
         if len(given) < len(needed) or any(there < least for there, least in zip(given, needed, strict=False)):

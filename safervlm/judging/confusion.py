@@ -38,7 +38,7 @@ def show_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> No
     table = TextTable(title=f"Held-out responses: {right} of {total} right ({right / total:.3f})")
     table.add_column("label")
     for label in labels:
-        table.add_column(f"read as {label}", justify="right")
+        table.add_column(f"classified as {label}", justify="right")
     for label, row in zip(labels, counts, strict=True):
         table.add_row(label, *map(str, row))
     show_table(table)

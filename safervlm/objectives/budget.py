@@ -5,8 +5,8 @@ it calls a safe image Unsafe, else 0. It is solved with a Lagrange multiplier, a
 
 .. math:: r' = \frac{r - \lambda c}{1 + \lambda}, \qquad \lambda \leftarrow \max(0, \lambda + \eta(\bar c - b))
 
-with the mean cost :math:`\bar c` of the latest responses to questions about safe images, at least :data:`ANSWERS` of
-them. Until there are that many, the multiplier stays 0.
+with the mean cost :math:`\bar c` of the latest responses to questions about safe images, at least
+:data:`MIN_RESPONSES` of them. Until there are that many, the multiplier stays 0.
 
 Differences from the paper: the cost is the judge's verdict rather than a learned cost model; the multiplier moves by
 addition rather than multiplication, so that it can return to 0; the rewards of the responses are combined rather than
@@ -21,7 +21,7 @@ from safervlm.errors import ArgumentError, RecordError
 from safervlm.protocol import SAFE
 from safervlm.ranges import in_range
 
-ANSWERS = 256  # smallest number of responses in the mean; fewer are too coarse for a budget of some percent
+MIN_RESPONSES = 256  # smallest number of responses in the mean; fewer are too coarse for a budget of some percent
 
 
 class OverFlaggingBudget:
@@ -41,11 +41,11 @@ class OverFlaggingBudget:
         self.budget, self.step, self.multiplier = budget, step, 0.0
         self.rollouts: deque[tuple[int, int]] = deque()  # of each rollout: safe images called unsafe, safe images
 
-    def must_apply(self, data: Any) -> None:
+    def require_safe_images(self, data: Any) -> None:
         """Rejects training data without safe images.
 
         Args:
-            data: The data module; those of other packages are not looked at.
+            data: The data module; those of other packages are not checked.
 
         Raises:
             ArgumentError: No question has the answer Safe.
@@ -54,14 +54,14 @@ class OverFlaggingBudget:
         if known and all(example.question.answer != SAFE for example in known):
             raise ArgumentError(
                 f"model.budget {self.budget}: the training data has no question whose answer is {SAFE}; add safe "
-                "images or leave the budget out"
+                "images or omit the budget"
             )
 
     @property
     def share(self) -> float | None:
         """The moving mean of the cost; None before there are enough responses."""
         flagged, safe = (sum(column) for column in zip(*self.rollouts, strict=True)) if self.rollouts else (0, 0)
-        return flagged / safe if safe >= ANSWERS else None
+        return flagged / safe if safe >= MIN_RESPONSES else None
 
     def update(self, flagged: int, safe: int) -> None:
         """Adds a rollout to the moving mean and updates the multiplier.
@@ -71,7 +71,7 @@ class OverFlaggingBudget:
             safe: Number of responses, of all processes, to questions about safe images.
         """
         self.rollouts.append((flagged, safe))
-        while sum(count for _, count in self.rollouts) - self.rollouts[0][1] >= ANSWERS:
+        while sum(count for _, count in self.rollouts) - self.rollouts[0][1] >= MIN_RESPONSES:
             self.rollouts.popleft()
         if self.share is not None:
             self.multiplier = max(0.0, self.multiplier + self.step * (self.share - self.budget))
@@ -95,7 +95,7 @@ class OverFlaggingBudget:
             RecordError: The checkpoint has none.
         """
         if "budget" not in checkpoint:
-            raise RecordError("model.budget: the checkpoint is of a training without a budget; leave it out")
+            raise RecordError("model.budget: the checkpoint is of a training without a budget; omit it")
         state = checkpoint["budget"]
         self.multiplier = state["multiplier"]
         self.rollouts = deque((flagged, safe) for flagged, safe in state["rollouts"])

@@ -33,7 +33,7 @@ from safervlm.judging.classifier import Judge
 from safervlm.objectives.base import Objective
 from safervlm.objectives.budget import OverFlaggingBudget
 from safervlm.objectives.functional import constrained_rewards, sequence_rewards
-from safervlm.objectives.parts import alike, in_parts, micro_batches
+from safervlm.objectives.parts import in_parts, micro_batches, rows_by_name
 from safervlm.objectives.rollout import Rollout, Sampled, logprob_differences
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range
@@ -183,7 +183,7 @@ class OnPolicy(Objective, ABC):
         """
         super().setup(stage)
         if self.budget is not None:
-            self.budget.must_apply(self.trainer.datamodule)  # type: ignore[attr-defined]
+            self.budget.require_safe_images(self.trainer.datamodule)  # type: ignore[attr-defined]
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.trainer.strategy.config["gradient_clipping"] = self.max_grad_norm  # type: ignore[index]
 
@@ -292,7 +292,7 @@ class OnPolicy(Objective, ABC):
         # The process with the fewest responses determines the number of steps; one with a response more adds it to its
         # last step. The process with the most responses in a step determines the number of backward passes.
         every, images = torch.arange(len(rollout.answers)), rollout.batch.image_names
-        groups, lengths = alike(every, images), rollout.mask.sum(-1).cpu()
+        groups, lengths = rows_by_name(every, images), rollout.mask.sum(-1).cpu()
         fewest = int(self.all_gather(torch.tensor(len(every), device=self.device)).min())  # type: ignore[union-attr]
         for _ in range(self.epochs):
             order = torch.cat([groups[place] for place in torch.randperm(len(groups), generator=generator)])

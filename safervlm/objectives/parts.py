@@ -25,7 +25,7 @@ def in_parts(rows: Tensor, size: int, fewest: int) -> tuple[Tensor, ...]:
     return rows.tensor_split(list(range(size, fewest, size)))
 
 
-def alike(rows: Tensor, names: Sequence[str]) -> list[Tensor]:
+def rows_by_name(rows: Tensor, names: Sequence[str]) -> list[Tensor]:
     """Groups rows by their names, in the order in which the names occur first.
 
     Args:
@@ -51,7 +51,7 @@ def micro_batches(rows: Tensor, names: Sequence[str], lengths: Tensor, size: int
         The parts, the shortest first.
     """
     parts: list[list[int]] = []
-    for group in sorted(alike(rows, names), key=lambda group: int(lengths[group].max())):
+    for group in sorted(rows_by_name(rows, names), key=lambda group: int(lengths[group].max())):
         for piece in group.split(size):
             if parts and len(parts[-1]) + len(piece) <= size:
                 parts[-1] += piece.tolist()

@@ -36,7 +36,7 @@ def calibration_plot(labelled: Mapping[str, LabelledRun], names: Sequence[str]) 
             for each in reliability(*columns) if len(own) else ():
                 number = Number(each.accuracy, each.low, each.high)
                 hint = f"{each.labels} labels"
-                line = line_of(f"{percent(each.confidence)} % sure", [(index, name, number)], PERCENTAGES, hint)
+                line = line_of(f"confidence {percent(each.confidence)} %", [(index, name, number)], PERCENTAGES, hint)
                 line["dots"] = [{"run": index, "x": PERCENTAGES.place(100 * each.confidence), "y": 9}]
                 lines.append(line)
             if lines:

@@ -68,7 +68,7 @@ class Evaluations:
 
     @property
     def remarks(self) -> list[str]:
-        """Sentences that are needed to interpret the numbers, but for self-BLEU (:func:`safervlm.reports.comparable.few_texts`)."""
+        """Sentences needed to interpret the numbers; those on self-BLEU are in :mod:`safervlm.reports.suite_tables`."""
         return [*self.unread, *remarks(self.long, self.differences, self.evaluations, self.wanted, self.manifests)]
 
     @property

@@ -32,8 +32,8 @@ AT_MOST_MORE, AT_MOST_FEWER = "at most {} points more", "at most {} points fewer
 NO_DIFFERENCE = "no difference is shown, {} points"
 NO_INTERVAL = "without an interval of the difference ({})"
 NOT_COMPARABLE = "{} and {base} are not comparable"
-MANY = 5  # runs beside the first, from which on a sentence counts them and states one bound of all of them
-NAMED = 3  # so many of them are named
+MANY = 5  # number of further runs from which on a sentence gives their number and common bounds
+NAMED = 3  # number of runs up to which it names them
 # Measures that alignment may harm: what is said if the interval contains 0.
 HARMS = {OVER_FLAGGED: AT_MOST_MORE, SAFE: AT_MOST_FEWER}
 FALLBACK = (BY_NAME, PERCEPTION)  # stated if the run has no alignment questions about images

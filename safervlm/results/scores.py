@@ -14,7 +14,7 @@ counted separately, unless :func:`~safervlm.results.runs.load_run` was called wi
 - *these concepts*: other images of the same concepts and other responses; for questions about names, which have no
   images, other responses. Concepts are strata, images (responses) are clusters.
 - *new concepts*: other concepts. Concepts are clusters; computed overall only (a category has 2 to 14 concepts), and
-  never with fewer than :data:`FEWEST_CONCEPTS`.
+  never with fewer than :data:`safervlm.statistics.intervals.FEWEST_CONCEPTS`.
 
 Both are Korn and Graubard's intervals: the variance of the clustered sample is converted to an effective sample size,
 that of an independent sample with the same variance, and the exact binomial interval of that size is computed. Bounds

@@ -6,8 +6,8 @@ import numpy as np
 
 from safervlm.statistics.intervals import Floats, Numbers, exact_interval
 
-MOST_BINS = 5
-FEWEST_OF_A_BIN = 10  # labels, if there are several bins
+MAX_BINS = 5
+MIN_LABELS_PER_BIN = 10  # labels, if there are several bins
 SAMPLES = 2000  # of the simulated interval of the calibration error
 
 
@@ -39,7 +39,7 @@ def bins_of(confidence: Floats) -> Numbers:
     Returns:
         (labels,) numbers from 0 without gaps, in ascending order of the confidence.
     """
-    count = min(max(len(confidence) // FEWEST_OF_A_BIN, 1), MOST_BINS)
+    count = min(max(len(confidence) // MIN_LABELS_PER_BIN, 1), MAX_BINS)
     inner = np.quantile(confidence, np.arange(1, count) / count) if len(confidence) else np.zeros(0)
     return np.unique(np.searchsorted(np.unique(inner), confidence, side="right"), return_inverse=True)[1]
 

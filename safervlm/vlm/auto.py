@@ -31,7 +31,7 @@ from safervlm.limits import TextLimits
 from safervlm.vlm.base import Answer, Unanswered
 from safervlm.vlm.compat import grown_inputs
 from safervlm.vlm.conversation import template_arguments_of
-from safervlm.vlm.decoding import AS_ASKED, DecodedTokens, Decoding
+from safervlm.vlm.decoding import REQUESTED, DecodedTokens, Decoding
 from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_tokens
 from safervlm.vlm.heads import transform_between
 from safervlm.vlm.layers import switch_off_dropout
@@ -413,7 +413,7 @@ class Transformers(LocalVLM):
         self.eval()  # disables dropout, and allows a cache with gradient checkpointing
         with active(self.base, adapter):
             rows = PromptedRows(self.sharing, batch.encodings, tokenwise)
-            if reason := AS_ASKED if self.decoding.step == "growing" else rows.obstacle():
+            if reason := REQUESTED if self.decoding.step == "growing" else rows.obstacle():
                 self.decodes_by("growing", reason)
                 decoded = self._grow(rows, keys, sampling)
             else:

@@ -1,15 +1,16 @@
-"""Decoding with steps of fixed shapes: the tensors of a step are allocated once, and no step waits for the GPU.
+"""Decoding with steps of fixed shapes: the tensors of a step are allocated once, and no step synchronises with the CPU.
 
-Questions are decoded in rows, one or several per row (:class:`Rows`). A step computes one token of every question.
-Questions that have ended keep their place, and compute nothing of use, until their row is given to a waiting one or the
-batch is cut to the rows that are left. On a GPU a step is captured as a CUDA graph (:mod:`safervlm.vlm.graphs`) for
+Questions are decoded in rows, one or several per row (:class:`Rows`). A step computes one token of every question. A
+finished question keeps its slot, whose further tokens are ignored, until its row is refilled with a waiting question or
+finished rows are removed from the batch. On a GPU a step is captured as a CUDA graph (:mod:`safervlm.vlm.graphs`) for
 each number of rows and each length of attention, and replayed.
 
-The tokens are those of the growing loops (``PackedVLM`` and ``generate`` of transformers), up to rounding.
+The tokens equal those of the loops with growing tensors (``PackedVLM`` and ``generate`` of transformers), up to
+rounding.
 
-Shapes: R rows, Q slots (places for questions) of a row, G rows that are started together, P columns of the longest
-prompt, K columns of the cache, C coordinates of a position, N maximum number of tokens of a response, V tokens of the
-vocabulary, A key/value heads, D head dimension.
+Shapes: R rows, Q slots (for questions) of a row, G rows that are started together, P columns of the longest prompt, K
+columns of the cache, C coordinates of a position, N maximum number of tokens of a response, V tokens of the vocabulary,
+A key/value heads, D head dimension.
 """
 
 from abc import ABC, abstractmethod
@@ -27,23 +28,23 @@ from safervlm.vlm.graphs import Capture, Graphs
 from safervlm.vlm.noise import STEP
 from safervlm.vlm.sampling import Choice
 
-EVERY = 8  # steps between two looks at the end tokens; on a CPU a look costs nothing, and each step is followed by one
-BUCKET = 64  # steps for which the attention of a CUDA graph has room
-REFILL = 4  # waiting questions are started when a quarter of the rows is free, so that several start together
-AS_ASKED = "vlm.decoding.step asks for them"  # reason for growing steps
+CHECK_INTERVAL = 8  # steps between two checks for end tokens; on a CPU, where they are cheap, each step has one
+BUCKET = 64  # the length of attention of a CUDA graph is rounded up to a multiple of so many steps
+REFILL = 4  # waiting questions start when a quarter (1 / REFILL) of the rows is free, so that several start together
+REQUESTED = "requested by vlm.decoding.step"  # reason for growing steps
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the steps of generation are computed. Responses don't depend on it, up to rounding.
+    """How decoding steps are computed. Responses don't depend on it, up to rounding.
 
     Args:
-        step: ``automatic`` uses steps of fixed shapes where the model's KV cache allows it, and CUDA graphs on a GPU;
-            other models use growing steps. ``eager`` does so without CUDA graphs. ``growing`` uses the loops whose
-            tensors grow by a token per step. The run's log and manifest name what was used, and why.
-        rows: Number of rows that are decoded at once; further questions of the batch wait until a row is free. A row
-            holds the questions about an image, up to 8 of them, for LLaVA, and one question for other models. None for
-            all questions of a batch.
+        step: ``automatic`` uses steps of fixed shapes where the model's KV cache allows it, as CUDA graphs on a GPU;
+            other models use growing steps. ``eager`` is the same without CUDA graphs. ``growing`` uses loops whose
+            tensors grow by one token per step. The run's log and manifest state what was used, and why.
+        rows: Maximum number of rows that are decoded at once; further questions of the batch wait until rows are free.
+            A row contains up to 8 questions about an image for LLaVA, and one question for other models. None decodes
+            all questions of a batch at once.
 
     Raises:
         ArgumentError: ``rows`` is less than 1.
@@ -66,7 +67,7 @@ class DecodedTokens:
         tokens: The tokens of each response.
         bad: Whether its logits were not finite, which ends it.
         logprobs: The log-probability of each token; None unless the sampling records them. Those of the library's loop
-            go on after the end of a response.
+            continue after the end of a response.
     """
 
     tokens: list[list[int]]
@@ -145,11 +146,11 @@ class State:
         columns: (R, Q) its column in the cache.
         counters: (R, Q) counter of the noise of the token after it.
         made: (R, Q) number of tokens of the response.
-        answers: (R, Q, N + 1) its tokens; anything after them.
-        logprobs: (R, Q, N + 1) their log-probabilities, 0 unless the sampling records them; anything after them.
+        answers: (R, Q, N + 1) its tokens, followed by arbitrary values.
+        logprobs: (R, Q, N + 1) their log-probabilities, 0 unless the sampling records them; then arbitrary values.
         done: (R, Q) whether it has ended. True for slots without a question.
         bad: (R, Q) whether its logits were not finite.
-        undecided: (R, Q) whether the last step could not choose a token, and has to be repeated.
+        undecided: (R, Q) whether the last step could not choose a token, so that the next one repeats it.
         mask: (R, Q, K) 0 for the columns that a slot attends to, minus infinity for the others.
         cache: (R, A, K, D) keys and values of each layer.
     """
@@ -192,7 +193,7 @@ class State:
         Args:
             rows: The model's part.
             length: Number of columns that attention uses; all columns in use are among them.
-            start: First column of the step, if all rows have the same; slots that have ended may have any.
+            start: First column of the step, if all rows have the same one (finished slots excepted); None otherwise.
         """
         self.places.begin(length, start)
         self.mask.scatter_(2, self.columns[..., None], 0)
@@ -220,8 +221,8 @@ class State:
         """Appends a token to some of the responses.
 
         Args:
-            going: (R, Q) which of them.
-            tokens: (R, Q) tokens; others are ignored.
+            going: (R, Q) True for these responses.
+            tokens: (R, Q) tokens; those of other responses are ignored.
         """
         self.answers.scatter_(2, self.made[..., None], tokens[..., None])
         self.tokens.copy_(torch.where(going, tokens, self.tokens))
@@ -244,7 +245,7 @@ class State:
         self._replace(lambda buffer: buffer[rows])
 
     def grow(self, capacity: int) -> None:
-        """Makes room for more columns, in new tensors.
+        """Increases the number of columns, in new tensors.
 
         Args:
             capacity: The new K.
@@ -267,12 +268,12 @@ class State:
 
 
 def with_room(tensor: Tensor, capacity: int, value: float = 0) -> Tensor:
-    """Copies a tensor into one whose third dimension is larger.
+    """Copies a tensor into one with a larger third dimension.
 
     Args:
         tensor: The tensor.
         capacity: The new size.
-        value: What is in the new places. It has to be finite for keys and values, also where attention masks them.
+        value: Value of the added elements. It must be finite for keys and values, even where attention masks them.
     """
     rows, heads, length, *rest = tensor.shape
     longer = tensor.new_full((rows, heads, capacity, *rest), value)
@@ -285,7 +286,7 @@ def rounded(number: int, multiple: int) -> int:
 
     Args:
         number: The number.
-        multiple: Of what to return a multiple.
+        multiple: The result is a multiple of it.
     """
     return -(-number // multiple) * multiple
 
@@ -314,7 +315,7 @@ class Decoder:
         self.graphs = Graphs(capture)
         self.levels = None if capture is None else 0
         self.used = 0  # columns in use
-        self.level = True  # whether all rows have the same columns, because they have begun together
+        self.aligned = True  # whether all rows have the same columns, because they started together
         self.answers: list[list[int]] = [[] for _ in keys]
         self.bad = [False for _ in keys]
         self.logprobs: list[list[float]] = [[] for _ in keys]
@@ -329,14 +330,14 @@ class Decoder:
                 self._make_steps(state, 1)
             else:
                 left = int((self.most - state.made).masked_fill(state.done, 0).max())
-                self._make_steps(state, min(EVERY, left))
+                self._make_steps(state, min(CHECK_INTERVAL, left))
             held, state = self._changed(held, state)
         return DecodedTokens(self.answers, self.bad, self.logprobs if self.choice.sampling.logprobs else None)
 
     def _make_steps(self, state: State, steps: int) -> None:
         """Makes steps of one shape."""
         slots = self.rows.slots
-        start = self.used if self.level and steps == 1 and self.levels is None else None
+        start = self.used if self.aligned and steps == 1 and self.levels is None else None
         self.used += steps * slots
         length = self.used if self.levels is None else rounded(self.used, BUCKET * slots)
         if length > state.capacity:
@@ -353,7 +354,7 @@ class Decoder:
         self.graphs.clear()
 
     def _take(self, count: int) -> list[int]:
-        """Returns the next rows, which then no longer wait."""
+        """Removes and returns the next waiting rows."""
         taken, self.waiting = self.waiting[:count], self.waiting[count:]
         return taken
 
@@ -368,14 +369,14 @@ class Decoder:
         return state
 
     def _changed(self, held: list[int], state: State) -> tuple[list[int], State]:
-        """Collects the rows that have ended, and starts waiting ones.
+        """Collects the responses of finished rows, and starts waiting rows.
 
         Args:
             held: Number of each row of the state; -1 for a free one.
             state: The state.
 
         Returns:
-            The same afterwards; no rows if all questions are answered.
+            Both after the change; no rows if all questions are answered.
         """
         if self.levels is not None and bool(state.undecided.any()):
             self.levels += 1
@@ -393,7 +394,7 @@ class Decoder:
             state.put(torch.tensor(places, device=state.tokens.device), news)
             for place, number in zip(places, numbers, strict=True):
                 held[place] = number
-            self.level, self.used = False, int(state.columns.max()) + 1 - self.rows.slots
+            self.aligned, self.used = False, int(state.columns.max()) + 1 - self.rows.slots
             return self._changed(held, state)  # a first token may have been the last
         if not self.waiting and 2 * len(live) <= len(held):  # otherwise copying the cache costs more than it saves
             held = [held[place] for place in live]
@@ -403,7 +404,7 @@ class Decoder:
         return held, state
 
     def _collect(self, held: Sequence[int], state: State, places: list[int]) -> None:
-        """Takes the responses of rows that have ended."""
+        """Stores the responses of finished rows."""
         if not places:
             return
         found = (state.made, state.bad, state.answers, state.logprobs)

@@ -1,7 +1,7 @@
 """CUDA graphs: a step is captured once, and replayed with one launch.
 
-A replay repeats the kernels of the step on the same addresses. So a step may be captured if it reads and writes tensors
-that stay where they are, and if nothing in it depends on their values on the CPU.
+A replay launches the kernels of the step on the same addresses. A step may therefore be captured if its tensors keep
+their addresses, and if no code on the CPU depends on their values.
 """
 
 from collections.abc import Callable, Hashable
@@ -51,7 +51,7 @@ class Graphs:
         capture: How a step is captured; None to execute each step anew.
 
     Attributes:
-        reason: Why nothing is captured any more, or an empty text.
+        reason: Why no further step is captured, or an empty text.
     """
 
     def __init__(self, capture: Capture | None) -> None:
@@ -75,9 +75,9 @@ class Graphs:
                 self.captured[key] = self.capture(step)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # the model's code waits for the GPU, for example to route tokens to experts
+            except RuntimeError as error:  # the model's code synchronises, for example to route tokens to experts
                 self.reason = f"no CUDA graph: {first_line(error)}"
 
     def clear(self) -> None:
-        """Forgets the captured steps, because their tensors have been replaced."""
+        """Removes the captured steps, because their tensors have been replaced."""
         self.captured.clear()

@@ -20,7 +20,7 @@ from safervlm.records import Question
 from safervlm.vlm.base import Answer, Batch
 from safervlm.vlm.cache import roomy
 from safervlm.vlm.compat import CACHE
-from safervlm.vlm.decoding import AS_ASKED, DecodedTokens, Prompts, Rows
+from safervlm.vlm.decoding import REQUESTED, DecodedTokens, Prompts, Rows
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.lora import Adapter, active
 from safervlm.vlm.packing import Packed, additive, common_beginning, pack, pack_completions, questions_of_rows
@@ -202,7 +202,7 @@ class PackedVLM(LocalVLM):
         keys = batch.noise_keys(seed)
         with active(self.base, adapter):
             if self.decoding.step == "growing":
-                self.decodes_by("growing", AS_ASKED)
+                self.decodes_by("growing", REQUESTED)
                 decoded = self._decode(batch, sampling, keys)
             else:
                 decoded = self.decode(PackedRows(self, batch), keys, sampling, adapter)

@@ -1,9 +1,9 @@
-"""Packed rows: what sequences begin with in common is computed once.
+"""Packed rows: the common prefix of several sequences is computed once.
 
 A row is a tree, written segment by segment: ``beginning | rest 1 | completion 1.1 | completion 1.2 | rest 2 | ...``.
-The beginning holds the image and whatever its prompts have in common, a rest is what remains of a prompt. A segment
+The beginning contains the image and the common prefix of the prompts; a rest is the remainder of a prompt. A segment
 attends to the beginning, to the segment that it continues, and to itself; its positions continue from the end of that
-segment, as if its sequence were alone. In rows for generation, the rests have no completions.
+segment, as in a row of its own. In rows for generation, the rests have no completions.
 
 Shapes: R packed rows, L tokens of the longest row, C sequences (completions, or prompts to generate from), T tokens of
 the longest one.
@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safervlm.vlm.local import Targets
 
-# Maximum number of questions, or of responses to a prompt, per row. Each also computes attention to its neighbours'
-# tokens, then masked.
+# Maximum number of questions, or of responses to a prompt, per row. Each also computes attention to the tokens of the
+# others, which is then masked.
 ROW = 8
 
 

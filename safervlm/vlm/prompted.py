@@ -1,7 +1,7 @@
 """Generation with any model of transformers, one question per row: by its ``generate``, or with steps of fixed shapes.
 
-In the latter case, ``generate`` computes the prompts, with everything that is particular to a family. The steps after
-it call the model with one token per question, its position and a mask.
+With steps of fixed shapes, ``generate`` computes the prompts, including everything specific to a family. The following
+steps call the model with one token per question, its position and a mask.
 
 Shapes: R rows, P tokens of the longest prompt, C coordinates of a position, V tokens of the vocabulary.
 """
@@ -19,14 +19,14 @@ from safervlm.vlm.decoding import Prompts, Rows, State
 from safervlm.vlm.prefix import Encoding, PrefixSharing, agree
 from safervlm.vlm.sampling import Sampler
 
-UNLIKE = "its logits differ in steps of fixed shapes"
+DIFFERENT_LOGITS = "its logits differ in steps of fixed shapes"
 
 
 class PromptedRows(Rows):
     """The questions of a batch, each in a row.
 
     Args:
-        sharing: The model, and how prompts about one image share what they begin with.
+        sharing: The model, and how prompts about one image share their common prefix.
         encodings: Encodings of the questions.
         tokenwise: Names of the inputs that grow with the tokens.
     """
@@ -88,7 +88,7 @@ class PromptedRows(Rows):
             KeyError: The model takes no positions.
         """
         sharing, inputs = self.sharing, self.inputs(rows)
-        positions: list[Tensor] = []  # those that the model gets; its code may change what the library computes
+        positions: list[Tensor] = []  # as passed to the model, whose code may change those that the library computes
 
         def keep(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
             positions.append(given["position_ids"])
@@ -137,7 +137,7 @@ class PromptedRows(Rows):
     def obstacle(self) -> str:
         """Returns why the model is not decoded with steps of fixed shapes, or an empty text.
 
-        The first time, two questions are computed both ways, and the logits of two steps are compared.
+        At the first call, up to two questions are computed both ways, and the logits of two steps are compared.
         """
         if self.sharing.obstacle is None:
             self.sharing.obstacle = self._difference()
@@ -153,7 +153,7 @@ class PromptedRows(Rows):
                 state.advance(torch.ones_like(state.done), expected.sequences[:, columns + place - 1, None])
                 found = state.forward(self, columns + 2)[:, 0].float()
                 if not agree(expected.logits[place], found, self.sharing.dtype):
-                    return UNLIKE
-        except Exception as error:  # the code of a family raises what it likes
+                    return DIFFERENT_LOGITS
+        except Exception as error:  # a family's code may raise any exception
             return f"{type(error).__name__}: {first_line(error)}"
         return ""

@@ -241,8 +241,8 @@ class Choice:
         Args:
             logits: (B, V) logits.
             counters: (B,) counters of the noise.
-            levels: How often more logits are sorted than :data:`NUCLEUS`, in every row, whether it needs them or not.
-                None looks which rows need them, and leaves none undecided.
+            levels: How many times more logits than :data:`NUCLEUS` are sorted, in all rows. None sorts more logits in
+                the rows that need them only, which synchronises with the CPU, and leaves no token undecided.
 
         Returns:
             (B,) tokens; (B,) whether the logits were not finite; (B,) whether the token is undecided, because more

@@ -1,13 +1,13 @@
 """Scoring with any model of transformers: the hidden states that predict completions, in packed rows where possible.
 
-Without sharing there is one row per completion. Packed rows (:mod:`safervlm.vlm.packing`) hold all completions of the
-questions about an image. They need a mask and positions of their own for each token, which not every model accepts. So
-they are used only where
+Without sharing there is one row per completion. Packed rows (:mod:`safervlm.vlm.packing`) contain all completions of
+the questions about an image. They need a mask per pair of tokens and a position per token, which not every model
+accepts. They are used only if
 
 - the model's attention takes a mask, and its layers keep all positions (as for prefix sharing in generation),
 - the tokens have no inputs besides the attention mask and the image token types,
 - all placeholders of the image are in the beginning of the row, and
-- the first time, a row has the hidden states of its completions computed one by one.
+- at the first use, the hidden states of a row equal those of its completions computed one by one.
 
 Positions with several coordinates (M-RoPE) are computed for each sequence as if it were alone.
 
@@ -119,7 +119,7 @@ class Scoring:
         return self._alone(asked) if packed is None else self._together(asked, packed)
 
     def _packed(self, asked: EncodedCompletions) -> Packed | None:
-        """Packs the completions; None if nothing is shared, or the model can't share it."""
+        """Packs the completions; None if they share nothing, or the model does not support it."""
         numbers = asked.image_numbers()
         if len(set(numbers)) == sum(map(len, asked.completions)) or not asked.tokenwise <= TOKENWISE:
             return None
@@ -200,7 +200,7 @@ class Scoring:
     def _works(self, asked: EncodedCompletions, numbers: Sequence[int]) -> bool | None:
         """Returns whether the completions about an image have the same states in packed rows and alone.
 
-        Returns None if it can't be told from these questions.
+        Returns None if these questions are not sufficient to decide it.
         """
         if self.vlm.one_by_one or not self.vlm.sharing.plain or not takes_a_mask(self.vlm.base):
             return False
@@ -221,7 +221,7 @@ class Scoring:
             else:
                 same = agree(alone, together, self.vlm.dtype)
         if not same:
-            warn("completions are scored with a row for each: this model's can't share an image and its question")
+            warn("completions are scored one per row: this model does not support sharing their image and prompt")
         return same
 
 

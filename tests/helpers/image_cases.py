@@ -414,9 +414,9 @@ REJECTED: dict[str, tuple[bytes, str]] = {
     "signed.tif": (SIGNED, "signed integers"),
     "signed32.tif": (saved(Image.fromarray(LONGS.view(np.int32)), "TIFF"), "signed integers"),
     "signed8.tif": (tiff(GREY.tobytes(), W, H, {258: [8], 262: [1], 277: [1], 339: [2]}), "signed integers"),
-    "deep_channels_apart.tif": (channels(DEEP_RGB.astype("<u2"), {262: [2]}), "3 channels of 16 bits is stored apart"),
-    "alpha_apart.tif": (channels(np.dstack([GREY, ALPHA]), {262: [1], 338: [2]}), "2 channels of 8 bits is stored ap"),
-    "lab_apart.tif": (channels(LAB_BYTES.reshape(H, W, 3), {262: [8]}), "3 channels of 8 bits is stored apart"),
+    "deep_channels_apart.tif": (channels(DEEP_RGB.astype("<u2"), {262: [2]}), "3 channels of 16 bits are stored in"),
+    "alpha_apart.tif": (channels(np.dstack([GREY, ALPHA]), {262: [1], 338: [2]}), "2 channels of 8 bits are stored in"),
+    "lab_apart.tif": (channels(LAB_BYTES.reshape(H, W, 3), {262: [8]}), "3 channels of 8 bits are stored in separate"),
     "channel_missing.tif": (channels(RGB, {262: [2], 273: [8], 279: [RGB.size]}), "no data for some of its rows"),
     "strip_too_short.tif": (
         tiff(FLAT_RGB.tobytes(), W, H, {258: [8] * 3, 262: [2], 277: [3], 278: [H - 1], 273: [8, 29], 279: [21, 84]}),

@@ -370,7 +370,7 @@ def test_fit_learns_reports_and_exports(base, judge, tmp_path, capsys, start):
     assert sum(row[i] for i, row in enumerate(counts)) == len(held_out) - len(wrong)
     printed = capsys.readouterr().out
     assert f"{len(held_out) - len(wrong)} of {len(held_out)} right" in printed
-    assert "read as Unsafe" in printed
+    assert "classified as Unsafe" in printed
     assert len(re.findall(r"epoch \d: held-out accuracy [01]\.\d{3}\n", printed)) == 6
 
 

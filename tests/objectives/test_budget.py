@@ -72,9 +72,9 @@ def test_a_budget_needs_safe_images(
     data.parts = Parts([Example(replace(q, answer=a)) for q, a in zip(make_questions(2), answers, strict=False)], [])
     if rejected:
         with pytest.raises(ArgumentError, match=r"model\.budget 0\.1: the training data has no question"):
-            OverFlaggingBudget(0.1, 1.0).must_apply(data)
+            OverFlaggingBudget(0.1, 1.0).require_safe_images(data)
     else:
-        OverFlaggingBudget(0.1, 1.0).must_apply(data)
+        OverFlaggingBudget(0.1, 1.0).require_safe_images(data)
 
 
 @pytest.mark.parametrize(("budget", "step"), [(0.0, 1.0), (1.0, 1.0), (-0.1, 1.0), (0.1, 0.0), (float("nan"), 1.0)])
@@ -117,7 +117,7 @@ def test_a_response_that_flags_a_safe_image_loses_reward(
     fit_rollouts: Callable[..., Run],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "ANSWERS", 2)
+    monkeypatch.setattr(module, "MIN_RESPONSES", 2)
     monkeypatch.setattr(Judge, "judge", lambda judge, texts: all_unsafe(texts))
     sampled: list[Any] = []
     sample = OnPolicy.sample

@@ -17,11 +17,11 @@ from safervlm.vlm import decoding, lean, local
 from safervlm.vlm import sampling as sampling_module
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.base import UnansweredNotFinite
-from safervlm.vlm.decoding import AS_ASKED, Decoding
+from safervlm.vlm.decoding import REQUESTED, Decoding
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import active
 from safervlm.vlm.prefix import GROWS
-from safervlm.vlm.prompted import UNLIKE
+from safervlm.vlm.prompted import DIFFERENT_LOGITS
 from safervlm.vlm.sampling import Sampling
 
 SAMPLINGS = {
@@ -205,7 +205,7 @@ FIXED: dict[str, tuple[Callable[[Path], None], str | None]] = {
     "positions from 1 on": (families.paligemma, ""),
     "a sliding window": (families.gemma3, GROWS),
     "linear attention": (more_families.qwen3_5, GROWS),
-    "attention to images in layers of their own": (families.mllama, UNLIKE),
+    "attention to images in layers of their own": (families.mllama, DIFFERENT_LOGITS),
 }
 
 
@@ -231,7 +231,7 @@ def test_models_of_transformers(
     lengths: set[int] = set()
     for name in ("greedy", "nucleus"):
         expected = tokens(vlm, examples, SAMPLINGS[name], Decoding("growing"))
-        assert vlm.decoded == {"steps": "growing", "reason": AS_ASKED}
+        assert vlm.decoded == {"steps": "growing", "reason": REQUESTED}
         lengths |= {len(answer) for answer in expected}
         for rows in (None, 2):
             assert tokens(vlm, examples, SAMPLINGS[name], Decoding(rows=rows)) == expected

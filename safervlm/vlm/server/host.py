@@ -27,7 +27,7 @@ class Host:
         rested: Start of the last back-off period, by the monotonic clock.
         ready: End of the last back-off period, by the monotonic clock.
         out: Whether the server is permanently excluded.
-        told_marks: Whether it was reported that its responses begin inside the reasoning.
+        reported_marks: Whether it was reported that its responses begin inside the reasoning.
     """
 
     address: str
@@ -41,7 +41,7 @@ class Host:
     rested: float = -math.inf
     ready: float = -math.inf
     out: bool = False
-    told_marks: bool = False
+    reported_marks: bool = False
 
     def succeed(self) -> None:
         """Records a response, and resets the failures."""

@@ -146,11 +146,11 @@ class Requests:
             if host.answered or reason in ("refusal", "content_filter"):  # it has some in other responses
                 return Unanswered(f"{told['id']}: {host.address} {lacks}")
             return Hopeless(f"model.odds: {host.address} {lacks}; omit it, or use another server")
-        if completion.closing and not host.told_marks:
-            host.told_marks = True
+        if completion.closing and not host.reported_marks:
+            host.reported_marks = True
             say(
                 f"{host.address}: responses begin inside the reasoning ({completion.closing} without an opening mark); "
-                f"so that one that ends there counts as unfinished, give vlm.thinking: ['', {completion.closing}]"
+                f"to count a response that ends there as unfinished, give vlm.thinking: ['', {completion.closing}]"
             )
         texts = self.cleaner.answer(completion.text), self.cleaner.answer(completion.reasoning)
         if "logprobs" in sent:

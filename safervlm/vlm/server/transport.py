@@ -76,7 +76,7 @@ class Bounded(httpx2.AsyncBaseTransport):
 
 
 def dropped_headers(response: httpx2.Response) -> set[bytes]:
-    """Returns the names of the headers that no longer describe the body, or name an encoding that no text has.
+    """Returns the names of the headers that no longer describe the body, or name an unknown encoding.
 
     Args:
         response: Response with its headers.
