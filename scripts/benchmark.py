@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_model(shape, Path(folder))
             rows += WITH_A_MODEL[name](shape, Path(folder), options.repeats)
     print(f"\n{machine()}\n\n{shape}\n")
-    print("| ours : theirs | times as fast (median) | min | max | target | theirs, s | ours, s |")
+    print("| ours : theirs | speed-up (median) | min | max | target | theirs, s | ours, s |")
     print("|---|---|---|---|---|---|---|")
     print(*rows, sep="\n")
 

@@ -59,6 +59,8 @@ def test_the_workflows_cover_versions_and_platforms() -> None:
     assert [each["name"] for each in jobs["versions"]["strategy"]["matrix"]["include"]] == ["oldest", "newest"]
     assert jobs["platforms"]["strategy"]["matrix"]["os"] == ["windows-latest", "macos-latest"]
     assert "mkdocs build --strict" in [step.get("run") for step in jobs["docs"]["steps"]]
+    commands = jobs["wheel"]["steps"][-1]["run"]
+    assert all(f"safervlm {name} " in commands for name in ("measure", "report", "train", "evaluate"))
 
 
 def test_the_site_is_built_with_the_projects_own_requirements() -> None:

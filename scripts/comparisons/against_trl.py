@@ -167,7 +167,7 @@ def benchmark_dpo(shape: Shape, folder: Path, repeats: int, questions: int = 1) 
     return [
         Row(f"{name}, reference kept (from the second epoch on) : TRL without GC", times["TRL"], times["ours"], kept),
         Row(f"{name}, reference kept, GC : TRL with GC", times["TRL, GC"], times["ours, GC"], checkpointed),
-        Row(f"{name}, reference kept : TRL as it comes (with GC)", times["TRL, GC"], times["ours"], default),
+        Row(f"{name}, reference kept : TRL's default (with GC)", times["TRL, GC"], times["ours"], default),
         Row(
             f"{name}, first epoch (reference computed) : TRL without GC",
             times["TRL"],
@@ -201,7 +201,7 @@ def benchmark_sft(shape: Shape, folder: Path, repeats: int, questions: int = 1) 
     return [
         Row(f"{name} : TRL without GC", times["TRL"], times["ours"], 1.0 if questions == 1 else 3.3),
         Row(
-            f"{name}, GC : TRL with GC (as it comes)",
+            f"{name}, GC : TRL with GC (its default)",
             times["TRL, GC"],
             times["ours, GC"],
             1.0 if questions == 1 else None,

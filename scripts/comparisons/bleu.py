@@ -43,7 +43,7 @@ def benchmark_bleu(repeats: int, count: int = 1000, sample: int = 40) -> list[Ro
     texts = [answer() for _ in range(count)]
     few = texts[:60]
     difference = abs(nltk(few, range(len(few))) - self_bleu(few))
-    say(f"  self-BLEU of {len(few)} answers differs from NLTK's by {difference:.1e}")
+    say(f"  self-BLEU of {len(few)} texts differs from NLTK's by {difference:.1e}")
     if not difference < 1e-9:
         sys.exit("self-BLEU is not NLTK's: the comparison is void")
     self_bleu(texts)
@@ -58,4 +58,4 @@ def benchmark_bleu(repeats: int, count: int = 1000, sample: int = 40) -> list[Ro
         theirs.append((middle - start) * count / sample)
         ours.append((end - middle) / 5)
         say(f"  {repeat + 1}/{repeats}: NLTK {theirs[-1]:.1f} s (scaled), ours {ours[-1] * 1000:.1f} ms")
-    return [Row(f"self-BLEU of {count:,} answers : NLTK (scaled from {sample} of them)", theirs, ours, 500)]
+    return [Row(f"self-BLEU of {count:,} texts : NLTK (scaled from {sample} of them)", theirs, ours, 500)]

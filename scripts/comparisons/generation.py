@@ -64,7 +64,7 @@ def benchmark_measure(shape: Shape, folder: Path, repeats: int, images: int = 4,
     sides = {"one by one": one_by_one, "together": together, "as any model": together_as_any}
     seconds, answers = alternate(sides, repeats)
     if any(each != answers["one by one"] for each in answers.values()):
-        sys.exit("the answers are not equal: the comparison is void")
+        sys.exit("the responses are not equal: the comparison is void")
     name = f"{images} images of 5 questions, {tokens} tokens each"
     theirs = seconds["one by one"]
     return [

@@ -173,7 +173,7 @@ def benchmark_ppo(shape: Shape, folder: Path, repeats: int, questions: int = 1) 
         Row(f"{name}, value adapter : {padded}", published_times, times["value adapter"], adapter),
         Row(f"{name}, value head on the policy : {padded}", published_times, times["value head on the policy"], policy),
         Row(
-            f"{name}, value adapter : the same without the reference's pass",
+            f"{name}, value adapter : the same without the reference pass",
             times["two passes"],
             times["value adapter"],
         ),
