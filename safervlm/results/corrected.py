@@ -16,7 +16,7 @@ from safervlm.errors import RecordError
 from safervlm.labelling.labels import LabelFile, labels_of_people
 from safervlm.labelling.plan import Plan, Strata, labelable, read_plan
 from safervlm.protocol import UNSAFE
-from safervlm.results.measures import BOTH, COLUMNS, CONCEPT, NO_SIDE, TEXT_ONLY
+from safervlm.results.measures import BOTH, COLUMNS, CONCEPT, NO_SIDE, STRATUM, TEXT_ONLY
 from safervlm.run_folder import RunFolder
 from safervlm.statistics.correction import (
     Labelled,
@@ -214,7 +214,7 @@ class Gap:
         Returns:
             Lower and upper end; NaN if there is none.
         """
-        strata = self.by_concept.groupby(["dataset", "category"]).ngroup().to_numpy()
+        strata = self.by_concept.groupby(STRATUM).ngroup().to_numpy()
         if base is None:
             return interval_paired(self.differences, strata) or (np.nan, np.nan)
         # Differences of gaps are between -2 and 2.

@@ -49,7 +49,8 @@ THESE_CONCEPTS = "these concepts"
 NEW_CONCEPTS = "new concepts"
 
 TEXT_ONLY = "alignment_text_only"
-CONCEPT = ["dataset", "category", "concept"]  # columns that identify a concept
+# Columns that identify a concept, an image, and the stratum of a concept.
+CONCEPT, IMAGE, STRATUM = ["dataset", "category", "concept"], ["dataset", "image"], ["dataset", "category"]
 OVERALL = "overall"
 BOTH = "both"  # the safe and the unsafe side combined
 NO_SIDE = "-"  # perception
@@ -140,7 +141,7 @@ class Counts:
         by_unit = pd.DataFrame(flags, index=frame.index, dtype=float).groupby(cls.units(frame), sort=True)
         counts = by_unit.sum().reset_index()
         asked, answered, right, flagged = counts[["asked", "answered", "right", "flagged"]].to_numpy(np.float64).T
-        dataset, image = (counts.groupby(by).ngroup().to_numpy() for by in ("dataset", ["dataset", "image"]))
+        dataset, image = (counts.groupby(by).ngroup().to_numpy() for by in ("dataset", IMAGE))
         concept = counts.groupby(CONCEPT).ngroup().to_numpy()
         return cls(asked, answered, right, flagged, dataset, image, concept, counts["category"].to_numpy(object))
 
@@ -221,7 +222,7 @@ def modality_gap(frame: pd.DataFrame) -> Estimate:
     gaps = concepts["gap"].to_numpy(float)
     if not len(gaps):
         return Estimate(np.nan, np.nan, np.nan, _NOTHING)
-    interval = interval_paired(gaps, concepts.groupby(["dataset", "category"]).ngroup().to_numpy())
+    interval = interval_paired(gaps, concepts.groupby(STRATUM).ngroup().to_numpy())
     if interval is None:
         return Estimate(gaps.mean(), np.nan, np.nan, _TOO_FEW if len(gaps) < FEWEST_CONCEPTS else _NO_SPREAD)
     return Estimate(gaps.mean(), *interval, _BY_PAIR)

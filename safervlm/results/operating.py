@@ -24,6 +24,7 @@ from safervlm.results.corrected import concepts_of
 from safervlm.results.measures import (
     BOTH,
     CONCEPT,
+    IMAGE,
     NEW_CONCEPTS,
     OVERALL,
     THESE_CONCEPTS,
@@ -159,7 +160,7 @@ def one_question(rows: pd.DataFrame) -> pd.DataFrame:
         rows: of :func:`with_odds`, of one capability.
     """
     ordered = rows.sort_values(["drawn", "prompt_number"], ascending=[False, True], kind="stable")
-    return ordered.drop_duplicates(["dataset", "image"]).sort_index()
+    return ordered.drop_duplicates(IMAGE).sort_index()
 
 
 def operating(frame: pd.DataFrame, odds: pd.DataFrame, prevalence: float = 0.5) -> pd.DataFrame:
@@ -254,7 +255,7 @@ def _row(
     prevalence: float = np.nan,
     na_rate: float = np.nan,
 ) -> dict[str, Any]:
-    images = rows.drop_duplicates(["dataset", "image"])
+    images = rows.drop_duplicates(IMAGE)
     return {
         "measure": measure,
         "capability": capability,

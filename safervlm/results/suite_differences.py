@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from safervlm.io.tables import EXCLUDED
-from safervlm.results.measures import NEW_CONCEPTS
+from safervlm.results.measures import CONCEPT, IMAGE, NEW_CONCEPTS
 from safervlm.results.mme import mme_images, pair_answers
 from safervlm.results.scores import changed_answers
 from safervlm.results.suite import (
@@ -140,10 +140,10 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
     first = both[0].set_index("id").loc[items.index]
     change = items["now"].astype(float) - items["before"].astype(float)
     if (first["concept"] != "").all():
-        clusters = change.groupby([first["dataset"], first["category"], first["concept"]])
+        clusters = change.groupby([first[name] for name in CONCEPT])
         sampling_unit, method, units = NEW_CONCEPTS, SHARES_BY_CONCEPT, "concepts"
     else:
-        clusters = change.groupby([first["dataset"], first["image"]])
+        clusters = change.groupby([first[name] for name in IMAGE])
         sampling_unit, method, units = NEW_IMAGES, SHARES_BY_IMAGE, "images"
         if len(clusters) == len(items):  # one question per image: independent items
             return Comparison(
