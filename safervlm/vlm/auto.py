@@ -414,7 +414,7 @@ class Transformers(LocalVLM):
         with active(self.base, adapter):
             rows = PromptedRows(self.sharing, batch.encodings, tokenwise)
             if reason := REQUESTED if self.decoding.step == "growing" else rows.obstacle():
-                self.decodes_by("growing", reason)
+                self.record_decoding("growing", reason)
                 decoded = self._grow(rows, keys, sampling)
             else:
                 decoded = self.decode(rows, keys, sampling, adapter)

@@ -403,10 +403,10 @@ class LocalVLM(VLM):
         with lean_lora(self.base, adapter):
             found = decoder.run()
         self.uncaptured = self.uncaptured or decoder.graphs.reason
-        self.decodes_by("fixed" if capture is None or self.uncaptured else "fixed, captured", self.uncaptured)
+        self.record_decoding("fixed" if capture is None or self.uncaptured else "fixed, captured", self.uncaptured)
         return found
 
-    def decodes_by(self, steps: str, reason: str = "") -> None:
+    def record_decoding(self, steps: str, reason: str = "") -> None:
         """Records how responses are decoded, for the log and the manifest.
 
         Args:

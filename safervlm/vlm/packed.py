@@ -202,7 +202,7 @@ class PackedVLM(LocalVLM):
         keys = batch.noise_keys(seed)
         with active(self.base, adapter):
             if self.decoding.step == "growing":
-                self.decodes_by("growing", REQUESTED)
+                self.record_decoding("growing", REQUESTED)
                 decoded = self._decode(batch, sampling, keys)
             else:
                 decoded = self.decode(PackedRows(self, batch), keys, sampling, adapter)

@@ -20,7 +20,7 @@ Encoding = Mapping[str, Tensor]
 # Tolerated root-mean-square difference between two ways to compute the same values, relative to their standard
 # deviation. Rounding to bfloat16 causes some hundredths. Values of other types must be equal.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-GROWS = "its KV cache doesn't keep all positions, or it has a generate of its own"
+GROWS = "the model's KV cache doesn't keep all positions, or the model overrides generate"
 
 
 def extend(encoding: Encoding, completion: Sequence[int], written: Encoding) -> dict[str, Tensor]:

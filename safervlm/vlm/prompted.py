@@ -19,7 +19,7 @@ from safervlm.vlm.decoding import Prompts, Rows, State
 from safervlm.vlm.prefix import Encoding, PrefixSharing, agree
 from safervlm.vlm.sampling import Sampler
 
-DIFFERENT_LOGITS = "its logits differ in steps of fixed shapes"
+DIFFERENT_LOGITS = "the model's logits differ in steps of fixed shapes"
 
 
 class PromptedRows(Rows):
