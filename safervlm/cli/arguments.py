@@ -178,7 +178,7 @@ def check_inside(settings: Any, prefix: str, where: str, folder: Path, seen: set
 
 
 def check_kinds(settings: Any, name: str, where: str) -> None:
-    """Rejects settings of a kind that the parser would take for the settings of a class, or would not name.
+    """Rejects settings of a wrong type that the parser would accept as those of a class, or reject without their name.
 
     Args:
         settings: Parsed settings.

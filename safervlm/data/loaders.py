@@ -168,7 +168,7 @@ class TrainingLoader:
     def _order(self) -> dict[str, Any]:
         # Everything, besides the epoch, that determines which examples the first k batches contain. Equal on all ranks.
         ids = fingerprint("\n".join(example.question.id for example in self.examples))
-        together = max(map(len, self.groups)) > 1  # in files of earlier versions it is missing, and never was
+        together = max(map(len, self.groups)) > 1  # checkpoints of earlier versions lack the key: False
         return {
             "examples": ids,
             "seed": self.seed,

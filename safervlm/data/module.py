@@ -26,7 +26,7 @@ from safervlm.io.names import normal_name
 from safervlm.ranges import in_range
 from safervlm.records import Example, repeated_id, to_line
 
-MOST_WORKERS = 512  # processes that load images; each takes hundreds of megabytes, and thousands stop a machine
+MAX_WORKERS = 512  # processes that load images; each takes hundreds of megabytes of memory
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class SaferData(LightningDataModule):
     ) -> None:
         super().__init__()
         in_range("data", least=1, batch_size=None if batch_size == "auto" else batch_size)
-        in_range("data", least=0, most=MOST_WORKERS, num_workers=num_workers)
+        in_range("data", least=0, most=MAX_WORKERS, num_workers=num_workers)
         self.collator = collator
         self.automatic = batch_size == "auto"
         self.batch_size = AUTOMATIC if batch_size == "auto" else batch_size

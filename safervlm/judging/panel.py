@@ -154,8 +154,8 @@ class Panel(LightningModule):
     ) -> list[Verdict | Failure]:
         """Judges many responses as :meth:`judged` does, and stores each batch of verdicts as soon as it is complete.
 
-        The batches have responses of similar length. After the death of the process, the same call continues with the
-        first batch that is not stored.
+        The batches have responses of similar length. After a kill, the same call resumes with the first batch
+        that is not stored.
 
         Args:
             answers: pairs of a question and the response's text; no two of the same question.

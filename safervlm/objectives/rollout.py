@@ -58,7 +58,7 @@ class Rollout:
 def logprob_differences(scored: Tensor, answers: Sequence[Generation]) -> dict[str, Tensor]:
     """Compares the log-probabilities of scoring with those of generating; rounding makes them differ.
 
-    The importance ratios are computed from those of scoring. A large difference says that the responses were sampled
+    The importance ratios are computed from those of scoring. A large difference means that the responses were sampled
     from another distribution than the one that is optimised.
 
     Args:
@@ -66,7 +66,7 @@ def logprob_differences(scored: Tensor, answers: Sequence[Generation]) -> dict[s
         answers: the responses.
 
     Returns:
-        The mean and the 99th percentile of the absolute differences, in nats; of this process. Nothing if the family
+        The mean and the 99th percentile of the absolute differences, in nats, of this process. Empty if the family
         does not record log-probabilities when it generates.
     """
     generated = [value for answer in answers for value in answer.token_logprobs or ()]

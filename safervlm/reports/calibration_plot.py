@@ -44,7 +44,7 @@ def calibration_plot(labelled: Mapping[str, LabelledRun], names: Sequence[str]) 
     if not panels:
         return None
     description = (
-        "How often people agree with the judge's verdict, in percent with 95 % intervals, by the judge's confidence, "
-        "which is the dot: a calibrated judge's interval contains it."
+        "How often people agree with the judge's verdict, in percent with 95 % intervals, by the judge's confidence "
+        "(the dot). If the judge is calibrated, the intervals should contain the dots."
     )
     return figure("Calibration of the judge", description, panels, [])

@@ -74,7 +74,7 @@ def comparison_table(runs: Mapping[str, pd.DataFrame], corrected: pd.DataFrame |
 def _table_of_many(runs: Mapping[str, pd.DataFrame], comparison: pd.DataFrame) -> TextTable:
     """One row per run: its most important measures, each with its interval for new concepts."""
     caption = (
-        "in %, N/A as wrong, with 95 % intervals for new concepts; everything else, corrected rates among it, is on "
+        "in %, N/A as wrong, with 95 % intervals for new concepts; everything else, also corrected rates, is on "
         f"the page and in the files\n{JUDGE_NOTE}"
     )
     table = TextTable(caption=caption, box=SIMPLE_HEAD)

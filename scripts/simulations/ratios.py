@@ -71,8 +71,8 @@ def ratio(
     shared, *own = rng.standard_normal((5, len(images)))
     base = (model[0] - 0.5, model[1])
     runs = [
-        scores(*what, 0.5**0.5 * shared + 0.5**0.5 * luck, of_image, correlation)
-        for what, luck in zip((model, reference, base, reference), own, strict=True)
+        scores(*what, 0.5**0.5 * shared + 0.5**0.5 * own_part, of_image, correlation)
+        for what, own_part in zip((model, reference, base, reference), own, strict=True)
     ]
     truth, base_truth = (scores_mean(*what) / scores_mean(*reference) for what in (model, base))
     return (

@@ -160,7 +160,7 @@ def meaning(
         sent: Parameters of the request.
         variable: Name of the environment variable of the API key.
         has_key: Whether that variable holds a key.
-        answered: Whether the server has answered another question: what it forbids is then this one.
+        answered: Whether the server has answered another question; a rejection then concerns this question alone.
     """
     status, message, model = refusal.status, refusal.message, sent["model"]
     if status == 400 and FILTERS & {refusal.code, refusal.kind}:
