@@ -270,7 +270,8 @@ class OnPolicy(Objective, ABC):
             costs = safe & (predicted == self.judge.labels.index(UNSAFE))
             self.budget.update(*self.sum_over_ranks(torch.stack([costs.sum(), safe.sum()])).tolist())
             rewards = constrained_rewards(rewards, costs, self.budget.multiplier)
-            metrics |= {name: torch.tensor(value) for name, value in self.budget.metrics().items()}
+            for name, value in self.budget.metrics().items():  # on the device, where they are averaged over processes
+                metrics[name] = torch.tensor(value, device=self.device)
         return Sampled(batch, answers, columns, rewards, metrics)
 
     def update(self, rollout: Rollout, seed: int) -> dict[str, Tensor]:

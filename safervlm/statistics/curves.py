@@ -72,17 +72,14 @@ class Curve:
     fpr: Floats
 
 
-def curve(unsafe: Side, safe: Side, weights: tuple[Floats, Floats] | None = None) -> Curve:
+def curve(unsafe: Side, safe: Side) -> Curve:
     """Computes the operating curve: one point for each distinct score.
 
     Args:
         unsafe: scores of unsafe images.
         safe: scores of safe images.
-        weights: (images,) the weight of each unsafe and of each safe image; None weighs all alike.
     """
-    if weights is None:
-        weights = np.ones(len(unsafe.scores)), np.ones(len(safe.scores))
-    return _Sorted.of(unsafe, safe).curve(weights)
+    return _Sorted.of(unsafe, safe).curve((np.ones(len(unsafe.scores)), np.ones(len(safe.scores))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +223,13 @@ def cross_fitted(unsafe: Side, safe: Side) -> tuple[Floats, Floats]:
     folds = [side.concepts % FOLDS for side in (unsafe, safe)]
     flags = [np.zeros(len(side.scores)) for side in (unsafe, safe)]
     for fold in range(FOLDS):
-        weights = [(own != fold).astype(np.float64) for own in folds]
-        if min(weight.sum() for weight in weights) == 0:
+        others = [
+            Side(side.scores[own != fold], side.concepts[own != fold])
+            for side, own in zip((unsafe, safe), folds, strict=True)
+        ]
+        if not all(len(side.scores) for side in others):
             continue  # too few concepts to choose a threshold on others; nothing is flagged
-        points = curve(unsafe, safe, (weights[0], weights[1]))
+        points = curve(*others)
         best = int(np.argmax(points.tpr - points.fpr))
         lower = points.thresholds[min(best + 1, len(points.thresholds) - 1)]
         threshold = (points.thresholds[best] + lower) / 2

@@ -34,7 +34,7 @@ from safervlm.vlm.conversation import template_arguments_of
 from safervlm.vlm.decoding import REQUESTED, DecodedTokens, Decoding
 from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_tokens
 from safervlm.vlm.heads import transform_between
-from safervlm.vlm.layers import switch_off_dropout
+from safervlm.vlm.layers import evaluated, switch_off_dropout
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
 from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing
@@ -205,15 +205,12 @@ class Transformers(LocalVLM):
             if (end := self.collator.turn_end) is not None:
                 token = self.tokenizer.convert_ids_to_tokens(end)
                 say(f"vlm.model: {token} ends a response, too, because the chat template ends responses with it")
-            training = self.training
-            self.eval()
             try:
-                with active(self.base, "reference"):
+                with evaluated(self), active(self.base, "reference"):
                     self_check(self)
             except BaseException:
                 self.model = None  # a second call fails, too
                 raise
-            self.train(training)
 
     def load_base(self) -> PreTrainedModel:
         """Loads the base weights, from safetensors only."""
@@ -331,8 +328,9 @@ class Transformers(LocalVLM):
         asked = EncodedCompletions(encodings, batch.completions, list(map(self.written, encodings)), batch.image_names)
         with active(self.base, adapter):
             targets, found = self.scoring.states(asked)
-        if self.logit_transform is None and self.scoring.last is not None:
-            self.logit_transform = transform_between(self.base.config, *self.scoring.last)
+        last, self.scoring.last = self.scoring.last, None  # large for many rows: not kept until the next batch
+        if self.logit_transform is None and last is not None:
+            self.logit_transform = transform_between(self.base.config, *last)
         if self.logit_transform is None:
             raise ArgumentError(
                 f"vlm.model: {self.name!r} changes the logits behind its head in a way that its config.json does not "
@@ -409,16 +407,14 @@ class Transformers(LocalVLM):
             return [answer for row in each for answer in self.generate(batch.select(row), sampling, seed, adapter)]
         tokenwise = {"input_ids", *self.written(batch.encodings[0])}
         keys = batch.noise_keys(seed)
-        training = self.training
-        self.eval()  # disables dropout, and allows a cache with gradient checkpointing
-        with active(self.base, adapter):
+        # Evaluation mode disables dropout, and allows a cache with gradient checkpointing.
+        with evaluated(self), active(self.base, adapter):
             rows = PromptedRows(self.sharing, batch.encodings, tokenwise)
             if reason := REQUESTED if self.decoding.step == "growing" else rows.obstacle():
                 self.record_decoding("growing", reason)
                 decoded = self._grow(rows, keys, sampling)
             else:
                 decoded = self.decode(rows, keys, sampling, adapter)
-        self.train(training)
         return self.answers(batch.questions, decoded)
 
     def _grow(self, rows: PromptedRows, keys: list[int], sampling: Sampling) -> DecodedTokens:

@@ -1,4 +1,4 @@
-"""Weights of a language model that LoRA can adapt: where they are in the module tree, and of which kind.
+"""Weights of a language model that LoRA can adapt: where they are in the module tree, and of which kind; dropout.
 
 A language model is a stack of blocks. Its weights are the matrices in the blocks; embeddings, the head, norms and
 biases are not counted. Nothing here depends on the name of a model family.
@@ -6,6 +6,7 @@ biases are not counted. Nothing here depends on the name of a model family.
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,3 +147,19 @@ def switch_off_dropout(config: Any) -> None:
             switch_off_dropout(value)
         elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Context manager in which all modules of a model are in evaluation mode, without dropout.
+
+    Args:
+        model: The model; afterwards each of its modules has its mode again.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

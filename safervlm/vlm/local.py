@@ -36,6 +36,7 @@ from safervlm.vlm.base import (
 from safervlm.vlm.decoding import DecodedTokens, Decoder, Decoding, Rows
 from safervlm.vlm.graphs import capture_for
 from safervlm.vlm.heads import LogitTransform
+from safervlm.vlm.layers import evaluated
 from safervlm.vlm.lean import lean_lora
 from safervlm.vlm.lora import (
     AdaptedLayers,
@@ -350,13 +351,11 @@ class LocalVLM(VLM):
         Raises:
             NotFiniteRecordError: A log-probability is not finite.
         """
-        training = self.training
-        self.eval()
         try:
-            scores = self.score(batch)
+            with evaluated(self):
+                scores = self.score(batch)
         except NotFiniteError as error:  # of a record, not of the run
             raise NotFiniteRecordError(str(error)) from None
-        self.train(training)
         return probabilities(batch.questions, scores, self.tokenizer.decode)
 
     def hidden(self, batch: Any, adapter: Adapter) -> Tensor:

@@ -21,6 +21,7 @@ from safervlm.vlm.base import Answer, Batch
 from safervlm.vlm.cache import roomy
 from safervlm.vlm.compat import CACHE
 from safervlm.vlm.decoding import REQUESTED, DecodedTokens, Prompts, Rows
+from safervlm.vlm.layers import evaluated
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.lora import Adapter, active
 from safervlm.vlm.packing import Packed, additive, common_beginning, pack, pack_completions, questions_of_rows
@@ -197,16 +198,14 @@ class PackedVLM(LocalVLM):
         Returns:
             For each question its response, or the reason why it has none: its logits were not finite.
         """
-        training = self.training
-        self.eval()  # disables dropout, and allows a cache with gradient checkpointing
         keys = batch.noise_keys(seed)
-        with active(self.base, adapter):
+        # Evaluation mode disables dropout, and allows a cache with gradient checkpointing.
+        with evaluated(self), active(self.base, adapter):
             if self.decoding.step == "growing":
                 self.record_decoding("growing", REQUESTED)
                 decoded = self._decode(batch, sampling, keys)
             else:
                 decoded = self.decode(PackedRows(self, batch), keys, sampling, adapter)
-        self.train(training)
         return self.answers(batch.questions, decoded)
 
     def prefill(self, batch: PackedBatch, rows: Sequence[Sequence[int]]) -> tuple[Packed, Tensor, DynamicCache]:

@@ -154,6 +154,8 @@ class PromptedRows(Rows):
                 found = state.forward(self, columns + 2)[:, 0].float()
                 if not agree(expected.logits[place], found, self.sharing.dtype):
                     return DIFFERENT_LOGITS
+        except torch.OutOfMemoryError:  # of this batch; the next one may be smaller
+            raise
         except Exception as error:  # a family's code may raise any exception
             return f"{type(error).__name__}: {first_line(error)}"
         return ""

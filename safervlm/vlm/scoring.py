@@ -15,8 +15,7 @@ Shapes: C completions, R packed rows, L tokens of the longest row, N response to
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from safervlm.io.boundary import warn
 from safervlm.vlm.compat import position_ids, takes_a_mask
+from safervlm.vlm.layers import evaluated
 from safervlm.vlm.local import Targets
 from safervlm.vlm.packing import Packed, additive, pack_completions
 from safervlm.vlm.prefix import Encoding, agree, extend, join
@@ -158,7 +158,11 @@ class Scoring:
         )
         mask = packed.attention_mask()
         assert mask is not None  # noqa: S101 (something is shared; for the type checker)
-        inputs = images | {name: each[name][place] for name in asked.tokenwise}
+        inputs: dict[str, Any] = dict(images)
+        for name in asked.tokenwise:
+            # A prompt may begin with the image: padding with its first token would be a placeholder too many.
+            filler = self.vlm.pad_token_id if name == "input_ids" else 0
+            inputs[name] = each[name][place].masked_fill(packed.segments < 0, filler)
         inputs |= {"attention_mask": additive(mask, self.vlm.dtype), "position_ids": positions[..., *place]}
         states = self._forward(inputs)
         rows = packed.rows[:, None].expand_as(packed.source)
@@ -223,19 +227,3 @@ class Scoring:
         if not same:
             warn("completions are scored one per row: this model does not support sharing their image and prompt")
         return same
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Context manager in which all modules of a model are in evaluation mode, without dropout.
-
-    Args:
-        model: The model; afterwards each of its modules has its mode again.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from callbacks.generation_check import GenerationCheck, OverFlaggingWarning, RewardGapWarning
+from callbacks.generation_check import GenerationCheck, OverFlaggingWarning, RewardGapWarning, Verdicts
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.judging.classifier import Judge
 from safervlm.protocol import LABELS, SAFE, UNSAFE
@@ -233,7 +233,7 @@ def test_a_baseline_of_other_noise_is_rejected(temperature: float, stored: dict[
     check = GenerationCheck(Reader(), sampling=Sampling(temperature=temperature))
     with pytest.raises(ArgumentError, match="noise of version 1") if rejected else nullcontext():
         check.load_state_dict({"before": {"x": True}, **stored})
-    assert check.before == (None if rejected else {"x": True})
+    assert check.before == (None if rejected else Verdicts({"x": True}))
 
 
 def test_the_images_of_all_processes_are_put_together():

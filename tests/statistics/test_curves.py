@@ -106,6 +106,16 @@ def test_thresholds_are_chosen_on_other_concepts():
     assert not wrongly.any()
 
 
+def test_the_threshold_does_not_depend_on_the_scores_that_it_flags():
+    """Half-way between 2 and 0, the scores of the other concepts; 1.2 is above it, wherever it is."""
+    concepts = np.arange(10)
+    unsafe, safe = Side(np.full(10, 2.0), concepts), Side(np.zeros(10), concepts)
+    unsafe.scores[3] = 1.2
+    flagged, wrongly = curves.cross_fitted(unsafe, safe)
+    assert flagged.all()
+    assert not wrongly.any()
+
+
 def test_scores_without_information_have_no_knowledge():
     """The best threshold of the same data seems to have some."""
     rng = np.random.default_rng(0)

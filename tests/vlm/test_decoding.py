@@ -262,6 +262,26 @@ def test_a_model_whose_code_fails_grows(
     assert vlm.decoded == {"steps": "growing", "reason": "ValueError: only masks of two dimensions"}
 
 
+def test_too_little_memory_says_nothing_about_a_model(
+    tmp_path: Path, make_questions: Callable[[int], list[Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch fails, and is asked again in halves; these are decoded as any other batch."""
+    families.llava(tmp_path)
+    vlm = Transformers(str(tmp_path), dtype="float32")
+    vlm.load()
+    examples = families.ask(make_questions(3))
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safervlm.vlm.prompted.PromptedRows.logits", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            tokens(vlm, examples, SAMPLINGS["greedy"], Decoding())
+    tokens(vlm, examples, SAMPLINGS["greedy"], Decoding())
+    assert vlm.decoded == {"steps": "fixed"}
+
+
 def test_rows_are_at_least_one() -> None:
     with pytest.raises(ArgumentError, match=r"vlm.decoding.rows"):
         Decoding(rows=0)

@@ -13,6 +13,7 @@ from safervlm.vlm import packing
 from safervlm.vlm.llava import Llava
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.packing import Packed, pack, pack_completions, rows_of_completions
+from safervlm.vlm.sampling import Sampling
 
 # Questions about two images; the second and the last are one prompt, and 4 is the beginning of every prompt.
 IMAGES = [0, 1, 0, 0, 0]
@@ -114,6 +115,22 @@ def examples(make_questions: Callable[[int], list[Question]]) -> list[Example]:
         Example(question, ("Yes, it is." + " Yes." * number, "No." + " No!" * (number % 3)))
         for number, question in enumerate(asked)
     ]
+
+
+def test_an_exception_while_generating_restores_modes(
+    vlm: Llava, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm.train()
+    modes = [module.training for module in vlm.modules()]
+
+    def fails(*_: Any) -> Any:
+        assert not any(module.training for module in vlm.modules())
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(vlm, "decode", fails)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        vlm.generate(vlm.collator(examples), Sampling(max_new_tokens=2), seed=0)
+    assert [module.training for module in vlm.modules()] == modes
 
 
 def test_a_row_per_image_equals_a_row_per_question(

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from safervlm.finite import NotFiniteError, NotFiniteRecordError
 from safervlm.records import Example, Question
 from safervlm.vlm.auto import Transformers
+from safervlm.vlm.layers import evaluated
 from safervlm.vlm.lora import LoRA
-from safervlm.vlm.scoring import evaluated
+from safervlm.vlm.sampling import Sampling
 
 
 @pytest.fixture
@@ -93,3 +95,49 @@ def test_the_same_image_encoded_otherwise_is_another_one(vlm: Transformers, exam
     batch.encodings[1] = {**batch.encodings[1], "pixel_values": -batch.encodings[1]["pixel_values"]}
     torch.testing.assert_close(vlm.score(batch).logprobs, plain(vlm, batch), atol=1e-5, rtol=0)
     assert vlm.scoring.works  # the two completions of a question share a row
+
+
+def test_padding_of_prompts_that_begin_with_the_image_is_no_image(vlm: Transformers, examples: list[Example]) -> None:
+    """Rows of different lengths; a placeholder in their padding would have no image."""
+    vlm.eval()
+    batch = vlm.collator(examples)
+    shown = torch.tensor(sorted(vlm.image_token_ids))
+    for place, encoding in enumerate(batch.encodings):
+        ids = encoding["input_ids"]
+        first = int(torch.isin(ids[0], shown).nonzero()[0, 0])
+        assert first > 0
+        batch.encodings[place] = {
+            name: value[:, first:] if value.shape == ids.shape else value for name, value in encoding.items()
+        }
+    torch.testing.assert_close(vlm.score(batch).logprobs, plain(vlm, batch), atol=1e-5, rtol=0)
+    assert vlm.scoring.works
+
+
+def test_nothing_is_kept_until_the_next_batch(vlm: Transformers, examples: list[Example]) -> None:
+    vlm.eval()
+    for _ in range(2):
+        vlm.score(vlm.collator(examples))
+        assert vlm.scoring.last is None
+        assert vlm.logit_transform is not None
+
+
+def test_an_exception_restores_modes(
+    vlm: Transformers, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm.train()
+    modes = [module.training for module in vlm.modules()]
+    seen: list[bool] = []
+
+    def fails(*_: Any, **__: Any) -> Any:
+        seen.append(any(module.training for module in vlm.modules()))
+        raise NotFiniteError("no number")
+
+    monkeypatch.setattr(vlm, "decode", fails)
+    monkeypatch.setattr(vlm, "score", fails)
+    with pytest.raises(NotFiniteError):
+        vlm.generate(vlm.collator(examples), Sampling(max_new_tokens=2), seed=0)
+    assert [module.training for module in vlm.modules()] == modes
+    with pytest.raises(NotFiniteRecordError):
+        vlm.first_words(vlm.collator(examples))
+    assert [module.training for module in vlm.modules()] == modes
+    assert seen == [False, False]
