@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from safervlm.cli.sequence import finish, play, recipe_file, recipes, typed
+from safervlm.cli.sequence import finish, is_shipped, play, recipe_file, recipes, typed
 from safervlm.errors import RecordError
 from safervlm.io.tables import TextTable, say, show_table
 from safervlm.protocol import CAPABILITIES
@@ -56,7 +56,7 @@ def measure_vlms(words: Sequence[str]) -> None:
             continue
         say(f"{run.name}: measuring into {run}")
         run.parent.mkdir(parents=True, exist_ok=True)
-        code = play(line, log=log_of(run), first=first)
+        code = play(line, log=log_of(run), first=first and is_shipped(file))
         first = False
         if code == 3:
             partial.append(f"{run}: some questions have no response, see the table; the same command asks them again")

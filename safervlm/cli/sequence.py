@@ -98,6 +98,17 @@ def recipe_file(name: str, folder: str) -> str:
     return file
 
 
+def is_shipped(file: str) -> bool:
+    """Returns whether a file of a recipe is a shipped one, which no user has changed.
+
+    A command with such a file is rejected for its other arguments, not for the file.
+
+    Args:
+        file: See :func:`recipe_file`.
+    """
+    return CONFIGS.resolve() in Path(local_or_shipped(file)).resolve().parents
+
+
 def recipes(folder: str) -> list[str]:
     """Returns the names of the recipes in a folder, here and shipped.
 

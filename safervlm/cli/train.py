@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from safervlm.cli.sequence import finish, play, recipe_file, typed
+from safervlm.cli.sequence import finish, is_shipped, play, recipe_file, typed
 from safervlm.errors import ArgumentError
 from safervlm.io.tables import say
 
@@ -44,6 +44,6 @@ def train_objectives(words: Sequence[str]) -> None:
         say(f"{name}: training into {run}")
         rest = [word.replace("{}", name) for word in (*overlay, *given.rest)]
         line = ["fit", "--config", file, *rest, "--run", str(run)]
-        if code := play(line, first=file == files[0] and bool(given.rest)):
+        if code := play(line, first=file == files[0] and bool(given.rest) and is_shipped(file)):
             failed.append(f"{name} (exit code {code})")
     finish(failed)
