@@ -107,6 +107,8 @@ WRONG: dict[str, tuple[Callable[..., object], dict[str, tuple[float, ...]]]] = {
         lambda **given: PPO(VLM, JUDGE, **given),
         {
             "kl_coef": (-0.1, NAN, INFINITY),
+            "budget": (-0.1, 0.0, 1.0, NAN),
+            "budget_step": (0.0, NAN, INFINITY),
             "entropy_coef": (-0.1, NAN, INFINITY),
             "vf_coef": (-0.1, NAN),
             "clip": (0.0, NAN, INFINITY),
@@ -134,6 +136,8 @@ WRONG: dict[str, tuple[Callable[..., object], dict[str, tuple[float, ...]]]] = {
             "clip": (0.0, NAN, INFINITY),
             "clip_high": (0.0, NAN),
             "kl_coef": (-0.1, NAN, INFINITY),
+            "budget": (-0.1, 0.0, 1.0, NAN),
+            "budget_step": (0.0, NAN, INFINITY),
             "epochs": (0,),
             "mini_batch_size": (0,),
             "micro_batch_size": (0,),

@@ -97,7 +97,7 @@ class OnPolicy(Objective, ABC):
         super().__init__(vlm, lr, warmup_steps, weight_decay, seed)
         in_range("model", least=1, mini_batch_size=mini_batch_size)
         in_range("model", least=1, micro_batch_size=micro_batch_size, response_length=response_length)
-        in_range("model", above=0, temperature=temperature, max_grad_norm=max_grad_norm)
+        in_range("model", above=0, temperature=temperature, max_grad_norm=max_grad_norm, budget_step=budget_step)
         in_range("model", length_bonus=length_bonus, no_eos_penalty=no_eos_penalty)
         judge.require_labels(LABELS["alignment"], "model.judge")
         vlm.lora = replace(vlm.lora, dropout=0.0)
