@@ -255,6 +255,7 @@ def test_several_raters(truth, monkeypatch, capsys):
 
 def test_an_agreement_that_is_not_defined_is_a_dash(truth, monkeypatch, capsys):
     """If all labels of a capability are the same, chance alone would agree everywhere."""
+    monkeypatch.setenv("COLUMNS", "200")  # no line is wrapped
     for rater in ("Ada", "Ben"):
         typing(monkeypatch, capsys, dict.fromkeys(truth, "N/A"))
         main([*LINE, "--rater", rater])

@@ -62,7 +62,7 @@ def test_a_model_that_takes_no_mask_per_token_is_scored_alone(
     with patch.object(vlm.base, "forward", forward):
         torch.testing.assert_close(vlm.score(batch).logprobs, expected)
     assert vlm.scoring.works is False
-    assert "a row for each" in capsys.readouterr().err
+    assert "scored one per row" in capsys.readouterr().err
 
 
 def test_the_comparison_draws_no_dropout_and_restores_modes(vlm: Transformers, examples: list[Example]) -> None:
