@@ -124,12 +124,12 @@ def test_the_order_of_the_questions_changes_nothing(temperature, command, uninte
     assert responses(tmp_path) == uninterrupted(temperature)
 
 
-def test_killed_at_twelve_random_moments(command, uninterrupted, tmp_path):
+def test_killed_at_twenty_random_moments(command, uninterrupted, tmp_path):
     line = command("run", "--data.batch_size=1")
     shards = tmp_path / "run" / "shards" / "responses"
     rng = random.Random(0)
     there = []
-    for _ in range(12):
+    for _ in range(20):
         before = set(shards.glob("*.jsonl"))
         # Waits for a number of new responses, however slow the machine is, and a little longer.
         enough = (there[-1] if there else 0) + rng.randrange(4)
@@ -143,7 +143,7 @@ def test_killed_at_twelve_random_moments(command, uninterrupted, tmp_path):
         played.process.join()
         there.append(lines_in_shards(tmp_path))
     assert there == sorted(there)  # nothing is lost
-    assert len(set(there)) > 3, there  # the moments of the interruption differ
+    assert len(set(there)) > 5, there  # the moments of the interruption differ
     assert f"{there[-1]} records are there already" in play(line, tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
 
@@ -277,9 +277,14 @@ def test_what_starts_the_processes_changes_nothing(launcher, command, uninterrup
 
 def test_torchrun_and_a_trainer_for_one(command, tmp_path) -> None:
     """With a trainer for one process, each process of torchrun would assume to be the only one."""
-    set_by_torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0}
-    said = play(command("run"), tmp_path, code=2, **set_by_torchrun)
-    assert "--trainer.devices: torchrun has started 2 processes for a trainer of 1; give --trainer.devices 2" in said
+    line = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "--no-python", "--", BIN / "safervlm"]
+    line += command("run")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    ended = subprocess.run(list(map(str, line)), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert (
+        "--trainer.devices: torchrun has started 2 processes for a trainer of 1; give --trainer.devices 2"
+        in ended.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
