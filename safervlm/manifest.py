@@ -203,7 +203,7 @@ class RunManifest(Callback):
 
     def _write_decoding(self, trainer: Trainer, pl_module: LightningModule) -> None:
         decoded = getattr(getattr(pl_module, "vlm", None), "decoded", {})
-        if trainer.is_global_zero and decoded != self._decoded:
+        if trainer.is_global_zero and decoded and decoded != self._decoded:
             self._decoded = decoded
             say(f"decoding: {decoded['steps']} steps" + (f" ({decoded['reason']})" if "reason" in decoded else ""))
             write_stage(Path(trainer.default_root_dir), stage_name(pl_module), decoding=decoded)

@@ -34,7 +34,8 @@ def bins_of(confidence: Floats) -> Numbers:
     """Returns the bin of each response: up to five with about as many labels, of at least 10 each.
 
     Args:
-        confidence: (labels,) the judge's probability of its verdict. Equal values are in the same bin.
+        confidence: (labels,) the judge's probability of its verdict. Equal values are in the same bin, so that bins may
+            differ in size, and have fewer labels, where values are equal.
 
     Returns:
         (labels,) numbers from 0 without gaps, in ascending order of the confidence.

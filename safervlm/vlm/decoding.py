@@ -380,28 +380,36 @@ class Decoder:
         """
         if self.levels is not None and bool(state.undecided.any()):
             self.levels += 1
-        over = state.done.all(-1).tolist()
-        self._collect(held, state, [place for place, number in enumerate(held) if over[place] and number >= 0])
-        held = [-1 if ended else number for number, ended in zip(held, over, strict=True)]
+        held, free = self._released(held, state)
+        while self.waiting and len(free) * REFILL >= len(held):
+            self._refill(held, free, state)
+            held, free = self._released(held, state)  # a first token may have been the last
         live = [place for place, number in enumerate(held) if number >= 0]
-        free = [place for place, number in enumerate(held) if number < 0]
-        if self.waiting and len(free) * REFILL >= len(held):
-            numbers = self._take(len(free))
-            news = self._started(numbers, state.capacity)
-            if news.capacity > state.capacity:
-                self._grow(state, news.capacity)
-            places = free[: len(numbers)]
-            state.put(torch.tensor(places, device=state.tokens.device), news)
-            for place, number in zip(places, numbers, strict=True):
-                held[place] = number
-            self.aligned, self.used = False, int(state.columns.max()) + 1 - self.rows.slots
-            return self._changed(held, state)  # a first token may have been the last
         if not self.waiting and 2 * len(live) <= len(held):  # otherwise copying the cache costs more than it saves
             held = [held[place] for place in live]
             if held:
                 state.select(torch.tensor(live, device=state.tokens.device))
                 self.graphs.clear()
         return held, state
+
+    def _released(self, held: list[int], state: State) -> tuple[list[int], list[int]]:
+        """Stores the responses of finished rows. Returns the number of each row (-1: free), and the free rows."""
+        over = state.done.all(-1).tolist()
+        self._collect(held, state, [place for place, number in enumerate(held) if over[place] and number >= 0])
+        held = [-1 if ended else number for number, ended in zip(held, over, strict=True)]
+        return held, [place for place, number in enumerate(held) if number < 0]
+
+    def _refill(self, held: list[int], free: Sequence[int], state: State) -> None:
+        """Starts waiting rows in the places of free ones."""
+        numbers = self._take(len(free))
+        news = self._started(numbers, state.capacity)
+        if news.capacity > state.capacity:
+            self._grow(state, news.capacity)
+        places = free[: len(numbers)]
+        state.put(torch.tensor(places, device=state.tokens.device), news)
+        for place, number in zip(places, numbers, strict=True):
+            held[place] = number
+        self.aligned, self.used = False, int(state.columns.max()) + 1 - self.rows.slots
 
     def _collect(self, held: Sequence[int], state: State, places: list[int]) -> None:
         """Stores the responses of finished rows."""

@@ -1,5 +1,6 @@
 """Steps of fixed shapes: their responses are those of the growing loops, token by token."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,24 @@ def test_a_step_that_cannot_be_captured_is_computed_anew(
         hook.remove()
     assert "no CUDA graph: operation not permitted" in vlm.uncaptured
     assert recorder.tried == 1
+
+
+def test_responses_of_one_token_need_no_deeper_stack(
+    vlm: Llava, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each start of a waiting question is followed by another one."""
+    depths: list[int] = []
+    started = decoding.Decoder._started
+
+    def counted(*args: Any) -> Any:
+        depths.append(len(inspect.stack(0)))
+        return started(*args)
+
+    monkeypatch.setattr(decoding.Decoder, "_started", counted)
+    sampling = Sampling(temperature=0, max_new_tokens=1)
+    assert tokens(vlm, examples, sampling, Decoding(rows=1)) == tokens(vlm, examples, sampling, Decoding("growing"))
+    assert len(depths) > 3
+    assert len(set(depths[1:])) == 1
 
 
 @pytest.mark.parametrize("rows", [None, 1])
