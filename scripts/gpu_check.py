@@ -4,7 +4,7 @@
     python scripts/gpu_tables.py FOLDER/gpu_check.json
 
 In this order: the tests marked ``gpu``; attention with one key-value head in bfloat16 against float32; generation with
-its time, kernel launches and GPU time per step; training steps of SFT, DPO and PPO. The file is written after each
+its time, launches, kernels and GPU time per step; training steps of SFT, DPO and PPO. The file is written after each
 figure. What doesn't fit into the time is left out, with the reason, and the process ends itself at the limit.
 
 The weights are random, and the end token is suppressed, so every response has the maximum length. The time per step is
@@ -46,6 +46,7 @@ TESTS, GENERATION, TRAINING = 150, 25, {"sft": 60, "dpo": 65, "ppo": 120}
 EXAMPLES = 32  # of a training step
 SHORT, PROFILED = 2, 8  # tokens of the shortest responses; steps that are profiled
 HEADS, HEAD_SIZE = 8, 256  # of attention, as in PaliGemma
+LAUNCH = re.compile(r"(cuda|cu|hip)(Launch|GraphLaunch|Memcpy|Memset|ModuleLaunch|ExtModuleLaunch|ExtLaunch)")
 LENGTHS = (32, 33, 64, 65, 256, 257, 608, 609, 1024, 1025)
 
 
@@ -195,7 +196,7 @@ def generation(vlm: Llava, batch: PackedBatch, case: Case, tokens: int) -> dict[
         tokens: length of a response.
 
     Returns:
-        The time of the batch, memory, and per step its time, launches and GPU time.
+        The time of the batch, memory, and per step its time, launches, kernels and GPU time.
     """
 
     def generate(length: int) -> float:
@@ -215,22 +216,30 @@ def generation(vlm: Llava, batch: PackedBatch, case: Case, tokens: int) -> dict[
     short, long = generate(SHORT), generate(tokens)
     memory = torch.cuda.max_memory_allocated() / sizes.GIB if torch.cuda.is_available() else 0.0
     few, more = (profiled(lambda length=length: generate(length)) for length in (SHORT, SHORT + PROFILED))
-    launches, busy = ((b - a) / PROFILED for a, b in zip(few, more, strict=True))
-    step = 1000 * (long - short) / (tokens - SHORT)
-    figures = {"memory": memory, "step_ms": step, "launches": launches, "gpu_ms": busy}
+    counts = {name: (more[name] - few[name]) / PROFILED for name in few}
+    figures = {"memory": memory, "step_ms": 1000 * (long - short) / (tokens - SHORT)} | counts
     return {"batch_s": round(long, 2)} | {name: round(value, 1) for name, value in figures.items()}
 
 
-def profiled(run: Callable[[], Any]) -> tuple[int, float]:
-    """Returns how many kernels and copies a call launches on the GPU, and the milliseconds that they take.
+def profiled(run: Callable[[], Any]) -> dict[str, float]:
+    """Returns what a call launches on the GPU.
 
     Args:
         run: the call.
+
+    Returns:
+        ``launches``, the calls of the driver that launch a kernel, a copy or a whole graph; ``kernels``, the kernels
+        and copies that the GPU executes, of which a graph has many; ``gpu_ms``, their time in milliseconds.
     """
     with profile(activities=[ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU]) as found:
         run()
-    events = [each for each in found.events() or [] if each.device_type == DeviceType.CUDA]
-    return len(events), sum(each.time_range.elapsed_us() for each in events) / 1000
+    events = found.events() or []
+    kernels = [each for each in events if each.device_type == DeviceType.CUDA]
+    return {
+        "launches": sum(each.device_type == DeviceType.CPU and bool(LAUNCH.match(each.name)) for each in events),
+        "kernels": len(kernels),
+        "gpu_ms": sum(each.time_range.elapsed_us() for each in kernels) / 1000,
+    }
 
 
 def generations(report: Report, shape: Shape, folder: Path, tokens: int) -> None:

@@ -33,6 +33,7 @@ from safervlm.run import locked, must_have_noise, read_manifest
 from safervlm.run_folder import RunFolder
 from safervlm.unfinished import UnfinishedFile
 from safervlm.vlm.server.client import Server
+from safervlm.vlm.thinking import thinking_unfinished
 
 # The responses and verdicts of a repetition that is not complete.
 UNFINISHED = "verify-responses-unfinished.jsonl", "verify-verdicts-unfinished.jsonl"
@@ -272,13 +273,16 @@ def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str,
             flips.append({"id": name, **both, "label": labels[0], "label_again": labels[1]})
     write_jsonl(files.flips, [*flips, *({"id": failure.id, "reason": failure.reason} for failure in failed)])
     right = {example.question.id: example.question.answer for example in asked}
+    inside = {name for name in verdicts if thinking_unfinished(before[name]) or thinking_unfinished(answers[name])}
+    finished = {name: labels for name, labels in verdicts.items() if name not in inside}
     for name in UNFINISHED:
         (run / name).unlink(missing_ok=True)
     show(
         title,
         [before[name].response != response.response for name, response in answers.items()],
         [old != new for old, new in verdicts.values()],
-        [((old == right[name]), (new == right[name])) for name, (old, new) in verdicts.items()],
+        [(old == right[name], new == right[name]) for name, (old, new) in finished.items()],
+        len(inside),
     )
     say(f"flips: {files.flips}")
     if failed:
@@ -289,14 +293,18 @@ def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str,
         sys.exit(3)
 
 
-def show(title: str, answers: Sequence[bool], verdicts: Sequence[bool], right: Sequence[tuple[bool, bool]]) -> None:
+def show(
+    title: str, answers: Sequence[bool], verdicts: Sequence[bool], right: Sequence[tuple[bool, bool]], inside: int = 0
+) -> None:
     """Prints the flip rates with 95 % Clopper-Pearson intervals, and a bound on the change of the run's accuracy.
 
     Args:
         title: Title of the table.
         answers: For each question, whether its response differs.
         verdicts: For each judged response, whether its verdict differs.
-        right: For each judged response, whether it was correct before, and in the repetition.
+        right: For each judged response with finished thinking, whether it was correct before, and in the repetition.
+        inside: Number of judged responses whose thinking was unfinished before or in the repetition. The accuracy
+            excludes them, as the tables of a run do.
     """
     caption = f"95 % intervals: Clopper-Pearson; the sample is random, so they are for the run\n{JUDGE_NOTE}"
     table = TextTable(title=title, caption=caption)
@@ -308,10 +316,13 @@ def show(title: str, answers: Sequence[bool], verdicts: Sequence[bool], right: S
             share = f"{100 * sum(flips) / len(flips):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
             table.add_row(name, str(len(flips)), str(sum(flips)), share)
     show_table(table)
-    if right:
-        once, again = (100 * sum(column) / len(right) for column in zip(*right, strict=True))
+    if not right:
+        return
+    once, again = (100 * sum(column) / len(right) for column in zip(*right, strict=True))
+    said = f"accuracy on the sample: {once:.1f} %, then {again:.1f} %"
+    if inside:
+        # Then the number of responses that count differs, too, so that no share of flips bounds the change.
+        say(f"{said}, without {inside} responses with unfinished thinking")
+    else:
         most = 100 * binomtest(sum(verdicts), len(verdicts)).proportion_ci().high
-        say(
-            f"accuracy on the sample: {once:.1f} %, then {again:.1f} %; that of the whole run changes by at most "
-            f"{most:.1f} points (upper end of the verdicts' interval)"
-        )
+        say(f"{said}; that of the whole run changes by at most {most:.1f} points (upper end of the verdicts' interval)")

@@ -14,7 +14,7 @@ import pytest
 from safervlm.cli import verify as verifying
 from safervlm.cli.main import main
 from safervlm.judging.classifier import Judge
-from safervlm.records import Verdict, read_jsonl, write_jsonl
+from safervlm.records import THINKING_UNFINISHED, Verdict, read_jsonl, write_jsonl
 from safervlm.vlm.noise import NOISE
 
 
@@ -113,6 +113,22 @@ def test_only_verdicts_of_the_same_judge_on_the_same_response_are_compared(
     assert only["id"] == verdicts[0]["id"]
     assert only["response"] == only["again"]
     assert only["label"] == verdicts[0]["label"] != only["label_again"]
+
+
+def test_the_accuracy_excludes_unfinished_thinking(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    responses, verdicts = copy(run, tmp_path)
+    labels = {verdict["id"]: verdict["label"] for verdict in verdicts}
+    for response in responses[:3]:
+        response["finish_reason"] = THINKING_UNFINISHED
+    write_jsonl(tmp_path / "responses.jsonl", responses)
+    main(["verify", str(tmp_path), "--sample", str(len(responses)), "--batch_size", "8"])
+    right = [labels[response["id"]] == response["answer"] for response in responses[3:]]
+    share = f"{100 * sum(right) / len(right):.1f} %"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"accuracy on the sample: {share}, then {share}, without 3 responses with unfinished thinking" in printed
+    assert "changes by at most" not in printed
 
 
 def test_a_damaged_image_and_a_response_that_cannot_be_judged_end_nothing(

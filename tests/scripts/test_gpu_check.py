@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -59,9 +60,12 @@ def test_every_figure_is_measured_or_has_a_reason(
     monkeypatch.setattr(check, "time", SimpleNamespace(**vars(time) | {"perf_counter": lambda: now[0]}))
     # The profiler takes seconds for the operations of a CPU.
     lengths: list[float] = []
-    monkeypatch.setattr(
-        check, "profiled", lambda run: (lengths.append(run()) or 100 * len(lengths), 0.5 * len(lengths))
-    )
+
+    def counted(run: Any) -> dict[str, float]:
+        lengths.append(run())
+        return {"launches": 100 * len(lengths), "kernels": 200 * len(lengths), "gpu_ms": 0.5 * len(lengths)}
+
+    monkeypatch.setattr(check, "profiled", counted)
     test = tmp_path / "test_it.py"
     marks = "".join(f"@pytest.mark.gpu\ndef test_{name}():\n    assert {name}\n" for name in ("True", "False"))
     test.write_text(f"import pytest\n{marks}def test_other():\n    pass\n")
@@ -72,8 +76,9 @@ def test_every_figure_is_measured_or_has_a_reason(
     assert found["attention"]["differences"].keys() == {"32", "33"}
     assert max(found["attention"]["differences"].values()) < 0.05
     for entry in found["generation"]:
-        assert entry.keys() - vars(check.CASES[0]).keys() == {"memory", "step_ms", "launches", "gpu_ms", "batch_s"}
-        assert (entry["launches"], entry["gpu_ms"]) == (round(100 / 8, 1), round(0.5 / 8, 1))
+        per_step = {"step_ms", "launches", "kernels", "gpu_ms"}
+        assert entry.keys() - vars(check.CASES[0]).keys() == {"memory", "batch_s"} | per_step
+        assert [entry[name] for name in ("launches", "kernels", "gpu_ms")] == [12.5, 25.0, round(0.5 / 8, 1)]
         assert entry["step_ms"] == 3.0
     assert found["training"][0] == {"recipe": "sft", "examples": 32, "memory": 3.2, "batch_s": 2}
     assert found["training"][2] == {"recipe": "ppo", "examples": 32, "missing": "RuntimeError: the recipe failed"}
@@ -89,8 +94,20 @@ def test_every_figure_is_measured_or_has_a_reason(
 
 def test_kernels_are_counted_on_a_gpu_only(check: ModuleType) -> None:
     ran: list[int] = []
-    assert check.profiled(lambda: ran.append(1)) == (0, 0)
+    assert set(check.profiled(lambda: ran.append(1)).values()) == {0}
     assert ran
+
+
+def test_a_graph_is_one_launch_of_many_kernels(check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def event(name: str, device: str = "CPU", micros: float = 0.0) -> SimpleNamespace:
+        span = SimpleNamespace(elapsed_us=lambda: micros)
+        return SimpleNamespace(name=name, device_type=getattr(check.DeviceType, device), time_range=span)
+
+    driver = ["cudaLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaStreamSynchronize", "aten::mm"]
+    kernels = [event(f"gemm {number}", "CUDA", 40.0) for number in range(5)]
+    found = SimpleNamespace(events=lambda: [*map(event, driver), *kernels])
+    monkeypatch.setattr(check, "profile", lambda **_: nullcontext(found))
+    assert check.profiled(lambda: None) == {"launches": 3, "kernels": 5, "gpu_ms": 0.2}
 
 
 def test_nothing_begins_without_time_for_it(check: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
@@ -132,7 +149,7 @@ def test_the_process_ends_itself_at_the_limit(
 def test_estimates_are_marked(tables: ModuleType) -> None:
     case = {"questions": 16, "per_image": 1, "sampled": False, "adapter": False}
     row = tables.generation_row(case | {"step_ms": 9.04, "batch_s": 1.6})
-    assert row == "| 16 questions, greedy | not measured | 9.04 | 1,414 (estimate) | not measured | 10 |"
+    assert row == "| 16 questions, greedy | not measured | 9.04 | not measured | 1,414 (estimate) | not measured | 10 |"
     assert "24 (estimate)" in tables.generation_row(case | {"missing": "no time left"})
     assert "estimate" not in tables.generation_row(case | {"sampled": True})
 
