@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -117,18 +117,26 @@ class GenerationCheck(Callback):
         """Version of the sampling noise; None for greedy decoding, which has none."""
         return None if self.sampling.temperature == 0 else NOISE
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What determines the verdicts of a policy: judges and sampling."""
+        judges = {"judge": self.judge, "second_judge": self.second_judge}
+        prints = {n: j.fingerprint if j is not None and j.checkpoint is not None else None for n, j in judges.items()}
+        return prints | {f"sampling.{name}": value for name, value in asdict(self.sampling).items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the baseline by question: a resumed run compares with the same responses from before training."""
         before = self.before
         baseline = {"before": None} if before is None else {"before": before.flags, "gaps": before.gaps}
-        return baseline | {"noise": self.noise}
+        return baseline | {"noise": self.noise, "origin": self.origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the baseline.
 
         Raises:
-            ArgumentError: the checkpoint is of an earlier version, which stored no baseline by question, or sampled
-                it with other noise.
+            ArgumentError: the checkpoint is of an earlier version, which stored no baseline by question, or its
+                baseline has other judges, another sampling or other noise: the policy from before training can't be
+                asked again.
         """
         if "before" not in state_dict:
             raise ArgumentError(
@@ -141,6 +149,13 @@ class GenerationCheck(Callback):
                 f"those of today would be with version {self.noise}; start a new run (--run)"
             )
         flags = state_dict["before"]
+        there, here = state_dict.get("origin", {}), self.origin
+        if flags is not None and (other := [name for name, value in there.items() if here[name] != value]):
+            raise ArgumentError(
+                f"GenerationCheck: {', '.join(other)}: the responses from before training are those of "
+                f"{', '.join(repr(there[name]) for name in other)}, and can't be compared with those of "
+                f"{', '.join(repr(here[name]) for name in other)}; give the former, or start a new run (--run)"
+            )
         self.before = None if flags is None else Verdicts(flags, state_dict.get("gaps", {}))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

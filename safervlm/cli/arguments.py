@@ -37,6 +37,8 @@ MAY_BE_EMPTY = {"system", "about", "template"}
 RANKS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE")
 # Sections of a configuration. One without settings would discard those of the files before it.
 SECTIONS = ("model", "data", "trainer")
+# What a class in a configuration may have.
+OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 # Arguments whose value must be a settings file if a file of this name exists; that of others, except of data files, may
 # be one.
 PARTS = {"config", "model", "model.vlm", "data", "data.own", "data.sets", "trainer"}
@@ -127,6 +129,8 @@ def check_arguments(name: str, value: Any, where: str, folder: Path, seen: set[P
     last = name.rpartition(".")[2]
     if last in SEEDS:
         check_seed(value, where)
+    if last == "limit" and re.fullmatch(r"0+|-\d+", str(value).strip()):
+        raise ArgumentError(f"{where}: at least 1, or none, got {value}")
     if not isinstance(value, str):
         return
     reject_empty(name, value, where)
@@ -186,14 +190,20 @@ def check_kinds(settings: Any, name: str, where: str) -> None:
         where: Location of the settings, for the error message.
 
     Raises:
-        ArgumentError: A section or the arguments of a class are no settings, the path of a class is no text, or the
-            name of an argument is no text.
+        ArgumentError: A section or the arguments of a class are no settings, the path of a class is no text, something
+            else is beside it, or the name of an argument is no text.
     """
     for item in settings if isinstance(settings, list) else ():
         check_kinds(item, name, where)
     if not isinstance(settings, Mapping):
         return
     section, arguments = not name, name.endswith(("init_args", "dict_kwargs"))
+    beside = [key for key in settings if key not in OF_A_CLASS] if isinstance(settings.get("class_path"), str) else []
+    if beside:
+        raise ArgumentError(
+            f"{where}: {f'{name}.' if name else ''}{beside[0]} is beside a class_path, which only "
+            f"{' and '.join(OF_A_CLASS[1:])} may be; write the arguments of the class into init_args"
+        )
     for key, value in settings.items():
         whole = f"{name}.{key}" if name else str(key)
         if not isinstance(key, str) and (section or arguments):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from safervlm.errors import ArgumentError
+from safervlm.errors import ArgumentError, explained
 from safervlm.io.tables import say
 
 OBJECTIVES = ("sft", "dpo", "ppo")
@@ -59,10 +59,12 @@ def demo(play: Callable[[list[str]], None], out: str = "runs/demo", seed: int = 
         perturbation: See ``safervlm pictograms --help``; only to test how much the results depend on rounding.
 
     Raises:
-        ArgumentError: ``out`` is empty or a file.
+        ArgumentError: ``out`` is empty or a file, or can't be made.
     """
     if not out.strip() or Path(out).is_file():
         raise ArgumentError(f"out: the folder of the runs, got {out!r}; name a folder")
+    with explained(f"out: the folder {out!r} can't be made", "name another one", OSError, error=ArgumentError):
+        Path(out).mkdir(parents=True, exist_ok=True)  # not only after minutes, by the first measurement
     lines = command_lines(Path(out), seed, perturbation)
     for number, line in enumerate(lines, 1):
         say("")

@@ -21,7 +21,7 @@ from jsonargparse import Namespace
 from lightning import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from packaging.requirements import Requirement
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from safervlm.cli.arguments import prepared
 from safervlm.cli.lightning import IdleCLI, as_command_line, hush
@@ -36,6 +36,8 @@ from safervlm.recipes import local_or_shipped
 from safervlm.records import read_jsonl
 from safervlm.run_folder import RunFolder
 from safervlm.vlm.lora import LoRA, adapted_layers
+from safervlm.vlm.sizes import read_config, sized
+from safervlm.vlm.weights import weight_files
 
 GIB = 2**30
 
@@ -315,13 +317,12 @@ def training_memory(folder: Path, lora: LoRA, adapters: int = 1) -> int:
         adapters: Number of adapters.
 
     Raises:
-        ArgumentError: The settings match nothing in this model, or matching takes too long.
+        ArgumentError: The settings match nothing in this model, matching takes too long, or the model is larger than
+            its weights.
         ValueError: Transformers does not know the model.
     """
-    with torch.device("meta"):  # shapes only, no memory for weights
-        model = AutoModelForImageTextToText.from_config(
-            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
-        )
+    with torch.device("meta"), sized(str(folder), weight_files(folder), "vlm.model"):  # no memory for weights
+        model = AutoModelForImageTextToText.from_config(read_config(str(folder)), trust_remote_code=False)
     layers = adapted_layers(model, lora)
     linear = [model.get_submodule(name) for name in layers.modules]
     sizes = [module.in_features + module.out_features for module in linear if isinstance(module, torch.nn.Linear)]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safervlm.cli.sequence import finish, play, typed
+from safervlm.errors import ArgumentError
 from safervlm.io.tables import say
 from safervlm.run_folder import RunFolder
 
@@ -30,7 +31,7 @@ def evaluate_runs(words: Sequence[str]) -> None:
         words: Words of the command line behind ``evaluate``.
 
     Raises:
-        ArgumentError: An option has no value.
+        ArgumentError: An option has no value, or none of the named runs has an adapter.
         SystemExit: With exit code 1 if an evaluation failed, 3 if something has no response, 2 if the first evaluation
             rejects the arguments.
     """
@@ -40,12 +41,18 @@ def evaluate_runs(words: Sequence[str]) -> None:
     runs: dict[Path, Path] = {}  # each folder once
     for run in (original, *map(Path, given.names)):
         runs.setdefault(run.resolve(), run)
+    there = [run for run in runs.values() if (RunFolder(run).adapter / "adapter_config.json").is_file()]
+    if given.names and not there and len(runs) > 1:
+        raise ArgumentError(
+            f"{', '.join(given.names)}: no adapter in it; name the run folders of trainings, or train one: safervlm "
+            "train --help"
+        )
     failed, partial = [], []
     evaluated = [original]  # the baseline of the comparison, whether it exists or not
     for run in runs.values():
         adapter = []
         if run != original:
-            if not (RunFolder(run).adapter / "adapter_config.json").is_file():
+            if run not in there:
                 failed.append(f"{run}: no adapter in it; train one: safervlm train --help")
                 continue
             adapter = ["--model.vlm.adapter", str(RunFolder(run).adapter)]

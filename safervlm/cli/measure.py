@@ -46,7 +46,8 @@ def measure_vlms(words: Sequence[str]) -> None:
     files = [recipe_file(name, "configs/vlm") for name in given.names or every]
     runs = [Path(given.options["runs"]) / Path(file).stem for file in files]
     failed, partial = [], []
-    first = bool(given.rest)  # nothing but the arguments is common to the measurements
+    # A command that rejects its arguments ends the sequence: nothing but they is common to several.
+    first = len(files) == 1 or (bool(given.rest) and is_shipped(files[0]))
     for file, run in zip(files, runs, strict=True):
         line = ["predict", "--config", "configs/measure.yaml", *overlay]
         line += [*(word.replace("{}", run.name) for word in given.rest), "--model.vlm", file]
@@ -56,7 +57,7 @@ def measure_vlms(words: Sequence[str]) -> None:
             continue
         say(f"{run.name}: measuring into {run}")
         run.parent.mkdir(parents=True, exist_ok=True)
-        code = play(line, log=log_of(run), first=first and is_shipped(file))
+        code = play(line, log=log_of(run), first=first)
         first = False
         if code == 3:
             partial.append(f"{run}: some questions have no response, see the table; the same command asks them again")

@@ -4,13 +4,16 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from lightning import LightningDataModule, Trainer
 
 from safervlm.cli.arguments import SECTIONS, SHORT, options
+from safervlm.errors import first_line
+from safervlm.io.settings import read_part
 from safervlm.recipes import CONFIGS
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.sampling import Sampling
@@ -99,6 +102,8 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         close = difflib.get_close_matches(Path(missing).stem, shipped, 1)
         hint = f"did you mean {shipped[close[0]]}?" if close else "see configs/"
         return f"--{key}: no file {missing!r}; {hint}"
+    if file := find(r"Config file loop detected: (.+) -> "):  # jsonargparse read it again, as the name of a class
+        return f"--{argument(key, typed)}: {file}: {about_class(Path(file))}"
     whole_sections = {"LightningModule": "model", "LightningDataModule": "data"}
     section = next((part for kind, part in whole_sections.items() if re.search(rf"\b{kind}\b", message)), "")
     name = f"--{section or argument(key, typed)}: " if key else ""
@@ -106,8 +111,6 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         return f"{name}{path!r} is no path of a class, as safervlm.measure.Measure is; correct it"
     if reason := find(r"does not correspond to a subclass of (\w+)"):
         return f"{name}{find(r'Given value: (.*)') or 'the class'} is not a {reason}; name the class_path of one"
-    if reason := find(r"Not a valid subclass of (\w+)"):
-        return f"{name}{find(r'Got value: (.*)') or 'it'} is not a {reason}; name the class_path of one"
     if path := find(r"Problem with given class_path '([^']+)'"):
         reason = find(r"class_path '[^']+':\s+(.*)") or ""
         short = path.rpartition(".")[2]
@@ -119,6 +122,11 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
             way_out = f"pip install 'safervlm[{extra}]'" if extra else "install it"
             return f"{name}{path!r} needs a package that is missing ({reason}); {way_out}"
         return f"{name}no class {path!r} ({reason}); check the spelling"
+    if reason := find(r"Not a valid subclass of (\w+)"):
+        value = find(r"Got value: (.*)") or find(r"Given value: (.*)") or "it"
+        return f"{name}{value} is not a {reason}; name the class_path of one"
+    if value := find(r"Unable to load config '(.*)'"):
+        return f"{name}settings are needed, got {value!r}; give each of them, or the file that holds them"
     expected = [
         re.sub(r"^a |<class '|'>|typing\.", "", each) for each in re.findall(r"Expected (.+?)(?:\. Got|\n|$)", message)
     ]
@@ -133,6 +141,23 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         kinds = re.sub(r"Literal\[(.*?)\]", r"\1", " or ".join(expected)).replace("collections.abc.Sequence", "a list")
         return f"{name}expected {kinds}, got {got!r}{meant}"
     return name + " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
+
+
+def about_class(file: Path) -> str:
+    """Returns what is wrong with the class that a file of settings names.
+
+    Args:
+        file: File in YAML or JSON.
+    """
+    settings = read_part(file, str(file))
+    path = settings.get("class_path") if isinstance(settings, Mapping) else None
+    if path is None:
+        return "it names no class; give its class_path, as safervlm.vlm.llava.Llava"
+    try:
+        resolve_name(path)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        return f"no class {path!r} ({first_line(error)}); check the spelling"
+    return f"{path!r} is no class that this argument takes; name another class_path"
 
 
 def corrected_name(name: str, known: Sequence[str]) -> str | None:
@@ -170,10 +195,10 @@ def source_of(key: str, typed: Sequence[str]) -> str:
     """Returns where a setting comes from: the file and the line, or the argument; ``a config`` if it is not found.
 
     Args:
-        key: Last part of the setting's name.
+        key: Last parts of the setting's name.
         typed: Words of the command line.
     """
-    setting = re.compile(rf"""[\s{{,'"]*{re.escape(key)}['"]?\s*:""")
+    setting = re.compile(rf"""[\s{{,'"]*{re.escape(key.partition(".")[0])}['"]?\s*:""")
     for name, value in options(typed):
         if value is None:
             continue

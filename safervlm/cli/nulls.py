@@ -1,6 +1,7 @@
-"""Null for an argument that needs a value, which the parser of classes accepts for every argument."""
+"""Values that no argument of a class has, and that its parser accepts: null, and others in place of settings."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from pkgutil import resolve_name
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -9,13 +10,13 @@ from safervlm.errors import ArgumentError
 
 
 def reject_nulls(settings: Mapping[str, Any]) -> None:
-    """Rejects a configuration in which an argument of a class is null whose type has no null.
+    """Rejects a configuration in which an argument of a class is null whose type has no null, or no settings.
 
     Args:
         settings: Parsed settings of a command.
 
     Raises:
-        ArgumentError: An argument is null; the message names it.
+        ArgumentError: An argument is null, or has another value where settings are needed; the message names it.
     """
     trainer = settings.get("trainer") or {}  # the parser checks its own arguments, and loggers get a folder later
     parts = {
@@ -43,6 +44,9 @@ def _nulls(value: Any, name: str, hints: Mapping[str, Any] | None = None) -> Ite
         hint = (hints or {}).get(key)
         if inner is None and hint is not None and not allows_null(hint):
             yield f"{name}.{key}", hint
+        kinds = tuple(kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind))
+        if kinds and not isinstance(inner, (Mapping, NoneType, *kinds)):
+            raise ArgumentError(f"--{name}.{key}: settings are needed, got {inner!r:.80}; give some, or omit it")
         yield from _nulls(inner, f"{name}.{key}", types_of(hint) if isinstance(hint, type) else None)
 
 

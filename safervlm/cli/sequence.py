@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from safervlm.cli.arguments import check_words
 from safervlm.errors import ArgumentError
 from safervlm.io.boundary import REJECTED, warn
 from safervlm.io.signals import GRACE, grace
@@ -49,7 +50,8 @@ def typed(words: Sequence[str], defaults: Mapping[str, str]) -> Typed:
         defaults: Options that take a value -> its default.
 
     Raises:
-        ArgumentError: A name is empty, an option has no value, or ``--run`` is given, which would be overwritten.
+        ArgumentError: A name is empty, an option has no value, ``--run`` is given, which would be overwritten, or an
+            argument is one that each command would reject, see :func:`safervlm.cli.arguments.check_words`.
     """
     names: list[str] = []
     options = {"pictograms": "", **defaults}
@@ -75,6 +77,7 @@ def typed(words: Sequence[str], defaults: Mapping[str, str]) -> Typed:
             raise ArgumentError(f"the argument {word!r} is empty; give a name, or leave it out")
         else:
             names.append(word)
+    check_words(rest)
     if any(word.partition("=")[0] == "--run" for word in rest):
         raise ArgumentError("--run: each command gets its own folder; leave it out, --help says where the folders are")
     return Typed(names, options, rest)

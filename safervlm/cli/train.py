@@ -38,12 +38,14 @@ def train_objectives(words: Sequence[str]) -> None:
     overlay = ["--config", "configs/pictograms/{}.yaml"] if given.options["pictograms"] else []
     files = [recipe_file(name, "configs") for name in given.names]
     failed = []
+    # A command that rejects its arguments ends the sequence: nothing but they is common to several.
+    common = len(files) == 1 or (bool(given.rest) and is_shipped(files[0]))
     for file in files:
         name = Path(file).stem
         run = Path(given.options["runs"]) / name
         say(f"{name}: training into {run}")
         rest = [word.replace("{}", name) for word in (*overlay, *given.rest)]
         line = ["fit", "--config", file, *rest, "--run", str(run)]
-        if code := play(line, first=file == files[0] and bool(given.rest) and is_shipped(file)):
+        if code := play(line, first=file == files[0] and common):
             failed.append(f"{name} (exit code {code})")
     finish(failed)

@@ -57,8 +57,8 @@ def read_delimited(file: Path, delimiter: str) -> list[tuple[int, dict[str, str]
     """Reads the rows of a table whose first line contains the column names.
 
     A cell in double quotes may contain the delimiter, line ends and doubled quotes. Cells are not changed. Column names
-    are normalised by :func:`safervlm.io.names.normal_name`; columns without a name are not read. Blank lines are
-    skipped.
+    are normalised by :func:`safervlm.io.names.normal_name`; columns without a name are not read: the first one, of an
+    index, and empty ones. Blank lines are skipped.
 
     Args:
         file: Table to read.
@@ -69,8 +69,8 @@ def read_delimited(file: Path, delimiter: str) -> list[tuple[int, dict[str, str]
 
     Raises:
         RecordError: A quote is not closed, is closed within a cell or encloses several rows; a row has another number
-            of cells than the header; a column occurs twice; the delimiter differs; or there is no header. The message
-            names the line.
+            of cells than the header, or one in a column without a name; a column occurs twice; the delimiter differs;
+            or there is no header. The message names the line.
     """
     rows = _parsed(file, delimiter)
     header: list[str] = []
@@ -84,6 +84,12 @@ def read_delimited(file: Path, delimiter: str) -> list[tuple[int, dict[str, str]
             raise RecordError(
                 f"{file}, line {number}: has {len(cells)} cells, the header has {len(header)}: a text that contains "
                 f"{DELIMITERS[delimiter]}, a quote or a line end needs quotes around it"
+            )
+        # Only the first column, of an index, may have cells without a name.
+        if any(cell.strip() and not name for cell, name in zip(cells[1:], header[1:], strict=True)):
+            raise RecordError(
+                f"{file}, line {number}: has a cell in a column without a name: name the column; a text that contains "
+                f"{DELIMITERS[delimiter]} needs quotes around it"
             )
         table.append((number, cells))
         if len(lines) > 1:

@@ -20,8 +20,8 @@ from safervlm.io.signals import why_ended
 # Run folder of the current command, if it has one; tracebacks of unexpected errors are written to it.
 run_folder: ContextVar[Path | None] = ContextVar("run_folder", default=None)
 TRACEBACK = "traceback.txt"
-# Environment variable of a command that another one runs: its exit code, instead of 2, if its arguments are rejected
-# before it has a run folder. The other commands of the sequence would reject them, too.
+# Environment variable of a command that another one runs: its exit code, instead of 2, if its arguments are rejected:
+# before it has a run folder, or by a message that names one. The other commands would reject them, too.
 REJECTED = "SAFERVLM_REJECTED"
 BEGINS = "Traceback (most recent call last)"
 
@@ -112,7 +112,7 @@ def one_line_errors(words: Sequence[str] = ()) -> Iterator[None]:
             warn(f"error: {line}")
             raise SystemExit(1) from error
         warn(f"error: {line}")
-        raise SystemExit(_user_error()) from error
+        raise SystemExit(_user_error(line, words)) from error
     finally:
         run_folder.reset(before)
 
@@ -248,9 +248,19 @@ def fail(line: str) -> NoReturn:
         SystemExit: Always.
     """
     warn(f"error: {line}")
-    sys.exit(_user_error())
+    sys.exit(_user_error(line, ()))
 
 
-def _user_error() -> int:
-    """Returns the exit code of an error that the user can correct."""
-    return 2 if run_folder.get() else int(os.environ.get(REJECTED, 2))
+def _user_error(line: str, words: Sequence[str]) -> int:
+    """Returns the exit code of an error that the user can correct.
+
+    Args:
+        line: Message.
+        words: Words of the command line. If the message begins with the name of one of its arguments, the command has
+            rejected it.
+    """
+    about = re.match(r"(?:--)?([\w.]+)(?: \S+)?:", line)
+    typed = {word[2:].partition("=")[0].replace("init_args.", "") for word in words if word.startswith("--")} - {"run"}
+    pairs = [(f".{name}", f".{about[1]}") for name in typed] if about else []
+    named = any(one.endswith(other) or other.endswith(one) for one, other in pairs)
+    return int(os.environ.get(REJECTED, 2)) if named or not run_folder.get() else 2

@@ -219,6 +219,8 @@ def read_file(path: str | Path, record: str, settings: ImageSettings) -> bytes:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             content = b"" if size > settings.max_bytes else file.read(settings.max_bytes + 1)
+    except RecordError:
+        raise
     except FileNotFoundError:
         raise RecordError(f"{what} is missing: add the file or remove the record") from None
     except (OSError, ValueError) as error:  # a ValueError: a NUL character in the name

@@ -4,16 +4,20 @@ Prompts and responses are free text and are never changed. A name may contain co
 escaped wherever the name is printed or written to a page or table.
 """
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
 from safervlm.addresses import is_address, public
 from safervlm.errors import ArgumentError
 
-# Characters that are invisible everywhere: soft hyphen, zero-width space, word joiner, byte order mark.
-INVISIBLE = "\u00ad\u200b\u2060\ufeff"
+# Characters that are invisible everywhere: soft hyphen, zero-width space, word joiner, byte order mark, operators of
+# formulas, separators and fillers of Mongolian and Korean, grapheme joiner.
+INVISIBLE = "\u00ad\u200b\u2060\ufeff\u2061\u2062\u2063\u2064\u180e\u115f\u1160\u3164\uffa0\u034f"
 # Zero-width joiners and directional marks: they affect the display inside a word, but not at its ends.
 AT_THE_ENDS = "\u200c\u200d\u200e\u200f\u061c"
+# The same between characters of ASCII, and variation selectors behind its letters: there they affect nothing.
+WITHOUT_EFFECT = re.compile(rf"(?<=[ -~])[{AT_THE_ENDS}]+(?=[ -~])|(?<=[A-Za-z])[\ufe00-\ufe0f]+")
 
 
 def normal_name(text: str) -> str:
@@ -27,8 +31,9 @@ def normal_name(text: str) -> str:
     """
     if text.isascii() and text.isprintable():  # most names; there may be a million
         return text.strip()
-    text = unicodedata.normalize("NFC", text).translate(dict.fromkeys(map(ord, INVISIBLE)))
+    text = unicodedata.normalize("NFC", text.translate(dict.fromkeys(map(ord, INVISIBLE))))
     text = "".join(" " if unicodedata.category(character) == "Zs" else character for character in text)
+    text = WITHOUT_EFFECT.sub("", text)
     while (stripped := text.strip().strip(AT_THE_ENDS)) != text:
         text = stripped
     return text

@@ -30,6 +30,11 @@ OTHER_KINDS = {
     b"\x1f\x8b": "compressed by gzip: unpack it by `gunzip`",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it by `unzstd`",
     b"PAR1": "Parquet: save it as JSONL",
+    b"BZh91AY&SY": "compressed by bzip2: unpack it by `bunzip2`",
+    b"\xfd7zXZ\0": "compressed by xz: unpack it by `unxz`",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook: save it as CSV (UTF-8) or JSONL",
+    b"SQLite format 3\0": "a SQLite database: export the table as CSV or JSONL",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file by `git lfs pull`",
 }
 
 
@@ -53,10 +58,11 @@ def text_lines(path: Path) -> Iterator[str]:
     """
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(max(map(len, OTHER_KINDS)))
         for mark, kind in OTHER_KINDS.items():
             if start.startswith(mark):
                 raise RecordError(f"{path}: not a text file, but {kind}")
+        start = start[:4]
         encoding = text_encoding(start)
         # newline="": CR and CR LF end a line, as LF does, and are not translated (a quoted cell may contain them).
         with path.open(encoding=encoding, newline="") as lines:

@@ -22,7 +22,7 @@ def tiff_encoding(image: ImageFile.ImageFile, profile: bytes) -> Encoding:
     """
     tags = image.tag_v2  # type: ignore[attr-defined]
     return Encoding(
-        bits=max(tags.get(BITS_PER_SAMPLE, (8,))),
+        bits=max(tags.get(BITS_PER_SAMPLE, (1,))),  # the default of the format
         signed=SIGNED in tags.get(SAMPLE_FORMAT, (1,)),
         white_is_zero=tags.get(PHOTOMETRIC) == WHITE_IS_ZERO,
         profile=profile,

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.classification import MulticlassConfusionMatrix
-from transformers import AutoConfig, RobertaConfig, RobertaModel, get_linear_schedule_with_warmup
+from transformers import RobertaConfig, RobertaModel, get_linear_schedule_with_warmup
 
 from safervlm.data.labelled import LabelCollator
 from safervlm.errors import ArgumentError, RecordError
@@ -26,6 +26,7 @@ from safervlm.judging.files import WEIGHTS, checkpoint_file, config_file
 from safervlm.protocol import LABELS
 from safervlm.ranges import in_range
 from safervlm.vlm.processors import read_tokenizer
+from safervlm.vlm.sizes import read_config, sized
 from safervlm.vlm.weights import load_model, must_be_finite, read_tensors, reading, weights_fingerprint
 
 # Keys that a checkpoint may contain although this model does not. Older versions of transformers saved the position
@@ -165,7 +166,7 @@ class Judge(LightningModule):
         base = self._base
         weights = self._weights
         with reading(base, "base"):
-            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+            config = read_config(base, argument="base")
         tokenizer = read_tokenizer(base, "base")
         if not isinstance(config, RobertaConfig):
             raise ArgumentError(f"base: {base!r} is a {config.model_type}; the judge is built on a RoBERTa")
@@ -175,8 +176,10 @@ class Judge(LightningModule):
                 raise ArgumentError(
                     f"labels: {', '.join(self.labels)}, but those of the judge in {base!r} are {', '.join(saved)}"
                 )
-        if not isinstance(config.pad_token_id, int):
-            raise ArgumentError(f"base: {base!r} has no pad_token_id in its config.json; give a RoBERTa's")
+        if not isinstance(config.pad_token_id, int) or config.pad_token_id < 0:
+            raise ArgumentError(
+                f"base: {base!r} has no pad_token_id in its config.json, but {config.pad_token_id!r}; give a RoBERTa's"
+            )
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: number for number, label in enumerate(self.labels)}
         if weights is None:
@@ -185,13 +188,15 @@ class Judge(LightningModule):
                 RobertaModel, base, "base", whole=False, add_pooling_layer=False, dtype=torch.float32, weights_only=True
             )
         else:
-            with reading(base, "base"):  # sizes in its configuration that make no model
-                roberta = RobertaModel(config, add_pooling_layer=False)
+            # Without memory first: the sizes in its configuration may be those of no model, or of another one.
+            with reading(base, "base"), sized(base, [weights], "base"), torch.device("meta"):
+                shapes = judge_of(RobertaModel(config, add_pooling_layer=False), config, len(self.labels)).state_dict()
+            state = self._checked_state(weights, shapes)
+            roberta = RobertaModel(config, add_pooling_layer=False)
         # float32 whatever the trainer's precision: rounded weights would make a different judge.
-        model = nn.ModuleDict({"roberta": roberta, "classifier": nn.Linear(config.hidden_size, len(self.labels))})
-        model = model.float()
+        model = judge_of(roberta, config, len(self.labels)).float()
         if weights is not None:
-            model.load_state_dict(self._checked_state(weights, model.state_dict()))
+            model.load_state_dict(state)
         self.config, self.tokenizer = config, tokenizer
         positions = config.max_position_embeddings - config.pad_token_id - 1
         self.max_length = min(tokenizer.model_max_length, positions)
@@ -408,6 +413,17 @@ class Judge(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_linear_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def judge_of(roberta: RobertaModel, config: RobertaConfig, labels: int) -> nn.ModuleDict:
+    """Returns the model of a judge, with a new classifier.
+
+    Args:
+        roberta: Its first part.
+        config: The configuration of that part.
+        labels: Number of labels.
+    """
+    return nn.ModuleDict({"roberta": roberta, "classifier": nn.Linear(config.hidden_size, labels)})
 
 
 def _by_length(tokens: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:

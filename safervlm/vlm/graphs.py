@@ -60,7 +60,7 @@ class Graphs:
         self.reason = ""
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Executes a step: the first time as it is, from then on by replaying it.
+        """Executes a step: the first time as it is, from then on by replaying it, if it can be captured.
 
         Args:
             key: What determines the shapes of the step.
@@ -74,7 +74,9 @@ class Graphs:
             try:
                 self.captured[key] = self.capture(step)
             except torch.OutOfMemoryError:
-                raise
+                # The step itself fits: only the graphs, which hold memory of their own, do not.
+                self.reason = "no CUDA graph: it doesn't fit into memory"
+                self.clear()
             except RuntimeError as error:  # the model's code synchronises, for example to route tokens to experts
                 self.reason = f"no CUDA graph: {first_line(error)}"
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 CAP = "final_logit_softcapping"
-# Tolerated difference between logits computed in two ways.
+# Tolerated difference between logits computed in two ways: of each of them, and of their common scale, in which the
+# roundings of many values cancel.
 ROUNDING = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+SCALE_ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ def transform_between(config: Any, bare: Tensor, logits: Tensor) -> LogitTransfo
         return float((transform(bare).float() - logits.float()).square().mean())
 
     best = min(candidates(config), key=apart)
+    expected, found = best(bare).double(), logits.double()
     tolerance = ROUNDING.get(bare.dtype, 1e-3)
-    close = torch.allclose(best(bare).float(), logits.float(), atol=tolerance, rtol=tolerance)
-    return best if close else None
+    if not torch.allclose(expected, found, atol=tolerance, rtol=tolerance):
+        return None
+    square = float(expected.square().sum())
+    scale = float((expected * found).sum()) / square if square else 1.0  # by least squares
+    return best if abs(scale - 1) <= SCALE_ROUNDING.get(bare.dtype, 1e-4) else None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -21,6 +21,7 @@ from safervlm.errors import ArgumentError, UserError, first_line
 from safervlm.hashing import fingerprint_of_files
 from safervlm.io.boundary import warn
 from safervlm.io.reading import read_object
+from safervlm.vlm.sizes import sized
 
 # Files of a model folder that affect its responses, besides the weights.
 DECIDES = (
@@ -112,9 +113,10 @@ def load_model(
         **settings: Keyword arguments of ``from_pretrained``.
 
     Raises:
-        ArgumentError: The model can't be read; or a weight is missing, has another shape, or is not finite.
+        ArgumentError: The model can't be read; its configuration describes a much larger one; or a weight is missing,
+            has another shape, or is not finite.
     """
-    with reading(name, argument), without_report():
+    with reading(name, argument), without_report(), sized(name, weight_files(Path(name)), argument):
         model, found = kind.from_pretrained(
             name, **settings, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -138,8 +140,8 @@ def checked(model: PreTrainedModel, found: Mapping[str, Any], name: str, argumen
         The same model.
 
     Raises:
-        ArgumentError: A weight is missing, has another shape, or is not finite; the folder holds adapter weights; or
-            loading reported an error.
+        ArgumentError: A weight is missing, has another shape, or is not finite; the folder holds adapter weights, or
+            those of more layers than the configuration counts; or loading reported an error.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ArgumentError(
@@ -164,6 +166,12 @@ def checked(model: PreTrainedModel, found: Mapping[str, Any], name: str, argumen
         raise ArgumentError(
             f"{argument}: {name!r} holds an adapter's weights besides its own, for example {adapters[0]}, which would "
             "have no effect; merge the adapter (merge_and_unload), or give it as vlm.adapter"
+        )
+    lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if beyond := [key for key in unread if any(key[: part.start()] in lists for part in re.finditer(r"\.\d+\.", key))]:
+        raise ArgumentError(
+            f"{argument}: {name!r} holds {len(beyond)} weights of layers that its config.json does not count, for "
+            f"example {beyond[0]}; give the config.json of these weights"
         )
     if unread and whole:
         warn(

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -234,6 +235,31 @@ def test_a_baseline_of_other_noise_is_rejected(temperature: float, stored: dict[
     with pytest.raises(ArgumentError, match="noise of version 1") if rejected else nullcontext():
         check.load_state_dict({"before": {"x": True}, **stored})
     assert check.before == (None if rejected else Verdicts({"x": True}))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"judge": "b"}, "GenerationCheck: judge: .* those of 'a', .* those of 'b'"),
+        ({"second_judge": "c"}, "second_judge: .* those of None, .* those of 'c'"),
+        ({"sampling": Sampling(temperature=0.5)}, "sampling.temperature: .* those of 1.0, .* those of 0.5"),
+        ({"sampling": Sampling(top_p=1, max_new_tokens=8)}, "top_p, sampling.max_new_tokens: .*0.9, 512.*1, 8"),
+        ({}, ""),
+    ],
+)
+def test_a_baseline_of_other_judges_or_sampling_is_rejected(change: dict[str, object], named: str):
+    def check(judge: str, second_judge: str | None = None, **settings: Any) -> GenerationCheck:
+        judges = [Word(""), Word("")]
+        for made, name in zip(judges, (judge, second_judge), strict=True):
+            made.checkpoint = made.fingerprint = name
+        return GenerationCheck(judges[0], second_judge=judges[1] if second_judge else None, **settings)
+
+    before = check("a")
+    resumed = check(**{"judge": "a"} | change)
+    resumed.load_state_dict(before.state_dict())  # of a run that has not asked yet
+    before.before = Verdicts({"x": True})
+    with pytest.raises(ArgumentError, match=named) if named else nullcontext():
+        resumed.load_state_dict(before.state_dict())
 
 
 def test_the_images_of_all_processes_are_put_together():

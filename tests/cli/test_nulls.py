@@ -53,6 +53,8 @@ def test_null_is_accepted_where_it_is_a_value(settings: object) -> None:
         (tool(name=None), "--model.name: null is no value for it, it needs str"),
         (tool(size=None), "--model.size: .* it needs Size"),
         (tool(size={"width": None}), "--model.size.width: .* it needs int"),
+        (tool(size=3), "--model.size: settings are needed, got 3"),
+        (tool(size=[{"width": 1}]), r"--model.size: settings are needed, got \[{'width': 1}\]"),
         (tool(rate=None), "--model.rate: .* it needs float"),  # an argument of the base class
         (
             tool(parts=[{"class_path": f"{HERE}.Base", "init_args": {"rate": None}}]),

@@ -197,6 +197,12 @@ DECODED: dict[str, tuple[bytes, np.ndarray, int]] = {
         stretched(DEEP, 65535),
         1,
     ),
+    "black_and_white.tif": (  # without the tag for its bits, of which one is the default
+        tiff(np.packbits(BITS[1], axis=1).tobytes(), W, H, {262: [1], 277: [1]}),
+        three(BITS[1] * 255),
+        0,
+    ),
+    "black_and_white_pillow.tif": (saved(Image.fromarray(BITS[1] > 0), "TIFF"), three(BITS[1] * 255), 0),
     "grey12.tif": (
         tiff(packed12(DEEP[:, : W - 1] >> 4), W - 1, H, {258: [12], 262: [1], 277: [1]}),
         stretched(DEEP[:, : W - 1] >> 4, 4095),

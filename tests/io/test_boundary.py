@@ -96,6 +96,37 @@ def test_an_expected_failure_is_one_line(name: str, capsys: pytest.CaptureFixtur
     assert all(part in line for part in parts), line
 
 
+@pytest.mark.parametrize(
+    ("typed", "said", "code"),
+    [
+        (["--model.lr", "-1"], "model.lr: above 0, got -1.0", 64),
+        (["--limit=0"], "data.limit: at least 1, got 0", 64),
+        (["--model.init_args.vlm.lora.r", "0"], "lora.r: at least 1, got 0", 64),
+        (["--trainer.devices", "-3"], "--trainer.devices -3: an int above 0; correct it", 64),
+        (["--model.lr", "1"], "vlm.model: 'x' can't be read", 2),  # of this run alone
+        (["--model.lr", "1"], "color: none", 2),
+        (["--run", "r"], "--run: the folder 'r' holds another run", 2),
+        ([], "model.lr: above 0, got -1.0", 2),
+    ],
+)
+def test_an_argument_that_each_command_of_a_sequence_would_reject_has_a_code_of_its_own(
+    typed: list[str], said: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also behind the making of the run folder."""
+
+    def failing() -> None:
+        run_folder.set(tmp_path)
+        raise ArgumentError(said)
+
+    for variable, expected in (({"SAFERVLM_REJECTED": "64"}, code), ({}, 2)):
+        monkeypatch.delenv("SAFERVLM_REJECTED", raising=False)
+        for name, value in variable.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended, one_line_errors(["fit", *typed]):
+            failing()
+        assert ended.value.code == expected
+
+
 UNEXPECTED = [
     KeyError("questions"),
     ZeroDivisionError("division by zero"),

@@ -20,6 +20,11 @@ from safervlm.io import names
         ("a\x07b<i>", "a\x07b<i>"),
         ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),  # a joiner within a word is visible
         ("\ud83d x", "\ud83d x"),
+        ("Kn\u200dife", "Knife"),  # but none within a word of ASCII
+        ("An\u200egry\u200c Mob\ufe0f", "Angry Mob"),
+        ("\u2763\ufe0f x", "\u2763\ufe0f x"),  # an emoji, in colours
+        ("Kn\u2062ife\u3164", "Knife"),
+        ("caf\u0065\u034f\u0301\u180e", "café"),
         ("\u200b \u00a0", ""),
     ],
 )

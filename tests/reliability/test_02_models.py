@@ -96,6 +96,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another width in config.json": (set_config(intermediate_size=96), "have another shape"),
     "another number of layers": (set_config(num_hidden_layers=3), "lacks"),
+    "fewer layers": (set_config(num_hidden_layers=1), "holds 9 weights of layers that its config.json does not count"),
+    "no layers": (set_config(num_hidden_layers=0), "of layers that its config.json does not count"),
+    "layers without end": (set_config(num_hidden_layers=10**7), "num_hidden_layers 10000000, more than 100,000"),
+    "more layers than its weights": (set_config(num_hidden_layers=99_999), "describes a larger model than its weights"),
+    "more words than memory": (set_config(vocab_size=10**10), "describes a larger model than its weights"),
     "NaN in a language layer": (with_number("down_proj", float("nan")), "NaN or infinite numbers in"),
     "infinity in the vision tower": (with_number("vision_tower", float("-inf")), "NaN or infinite numbers in"),
     "an adapter's weights beside its own": (

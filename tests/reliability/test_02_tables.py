@@ -90,6 +90,18 @@ ROWS = b"".join(b"%d,Safe,answer %d\n" % (number, number) for number in range(2,
 # Invalid tables: the content, the line that the error names, and the rest of the error.
 REJECTED = {
     "JSONL, two names that are one": ("a.jsonl", b'{"n": 1}\n{"label": 1, "label ": 0}\n', 2, "'label' is there twice"),
+    "a text with a comma and a trailing one": ("a.csv", b"text,label,\na,Safe,\nno, it is,Safe\n", 3, "without a name"),
+    "a cell without a name": ("a.tsv", b"text\t\tlabel\na\t\tSafe\nb\tc\tSafe\n", 3, "without a name"),
+    "an old workbook": ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(20), None, "old Excel workbook"),
+    "bzip2": ("a.jsonl", b"BZh91AY&SY" + bytes(9), None, "bunzip2"),
+    "xz": ("a.csv", b"\xfd7zXZ\0" + bytes(9), None, "unxz"),
+    "a database": ("a.csv", b"SQLite format 3\0", None, "SQLite"),
+    "a pointer of Git LFS": (
+        "a.csv",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        None,
+        "git lfs pull",
+    ),
     "Windows-1252": ("a.csv", HEAD.encode() + b"a,Safe\ncaf\xe9,Safe\n", 3, "iconv -f WINDOWS-1252 -t UTF-8"),
     "Windows-1252, CR LF": ("a.csv", b"text,label\r\na,Safe\r\n\x93no\x94,Safe\r\n", 3, "byte 0x93"),
     "UTF-16 without a mark": ("a.csv", PLAIN.encode("utf-16-le"), 1, "iconv -f UTF-16LE"),

@@ -210,6 +210,8 @@ CASES = [
     answer("deflate", http(zlib.compress(BODY), Content_Encoding="deflate"), "packed"),
     answer("raw deflate", http(zlib.compress(BODY)[2:-4], Content_Encoding="deflate"), "packed"),
     broken("no gzip", http(BODY, Content_Encoding="gzip"), "no gzip"),
+    broken("many gzip members", http(gzip.compress(b" ") * 100 + gzip.compress(BODY), Content_Encoding="gzip"),
+           "more than 100 parts"),
     broken("cut gzip", http(gzip.compress(BODY)[:-20], Content_Encoding="gzip"), "ends in the middle"),
     broken("gzip twice", http(BODY, Content_Encoding="gzip, gzip"), "not asked for"),
     broken("a drip", drip, r"vlm\.timeout", options=SOON),

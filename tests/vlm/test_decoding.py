@@ -141,6 +141,28 @@ def test_a_step_that_cannot_be_captured_is_computed_anew(
     assert recorder.tried == 1
 
 
+@pytest.mark.parametrize("tries", [1, 3])
+def test_a_graph_that_does_not_fit_into_memory_leaves_the_batch_whole(
+    vlm: Llava, examples: list[Example], recorder: Recorder, monkeypatch: pytest.MonkeyPatch, tries: int
+) -> None:
+    """Its steps are computed anew; the graphs that did fit are removed, as they hold memory."""
+
+    def capture(step: Callable[[], None]) -> Any:
+        if recorder.tried + 1 >= tries:
+            recorder.tried += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return recorder(step)
+
+    monkeypatch.setattr(vlm, "uncaptured", "")
+    monkeypatch.setattr(decoding, "BUCKET", 4)
+    monkeypatch.setattr(local, "capture_for", lambda device: capture)
+    expected = tokens(vlm, examples, SAMPLINGS["sampled"], Decoding("growing"))
+    for _ in range(2):
+        assert tokens(vlm, examples, SAMPLINGS["sampled"], Decoding()) == expected
+        assert vlm.decoded == {"steps": "fixed", "reason": "no CUDA graph: it doesn't fit into memory"}
+    assert recorder.tried == tries
+
+
 def test_responses_of_one_token_need_no_deeper_stack(
     vlm: Llava, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,3 +189,19 @@ def test_the_transformation_is_found_in_both_precisions(wanted: LogitTransform, 
     torch.testing.assert_close(found(bare), wanted(bare), atol=0, rtol=0)
     assert transform_between(config, bare, bare + 50) is None
     assert list(candidates(hf.Qwen2Config())) == [LogitTransform()]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unnamed"),
+    [(torch.bfloat16, 1.01), (torch.bfloat16, 0.99), (torch.float16, 1.003), (torch.float32, 1.0005)],
+)
+@pytest.mark.parametrize("size", [300, 0.005])  # the smallest logits differ by less than any absolute tolerance
+def test_a_scale_that_is_smaller_than_the_rounding_of_a_value_is_seen(
+    dtype: torch.dtype, unnamed: float, size: float
+) -> None:
+    config = hf.CohereConfig(vocab_size=8, hidden_size=8)
+    bare = torch.randn(4, 100, generator=torch.Generator().manual_seed(0)).mul(size).to(dtype)
+    for named in (1.0, 0.75):
+        config.logit_scale = named
+        assert transform_between(config, bare, bare * named) == LogitTransform(factor=named)
+        assert transform_between(config, bare, (bare * named).float().mul(unnamed).to(dtype)) is None

@@ -13,6 +13,7 @@ import httpx2
 # Request headers that are sent. The openai package adds others from environment variables (OPENAI_ORG_ID,
 # OPENAI_PROJECT_ID, OPENAI_CUSTOM_HEADERS), which no one has named for these addresses.
 SENT = ("host", "accept", "connection", "content-type", "content-length", "user-agent")
+MEMBERS = 100  # most parts of a gzip body; for each, all that follow it are copied, so that many take minutes
 CHANGED = (b"content-encoding", b"content-length", b"transfer-encoding")  # headers that no longer describe the body
 
 
@@ -105,7 +106,7 @@ def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise BodyError(f"the body has the Content-Encoding {encoding[:40]!r}, which was not asked for")
     content, rest = bytearray(), body
-    while rest:  # gzip allows several members
+    for _ in range(MEMBERS):  # gzip allows several
         # 47: detects gzip or zlib by the header; -15: deflate without a header, which some servers send.
         plain = encoding == "deflate" and rest[0] & 0x0F != 8
         stream = zlib.decompressobj(-15 if plain else 47)
@@ -118,7 +119,9 @@ def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
         if not stream.eof:
             raise BodyError(f"the {encoding} body ends in the middle")
         rest = stream.unused_data
-    return bytes(content)
+        if not rest:
+            return bytes(content)
+    raise BodyError(f"the {encoding} body has more than {MEMBERS} parts")
 
 
 def is_this_machine(host: str) -> bool:
