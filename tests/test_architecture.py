@@ -1,4 +1,7 @@
-"""The structure of the package: layers, circular imports, lengths, documentation, private names, repeated code."""
+"""The structure of the package: layers, circular imports, lengths, documentation, private names, repetition, language.
+
+``pytest -rP tests/test_architecture.py`` prints the count of each.
+"""
 
 import ast
 import re
@@ -7,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from phrases import PHRASES, left_phrases
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "safervlm").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")])
@@ -40,6 +44,7 @@ LAYERS = (
     ("pictograms", "cli", "api", "__init__", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 LONGEST = 450  # lines of a module
 HOOKS = {
     *("setup", "teardown", "prepare_data", "state_dict", "load_state_dict", "forward", "configure_optimizers"),
@@ -140,7 +145,7 @@ def test_no_name_is_defined_twice() -> None:
     places = defaultdict(list)
     for name, tree in TREES.items():
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if isinstance(node, FUNCTION | ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(name)
     twice = {name: modules for name, modules in places.items() if len(modules) > 1}
     print(f"names defined twice: {len(twice)}")
@@ -154,7 +159,7 @@ def undocumented() -> Iterator[str]:
         for node in body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 yield from look(node.body, f"{name}.{node.name}", True)
-            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+            if not isinstance(node, FUNCTION) or node.name.startswith("_"):
                 continue
             if in_class and (node.name.startswith("on_") or node.name in HOOKS):
                 continue
@@ -164,8 +169,7 @@ def undocumented() -> Iterator[str]:
             given = node.args
             arguments = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
             arguments = [each for each in arguments if each not in ("self", "cls")]
-            if given.vararg:
-                arguments.append(given.vararg.arg)
+            arguments += [each.arg for each in (given.vararg, given.kwarg) if each]
             if arguments and "Args:" not in (ast.get_docstring(node) or ""):
                 yield f"{name}.{node.name}"
 
@@ -188,14 +192,14 @@ def without_raises() -> Iterator[str]:
     def body(nodes: list[ast.stmt]) -> Iterator[ast.AST]:
         for node in nodes:
             yield node
-            if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda):
+            if not isinstance(node, FUNCTION | ast.ClassDef | ast.Lambda):
                 yield from body(list(ast.iter_child_nodes(node)))  # type: ignore[arg-type]
 
     def look(nodes: list[ast.stmt], name: str) -> Iterator[str]:
         for node in nodes:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 yield from look(node.body, f"{name}.{node.name}")
-            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+            if not isinstance(node, FUNCTION) or node.name.startswith("_"):
                 continue
             inside = list(body(node.body))
             caught = {each.name for each in inside if isinstance(each, ast.ExceptHandler)}
@@ -221,7 +225,7 @@ def code_lines(path: Path) -> list[tuple[int, str]]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             left_out |= {*range(node.lineno, (node.end_lineno or 0) + 1)}
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        elif isinstance(node, FUNCTION):
             left_out |= {*range(node.lineno, node.body[0].lineno)}
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             left_out |= {*range(node.lineno, (node.end_lineno or 0) + 1)}
@@ -255,7 +259,7 @@ def private_names() -> Iterator[str]:
     for name, tree in TREES.items():
         if name in ("safervlm.compat", "safervlm.vlm.compat"):
             continue
-        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        own = {node.name for node in ast.walk(tree) if isinstance(node, FUNCTION | ast.ClassDef)}
         own |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_own(node.value)}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and not str(node.module).startswith(("safervlm", "callbacks")):
@@ -279,6 +283,13 @@ def test_private_names_stay_in_their_places() -> None:
     found = sorted(set(private_names()))
     print(f"private imports outside the excused places: {len(found)}")
     assert not found
+
+
+def test_no_replaced_phrase_is_left() -> None:
+    found = list(left_phrases())
+    print(f"of the {len(PHRASES)} replaced phrases, left: {len(found)}")
+    assert len(PHRASES) == 44
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "safervlm" / "objectives").glob("*.py")), ids=lambda path: path.stem)

@@ -9,7 +9,8 @@ import pandas as pd
 from safervlm.hashing import seed_for
 from safervlm.reports.examples import picture
 from safervlm.reports.runs import Run
-from safervlm.results.measures import TEXT_ONLY, counted_only
+from safervlm.results.clusters import TEXT_ONLY
+from safervlm.results.measures import counted_only
 from safervlm.results.scores import changed_answers
 from safervlm.results.suite import GROUPS, Column, Evaluation
 from safervlm.results.suite_differences import flips

@@ -16,7 +16,8 @@ from safervlm.errors import RecordError
 from safervlm.labelling.labels import LabelFile, labels_of_people
 from safervlm.labelling.plan import Plan, Strata, labelable, read_plan
 from safervlm.protocol import UNSAFE
-from safervlm.results.measures import BOTH, COLUMNS, CONCEPT, NO_SIDE, STRATUM, TEXT_ONLY
+from safervlm.results.clusters import CONCEPT, STRATUM, TEXT_ONLY, cluster_numbers, concepts_of
+from safervlm.results.measures import BOTH, COLUMNS, NO_SIDE
 from safervlm.run_folder import RunFolder
 from safervlm.statistics.correction import (
     Labelled,
@@ -27,7 +28,7 @@ from safervlm.statistics.correction import (
     interval_this_run,
 )
 from safervlm.statistics.differences import Difference
-from safervlm.statistics.intervals import Floats, Numbers, interval_paired
+from safervlm.statistics.intervals import Floats, interval_paired
 
 GAP, OVER_FLAGGED = "modality_gap", "over_flagging"
 # The corrected rates: name -> (heading, capability, side).
@@ -158,23 +159,6 @@ def _rate_row(run: LabelledRun, rate: str) -> dict[str, Any] | None:
     }
 
 
-def concepts_of(rows: pd.DataFrame) -> tuple[Numbers, Numbers, Numbers]:
-    """Numbers the concepts of responses, and their datasets and categories.
-
-    Args:
-        rows: the responses.
-
-    Returns:
-        (responses,) the concept of each, and (concepts,) dataset and category of each, as numbers.
-    """
-    concepts = rows.groupby(CONCEPT).ngroup().to_numpy()
-    first = np.unique(concepts, return_index=True)[1]
-    datasets, categories = (
-        np.unique(rows[column].to_numpy(object)[first], return_inverse=True)[1] for column in ("dataset", "category")
-    )
-    return concepts, datasets, categories
-
-
 # --- the modality gap -------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +198,7 @@ class Gap:
         Returns:
             Lower and upper end; NaN if there is none.
         """
-        strata = self.by_concept.groupby(STRATUM).ngroup().to_numpy()
+        strata = cluster_numbers(self.by_concept, STRATUM)
         if base is None:
             return interval_paired(self.differences, strata) or (np.nan, np.nan)
         # Differences of gaps are between -2 and 2.

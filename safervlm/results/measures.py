@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ import pandas as pd
 
 from safervlm.protocol import NOT_APPLICABLE, UNSAFE
 from safervlm.records import THINKING_UNFINISHED
+from safervlm.results.clusters import CONCEPT, IMAGE, STRATUM, TEXT_ONLY, cluster_numbers, units_of
 from safervlm.statistics.differences import SHARES_BY_CONCEPT, difference_of_shares
 from safervlm.statistics.intervals import (
     FEWEST_CONCEPTS,
@@ -48,9 +49,6 @@ GAP_WEIGHTS = (
 THESE_CONCEPTS = "these concepts"
 NEW_CONCEPTS = "new concepts"
 
-TEXT_ONLY = "alignment_text_only"
-# Columns that identify a concept, an image, and the stratum of a concept.
-CONCEPT, IMAGE, STRATUM = ["dataset", "category", "concept"], ["dataset", "image"], ["dataset", "category"]
 OVERALL = "overall"
 BOTH = "both"  # the safe and the unsafe side combined
 NO_SIDE = "-"  # perception
@@ -126,7 +124,7 @@ class Counts:
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Self:
-        """Counts the responses of a data frame.
+        """Counts the responses of a data frame by unit, in the order of :func:`~safervlm.results.clusters.units_of`.
 
         Args:
             frame: rows of :func:`~safervlm.results.runs.load_run`.
@@ -138,22 +136,11 @@ class Counts:
             "right": label == frame["answer"],
             "flagged": label == UNSAFE,
         }
-        by_unit = pd.DataFrame(flags, index=frame.index, dtype=float).groupby(cls.units(frame), sort=True)
+        by_unit = pd.DataFrame(flags, index=frame.index, dtype=float).groupby(units_of(frame), sort=True)
         counts = by_unit.sum().reset_index()
         asked, answered, right, flagged = counts[["asked", "answered", "right", "flagged"]].to_numpy(np.float64).T
-        dataset, image = (counts.groupby(by).ngroup().to_numpy() for by in ("dataset", IMAGE))
-        concept = counts.groupby(CONCEPT).ngroup().to_numpy()
+        dataset, image, concept = (cluster_numbers(counts, keys) for keys in (["dataset"], IMAGE, CONCEPT))
         return cls(asked, answered, right, flagged, dataset, image, concept, counts["category"].to_numpy(object))
-
-    @staticmethod
-    def units(frame: pd.DataFrame) -> "list[pd.Series[Any]]":
-        """Returns the keys to group rows by unit; the units of :meth:`of` are in their sorted order.
-
-        Args:
-            frame: rows of :func:`~safervlm.results.runs.load_run`.
-        """
-        unit = frame["image"].where(~frame["capability"].isin([TEXT_ONLY, "context_text_only"]), frame["id"])
-        return [*(frame[name] for name in (*CONCEPT, "image")), unit.rename("unit")]
 
     def of_category(self, category: str) -> Self:
         """Returns the units of a category.
@@ -222,7 +209,7 @@ def modality_gap(frame: pd.DataFrame) -> Estimate:
     gaps = concepts["gap"].to_numpy(float)
     if not len(gaps):
         return Estimate(np.nan, np.nan, np.nan, _NOTHING)
-    interval = interval_paired(gaps, concepts.groupby(STRATUM).ngroup().to_numpy())
+    interval = interval_paired(gaps, cluster_numbers(concepts, STRATUM))
     if interval is None:
         return Estimate(gaps.mean(), np.nan, np.nan, _TOO_FEW if len(gaps) < FEWEST_CONCEPTS else _NO_SPREAD)
     return Estimate(gaps.mean(), *interval, _BY_PAIR)
@@ -249,7 +236,7 @@ def sums_by_concept(runs: Sequence[pd.DataFrame], column: str) -> tuple[Floats, 
         by_concept = hits.astype(float).groupby([asked[name] for name in CONCEPT], sort=True)
         sums.append(by_concept.sum().to_numpy(np.float64))
     answers = by_concept.size()
-    strata = strata_of(*(answers.index.get_level_values(level).to_numpy() for level in ("dataset", "category")))
+    strata = strata_of(*(answers.index.get_level_values(level).to_numpy() for level in STRATUM))
     return np.stack(sums), np.asarray(answers, np.float64), strata
 
 

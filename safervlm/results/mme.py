@@ -3,6 +3,7 @@
 import pandas as pd
 
 from safervlm.errors import RecordError
+from safervlm.results.clusters import IMAGE_OF_TASK
 
 PERCEPTION_TASKS = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
@@ -26,7 +27,7 @@ def mme_images(part: pd.DataFrame) -> pd.DataFrame:
         RecordError: an image does not have exactly two questions.
     """
     right = (part["label"] == part["answer"]) if "label" in part else pd.Series(False, index=part.index)
-    images = part.assign(right=right.astype(float)).groupby(["category", "image"])["right"].agg(["mean", "min", "size"])
+    images = part.assign(right=right.astype(float)).groupby(IMAGE_OF_TASK)["right"].agg(["mean", "min", "size"])
     images = images.reset_index()
     odd = images[images["size"] != 2]
     if len(odd):
@@ -36,7 +37,7 @@ def mme_images(part: pd.DataFrame) -> pd.DataFrame:
             "evaluate the dataset again, or, to score single responses, name its categories otherwise than MME's tasks"
         )
     images = images.assign(value=100 * images["mean"] + 100 * images["min"], both=images["min"])
-    return images[["category", "image", "value", "both"]]
+    return images[[*IMAGE_OF_TASK, "value", "both"]]
 
 
 def pair_answers(answers: pd.DataFrame, unanswered: pd.DataFrame, unfinished: pd.DataFrame) -> pd.DataFrame:

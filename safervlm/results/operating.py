@@ -20,11 +20,9 @@ from safervlm.judging.rules import NO, YES, yes_or_no
 from safervlm.protocol import REVERSED, UNSAFE
 from safervlm.ranges import in_range
 from safervlm.records import read_records
-from safervlm.results.corrected import concepts_of
+from safervlm.results.clusters import CONCEPT, IMAGE, IMAGE_OF_CONCEPT, concepts_of
 from safervlm.results.measures import (
     BOTH,
-    CONCEPT,
-    IMAGE,
     NEW_CONCEPTS,
     OVERALL,
     THESE_CONCEPTS,
@@ -103,7 +101,7 @@ class Images:
         Returns:
             The images; None if a side has none.
         """
-        keys = ["side", *CONCEPT, "image"]
+        keys = ["side", *IMAGE_OF_CONCEPT]
         rows = rows.assign(said=(rows["label"] == UNSAFE).astype(float).where(rows["counts"]))
         images = rows.groupby(keys, sort=True)[["log_odds", "said"]].mean().reset_index()
         sides, said = [], []
@@ -279,8 +277,8 @@ def _acquiescence(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Share of the images whose answers to the first question and to the reversed one both begin with Yes."""
     counted = counted_only(frame)
     # Repetitions of the two questions are paired in order.
-    keys = ["dataset", "image", "repetition"]
-    counted = counted.assign(repetition=counted.groupby(["dataset", "image", "capability", "prompt_number"]).cumcount())
+    keys = [*IMAGE, "repetition"]
+    counted = counted.assign(repetition=counted.groupby([*IMAGE, "capability", "prompt_number"]).cumcount())
     first = counted[(counted["capability"] == "alignment") & (counted["prompt_number"] == 0)]
     turned = counted[counted["capability"] == REVERSED]
     pairs = turned.merge(first[[*keys, "response"]], on=keys, suffixes=("", "_first"), validate="1:1")

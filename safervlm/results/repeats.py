@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safervlm.results.measures import CONCEPT, NEW_CONCEPTS, TEXT_ONLY, THESE_CONCEPTS, Counts, counted_only, proportion
+from safervlm.results.clusters import CONCEPT, IMAGE_OF_CONCEPT, QUESTION, TEXT_ONLY, cluster_numbers, units_of
+from safervlm.results.measures import NEW_CONCEPTS, THESE_CONCEPTS, Counts, counted_only, proportion
 from safervlm.statistics.components import variance_components
 from safervlm.statistics.intervals import Floats
 from safervlm.statistics.repeats import flip_rate, wrong_at_least_once
 
-QUESTION = ["dataset", "category", "concept", "image", "capability", "prompt_number"]  # columns that identify one
 WRONG_AT_LEAST_ONCE = "wrong at least once"
 FLIP_RATE = "flip rate"
 VARIANCE = "share of variance"
@@ -55,7 +55,7 @@ def _shares(part: pd.DataFrame, questions: pd.DataFrame) -> Iterator[dict[str, A
         own, values = first[there], (wrong[there], asked[there])
         shares = flip_rate(*values) if k is None else wrong_at_least_once(*values, k)
         counts = Counts.of(own)
-        hits = np.asarray(pd.Series(shares, index=own.index).groupby(Counts.units(own), sort=True).sum(), np.float64)
+        hits = np.asarray(pd.Series(shares, index=own.index).groupby(units_of(own), sort=True).sum(), np.float64)
         for sampling_unit in (THESE_CONCEPTS, NEW_CONCEPTS):
             kind = "answers" if own["capability"].iloc[0] == TEXT_ONLY else "images"
             estimate = proportion(hits, counts.asked, counts, sampling_unit, kind)
@@ -86,7 +86,7 @@ def _components(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 def _balanced(part: pd.DataFrame) -> "tuple[Floats, np.ndarray[Any, np.dtype[np.intp]]]":
     """Images with two responses to each question, as often as the least asked question of them; and their concepts."""
-    image = part.groupby([*CONCEPT, "image"], sort=True).ngroup().to_numpy()
+    image = cluster_numbers(part, IMAGE_OF_CONCEPT)
     question = np.unique(part["prompt_number"].to_numpy(), return_inverse=True)[1]
     number = part.groupby([image, question]).cumcount().to_numpy()
     counts = np.zeros((image.max() + 1, question.max() + 1), int)
@@ -96,7 +96,7 @@ def _balanced(part: pd.DataFrame) -> "tuple[Floats, np.ndarray[Any, np.dtype[np.
     array = np.zeros((*counts.shape, max(answers, 1)))
     kept = number < answers
     array[image[kept], question[kept], number[kept]] = 1 - part["wrong"].to_numpy(float)[kept]
-    concept = part.groupby(CONCEPT, sort=True).ngroup().to_numpy()
+    concept = cluster_numbers(part, CONCEPT)
     of_image = np.zeros(len(counts), int)
     of_image[image] = concept
     return array[complete], np.unique(of_image[complete], return_inverse=True)[1]

@@ -44,12 +44,12 @@ import pandas as pd
 
 from safervlm.io.tables import EXCLUDED
 from safervlm.protocol import CAPABILITIES, CATEGORIES
+from safervlm.results.clusters import CONCEPT, TEXT_ONLY
 from safervlm.results.measures import (
     ACCURACY,
     ACCURACY_NA_WRONG,
     BOTH,
     COLUMNS,
-    CONCEPT,
     DIVERSITIES,
     DIVERSITY,
     DIVERSITY_PUBLISHED,
@@ -58,7 +58,6 @@ from safervlm.results.measures import (
     NO_SIDE,
     OVER_FLAGGING,
     OVERALL,
-    TEXT_ONLY,
     THESE_CONCEPTS,
     UNFINISHED,
     Counts,

@@ -25,6 +25,7 @@ from safervlm.judging.rating import Rating
 from safervlm.judging.rules import occurs
 from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
 from safervlm.records import Failure, read_records
+from safervlm.results.clusters import IMAGE, cluster_numbers
 from safervlm.results.measures import (
     NEW_CONCEPTS,
     THESE_CONCEPTS,
@@ -46,14 +47,14 @@ from safervlm.statistics.intervals import (
     BY_TASK,
     FEWEST_CONCEPTS,
     RATIO_BY_IMAGE,
-    coverage,
+    SHARE_BY_IMAGE,
+    how_often,
     interval_ratio,
     interval_sum_of_means,
     interval_these_concepts,
 )
 
 NEW_IMAGES = "new images"
-SHARE_BY_IMAGE = "Korn-Graubard, images"
 NOT_MEASURED = "none: not measured"
 # Exceptions raised when a damaged or foreign JSON file is parsed as records.
 _BROKEN = (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionError)
@@ -361,7 +362,7 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
                     "method": estimate.method,
                     "coverage": how_often(estimate.method),
                     "n": len(part),
-                    "images": len(part[["dataset", "image"]].drop_duplicates()),
+                    "images": len(part[IMAGE].drop_duplicates()),
                     "na_rate": float((part["label"] == NOT_APPLICABLE).mean()) if na else np.nan,
                     "thinking_unfinished": inside,
                     "missing": missing,
@@ -395,7 +396,7 @@ def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimat
         return [("", diversity_estimate(part, column))]
     if column.measure == "mme":
         values = mme_images(part)
-        tasks = values.groupby("category").ngroup().to_numpy()
+        tasks = cluster_numbers(values, ["category"])
         interval = interval_sum_of_means(values["value"].to_numpy(float), tasks)
         return [(NEW_IMAGES, _estimate(mme_score(values), interval, BY_TASK if tasks.any() else BY_IMAGE))]
     if column.measure == "both":
@@ -404,7 +405,7 @@ def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimat
         return [(NEW_IMAGES, Estimate(float(both.mean()), *interval, SHARE_BY_IMAGE))]
     if column.measure == "ratio":
         model, reference = part["response"].to_numpy(float), part["reference"].to_numpy(float)
-        interval = interval_ratio(model, reference, part.groupby("image").ngroup().to_numpy())
+        interval = interval_ratio(model, reference, cluster_numbers(part, IMAGE))
         return [(NEW_IMAGES, _estimate(float(model.sum() / reference.sum()), interval, RATIO_BY_IMAGE))]
     counts = Counts.of(part)
     if (part["concept"] != "").all():
@@ -436,15 +437,3 @@ def _estimate(value: float, interval: tuple[float, float] | None, method: str) -
     if interval is None:
         return Estimate(value, np.nan, np.nan, f"none: fewer than {FEWEST_CONCEPTS} images")
     return Estimate(value, *interval, method)
-
-
-def how_often(method: str) -> str | None:
-    """Returns the simulated coverage of a method's intervals; None if it was not simulated.
-
-    Args:
-        method: name of the method, as in a table.
-    """
-    # Images without concepts are simulated as independent images of one concept.
-    as_one = ("Korn-Graubard, images within concepts", "independent images")
-    name, part = as_one if method == SHARE_BY_IMAGE else (method, "overall")
-    return coverage(name, part) or coverage(name)

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from safervlm.io.tables import EXCLUDED
-from safervlm.results.measures import CONCEPT, IMAGE, NEW_CONCEPTS
+from safervlm.results.clusters import CONCEPT, IMAGE, IMAGE_OF_TASK, cluster_numbers
+from safervlm.results.measures import NEW_CONCEPTS
 from safervlm.results.mme import mme_images, pair_answers
 from safervlm.results.scores import changed_answers
 from safervlm.results.suite import (
@@ -16,7 +17,6 @@ from safervlm.results.suite import (
     Column,
     Evaluation,
     diversity_estimate,
-    how_often,
     stage_settings,
 )
 from safervlm.statistics.differences import (
@@ -32,7 +32,7 @@ from safervlm.statistics.differences import (
     difference_of_sums_of_means,
     holm,
 )
-from safervlm.statistics.intervals import FEWEST_CONCEPTS, strata_of
+from safervlm.statistics.intervals import FEWEST_CONCEPTS, how_often, strata_of
 
 # --- differences ------------------------------------------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ def _compare(evaluation: Evaluation, original: Evaluation, column: Column) -> Co
             pair_answers(*map(column.part, (e.answers, e.unanswered, e.unfinished))) for e in (evaluation, original)
         ]
         which = "value" if column.measure == "mme" else "both"
-        now, before = (mme_images(part).set_index(["category", "image"])[which] for part in parts)
+        now, before = (mme_images(part).set_index(IMAGE_OF_TASK)[which] for part in parts)
         change = (now - before).dropna().sort_index()  # pandas subtracts by index
         if not len(change):
             return Comparison(Difference(np.nan), method="none: no item has a response in both")
@@ -208,8 +208,7 @@ def _compare_ratios(now: pd.DataFrame, before: pd.DataFrame) -> Comparison:
     said, reference, said_before, reference_before = (
         np.asarray(pairs[name], np.float64) for name in ("response", "reference", "response_before", "reference_before")
     )
-    images = pairs.groupby("image").ngroup().to_numpy()
-    difference = difference_of_ratios(said, reference, said_before, reference_before, images)
+    difference = difference_of_ratios(said, reference, said_before, reference_before, cluster_numbers(pairs, IMAGE))
     regressions, improvements = int((said < said_before).sum()), int((said > said_before).sum())
     return _with_method(difference, NEW_IMAGES, RATIOS_BY_IMAGE, "images", len(pairs), regressions, improvements)
 

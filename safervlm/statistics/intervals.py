@@ -19,6 +19,7 @@ FEWEST_CONCEPTS = 10  # minimum number of concepts for an interval over new conc
 # Names of interval methods, for table captions; :func:`coverage` also knows those of ``safervlm.results.measures``.
 BY_TASK = "stratified t (Price-Bonett), images within tasks"
 BY_IMAGE = "Wilson, effective number of images"
+SHARE_BY_IMAGE = "Korn-Graubard, images"
 RATIO_BY_IMAGE = "t, images (CR2)"
 
 # Simulation in which few concepts make the errors, see :func:`coverage`.
@@ -414,3 +415,15 @@ def coverage(method: str, part: str | None = None) -> str | None:
     lowest = floor(100 * min(low for low, _ in found) + 1e-9) / 100
     highest = ceil(100 * max(high for _, high in found) - 1e-9) / 100
     return " to ".join(f"{end:.2f}".removeprefix("0") for end in (lowest, highest))
+
+
+def how_often(method: str) -> str | None:
+    """Returns the simulated :func:`coverage` of a method as tables state it; None if it was not simulated.
+
+    Args:
+        method: name of the method, as in a table.
+    """
+    # Images without concepts are simulated as independent images of one concept.
+    as_one = ("Korn-Graubard, images within concepts", "independent images")
+    name, part = as_one if method == SHARE_BY_IMAGE else (method, "overall")
+    return coverage(name, part) or coverage(name)

@@ -1,11 +1,10 @@
-"""No phrase of a private dialect, for which the field has a term, is left in the sources and documents."""
+"""The 44 phrases of a private dialect that were replaced by the terms of the field."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PLACES = ("safervlm", "callbacks", "scripts", "configs", "docs", "README.md", "mkdocs.yml", "pyproject.toml")
 ENDINGS = {".py", ".md", ".yaml", ".yml", ".sh", ".toml", ".html", ".ipynb"}
 TEXTS = {
@@ -64,12 +63,10 @@ PHRASES = {
 }
 
 
-@pytest.mark.parametrize("phrase", PHRASES, ids=lambda phrase: re.sub(r"\W+", " ", phrase).strip())
-def test_a_replaced_phrase_stays_replaced(phrase: str) -> None:
-    assert len(PHRASES) == 44
-    found = [
-        f"{name}:{text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}, write: {PHRASES[phrase]}"
-        for name, text in TEXTS.items()
-        for match in re.finditer(phrase, text, re.IGNORECASE if phrase[0].isupper() else 0)
-    ]
-    assert not found, "\n".join(found)
+def left_phrases() -> Iterator[str]:
+    """Yields the places where a replaced phrase is left in the sources and documents, with what to write instead."""
+    for phrase, replacement in PHRASES.items():
+        for name, text in TEXTS.items():
+            for match in re.finditer(phrase, text, re.IGNORECASE if phrase[0].isupper() else 0):
+                line = text.count("\n", 0, match.start()) + 1
+                yield f"{name}:{line}: {match[0]!r}, write: {replacement}"
