@@ -3,14 +3,23 @@ r"""A budget for over-flagging: the share of safe images that the policy may cal
 The constrained problem: maximise the reward subject to a mean cost of at most b, where the cost c of a response is 1 if
 it calls a safe image Unsafe, else 0. It is solved with a Lagrange multiplier, as in Safe RLHF (arXiv:2310.12773):
 
-.. math:: r' = \frac{r - \lambda c}{1 + \lambda}, \qquad \lambda \leftarrow \max(0, \lambda + \eta(\bar c - b))
+.. math:: A = \frac{A_r - \lambda A_c}{1 + \lambda}, \qquad \lambda = \max(0, I + \eta\,n\,(\bar c - b)), \qquad
+    I \leftarrow \max(0, I + \eta(\bar c - b))
 
-with the mean cost :math:`\bar c` of the latest responses to questions about safe images, at least
-:data:`MIN_RESPONSES` of them. Until there are that many, the multiplier stays 0.
+with the advantages of reward and cost, and the mean cost :math:`\bar c` of the latest responses to questions about safe
+images, at least :data:`MIN_RESPONSES` of them. Until there are that many, the multiplier is 0.
 
-Differences from the paper: the cost is the judge's verdict rather than a learned cost model; the multiplier moves by
-addition rather than multiplication, so that it can return to 0; the rewards of the responses are combined rather than
-the advantages, and the KL term is outside of them, so it is not divided by :math:`1 + \lambda`.
+The integral I alone would oscillate: it rises as long as the share is above the budget, and is largest when the share
+has just fallen to it. The proportional term, with n = :data:`PROPORTIONAL`, damps this (arXiv:2007.03964): it acts at
+once, and releases the policy at once.
+
+GRPO combines the advantages, because dividing by a group's standard deviation undoes any multiplier of its rewards: the
+responses to a safe image are right or charged, so that both have the same spread. PPO has one value function, so it
+combines the rewards, of which its advantages are linear.
+
+Differences from arXiv:2310.12773: the cost is the judge's verdict rather than a learned cost model; the integral moves
+by addition rather than multiplication, so that it can return to 0; there is a proportional term; the KL term is outside
+of the combination, so it is not divided by :math:`1 + \lambda`.
 """
 
 from collections import deque
@@ -22,6 +31,7 @@ from safervlm.protocol import SAFE
 from safervlm.ranges import in_range
 
 MIN_RESPONSES = 256  # smallest number of responses in the mean; fewer are too coarse for a budget of some percent
+PROPORTIONAL = 40  # in steps of the integral; about the number of rollouts in which a policy follows the multiplier
 
 
 class OverFlaggingBudget:
@@ -29,16 +39,16 @@ class OverFlaggingBudget:
 
     Args:
         budget: The largest share of safe images that may be called Unsafe.
-        step: The change of the multiplier for each rollout, per unit by which the share exceeds the budget.
+        step: The change of the integral for each rollout, per unit by which the share exceeds the budget.
 
     Attributes:
-        multiplier: The multiplier, at least 0.
+        integral: The part of the multiplier that has accumulated, at least 0.
     """
 
     def __init__(self, budget: float, step: float) -> None:
         in_range("model", above=0, below=1, budget=budget)
         in_range("model", above=0, budget_step=step)
-        self.budget, self.step, self.multiplier = budget, step, 0.0
+        self.budget, self.step, self.integral = budget, step, 0.0
         self.rollouts: deque[tuple[int, int]] = deque()  # of each rollout: safe images called unsafe, safe images
 
     def require_safe_images(self, data: Any) -> None:
@@ -63,8 +73,14 @@ class OverFlaggingBudget:
         flagged, safe = (sum(column) for column in zip(*self.rollouts, strict=True)) if self.rollouts else (0, 0)
         return flagged / safe if safe >= MIN_RESPONSES else None
 
+    @property
+    def multiplier(self) -> float:
+        """The multiplier, at least 0."""
+        excess = 0.0 if self.share is None else self.share - self.budget
+        return max(0.0, self.integral + PROPORTIONAL * self.step * excess)
+
     def update(self, flagged: int, safe: int) -> None:
-        """Adds a rollout to the moving mean and updates the multiplier.
+        """Adds a rollout to the moving mean and to the integral.
 
         Args:
             flagged: Number of responses, of all processes, that call a safe image Unsafe.
@@ -74,7 +90,7 @@ class OverFlaggingBudget:
         while sum(count for _, count in self.rollouts) - self.rollouts[0][1] >= MIN_RESPONSES:
             self.rollouts.popleft()
         if self.share is not None:
-            self.multiplier = max(0.0, self.multiplier + self.step * (self.share - self.budget))
+            self.integral = max(0.0, self.integral + self.step * (self.share - self.budget))
 
     def metrics(self) -> dict[str, float]:
         """Returns the share and the multiplier by name; without the share before there are enough responses."""
@@ -83,7 +99,7 @@ class OverFlaggingBudget:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, as JSON values."""
-        return {"multiplier": self.multiplier, "rollouts": [list(counts) for counts in self.rollouts]}
+        return {"integral": self.integral, "rollouts": [list(counts) for counts in self.rollouts]}
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Restores the state.
@@ -97,5 +113,5 @@ class OverFlaggingBudget:
         if "budget" not in checkpoint:
             raise RecordError("model.budget: the checkpoint is of a training without a budget; omit it")
         state = checkpoint["budget"]
-        self.multiplier = state["multiplier"]
+        self.integral = state["integral"]
         self.rollouts = deque((flagged, safe) for flagged, safe in state["rollouts"])

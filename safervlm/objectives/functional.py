@@ -231,20 +231,20 @@ def sequence_rewards(
     return normalised + no_eos_penalty * ~stopped + length_bonus * lengths / response_length
 
 
-def constrained_rewards(rewards: Tensor, costs: Tensor, multiplier: float) -> Tensor:
-    r"""Combines rewards and costs by a Lagrange multiplier, as arXiv:2310.12773 combines their advantages.
+def constrained(gains: Tensor, costs: Tensor, multiplier: float) -> Tensor:
+    r"""Combines gains and costs by a Lagrange multiplier, as the advantages in arXiv:2310.12773.
 
-    .. math:: r' = \frac{r - \lambda c}{1 + \lambda}
+    .. math:: \frac{g - \lambda c}{1 + \lambda}
 
     Args:
-        rewards: (B,) rewards of the responses.
-        costs: (B,) costs of the responses.
-        multiplier: Lagrange multiplier, at least 0; 0 leaves the rewards as they are.
+        gains: rewards, or their advantages.
+        costs: costs, or their advantages; of the same shape.
+        multiplier: Lagrange multiplier, at least 0; 0 leaves the gains as they are.
 
     Returns:
-        (B,) rewards.
+        The combination, of the same shape.
     """
-    return (rewards - multiplier * costs) / (1 + multiplier)
+    return (gains - multiplier * costs) / (1 + multiplier)
 
 
 def token_rewards(

@@ -29,6 +29,7 @@ from torch import Tensor
 from safervlm.judging.classifier import Judge
 from safervlm.objectives.functional import (
     approx_kl,
+    constrained,
     group_advantages,
     importance_ratio,
     ppo_policy_loss,
@@ -95,8 +96,8 @@ class GRPO(OnPolicy):
         budget: the largest share of safe images that the policy may call Unsafe (objectives/budget.py). A response to a
             safe image that the judge classifies as Unsafe loses reward while the share is above the budget. None for no
             budget.
-        budget_step: the change of the budget's Lagrange multiplier for each rollout, per unit by which the share of the
-            latest 256 safe images exceeds the budget.
+        budget_step: the change, in each rollout, of the integral in the budget's Lagrange multiplier, per unit by which
+            the share of the latest 256 safe images exceeds the budget.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class GRPO(OnPolicy):
         weight_decay: float = 0.0,
         seed: int = 0,
         budget: float | None = None,
-        budget_step: float = 1.0,
+        budget_step: float = 0.5,
     ) -> None:
         in_range("model", least=2, group_size=group_size)
         in_range("model", least=1, epochs=epochs)
@@ -187,9 +188,11 @@ class GRPO(OnPolicy):
         rewards = sampled.rewards
         if self.kl == "reward":
             rewards = rewards - self.kl_coef * (logprobs - reference).sum(-1)
-        groups = rewards.view(-1, self.group_size)
+        groups, costs = rewards.view(-1, self.group_size), sampled.costs.view(-1, self.group_size)
         signal = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True) > EQUAL
-        advantages = group_advantages(groups, self.advantage) * signal
+        # Not the rewards: dividing by the standard deviation of a group undoes a multiplier of the costs.
+        gains, charges = group_advantages(groups, self.advantage), group_advantages(costs, self.advantage)
+        advantages = constrained(gains, charges, sampled.multiplier) * signal
         metrics = {"no_signal": 1 - signal.float().mean(), "entropy": entropy.sum() / mask.sum()}
         return GroupRollout(
             batch=sampled.batch,

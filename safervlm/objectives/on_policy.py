@@ -6,8 +6,8 @@ A batch is a rollout:
 2. The responses are scored under the policy and under the reference (adapter disabled).
 3. The judge classifies the responses; ``sequence_rewards`` (functional.py) computes the paper's reward. A response
    without an answer (unfinished thinking) is in none of the metrics ``judged`` and ``accuracy``. With a budget for
-   over-flagging (budget.py), the responses that call a safe image Unsafe lose reward.
-4. A subclass computes advantages, by a value function (PPO) or within the groups (GRPO).
+   over-flagging (budget.py), the responses that call a safe image Unsafe are counted.
+4. A subclass computes advantages, by a value function (PPO) or within the groups (GRPO), and charges these responses.
 5. ``epochs`` passes over mini-batches, with one optimizer step each, minimise the loss of the subclass, averaged over a
    mini-batch (of all processes together, as are the statistics above).
 
@@ -32,7 +32,7 @@ from safervlm.hashing import seed_for
 from safervlm.judging.classifier import Judge
 from safervlm.objectives.base import Objective
 from safervlm.objectives.budget import OverFlaggingBudget
-from safervlm.objectives.functional import constrained_rewards, sequence_rewards
+from safervlm.objectives.functional import sequence_rewards
 from safervlm.objectives.parts import in_parts, micro_batches, rows_by_name
 from safervlm.objectives.rollout import Rollout, Sampled, logprob_differences
 from safervlm.protocol import LABELS, SAFE, UNSAFE
@@ -67,8 +67,8 @@ class OnPolicy(Objective, ABC):
         budget: the largest share of safe images that the policy may call Unsafe (objectives/budget.py). A response to a
             safe image that the judge classifies as Unsafe loses reward while the share is above the budget. None for no
             budget.
-        budget_step: the change of the budget's Lagrange multiplier for each rollout, per unit by which the share of the
-            latest 256 safe images exceeds the budget.
+        budget_step: the change, in each rollout, of the integral in the budget's Lagrange multiplier, per unit by which
+            the share of the latest 256 safe images exceeds the budget.
     """
 
     judge: Judge
@@ -265,14 +265,14 @@ class OnPolicy(Objective, ABC):
         }
         metrics |= {"thinking_unfinished": 1 - answered.float().mean()} if self.vlm.thinking.marks else {}
         metrics |= logprob_differences(columns["logprobs"][mask], answers)
+        safe = (labels == self.judge.labels.index(SAFE)) & answered
+        costs = safe & (predicted == self.judge.labels.index(UNSAFE))
         if self.budget is not None:
-            safe = (labels == self.judge.labels.index(SAFE)) & answered
-            costs = safe & (predicted == self.judge.labels.index(UNSAFE))
             self.budget.update(*self.sum_over_ranks(torch.stack([costs.sum(), safe.sum()])).tolist())
-            rewards = constrained_rewards(rewards, costs, self.budget.multiplier)
             for name, value in self.budget.metrics().items():  # on the device, where they are averaged over processes
                 metrics[name] = torch.tensor(value, device=self.device)
-        return Sampled(batch, answers, columns, rewards, metrics)
+        multiplier = 0.0 if self.budget is None else self.budget.multiplier
+        return Sampled(batch, answers, columns, rewards, costs.float(), multiplier, metrics)
 
     def update(self, rollout: Rollout, seed: int) -> dict[str, Tensor]:
         """Runs the updates of a rollout (step 5 of the module).

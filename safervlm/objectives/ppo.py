@@ -22,6 +22,7 @@ from safervlm.finite import must_be_finite_now
 from safervlm.judging.classifier import Judge
 from safervlm.objectives.functional import (
     approx_kl,
+    constrained,
     explained_variance,
     gae,
     importance_ratio,
@@ -83,8 +84,8 @@ class PPO(OnPolicy):
         budget: the largest share of safe images that the policy may call Unsafe (objectives/budget.py). A response to a
             safe image that the judge classifies as Unsafe loses reward while the share is above the budget. None for no
             budget.
-        budget_step: the change of the budget's Lagrange multiplier for each rollout, per unit by which the share of the
-            latest 256 safe images exceeds the budget.
+        budget_step: the change, in each rollout, of the integral in the budget's Lagrange multiplier, per unit by which
+            the share of the latest 256 safe images exceeds the budget.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class PPO(OnPolicy):
         weight_decay: float = 0.0,
         seed: int = 0,
         budget: float | None = None,
-        budget_step: float = 1.0,
+        budget_step: float = 0.5,
     ) -> None:
         in_range("model", least=1, ppo_epochs=ppo_epochs)
         in_range("model", above=0, clip=clip, value_clip=value_clip)
@@ -185,7 +186,8 @@ class PPO(OnPolicy):
             sampled.columns[name] for name in ("mask", "logprobs", "reference", "values")
         )
         must_be_finite_now("model: outputs of the value function", values)
-        rewards = token_rewards(sampled.rewards, logprobs, reference, mask, self.kl_coef, self.reward_scale)
+        charged = constrained(sampled.rewards, sampled.costs, sampled.multiplier)
+        rewards = token_rewards(charged, logprobs, reference, mask, self.kl_coef, self.reward_scale)
         advantages = gae(rewards, values, mask, self.gamma, self.lam)
         returns = advantages + values
         return ValuedRollout(

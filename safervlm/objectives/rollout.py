@@ -18,6 +18,8 @@ class Sampled:
         answers: the B generated responses.
         columns: by name, (B, T) tensors of :meth:`OnPolicy.columns`, 0 at padding.
         rewards: (B,) rewards of the responses.
+        costs: (B,) 1 for a response that calls a safe image Unsafe, else 0.
+        multiplier: the Lagrange multiplier of the costs; 0 without a budget for over-flagging.
         metrics: scalar means over this process's responses, by name.
     """
 
@@ -25,6 +27,8 @@ class Sampled:
     answers: list[Generation]
     columns: dict[str, Tensor]
     rewards: Tensor
+    costs: Tensor
+    multiplier: float
     metrics: dict[str, Tensor]
 
 

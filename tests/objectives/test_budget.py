@@ -18,7 +18,7 @@ from safervlm.judging.classifier import Judge
 from safervlm.objectives import GRPO, PPO
 from safervlm.objectives import budget as module
 from safervlm.objectives.budget import OverFlaggingBudget
-from safervlm.objectives.functional import constrained_rewards
+from safervlm.objectives.functional import constrained
 from safervlm.objectives.on_policy import OnPolicy
 from safervlm.objectives.rollout import logprob_differences
 from safervlm.protocol import LABELS, SAFE, UNSAFE
@@ -35,16 +35,33 @@ def test_the_multiplier_by_hand() -> None:
     assert budget.metrics() == {"budget_multiplier": 0.0}
     budget.update(12, 80)
     assert budget.share == 72 / 320
-    assert budget.multiplier == pytest.approx(2 * (72 / 320 - 0.1))
-    before = budget.multiplier
+    first = 2 * (72 / 320 - 0.1)
+    assert budget.integral == pytest.approx(first)
+    assert budget.multiplier == pytest.approx(first + 40 * first)
     budget.update(0, 80)  # the first rollout is forgotten
     assert budget.share == 52 / 320
-    assert budget.multiplier == pytest.approx(before + 2 * (52 / 320 - 0.1))
+    second = 2 * (52 / 320 - 0.1)
+    assert budget.integral == pytest.approx(first + second)
+    assert budget.multiplier == pytest.approx(first + second + 40 * second)
     budget.update(0, 300)  # a rollout with enough responses replaces all others
     assert budget.share == 0
+    assert budget.integral == pytest.approx(first + second - 0.2)
+    assert budget.multiplier == 0  # released at once
     for _ in range(5):
         budget.update(0, 300)
-    assert budget.multiplier == 0  # never below
+    assert budget.integral == 0  # never below
+
+
+def test_a_share_that_follows_the_multiplier_with_a_lag_is_kept_at_the_budget() -> None:
+    """The share of a policy that would flag 20 %, and whose share decreases while the multiplier is above 1."""
+    budget, share, shares = OverFlaggingBudget(0.1, step=0.5), 0.2, []
+    for _ in range(400):
+        budget.update(round(1e6 * share), 10**6)
+        share = min(0.2, max(0.0, share - 0.005 * (budget.multiplier - 1)))
+        shares.append(share)
+    assert min(shares) > 0.08
+    assert shares[-1] == pytest.approx(0.1, abs=0.005)
+    assert budget.multiplier == pytest.approx(1, abs=0.1)
 
 
 def test_rollouts_without_safe_images_change_no_share() -> None:
@@ -83,18 +100,18 @@ def test_a_value_out_of_range_is_rejected(budget: float, step: float) -> None:
         OverFlaggingBudget(budget, step)
 
 
-def test_the_constrained_reward_by_hand() -> None:
+def test_the_combination_by_hand() -> None:
     rewards, costs = torch.tensor([1.0, 0.4, 0.0]), torch.tensor([0.0, 1.0, 1.0])
-    assert torch.equal(constrained_rewards(rewards, costs, 0.0), rewards)
+    assert torch.equal(constrained(rewards, costs, 0.0), rewards)
     expected = [1 / 1.5, (0.4 - 0.5) / 1.5, -0.5 / 1.5]
-    assert constrained_rewards(rewards, costs, 0.5).tolist() == pytest.approx(expected)
+    assert constrained(rewards, costs, 0.5).tolist() == pytest.approx(expected)
 
 
-def all_unsafe(texts: Any) -> Tensor:
-    """A judge that classifies every response as Unsafe, with the more confidence the longer it is."""
-    sure = torch.tensor([0.5 + 0.4 * min(len(text), 50) / 50 for text in texts])
-    rest = {UNSAFE: sure, SAFE: 0.6 * (1 - sure)}
-    return torch.stack([rest.get(label, 0.4 * (1 - sure)) for label in LABELS["alignment"]], 1).log()
+def some_unsafe(texts: Any) -> Tensor:
+    """A judge that classifies about half of the responses as Unsafe, the others as Safe, with the same confidence."""
+    unsafe = torch.tensor([0.9 if sum(text.encode()) % 2 else 0.06 for text in texts])
+    rest = {UNSAFE: unsafe, SAFE: 0.96 - unsafe}
+    return torch.stack([rest.get(label, torch.full_like(unsafe, 0.04)) for label in LABELS["alignment"]], 1).log()
 
 
 @pytest.fixture
@@ -110,37 +127,72 @@ def make(llava: Callable[[], Llava], perturb: Callable[[Any], None], tiny_judges
     return make
 
 
+@pytest.fixture
+def pair(
+    make: Callable[..., OnPolicy], fit_rollouts: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Run, Run, float]]:
+    """``pair(kind, **settings)``: a rollout without and one with a budget, and the multiplier of the latter."""
+
+    def pair(kind: type[OnPolicy], **settings: Any) -> tuple[Run, Run, float]:
+        monkeypatch.setattr(module, "MIN_RESPONSES", 2)
+        monkeypatch.setattr(Judge, "judge", lambda judge, texts: some_unsafe(texts))
+        free = fit_rollouts(make(kind, **settings), 5)
+        bound = fit_rollouts(make(kind, budget=0.2, budget_step=0.1, **settings), 5)
+        flagged = costs_of(free)[[q.answer == SAFE for q in free.rollouts[0].batch.questions]]
+        share = flagged.mean().item()
+        assert 0.2 < share < 1
+        assert bound.steps.metrics["train/over_flagging"] == pytest.approx(share)
+        assert bound.steps.metrics["train/budget_multiplier"] == pytest.approx(4.1 * (share - 0.2), rel=1e-5)
+        return free, bound, 4.1 * (share - 0.2)
+
+    return pair
+
+
+def costs_of(run: Run) -> Tensor:
+    """The responses of the first rollout that call a safe image Unsafe, by :func:`some_unsafe`."""
+    rollout = run.rollouts[0]
+    flags = [sum(answer.text.encode()) % 2 for answer in rollout.answers]
+    safe = [question.answer == SAFE for question in rollout.batch.questions]
+    return torch.tensor([float(flag and is_safe) for flag, is_safe in zip(flags, safe, strict=True)])
+
+
 @pytest.mark.parametrize("kind", [PPO, GRPO])
-def test_a_response_that_flags_a_safe_image_loses_reward(
-    kind: type[OnPolicy],
-    make: Callable[..., OnPolicy],
-    fit_rollouts: Callable[..., Run],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "MIN_RESPONSES", 2)
-    monkeypatch.setattr(Judge, "judge", lambda judge, texts: all_unsafe(texts))
-    sampled: list[Any] = []
-    sample = OnPolicy.sample
-
-    def kept(*args: Any) -> Any:
-        sampled.append(sample(*args))
-        return sampled[-1]
-
-    monkeypatch.setattr(OnPolicy, "sample", kept)
-    free = fit_rollouts(make(kind), 5)
-    bound = fit_rollouts(make(kind, budget=0.2, budget_step=1.5), 5)
-    usual, charged = sampled
-    multiplier = 1.5 * (1 - 0.2)  # every response to a safe image is called Unsafe
-    costs = torch.tensor([float(question.answer == SAFE) for question in usual.batch.questions])
-    assert 0 < costs.sum() < len(costs)
-    expected = (usual.rewards - multiplier * costs) / (1 + multiplier)
-    assert charged.rewards.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
-    assert bound.steps.metrics["train/over_flagging"] == 1
-    assert bound.steps.metrics["train/budget_multiplier"] == pytest.approx(multiplier)
+def test_a_budget_is_logged_and_recorded(kind: type[OnPolicy], pair: Callable[..., tuple[Run, Run, float]]) -> None:
+    free, bound, _ = pair(kind)
     assert bound.steps.metrics["train/reward"] == pytest.approx(free.steps.metrics["train/reward"], abs=1e-5)
     assert not {"train/over_flagging", "train/budget_multiplier"} & free.steps.metrics.keys()
     assert "budget" not in free.objective.describe()
     assert bound.objective.describe()["budget"] == 0.2
+
+
+def test_ppo_charges_the_reward_of_a_response_that_flags_a_safe_image(
+    pair: Callable[..., tuple[Run, Run, float]],
+) -> None:
+    free, bound, multiplier = pair(PPO, kl_coef=0.0, gamma=1.0, reward_scale=1.0)
+    last = (
+        free.rollouts[0].mask.sum(-1, keepdim=True) - 1
+    )  # without a KL term, the return of the last token is the reward
+    usual, charged = (run.rollouts[0].returns.gather(1, last)[:, 0] for run in (free, bound))
+    expected = (usual - multiplier * costs_of(free)) / (1 + multiplier)
+    assert charged.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("advantage", ["group", "centred", "leave_one_out"])
+def test_grpo_charges_the_advantage_of_a_response_that_flags_a_safe_image(
+    advantage: str, pair: Callable[..., tuple[Run, Run, float]]
+) -> None:
+    free, bound, multiplier = pair(GRPO, advantage=advantage, group_size=4)
+    usual, charged = (run.rollouts[0].advantages.view(-1, 4) for run in (free, bound))
+    mixed = 0
+    for gains, found, costs in zip(usual, charged, costs_of(free).view(-1, 4).numpy(), strict=True):
+        mixed += 0 < costs.sum() < 4
+        if advantage == "group":
+            charges = (costs - costs.mean()) / (costs.std(ddof=1) + 1e-4)
+        else:
+            charges = (costs - costs.mean()) * (4 / 3 if advantage == "leave_one_out" else 1)
+        expected = (gains.numpy() - multiplier * charges) / (1 + multiplier)
+        assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert mixed  # a safe image with both verdicts: there, the multiplier matters
 
 
 def test_a_checkpoint_holds_the_budget(make: Callable[..., OnPolicy]) -> None:
