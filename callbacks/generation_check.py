@@ -150,11 +150,11 @@ class GenerationCheck(Callback):
             )
         flags = state_dict["before"]
         there, here = state_dict.get("origin", {}), self.origin
-        if flags is not None and (other := [name for name, value in there.items() if here[name] != value]):
+        if flags is not None and (other := [name for name, value in there.items() if here.get(name) != value]):
             raise ArgumentError(
                 f"GenerationCheck: {', '.join(other)}: the responses from before training are those of "
                 f"{', '.join(repr(there[name]) for name in other)}, and can't be compared with those of "
-                f"{', '.join(repr(here[name]) for name in other)}; give the former, or start a new run (--run)"
+                f"{', '.join(repr(here.get(name)) for name in other)}; give the former, or start a new run (--run)"
             )
         self.before = None if flags is None else Verdicts(flags, state_dict.get("gaps", {}))
 
