@@ -50,7 +50,7 @@ class JudgeResponses(Callback):
         responses = read_responses(run, may_be_empty=True)
         # Responses to be rated need another model: see RateResponses.
         responses = [response for response in responses if response.question.capability != "rated"]
-        judges = {response.id: self.panel.reader(response.question.capability) for response in responses}
+        judges = {response.id: self.panel.judge_id(response.question.capability) for response in responses}
         texts = {response.id: response.response for response in responses}
         verdicts: dict[str, Verdict] = {}
         others = stale = 0

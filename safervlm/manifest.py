@@ -18,7 +18,7 @@ from safervlm.compat import SignalConnector, connect_signals, observe_processes,
 from safervlm.errors import RecordError
 from safervlm.io.caches import LOCK
 from safervlm.io.locks import Lock
-from safervlm.io.signals import apart, asked_to_end, observe, pass_safe_point, together, wait_for_safe_point
+from safervlm.io.signals import asked_to_end, forget_peers, observe, pass_safe_point, wait_for_safe_point, watch_peers
 from safervlm.io.tables import say
 from safervlm.provenance import PACKAGES, git_commit
 from safervlm.run import check_settings, has_results, lock, read_manifest, write_stage
@@ -122,7 +122,7 @@ class RunManifest(Callback):
         """
         run, name = Path(trainer.default_root_dir), stage_name(pl_module)
         connect_signals(trainer, Signals(trainer))
-        together(trainer.global_rank)
+        watch_peers(trainer.global_rank)
         refusal = ""
         if trainer.is_global_zero and stage != "validate":
             try:
@@ -257,4 +257,4 @@ class RunManifest(Callback):
             say(f"{run} holds {', '.join(names)}")
         self._unlock()
         trainer.strategy.barrier("run-manifest-end")
-        apart()
+        forget_peers()

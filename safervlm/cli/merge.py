@@ -68,7 +68,7 @@ def merge(
         if vlm.dtype == torch.float32 and moved.max() > MAX_DIFFERENCE:
             raise ArgumentError(
                 f"run: with the adapter in the weights of {vlm.name!r}, log-probabilities differ by as much as "
-                f"{moved.max():.2g} nats, which is no rounding in float32; serve the base model with its adapter"
+                f"{moved.max():.2g} nats, more than float32 rounds; serve the base model with its adapter"
             )
         rounding = f"at most {moved.max():.2g}, on average {moved.mean():.2g} nats per token"
         differs = f"Log-probabilities differ from those of base plus adapter by {rounding}, on {QUESTIONS}."

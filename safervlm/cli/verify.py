@@ -243,7 +243,7 @@ def _compare(run: Path, cli: IdleCLI, before: Mapping[str, Response], again: Seq
         if verdict.id not in answers:
             continue
         first = before[verdict.id]
-        if verdict.judge == panel.reader(first.question.capability) and verdict.is_of(first.response):
+        if verdict.judge == panel.judge_id(first.question.capability) and verdict.is_of(first.response):
             old[verdict.id] = verdict.label
         else:
             others += 1

@@ -128,8 +128,8 @@ class Benchmark(SaferData):
             path_text("data.source", source)
         elif has_user(source) or re.search(r"\s", source):
             raise ArgumentError(
-                f"data.source: {public(source.split()[0])} has a user name, a password or white space, which can't be "
-                "sent: download it, and name the copy"
+                f"data.source: {public(source.split()[0])} contains a user name, a password or white space and is not "
+                "requested: download the file, and name the copy"
             )
         self.label_column, self.image_column = _column("label", label_column), _column("image", image_column)
         self.question_column, self.name_column = _column("question", question_column), _column("name", name_column)

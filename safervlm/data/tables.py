@@ -235,8 +235,8 @@ def _pieces(line: str, width: int, delimiter: str) -> list[str]:
 def _header(file: Path, number: int, cells: list[str], delimiter: str) -> list[str]:
     if any(end in cell for cell in cells for end in "\r\n"):
         raise RecordError(
-            f"{file}, line {number}: the names of the columns take in the next line: correct their quotes, or write "
-            "them in one line"
+            f"{file}, line {number}: a column name continues on the next line: correct the quotes, or write all "
+            "names on one line"
         )
     header = [normal_name(cell) for cell in cells]
     if len(header) == 1:

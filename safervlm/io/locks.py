@@ -15,7 +15,7 @@ from filelock import lock_descriptor
 
 from safervlm.io.boundary import warn
 
-SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # no links; a named pipe does not block
+OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # no links; a named pipe does not block
 POLL = 0.05  # seconds between two attempts
 _held: WeakSet["Lock"] = WeakSet()
 _without_locks: set[int] = set()  # devices that a warning was printed about
@@ -80,11 +80,11 @@ def acquire(path: Path, *, create: bool = False, wait: float = 0.0) -> Lock:
 
 def _open(path: Path, create: bool) -> int:
     try:  # network file systems lock only what is open for writing
-        return os.open(path, os.O_RDWR | (os.O_CREAT if create else 0) | SAFELY, 0o666)
+        return os.open(path, os.O_RDWR | (os.O_CREAT if create else 0) | OPEN_FLAGS, 0o666)
     except OSError as error:
         if create or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
             raise
-    return os.open(path, os.O_RDONLY | SAFELY)
+    return os.open(path, os.O_RDONLY | OPEN_FLAGS)
 
 
 def has_locks(path: Path) -> bool:
@@ -103,7 +103,7 @@ def holder(path: Path) -> str | None:
         path: Lock file.
     """
     with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | SAFELY)
+        descriptor = os.open(path, os.O_RDONLY | OPEN_FLAGS)
         try:
             return _process_in(descriptor) or None
         finally:

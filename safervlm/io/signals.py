@@ -117,7 +117,7 @@ def listening() -> Iterator[None]:
     watcher.start()
     try:
         yield
-        apart()  # not after an exception, as why_ended() uses the peers
+        forget_peers()  # not after an exception, as why_ended() uses the peers
     finally:
         if not asked_to_end():  # else the thread is needed until the process has ended
             for number, handler in before.items():
@@ -191,7 +191,7 @@ def why_ended(error: BaseException | None) -> tuple[int, str] | None:
     return None
 
 
-def together(rank: int) -> None:
+def watch_peers(rank: int) -> None:
     """Exchanges the process ids of a run's processes; a collective operation that requires the process group.
 
     The processes on one machine then forward requests to end, and end if one of them dies.
@@ -209,7 +209,7 @@ def together(rank: int) -> None:
     _requests.peers = [peer for peer in everyone if peer is not None and peer.host == me.host and peer.pid != me.pid]
 
 
-def apart() -> None:
+def forget_peers() -> None:
     """Stops monitoring the other processes, which may end from now on."""
     _requests.peers, _requests.children, _requests.lost = [], (), ""
 

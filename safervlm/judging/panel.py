@@ -89,7 +89,7 @@ class Panel(LightningModule):
             return None
         return self.perception if capability == "perception" else self.alignment
 
-    def reader(self, capability: Capability) -> str:
+    def judge_id(self, capability: Capability) -> str:
         """Returns the value of ``judge`` in a capability's verdicts: a judge's fingerprint, or the name of a rule.
 
         Args:
@@ -120,7 +120,7 @@ class Panel(LightningModule):
             ArgumentError: a capability is ``rated``, or a judge's weights can't be loaded.
             RecordError: a judge's probabilities for a text are not finite.
         """
-        return self._read([(response.question, response.response) for response in responses], batch_size)
+        return self._classify([(response.question, response.response) for response in responses], batch_size)
 
     def judged(self, answers: Sequence[tuple[Question, str]], batch_size: int = BATCH_SIZE) -> list[Verdict | Failure]:
         """Judges responses as :meth:`judge` does, but returns a failure for each response that raises an exception.
@@ -142,7 +142,7 @@ class Panel(LightningModule):
                 judge.configure_model()
         there, failed = in_halves(
             range(len(answers)),
-            lambda places: zip(places, self._read([answers[place] for place in places], batch_size), strict=True),
+            lambda places: zip(places, self._classify([answers[place] for place in places], batch_size), strict=True),
         )
         records: dict[int, Verdict | Failure] = {place: verdict for some in there for place, verdict in some}
         for place, reason in failed:
@@ -173,9 +173,9 @@ class Panel(LightningModule):
         """
         if not answers:
             return []
-        readers = {capability: self.reader(capability) for capability in {each.capability for each, _ in answers}}
+        judges = {capability: self.judge_id(capability) for capability in {each.capability for each, _ in answers}}
         texts = (
-            to_line({**each.to_dict(), "response": text, "judge": readers[each.capability]}) for each, text in answers
+            to_line({**each.to_dict(), "response": text, "judge": judges[each.capability]}) for each, text in answers
         )
         key = fingerprint(str(batch_size), "batches", *texts)
         size = CHUNK * batch_size
@@ -225,31 +225,31 @@ class Panel(LightningModule):
         except (KeyError, TypeError, ValueError):
             return False
         text = example.completions[0]
-        return verdict.judge == self.reader(example.question.capability) and verdict.is_of(text)
+        return verdict.judge == self.judge_id(example.question.capability) and verdict.is_of(text)
 
     def predict_step(self, batch: Answers, batch_idx: int) -> list[Verdict | Failure]:
         """Returns the verdicts of a batch of saved responses, and failures for those that can't be judged."""
         return self.judged(batch.answers)
 
-    def _read(self, answers: Sequence[tuple[Question, str]], batch_size: int) -> list[Verdict]:
-        read: dict[int, dict[str, float]] = {}
+    def _classify(self, answers: Sequence[tuple[Question, str]], batch_size: int) -> list[Verdict]:
+        by_place: dict[int, dict[str, float]] = {}
         for judge in (self.alignment, self.perception):
             places = [
                 place for place, (question, _) in enumerate(answers) if self.judge_of(question.capability) is judge
             ]
             texts = {place: answer_of(answers[place][1]) for place in places}
-            worded = [place for place in places if texts[place].strip()]
-            rows = judge.judge([texts[place] for place in worded], batch_size).exp().tolist()
+            nonempty = [place for place in places if texts[place].strip()]
+            rows = judge.judge([texts[place] for place in nonempty], batch_size).exp().tolist()
             certain = [float(label == NOT_APPLICABLE) for label in judge.labels]
             for place in places:
-                read[place] = dict(zip(judge.labels, certain, strict=True))
-            for place, row in zip(worded, rows, strict=True):
-                read[place] = dict(zip(judge.labels, row, strict=True))
+                by_place[place] = dict(zip(judge.labels, certain, strict=True))
+            for place, row in zip(nonempty, rows, strict=True):
+                by_place[place] = dict(zip(judge.labels, row, strict=True))
         verdicts = []
         for place, (question, text) in enumerate(answers):
-            probabilities = read.get(place) or rules.apply_rule(question.capability, question.answer, text)
+            probabilities = by_place.get(place) or rules.apply_rule(question.capability, question.answer, text)
             label = max(probabilities, key=probabilities.__getitem__)
-            by = self.reader(question.capability)
+            by = self.judge_id(question.capability)
             verdicts.append(Verdict(question.id, label, probabilities, by, Verdict.fingerprint_of(text)))
         return verdicts
 

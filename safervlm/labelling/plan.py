@@ -119,8 +119,8 @@ class Plan:
     def codes(self, rows: pd.DataFrame) -> dict[str, str]:
         """Returns a code for each sampled response, in the order of the sample.
 
-        An id names dataset and concept, which may give the right answer away. A code is different in each run, so the
-        sheet of one can't be taken for another's. It begins with a letter, because a spreadsheet would take some as
+        An id names dataset and concept, which may reveal the right answer. A code is different in each run, so the
+        sheet of one can't be taken for another's. It begins with a letter, because a spreadsheet would read some as
         numbers.
 
         Args:

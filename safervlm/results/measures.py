@@ -53,7 +53,7 @@ OVERALL = "overall"
 BOTH = "both"  # the safe and the unsafe side combined
 NO_SIDE = "-"  # perception
 
-# How responses count that ended inside their reasoning: apart (neither N/A nor wrong), as N/A, or as wrong; and the
+# How responses count that ended inside their reasoning: separately (neither N/A nor wrong), as N/A, or as wrong; the
 # label of each choice.
 UnfinishedAs = Literal["apart", "N/A", "wrong"]
 UNFINISHED = THINKING_UNFINISHED

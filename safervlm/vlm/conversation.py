@@ -258,7 +258,8 @@ class Conversation:
         whole, stem = map(self.token_ids, (form.stem + form.dropped, form.stem))
         if whole[: len(stem)] != stem:
             raise ArgumentError(
-                f"the tokenizer merges the prompt with the mark {form.dropped.strip()!r}; its family needs a module"
+                f"the tokenizer joins the end of the prompt and {form.dropped.strip()!r} into one token; its family "
+                "needs a class of its own"
             )
         return len(whole) - len(stem)
 

@@ -43,8 +43,8 @@ def merge_adapter(vlm: LocalVLM) -> None:
         raise TypeError("there is no adapter to merge: the VLM was loaded without one")
     if getattr(vlm.base.config, "quantization_config", None) is not None:
         raise ArgumentError(
-            f"run: the weights of {vlm.name!r} are quantised, which nothing can be added to; name a run on the "
-            "unquantised model"
+            f"run: the weights of {vlm.name!r} are quantised, so the adapter's update can't be added; name a run "
+            "on the unquantised model"
         )
     layers = switched(vlm.model)
     _must_share_nothing(layers, vlm.base)

@@ -61,5 +61,5 @@ def test_merging_that_changes_what_the_model_computes_is_rejected(
     with pytest.raises(SystemExit) as end:
         main(["merge", str(run), "--out", str(tmp_path / "out"), "--dtype", "float32"])
     assert end.value.code == 2
-    assert "nats, which is no rounding in float32; serve the base model with its adapter" in capsys.readouterr().err
+    assert "nats, more than float32 rounds; serve the base model with its adapter" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -464,9 +464,9 @@ def test_a_bound_is_rejected_in_one_line(argument, value, message):
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("addresses", ["http://user:hunter2@h/v1"], "the one at h holds more than a place"),
-        ("addresses", ["http://h/v1?api-key=hunter2"], "holds more than a place"),
-        ("addresses", ["http://h/v1#hunter2"], "holds more than a place"),
+        ("addresses", ["http://user:hunter2@h/v1"], "the one at h contains a user name, a query"),
+        ("addresses", ["http://h/v1?api-key=hunter2"], "contains a user name, a query"),
+        ("addresses", ["http://h/v1#hunter2"], "contains a user name, a query"),
         ("addresses", ["http://h /v1"], "no spaces"),
         ("addresses", ["http://h/v 1"], "no spaces"),
         ("addresses", ["http://h/v1\n"], "no spaces"),

@@ -420,8 +420,8 @@ def test_caps_stop_it_and_what_came_is_kept(loopback, ask):
     [
         ({"addresses": []}, r"^vlm\.addresses: a list"),
         ({"addresses": ["localhost:8000"]}, r"^vlm\.addresses: a base URL such as .*localhost:8000"),
-        ({"addresses": [f"https://me:{KEY}@host/v1"]}, r"^vlm\.addresses: the one at host holds more than a place"),
-        ({"addresses": [f"https://host/v1?key={KEY}"]}, r"^vlm\.addresses: the one at host holds more than a place"),
+        ({"addresses": [f"https://me:{KEY}@host/v1"]}, r"^vlm\.addresses: the one at host contains a user name"),
+        ({"addresses": [f"https://host/v1?key={KEY}"]}, r"^vlm\.addresses: the one at host contains a user name, a"),
         ({"concurrency": 0}, r"^vlm\.concurrency: at least 1, got 0"),
         ({"max_requests": 0}, r"^vlm\.max_requests: at least 1, got 0"),
         ({"timeout": 0}, r"^vlm\.timeout: above 0, got 0"),
