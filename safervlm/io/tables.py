@@ -71,9 +71,10 @@ class TextTable(Table):
 
 
 def terminal() -> Console:
-    """Returns the console of stdout; 200 columns wide if stdout is no terminal and ``COLUMNS`` is not set."""
+    """Returns the console of stdout; 200 columns wide if stdout is no terminal and ``COLUMNS`` is no number of them."""
     console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=200)
+    known = console.is_terminal or os.environ.get("COLUMNS", "").isdecimal()
+    return console if known and console.width > 0 else Console(width=200)
 
 
 def say(text: str) -> None:

@@ -9,7 +9,17 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from safervlm.io.tables import EXCLUDED, JUDGE_NOTE, TextTable, escaped, say, write_csv, write_workbook
+from safervlm.io.tables import (
+    EXCLUDED,
+    JUDGE_NOTE,
+    TextTable,
+    escaped,
+    say,
+    say_wrapped,
+    terminal,
+    write_csv,
+    write_workbook,
+)
 
 TABLE = pd.DataFrame(
     {
@@ -101,3 +111,17 @@ def test_a_line_is_one_line(capsys):
 
 def test_the_note_is_one_sentence():
     assert EXCLUDED in JUDGE_NOTE
+
+
+@pytest.mark.parametrize(
+    ("columns", "width"), [("20", 20), ("1", 1), ("0", 200), ("", 200), ("-5", 200), ("x", 200), (None, 200)]
+)
+def test_the_width_of_a_console_that_is_no_terminal(
+    columns: str | None, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert terminal().width == width
+    say_wrapped("a text of some words")
+    assert "".join(capsys.readouterr().out.split()) == "atextofsomewords"
