@@ -218,7 +218,7 @@ def sequence_rewards(
         low: scalar minimum of the scores over the global batch (all processes together).
         high: scalar maximum of the scores over the global batch.
         stopped: (B,) True where the response has an answer and ended with the end token.
-        lengths: (B,) number of tokens of each response.
+        lengths: (B,) number of tokens of each response, without reasoning; 0 without an answer.
         response_length: maximum number of tokens of a response.
         no_eos_penalty: added to the reward of a response that was cut off.
         length_bonus: bonus of a response of ``response_length`` tokens; proportional to the length for shorter ones.

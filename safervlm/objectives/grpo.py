@@ -85,8 +85,8 @@ class GRPO(OnPolicy):
             result is the same. Responses to one question share image and prompt within a pass.
         temperature: the sampling temperature of the rollouts.
         response_length: the maximum number of new tokens of a response.
-        length_bonus: the reward of a response of ``response_length`` tokens; proportional to the length for shorter
-            ones.
+        length_bonus: the reward of an answer of ``response_length`` tokens; proportional to the length for shorter
+            ones. Reasoning doesn't count.
         no_eos_penalty: added to the reward of a response that was cut off at ``response_length``.
         max_grad_norm: the maximum norm of the gradients; larger ones are scaled down to it.
         lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
@@ -241,7 +241,9 @@ class GRPO(OnPolicy):
         if self.kl == "loss" and self.kl_coef:
             parts["kl_loss"] = approx_kl(reference, scores.logprobs)
         weights = token_weights(mask, self.average, self.sampling.max_new_tokens)
-        return {name: (part * weights).sum() for name, part in parts.items()}
+        # Divided by the maximum length, the clip fractions would be no shares of tokens.
+        shares = token_weights(mask, "answer", 1) if self.average == "length" else weights
+        return {name: (part * (weights if "loss" in name else shares)).sum() for name, part in parts.items()}
 
     def total(self, sums: dict[str, Tensor]) -> Tensor:
         """Returns the sum to minimise.

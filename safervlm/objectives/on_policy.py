@@ -34,7 +34,7 @@ from safervlm.objectives.base import Objective
 from safervlm.objectives.budget import OverFlaggingBudget
 from safervlm.objectives.functional import sequence_rewards
 from safervlm.objectives.parts import in_parts, micro_batches, rows_by_name
-from safervlm.objectives.rollout import Rollout, Sampled, logprob_differences
+from safervlm.objectives.rollout import Rollout, Sampled, answer_length, logprob_differences
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range
 from safervlm.vlm.base import Batch, must_be_answered
@@ -56,8 +56,8 @@ class OnPolicy(Objective, ABC):
         micro_batch_size: the number of responses per forward and backward pass.
         temperature: the sampling temperature of the rollouts.
         response_length: the maximum number of new tokens of a response.
-        length_bonus: the reward of a response of ``response_length`` tokens; proportional to the length for shorter
-            ones.
+        length_bonus: the reward of an answer of ``response_length`` tokens; proportional to the length for shorter
+            ones. Reasoning doesn't count.
         no_eos_penalty: added to the reward of a response that was cut off at ``response_length``.
         max_grad_norm: the maximum norm of the gradients; larger ones are scaled down to it.
         lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
@@ -251,9 +251,10 @@ class OnPolicy(Objective, ABC):
         low = self.all_gather(judged.where(answered, torch.inf).min()).min()  # type: ignore[union-attr]
         high = self.all_gather(judged.where(answered, -torch.inf).max()).max()  # type: ignore[union-attr]
         stopped = torch.tensor([answer.finish_reason == "stop" for answer in answers], device=self.device)
-        longest, bonus = self.sampling.max_new_tokens, self.length_bonus
         scored = judged.where(answered, low)  # a response without an answer has the lowest score of those with one
-        rewards = sequence_rewards(scored, low, high, stopped, lengths, longest, self.no_eos_penalty, bonus)
+        of_answers = torch.tensor([answer_length(each, self.vlm.tokenizer) for each in answers], device=self.device)
+        settings = self.sampling.max_new_tokens, self.no_eos_penalty, self.length_bonus
+        rewards = sequence_rewards(scored, low, high, stopped, of_answers, *settings)
         predicted = verdicts.argmax(-1)
         metrics = {
             "reward": rewards.mean(),
@@ -269,8 +270,7 @@ class OnPolicy(Objective, ABC):
         costs = safe & (predicted == self.judge.labels.index(UNSAFE))
         if self.budget is not None:
             self.budget.update(*self.sum_over_ranks(torch.stack([costs.sum(), safe.sum()])).tolist())
-            for name, value in self.budget.metrics().items():  # on the device, where they are averaged over processes
-                metrics[name] = torch.tensor(value, device=self.device)
+            metrics |= {name: torch.tensor(value, device=self.device) for name, value in self.budget.metrics().items()}
         multiplier = 0.0 if self.budget is None else self.budget.multiplier
         return Sampled(batch, answers, columns, rewards, costs.float(), multiplier, metrics)
 

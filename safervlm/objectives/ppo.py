@@ -72,8 +72,8 @@ class PPO(OnPolicy):
             result is the same.
         temperature: the sampling temperature of the rollouts.
         response_length: the maximum number of new tokens of a response.
-        length_bonus: the reward of a response of ``response_length`` tokens; proportional to the length for shorter
-            ones.
+        length_bonus: the reward of an answer of ``response_length`` tokens; proportional to the length for shorter
+            ones. Reasoning doesn't count.
         no_eos_penalty: added to the reward of a response that was cut off at ``response_length``.
         reward_scale: the factor of all rewards.
         max_grad_norm: the maximum norm of the gradients; larger ones are scaled down to it.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from safervlm.vlm.base import Batch, Generation
 
@@ -57,6 +58,21 @@ class Rollout:
             rows: (M,) indices of the responses.
         """
         return self.batch.select(rows, [answer.token_ids for answer in self.answers])
+
+
+def answer_length(response: Generation, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the number of tokens of an answer, without its reasoning; 0 if there is no answer.
+
+    Args:
+        response: a response.
+        tokenizer: the model's tokenizer.
+    """
+    if not response.answered:
+        return 0
+    if not response.reasoning:
+        return len(response.token_ids)
+    ids = tokenizer(response.text, add_special_tokens=False).input_ids
+    return min(len(ids) + (response.finish_reason == "stop"), len(response.token_ids))
 
 
 def logprob_differences(scored: Tensor, answers: Sequence[Generation]) -> dict[str, Tensor]:

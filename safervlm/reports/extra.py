@@ -2,7 +2,7 @@
 
 import glob
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from safervlm.results.measures import BOTH, COLUMNS, OVERALL, THESE_CONCEPTS
 from safervlm.results.operating import ACQUIESCENCE, AUPRC, AUROC, BOUND, GAP, MASS, OF_ANSWERS, OF_ODDS, RATES
 from safervlm.results.positions import position_table
 from safervlm.results.repeats import VARIANCE, WRONG_AT_LEAST_ONCE, repeat_table
+from safervlm.results.scores import unfinished_in
 from safervlm.statistics.seeds import FEWEST_SEEDS
 
 SEEDS_NOTE = "An interval of one trained run does not include the variation between training seeds (--group)."
@@ -105,7 +106,26 @@ def extra_tables(
         curves: of :func:`safervlm.reports.operating.operating_tables`.
     """
     tables = [_of_curves(curves), *_of_groups(runs, groups), _of_repeats(runs), _of_positions(runs)]
-    return [table for table in tables if table is not None and table.rows]
+    inside = {run.name: unfinished_in(pd.concat([run.frame, run.variants])) for run in runs}
+    of_groups = {name: sum(unfinished_in(run.frame) for run in members) for name, members in groups.items()}
+    return [
+        _with_unfinished(table, inside if "run" in table.numbers else {**inside, **of_groups})
+        for table in tables
+        if table is not None and table.rows
+    ]
+
+
+def _with_unfinished(table: ExtraTable, inside: Mapping[str, int]) -> ExtraTable:
+    """Adds the number of responses that ended inside their reasoning.
+
+    Args:
+        table: a table whose rows are about runs or groups.
+        inside: their names, and the number of these responses.
+    """
+    names = table.numbers["run" if "run" in table.numbers else "group"]
+    counted = ", ".join(f"{name} {inside[name]}" for name in names.unique() if inside[name])
+    note = f"{table.note} Thinking unfinished: {counted}." if counted else table.note
+    return replace(table, note=note, numbers=table.numbers.assign(thinking_unfinished=names.map(inside)))
 
 
 def _of_groups(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> list[ExtraTable]:

@@ -65,7 +65,7 @@ class Transformers(LocalVLM):
         limits: Limits of texts and of the time to render or match them.
         template_arguments: Further variables of the chat template, for example ``{enable_thinking: false}``.
         thinking: The marks around the model's reasoning, ``[<think>, </think>]``. ``detected`` looks for common ones in
-            the chat template, then in the tokenizer; ``none`` treats the whole response as the answer. An empty opening
+            the chat template, then in the tokenizer; ``none`` separates nothing. An empty opening
             mark means that the prompt ends inside the reasoning.
         train_without_thinking: Whether a thinking model may be trained on answers that the template writes without
             reasoning, which trains it not to think.

@@ -35,12 +35,12 @@ def lean_lora(model: nn.Module, adapter: Adapter) -> Iterator[None]:
         adapter: The adapter that is active.
     """
     changed = []
-    for layer in switched(model):
-        forward = _lean(layer, PEFT_NAMES[adapter])
-        if forward is not None:
-            layer.forward = forward
-            changed.append(layer)
     try:
+        for layer in switched(model):
+            forward = _lean(layer, PEFT_NAMES[adapter])  # the copies of the factors may exceed the memory
+            if forward is not None:
+                layer.forward = forward
+                changed.append(layer)
         yield
     finally:
         for layer in changed:

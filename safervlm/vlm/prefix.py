@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from safervlm.vlm.compat import CACHE, position_ids, takes_a_plain_cache, tree_l
 from safervlm.vlm.packing import common_beginning
 
 Encoding = Mapping[str, Tensor]
+T = TypeVar("T")
 
 # Tolerated root-mean-square difference between two ways to compute the same values, relative to their standard
 # deviation. Rounding to bfloat16 causes some hundredths. Values of other types must be equal.
@@ -99,6 +100,26 @@ def agree(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     return bool(apart <= ROUNDING[dtype] * one.float().std(correction=0))
 
 
+def attempt(compute: Callable[[], T]) -> T | Exception:
+    """Computes what a family's code may not support.
+
+    Args:
+        compute: Calls the family's code.
+
+    Returns:
+        The result, or the exception that the code raised, which may be any.
+
+    Raises:
+        torch.OutOfMemoryError: There is too little memory, which says nothing about the code.
+    """
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return error
+
+
 class DeduplicatedEncoder:
     """Wraps an image encoder, and encodes identical images of a batch once.
 
@@ -129,11 +150,15 @@ class DeduplicatedEncoder:
             return self._packed(distinct, number)
         every = self.encode(*args, **kwargs)
         if len(images) == len(next(iter(_tensors((args, kwargs))))):
-            self.works = self._equal(every, self._rows(args, kwargs, firsts, number))
+            self.works = self._equal(every, attempt(lambda: self._rows(args, kwargs, firsts, number)))
         if not self.works:
-            self.axes = packed_axes(every, [self.encode(*some, **named) for some, named in distinct], number)
-            self.works = self.axes is not None and self._equal(every, self._packed(distinct, number))
+            self.works = attempt(lambda: self._packs(every, distinct, number)) is True
         return every
+
+    def _packs(self, every: Any, distinct: Sequence[tuple[Any, Any]], number: Sequence[int]) -> bool:
+        """Finds where the images are in the output for all images, and returns whether that is what it consists of."""
+        self.axes = packed_axes(every, [self.encode(*some, **named) for some, named in distinct], number)
+        return self.axes is not None and self._equal(every, self._packed(distinct, number))
 
     def _equal(self, every: Any, encoded: Any) -> bool:
         whole, part = _tensors(every), _tensors(encoded)
@@ -351,20 +376,22 @@ class PrefixSharing:
         few = [encodings[place] for place in of_it[:2] + others[:1]]
         trial = copy(self)
         trial.works = True
-        shared, alone = (
-            self.model.generate(
-                **inputs,
-                generation_config=GenerationConfig(
-                    max_new_tokens=2, output_logits=True, return_dict_in_generate=True, pad_token_id=self.pad_token_id
-                ),
-            )
-            for inputs in (trial.inputs(few, tokenwise) or {}, self._join(few))
-        )
-        same = agree(alone.logits[0], shared.logits[0], self.dtype)
-        # Also compares the second token's logits where the first token is the same (rounding may change it).
-        rows = alone.sequences[:, -2] == shared.sequences[:, -2]
-        if rows.any():
-            same = same and agree(alone.logits[1][rows], shared.logits[1][rows], self.dtype)
+        alone = self._two_tokens(self._join(few))
+        shared = attempt(lambda: self._two_tokens(trial.inputs(few, tokenwise) or {}))
+        same = False
+        if not isinstance(shared, Exception):
+            same = agree(alone.logits[0], shared.logits[0], self.dtype)
+            # Also compares the second token's logits where the first token is the same (rounding may change it).
+            rows = alone.sequences[:, -2] == shared.sequences[:, -2]
+            if rows.any():
+                same = same and agree(alone.logits[1][rows], shared.logits[1][rows], self.dtype)
         if not same:
             warn("the questions about an image are computed one by one: this model's can't share what they begin with")
         return same
+
+    def _two_tokens(self, inputs: Mapping[str, Any]) -> Any:
+        """Generates the two most probable tokens, with their logits."""
+        settings = GenerationConfig(
+            max_new_tokens=2, output_logits=True, return_dict_in_generate=True, pad_token_id=self.pad_token_id
+        )
+        return self.model.generate(**inputs, generation_config=settings)

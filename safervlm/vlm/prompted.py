@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from safervlm.errors import first_line
 from safervlm.vlm.compat import CACHE
 from safervlm.vlm.decoding import Prompts, Rows, State
-from safervlm.vlm.prefix import Encoding, PrefixSharing, agree
+from safervlm.vlm.prefix import Encoding, PrefixSharing, agree, attempt
 from safervlm.vlm.sampling import Sampler
 
 DIFFERENT_LOGITS = "the model's logits differ in steps of fixed shapes"
@@ -140,22 +140,20 @@ class PromptedRows(Rows):
         At the first call, up to two questions are computed both ways, and the logits of two steps are compared.
         """
         if self.sharing.obstacle is None:
-            self.sharing.obstacle = self._difference()
+            found = attempt(self._difference)
+            self.sharing.obstacle = (
+                f"{type(found).__name__}: {first_line(found)}" if isinstance(found, Exception) else found
+            )
         return self.sharing.obstacle
 
     def _difference(self) -> str:
         few = range(min(2, len(self.encodings)))
-        try:
-            prompts, expected = self.generated(few, 3)
-            columns = prompts.seen.shape[-1]
-            state = State(prompts, [[0] for _ in few], 3, columns + 3, self.dtype)
-            for place in (1, 2):
-                state.advance(torch.ones_like(state.done), expected.sequences[:, columns + place - 1, None])
-                found = state.forward(self, columns + 2)[:, 0].float()
-                if not agree(expected.logits[place], found, self.sharing.dtype):
-                    return DIFFERENT_LOGITS
-        except torch.OutOfMemoryError:  # of this batch; the next one may be smaller
-            raise
-        except Exception as error:  # a family's code may raise any exception
-            return f"{type(error).__name__}: {first_line(error)}"
+        prompts, expected = self.generated(few, 3)
+        columns = prompts.seen.shape[-1]
+        state = State(prompts, [[0] for _ in few], 3, columns + 3, self.dtype)
+        for place in (1, 2):
+            state.advance(torch.ones_like(state.done), expected.sequences[:, columns + place - 1, None])
+            found = state.forward(self, columns + 2)[:, 0].float()
+            if not agree(expected.logits[place], found, self.sharing.dtype):
+                return DIFFERENT_LOGITS
         return ""

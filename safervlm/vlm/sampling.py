@@ -18,6 +18,7 @@ MORE = 16  # factor for the rows with more survivors
 # Logits for which noise is computed together: on a CPU so few that they stay in its cache, else so few that the
 # memory for them doesn't matter.
 TOGETHER = {True: 2**17, False: 2**24}
+COLDEST = 1e-6  # smallest temperature besides 0; logits divided by a much smaller one would be infinite
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Sampling:
     """Decoding settings; the defaults are those of the published measurement (arXiv:2507.11155).
 
     Args:
-        temperature: Divisor of the logits; 0 selects the most probable token (greedy decoding).
+        temperature: Divisor of the logits, at least :data:`COLDEST`; or 0, which selects the most probable token
+            (greedy decoding).
         top_p: Nucleus sampling: samples from the smallest set of tokens whose probabilities sum to at least this value
             (arXiv:1904.09751).
         max_new_tokens: Maximum number of tokens of a response; longer ones are truncated.
@@ -41,7 +43,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Rejects values out of range."""
-        in_range("sampling", least=0, temperature=self.temperature)
+        in_range("sampling", least=COLDEST if self.temperature > 0 else 0, temperature=self.temperature)
         in_range("sampling", above=0, most=1, top_p=self.top_p)
         in_range("sampling", least=1, max_new_tokens=self.max_new_tokens)
 

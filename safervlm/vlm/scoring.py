@@ -28,7 +28,7 @@ from safervlm.vlm.compat import position_ids, takes_a_mask
 from safervlm.vlm.layers import evaluated
 from safervlm.vlm.local import Targets
 from safervlm.vlm.packing import Packed, additive, pack_completions
-from safervlm.vlm.prefix import Encoding, agree, extend, join
+from safervlm.vlm.prefix import Encoding, agree, attempt, extend, join
 
 # Inputs with a value per token, for which causal attention is known.
 TOKENWISE = {"input_ids", "attention_mask", "mm_token_type_ids"}
@@ -216,14 +216,9 @@ class Scoring:
             return None
         with evaluated(self.vlm.base), torch.autocast(packed.input_ids.device.type, enabled=False):
             _, alone = self._alone(trial)
-            try:
-                _, together = self._together(trial, packed)
-            except torch.OutOfMemoryError:
-                raise
-            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-                same = False  # the model's code takes no mask or no positions per token
-            else:
-                same = agree(alone, together, self.vlm.dtype)
+            # The model's code may take no mask or no positions per token.
+            together = attempt(lambda: self._together(trial, packed)[1])
+            same = isinstance(together, Tensor) and agree(alone, together, self.vlm.dtype)
         if not same:
             warn("completions are scored one per row: this model does not support sharing their image and prompt")
         return same

@@ -164,10 +164,11 @@ def test_a_rollout_and_its_updates_equal_those_by_hand(
                 k3 = away.exp() - 1 - away
                 loss = loss + weight * (policy + (kl_coef * k3 if grpo.kl == "loss" else 0.0))
                 sums["policy_loss"] += weight * policy.item()
-                sums["clip_fraction_low"] += weight * (ratio.item() < low and advantage < 0)
-                sums["clip_fraction_high"] += weight * (ratio.item() > high and advantage > 0)
+                share = 1.0 if grpo.average == "token" else 1 / length
+                sums["clip_fraction_low"] += share * (ratio.item() < low and advantage < 0)
+                sums["clip_fraction_high"] += share * (ratio.item() > high and advantage > 0)
                 moved = token["logprob"].item() - before
-                sums["approx_kl"] += weight * (math.exp(moved) - 1 - moved)
+                sums["approx_kl"] += share * (math.exp(moved) - 1 - moved)
                 if grpo.kl == "loss" and kl_coef:
                     sums["kl_loss"] += weight * k3.item()
         count = sum(lengths[row] for row in mini) if grpo.average == "token" else len(mini)

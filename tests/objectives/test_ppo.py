@@ -309,13 +309,40 @@ def test_unfinished_thinking_earns_the_lowest_judgement(
     judged = {row: -1.0 - row for row in range(5) if row not in unfinished}
     spread = {row: (value + 5.0) / 4.0 for row, value in judged.items()}  # the others are from -1 to -5
     earned = [
-        (spread.get(row, 0.0) if judged else 0.5) + 1.5 * len(answer.token_ids) / 40 - 2.0 * (not stopped[row])
+        (spread.get(row, 0.0) if judged else 0.5)
+        + (1.5 * len(answer.token_ids) / 40 if row in judged else 0.0)
+        - 2.0 * (not stopped[row])
         for row, answer in enumerate(rollout.answers)
     ]
     assert metrics["train/reward"] == pytest.approx(np.mean(earned), abs=1e-6)
     assert metrics["train/judged"] == pytest.approx(sum(judged.values()) / max(1, len(judged)))
     assert metrics["train/thinking_unfinished"] == pytest.approx(len(unfinished) / 5)
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_the_length_bonus_is_for_the_answer_alone(run: Callable[..., Run]) -> None:
+    """The answer of each response is short, whatever was thought before."""
+
+    def prepare(ppo: PPO) -> None:
+        generate = ppo.vlm.generate
+
+        def thinking(*args: Any) -> list[Any]:
+            return [replace(answer, text="Yes", reasoning="An image.") for answer in generate(*args)]
+
+        ppo.vlm.generate = thinking
+
+    done = run(judge=judge_all_alike, prepare=prepare, response_length=40)
+    (rollout,), tokenizer = done.rollouts, done.objective.vlm.tokenizer
+    answer = len(tokenizer("Yes", add_special_tokens=False).input_ids)
+    stopped = [answer.finish_reason == "stop" for answer in rollout.answers]
+    lengths = [len(each.token_ids) for each in rollout.answers]
+    assert max(lengths) > answer + 1
+    earned = [
+        0.5 + 1.5 * min(answer + ended, length) / 40 - 2.0 * (not ended)
+        for ended, length in zip(stopped, lengths, strict=True)
+    ]
+    assert done.steps.metrics["train/reward"] == pytest.approx(np.mean(earned), abs=1e-6)
+    assert done.steps.metrics["train/length"] == pytest.approx(np.mean(lengths), abs=1e-6)
 
 
 def test_equal_advantages_move_nothing(run: Callable[..., Run]) -> None:

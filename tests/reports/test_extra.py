@@ -34,9 +34,11 @@ def test_groups(runs, capsys, monkeypatch):
     words = ["--group", f"ppo={runs}/ppo-*", "--group", f"dpo={runs}/dpo-*", "--out", f"{runs}/report.html"]
     main(["report", f"{runs}/original", *words])
     frames = {name: [load_run(path) for path in sorted(runs.glob(f"{name}-*"))] for name in ("ppo", "dpo")}
-    pd.testing.assert_frame_equal(read(runs / "report_groups.csv"), group_table(frames), check_dtype=False)
+    expected = group_table(frames).assign(thinking_unfinished=0)
+    pd.testing.assert_frame_equal(read(runs / "report_groups.csv"), expected, check_dtype=False)
     differences = group_differences({"original": [load_run(runs / "original")]} | frames)
-    pd.testing.assert_frame_equal(read(runs / "report_group_differences.csv"), differences, check_dtype=False)
+    expected = differences.assign(thinking_unfinished=0)
+    pd.testing.assert_frame_equal(read(runs / "report_group_differences.csv"), expected, check_dtype=False)
     assert set(read(runs / "report_overall.csv")["run"]) == {path.name for path in runs.iterdir() if path.is_dir()}
     page = (runs / "report.html").read_text(encoding="utf-8")
     assert page.count('<table id="groups"') == page.count('<table id="group_differences"') == 1
@@ -116,3 +118,24 @@ def test_repeated_questions_and_rotated_options(runs):
     assert positions["value"].tolist() == pytest.approx(expected["value"].tolist(), nan_ok=True)
     sheets = pd.ExcelFile(runs / "report.xlsx").sheet_names
     assert {"repeats", "positions"} <= set(sheets)
+
+
+def test_unfinished_thinking_is_counted(runs):
+    """In the table, in its file and in that of the groups, whose members are summed up."""
+
+    def twice(response, verdict):
+        for number, cut in ((1, {}), (2, {"response": "", "finish_reason": "thinking unfinished"})):
+            name = f"{response['id']}#{number}" if number > 1 else response["id"]
+            cut = cut if response["capability"] == "alignment" else {}
+            yield response | {"id": name} | cut, {**verdict, "id": name, "answer": ""}
+
+    change(runs / "ppo-0", twice)
+    frame = load_run(runs / "ppo-0")
+    inside = int(frame["unfinished"].sum())
+    assert inside > 1
+    report_runs([runs / "original", runs / "ppo-0"], runs / "report.html", group=[f"ppo={runs}/ppo-*"])
+    assert set(read(runs / "report_repeats.csv")["thinking_unfinished"]) == {inside}
+    assert set(read(runs / "report_groups.csv")["thinking_unfinished"]) == {inside}
+    page = (runs / "report.html").read_text(encoding="utf-8")
+    assert f"Thinking unfinished: ppo-0 {inside}." in page
+    assert f"Thinking unfinished: ppo {inside}." in page

@@ -239,6 +239,25 @@ def test_an_adapter_takes_two_operations_per_layer(
             assert (layer(states) - plain).abs().max() > 0.05 * plain.abs().max()
 
 
+def test_too_little_memory_for_the_factors_leaves_no_layer_changed(
+    tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = families.with_effect(Llava(str(tiny_llava), dtype="float32"))
+    made, prepare = [], lean._lean
+
+    def full(*args: Any) -> Any:
+        if len(made) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        made.append(prepare(*args))
+        return made[-1]
+
+    monkeypatch.setattr(lean, "_lean", full)
+    with pytest.raises(torch.OutOfMemoryError), lean.lean_lora(vlm.base, "policy"):
+        pass
+    assert None not in made
+    assert not any("forward" in vars(layer) for layer in lean.switched(vlm.base))
+
+
 FIXED: dict[str, tuple[Callable[[Path], None], str | None]] = {
     "rotary positions": (families.llava, ""),
     "positions of three coordinates": (families.qwen2_5_vl, ""),

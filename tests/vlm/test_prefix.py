@@ -110,6 +110,28 @@ def test_an_encoder_that_looks_at_all_images_together_is_left_alone(images: Tens
     assert once.works is False
 
 
+def test_an_encoder_that_fails_on_fewer_images_is_left_alone(images: Tensor) -> None:
+    def of_six(pixels: Tensor) -> Tensor:
+        if len(pixels) != len(SHOWN):
+            raise AssertionError("of another number of images")
+        return pixels.flatten(1)
+
+    once = DeduplicatedEncoder(of_six)
+    for _ in range(2):
+        torch.testing.assert_close(once(images[SHOWN]), of_six(images[SHOWN]))
+    assert once.works is False
+
+    def full(pixels: Tensor) -> Tensor:
+        if len(pixels) < len(SHOWN):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pixels.flatten(1)
+
+    once = DeduplicatedEncoder(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        once(images[SHOWN])
+    assert once.works is None
+
+
 def in_one_row(pixels: Tensor, sizes: Tensor) -> dict[str, Tensor]:
     """All images in one row, each as long as its size; the same images in another output with rows of their own."""
     cropped = [image.flatten()[: int(size)] for image, size in zip(pixels, sizes, strict=True)]
@@ -176,18 +198,30 @@ def test_rounding_is_not_a_difference() -> None:
     assert not agree(logits, logits[:2], torch.float32)
 
 
-def test_attention_that_looks_ahead_shares_nothing(
-    tmp_path: Path, make_questions: Callable[[int], list[Question]], capsys: pytest.CaptureFixture[str]
+def look_ahead(_: nn.Module, __: Any, states: Tensor) -> Tensor:
+    return states + states.flip(1).cumsum(1).flip(1)
+
+
+def fails_after_a_prefix(layer: nn.Module, _: Any, given: dict[str, Any], states: Tensor) -> Tensor:
+    """As code whose masks have as many columns as the call has tokens."""
+    if 1 < states.shape[1] <= given["position_ids"].max():
+        raise AssertionError("a mask of another size")
+    return states
+
+
+@pytest.mark.parametrize(("hook", "takes"), [(look_ahead, False), (fails_after_a_prefix, True)])
+def test_a_model_that_cannot_share_is_asked_one_by_one(
+    hook: Any,
+    takes: bool,
+    tmp_path: Path,
+    make_questions: Callable[[int], list[Question]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A layer that adds the following tokens, which its inputs do not reveal."""
+    """A layer that adds the following tokens, which its inputs do not reveal; and one that raises an exception."""
     families.llava(tmp_path)
     vlm = Transformers(str(tmp_path), dtype="float32")
     vlm.load()
-
-    def look_ahead(_: nn.Module, __: Any, states: Tensor) -> Tensor:
-        return states + states.flip(1).cumsum(1).flip(1)
-
-    vlm.base.get_decoder().layers[0].register_forward_hook(look_ahead)
+    vlm.base.get_decoder().layers[0].register_forward_hook(hook, with_kwargs=takes)
     # Equal lengths: padding would be attended to, too.
     examples = families.ask(make_questions(2))
     examples = [

@@ -11,7 +11,15 @@ from transformers.generation import TopPLogitsWarper
 
 from safervlm.vlm import sampling as module
 from safervlm.vlm.noise import gumbel, noise_key, token_bits
-from safervlm.vlm.sampling import Sampler, Sampling, Suppress, sample_from_all, sample_from_nucleus
+from safervlm.vlm.sampling import (
+    COLDEST,
+    RecordedSampling,
+    Sampler,
+    Sampling,
+    Suppress,
+    sample_from_all,
+    sample_from_nucleus,
+)
 
 NOTHING = torch.tensor([], dtype=torch.int64)
 DEVICE = torch.device("cpu")
@@ -157,7 +165,15 @@ def test_suppress_leaves_the_rest() -> None:
     assert Suppress(torch.tensor([1]))(None, scores).tolist() == expected
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_p": 0.0}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-9])
+def test_the_smallest_temperature_chooses_the_most_probable_token(top_p: float) -> None:
+    logits = torch.tensor([[90.0, 100.0, 99.0, -100.0]])
+    sampler = Sampler(RecordedSampling(COLDEST, top_p), NOTHING, [3], DEVICE)
+    assert sampler.choose(logits).tolist() == [1]
+    assert sampler.logprobs[0].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("values", [{"temperature": -1}, {"temperature": 1e-38}, {"top_p": 0.0}, {"max_new_tokens": 0}])
 def test_sampling_rejects_what_samples_nothing(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"sampling.{next(iter(values))}"):
         Sampling(**values)  # type: ignore[arg-type]

@@ -80,7 +80,7 @@ class Server(VLM):
         images: How images are decoded, and the size limits above which they are rejected.
         bounds: Back-off times and failure limits.
         thinking: The marks around reasoning inside a response, ``[<think>, </think>]``. ``detected`` finds the common
-            ones; ``none`` treats the whole text as the answer. An empty opening mark means that each response begins
+            ones; ``none`` separates nothing. An empty opening mark means that each response begins
             inside the reasoning. Reasoning that the server returns separately is always separate.
         extra_body: Further fields of each request, for example ``{chat_template_kwargs: {enable_thinking: false}}``.
 
