@@ -125,8 +125,8 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     if reason := find(r"Not a valid subclass of (\w+)"):
         value = find(r"Got value: (.*)") or find(r"Given value: (.*)") or "it"
         return f"{name}{value} is not a {reason}; name the class_path of one"
-    if value := find(r"Unable to load config '(.*)'"):
-        return f"{name}settings are needed, got {value!r}; give each of them, or the file that holds them"
+    if text := find(r"Unable to load config '(.*)'"):
+        return f"{name}settings are needed, got {text!r}; give each of them, or the file that holds them"
     expected = [
         re.sub(r"^a |<class '|'>|typing\.", "", each) for each in re.findall(r"Expected (.+?)(?:\. Got|\n|$)", message)
     ]
