@@ -88,9 +88,10 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: b
 
     Raises:
         SettingsDifferError: Settings differ; the message names at most five.
-        RecordError: The manifest is damaged.
+        RecordError: The manifest is damaged, or is missing beside results.
     """
     files = RunFolder(run)
+    must_have_manifest(files, stage)
     there = read_manifest(run)["stages"].get(stage)
     if there is None or not has_results(run):
         return {}
@@ -153,6 +154,28 @@ def must_have_noise(run: Path, stage: str, before: int | None, now: int | None, 
         raise SettingsDifferError(
             f"{argument}: {run} holds a {stage} with the sampling noise of another version of SaferVLM ({NOISE}: "
             f"{before} there, {now} now); use that version, or another folder"
+        )
+
+
+def must_have_manifest(files: RunFolder, stage: str) -> None:
+    """Rejects a folder with results of unknown settings, or with a user's files of the same names.
+
+    Args:
+        files: Files of the run.
+        stage: Name of the stage. Responses without a manifest may be judged, but not continued. Checkpoints have their
+            settings in their seals.
+
+    Raises:
+        RecordError: There is no manifest, and a file that it describes.
+    """
+    if files.manifest.exists():
+        return
+    made = [files.scores, files.metrics, files.rollouts]
+    made += [files.responses, files.shards] if stage == "measure" else []
+    if there := [file for file in made if file.exists()]:
+        raise RecordError(
+            f"--run: {there[0]} is there and {files.manifest.name} is not, so that its settings are unknown; restore "
+            "the manifest, name another folder, or move the file away"
         )
 
 

@@ -10,9 +10,38 @@ from typing import Any
 
 import pytest
 
+from safervlm.errors import RecordError
 from safervlm.run import SettingsDifferError, check_settings, finished, has_results, lock, read_manifest, write_stage
 
 SETTINGS = {"model": {"lr": 1e-3, "betas": (0.9, 0.99)}, "data": {"ids": "abc"}}
+
+
+@pytest.mark.parametrize(
+    ("file", "stage", "rejected"),
+    [
+        ("responses.jsonl", "measure", True),
+        ("shards/responses/0-1.jsonl", "measure", True),
+        ("scores.csv", "measure", True),
+        ("metrics.csv", "sft", True),
+        ("rollouts.jsonl", "ppo", True),
+        ("checkpoints/last.ckpt", "dpo", False),  # a checkpoint has its settings in its seal
+        ("responses.jsonl", "judge", False),  # they are judged where they lie
+        ("responses.jsonl", "sft", False),
+        ("notes.txt", "measure", False),
+    ],
+)
+def test_results_of_unknown_settings_are_not_continued(file: str, stage: str, rejected: bool, tmp_path: Path) -> None:
+    """The manifest was removed, or a user's file has the name of a result: it is kept."""
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("mine")
+    if rejected:
+        with pytest.raises(RecordError, match=r"--run: .* is there and manifest\.json is not"):
+            check_settings(tmp_path, stage, {})
+    else:
+        assert check_settings(tmp_path, stage, {}) == {}
+    assert (tmp_path / file).read_text() == "mine"
+    (tmp_path / "manifest.json").write_text('{"stages": {}}')
+    assert check_settings(tmp_path, stage, {}) == {}
 
 
 def test_the_same_settings_resume(tmp_path: Path) -> None:

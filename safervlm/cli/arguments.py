@@ -130,7 +130,7 @@ def check_arguments(name: str, value: Any, where: str, folder: Path, seen: set[P
     if last in SEEDS:
         check_seed(value, where)
     if last == "limit" and re.fullmatch(r"0+|-\d+", str(value).strip()):
-        raise ArgumentError(f"{where}: at least 1, or none, got {value}")
+        raise ArgumentError(f"{where}: at least 1{', or none' if name != last else ''}, got {value}")
     if not isinstance(value, str):
         return
     reject_empty(name, value, where)

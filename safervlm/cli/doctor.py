@@ -36,7 +36,7 @@ from safervlm.recipes import local_or_shipped
 from safervlm.records import read_jsonl
 from safervlm.run_folder import RunFolder
 from safervlm.vlm.lora import LoRA, adapted_layers
-from safervlm.vlm.sizes import read_config, sized
+from safervlm.vlm.sizes import bounded_config, sized
 from safervlm.vlm.weights import weight_files
 
 GIB = 2**30
@@ -322,7 +322,7 @@ def training_memory(folder: Path, lora: LoRA, adapters: int = 1) -> int:
         ValueError: Transformers does not know the model.
     """
     with torch.device("meta"), sized(str(folder), weight_files(folder), "vlm.model"):  # no memory for weights
-        model = AutoModelForImageTextToText.from_config(read_config(str(folder)), trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_config(bounded_config(str(folder)), trust_remote_code=False)
     layers = adapted_layers(model, lora)
     linear = [model.get_submodule(name) for name in layers.modules]
     sizes = [module.in_features + module.out_features for module in linear if isinstance(module, torch.nn.Linear)]

@@ -122,11 +122,11 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
             way_out = f"pip install 'safervlm[{extra}]'" if extra else "install it"
             return f"{name}{path!r} needs a package that is missing ({reason}); {way_out}"
         return f"{name}no class {path!r} ({reason}); check the spelling"
-    if reason := find(r"Not a valid subclass of (\w+)"):
-        value = find(r"Got value: (.*)") or find(r"Given value: (.*)") or "it"
-        return f"{name}{value} is not a {reason}; name the class_path of one"
-    if text := find(r"Unable to load config '(.*)'"):
-        return f"{name}settings are needed, got {text!r}; give each of them, or the file that holds them"
+    if kind := find(r"Not a valid subclass of (\w+)"):
+        wrong = find(r"Got value: (.*)") or find(r"Given value: (.*)") or "it"
+        return f"{name}{wrong} is not a {kind}; name the class_path of one"
+    if (given := find(r"Unable to load config '(.*)'")) is not None:
+        return f"{name}settings are needed, got {given!r}; give each of them, or the file that holds them"
     expected = [
         re.sub(r"^a |<class '|'>|typing\.", "", each) for each in re.findall(r"Expected (.+?)(?:\. Got|\n|$)", message)
     ]

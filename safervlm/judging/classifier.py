@@ -26,7 +26,7 @@ from safervlm.judging.files import WEIGHTS, checkpoint_file, config_file
 from safervlm.protocol import LABELS
 from safervlm.ranges import in_range
 from safervlm.vlm.processors import read_tokenizer
-from safervlm.vlm.sizes import read_config, sized
+from safervlm.vlm.sizes import bounded_config, sized
 from safervlm.vlm.weights import load_model, must_be_finite, read_tensors, reading, weights_fingerprint
 
 # Keys that a checkpoint may contain although this model does not. Older versions of transformers saved the position
@@ -166,7 +166,7 @@ class Judge(LightningModule):
         base = self._base
         weights = self._weights
         with reading(base, "base"):
-            config = read_config(base, argument="base")
+            config = bounded_config(base, argument="base")
         tokenizer = read_tokenizer(base, "base")
         if not isinstance(config, RobertaConfig):
             raise ArgumentError(f"base: {base!r} is a {config.model_type}; the judge is built on a RoBERTa")

@@ -42,7 +42,7 @@ from safervlm.vlm.prompted import PromptedRows
 from safervlm.vlm.sampling import Sampler, Sampling
 from safervlm.vlm.scoring import EncodedCompletions, Scoring
 from safervlm.vlm.selfcheck import PROCESSOR_FAILS, UNLIKE, self_check, works
-from safervlm.vlm.sizes import read_config
+from safervlm.vlm.sizes import bounded_config
 from safervlm.vlm.thinking import Setting, Thinking, valid_setting
 from safervlm.vlm.weights import load_model, reading
 
@@ -116,7 +116,7 @@ class Transformers(LocalVLM):
             ArgumentError: The model can't be read, needs code that is not installed, or has an encoder and a decoder.
         """
         with reading(self.name):
-            config = read_config(self.name, self.revision)
+            config = bounded_config(self.name, self.revision)
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
             raise ArgumentError(
                 f"vlm.model: {self.name!r} reads the question by an encoder and answers by a decoder of its own, so "

@@ -28,7 +28,7 @@ from safervlm.vlm.packed import PackedBatch, PackedVLM
 from safervlm.vlm.packing import pack_completions
 from safervlm.vlm.processors import read_tokenizer
 from safervlm.vlm.recent import RecentPixels
-from safervlm.vlm.sizes import read_config
+from safervlm.vlm.sizes import bounded_config
 from safervlm.vlm.weights import load_model, reading
 
 ROWS_AT_ONCE = 64  # number of pixel rows that are padded and resized together
@@ -246,7 +246,7 @@ class Llava(PackedVLM):
             ArgumentError: The model is no LLaVA, or can't be read.
         """
         with reading(self.name):
-            config = read_config(self.name, self.revision)
+            config = bounded_config(self.name, self.revision)
             if not isinstance(config, LlavaConfig):
                 raise ArgumentError(
                     f"vlm.model: {self.name!r} is a {config.model_type}, not a llava; name a LLaVA-1.5, or have it "

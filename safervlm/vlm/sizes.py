@@ -27,7 +27,7 @@ NUMBERS_OF_A_WEIGHT = 1_000  # each weight counts as so many more, for the memor
 ALLOWANCE = 2_000_000  # numbers of a model without any weights
 
 
-def read_config(name: str, revision: str | None = None, argument: str = "vlm.model") -> PreTrainedConfig:
+def bounded_config(name: str, revision: str | None = None, argument: str = "vlm.model") -> PreTrainedConfig:
     """Reads the configuration of a model.
 
     Args:
