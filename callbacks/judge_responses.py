@@ -12,9 +12,6 @@ from safervlm.ranges import in_range
 from safervlm.records import Failure, Verdict, read_jsonl, write_jsonl
 from safervlm.run_folder import RunFolder
 
-# The verdicts of a judging that is not complete.
-UNFINISHED = "verdicts-unfinished.jsonl"
-
 
 class JudgeResponses(Callback):
     """After ``predict``, writes ``verdicts.jsonl`` beside the run folder's ``responses.jsonl``.
@@ -75,7 +72,7 @@ class JudgeResponses(Callback):
 
         left = [(each.question, each.response) for each in responses if each.id not in verdicts]
         self.panel.to(trainer.strategy.root_device)
-        records = self.panel.judged_in_batches(left, run / UNFINISHED, self.batch_size)
+        records = self.panel.judged_in_batches(left, RunFolder(run).unfinished_verdicts, self.batch_size)
         failed = [record for record in records if isinstance(record, Failure)]
         verdicts |= {record.id: record for record in records if isinstance(record, Verdict)}
         there = (verdicts[response.id] for response in responses if response.id in verdicts)
@@ -84,4 +81,4 @@ class JudgeResponses(Callback):
             write_jsonl(files.unjudged, (failure.to_dict() for failure in failed))
         else:
             files.unjudged.unlink(missing_ok=True)
-        (run / UNFINISHED).unlink(missing_ok=True)
+        RunFolder(run).unfinished_verdicts.unlink(missing_ok=True)

@@ -196,7 +196,7 @@ def is_result(path: Path) -> bool:
     """
     if (
         path.suffix == ".yaml"
-        or path.name in ("manifest.json", LOCK, "traceback.txt")
+        or path.name in (RunFolder(path.parent).manifest.name, LOCK, "traceback.txt")
         or path.name.startswith(TEMPORARY)
     ):
         return False

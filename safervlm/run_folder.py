@@ -76,6 +76,11 @@ class RunFolder:
         return self._file("verdicts-failed.jsonl")
 
     @property
+    def unfinished_verdicts(self) -> Path:
+        """The batches of verdicts that are complete, while responses are being judged."""
+        return self._file("verdicts-unfinished.jsonl")
+
+    @property
     def labels_plan(self) -> Path:
         """The sample of responses that people label."""
         return self._file("labels-plan.json")

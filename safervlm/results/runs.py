@@ -133,13 +133,13 @@ def _check_labels(run: Path, question: Question, verdict: Verdict) -> None:
     labels = rules.labels_of_rule(question.capability, question.answer) if by_rule else LABELS[question.capability]
     answers = [label for label in labels if label not in ("", NOT_APPLICABLE)]
     for file, what, label, allowed in (
-        ("responses.jsonl", "right answer", question.answer, answers),
-        ("verdicts.jsonl", "verdict's label", verdict.label, labels),
+        (RunFolder(run).responses, "right answer", question.answer, answers),
+        (RunFolder(run).verdicts, "verdict's label", verdict.label, labels),
     ):
         if label not in allowed:
             known = ", ".join(allowed) or f"any text but {label!r}"
             raise RecordError(
-                f"{run / file}: the {what} of {question.id!r} is {label!r}, but {question.capability} has {known}; was "
+                f"{file}: the {what} of {question.id!r} is {label!r}, but {question.capability} has {known}; was "
                 "it judged by the other capability's judge?"
             )
 

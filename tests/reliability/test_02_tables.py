@@ -165,7 +165,7 @@ REJECTED = {
     "two columns, numbered rows": ("a.csv", b'id,text\n0,a\n1,"hello\n2,b"\n3,c\n', 3, "look like rows"),
     "two columns, the number last": ("a.csv", b'text,id\n"hello,1\nb",2\nc,3\n', 2, "look like rows"),
     "in a column between": ("a.csv", ROWS_HEAD + b'1,"Safe,hello\n2,Unsafe",x\n3,Safe,x\n', 2, "look like rows"),
-    "in the names of the columns": ("a.csv", b'id,label,"text\n1,Safe,hello\n2,Safe,b"\n', 1, "names of the columns"),
+    "in the names of the columns": ("a.csv", b'id,label,"text\n1,Safe,hello\n2,Safe,b"\n', 1, "name continues on"),
     "the opening line is another's": ("a.csv", HEAD.encode() + b'"a\nb",Safe\n\n\n"c,Safe\n', 6, "not closed"),
     "too many cells": ("a.csv", HEAD.encode() + b"a,Safe\nYes, it is,Safe\n", 3, "3 cells, the header has 2"),
     "too few cells": ("a.csv", HEAD.encode() + b"\n\na\n", 4, "1 cells, the header has 2"),
