@@ -88,6 +88,6 @@ def test_an_address_in_the_place_of_a_path_is_rejected_without_its_secrets(
     assert end.value.code == 2
     said = capfd.readouterr().err
     assert f"error: {argument}: " in said
-    assert "download it, and name the copy" in said
+    assert "name the copy" in said
     assert TOKEN not in said
     assert not (tmp_path / "run").exists()
