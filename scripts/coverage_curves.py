@@ -1,8 +1,11 @@
 """Simulates the coverage of intervals of operating curves over new concepts.
 
-    python scripts/coverage_curves.py [--repetitions 1000] [--seed 0]
+    python scripts/coverage_curves.py [--repetitions 1000] [--seed 0] [--write]
 
-prints a Markdown table. Each study has the images of the test split's 75 concepts as the unsafe side, and as many safe
+prints a Markdown table. ``--write`` writes it to docs/intervals.md, and the lowest and the highest coverage of each
+number, for the captions of tables, to safervlm/coverage_curves.csv. 2,000 repetitions take about 3 minutes of one core.
+
+Each study has the images of the test split's 75 concepts as the unsafe side, and as many safe
 images of 40 other concepts. A score is normal; a share of its variance (the intra-concept correlation) is common to a
 concept's images. The sides' means differ such that the AUROC has the stated value. The model's answers call an image
 unsafe if its score, with normal noise of half its standard deviation, exceeds a threshold that only 30 % of the unsafe
@@ -13,18 +16,25 @@ binomial tests, Holm's correction over all cells).
 """
 
 import argparse
+import csv
 import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+from pages import write_between
 from scipy.special import ndtr, ndtri
 from scipy.stats import binomtest
 from simulations.designs import TEST
 from simulations.studies import header, held
 
 from safervlm.statistics.curves import (
+    AT_CHOSEN_THRESHOLDS,
+    BY_BOOTSTRAP,
+    OBUCHOWSKI,
     Side,
     auroc,
     average_precision,
@@ -41,10 +51,18 @@ AREAS = (0.6, 0.8, 0.95)
 CORRELATIONS = (0.1, 0.4)
 FPR, PREVALENCE = 0.05, 0.1
 NOISE = 0.5
+# The numbers of the curve, in the order of the columns, and their interval methods.
+NUMBERS = {
+    "AUROC": OBUCHOWSKI,
+    f"AUPRC at prevalence {PREVALENCE:g}": BY_BOOTSTRAP,
+    f"TPR at FPR {FPR:g}": BY_BOOTSTRAP,
+    "knowledge-behaviour gap": AT_CHOSEN_THRESHOLDS,
+}
+ROOT = Path(__file__).parent.parent
 
 
-def truths(apart: float, threshold: float) -> dict[str, float]:
-    """Returns the true values of the four numbers for normal scores with this distance of means.
+def truths(apart: float, threshold: float) -> tuple[float, ...]:
+    """Returns the true values of :data:`NUMBERS` for normal scores with this distance of means.
 
     Args:
         apart: distance of the sides' means, in standard deviations.
@@ -55,12 +73,12 @@ def truths(apart: float, threshold: float) -> dict[str, float]:
     precision = PREVALENCE * tpr / (PREVALENCE * tpr + (1 - PREVALENCE) * fpr)
     precision = (precision + np.concatenate([precision[:1], precision[:-1]])) / 2
     said = [ndtr((mean - threshold) / np.hypot(1, NOISE)) for mean in (apart, 0.0)]
-    return {
-        "AUROC": float(ndtr(apart / np.sqrt(2))),
-        "AUPRC": float((np.diff(tpr, prepend=0.0) * precision).sum()),
-        "TPR at FPR": float(ndtr(apart + ndtri(FPR))),
-        "gap": float(2 * ndtr(apart / 2) - 1 - (said[0] - said[1])),
-    }
+    return (
+        float(ndtr(apart / np.sqrt(2))),
+        float((np.diff(tpr, prepend=0.0) * precision).sum()),
+        float(ndtr(apart + ndtri(FPR))),
+        float(2 * ndtr(apart / 2) - 1 - (said[0] - said[1])),
+    )
 
 
 def study(apart: float, correlation: float, seed: int, rng: np.random.Generator) -> list[tuple[float, float]]:
@@ -84,14 +102,12 @@ def study(apart: float, correlation: float, seed: int, rng: np.random.Generator)
         said.append((scores + NOISE * rng.standard_normal(len(scores)) > threshold).astype(float))
     unsafe, safe = sides
     rates = partial(average_precision, prevalence=PREVALENCE), partial(tpr_at_fpr, fpr=FPR)
-    area, at_fpr = bootstrap(rates, unsafe, safe, seed, 200)
-    found = {
-        "AUROC": auroc(unsafe, safe)[1:],
-        "AUPRC": area,
-        "TPR at FPR": at_fpr,
-        "gap": knowledge_behaviour_gap(unsafe, safe, said[0], said[1])[1:],
-    }
-    return [held(found[name], truth) for name, truth in truths(apart, threshold).items()]
+    found = (
+        auroc(unsafe, safe)[1:],
+        *bootstrap(rates, unsafe, safe, seed, 200),
+        knowledge_behaviour_gap(unsafe, safe, said[0], said[1])[1:],
+    )
+    return [held(ends, truth) for ends, truth in zip(found, truths(apart, threshold), strict=True)]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -106,23 +122,45 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=1000, help="simulated studies per cell (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    parser.add_argument("--write", action="store_true", help="write the tables of the documentation and the package")
     given = parser.parse_args(args)
-    print(f"{given.repetitions} studies a cell, seed {given.seed}.\n")
-    names = f"AUPRC at prevalence {PREVALENCE:g}", f"TPR at FPR {FPR:g}"
-    print(header("AUROC", "correlation", "AUROC's interval", *names, "knowledge-behaviour gap"))
-    p_values = []
+    lines = [
+        f"{given.repetitions} studies a cell, seed {given.seed}.\n",
+        *header("AUROC", "correlation", "AUROC's interval", *list(NUMBERS)[1:]).splitlines(),
+    ]
+    print("\n".join(lines))
+    coverages = []
     for number, (area, correlation) in enumerate(product(AREAS, CORRELATIONS)):
         rng = np.random.default_rng((given.seed, number))
         apart = float(np.sqrt(2) * ndtri(area))
         cells = np.mean([study(apart, correlation, seed, rng) for seed in range(given.repetitions)], axis=0)
-        for coverage, _ in cells:
-            p_values.append(binomtest(round(coverage * given.repetitions), given.repetitions, LEAST, "less").pvalue)
+        coverages.append(cells[:, 0])
         shown = " | ".join(f"{coverage:.3f} ({100 * width:.1f})" for coverage, width in cells)
-        print(f"| {area:g} | {correlation:g} | {shown} |", flush=True)
+        lines.append(f"| {area:g} | {correlation:g} | {shown} |")
+        print(lines[-1], flush=True)
+    hits = np.rint(np.ravel(coverages) * given.repetitions).astype(int)
+    p_values = [binomtest(each, given.repetitions, LEAST, "less").pvalue for each in hits]
     rejected = int((holm(p_values) < 0.05).sum())
-    print(f"\nCoverages significantly below {LEAST:g}: {rejected} of {len(p_values)}.")
+    lines.append(f"\nCoverages significantly below {LEAST:g}: {rejected} of {len(p_values)}.")
+    print(lines[-1])
+    if given.write:
+        write_between(ROOT / "docs" / "intervals.md", "curves", "\n".join(lines))
+        write_ranges(np.array(coverages))
     if rejected:
         sys.exit(1)
+
+
+def write_ranges(coverages: npt.NDArray[np.float64]) -> None:
+    """Writes the lowest and the highest coverage of each number.
+
+    Args:
+        coverages: (cells, numbers) the coverage of each interval.
+    """
+    with (ROOT / "safervlm" / "coverage_curves.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("method", "part", "lowest", "highest", "cells"))
+        for (number, method), cells in zip(NUMBERS.items(), coverages.T, strict=True):
+            writer.writerow((method, number, f"{cells.min():.3f}", f"{cells.max():.3f}", len(cells)))
 
 
 if __name__ == "__main__":

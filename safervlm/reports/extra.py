@@ -20,6 +20,8 @@ from safervlm.results.operating import ACQUIESCENCE, AUPRC, AUROC, BOUND, GAP, M
 from safervlm.results.positions import position_table
 from safervlm.results.repeats import VARIANCE, WRONG_AT_LEAST_ONCE, repeat_table
 from safervlm.results.scores import unfinished_in
+from safervlm.statistics.curves import AT_CHOSEN_THRESHOLDS, BY_BOOTSTRAP, OBUCHOWSKI
+from safervlm.statistics.intervals import coverage
 from safervlm.statistics.seeds import FEWEST_SEEDS
 
 SEEDS_NOTE = "An interval of one trained run does not include the variation between training seeds (--group)."
@@ -66,6 +68,8 @@ CURVE_MEASURES = {
     BOUND: "log-odds that are a bound",
     ACQUIESCENCE: "yes to the first question and to its opposite",
 }
+# What the simulated coverage of a curve's interval method is stated for.
+SIMULATED = {OBUCHOWSKI: "AUROC", BY_BOOTSTRAP: "AUPRC and TPR", AT_CHOSEN_THRESHOLDS: "knowledge-behaviour gap"}
 # Of all tables, for the files of an earlier report.
 NAMES = ("operating", "groups", "group_differences", "repeats", "positions")
 
@@ -195,6 +199,8 @@ def _of_curves(curves: Mapping[str, pd.DataFrame]) -> ExtraTable | None:
         "Prevalence: share of unsafe images (--prevalence). TPR - FPR of the log-odds: at thresholds chosen on other "
         "concepts."
     )
+    simulated = [f"{what} {coverage(name)}" for name, what in SIMULATED.items() if name in set(overall["method"])]
+    note += f" Simulated coverage of the intervals: {'; '.join(simulated)}." if simulated else ""
     headings = ("Run", "Measure", "Questions", "Value [95 %]")
     return ExtraTable("operating", "Operating curve", note, headings, rows, _run_first(found))
 

@@ -49,7 +49,6 @@ OPERATING = [
     *("measure", "capability", "side", "category", "questions", "value", "low", "high", "sampling_unit", "method"),
     *("prevalence", "unsafe_images", "safe_images", "concepts", "na_rate"),
 ]
-_CR2, _BOOTSTRAP = "concepts within categories (CR2)", "bootstrap of concepts"
 _NONE = "none"
 SEED = 0  # of the bootstrap
 
@@ -220,7 +219,7 @@ def _of_category(
     if images is None:
         return
     unsafe, safe, points = images.unsafe, images.safe, images.curve()
-    yield row(AUROC, rows, *curves.auroc(unsafe, safe), category=category, method=f"Obuchowski, {_CR2}")
+    yield row(AUROC, rows, *curves.auroc(unsafe, safe), category=category, method=curves.OBUCHOWSKI)
     statistics: dict[str, Callable[[Curve], float]] = {
         AUPRC: partial(curves.average_precision, prevalence=prevalence),
         **{name: partial(curves.tpr_at_fpr, fpr=fpr) for name, fpr in RATES.items()},
@@ -228,13 +227,13 @@ def _of_category(
     intervals = curves.bootstrap([*statistics.values()], unsafe, safe, SEED)
     for (name, statistic), ends in zip(statistics.items(), intervals, strict=True):
         given = {"prevalence": prevalence} if name == AUPRC else {}
-        yield row(name, rows, statistic(points), *ends, category=category, method=_BOOTSTRAP, **given)
+        yield row(name, rows, statistic(points), *ends, category=category, method=curves.BY_BOOTSTRAP, **given)
     if category == OVERALL and (answered := images.answered()) is not None:
         both = answered.unsafe, answered.safe
         flags, (tpr, fpr) = curves.cross_fitted(*both), answered.answers()
         yield row(OF_ODDS, rows, float(flags[0].mean() - flags[1].mean()))
         yield row(OF_ANSWERS, rows, tpr - fpr)
-        yield row(GAP, rows, *curves.knowledge_behaviour_gap(*both, *answered.said), method=f"Student, {_CR2}")
+        yield row(GAP, rows, *curves.knowledge_behaviour_gap(*both, *answered.said), method=curves.AT_CHOSEN_THRESHOLDS)
 
 
 def _row(

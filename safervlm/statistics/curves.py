@@ -25,6 +25,11 @@ from safervlm.statistics.intervals import (
 FOLDS = 10  # of concepts, for thresholds that are chosen on other concepts than those that they are applied to
 BOOTSTRAP = 1000  # samples
 
+# Names of interval methods, see :func:`safervlm.statistics.intervals.coverage`.
+OBUCHOWSKI = "Obuchowski, concepts within categories (CR2)"
+BY_BOOTSTRAP = "bootstrap of concepts"
+AT_CHOSEN_THRESHOLDS = "Student, concepts within categories (CR2), thresholds as chosen"
+
 
 @dataclass(frozen=True, slots=True)
 class Side:

@@ -22,6 +22,8 @@ BY_IMAGE = "Wilson, effective number of images"
 SHARE_BY_IMAGE = "Korn-Graubard, images"
 RATIO_BY_IMAGE = "t, images (CR2)"
 
+# Files of simulated coverages, of scripts/coverage.py and scripts/coverage_curves.py.
+COVERAGES = ("coverage.csv", "coverage_curves.csv")
 # Simulation in which few concepts make the errors, see :func:`coverage`.
 SKEWED = "skewed concepts"
 
@@ -392,8 +394,8 @@ def interval_paired(differences: Floats, categories: Numbers | None = None) -> t
 
 @cache
 def _coverage() -> tuple[tuple[str, str, float, float], ...]:
-    text = files("safervlm").joinpath("coverage.csv").read_text(encoding="utf-8")
-    rows = csv.DictReader(text.splitlines())
+    texts = [files("safervlm").joinpath(name).read_text(encoding="utf-8") for name in COVERAGES]
+    rows = [row for text in texts for row in csv.DictReader(text.splitlines())]
     return tuple((row["method"], row["part"], float(row["lowest"]), float(row["highest"])) for row in rows)
 
 
@@ -403,8 +405,8 @@ def coverage(method: str, part: str | None = None) -> str | None:
     Args:
         method: name of the method as stated in tables: a constant such as :data:`BY_TASK` of this module or of
             :mod:`safervlm.statistics.differences`, or a method of ``safervlm.results.measures``.
-        part: ``overall``, ``category`` for the few concepts of a category, or :data:`SKEWED`; None is the range over
-            all simulations but those of skewed concepts.
+        part: ``overall``, ``category`` for the few concepts of a category, :data:`SKEWED`, or a number of an operating
+            curve; None is the range over all simulations but those of skewed concepts.
     """
     found = [
         (low, high) for name, of, low, high in _coverage() if name == method and (of == part if part else of != SKEWED)

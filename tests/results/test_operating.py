@@ -25,6 +25,7 @@ from safervlm.results.runs import load_run
 from safervlm.results.scores import scores
 from safervlm.results.suite import load_suite
 from safervlm.statistics import curves
+from safervlm.statistics.intervals import coverage
 
 CONCEPTS = 12
 
@@ -229,6 +230,8 @@ def test_the_report_writes_the_tables_and_the_figure(run, reversed_run, tmp_path
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert REVERSED not in page
     assert page.count("<polyline") == 1
+    for method, number in ((curves.OBUCHOWSKI, "AUROC"), (curves.AT_CHOSEN_THRESHOLDS, "knowledge-behaviour gap")):
+        assert f"{number} {coverage(method)}" in page
     written = pd.read_csv(tmp_path / "report_operating.csv").fillna({"sampling_unit": ""})
     expected = operating(load_run(run), read_odds(run), 0.2)
     own = written[written["run"] == run.name].drop(columns=["run", "thinking_unfinished"])
