@@ -1,5 +1,6 @@
 """The command line: fast help, a help text for every argument, errors of one line."""
 
+import gc
 import inspect
 import json
 import re
@@ -24,7 +25,7 @@ import safervlm
 from callbacks.rate_responses import RateResponses
 from safervlm.cli.family import fitting_class, with_class
 from safervlm.cli.lightning import DESCRIPTIONS, GROUPS, SaferCLI
-from safervlm.cli.main import HELP, main, plain_commands, sequence_commands
+from safervlm.cli.main import HELP, collection_paused, main, plain_commands, sequence_commands
 from safervlm.cli.messages import one_line
 from safervlm.cli.trainer import callbacks_with_lines
 from safervlm.io.boundary import run_folder
@@ -65,6 +66,19 @@ def test_help_imports_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout == HELP
+
+
+def test_collections_pause_only_while_a_new_process_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        with collection_paused():
+            assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()  # this process goes on: its objects may be garbage later
+    with collection_paused():  # PyTorch is imported
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
