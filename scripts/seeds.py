@@ -5,7 +5,8 @@ python scripts/seeds.py --check RUNS    # only checks the bounds of a finished d
 
 Another processor rounds floating-point numbers differently, so that training results in other weights. The roundings
 imitate this on one machine. Each run of the demo has its own folder; existing results are reused. The tables are
-written between markers in docs/seeds.md. The exit code is 1 if a bound of the demo is met by less than 2 points.
+written between markers in docs/seeds.md. The exit code is 1 if a bound of the demo is missed with another seed, or met by less than
+2 points under another rounding or in a demo that is checked.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from safervlm.results.runs import load_run
 from safervlm.results.scores import compare, scores
 
 PAGE = Path(__file__).parent.parent / "docs" / "seeds.md"
-MARGIN = 2.0  # points
+MARGIN = 2.0  # points, so that a bound is met on other processors, too
 RUNS = ("original", *OBJECTIVES)
 COLUMNS = {
     "perception": "perception",
@@ -116,7 +117,7 @@ def main() -> int:
         tables = dict(zip(variants, pool.map(play, places, variants.values()), strict=True))
     write_between(PAGE, f"{kind}s", table_of(kind, tables))
     print(table_of(kind, tables))
-    return narrow(tables, MARGIN)
+    return narrow(tables, MARGIN if given.roundings else 0.0)
 
 
 def narrow(tables: dict[str, pd.DataFrame], margin: float) -> int:
