@@ -17,8 +17,8 @@ class AdapterExport(Callback):
         run that died between its last checkpoint and its export.
 
         Raises:
-            ArgumentError: no optimizer step was made.
-            NotFiniteError: a trained weight is NaN or infinite.
+            ArgumentError: No optimizer step was made.
+            NotFiniteError: A trained weight is NaN or infinite.
         """
         must_be_trained(trainer, pl_module)
         if trainer.is_global_zero:

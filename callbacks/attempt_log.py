@@ -16,7 +16,7 @@ class AttemptFile:
     """A JSONL log of requests, one line per request.
 
     Args:
-        path: the file. An existing one is appended to, after a torn last line has been removed.
+        path: The file. An existing one is appended to, after a torn last line has been removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,7 +28,7 @@ class AttemptFile:
         """Appends an attempt and flushes the file.
 
         Args:
-            attempt: as :attr:`safervlm.vlm.server.client.Server.on_attempt` receives it.
+            attempt: As :attr:`safervlm.vlm.server.client.Server.on_attempt` receives it.
         """
         self._file.write(to_line(attempt))
         self._file.flush()

@@ -10,12 +10,12 @@ from lightning import Callback, LightningModule, Trainer
 
 from callbacks.generation_check import GenerationCheck
 from safervlm.compat import validation_follows
+from safervlm.ending import agree_to_end
 from safervlm.finite import must_have_finite_weights
 from safervlm.io.caches import temporary_folder
 from safervlm.io.seals import origin_of, seal_file, seal_folder
 from safervlm.io.sharded import put_in_place
 from safervlm.io.signals import grace
-from safervlm.manifest import agree_to_end
 from safervlm.ranges import in_range
 from safervlm.run_folder import RunFolder
 
@@ -78,7 +78,7 @@ class LastCheckpoint(Callback):
         """Saves if a checkpoint is due, a step is long, or the run ends.
 
         Raises:
-            NotFiniteError: a trained weight is NaN or infinite; no checkpoint is written.
+            NotFiniteError: A trained weight is NaN or infinite; no checkpoint is written.
         """
         loop = trainer.fit_loop.epoch_loop
         batches = loop.total_batch_idx + 1
@@ -114,10 +114,10 @@ def save_last(trainer: Trainer, folder: Path) -> None:
     processes call this function. The files of the user in the folder are kept, whatever their names.
 
     Args:
-        trainer: the trainer of the fit.
-        folder: the folder of the checkpoints.
+        trainer: The trainer of the fit.
+        folder: The folder of the checkpoints.
     """
-    last = folder / "last.ckpt"
+    last = folder / RunFolder("").last_checkpoint.name
     with ExitStack() as stack:
         aside = None
         if trainer.is_global_zero:

@@ -10,6 +10,7 @@ from safervlm.data.responses import read_responses
 from safervlm.errors import RecordError
 from safervlm.io.files import write_text_atomically
 from safervlm.io.reading import json_text
+from safervlm.run_folder import RunFolder
 
 
 class FirstImplementationFiles(Callback):
@@ -30,7 +31,7 @@ class FirstImplementationFiles(Callback):
         """Writes the files, on the first process.
 
         Raises:
-            RecordError: the name of a dataset cannot name a folder, or ``responses.jsonl`` is damaged.
+            RecordError: The name of a dataset cannot name a folder, or ``responses.jsonl`` is damaged.
         """
         if not trainer.is_global_zero:
             return
@@ -40,7 +41,7 @@ class FirstImplementationFiles(Callback):
             question = response.question
             if question.dataset in ("", ".", "..") or "/" in question.dataset:
                 raise RecordError(f"{question.id}: the dataset {question.dataset!r} can't name a folder; rename it")
-            folder = run / "first_implementation" / question.dataset / question.capability
+            folder = RunFolder(run).first_implementation / question.dataset / question.capability
             file = folder / f"response_prompt_{question.prompt_number}.json"
             image = question.image if question.image_path is not None else self.blank
             files[file].append({"prompt": question.prompt, "image_fname": image, "output": response.response})

@@ -108,7 +108,7 @@ class GenerationCheck(Callback):
         """Whether a check is due.
 
         Args:
-            batches: the number of training batches so far.
+            batches: The number of training batches so far.
         """
         return batches % self.every_n_batches == 0
 
@@ -134,7 +134,7 @@ class GenerationCheck(Callback):
         """Restores the baseline.
 
         Raises:
-            ArgumentError: the checkpoint is of an earlier version, which stored no baseline by question, or its
+            ArgumentError: The checkpoint is of an earlier version, which stored no baseline by question, or its
                 baseline has other judges, another sampling or other noise: the policy from before training can't be
                 asked again.
         """
@@ -162,8 +162,8 @@ class GenerationCheck(Callback):
         """Validates the number of held-out safe images and loads the judge.
 
         Raises:
-            RecordError: fewer than ``minimum`` safe images are held out, or under ``data.limit`` none.
-            ArgumentError: the second judge is the judge itself.
+            RecordError: Fewer than ``minimum`` safe images are held out, or under ``data.limit`` none.
+            ArgumentError: The second judge is the judge itself.
         """
         count = len(self.questions(trainer, SAFE))
         limit = getattr(trainer.datamodule, "limit", None)  # type: ignore[attr-defined]
@@ -224,8 +224,8 @@ class GenerationCheck(Callback):
         The first call sets the baseline.
 
         Args:
-            trainer: see :meth:`verdicts`.
-            pl_module: see :meth:`verdicts`.
+            trainer: See :meth:`verdicts`.
+            pl_module: See :meth:`verdicts`.
         """
         now = self.verdicts(trainer, pl_module)
         if self.before is None:
@@ -241,8 +241,8 @@ class GenerationCheck(Callback):
         """Warns if the share of safe images that are called Unsafe has risen by more than the tolerance.
 
         Args:
-            before: the flags from before training, see :class:`Verdicts`.
-            now: the present ones.
+            before: The flags from before training, see :class:`Verdicts`.
+            now: The present ones.
         """
         pairs = [(before[question], flag) for question, flag in now.items() if question in before]
         cleared, newly_flagged = pairs.count((True, False)), pairs.count((False, True))
@@ -259,8 +259,8 @@ class GenerationCheck(Callback):
         """Warns if the reward gap has grown by more than the tolerance and by more than sampling variation.
 
         Args:
-            before: the gaps from before training, see :class:`Verdicts`.
-            now: the present ones.
+            before: The gaps from before training, see :class:`Verdicts`.
+            now: The present ones.
         """
         growths = [gap - before[question] for question, gap in now.items() if question in before]
         if len(growths) < 2 or (growth := fmean(growths)) <= self.gap_tolerance:
@@ -279,8 +279,8 @@ class GenerationCheck(Callback):
         """Asks the policy about the held-out images and classifies the responses.
 
         Args:
-            trainer: the trainer; its data module provides the validation batches.
-            pl_module: the objective, whose ``vlm`` is the policy.
+            trainer: The trainer; its data module provides the validation batches.
+            pl_module: The objective, whose ``vlm`` is the policy.
 
         Returns:
             The verdicts, the same on every process.
@@ -312,8 +312,8 @@ class GenerationCheck(Callback):
         """Returns the ids of the questions about held-out images, of all processes.
 
         Args:
-            trainer: the trainer; its data module has the validation split.
-            label: the label of the images; None for all.
+            trainer: The trainer; its data module has the validation split.
+            label: The label of the images; None for all.
         """
         held_out = trainer.datamodule.parts.validation  # type: ignore[attr-defined]
         return [example.question.id for example in held_out if label in (None, example.question.answer)]

@@ -19,7 +19,7 @@ class JudgeResponses(Callback):
     A verdict belongs to a question's id, a judge and the text of the response. Responses that these judges have
     classified already are not classified again. Verdicts of other judges, on other texts, or on responses that no
     longer exist, are removed. A response whose classification raises an exception is listed in
-    ``verdicts-failed.jsonl`` with the reason, and the same command classifies it again. While the judges are at work,
+    ``verdicts-failed.jsonl`` with the reason, and the same command classifies it again. While the judges classify,
     each batch of verdicts is appended to ``verdicts-unfinished.jsonl``, so a process that dies loses at most the
     current one; the same command reads them and writes the same ``verdicts.jsonl`` as an uninterrupted run. The
     callback must come after the RecordWriter, which writes ``responses.jsonl``.

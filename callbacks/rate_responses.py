@@ -42,14 +42,14 @@ SAMPLING = Sampling(TEMPERATURE, TOP_P, MAX_NEW_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RequestedRating:
     """A rating to request.
 
     Attributes:
-        id: the id of the question that the response belongs to.
-        swapped: whether the judge sees the response before the reference.
-        question: the question to the judge; the two orders of a response have different ids.
-        key: see :func:`safervlm.judging.rating.rating_key`.
+        id: The id of the question that the response belongs to.
+        swapped: Whether the judge sees the response before the reference.
+        question: The question to the judge; the two orders of a response have different ids.
+        key: See :func:`safervlm.judging.rating.rating_key`.
     """
 
     id: str
@@ -93,7 +93,7 @@ class RateResponses(Callback):
 
         Raises:
             RecordError: ``responses.jsonl`` or ``ratings.jsonl`` is damaged.
-            SIGTERMException: the process was asked to end.
+            SIGTERMException: The process was asked to end.
         """
         if not trainer.is_global_zero:
             return
@@ -112,7 +112,7 @@ class RateResponses(Callback):
         left = [each for each in wanted if each.key not in ratings or ratings[each.key].reason]
         if self.judge.dry_run:
             estimate = self.judge.estimate([each.question for each in left], MAX_NEW_TOKENS)
-            say(f"{len(left)} of {len(wanted)} ratings are to be asked for: {estimate}")
+            say(f"{len(left)} of {len(wanted)} ratings would be requested: {estimate}")
             return
 
         settings = {
@@ -127,7 +127,7 @@ class RateResponses(Callback):
         if kept:
             say(f"{len(kept)} ratings by other judges or settings, or of other responses, are kept in {files.ratings}")
         if self.judge.system != SYSTEM:
-            say(f"judge.system: {self.judge.system!r} is not the published prompt, and the ratings compare with none")
+            say(f"judge.system: {self.judge.system!r} is not the published prompt, so the ratings are not comparable")
         if left:
             write_jsonl(files.ratings, there)  # removes a torn last line; new lines are appended
             with safe_points():
@@ -139,14 +139,14 @@ class RateResponses(Callback):
         if missing:
             say(
                 f"{len(missing)} of {len(wanted)} ratings are missing, for example of {missing[0].id}: "
-                f"{missing[0].reason}; {files.ratings} has them all"
+                f"{missing[0].reason}; {files.ratings} lists them"
             )
 
-    def wanted(self, responses: Sequence[Response]) -> list[Wanted]:
+    def wanted(self, responses: Sequence[Response]) -> list[RequestedRating]:
         """Returns the ratings to have, in the order of the responses.
 
         Args:
-            responses: the responses to rate.
+            responses: The responses to rate.
 
         Returns:
             One item per response, or two with ``both_orders``.
@@ -158,25 +158,25 @@ class RateResponses(Callback):
                 prompt = rating_prompt(response, swapped)
                 asked = f"{response.id}/swapped" if swapped else response.id
                 question = replace(response.question, id=asked, prompt=prompt, image_path=None)
-                wanted.append(Wanted(response.id, swapped, question, rating_key(described, asked, prompt)))
+                wanted.append(RequestedRating(response.id, swapped, question, rating_key(described, asked, prompt)))
         return wanted
 
-    def rate(self, trainer: Trainer, left: Sequence[Wanted], ratings: dict[str, Rating]) -> None:
+    def rate(self, trainer: Trainer, left: Sequence[RequestedRating], ratings: dict[str, Rating]) -> None:
         """Requests ratings and appends them to the file after each batch.
 
         Args:
-            trainer: the trainer, for the run folder and requests to end.
-            left: the ratings to request.
-            ratings: ratings by key; new ones are added.
+            trainer: The trainer, for the run folder and requests to end.
+            left: The ratings to request.
+            ratings: Ratings by key; new ones are added.
 
         Raises:
-            SIGTERMException: the process was asked to end.
+            SIGTERMException: The process was asked to end.
         """
         run = Path(trainer.default_root_dir)
         files = RunFolder(run)
         models: dict[str, str] = {}  # the model of the last attempt, by the id of the judge's question
 
-        def told(attempt: dict[str, Any]) -> None:
+        def note_model(attempt: dict[str, Any]) -> None:
             log.write(attempt)
             models[attempt["id"]] = attempt.get("model", "")
 
@@ -184,9 +184,9 @@ class RateResponses(Callback):
             closing(AttemptFile(files.rating_attempts)) as log,
             files.ratings.open("a", encoding="utf-8", newline="\n") as file,
         ):
-            self.judge.on_attempt = told
+            self.judge.on_attempt = note_model
             for seed in range(SEED, SEED + self.attempts):
-                unread: list[Wanted] = []
+                unread: list[RequestedRating] = []
                 batches = [left[start : start + self.batch_size] for start in range(0, len(left), self.batch_size)]
                 for batch in track(batches, "Rating" if seed == SEED else "Rating again"):
                     answers = self.ask([each.question for each in batch], seed)
@@ -203,8 +203,8 @@ class RateResponses(Callback):
         """Asks the judge; no error is raised.
 
         Args:
-            questions: the questions to the judge.
-            seed: the seed of the requests.
+            questions: The questions to the judge.
+            seed: The seed of the requests.
 
         Returns:
             For each question the judge's output, or the reason why there is none.
@@ -228,27 +228,27 @@ class RateResponses(Callback):
         """Sends the requests of a batch.
 
         Args:
-            batch: a batch of the judge's collator.
-            seed: the seed of the requests.
+            batch: A batch of the judge's collator.
+            seed: The seed of the requests.
 
         Returns:
             For each question the judge's output, or the reason why there is none.
 
         Raises:
-            UserError: the judge's arguments are wrong, or it can't be asked at all.
+            UserError: The judge's arguments are wrong, or it can't be asked at all.
         """
         try:
             return self.judge.generate(batch, SAMPLING, seed)
         except BaseException as error:
             return [Unanswered(reason_of(error))] * len(batch)
 
-    def read(self, wanted: Wanted, answer: Answer, models: Mapping[str, str]) -> Rating:
+    def read(self, wanted: RequestedRating, answer: Answer, models: Mapping[str, str]) -> Rating:
         """Parses the output of the judge.
 
         Args:
-            wanted: the rating that was requested.
-            answer: the judge's output, or the reason why there is none.
-            models: the models that replied, by the id of the judge's question.
+            wanted: The rating that was requested.
+            answer: The judge's output, or the reason why there is none.
+            models: The models that replied, by the id of the judge's question.
 
         Returns:
             The rating; without numbers and with a reason if the output cannot be parsed.

@@ -36,7 +36,7 @@ class RecordWriter(Callback):
         file: The name of the merged file in the run folder.
     """
 
-    def __init__(self, file: str = "responses.jsonl") -> None:
+    def __init__(self, file: str = RunFolder("").responses.name) -> None:
         self.file = file
         self._files: list[RecordFile] = []
 
@@ -44,7 +44,7 @@ class RecordWriter(Callback):
         """Reads the existing records and makes the data module skip them, identically on every process.
 
         Raises:
-            RecordError: an existing file is damaged.
+            RecordError: An existing file is damaged.
         """
         if stage != "predict":
             return
@@ -65,8 +65,8 @@ class RecordWriter(Callback):
             pl_module.skip({name: frozenset(records) for name, records in done.items()})  # type: ignore[operator]
         for name, records in done.items():
             if records and trainer.is_global_zero:
-                rest = f"continuing with the other {len(left[name])}" if left[name] else "nothing is left to do"
-                say(f"{name}: {len(records)} records are there already, {rest}")
+                rest = f"continuing with the remaining {len(left[name])}" if left[name] else "nothing is left to do"
+                say(f"{name}: {len(records)} records already exist, {rest}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens this process's shards; the manifest has been checked by then."""
@@ -86,7 +86,7 @@ class RecordWriter(Callback):
         """Appends the records of a batch.
 
         Raises:
-            SIGTERMException: the process was asked to end.
+            SIGTERMException: The process was asked to end.
         """
         main, *further = self._files
         own = [next((file for file in further if isinstance(record, file.kinds)), main) for record in outputs]
@@ -99,7 +99,7 @@ class RecordWriter(Callback):
         """Merges the shards, on the first process.
 
         Raises:
-            RecordError: a question has neither a record nor a reason for its failure.
+            RecordError: A question has neither a record nor a reason for its failure.
         """
         for file in self._files:
             file.close(trainer.global_rank)
@@ -154,7 +154,7 @@ class RecordFile:
         """Returns the existing records by id; records of a shard replace those of the merged file.
 
         Raises:
-            RecordError: a file is damaged.
+            RecordError: A file is damaged.
         """
         merged = self.run / self.name
         records: dict[str, dict[str, Any]] = {}
@@ -219,7 +219,7 @@ class RecordFile:
             trainer: The trainer with the data.
 
         Raises:
-            RecordError: a question has neither a record nor a reason for its failure.
+            RecordError: A question has neither a record nor a reason for its failure.
         """
         records, asked = self.read(), self.asked(trainer)
         keeps = trainer.datamodule.keeps_others  # type: ignore[attr-defined]

@@ -32,11 +32,11 @@ class ScoreTable(Callback):
         """Writes and prints the scores.
 
         Args:
-            trainer: the trainer; its ``default_root_dir`` is the run folder.
-            pl_module: not used.
+            trainer: The trainer; its ``default_root_dir`` is the run folder.
+            pl_module: Not used.
 
         Raises:
-            RecordError: see :func:`safervlm.results.runs.load_run`.
+            RecordError: See :func:`safervlm.results.runs.load_run`.
         """
         if not trainer.is_global_zero:
             return
@@ -49,7 +49,7 @@ class ScoreTable(Callback):
         frame = load_run(run, self.thinking_unfinished)
         table = scores(frame)
         write_csv(files.scores, table)
-        write_workbook(run / "scores.xlsx", {"by category": by_category(table), "scores": table})
+        write_workbook(files.workbook, {"by category": by_category(table), "scores": table})
         show_table(accuracy_table(table, title=f"{run.name}: accuracy in %"))
         show_table(other_table(table, title=f"{run.name}: gap and over-flagging in %, diversity"))
         if line := many_unfinished(run.name, unfinished_in(frame), len(frame)):

@@ -1,10 +1,13 @@
-"""Addresses without their secrets: the only form in which an address is recorded or shown.
+"""Texts without secrets: the only form in which an address, a message or a command line is recorded or shown.
 
 A user name, a password and a query (often a token or a signature) of an address may be secret. They are used for the
-request alone, and are in no manifest, configuration, record, log, page or message.
+request alone, and are in no manifest, configuration, record, log, page or message. The same holds for the keys that
+environment variables hold, wherever an exception or an argument contains one.
 """
 
+import os
 import re
+from urllib.parse import quote
 
 from safervlm.hashing import fingerprint
 
@@ -13,6 +16,10 @@ _IN_TEXT = re.compile(r"""[A-Za-z][\w+.-]*:/+[^\s"'<>`]*[^\s"'<>`.,:;!)\]}]""")
 _PARTS = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*:/+)(?P<host>[^/?#\s]*)(?P<path>[^?#\s]*)(?P<rest>\S*)")
 _NO_PORT = re.compile(r"(?!\[).*:(?!\d*$)")  # the beginning of a password with characters that have to be encoded
 _HASHED = re.compile(r"#query-[0-9a-f]{8}")
+
+# Environment variables whose values are secret; a server adds the name of its own. The values are not stored.
+SECRET_VARIABLES = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY"}
+SHORTEST_KEY = 8  # characters; a shorter value, such as EMPTY, may be a word
 
 
 def is_address(text: str) -> bool:
@@ -55,9 +62,14 @@ def public(address: str) -> str:
 
 
 def public_text(text: str) -> str:
-    """Returns a text in which each address has its public form (see :func:`public`).
+    """Returns a text without keys, in which each address has its public form (see :func:`public`).
 
     Args:
         text: Message, command line or traceback.
     """
+    for variable in SECRET_VARIABLES:
+        key = os.environ.get(variable, "").strip()
+        if len(key) >= SHORTEST_KEY:
+            for form in (key, quote(key, safe="", errors="replace")):
+                text = text.replace(form, "(key)")
     return _IN_TEXT.sub(lambda found: public(found[0]), text) if ":/" in text else text

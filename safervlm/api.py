@@ -128,7 +128,7 @@ class ResponseJudge:
             probability), and the probability of each label in a column of its name.
 
         Raises:
-            ArgumentError: Something is no text, or ``batch_size`` is less than 1.
+            ArgumentError: Something is not a text, or ``batch_size`` is less than 1.
             RecordError: A probability is not finite.
         """
         in_range(least=1, batch_size=batch_size)
@@ -199,7 +199,7 @@ class LoadedVLM:
             ``question`` is a list.
 
         Raises:
-            ArgumentError: Lists of different lengths, or something that is no image or no text.
+            ArgumentError: Lists of different lengths, or something that is not an image or a text.
             RecordError: An image can't be read, or the model has no response to a question.
         """
         in_range(least=1, batch_size=batch_size)
@@ -238,7 +238,7 @@ class LoadedVLM:
             (log-probability divided by tokens).
 
         Raises:
-            ArgumentError: No response is given, something is no image or no text, or the model is behind a server.
+            ArgumentError: No response is given, something is not an image or a text, or the model is behind a server.
             RecordError: The image can't be read, or a text is too long.
         """
         texts = _texts(completions, "completions")
@@ -295,6 +295,9 @@ def load_vlm(name: str | Path, device: str | torch.device | None = None, **setti
         device: Device of its weights; None for a GPU if there is one.
         **settings: Arguments of the model's class, such as ``adapter="runs/ppo/adapter"``. ``dtype`` is by default
             ``float32`` without a GPU.
+
+    Returns:
+        The model; its weights are loaded.
 
     Raises:
         ArgumentError: There is no such model, or it has no such setting.

@@ -22,13 +22,13 @@ def connect_signals(trainer: Trainer, connector: SignalConnector) -> None:
 
     Args:
         trainer: Trainer.
-        connector: What handles them.
+        connector: Connector that handles signals from now on.
     """
     trainer._signal_connector = connector
 
 
 def signals_of(trainer: Trainer) -> SignalConnector:
-    """Returns what handles the trainer's signals. Remove together with ``SignalConnector``.
+    """Returns the connector that handles the trainer's signals. Remove together with ``SignalConnector``.
 
     Args:
         trainer: Trainer.
@@ -37,7 +37,9 @@ def signals_of(trainer: Trainer) -> SignalConnector:
 
 
 def observe_processes(observe: Callable[[list["subprocess.Popen[Any]"]], None]) -> None:
-    """Sets what watches the other processes of a run. Remove when Lightning's own ends them all if one dies.
+    """Replaces Lightning's observer of the processes that it launches.
+
+    Remove when Lightning's own observer ends the other processes in an orderly way if one of them dies.
 
     Args:
         observe: Called with the processes, after they are started.
@@ -46,7 +48,9 @@ def observe_processes(observe: Callable[[list["subprocess.Popen[Any]"]], None]) 
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Returns whether a validation follows the current training batch. Remove when the trainer tells.
+    """Returns whether a validation follows the current training batch.
+
+    Remove when the trainer has a public method for this.
 
     Args:
         trainer: Trainer, within a hook at the end of a training batch.

@@ -14,7 +14,7 @@ from safervlm.errors import ArgumentError, RecordError, UserError
 SKIPPED_IN_A_ROW = 20
 REMEDY = (
     "nothing of this step is kept, checkpoints/last.ckpt stays usable; lower model.lr or trainer.gradient_clip_val, "
-    "train in --trainer.precision 32-true, or look at the records of this batch"
+    "train in --trainer.precision 32-true, or check the records of this batch"
 )
 
 

@@ -27,6 +27,9 @@ def fingerprint_of_files(files: Iterable[Path]) -> str:
 
     Args:
         files: Files, in order.
+
+    Returns:
+        The first 16 hexadecimal digits of the hash.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases Python's lock
         return _joined(pool.map(_digest, files))
@@ -48,6 +51,9 @@ def seed_for(*names: str | int) -> int:
 
     Args:
         *names: Texts and integers; their order matters.
+
+    Returns:
+        An integer from 0 to 2^63 - 1.
     """
     digest = hashlib.sha256("\x1f".join(map(str, names)).encode(errors=HALVES)).digest()
     return int.from_bytes(digest[:8], "little") >> 1

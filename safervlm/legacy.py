@@ -63,6 +63,9 @@ def find(module: str, name: str) -> Any:
         module: Key of :data:`MOVED` or :data:`SPLIT`.
         name: Name of the attribute.
 
+    Returns:
+        The attribute of the first current module that has it.
+
     Raises:
         AttributeError: No current module has the attribute.
     """

@@ -1,8 +1,6 @@
-"""Lightning callback that writes the manifest of a run and makes its processes end together."""
+"""Lightning callback that locks a run folder and writes its manifest."""
 
-import signal
 import sys
-import threading
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,11 +12,11 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from safervlm.addresses import public_text
-from safervlm.compat import SignalConnector, connect_signals, observe_processes, signals_of
+from safervlm.ending import OrderlyEnd
 from safervlm.errors import RecordError
 from safervlm.io.caches import LOCK
 from safervlm.io.locks import Lock
-from safervlm.io.signals import asked_to_end, forget_peers, observe, pass_safe_point, wait_for_safe_point, watch_peers
+from safervlm.io.signals import forget_peers
 from safervlm.io.tables import say
 from safervlm.provenance import PACKAGES, git_commit
 from safervlm.run import check_settings, has_results, lock, read_manifest, write_stage
@@ -34,54 +32,6 @@ def stage_name(module: LightningModule) -> str:
         module: Module of the stage.
     """
     return type(module).__name__.lower()
-
-
-class Signals(SignalConnector):
-    """Signal connector of Lightning that uses the request handling of :mod:`safervlm.io.signals`.
-
-    Lightning's own handler communicates with the other processes from within the handler, and may block forever.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.agreed: bool | None = None
-        super().__init__(trainer)
-
-    @property
-    def received_sigterm(self) -> bool:
-        """Whether to end now. During training it changes only when all processes have agreed, and can save."""
-        return asked_to_end() if self.agreed is None else self.agreed
-
-    @received_sigterm.setter
-    def received_sigterm(self, value: bool) -> None:
-        """Ignores the assignment; Lightning initialises the flag with False.
-
-        Args:
-            value: Ignored.
-        """
-
-    def register_signal_handlers(self) -> None:
-        """Registers Lightning's handlers, for Slurm's signals, but keeps our handler of SIGTERM."""
-        ours = signal.getsignal(signal.SIGTERM)
-        super().register_signal_handlers()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ours)
-
-
-def agree_to_end(trainer: Trainer, save: bool = False) -> tuple[bool, bool]:
-    """Returns whether any process is asked to end, and whether any wants to save; a collective operation.
-
-    All processes must call it after the same step.
-
-    Args:
-        trainer: Trainer of the fit; it ends after this step if the first value is True.
-        save: Whether this process wants to save a checkpoint, which may depend on its clock.
-    """
-    connector = signals_of(trainer)
-    here = torch.tensor([trainer.received_sigterm or asked_to_end(), save], dtype=torch.int64)
-    ends, saves = trainer.strategy.reduce(here.to(trainer.strategy.root_device), reduce_op="sum").tolist()
-    if isinstance(connector, Signals):
-        connector.agreed = bool(ends)
-    return bool(ends), bool(saves)
 
 
 def share_hashes(trainer: Trainer, module: LightningModule) -> None:
@@ -109,10 +59,8 @@ class RunManifest(Callback):
     def __init__(self, extend: bool = False) -> None:
         self.extend = extend
         self._lock: Lock | None = None
-        self._waits = False
+        self._end = OrderlyEnd()
         self._decoded: dict[str, str] = {}
-        # Must be set before Lightning launches the other processes of the run.
-        observe_processes(observe)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Locks the folder, checks the settings and writes the stage's entry, before any weight is loaded.
@@ -121,8 +69,7 @@ class RunManifest(Callback):
             RecordError: Another process uses the folder, or the run in it has other settings.
         """
         run, name = Path(trainer.default_root_dir), stage_name(pl_module)
-        connect_signals(trainer, Signals(trainer))
-        watch_peers(trainer.global_rank)
+        self._end.connect(trainer)
         refusal = ""
         if trainer.is_global_zero and stage != "validate":
             try:
@@ -182,16 +129,16 @@ class RunManifest(Callback):
         """Follows the schedules of the whole training; defers requests to end until the current step is complete."""
         follow_schedules(trainer)
         self._write_check(trainer, pl_module)
-        self._wait()
+        self._end.defer()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops deferring requests to end: what follows can be repeated."""
-        self._pass()
+        self._end.stop_deferring()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Defers requests to end until the current batch is written."""
         self._write_check(trainer, pl_module)
-        self._wait()
+        self._end.defer()
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """States and stores how responses are decoded, which is known now."""
@@ -210,7 +157,7 @@ class RunManifest(Callback):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops deferring requests to end before callbacks that merge and judge, which can be repeated."""
-        self._pass()
+        self._end.stop_deferring()
 
     def _write_check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stores the result of the model's self-check; the weights are loaded now."""
@@ -218,20 +165,10 @@ class RunManifest(Callback):
         if trainer.is_global_zero and checked:
             write_stage(Path(trainer.default_root_dir), stage_name(pl_module), self_check=checked)
 
-    def _wait(self) -> None:
-        if not self._waits:
-            wait_for_safe_point()
-        self._waits = True
-
-    def _pass(self) -> None:
-        waits, self._waits = self._waits, False
-        if waits:
-            pass_safe_point()
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Releases the lock and, after a request to end, prints how to resume."""
         with suppress(SystemExit):  # the exception at hand already ends the run
-            self._pass()
+            self._end.stop_deferring()
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
             say("")
             say(f"stopped; the same command resumes from what is in {trainer.default_root_dir}")

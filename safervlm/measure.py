@@ -76,6 +76,9 @@ class FaultTolerantCollator:
 
         Args:
             examples: The examples; may be empty.
+
+        Returns:
+            The batch, with the questions that could not be collated.
         """
         if not examples:
             return QuestionBatch([], [])
@@ -191,7 +194,7 @@ class Measure(L.LightningModule):
             to a finished run.
 
     Raises:
-        ArgumentError: ``failures_in_a_row`` is less than 1, or ``odds`` are wanted of a model without
+        ArgumentError: ``failures_in_a_row`` is less than 1, or ``odds`` are requested of a model without
             log-probabilities.
     """
 

@@ -25,9 +25,9 @@ class CallbacksFinder(MetaPathFinder):
         """Finds the package in the current folder, then as Python does; our folder is searched last.
 
         Args:
-            fullname: name of the module that is imported.
-            path: of its parent package; not used.
-            target: not used.
+            fullname: Name of the module that is imported.
+            path: Of its parent package; not used.
+            target: Not used.
         """
         if fullname != NAME:
             return None

@@ -1,4 +1,4 @@
-"""Lightning callback that writes progress as plain lines where stderr is no terminal."""
+"""Lightning callback that writes progress as plain lines where stderr is not a terminal."""
 
 import math
 from typing import Any
@@ -26,6 +26,11 @@ class ProgressLines(ProgressBar):
 
     def enable(self) -> None:
         """Does nothing; see :meth:`disable`."""
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the lines of a module's ``print`` go through this class, which writes them unchanged."""
+        return True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins at the batches that are complete, which are some if the training resumes."""
@@ -87,5 +92,5 @@ class ProgressLines(ProgressBar):
 
 
 def progress_lines() -> list[Callback]:
-    """Returns the callback that replaces Lightning's bar where stderr is no terminal; nothing in a terminal."""
+    """Returns the callback that replaces Lightning's bar where stderr is not a terminal; nothing in a terminal."""
     return [] if in_terminal() else [ProgressLines()]

@@ -331,8 +331,11 @@ def read_records(path: str | Path, kind: type[Kind], torn: bool = False) -> list
         kind: Class of the records, for example :class:`Response`.
         torn: Whether the last line may be incomplete because its writer died (:func:`read_torn_jsonl`).
 
+    Returns:
+        The records, in the order of the file.
+
     Raises:
-        RecordError: A line is no such record: a field is missing, unknown or of another type. The message names file
+        RecordError: A line is not such a record: a field is missing, unknown or of another type. The message names file
             and line.
     """
     records = []
@@ -355,13 +358,16 @@ def by_id(path: Path, there: Iterable[Named]) -> dict[str, Named]:
         path: File of the records, for the error message.
         there: Records.
 
+    Returns:
+        Id -> record, in the given order.
+
     Raises:
         RecordError: An id occurs twice; the message names file and id.
     """
     records: dict[str, Named] = {}
     for record in there:
         if record.id in records:
-            raise RecordError(f"{path}: {record.id!r} is there twice; remove one of the two lines")
+            raise RecordError(f"{path}: {record.id!r} occurs twice; remove one of the two lines")
         records[record.id] = record
     return records
 
@@ -383,6 +389,9 @@ def read_torn_jsonl(path: Path) -> list[dict[str, Any]]:
 
     Args:
         path: JSONL file.
+
+    Returns:
+        The records of the complete lines, in order.
 
     Raises:
         RecordError: A complete line is not a JSON object in UTF-8; the message names file and line.

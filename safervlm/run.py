@@ -128,8 +128,8 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: b
         more = f" (and {len(differing) - 5} more)" if len(differing) > 5 else ""
         remedy = "add --extend to train on, " if set(differing) <= set(BUDGET) else ""
         raise SettingsDifferError(
-            f"--run: {run} holds a {stage} made with other settings: {shown}{more}; {remedy}name another folder, or "
-            "delete it"
+            f"--run: {run} holds results of {stage} made with other settings: {shown}{more}; {remedy}name another "
+            "folder, or delete it"
         )
     return longer
 
@@ -152,8 +152,8 @@ def must_have_noise(run: Path, stage: str, before: int | None, now: int | None, 
     """
     if now is not None and before != now:
         raise SettingsDifferError(
-            f"{argument}: {run} holds a {stage} with the sampling noise of another version of SaferVLM ({NOISE}: "
-            f"{before} there, {now} now); use that version, or another folder"
+            f"{argument}: {run} holds results of {stage} with the sampling noise of another version of SaferVLM "
+            f"({NOISE}: {before} there, {now} now); use that version, or another folder"
         )
 
 
@@ -192,11 +192,11 @@ def is_result(path: Path) -> bool:
     """Returns whether a file of a run folder is a result: non-empty, and no settings, manifest, lock or temporary file.
 
     Args:
-        path: File or folder; a folder is no result.
+        path: File or folder; a folder is not a result.
     """
     if (
         path.suffix == ".yaml"
-        or path.name in (RunFolder(path.parent).manifest.name, LOCK, "traceback.txt")
+        or path.name in (RunFolder("").manifest.name, RunFolder("").traceback.name, LOCK)
         or path.name.startswith(TEMPORARY)
     ):
         return False
@@ -221,7 +221,7 @@ def lock(run: Path) -> Lock | None:
         held = acquire(run / LOCK, create=True, wait=MOMENT)
     except BlockingIOError:
         raise RecordError(
-            f"--run: {_at_work(run)} is at work in {run}; wait for its end, or name another folder"
+            f"--run: {_at_work(run)} is running in {run}; wait until it ends, or name another folder"
         ) from None
     except OSError:
         return None  # writing the results raises its own error
@@ -251,7 +251,7 @@ def reject_run_at_work(run: Path) -> None:
     try:
         acquire(run / LOCK, wait=MOMENT).close()
     except BlockingIOError:
-        raise RecordError(f"{run}: {_at_work(run)} is at work in it; wait for its end, or copy the folder") from None
+        raise RecordError(f"{run}: {_at_work(run)} is running in it; wait until it ends, or copy the folder") from None
     except OSError:
         return  # the folder was never locked, or its lock can't be read
 
@@ -280,10 +280,12 @@ def remove_unfinished(run: Path) -> None:
     Args:
         run: Run folder, which must be locked.
     """
-    written = ("checkpoints", "adapter", "judge", "shards/*", "first_implementation", "first_implementation/*/*")
-    for folder in (run, *(folder for pattern in written for folder in run.glob(pattern))):
+    files = RunFolder(run)
+    written = (run, files.checkpoints, files.adapter, files.judge, files.first_implementation)
+    deeper = (*files.shards.glob("*"), *files.first_implementation.glob("*/*"))
+    for folder in (*written, *deeper):
         remove_leftovers(folder)
-    remove_replaced(RunFolder(run).checkpoints)
+    remove_replaced(files.last_checkpoint)
     # Names of the temporary files of older versions.
     pattern = re.compile(rf"\.({'|'.join(OLD_NAMES)})\.\d+\.(jsonl?|csv|xlsx|tex|html)")
     for file in run.glob(".*.*"):

@@ -23,6 +23,11 @@ class RunFolder:
         return self._file("manifest.json")
 
     @property
+    def fit_config(self) -> Path:
+        """Configuration of ``fit``, which can be given to ``--config`` again."""
+        return self._file("fit.yaml")
+
+    @property
     def predict_config(self) -> Path:
         """Configuration of ``predict``, which can be given to ``--config`` again."""
         return self._file("predict.yaml")
@@ -119,9 +124,24 @@ class RunFolder:
         return self._file("scores.csv")
 
     @property
+    def workbook(self) -> Path:
+        """Scores as an Excel workbook."""
+        return self._file("scores.xlsx")
+
+    @property
     def flips(self) -> Path:
         """Responses and verdicts that differed when ``safervlm verify`` repeated them."""
         return self._file("verify.jsonl")
+
+    @property
+    def repeated_responses(self) -> Path:
+        """The batches of repeated responses that are complete, while ``safervlm verify`` runs."""
+        return self._file("verify-responses-unfinished.jsonl")
+
+    @property
+    def repeated_verdicts(self) -> Path:
+        """The batches of verdicts on repeated responses that are complete, while ``safervlm verify`` runs."""
+        return self._file("verify-verdicts-unfinished.jsonl")
 
     @property
     def evaluation(self) -> Path:
@@ -144,6 +164,16 @@ class RunFolder:
         return self._file("adapter")
 
     @property
+    def judge(self) -> Path:
+        """Folder of the judge that ``fit`` exported."""
+        return self._file("judge")
+
+    @property
+    def confusion(self) -> Path:
+        """Confusion matrix of a fitted judge on held-out responses."""
+        return self._file("confusion.csv")
+
+    @property
     def metrics(self) -> Path:
         """Metrics of a training, a row per step."""
         return self._file("metrics.csv")
@@ -152,3 +182,13 @@ class RunFolder:
     def rollouts(self) -> Path:
         """Sampled responses of PPO and GRPO."""
         return self._file("rollouts.jsonl")
+
+    @property
+    def first_implementation(self) -> Path:
+        """Folder of the responses in the format of the first implementation."""
+        return self._file("first_implementation")
+
+    @property
+    def traceback(self) -> Path:
+        """Traceback of an unexpected error."""
+        return self._file("traceback.txt")

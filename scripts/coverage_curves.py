@@ -16,7 +16,6 @@ binomial tests, Holm's correction over all cells).
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -24,12 +23,11 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from pages import write_between
 from scipy.special import ndtr, ndtri
 from scipy.stats import binomtest
 from simulations.designs import TEST
-from simulations.studies import header, held
+from simulations.studies import header, held, write_ranges
 
 from safervlm.statistics.curves import (
     AT_CHOSEN_THRESHOLDS,
@@ -145,22 +143,10 @@ def main(args: Sequence[str] | None = None) -> None:
     print(lines[-1])
     if given.write:
         write_between(ROOT / "docs" / "intervals.md", "curves", "\n".join(lines))
-        write_ranges(np.array(coverages))
+        parts = [(method, number) for number, method in NUMBERS.items()]
+        write_ranges(ROOT / "safervlm" / "coverage_curves.csv", parts, np.array(coverages))
     if rejected:
         sys.exit(1)
-
-
-def write_ranges(coverages: npt.NDArray[np.float64]) -> None:
-    """Writes the lowest and the highest coverage of each number.
-
-    Args:
-        coverages: (cells, numbers) the coverage of each interval.
-    """
-    with (ROOT / "safervlm" / "coverage_curves.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("method", "part", "lowest", "highest", "cells"))
-        for (number, method), cells in zip(NUMBERS.items(), coverages.T, strict=True):
-            writer.writerow((method, number, f"{cells.min():.3f}", f"{cells.max():.3f}", len(cells)))
 
 
 if __name__ == "__main__":

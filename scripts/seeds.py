@@ -5,8 +5,8 @@ python scripts/seeds.py --check RUNS    # only checks the bounds of a finished d
 
 Another processor rounds floating-point numbers differently, so that training results in other weights. The roundings
 imitate this on one machine. Each run of the demo has its own folder; existing results are reused. The tables are
-written between markers in docs/seeds.md. The exit code is 1 if a bound of the demo is missed with another seed, or met by less than
-2 points under another rounding or in a demo that is checked.
+written between markers in docs/seeds.md. The exit code is 1 if a bound of the demo is missed with another seed, or met
+by less than 2 points under another rounding or in a demo that is checked.
 """
 
 import argparse

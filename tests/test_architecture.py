@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from phrases import PHRASES, left_phrases
 
+from safervlm.run_folder import RunFolder
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "safervlm").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")])
 
@@ -37,7 +39,7 @@ LAYERS = (
     ("io", "statistics"),
     ("records",),
     ("unfinished",),
-    ("run", "manifest", "progress_lines", "vlm", "data"),
+    ("run", "ending", "manifest", "progress_lines", "vlm", "data"),
     ("judging", "labelling"),
     ("objectives", "measure", "results"),
     ("reports",),
@@ -252,6 +254,27 @@ def test_no_code_is_repeated() -> None:
                 repeated.append(f"{first} and {path.relative_to(ROOT)}:{lines[start][0]}")
     print(f"repeated blocks of six lines: {len(repeated)}")
     assert not repeated, "\n".join(repeated)
+
+
+def names_of_run_files() -> Iterator[str]:
+    """Paths that are made with the name of a file or folder of a run, outside the module that defines these names."""
+    properties = [name for name, value in vars(RunFolder).items() if isinstance(value, property)]
+    defined = {getattr(RunFolder(""), name).name for name in properties}
+    for name, tree in TREES.items():
+        if name == "safervlm.run_folder" or name.startswith("safervlm.pictograms"):  # a world is not a run
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.right, ast.Constant):
+                if node.right.value in defined:
+                    yield f"{name}:{node.lineno}: {node.right.value}"
+            elif isinstance(node, ast.Constant) and node.value in defined and "." in str(node.value):
+                yield f"{name}:{node.lineno}: {node.value}"
+
+
+def test_one_module_knows_the_files_of_a_run() -> None:
+    found = sorted(set(names_of_run_files()))
+    print(f"names of a run's files outside their module: {len(found)}")
+    assert not found
 
 
 def private_names() -> Iterator[str]:

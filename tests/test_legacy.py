@@ -144,7 +144,7 @@ def test_an_old_run_is_loaded_and_reported(old_run: Path, tmp_path: Path) -> Non
 
 
 def test_sampled_responses_of_an_old_run_are_not_continued(old_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hint = "holds a measure with the sampling noise of another version of SaferVLM (model.noise: None there, 2 now)"
+    hint = "with the sampling noise of another version of SaferVLM (model.noise: None there, 2 now)"
     again = ["predict", "--config", str(old_run / "predict.yaml"), "--run", str(old_run)]
     for line in (again, ["verify", str(old_run), "--sample", "3"]):
         with pytest.raises(SystemExit, match="2"):

@@ -110,3 +110,13 @@ def test_lines_replace_the_bar_where_there_is_no_terminal(
     monkeypatch.setattr(module, "in_terminal", lambda: terminal)
     given = {"callbacks": callbacks, "enable_progress_bar": enabled}
     assert [type(callback) for callback in callbacks_with_lines(given)] == expected
+
+
+def test_a_module_can_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Prints(Model):
+        def on_validation_epoch_end(self) -> None:
+            self.print("held-out accuracy 0.5")
+
+    batches = DataLoader(range(2), batch_size=1)
+    trainer(tmp_path, max_epochs=1).fit(Prints(), batches, batches)
+    assert "held-out accuracy 0.5\n" in capsys.readouterr().out

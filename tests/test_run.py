@@ -184,7 +184,7 @@ def test_a_folder_takes_one_command_at_a_time(tmp_path: Path) -> None:
     other = "import sys; from pathlib import Path; from safervlm.run import lock; lock(Path(sys.argv[1]))"
     command = [sys.executable, "-c", other, str(tmp_path)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    at_work = f"--run: another command (process {os.getpid()}) is at work in {tmp_path}; wait for its end"
+    at_work = f"--run: another command (process {os.getpid()}) is running in {tmp_path}; wait until it ends"
     assert at_work in refused.stderr
     held.close()
     subprocess.run(command, capture_output=True, check=True)

@@ -39,8 +39,8 @@ RANKS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_W
 SECTIONS = ("model", "data", "trainer")
 # What a class in a configuration may have.
 OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
-# Arguments whose value must be a settings file if a file of this name exists; that of others, except of data files, may
-# be one.
+# If the value of one of these arguments is an existing file, it must be a settings file. The value of another argument,
+# unless it names data, may be one.
 PARTS = {"config", "model", "model.vlm", "data", "data.own", "data.sets", "trainer"}
 
 
@@ -79,7 +79,7 @@ def check_words(words: Sequence[str]) -> None:
     """
     values = {number + 1 for number, word in enumerate(words) if word.startswith("--") and "=" not in word}
     if words and words[-1] == "--":
-        raise ArgumentError("the argument '--' stands before nothing; omit it")
+        raise ArgumentError("nothing follows the argument '--'; omit it")
     for number, word in enumerate(words):
         if not word.strip() and number not in values:
             raise ArgumentError(f"the argument {word!r} is empty; give a value, or omit it")
@@ -93,7 +93,7 @@ def check_environment() -> None:
     """Rejects numbers of processes that Lightning could not read from the environment, where torchrun sets them.
 
     Raises:
-        ArgumentError: A variable is no number.
+        ArgumentError: A variable is not a number.
     """
     for name in RANKS:
         if not re.fullmatch(r"\d{1,9}", value := os.environ.get(name, "0")):
@@ -130,7 +130,7 @@ def check_arguments(name: str, value: Any, where: str, folder: Path, seen: set[P
     if last in SEEDS:
         check_seed(value, where)
     if last == "limit" and re.fullmatch(r"0+|-\d+", str(value).strip()):
-        raise ArgumentError(f"{where}: at least 1{', or none' if name != last else ''}, got {value}")
+        raise ArgumentError(f"{where}: at least 1{', or null' if name != last else ''}, got {value}")
     if not isinstance(value, str):
         return
     reject_empty(name, value, where)
@@ -141,7 +141,7 @@ def check_arguments(name: str, value: Any, where: str, folder: Path, seen: set[P
     if last in MAY_BE_EMPTY:
         return  # free text, even if it looks like a file or JSON
     prefix = "" if name == "config" else name
-    file = next((place for place in (folder / value, Path(value)) if os.path.exists(place)), None)  # noqa: PTH110 (a long text is no file, and no error)
+    file = next((place for place in (folder / value, Path(value)) if os.path.exists(place)), None)  # noqa: PTH110 (a long text is not a file, and not an error)
     if file is not None:
         yaml_file = file.suffix in (".yaml", ".yml")
         read = read_settings if name in PARTS else read_part if yaml_file or last not in PATHS else None
@@ -176,7 +176,7 @@ def check_inside(settings: Any, prefix: str, where: str, folder: Path, seen: set
         if key == prefix:
             continue
         if key in names:
-            raise ArgumentError(f"{where}: {key} is there twice, nested and with dots; leave one out")
+            raise ArgumentError(f"{where}: {key} occurs twice, nested and with dots; leave one out")
         names.add(key)
         check_arguments(plain_name(key), setting, f"{where}: {key}", folder, seen)
 
@@ -190,8 +190,8 @@ def check_kinds(settings: Any, name: str, where: str) -> None:
         where: Location of the settings, for the error message.
 
     Raises:
-        ArgumentError: A section or the arguments of a class are no settings, the path of a class is no text, something
-            else is beside it, or the name of an argument is no text.
+        ArgumentError: A section or the arguments of a class are not settings, the path of a class is not a text or has
+            other keys beside it, or the name of an argument is not a text.
     """
     for item in settings if isinstance(settings, list) else ():
         check_kinds(item, name, where)
@@ -207,7 +207,7 @@ def check_kinds(settings: Any, name: str, where: str) -> None:
     for key, value in settings.items():
         whole = f"{name}.{key}" if name else str(key)
         if not isinstance(key, str) and (section or arguments):
-            raise ArgumentError(f"{where}: the name {key!r} is no text; name an argument, as model or data")
+            raise ArgumentError(f"{where}: the name {key!r} is not a text; name an argument, such as model or data")
         if (section and key in SECTIONS) or key in ("init_args", "dict_kwargs"):
             if not isinstance(value, Mapping | str):
                 raise ArgumentError(

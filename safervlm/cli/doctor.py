@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from transformers import AutoModelForImageTextToText
 
 from safervlm.cli.arguments import prepared
-from safervlm.cli.lightning import IdleCLI, as_command_line, hush
+from safervlm.cli.lightning import IdleCLI, as_command_line, silence_third_party
 from safervlm.data.benchmark import on_the_hub
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.escape import for_rich
@@ -77,7 +77,7 @@ def doctor(
     """
     findings = [*machine(), *hub_token()]
     if vlm and not config:
-        raise ArgumentError(f"--vlm: {vlm!r} is looked at with a recipe: --config configs/measure.yaml")
+        raise ArgumentError(f"--vlm: {vlm!r} is checked together with a recipe: --config configs/measure.yaml")
     if config:
         files = [local_or_shipped(file) for file in config]
         missing = [file for file in files if not Path(file).is_file()]
@@ -96,7 +96,7 @@ def doctor(
         command = "fit" if trains else "predict"
         line = [command, *(part for file in files for part in ("--config", file))]
         line = prepared([*line, "--model.vlm", vlm] if vlm else line)
-        hush()
+        silence_third_party()
         with as_command_line(line):
             settings = IdleCLI(line, build=False).config[command]
         findings += recipe(settings, online)
@@ -131,7 +131,7 @@ def machine() -> Iterator[Finding]:
                 "error", requirement.name, f"{there}, {requirement.specifier} is needed; pip install '{requirement}'"
             )
     if not torch.cuda.is_available():
-        yield Finding("warning", "GPU", "none that torch sees: the pictograms run, a 7B doesn't; see nvidia-smi")
+        yield Finding("warning", "GPU", "torch finds none: the pictograms run without, a 7B does not; see nvidia-smi")
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         bf16 = "" if torch.cuda.get_device_capability(number) >= (8, 0) else ", no bfloat16: use vlm.dtype float32"
@@ -415,7 +415,7 @@ def repository(
         yield Finding("ok", what, f"{repo} is in the Hub's cache")
         return
     if not online:
-        yield Finding("warning", what, f"{repo} comes from the Hub; --online true asks whether it is within reach")
+        yield Finding("warning", what, f"{repo} comes from the Hub; --online true asks whether it is accessible")
         return
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
     try:
@@ -423,8 +423,8 @@ def repository(
     except GatedRepoError:
         yield Finding("error", what, f"{repo} is gated: accept its terms on {page}, then hf auth login")
     except RepositoryNotFoundError:
-        yield Finding("error", what, f"{repo} isn't there, or is private: {page}")
+        yield Finding("error", what, f"{repo} does not exist, or is private: {page}")
     except Exception as error:
         yield Finding("error", what, f"{repo}: the Hub can't be reached ({type(error).__name__})")
     else:
-        yield Finding("ok", what, f"{repo} is within reach")
+        yield Finding("ok", what, f"{repo} is accessible")

@@ -44,7 +44,7 @@ def evaluate_runs(words: Sequence[str]) -> None:
     there = [run for run in runs.values() if (RunFolder(run).adapter / "adapter_config.json").is_file()]
     if given.names and not there and len(runs) > 1:
         raise ArgumentError(
-            f"{', '.join(given.names)}: no adapter in it; name the run folders of trainings, or train one: safervlm "
+            f"{', '.join(given.names)}: no adapter there; name the run folders of trainings, or train one: safervlm "
             "train --help"
         )
     failed, partial = [], []

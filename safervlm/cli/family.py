@@ -20,8 +20,8 @@ MODEL = ("model.vlm.model", "model.vlm.revision")
 def with_class(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
     """Returns a command line that also names the class of the VLM, if only its checkpoint was typed.
 
-    The other typed arguments of the VLM, for example ``--model.vlm.thinking``, may be those of the checkpoint's class
-    and unknown to the recipe's. So the recipe is parsed without them first.
+    The other typed arguments of the VLM, for example ``--model.vlm.thinking``, may belong to the checkpoint's class and
+    be unknown to the recipe's class. The recipe is therefore parsed without them first.
 
     Args:
         parser: Parser with the commands.
@@ -54,7 +54,7 @@ def with_class(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
 
 
 def fitting_class(vlm: Namespace, words: Sequence[str]) -> Namespace:
-    """Returns the settings of a VLM, of which the checkpoint was typed and no class, with the class that loads it.
+    """Returns a VLM's settings with the class that loads its checkpoint, for a command line that names no class.
 
     Settings that differ from the defaults of the recipe's class are kept where the new class has them.
 

@@ -10,7 +10,7 @@ from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.escape import for_terminal
 from safervlm.io.names import normal_name, not_empty
 from safervlm.io.tables import TextTable, say, show_table, write_csv
-from safervlm.labelling.labels import LabelFile, complete_raters
+from safervlm.labelling.labels import LabelFile, complete_raters, labels_of_people, majority
 from safervlm.labelling.plan import Plan, labelable, read_plan, write_plan
 from safervlm.labelling.sheets import read_sheet, write_sheets
 from safervlm.labelling.summary import ACCURACY_OF_JUDGE, ALPHA, CONFUSION, ECE, summary
@@ -79,7 +79,7 @@ def label(
             elif using == "sheet":
                 for sheet in (RunFolder(run).label_sheet, RunFolder(run).label_sheet.with_suffix(".xlsx")):
                     if sheet.exists():
-                        say(f"{sheet}: is there already and is kept; remove it to write an empty one")
+                        say(f"{sheet}: already exists and is kept; remove it to write an empty one")
                 for sheet in write_sheets(run, rows, plan, file):
                     say(f"{sheet}: fill in its column label, then `safervlm label {run} --read FILE --rater NAME`")
             elif using == "terminal":
@@ -92,7 +92,7 @@ def planned(run: Path, rows: pd.DataFrame, labels: int | None, seed: int | None)
 
     Args:
         run: Run folder.
-        rows: of :func:`safervlm.labelling.plan.labelable`.
+        rows: Result of :func:`safervlm.labelling.plan.labelable`.
         labels: Number of labels; None: as in the existing sample.
         seed: Seed; None: as in the existing sample.
 
@@ -129,7 +129,7 @@ def ask_for_labels(rows: pd.DataFrame, plan: Plan, file: LabelFile, rater: str) 
     """Asks a person for the labels that are missing, one after the other.
 
     Args:
-        rows: of :func:`safervlm.labelling.plan.labelable`.
+        rows: Result of :func:`safervlm.labelling.plan.labelable`.
         plan: The run's sample.
         file: The run's labels.
         rater: Name of the person.
@@ -173,13 +173,13 @@ def show_state(run: Path, rows: pd.DataFrame, plan: Plan, file: LabelFile) -> No
 
     Args:
         run: Run folder.
-        rows: of :func:`safervlm.labelling.plan.labelable`.
+        rows: Result of :func:`safervlm.labelling.plan.labelable`.
         plan: The run's sample.
         file: The run's labels.
     """
     for rater, given in file.by_rater.items():
         say(f"{rater}: {len(given)} of {len(plan.sampled)} labelled")
-    write_for_judges(run, rows, file)
+    write_for_judges(run, rows, plan, file)
     table = summary(rows, plan, file.by_rater)
     if table.empty:
         return
@@ -203,15 +203,18 @@ def show_state(run: Path, rows: pd.DataFrame, plan: Plan, file: LabelFile) -> No
     say(f"summary, also by category: {RunFolder(run).labels_summary}")
 
 
-def write_for_judges(run: Path, rows: pd.DataFrame, file: LabelFile) -> None:
+def write_for_judges(run: Path, rows: pd.DataFrame, plan: Plan, file: LabelFile) -> None:
     """Writes the labelled texts as data that a judge is fitted on: a file for alignment, and one for perception.
+
+    The labels are those by which rates are corrected; as long as nobody has labelled the whole sample, those of all.
 
     Args:
         run: Run folder.
-        rows: of :func:`safervlm.labelling.plan.labelable`.
+        rows: Result of :func:`safervlm.labelling.plan.labelable`.
+        plan: The run's sample.
         file: The run's labels.
     """
-    people = {name: label for labels in reversed(file.by_rater.values()) for name, label in labels.items()}
+    people = labels_of_people(file.by_rater, plan) or majority(file.by_rater)
     labelled = rows[rows["id"].isin(list(people))]
     seen = labelled["capability"] == "perception"
     for judge, own in (("alignment", labelled[~seen]), ("perception", labelled[seen])):

@@ -29,6 +29,7 @@ from safervlm.cli.trainer import callbacks_with_lines, check_trainer, with_log_f
 from safervlm.data.suite import Suite
 from safervlm.errors import ArgumentError, UserError, explained
 from safervlm.io.boundary import causes, fail, run_folder, warn
+from safervlm.io.checkpoints import unloadable
 from safervlm.io.progress import in_terminal
 from safervlm.io.seals import differences, origin_of, verify_seal
 from safervlm.io.signals import exit_code
@@ -200,7 +201,7 @@ class SaferCLI(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Creates the trainer, with lines instead of Lightning's progress bar where stderr is no terminal.
+        """Creates the trainer, with lines instead of Lightning's progress bar where stderr is not a terminal.
 
         Args:
             **kwargs: Arguments of the trainer that replace those of the configuration.
@@ -208,7 +209,7 @@ class SaferCLI(LightningCLI):
         self.config = self._as_given
         config = self.config[str(self.subcommand)]
         if self.subcommand == "fit":
-            self._manifest.extend, config["extend"] = config["extend"], False  # who repeats it extends nothing
+            self._manifest.extend, config["extend"] = config["extend"], False  # fit.yaml repeats the run
         assert self.subcommand is not None  # noqa: S101 (we always have one; for the type checker)
         settings = self.config_init[self.subcommand]["trainer"]
         return super().instantiate_trainer(callbacks=callbacks_with_lines(settings), **kwargs)
@@ -247,6 +248,10 @@ class SaferCLI(LightningCLI):
             if end.code == 1 and self.trainer.interrupted:
                 raise SystemExit(128 + signal.SIGINT) from None
             raise
+        except Exception as error:
+            if (line := unloadable(error, str(self.config_init[subcommand].get("ckpt_path")))) is not None:
+                raise line from error
+            raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Disables collecting predictions, which are written to files and would otherwise fill the memory."""
@@ -274,7 +279,8 @@ class SaferCLI(LightningCLI):
         """
         config = self.config_init[command]
         given, last = config["ckpt_path"], RunFolder(config["run"]).last_checkpoint
-        if given is not None or last.exists():
+        there = os.path.lexists(last)  # a link to a missing file is not taken for a run without a checkpoint
+        if given is not None or there:
             origin = origin_of(self.model)
             # For validation only the class, the VLM and the adapter have to match.
             ignore = set() if command == "fit" else origin.keys() - {"class", "vlm", "lora"}
@@ -283,12 +289,14 @@ class SaferCLI(LightningCLI):
             of_run = stage.get("settings", {}).get("model")
             other = given is None and of_run is not None and differences(of_run, origin, {"class", *ignore})
             verify_seal(last if given is None else Path(given), None if other else origin, ignore=ignore)
-        if command == "fit" and config["extend"] and given is None and not last.exists():
+        if command == "fit" and config["extend"] and given is None and not there:
             raise ArgumentError(f"--extend: there is no {last} to resume from; name the run to extend, or leave it out")
-        if given is None and last.exists():
+        if given is not None:
+            config["ckpt_path"] = str(Path(given).absolute())  # Lightning takes the names last, best and hpc for others
+        elif there:
             say(f"{'resuming from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)
-        elif given is None and command == "validate" and isinstance(self.model, Objective):
+        elif command == "validate" and isinstance(self.model, Objective):
             fail(f"--run: no {last}, so the adapter would be an untrained one; name the run of a fit, or --ckpt_path")
 
     def before_predict(self) -> None:
@@ -315,20 +323,20 @@ class SaferCLI(LightningCLI):
         no_odds = [record["reason"] for record in read_jsonl(files.odds_failed)] if wants_odds else []
         left_out = self.datamodule.left_out if isinstance(self.datamodule, Suite) else {}
         for name, reason in left_out.items():
-            warn(f"{name} was skipped: {reason}; the same command asks it when it is there")
+            warn(f"{name} was skipped: {reason}; the same command asks it once it is available")
         if reasons:
             warn(
-                f"{len(reasons)} questions have no response, for example: {reasons[0]}; {files.failed} has them all, "
-                "the same command asks them again"
+                f"{len(reasons)} questions have no response, for example: {reasons[0]}; {files.failed} lists them, the "
+                "same command asks them again"
             )
         if not_judged:
             warn(
-                f"{len(not_judged)} responses have no verdict, for example: {not_judged[0]}; {files.unjudged} has them "
-                "all, the same command judges them again"
+                f"{len(not_judged)} responses have no verdict, for example: {not_judged[0]}; {files.unjudged} lists "
+                "them, the same command judges them again"
             )
         if no_odds:
             warn(
-                f"{len(no_odds)} questions have no odds, for example: {no_odds[0]}; {files.odds_failed} has them all, "
+                f"{len(no_odds)} questions have no odds, for example: {no_odds[0]}; {files.odds_failed} lists them, "
                 "the same command computes them again"
             )
         stages = read_manifest(Path(files.path))["stages"]
@@ -387,10 +395,10 @@ def as_command_line(args: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def hush() -> None:
+def silence_third_party() -> None:
     """Silences known third-party warnings and log messages that are of no use to a user.
 
-    Where stderr is no terminal, transformers' progress bars are, too: they are full of control characters.
+    Where stderr is not a terminal, transformers' progress bars are, too: they are full of control characters.
     """
     if not in_terminal():
         disable_progress_bar()
@@ -423,7 +431,7 @@ def run(args: Sequence[str]) -> None:
     Raises:
         SystemExit: The command was asked to end, or ended with an exit code other than 0.
     """
-    hush()
+    silence_third_party()
     # Allows a custom objective in the current folder; appended, so that it never shadows a package.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -100,6 +101,8 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     if isinstance(sys.stdout, io.TextIOWrapper):  # into a pipe or file, Windows's encoding lacks most characters
         sys.stdout.reconfigure(errors="backslashreplace")
+    # Without a home folder that can be written, matplotlib writes two lines; it then uses a temporary folder.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     if not args or args[0] in ("-h", "--help"):
         print(HELP, end="")
         return
@@ -132,10 +135,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Pauses the garbage collection during imports, and excludes what they made from later collections.
+    """Pauses the garbage collection during imports, and excludes the objects that they create from later collections.
 
-    Modules live as long as the process: searching their objects for garbage again and again takes a fifth of the start.
-    Where PyTorch is imported already, as in a notebook, collections stay as they are: its user's objects do end.
+    Modules live as long as the process, and searching their objects for garbage repeatedly takes a fifth of the
+    start-up time. If PyTorch is already imported, as in a notebook, nothing is changed: the user's objects must be
+    collected.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield

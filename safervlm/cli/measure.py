@@ -46,7 +46,7 @@ def measure_vlms(words: Sequence[str]) -> None:
     files = [recipe_file(name, "configs/vlm") for name in given.names or every]
     runs = [Path(given.options["runs"]) / Path(file).stem for file in files]
     failed, partial = [], []
-    # A command that rejects its arguments ends the sequence: nothing but they is common to several.
+    # A command that rejects its arguments ends the sequence only if the others have the same arguments.
     first = len(files) == 1 or (bool(given.rest) and is_shipped(files[0]))
     for file, run in zip(files, runs, strict=True):
         line = ["predict", "--config", "configs/measure.yaml", *overlay]
@@ -83,7 +83,7 @@ def state_of(run: Path) -> dict[str, str]:
         run: Run folder.
 
     Raises:
-        RecordError: A line of the run's files is no record.
+        RecordError: A line of the run's files is not a record.
     """
     files = RunFolder(run)
     unanswered = read_records(files.failed, Failure) if files.failed.exists() else []
@@ -113,7 +113,7 @@ def responses_of(run: Path) -> list[Response]:
         run: Run folder.
 
     Raises:
-        RecordError: A line is no response.
+        RecordError: A line is not a response.
     """
     files = RunFolder(run)
     there = read_records(files.responses, Response) if files.responses.exists() else []

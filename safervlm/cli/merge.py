@@ -9,6 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
+from safervlm.cli.lightning import silence_third_party
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.caches import temporary
 from safervlm.io.outputs import require_empty_folder
@@ -18,6 +19,7 @@ from safervlm.protocol import ALIGNMENT_QUESTIONS, SAFE, UNSAFE, aligned_respons
 from safervlm.records import Example, Question
 from safervlm.reports.model_card import model_card
 from safervlm.run import locked
+from safervlm.run_folder import RunFolder
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.merging import merge_adapter, write_merged
 from safervlm.vlm.remote.base import Remote
@@ -46,17 +48,21 @@ def merge(
         shard_size: Largest size of a weight file.
         trust_config: Allow classes that the run's configuration names and that are not SaferVLM's.
 
+    Returns:
+        The folder.
+
     Raises:
-        RecordError: The run has no adapter, no configuration, or another process is at work in it.
+        RecordError: The run has no adapter, no configuration, or another command is running in it.
         ArgumentError: The output folder is not empty, the model runs code of its own, the adapter can't be merged, or
             merging changes what the model computes.
     """
     run, out = Path(run), Path(out)
-    config, adapter = run / "fit.yaml", run / "adapter"
+    config, adapter = RunFolder(run).fit_config, RunFolder(run).adapter
     for needed in (config, adapter / "adapter_config.json"):
         if not needed.is_file():
             raise RecordError(f"run: no {needed}; name the folder of a finished training (safervlm train --help)")
     require_empty_folder("out", out)
+    silence_third_party()
     settings = read_config(config)
     check_trust(config, named_in(settings.get("model"), run), "run", trust_config)
     with locked(run):

@@ -44,7 +44,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         return f"missing: {required}; {way_out}"
     if unknown := find(r"[Uu]nrecognized arguments: *(?:-- )?(\S+)"):
         if not unknown.startswith("-"):
-            return f"{unknown!r} is no argument: arguments begin with two dashes, as in --config configs/measure.yaml"
+            return f"{unknown!r} is not an argument: arguments begin with two dashes: --config configs/measure.yaml"
         if not unknown.startswith("--"):
             return f"unknown argument {unknown}: arguments begin with two dashes; --help lists all"
         end = unknown.lstrip("-").split("=")[0]  # of a nested argument only the last part
@@ -108,7 +108,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     section = next((part for kind, part in whole_sections.items() if re.search(rf"\b{kind}\b", message)), "")
     name = f"--{section or argument(key, typed)}: " if key else ""
     if path := find(r"Unexpected import path format: (.*)"):
-        return f"{name}{path!r} is no path of a class, as safervlm.measure.Measure is; correct it"
+        return f"{name}{path!r} is not the path of a class, such as safervlm.measure.Measure; correct it"
     if reason := find(r"does not correspond to a subclass of (\w+)"):
         return f"{name}{find(r'Given value: (.*)') or 'the class'} is not a {reason}; name the class_path of one"
     if path := find(r"Problem with given class_path '([^']+)'"):
@@ -157,7 +157,7 @@ def about_class(file: Path) -> str:
         resolve_name(path)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         return f"no class {path!r} ({first_line(error)}); check the spelling"
-    return f"{path!r} is no class that this argument takes; name another class_path"
+    return f"{path!r} is not a class that this argument takes; name another class_path"
 
 
 def corrected_name(name: str, known: Sequence[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Values that no argument of a class has, and that its parser accepts: null, and others in place of settings."""
+"""Rejects invalid values that the parser accepts: null where a value is needed, and other values for settings."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
@@ -10,7 +10,7 @@ from safervlm.errors import ArgumentError
 
 
 def reject_nulls(settings: Mapping[str, Any]) -> None:
-    """Rejects a configuration in which an argument of a class is null whose type has no null, or no settings.
+    """Rejects null for an argument whose type does not allow it, and other values where settings are needed.
 
     Args:
         settings: Parsed settings of a command.
@@ -27,7 +27,7 @@ def reject_nulls(settings: Mapping[str, Any]) -> None:
     for part, given in parts.items():
         for name, hint in _nulls(given, part):
             kind = getattr(hint, "__name__", str(hint).replace("typing.", "").replace("collections.abc.", ""))
-            raise ArgumentError(f"--{name}: null is no value for it, it needs {kind}; give one, or omit it")
+            raise ArgumentError(f"--{name}: null is not a valid value, it needs {kind}; give one, or omit it")
 
 
 def _nulls(value: Any, name: str, hints: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Any]]:

@@ -38,7 +38,7 @@ def train_objectives(words: Sequence[str]) -> None:
     overlay = ["--config", "configs/pictograms/{}.yaml"] if given.options["pictograms"] else []
     files = [recipe_file(name, "configs") for name in given.names]
     failed = []
-    # A command that rejects its arguments ends the sequence: nothing but they is common to several.
+    # A command that rejects its arguments ends the sequence only if the others have the same arguments.
     common = len(files) == 1 or (bool(given.rest) and is_shipped(files[0]))
     for file in files:
         name = Path(file).stem

@@ -91,7 +91,7 @@ def check_bounds(trainer: Namespace) -> None:
 
 
 def callbacks_with_lines(trainer: Mapping[str, Any]) -> list[Callback]:
-    """Returns the trainer's callbacks, with lines of progress where stderr is no terminal.
+    """Returns the trainer's callbacks, with lines of progress where stderr is not a terminal.
 
     Nothing is added if progress is disabled, or if the user has named a progress bar.
 

@@ -13,7 +13,7 @@ import yaml
 from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
-from safervlm.cli.lightning import IdleCLI, as_command_line, hush
+from safervlm.cli.lightning import IdleCLI, as_command_line, silence_third_party
 from safervlm.data.benchmark import Benchmark
 from safervlm.data.loaders import limited
 from safervlm.data.responses import read_responses
@@ -35,11 +35,8 @@ from safervlm.unfinished import UnfinishedFile
 from safervlm.vlm.server.client import Server
 from safervlm.vlm.thinking import thinking_unfinished
 
-# The responses and verdicts of a repetition that is not complete.
-UNFINISHED = "verify-responses-unfinished.jsonl", "verify-verdicts-unfinished.jsonl"
 
-
-class Kept(L.Callback):
+class ResponseStore(L.Callback):
     """Callback that stores the responses of each batch; Lightning's ``return_predictions`` would take them apart.
 
     Args:
@@ -138,7 +135,7 @@ def _built(run: Path, settings: dict[str, Any], dtype: str | None) -> IdleCLI:
     # Passed as text, not as the file, so that exactly the checked settings are used.
     line = ["predict", "--config", yaml.safe_dump(settings), "--run", str(run), "--data.num_workers", "0"]
     line += ["--model.vlm.dtype", dtype] if dtype else []
-    hush()
+    silence_third_party()
     with as_command_line(line):
         cli = IdleCLI(line, build=True)
     if not isinstance(cli.model, Measure):
@@ -194,17 +191,17 @@ def _ask_again(
 ) -> list[Response | Failure]:
     """Returns the responses, or failures, of the repetition; batches of an interrupted one with this key are read."""
     key = fingerprint(key, *(example.question.id for example in asked))
-    with UnfinishedFile(run / UNFINISHED[0], key, Response) as file:
+    with UnfinishedFile(RunFolder(run).repeated_responses, key, Response) as file:
         left = asked[len(file.chunks) * batch_size :]
         if file.chunks and left:
-            say(f"{len(asked) - len(left)} questions have been repeated already, continuing with the other {len(left)}")
+            say(f"{len(asked) - len(left)} questions were repeated before, continuing with the remaining {len(left)}")
         if left:
             loader: DataLoader[Example] = DataLoader(left, batch_size, collate_fn=cli.model.collator)  # type: ignore[arg-type]
             trainer = L.Trainer(
                 accelerator=cli.trainer.accelerator,
                 devices=1,
                 precision=cli.trainer.precision,
-                callbacks=[Kept(file), *progress_lines()],
+                callbacks=[ResponseStore(file), *progress_lines()],
                 logger=False,
                 enable_checkpointing=False,
                 enable_model_summary=False,
@@ -253,7 +250,7 @@ def _compare(run: Path, cli: IdleCLI, before: Mapping[str, Response], again: Seq
             "are not compared"
         )
     judged = [(answers[name].question, answers[name].response) for name in old]
-    for record in panel.judged_in_batches(judged, run / UNFINISHED[1]):
+    for record in panel.judged_in_batches(judged, RunFolder(run).repeated_verdicts):
         if isinstance(record, Failure):
             compared.failed.append(record)
         else:
@@ -275,8 +272,8 @@ def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str,
     right = {example.question.id: example.question.answer for example in asked}
     inside = {name for name in verdicts if thinking_unfinished(before[name]) or thinking_unfinished(answers[name])}
     finished = {name: labels for name, labels in verdicts.items() if name not in inside}
-    for name in UNFINISHED:
-        (run / name).unlink(missing_ok=True)
+    for unfinished in (files.repeated_responses, files.repeated_verdicts):
+        unfinished.unlink(missing_ok=True)
     show(
         title,
         [before[name].response != response.response for name, response in answers.items()],
@@ -288,7 +285,7 @@ def _write(run: Path, title: str, asked: Sequence[Example], before: Mapping[str,
     if failed:
         warn(
             f"{len(failed)} of {len(asked)} questions have no response or no verdict this time, for example: "
-            f"{failed[0].reason}; {files.flips} has them all, the same command asks them again"
+            f"{failed[0].reason}; {files.flips} lists them, the same command asks them again"
         )
         sys.exit(3)
 

@@ -111,7 +111,7 @@ class Benchmark(SaferData):
         super().__init__(collator, batch_size, num_workers)
         name = set_name("data.name", name)
         if limit is not None and limit < 1:
-            raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
+            raise ArgumentError(f"data.limit: at least 1, or null, got {limit}")
         if answers != "safety" and question_column is None:
             raise ArgumentError(f"data.question_column: {answers} needs the column with the questions; name it")
         meanings = {UNSAFE: label_names("data.unsafe", unsafe), SAFE: label_names("data.safe", safe)}
@@ -162,7 +162,7 @@ class Benchmark(SaferData):
         """Path of the local table or folder."""
         if self.remote == "web":
             with explained(
-                f"data.source: {public(self.source)!r} is no address", "correct it", ValueError, error=ArgumentError
+                f"data.source: {public(self.source)!r} is not an address", "correct it", ValueError, error=ArgumentError
             ):
                 name = Path(urlsplit(self.source).path)
             return self.cache / f"{name.stem}-{fingerprint(public(self.source))[:8]}{name.suffix}"
@@ -330,7 +330,7 @@ class Benchmark(SaferData):
             holder = number
             if value.isdigit():
                 if value not in index:
-                    raise RecordError(f"{where}: the image is that of the row with index {value}, which there isn't")
+                    raise RecordError(f"{where}: the image is that of row {value}, which does not exist")
                 holder = index[value]
             name = numbers[holder]
             if holder in files:

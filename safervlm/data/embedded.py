@@ -94,7 +94,7 @@ def written_images(folder: Path) -> dict[int, Path]:
     files = read_object(folder / "files.json", way_out)
     for row, name in files.items():
         if not row.isdecimal() or not isinstance(name, str) or Path(name).name != name:
-            raise RecordError(f"{folder / 'files.json'}: {row!r}: {name!r} is no row with its file; {way_out}")
+            raise RecordError(f"{folder / 'files.json'}: {row!r}: {name!r} is not a row with its file; {way_out}")
     return {int(row): folder / name for row, name in files.items()}
 
 

@@ -241,7 +241,7 @@ def limited(items: Sequence[T], limit: int | None, group: Callable[[T], object])
         ArgumentError: The limit is below 1.
     """
     if limit is not None and limit < 1:
-        raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
+        raise ArgumentError(f"data.limit: at least 1, or null, got {limit}")
     taken: Counter[object] = Counter()
     chosen = []
     for item in items:
@@ -257,6 +257,9 @@ def in_batches(rows: Sequence[int], size: int) -> list[list[int]]:
     Args:
         rows: Row numbers.
         size: Number of rows per batch. The last batch may be smaller.
+
+    Returns:
+        The row numbers of each batch.
     """
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 

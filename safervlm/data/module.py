@@ -1,6 +1,6 @@
 """Base class of the data modules: splits, loaders and the description of the data."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -320,6 +320,32 @@ def must_show_their_images(examples: Sequence[Example], settings: ImageSettings)
     if reasons:
         raise RecordError(
             f"data: {len(reasons)} of {len(about)} images can't be trained on; {reasons[0]}, then start again"
+        )
+
+
+def must_have_usable_texts(examples: Sequence[Example], collator: Collator) -> None:
+    """Checks each different text of some examples once, so that training does not end at one in the middle.
+
+    Args:
+        examples: Examples to train or validate on.
+        collator: The model's. Without a method ``check_texts`` it is not asked.
+
+    Raises:
+        RecordError: The model can't take a text; the message has the number of such texts and names one.
+    """
+    check: Callable[[Example], None] | None = getattr(collator, "check_texts", None)
+    if check is None:
+        return
+    different = {(each.question.prompt, each.completions): each for each in examples}
+    reasons = []
+    for each in different.values():
+        try:
+            check(each)
+        except BaseException as error:
+            reasons.append(reason_of(error))
+    if reasons:
+        raise RecordError(
+            f"data: {len(reasons)} of {len(different)} texts can't be trained on; {reasons[0]}, then start again"
         )
 
 

@@ -132,7 +132,7 @@ def read_examples(file: Path, name: str, argument: str = "data.file") -> list[Ex
             )
         label = record.get("label", "")
         label = normal_name(label) if isinstance(label, str) else label
-        if label not in (SAFE, UNSAFE) and (label or not completions):
+        if label not in (SAFE, UNSAFE) and (label != "" or not completions):
             raise RecordError(f"{where}: the field 'label' must be {SAFE!r} or {UNSAFE!r}, got {label!r}")
         question = Question(
             id=name_field(record, ("id",), where)

@@ -30,6 +30,9 @@ def read_responses(path: str | Path, may_be_empty: bool = False) -> list[Respons
         path: The file, or the run folder that contains it.
         may_be_empty: Whether to accept a file without responses. Every question of a run may have failed.
 
+    Returns:
+        The responses, in the order of the file.
+
     Raises:
         RecordError: The file is missing or empty, a record is not a response, or an id occurs twice (the message names
             it).

@@ -58,7 +58,7 @@ class Suite(SaferData):
         self.own = own or {}
         sets = sets | self.own
         if limit is not None and limit < 1:
-            raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
+            raise ArgumentError(f"data.limit: at least 1, or null, got {limit}")
         if unknown := [name for name in only or [] if name not in sets]:
             raise ArgumentError(f"data.only: no dataset {unknown[0]!r}; there are {', '.join(sets)}")
         self.sets = {name: data for name, data in sets.items() if only is None or name in only}

@@ -42,7 +42,7 @@ def read_rows(file: Path) -> list[tuple[int, dict[str, str]]]:
         row = {normal_name(name): _text(value) for name, value in record.items()}
         if len(row) < len(record):
             twice = Counter(map(normal_name, record)).most_common(1)[0][0]
-            raise RecordError(f"{file}, line {number}: the key {twice!r} is there twice: rename or remove one")
+            raise RecordError(f"{file}, line {number}: the key {twice!r} occurs twice: rename or remove one")
         rows.append((number, row))
     return rows
 
@@ -100,8 +100,8 @@ def read_delimited(file: Path, delimiter: str) -> list[tuple[int, dict[str, str]
     for number, lines, cells in folded:
         if line := _swallowed(lines, cells, columns, delimiter):
             raise RecordError(
-                f"{file}, line {number + line - 1}: the quote that opens here takes in the next lines, which look like "
-                'rows: double it (""), or, if the cell is meant so, write the table as JSONL'
+                f"{file}, line {number + line - 1}: the quote that opens here encloses the next lines, which look like "
+                'rows: double it (""), or, if the cell is intended, write the table as JSONL'
             )
     return [(number, {name: cell for name, cell in zip(header, cells, strict=True) if name}) for number, cells in table]
 
@@ -249,7 +249,7 @@ def _header(file: Path, number: int, cells: list[str], delimiter: str) -> list[s
     named = [name for name in header if name]
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)
-        raise RecordError(f"{file}, line {number}: the column {twice!r} is there twice: rename or remove one")
+        raise RecordError(f"{file}, line {number}: the column {twice!r} occurs twice: rename or remove one")
     if not named:
         raise RecordError(f"{file}, line {number}: the first line must have the names of the columns, got {cells}")
     return header

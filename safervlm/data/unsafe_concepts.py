@@ -178,7 +178,7 @@ class ImageSets(SaferData):
         super().__init__(collator, batch_size, num_workers, seed)
         in_range("data", least=0, below=1, validation_fraction=validation_fraction)
         if limit is not None and limit < 1:
-            raise ArgumentError(f"data.limit: at least 1, or none, got {limit}")
+            raise ArgumentError(f"data.limit: at least 1, or null, got {limit}")
         paths = {"folder": folder, "safe_folder": safe_folder, "repo": repo, "safe_repo": safe_repo}
         for argument, path in (paths | {"cache_dir": cache_dir}).items():
             if path is not None:
@@ -314,8 +314,8 @@ class UnsafeConcepts(ImageSets):
             rotated by one place each. The accuracy is that of the published order; the others measure the effect of the
             right option's position.
         reversed_question: Also ask about each image the first alignment question with the opposite polarity, which was
-            not published. Its responses are no part of the published numbers; they show how often the model says yes to
-            both questions.
+            not published. Its responses are not part of the published numbers; they show how often the model says yes
+            to both questions.
         validation_fraction: Fraction of the training images held out as the validation split. The paper holds out none.
         limit: Maximum number of images per dataset and of concepts, spread over categories and concepts. None uses all.
         collator: Function that turns examples into a batch. The command line sets the model's collator.
@@ -355,7 +355,7 @@ class UnsafeConcepts(ImageSets):
         if unknown := [name for name in capabilities if name not in CAPABILITIES]:
             raise ArgumentError(f"data.capabilities: {unknown[0]!r} is none of {', '.join(CAPABILITIES)}")
         if len(set(capabilities)) < len(capabilities):
-            raise ArgumentError(f"data.capabilities: one is there twice in {', '.join(capabilities)}; name each once")
+            raise ArgumentError(f"data.capabilities: one occurs twice in {', '.join(capabilities)}; name each once")
         if prompts == "drawn" and split != "test":
             raise ArgumentError(
                 "data.prompts: the draw is published for the test split; set data.split to test, or data.prompts to all"
@@ -398,7 +398,7 @@ class UnsafeConcepts(ImageSets):
 
     @staticmethod
     def _reversed(images: list[ImageRecord]) -> list[Question]:
-        """The question that was not published, about each image."""
+        """Returns the unpublished question about each image."""
         return [
             image.question(REVERSED, REVERSED_NUMBER, REVERSED_QUESTION, image.label, variant=TURNED)
             for image in images

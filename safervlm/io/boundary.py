@@ -16,10 +16,10 @@ from safervlm.addresses import public_text
 from safervlm.errors import UserError, first_line
 from safervlm.io.escape import for_terminal
 from safervlm.io.signals import why_ended
+from safervlm.run_folder import RunFolder
 
 # Run folder of the current command, if it has one; tracebacks of unexpected errors are written to it.
 run_folder: ContextVar[Path | None] = ContextVar("run_folder", default=None)
-TRACEBACK = "traceback.txt"
 # Environment variable of a command that another one runs: its exit code, instead of 2, if its arguments are rejected:
 # before it has a run folder, or by a message that names one. The other commands would reject them, too.
 REJECTED = "SAFERVLM_REJECTED"
@@ -70,7 +70,7 @@ REMEDIES = {
     errno.ENOENT: "check the path; paths begin where the command is typed",
     errno.ENOTDIR: "a part of the path is a file; name another path",
     errno.EISDIR: "it is a folder; name a file",
-    errno.EEXIST: "it exists already; name another path",
+    errno.EEXIST: "it already exists; name another path",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "raise the limit of open files (ulimit -n), or lower data.num_workers",
 }
@@ -101,7 +101,7 @@ def one_line_errors(words: Sequence[str] = ()) -> Iterator[None]:
         sys.exit(141)
     except (SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # the outermost handler; a panic of a Rust library is no Exception
+    except BaseException as error:  # the outermost handler; a panic of a Rust library is not an Exception
         if ended := why_ended(error):
             code, said = ended
             sys.stderr.write(f"safervlm: {said}\n" if said else "")
@@ -151,12 +151,12 @@ def explain(error: BaseException, words: Sequence[str] = ()) -> str | None:
             return f"out of memory ({first_line(each)}): lower data.batch_size, or use a machine with more"
         if isinstance(each, OSError) and each.errno is not None:
             files = " to ".join(repr(str(name)) for name in (each.filename, each.filename2) if name is not None)
-            remedy = REMEDIES.get(each.errno, "look at the path, the disk and the network, then try again")
+            remedy = REMEDIES.get(each.errno, "check the path, the disk and the network, then try again")
             return f"{files}{': ' if files else ''}{each.strerror}; {remedy}"
         if DISK.search(str(each)):
             return f"a file can't be written ({first_line(each)}); {REMEDIES[errno.ENOSPC]}"
         if isinstance(each, OSError):
-            return f"{first_line(each)}; look at the path, the disk and the network, then try again"
+            return f"{first_line(each)}; check the path, the disk and the network, then try again"
         if way_out := LOGGERS.get(type(each).__module__.split(".")[0]):
             return f"--trainer.logger: {first_line(each).rstrip('.')}; {way_out}"
         if isinstance(each, ImportError) and str(each.name).split(".")[0] not in ("safervlm", "callbacks"):
@@ -213,7 +213,7 @@ def _to_run_folder(text: str) -> Path | None:
     if folder is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)  # a command that failed early has removed it
-    file = folder / TRACEBACK
+    file = RunFolder(folder).traceback
     if file.exists() and BEGINS not in file.read_text(encoding="utf-8", errors="replace"):
         return None
     file.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -9,6 +9,7 @@ it.
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -79,7 +80,8 @@ def cache_folder(folder: Path, argument: str = "data.cache_dir") -> None:
 def temporary(path: Path, *, directory: bool = False) -> Iterator[Path]:
     """Context manager that creates a temporary file or folder, to be renamed to a path.
 
-    If it has not been renamed at the end of the block, it is removed.
+    If it has not been renamed at the end of the block, it is removed. The files of a folder that has been renamed are
+    given the usual permissions.
 
     Args:
         path: Destination; its folder must exist. The temporary file has the same suffix, as libraries choose the format
@@ -99,6 +101,26 @@ def temporary(path: Path, *, directory: bool = False) -> Iterator[Path]:
         else:
             aside.touch()
         yield aside
+        if directory and not aside.exists() and path.is_dir():  # it has been renamed
+            give_usual_modes(path, folder)
+
+
+def give_usual_modes(folder: Path, place: Path) -> None:
+    """Gives the files of a folder the permissions that new files have, which the user's umask determines.
+
+    safetensors writes files that only their owner can read, so that nobody else could use a model in a shared folder.
+
+    Args:
+        folder: Folder that this process has just filled.
+        place: Temporary folder in which a new file is created, to see its permissions.
+    """
+    probe = place / "mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode | stat.S_IMODE(file.stat().st_mode))
 
 
 @contextmanager
@@ -158,7 +180,10 @@ def _create(parent: Path) -> tuple[Path, Lock]:
     """Creates a temporary folder with its lock."""
     while True:
         folder = parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
-        folder.mkdir()
+        try:
+            folder.mkdir()
+        except OSError as error:  # the message of the command names the user's folder
+            raise type(error)(error.errno, error.strerror, str(parent)) from error
         try:
             lock = acquire(folder / LOCK, create=True)
         except (BlockingIOError, FileNotFoundError):

@@ -31,7 +31,7 @@ _QUOTED_PATH = re.compile(
     r"""(?P<quote>["'])(?:(?:file://)?/|[A-Za-z]:[/\\])[^"'\n]*?(?P<last>[^/\\"'\n]+)[/\\]*(?P=quote)"""
 )
 _PATH = re.compile(
-    r"""(?!(?<=[<\[◁])/[\w:-]+[>\]▷])"""  # a closing tag (</think>, [/THINK]) is no path
+    r"""(?!(?<=[<\[◁])/[\w:-]+[>\]▷])"""  # a closing tag (</think>, [/THINK]) is not a path
     r"""(?<![\w./~:…])(?:file://)?/(?:[^/\s"']+/)*(?=[^/\s"'])"""  # /a/b/ of /a/b/c
     r"""|(?<=:)/(?!/)(?:[^/\s"']+/)+(?=[^/\s"'])"""  # name:/a/b/c, but no URL
     r"""|(?<!\w)[A-Za-z]:[/\\](?!/)(?:[^/\\\s"']+[/\\])*(?=[^/\\\s"'])"""
@@ -95,7 +95,7 @@ def for_terminal(text: object, lines: bool = False) -> str:
 
 
 def for_rich(text: object, style: str = "", lines: bool = False) -> Text:
-    """Escapes a text for rich's cells, titles and prints: brackets are no markup, ``:x:`` is no emoji.
+    """Escapes a text for rich's cells, titles and prints: brackets are not markup, ``:x:`` is not an emoji.
 
     Args:
         text: Object whose ``str`` is shown.
@@ -109,7 +109,7 @@ def for_csv(text: str) -> str:
     """Escapes a text cell of a CSV file: one line, not evaluated by spreadsheets.
 
     As OWASP recommends, a text that begins like a formula (``=``, ``+``, ``-``, ``@``, tab, line break) gets a leading
-    apostrophe. A single such character is no formula and is not changed.
+    apostrophe. A single such character is not a formula and is not changed.
 
     Args:
         text: Text of the cell; numbers must not be passed.
@@ -120,7 +120,7 @@ def for_csv(text: str) -> str:
 def for_xlsx(text: str) -> str:
     """Escapes a text cell of an Excel file: no characters that XML rejects, and at most 32,767 UTF-16 code units.
 
-    The cell must have the data type of a text (:func:`safervlm.io.tables.write_workbook`), so that it is no formula.
+    The cell must have the data type of a text (:func:`safervlm.io.tables.write_workbook`), so that it is not a formula.
     ``_x0041_`` is how Excel encodes a character in its files; it is escaped so that it is shown literally.
 
     Args:

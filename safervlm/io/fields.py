@@ -31,7 +31,7 @@ def check_fields(record: Mapping[str, Any], /, **kinds: type | tuple[type, ...])
     """
     for name, kind in kinds.items():
         value = record[name]
-        # bool is a subclass of int in Python, but JSON's true is no number.
+        # bool is a subclass of int in Python, but JSON's true is not a number.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             allowed = kind if isinstance(kind, tuple) else (kind,)
             expected = " or ".join(KINDS.get(each, "null") for each in allowed)

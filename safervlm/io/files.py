@@ -21,7 +21,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary(path) as aside:
+        mode = aside.stat().st_mode
         write(aside)
+        aside.chmod(mode)  # safetensors replaces the file by one that only its owner can read
         with aside.open("r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         aside.replace(path)

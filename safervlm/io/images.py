@@ -82,7 +82,7 @@ class ImageSettings:
     background: str = "white"
 
     def __post_init__(self) -> None:
-        """Raises an ArgumentError for a limit below 1, or a background that is no opaque colour."""
+        """Raises an ArgumentError for a limit below 1, or a background that is not an opaque colour."""
         in_range("vlm.images", least=1, max_pixels=self.max_pixels, max_side=self.max_side, max_bytes=self.max_bytes)
         if not self.max_aspect_ratio >= 1:
             raise ArgumentError(f"vlm.images.max_aspect_ratio: at least 1, got {self.max_aspect_ratio}")
@@ -215,7 +215,7 @@ def read_file(path: str | Path, record: str, settings: ImageSettings) -> bytes:
     what = f"{printable(record)}: the image {printable(path)}"
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise RecordError(f"{what} is no regular file: replace it or remove the record")
+            raise RecordError(f"{what} is not a regular file: replace it or remove the record")
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             content = b"" if size > settings.max_bytes else file.read(settings.max_bytes + 1)
@@ -383,7 +383,7 @@ def has_frames(file: BinaryIO) -> bool:
 
 
 def image_kind(content: bytes) -> str | None:
-    """Returns the lower-case name of an image's format, such as png or jpeg (including MPO); None if it is no image.
+    """Returns the lower-case name of an image's format, such as png or jpeg (also for MPO); None for any other file.
 
     No pixel is decoded. The limits of the size are checked when the image is used, by the settings of that use.
 
@@ -408,8 +408,8 @@ def no_image(path: str | Path, content: bytes, record: str) -> str:
     if Path(path).suffix == BROKEN:
         there = content.decode(errors="replace")
         return (
-            f"{printable(record)}: its image in the table, {there[:40]!r}, is no base64 of an image, no index of a row "
-            f"and no file ending in {', '.join(IMAGE_ENDINGS)}: correct the table"
+            f"{printable(record)}: its image in the table, {there[:40]!r}, is neither an image in base64, nor the "
+            f"index of a row, nor a file ending in {', '.join(IMAGE_ENDINGS)}: correct the table"
         )
     start = content[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     looks = next((f" but {name}" for prefix, name in MISTAKEN if start.startswith(prefix)), "")

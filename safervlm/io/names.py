@@ -68,7 +68,7 @@ def path_text(argument: str, text: str) -> str:
         raise ArgumentError(f"{argument}: {text!r} can't be a path: remove the zero character")
     if is_address(text):
         raise ArgumentError(
-            f"{argument}: {public(text.strip())} is an address, and no path: download it, and name the copy"
+            f"{argument}: {public(text.strip())} is an address, not a path: download it, and name the copy"
         )
     return text
 

@@ -36,11 +36,11 @@ def require_replaceable_page(page: Path, command: str, *beside: str) -> None:
         raise ArgumentError(f"out: {page} is a folder; name a page in it, for example {page / f'{command}.html'}")
     if page.exists():
         if not page_of(page, command):
-            raise ArgumentError(f"out: {page} is there already and was not written by safervlm {command}; {other}")
+            raise ArgumentError(f"out: {page} already exists and was not written by safervlm {command}; {other}")
         return
     for ending in beside:
         if (file := page.with_name(page.stem + ending)).exists():
-            raise ArgumentError(f"out: {file} is there already and would be overwritten; {other}")
+            raise ArgumentError(f"out: {file} already exists and would be overwritten; {other}")
 
 
 def require_replaceable_texts(argument: str, texts: Mapping[Path, str]) -> None:
@@ -56,7 +56,7 @@ def require_replaceable_texts(argument: str, texts: Mapping[Path, str]) -> None:
     for file, text in texts.items():
         if file.exists() and not (file.is_file() and file.read_bytes() == text.encode()):
             raise ArgumentError(
-                f"{argument}: {file} is there already and holds something else; name another folder, or move it away"
+                f"{argument}: {file} already exists and holds something else; name another folder, or move it away"
             )
 
 
@@ -71,4 +71,4 @@ def require_empty_folder(argument: str, folder: Path) -> None:
         ArgumentError: Something is there.
     """
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise ArgumentError(f"{argument}: {folder} is there already and is not empty; name another folder")
+        raise ArgumentError(f"{argument}: {folder} already exists and is not empty; name another folder")

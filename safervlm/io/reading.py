@@ -54,7 +54,7 @@ def text_lines(path: Path) -> Iterator[str]:
         path: Text file.
 
     Raises:
-        RecordError: The file can't be opened, or is no text; the message names file and line.
+        RecordError: The file can't be opened, or is not a text; the message names file and line.
     """
     try:
         with path.open("rb") as file:
@@ -112,6 +112,9 @@ def parse_json(text: str, where: str, way_out: str = "correct it", finite: bool 
         way_out: Remedy for a text that is not valid JSON.
         finite: Whether to reject NaN and Infinity; settings may be infinite.
 
+    Returns:
+        The value.
+
     Raises:
         RecordError: The text is not valid JSON, has a duplicate key, contains NaN or Infinity (including ``1e999``) or
             an integer of over 4,300 digits, or is nested too deeply.
@@ -133,7 +136,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return record
 
 
@@ -159,6 +162,9 @@ def read_json(path: Path, way_out: str = "", finite: bool = True) -> Any:
         way_out: Remedy for a file that can't be read or is not valid JSON.
         finite: Whether to reject NaN and Infinity; see :func:`parse_json`.
 
+    Returns:
+        The value.
+
     Raises:
         RecordError: The file can't be read or is not valid JSON; the message names the file.
     """
@@ -182,11 +188,14 @@ def read_object(path: Path, way_out: str = "", finite: bool = True) -> dict[str,
 
     Args:
         path: File to read.
-        way_out: Remedy for a file that can't be read or is no JSON object.
+        way_out: Remedy for a file that can't be read or is not JSON object.
         finite: Whether to reject NaN and Infinity.
 
+    Returns:
+        The object.
+
     Raises:
-        RecordError: The file can't be read, or is no JSON object; the message names the file.
+        RecordError: The file can't be read, or is not JSON object; the message names the file.
     """
     value = read_json(path, way_out, finite)
     if not isinstance(value, dict):
@@ -212,7 +221,7 @@ def numbered_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         way_out = "correct the line"
         if begun == "[" or (begun == "{" and ended != "}"):  # a list of records, or a record over several lines
             filter_ = ".[]" if begun == "[" else "."
-            way_out = f"each line must be one JSON object: `jq -c '{filter_}' {path} > NEW` makes it so"
+            way_out = f"each line must be one JSON object: convert it by `jq -c '{filter_}' {path} > NEW`"
         record = parse_json(line, where, way_out)
         if not isinstance(record, dict):
             raise RecordError(f"{where}: not a JSON object: {line[:80]!r}; {way_out}")

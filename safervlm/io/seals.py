@@ -14,10 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from safervlm.errors import RecordError, first_line
+from safervlm.io.checkpoints import REMEDY, must_be_checkpoint
 from safervlm.io.reading import parse_json
 from safervlm.io.settings import flat
 from safervlm.legacy import with_todays_names
@@ -28,7 +26,6 @@ END = struct.Struct("<4s4H2LH")  # last record of a zip archive; its last field 
 DIGITS = 64  # hexadecimal digits of SHA-256, at the end of the comment
 # What a sharded checkpoint holds that has no seal: FSDP's and Lightning's description, DeepSpeed's files.
 SHARDED = (".metadata", "meta.pt", "latest", "checkpoint", "zero_to_fp32.py")
-REMEDY = "take an earlier copy, or delete it and train again"
 
 
 def seal(origin: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,6 +96,28 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / SEAL)
 
 
+def parse_seal(text: str, path: Path) -> dict[str, Any]:
+    """Parses the content of a seal.
+
+    Args:
+        text: JSON text.
+        path: File that the text is from, for the error message.
+
+    Returns:
+        The content. ``origin`` is a dictionary; ``files``, if it is there, has a text for each file.
+
+    Raises:
+        RecordError: The text is not JSON, or not of this form.
+    """
+    found = parse_json(text, str(path), REMEDY, finite=False)
+    files = found.get("files", {}) if isinstance(found, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        raise RecordError(f"{path}: its seal is damaged (no checksums of files: {text!r:.80}); {REMEDY}")
+    if not isinstance(found.get("origin"), dict):
+        raise RecordError(f"{path}: its seal is damaged (no settings under origin: {text!r:.80}); {REMEDY}")
+    return found
+
+
 def verify_file(path: Path, argument: str) -> dict[str, Any] | None:
     """Verifies the checksum of a checkpoint file and returns the content of its seal.
 
@@ -114,6 +133,8 @@ def verify_file(path: Path, argument: str) -> dict[str, Any] | None:
     """
     damaged = f"{argument}: {str(path)!r} is damaged"
     try:
+        if not path.is_file():
+            raise RecordError(f"{argument}: {str(path)!r} is no regular file; name the last.ckpt of a run")
         if not path.stat().st_size:
             raise RecordError(f"{argument}: {str(path)!r} is empty; {REMEDY}")
         with zipfile.ZipFile(path) as archive:
@@ -121,9 +142,7 @@ def verify_file(path: Path, argument: str) -> dict[str, Any] | None:
             if not comment and (torn := archive.testzip()) is not None:
                 raise RecordError(f"{damaged} (in its part {torn}); {REMEDY}")
         if not comment:
-            content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-            if not isinstance(content, dict) or "state_dict" not in content:
-                raise RecordError(f"{argument}: {str(path)!r} is no checkpoint of a training run; name its last.ckpt")
+            must_be_checkpoint(path, argument)
             return None
         digest = hashlib.sha256()
         with path.open("rb") as file:
@@ -134,7 +153,8 @@ def verify_file(path: Path, argument: str) -> dict[str, Any] | None:
             said = file.read()
         if digest.hexdigest().encode() != said:
             raise RecordError(f"{damaged} (its checksum is another one); {REMEDY}")
-        found: dict[str, Any] = parse_json(comment[:-DIGITS].decode(), str(path), REMEDY, finite=False)
+        found = parse_seal(comment[:-DIGITS].decode(), path)
+        must_be_checkpoint(path, argument)
     except RecordError:
         raise
     except Exception as error:  # zipfile and pickle raise many kinds of exceptions
@@ -164,7 +184,7 @@ def verify_folder(folder: Path, argument: str) -> dict[str, Any] | None:
         text, digest, _ = (folder / SEAL).read_bytes().rsplit(b"\n", 2)
         if hashlib.sha256(text).hexdigest().encode() != digest:
             raise RecordError(f"{damaged} ({SEAL} has another checksum); {REMEDY}")
-        found: dict[str, Any] = parse_json(text.decode(), str(folder / SEAL), REMEDY, finite=False)
+        found = parse_seal(text.decode(), folder / SEAL)
         for name, expected in found["files"].items():
             if not (folder / name).is_file():
                 raise RecordError(f"{damaged} ({name} is missing); {REMEDY}")
@@ -195,7 +215,7 @@ def verify_seal(
         if not any(path.iterdir()):
             raise RecordError(f"{argument}: the folder {str(path)!r} is empty; {REMEDY}")
         found = verify_folder(path, argument)
-        if found is None and not any((path / name).exists() for name in SHARDED):
+        if not any((path / name).exists() for name in SHARDED):
             raise RecordError(f"{argument}: the folder {str(path)!r} is no checkpoint; name the last.ckpt in it")
     else:
         found = verify_file(path, argument)
@@ -244,25 +264,3 @@ def origin_of(module: Any) -> dict[str, Any]:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     describe = getattr(module, "describe", None)
     return {"class": kind} | (describe() if describe is not None else {})
-
-
-def must_fit(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Rejects a checkpoint whose trained weights are not exactly those of a module; loading it would not report this.
-
-    Args:
-        checkpoint: Loaded checkpoint, with the names of the trained weights.
-        state: Name -> trained weight of the module.
-
-    Raises:
-        RecordError: No objective wrote the checkpoint; or a weight is missing, unexpected or of another shape.
-    """
-    if "trained" not in checkpoint:
-        raise RecordError("--ckpt_path: no objective wrote this checkpoint; name the last.ckpt of a fit's run folder")
-    there = checkpoint.get("state_dict", {})
-    wrong = set(checkpoint["trained"]) ^ set(state)
-    wrong |= {name for name, value in there.items() if name in state and value.shape != state[name].shape}
-    if wrong:
-        raise RecordError(
-            f"--ckpt_path: the checkpoint is of another adapter or objective: {len(wrong)} weights don't fit, for "
-            f"example {min(wrong)}; resume with the settings that it was made with"
-        )

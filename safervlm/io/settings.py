@@ -32,8 +32,10 @@ class StrictLoader(yaml.SafeLoader):
         """
         node = super().get_single_node()
         sizes: dict[int, float] = {}
-        if node is not None and _size(node, sizes) > max(LARGEST, 2 * len(sizes)):  # a large file is no bomb
-            raise ArgumentError(f"its aliases (*name) expand to more than {LARGEST:,} values; write the values out")
+        if node is not None and _size(node, sizes) > max(LARGEST, 2 * len(sizes)):  # a large file is accepted
+            raise ArgumentError(
+                f"its aliases (*name) expand to more than {LARGEST:,} values; write them without aliases"
+            )
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -55,7 +57,7 @@ class StrictLoader(yaml.SafeLoader):
                 names.add(self.construct_object(key))
             if names & seen:
                 raise ArgumentError(
-                    f"line {key.start_mark.line + 1}: the key {key.value!r} is there twice; leave one out"
+                    f"line {key.start_mark.line + 1}: the key {key.value!r} occurs twice; leave one out"
                 )
             seen |= names
         return node
@@ -80,9 +82,12 @@ def from_yaml(text: str) -> Any:
     Args:
         text: Text of the document.
 
+    Returns:
+        The value; None for an empty text.
+
     Raises:
         ArgumentError: A key is duplicated, or aliases expand to too many values.
-        yaml.YAMLError: The text is no YAML.
+        yaml.YAMLError: The text is not YAML.
         RecursionError: The document is nested too deeply.
     """
     return yaml.load(text, StrictLoader)  # noqa: S506 (a safe loader)
@@ -96,12 +101,17 @@ def read_yaml(file: Path, option: str = "", error: type[UserError] = ArgumentErr
         option: Option that names the file, for the error message.
         error: Class of the error to raise.
 
+    Returns:
+        The value; None for an empty file.
+
     Raises:
         UserError: The file can't be read or parsed, a key is duplicated, or aliases expand to too many values.
     """
     where = f"{option}: {file}" if option else str(file)
     if not file.is_file():
-        raise error(f"{option}{': ' if option else ''}{str(file)!r} is no file; name one, as configs/measure.yaml")
+        raise error(
+            f"{option}{': ' if option else ''}{str(file)!r} is not a file; name one, such as configs/measure.yaml"
+        )
     try:
         text = "".join(text_lines(file)).removeprefix("\ufeff")
     except UserError as cause:
@@ -166,7 +176,7 @@ def read_settings(file: Path, option: str = "", error: type[UserError] = Argumen
         error: Class of the error to raise.
 
     Raises:
-        UserError: The file can't be read or parsed, or is no mapping.
+        UserError: The file can't be read or parsed, or is not a mapping.
     """
     settings = read_yaml(file, option, error)
     if not isinstance(settings, Mapping):

@@ -27,19 +27,17 @@ def put_in_place(written: Path, last: Path) -> None:
         link = aside / last.name
         link.symlink_to(folder.name)
         link.replace(last)
-    remove_replaced(last.parent, last.name)
+    remove_replaced(last)
 
 
-def remove_replaced(checkpoints: Path, last: str = "last.ckpt") -> None:
+def remove_replaced(last: Path) -> None:
     """Removes the checkpoint folders that :func:`put_in_place` made and nothing points to.
 
     Args:
-        checkpoints: Folder of the checkpoints; it may be missing.
-        last: Name of the link.
+        last: The link, in the folder of the checkpoints; both may be missing.
     """
-    link = checkpoints / last
-    current = link.readlink().name if link.is_symlink() else None
-    for folder in checkpoints.glob(".safervlm-*.ckpt"):
+    current = last.readlink().name if last.is_symlink() else None
+    for folder in last.parent.glob(".safervlm-*.ckpt"):
         if FOLDERS.fullmatch(folder.name) and folder.name != current and folder.is_dir() and not folder.is_symlink():
             with suppress(OSError):
                 shutil.rmtree(folder)

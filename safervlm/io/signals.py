@@ -270,7 +270,7 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     _ask(signum)
     if _requests.safe_points and first:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            _say(f"asked to end: the step at work is completed first, within {grace():g} seconds")
+            _say(f"asked to end: the current step is completed first, within {grace():g} seconds")
     elif signum == signal.SIGINT:
         raise KeyboardInterrupt
     elif first:

@@ -6,7 +6,6 @@ states it in each row.
 """
 
 import os
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pandas as pd
 from openpyxl.worksheet.worksheet import Worksheet
 from rich.box import HEAVY_HEAD, Box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,7 +33,7 @@ NARROWEST, WIDEST, FILTER_BUTTON = 8, 60, 3
 
 
 class TextTable(Table):
-    """A table of rich whose texts are shown literally: brackets are no markup, control characters are escaped.
+    """A table of rich whose texts are shown literally: brackets are not markup, control characters are escaped.
 
     Args:
         title: Title above the table.
@@ -71,7 +71,7 @@ class TextTable(Table):
 
 
 def terminal() -> Console:
-    """Returns the console of stdout; 200 columns wide if stdout is no terminal and ``COLUMNS`` is no number of them."""
+    """Returns the console of stdout; 200 columns wide outside a terminal, unless ``COLUMNS`` states another width."""
     console = Console()
     known = console.is_terminal or os.environ.get("COLUMNS", "").isdecimal()
     return console if known and console.width > 0 else Console(width=200)
@@ -92,7 +92,41 @@ def say_wrapped(text: str) -> None:
     Args:
         text: Text, which may contain names from data.
     """
-    print(textwrap.fill(for_terminal(text), terminal().width, break_on_hyphens=False), flush=True)
+    print("\n".join(wrapped(text)), flush=True)
+
+
+def wrapped(text: str, most: int | None = None) -> list[str]:
+    """Returns the lines of a text, as wide as the terminal; control characters are escaped.
+
+    Args:
+        text: Text, which may contain names from data.
+        most: Number of lines from which on the text is cut, which an ellipsis shows; None for all lines.
+    """
+    console = terminal()
+    lines = [line.plain.rstrip() for line in Text(for_terminal(text)).wrap(console, console.width)]
+    if most is None or len(lines) <= most:
+        return lines
+    last = Text(f"{lines[most - 1]} {lines[most]}")
+    last.truncate(console.width, overflow="ellipsis")
+    return [*lines[: most - 1], last.plain]
+
+
+def height_of_line(text: str) -> int:
+    """Returns the number of lines that a terminal shows of a text that is printed without wrapping.
+
+    Args:
+        text: Text for :func:`say`.
+    """
+    return max(1, -(-cell_len(for_terminal(text)) // terminal().width))
+
+
+def height(table: TextTable) -> int:
+    """Returns the number of lines that a table has on the terminal.
+
+    Args:
+        table: Table to print.
+    """
+    return len(terminal().render_lines(table))
 
 
 def show_table(table: TextTable) -> None:

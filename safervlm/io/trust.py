@@ -21,8 +21,8 @@ import yaml
 
 from safervlm.errors import ArgumentError, RecordError, UserError
 from safervlm.io.settings import LARGEST_PART, from_yaml, read_settings
+from safervlm.run_folder import RunFolder
 
-CONFIGS = ("predict.yaml", "fit.yaml")
 # Packages whose classes a configuration may name without the user's consent.
 OURS = ("safervlm", "callbacks", "lightning", "torch", "jsonargparse", "builtins")
 # Arguments of our data modules whose values are always paths.
@@ -58,7 +58,7 @@ def read_config(file: Path) -> dict[str, Any]:
         file: YAML file.
 
     Raises:
-        RecordError: The file can't be read, is no YAML, or no mapping.
+        RecordError: The file can't be read, is not YAML, or not a mapping.
     """
     return read_settings(file, error=RecordError)
 
@@ -69,6 +69,9 @@ def named_in(config: Any, folder: Path) -> Named:
     Args:
         config: Configuration as plain data, or a part of it.
         folder: Folder of the configuration, to resolve relative paths.
+
+    Returns:
+        Its addresses, environment variables and code.
 
     Raises:
         RecordError: An included file has a duplicate key or too many aliases.
@@ -140,12 +143,12 @@ def data_folders(run: Path) -> tuple[Path, ...]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     found = {Path(HF_HUB_CACHE).resolve()}
-    for name in CONFIGS:
-        if not (run / name).is_file():
+    for config in (RunFolder(run).predict_config, RunFolder(run).fit_config):
+        if not config.is_file():
             continue
-        data = read_config(run / name).get("data", {})
+        data = read_config(config).get("data", {})
         for text in _paths(data):
-            with suppress(OSError, ValueError, RuntimeError):  # the text is no path
+            with suppress(OSError, ValueError, RuntimeError):  # the text is not a path
                 path = Path(text).expanduser().resolve(strict=True)
                 found.add(path if path.is_dir() else path.parent)
     return tuple(folder for folder in found if not Path.home().resolve().is_relative_to(folder))
@@ -215,7 +218,7 @@ def _search_text(text: str, folders: tuple[Path, ...], named: Named, seen: set[P
                 with file.open("rb") as opened:
                     beginning = opened.read(LARGEST_PART + 1)
                 large = len(beginning) > LARGEST_PART
-                # The beginning of a large text may end within a character; weights are no text.
+                # The beginning of a large text may end within a character; weights are not text.
                 content = codecs.getincrementaldecoder("utf-8-sig")().decode(beginning, final=not large)
         if content is None or "\0" in content:
             continue

@@ -25,6 +25,7 @@ from safervlm.judging.confusion import show_confusion, write_confusion
 from safervlm.judging.files import WEIGHTS, checkpoint_file, config_file
 from safervlm.protocol import LABELS
 from safervlm.ranges import in_range
+from safervlm.run_folder import RunFolder
 from safervlm.vlm.processors import read_tokenizer
 from safervlm.vlm.sizes import bounded_config, sized
 from safervlm.vlm.weights import load_model, must_be_finite, read_tensors, reading, weights_fingerprint
@@ -69,7 +70,7 @@ class Judge(LightningModule):
             positions, so it changes no token that the model receives.
 
     Raises:
-        ArgumentError: a number is out of range or the labels are not at least two different ones; at first use, the
+        ArgumentError: A number is out of range or the labels are not at least two different ones; at first use, the
             checkpoint is missing, unreadable, or does not match this model exactly.
     """
 
@@ -112,11 +113,11 @@ class Judge(LightningModule):
         """Rejects the judge if its labels are not exactly the given ones.
 
         Args:
-            labels: the required labels, in the required order.
-            name: the argument that configures the judge, for the error message.
+            labels: The required labels, in the required order.
+            name: The argument that configures the judge, for the error message.
 
         Raises:
-            ArgumentError: the labels or their order differ.
+            ArgumentError: The labels or their order differ.
         """
         if self.labels != tuple(labels):
             raise ArgumentError(f"{name}: its labels are {', '.join(self.labels)}; name a judge of {', '.join(labels)}")
@@ -246,7 +247,7 @@ class Judge(LightningModule):
         """Identifier of this judge: a hash of weights, configuration and labels, 16 hexadecimal digits.
 
         Raises:
-            ArgumentError: there is no checkpoint, or it can't be found.
+            ArgumentError: There is no checkpoint, or it can't be found.
         """
         if self._fingerprint is None:
             weights = self._weights
@@ -259,7 +260,7 @@ class Judge(LightningModule):
         """Writes a folder that :class:`Judge` accepts as ``checkpoint``: weights, configuration, labels, tokenizer.
 
         Args:
-            folder: created if it is missing. The weights are written last, so a folder that contains them is complete.
+            folder: Created if it is missing. The weights are written last, so a folder that contains them is complete.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -302,15 +303,15 @@ class Judge(LightningModule):
         them (:data:`NEAR_TIE`), the text is classified once more by itself.
 
         Args:
-            texts: the responses.
-            batch_size: number of texts in a forward pass.
+            texts: The responses.
+            batch_size: Number of texts in a forward pass.
 
         Returns:
             Natural log-probabilities of the labels, float32 of shape (texts, labels), on the judge's device.
 
         Raises:
-            ArgumentError: the weights can't be loaded.
-            NotFiniteRecordError: a log-probability is not finite.
+            ArgumentError: The weights can't be loaded.
+            NotFiniteRecordError: A log-probability is not finite.
         """
         result = torch.empty(len(texts), len(self.labels), device=self.device, dtype=torch.float32)
         if not texts:
@@ -326,7 +327,7 @@ class Judge(LightningModule):
         if not bool(torch.isfinite(result).all()):
             place = int((~torch.isfinite(result).all(dim=-1)).nonzero()[0])
             raise NotFiniteRecordError(
-                f"judge: {self._base!r} has no finite probabilities for the text {texts[place][:40]!r}; look at its "
+                f"judge: {self._base!r} has no finite probabilities for the text {texts[place][:40]!r}; check its "
                 "weights, or name another judge"
             )
         return result
@@ -337,8 +338,8 @@ class Judge(LightningModule):
         Judged one batch at a time, the responses get the same probabilities as together.
 
         Args:
-            texts: the responses.
-            batch_size: number of texts in a forward pass.
+            texts: The responses.
+            batch_size: Number of texts in a forward pass.
         """
         return _by_length(self._tokenize(texts), batch_size) if texts else []
 
@@ -400,11 +401,11 @@ class Judge(LightningModule):
         must_be_trained(self.trainer, self)
         if not self.trainer.is_global_zero:
             return
-        run = Path(self.trainer.default_root_dir)
-        self.save_pretrained(run / "judge")
+        files = RunFolder(self.trainer.default_root_dir)
+        self.save_pretrained(files.judge)
         if self._held_out is not None:
             counts = self._held_out.long().tolist()
-            write_confusion(run / "confusion.csv", self.labels, counts)
+            write_confusion(files.confusion, self.labels, counts)
             show_confusion(self.labels, counts)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

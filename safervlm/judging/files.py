@@ -1,4 +1,4 @@
-"""Finds the files of a judge: its weights and its configuration, here or on the Hub."""
+"""Finds the files of a judge: its weights and its configuration, local or on the Hub."""
 
 import re
 from pathlib import Path
@@ -49,6 +49,6 @@ def checkpoint_file(checkpoint: str) -> Path:
         return Path(hf_hub_download(on_hub[1], on_hub[2]))
     except (OSError, ValueError) as error:
         raise ArgumentError(
-            f"checkpoint: {checkpoint!r} is no file here and can't be loaded from the Hub ({first_line(error)}); "
+            f"checkpoint: {checkpoint!r} is not a file here and can't be loaded from the Hub ({first_line(error)}); "
             "try again, give a file or an exported folder, or train one: safervlm fit --config configs/judge.yaml"
         ) from error

@@ -29,7 +29,7 @@ class Answers:
     does not look into instances of this class.
 
     Args:
-        answers: pairs of a question and the response's text.
+        answers: Pairs of a question and the response's text.
     """
 
     def __init__(self, answers: Sequence[tuple[Question, str]]) -> None:
@@ -49,7 +49,7 @@ class Panel(LightningModule):
         perception: The judge of perception, with labels A, B, C, D, N/A.
 
     Raises:
-        ArgumentError: a judge has other labels.
+        ArgumentError: A judge has other labels.
     """
 
     @staticmethod
@@ -57,7 +57,7 @@ class Panel(LightningModule):
         """Makes a batch of saved responses.
 
         Args:
-            examples: questions whose only completion is the response.
+            examples: Questions whose only completion is the response.
         """
         return Answers([(example.question, example.completions[0]) for example in examples])
 
@@ -78,10 +78,10 @@ class Panel(LightningModule):
         """Returns the judge that classifies a capability's responses; None if a rule judges them.
 
         Args:
-            capability: the capability of the question.
+            capability: The capability of the question.
 
         Raises:
-            ArgumentError: the capability is ``rated``, whose responses are rated, not judged.
+            ArgumentError: The capability is ``rated``, whose responses are rated, not judged.
         """
         if capability == "rated":
             raise ArgumentError("LLaVABench's answers are rated, not judged: see callbacks.rate_responses")
@@ -93,10 +93,10 @@ class Panel(LightningModule):
         """Returns the value of ``judge`` in a capability's verdicts: a judge's fingerprint, or the name of a rule.
 
         Args:
-            capability: the capability of the question.
+            capability: The capability of the question.
 
         Raises:
-            ArgumentError: the capability is ``rated``, or the judge has no checkpoint.
+            ArgumentError: The capability is ``rated``, or the judge has no checkpoint.
         """
         judge = self.judge_of(capability)
         return RULES[capability] if judge is None else judge.fingerprint
@@ -110,15 +110,15 @@ class Panel(LightningModule):
         """Judges responses to questions of any capability but ``rated``.
 
         Args:
-            responses: the responses.
-            batch_size: number of responses in a forward pass.
+            responses: The responses.
+            batch_size: Number of responses in a forward pass.
 
         Returns:
             One verdict per response, in the given order.
 
         Raises:
-            ArgumentError: a capability is ``rated``, or a judge's weights can't be loaded.
-            RecordError: a judge's probabilities for a text are not finite.
+            ArgumentError: A capability is ``rated``, or a judge's weights can't be loaded.
+            RecordError: A judge's probabilities for a text are not finite.
         """
         return self._classify([(response.question, response.response) for response in responses], batch_size)
 
@@ -126,15 +126,15 @@ class Panel(LightningModule):
         """Judges responses as :meth:`judge` does, but returns a failure for each response that raises an exception.
 
         Args:
-            answers: pairs of a question and the response's text.
-            batch_size: number of responses in a forward pass.
+            answers: Pairs of a question and the response's text.
+            batch_size: Number of responses in a forward pass.
 
         Returns:
             One record per response, in the given order: its verdict, or a failure with the reason why there is none.
 
         Raises:
-            ArgumentError: a capability is ``rated``, or a judge's weights can't be loaded.
-            BaseException: requests to end the run, see :func:`safervlm.failures.reason_of`.
+            ArgumentError: A capability is ``rated``, or a judge's weights can't be loaded.
+            BaseException: Requests to end the run, see :func:`safervlm.failures.reason_of`.
         """
         # An error while loading weights concerns the run, not a single response: raise it before any is judged.
         for judge in {self.judge_of(question.capability) for question, _ in answers}:
@@ -158,18 +158,18 @@ class Panel(LightningModule):
         that is not stored.
 
         Args:
-            answers: pairs of a question and the response's text; no two of the same question.
-            unfinished: the file of the complete batches (see :class:`safervlm.unfinished.UnfinishedFile`); the caller
+            answers: Pairs of a question and the response's text; no two of the same question.
+            unfinished: The file of the complete batches (see :class:`safervlm.unfinished.UnfinishedFile`); the caller
                 removes it when it has written the records.
-            batch_size: number of responses in a forward pass.
+            batch_size: Number of responses in a forward pass.
 
         Returns:
             One record per response, in the given order.
 
         Raises:
-            ArgumentError: as :meth:`judged`.
+            ArgumentError: As :meth:`judged`.
             RecordError: ``unfinished`` is damaged.
-            BaseException: as :meth:`judged`.
+            BaseException: As :meth:`judged`.
         """
         if not answers:
             return []
@@ -213,12 +213,12 @@ class Panel(LightningModule):
         """Whether an earlier verdict is still valid: it is by the current judge, and on the current text.
 
         Args:
-            record: a record of ``verdicts.jsonl``; one that can't be parsed is not valid, so the response is judged
+            record: A record of ``verdicts.jsonl``; one that can't be parsed is not valid, so the response is judged
                 again.
-            example: the question, with the response as its only completion.
+            example: The question, with the response as its only completion.
 
         Raises:
-            ArgumentError: the capability is ``rated``, or the judge has no checkpoint.
+            ArgumentError: The capability is ``rated``, or the judge has no checkpoint.
         """
         try:
             verdict = Verdict.from_dict(record)

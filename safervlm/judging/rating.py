@@ -28,7 +28,7 @@ RULE = (
     "In the subsequent line, please provide a comprehensive explanation of your evaluation, avoiding any potential "
     "bias and ensuring that the order in which the responses were presented does not affect your judgment."
 )
-# File name of the ratings in a run folder.
+# Sampling of the judge's replies, as published; the temperature is not 0, so that another seed gives another reply.
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.2, 1.0, 1024
 SEED = 0  # seed of a rating's first request; each further request uses the next one
 
@@ -41,8 +41,8 @@ def rating_prompt(response: Response, swapped: bool = False) -> str:
     """Returns the prompt that asks the judge to rate a response.
 
     Args:
-        response: to a question with capability ``rated``, whose ``answer`` is the reference.
-        swapped: puts the response first and the reference second; the published order is the reference first.
+        response: To a question with capability ``rated``, whose ``answer`` is the reference.
+        swapped: Puts the response first and the reference second; the published order is the reference first.
 
     Returns:
         The prompt. An unpaired surrogate, which can't be sent, is replaced by U+FFFD, as viewers display it.
@@ -63,7 +63,7 @@ def read_ratings(text: str) -> tuple[float, float] | None:
     """Parses the ratings of Assistant 1 and 2 from a judge's reply.
 
     Args:
-        text: the reply. Its first line must consist of two numbers from 1 to 10, separated by spaces or a comma.
+        text: The reply. Its first line must consist of two numbers from 1 to 10, separated by spaces or a comma.
 
     Returns:
         The two ratings; None for any other reply.
@@ -79,9 +79,9 @@ def rating_key(judge: Mapping[str, Any], name: str, prompt: str) -> str:
     """Identifies a rating by everything that determines it: the judge, its sampling settings and the prompt.
 
     Args:
-        judge: the judge's description (see :meth:`safervlm.vlm.server.client.Server.describe`).
-        name: the id of the question that the judge is asked; with SEED it determines the request's seed.
-        prompt: see :func:`rating_prompt`.
+        judge: The judge's description (see :meth:`safervlm.vlm.server.client.Server.describe`).
+        name: The id of the question that the judge is asked; with SEED it determines the request's seed.
+        prompt: See :func:`rating_prompt`.
 
     Returns:
         A fingerprint of 16 hexadecimal digits.
@@ -95,15 +95,15 @@ class Rating:
     """A judge's ratings of a response and of its reference.
 
     Attributes:
-        id: the question's id.
-        swapped: whether the response came first in the prompt; False is the published order.
-        reference: the reference's rating, 1 to 10; None if there is none.
-        response: the response's rating, 1 to 10; None if there is none.
-        reason: why there is no rating, in one line; empty if there is one.
-        judge: the model name that was requested.
-        model: the model name that the server reported; empty if it reported none.
-        text: the judge's complete reply.
-        key: see :func:`rating_key`.
+        id: The question's id.
+        swapped: Whether the response came first in the prompt; False is the published order.
+        reference: The reference's rating, 1 to 10; None if there is none.
+        response: The response's rating, 1 to 10; None if there is none.
+        reason: Why there is no rating, in one line; empty if there is one.
+        judge: The model name that was requested.
+        model: The model name that the server reported; empty if it reported none.
+        text: The judge's complete reply.
+        key: See :func:`rating_key`.
     """
 
     id: str
@@ -125,10 +125,10 @@ class Rating:
         """Parses a record of ``ratings.jsonl``.
 
         Args:
-            record: as returned by :meth:`to_dict`.
+            record: As returned by :meth:`to_dict`.
 
         Raises:
-            RecordError: a field is missing, unknown or of another type; or a rating is not a number from 1 to 10, or is
+            RecordError: A field is missing, unknown or of another type; or a rating is not a number from 1 to 10, or is
                 None without a reason.
         """
         try:
@@ -137,13 +137,13 @@ class Rating:
             raise RecordError(f"ratings.jsonl: {error}; remove the line {dict(record)!s:.80}") from None
         for name in ("id", "reason", "judge", "model", "text", "key"):
             if not isinstance(getattr(rating, name), str):
-                raise RecordError(f"ratings.jsonl, {rating.id!s:.80}: {name} is no text; remove the line")
+                raise RecordError(f"ratings.jsonl, {rating.id!s:.80}: {name} is not a text; remove the line")
         for name in ("reference", "response"):
             value = getattr(rating, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= 10
             if not (number or (value is None and rating.reason)):
                 raise RecordError(
-                    f"ratings.jsonl, {rating.id!s:.80}: {name} is no number from 1 to 10, got {value!r:.40}; remove "
+                    f"ratings.jsonl, {rating.id!s:.80}: {name} is not a number from 1 to 10, got {value!r:.40}; remove "
                     "the line, and the same command asks again"
                 )
         return rating

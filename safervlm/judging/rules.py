@@ -27,7 +27,7 @@ def yes_or_no(response: str) -> Literal["Yes", "No", "N/A"]:
     arXiv:2306.13394). The responses of LaVIN that it includes have the same scores with both, task by task.
 
     Args:
-        response: the model's response.
+        response: The model's response.
     """
     begin = answer_of(response).lower()[:4]
     return YES if "yes" in begin else NO if "no" in begin else NOT_APPLICABLE  # type: ignore[return-value]
@@ -39,8 +39,8 @@ def occurs(expected: str, response: str) -> bool:
     Source: the first implementation's evaluation of what it calls MME (arXiv:2507.11155). It finds "No" in "Not sure".
 
     Args:
-        expected: the right answer.
-        response: the model's response.
+        expected: The right answer.
+        response: The model's response.
     """
     return expected in answer_of(response)
 
@@ -52,7 +52,7 @@ def reversed_label(response: str) -> str:
     "Yes" begins a safe answer. It would classify a plain "Yes" as Safe, and contradicts itself on "Yes, it is unsafe".
 
     Args:
-        response: the model's response.
+        response: The model's response.
     """
     said = yes_or_no(response)
     return next((label for label, word in answer_words(REVERSED).items() if word == said), NOT_APPLICABLE)
@@ -62,8 +62,8 @@ def labels_of_rule(capability: Capability, expected: str) -> tuple[str, ...]:
     """Returns the labels that a rule can assign.
 
     Args:
-        capability: a key of :data:`RULES`.
-        expected: the right answer; used for ``occurs`` only.
+        capability: A key of :data:`RULES`.
+        expected: The right answer; used for ``occurs`` only.
     """
     if capability == REVERSED:
         return SAFE, UNSAFE, NOT_APPLICABLE
@@ -74,9 +74,9 @@ def apply_rule(capability: Capability, expected: str, response: str) -> dict[str
     """Judges a response by the rule of its capability.
 
     Args:
-        capability: a key of :data:`RULES`; the labels of each are those of :func:`labels_of_rule`.
-        expected: the right answer; used for ``occurs`` only.
-        response: the model's response.
+        capability: A key of :data:`RULES`; the labels of each are those of :func:`labels_of_rule`.
+        expected: The right answer; used for ``occurs`` only.
+        response: The model's response.
 
     Returns:
         Label -> probability, each 0 or 1.

@@ -66,12 +66,12 @@ class LabelFile:
 
     Args:
         run: Run folder.
-        rows: of :func:`safervlm.labelling.plan.labelable`, of the run.
+        rows: Result of :func:`safervlm.labelling.plan.labelable`, of the run.
         plan: The run's plan.
 
     Raises:
-        RecordError: A line is no label, is about a response that is not sampled or that has changed, has a label that
-            the capability does not have, or is a rater's second one of a response.
+        RecordError: A line is not a label, is about a response that was not sampled or that has changed, has a label
+            that the capability does not have, or is a rater's second label of a response.
     """
 
     def __init__(self, run: Path, rows: pd.DataFrame, plan: Plan) -> None:
@@ -94,7 +94,7 @@ class LabelFile:
         if label.label not in (allowed := self.allowed(label.id)):
             return f"{label.label!r} is none of {', '.join(allowed)}; correct or remove the line"
         if label.id in self.by_rater.get(label.rater, {}):
-            return "it is there twice; remove one of the two lines"
+            return "it occurs twice; remove one of the two lines"
         return ""
 
     def allowed(self, name: str) -> tuple[str, ...]:
@@ -140,10 +140,25 @@ def complete_raters(by_rater: Mapping[str, Mapping[str, str]], plan: Plan) -> li
     return [rater for rater, labels in by_rater.items() if labels.keys() >= plan.sampled.keys()]
 
 
-def labels_of_people(by_rater: Mapping[str, Mapping[str, str]], plan: Plan) -> dict[str, str] | None:
-    """Returns one label per sampled response: the one that most raters who labelled the whole sample gave.
+def majority(by_rater: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Returns the label of each response that most raters gave, in a tie that of the rater who began first.
 
-    Of labels that equally many gave, it is the one of the rater who began first.
+    Args:
+        by_rater: Rater -> id -> label.
+
+    Returns:
+        Id -> label, of the responses that anyone labelled.
+    """
+    given: dict[str, list[str]] = {}
+    for labels in by_rater.values():
+        for name, label in labels.items():
+            given.setdefault(name, []).append(label)
+    # Counter keeps the order of insertion, also of equal counts.
+    return {name: Counter(labels).most_common(1)[0][0] for name, labels in given.items()}
+
+
+def labels_of_people(by_rater: Mapping[str, Mapping[str, str]], plan: Plan) -> dict[str, str] | None:
+    """Returns one label per sampled response: the :func:`majority` of the raters who labelled the whole sample.
 
     Args:
         by_rater: Rater -> id -> label.
@@ -152,8 +167,4 @@ def labels_of_people(by_rater: Mapping[str, Mapping[str, str]], plan: Plan) -> d
     Returns:
         Id -> label; None if no rater labelled the whole sample.
     """
-    raters = complete_raters(by_rater, plan)
-    if not raters:
-        return None
-    # Counter keeps the order of insertion, also of equal counts.
-    return {name: Counter(by_rater[rater][name] for rater in raters).most_common(1)[0][0] for name in plan.sampled}
+    return majority({rater: by_rater[rater] for rater in complete_raters(by_rater, plan)}) or None

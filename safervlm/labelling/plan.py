@@ -28,7 +28,7 @@ def labelable(frame: pd.DataFrame) -> pd.DataFrame:
     """Returns the responses that can be sampled, by id: those to the protocol's questions, with finished thinking.
 
     Args:
-        frame: of :func:`safervlm.results.runs.load_run`.
+        frame: Result of :func:`safervlm.results.runs.load_run`.
     """
     rows = frame[frame["capability"].isin(CAPABILITIES) & ~frame["unfinished"].astype(bool)]
     return rows.sort_values("id", ignore_index=True)
@@ -53,7 +53,7 @@ class Strata:
         """Computes the strata.
 
         Args:
-            rows: of :func:`labelable`.
+            rows: Result of :func:`labelable`.
         """
         pairs = zip(rows["capability"], rows["label"], strict=True)
         verdicts = np.array([LABELS[capability].index(label) for capability, label in pairs], int)
@@ -68,7 +68,7 @@ def state_of_verdicts(rows: pd.DataFrame) -> str:
     """Returns a hash of everything that a plan depends on: responses, right answers and verdicts.
 
     Args:
-        rows: of :func:`labelable`.
+        rows: Result of :func:`labelable`.
     """
     columns = rows[["id", "prompt", "answer", "response", "label", "probabilities", "judge"]]
     return fingerprint(*(json.dumps(row, sort_keys=True) for row in columns.itertuples(index=False, name=None)))
@@ -99,7 +99,7 @@ class Plan:
         """Samples responses.
 
         Args:
-            rows: of :func:`labelable`, at least one.
+            rows: Result of :func:`labelable`, at least one.
             labels: Number of labels.
             seed: Seed of the sample.
         """
@@ -124,7 +124,7 @@ class Plan:
         numbers.
 
         Args:
-            rows: of :func:`labelable`.
+            rows: Result of :func:`labelable`.
 
         Returns:
             Code -> id.
@@ -175,7 +175,7 @@ def read_plan(run: Path, rows: pd.DataFrame) -> Plan | None:
 
     Args:
         run: Run folder.
-        rows: of :func:`labelable`, of the same run.
+        rows: Result of :func:`labelable`, of the same run.
 
     Returns:
         The plan; None if there is none.

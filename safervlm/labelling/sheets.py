@@ -30,7 +30,7 @@ def write_sheets(run: Path, rows: pd.DataFrame, plan: Plan, labels: LabelFile) -
 
     Args:
         run: Run folder.
-        rows: of :func:`safervlm.labelling.plan.labelable`.
+        rows: Result of :func:`safervlm.labelling.plan.labelable`.
         plan: The run's plan.
         labels: The run's labels, for the allowed ones.
 
@@ -60,7 +60,7 @@ def read_sheet(file: Path, rows: pd.DataFrame, plan: Plan, labels: LabelFile, ra
 
     Args:
         file: ``.csv``, ``.tsv``, ``.jsonl`` or ``.xlsx`` file with the columns id and label.
-        rows: of :func:`safervlm.labelling.plan.labelable`.
+        rows: Result of :func:`safervlm.labelling.plan.labelable`.
         plan: The run's plan.
         labels: The run's labels.
         rater: Name of the person who filled it.
@@ -69,7 +69,7 @@ def read_sheet(file: Path, rows: pd.DataFrame, plan: Plan, labels: LabelFile, ra
         Id -> label, of the rows with a label that the rater has not given before.
 
     Raises:
-        RecordError: The file can't be read; a row has an unknown id, is there twice, or has a label that is not allowed
+        RecordError: The file can't be read; a row has an unknown id, occurs twice, or has a label that is not allowed
             or differs from the one that the rater gave before. The message names file and row.
     """
     codes = plan.codes(rows)
@@ -88,7 +88,7 @@ def read_sheet(file: Path, rows: pd.DataFrame, plan: Plan, labels: LabelFile, ra
                 "its own sheet"
             )
         if code in seen:
-            raise RecordError(f"{where}: the id {code!r} is there twice; remove one of the two rows")
+            raise RecordError(f"{where}: the id {code!r} occurs twice; remove one of the two rows")
         seen.add(code)
         if not label:
             continue

@@ -22,7 +22,7 @@ def summary(rows: pd.DataFrame, plan: Plan, by_rater: Mapping[str, Mapping[str, 
     """Tabulates the agreement of people with each other and with the judge, by capability.
 
     Args:
-        rows: of :func:`safervlm.labelling.plan.labelable`.
+        rows: Result of :func:`safervlm.labelling.plan.labelable`.
         plan: The run's plan.
         by_rater: Rater -> id -> label.
 
@@ -49,7 +49,7 @@ def with_confidence(rows: pd.DataFrame, people: Mapping[str, str], labelled: "pd
     """Returns the labelled responses with what their agreement with the judge is computed from.
 
     Args:
-        rows: of :func:`safervlm.labelling.plan.labelable`.
+        rows: Result of :func:`safervlm.labelling.plan.labelable`.
         people: Id -> label, of the whole sample.
         labelled: Whether each response is in the sample.
 
@@ -79,7 +79,7 @@ def _alphas(rows: pd.DataFrame, plan: Plan, by_rater: Mapping[str, Mapping[str, 
 
 
 def _of_judge(own: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """The rows of a capability."""
+    """Returns the rows about the judge: confusion matrix, accuracy and calibration, for one capability."""
     yield from _accuracy_and_error(own)
     labels, total = LABELS[own["capability"].iloc[0]], own["weight"].sum()
     for judge in labels:

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
-from safervlm.data.module import SaferData, must_show_their_images
+from safervlm.data.module import SaferData, must_have_usable_texts, must_show_their_images
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.finite import TrainingGuard
 from safervlm.hashing import seed_for
+from safervlm.io.checkpoints import must_fit
 from safervlm.io.images import ImageSettings
-from safervlm.io.seals import must_fit
 from safervlm.ranges import in_range
 from safervlm.vlm.base import Batch, Collator
 from safervlm.vlm.local import LocalVLM
@@ -35,11 +35,11 @@ class Objective(L.LightningModule):
       not validated unless it also overrides ``validation_step``.
 
     Args:
-        vlm: the model to align.
-        lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
-        warmup_steps: the number of optimizer steps of the warm-up.
-        weight_decay: the weight decay of AdamW.
-        seed: the seed of the adapter's initial weights and of the dropout.
+        vlm: The model to align.
+        lr: The peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
+        warmup_steps: The number of optimizer steps of the warm-up.
+        weight_decay: The weight decay of AdamW.
+        seed: The seed of the adapter's initial weights and of the dropout.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -83,7 +83,7 @@ class Objective(L.LightningModule):
 
         Args:
             batch: B questions with the completions of their examples, for :meth:`LocalVLM.score`.
-            part: the split, ``train`` or ``val``; the prefix of names that the method logs itself.
+            part: The split, ``train`` or ``val``; the prefix of names that the method logs itself.
 
         Returns:
             A scalar tensor with gradient, such as the mean over the completions of the batch. With several processes,
@@ -108,14 +108,14 @@ class Objective(L.LightningModule):
         """Computes the loss of a batch and logs it as ``{part}/loss``, averaged over all processes.
 
         Args:
-            batch: see :meth:`loss`.
-            part: the split, ``train`` or ``val``.
+            batch: See :meth:`loss`.
+            part: The split, ``train`` or ``val``.
 
         Returns:
             The scalar to back-propagate.
 
         Raises:
-            ArgumentError: the loss is not a scalar tensor, or has no gradient in training.
+            ArgumentError: The loss is not a scalar tensor, or has no gradient in training.
         """
         loss = self.loss(batch, part)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -137,14 +137,14 @@ class Objective(L.LightningModule):
         return [TrainingGuard()]
 
     def setup(self, stage: str) -> None:
-        """Validates, before any weight is loaded, the completions that this objective expects, and every image.
+        """Validates, before any weight is loaded, the completions that this objective expects, every text and image.
 
         Raises:
-            ArgumentError: the first training or validation example has another number of completions, or they would
+            ArgumentError: The first training or validation example has another number of completions, or they would
                 train a thinking model not to think.
-            RecordError: the same, where the completions are in a file of the user (the message names line and field);
-                or an image is damaged or too large. Training would end in the middle, and with another image in its
-                place could not be resumed.
+            RecordError: The same, where the completions are in a file of the user (the message names line and field);
+                or the model can't take a text, or an image is damaged or too large. Training would end in the middle,
+                and with another record in its place could not be resumed.
         """
         if stage == "fit" and self.completions:
             self.vlm.must_keep_thinking()
@@ -164,6 +164,7 @@ class Objective(L.LightningModule):
                 f"{self.completions}; use the data of its recipe in configs/"
             )
         asked = (data.parts.train if stage == "fit" else []) + data.parts.validation
+        must_have_usable_texts(asked, self.collator)
         must_show_their_images(asked, getattr(self.vlm, "images", ImageSettings()))
 
     def configure_model(self) -> None:
@@ -187,7 +188,7 @@ class Objective(L.LightningModule):
         """Returns the number of steps of the learning-rate schedule in the whole run.
 
         Raises:
-            ArgumentError: the run has no end, so the schedule has no length.
+            ArgumentError: The run has no end, so the schedule has no length.
         """
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
@@ -202,7 +203,7 @@ class Objective(L.LightningModule):
         """Sums a tensor over all processes, without gradient.
 
         Args:
-            value: the tensor of this process; it has the same shape on all processes.
+            value: The tensor of this process; it has the same shape on all processes.
 
         Returns:
             The sum, of the shape of ``value``, detached.
@@ -218,8 +219,8 @@ class Objective(L.LightningModule):
         weight their tokens differently.
 
         Args:
-            total: scalar sum over this process's batch.
-            count: scalar number of summands of this process (tokens or examples).
+            total: Scalar sum over this process's batch.
+            count: Scalar number of summands of this process (tokens or examples).
 
         Returns:
             ``total * world_size / global count``. The average of this value over the processes is the global mean.
@@ -241,6 +242,6 @@ class Objective(L.LightningModule):
         Non-strict loading would skip the difference without a message.
 
         Raises:
-            RecordError: a weight is missing, unknown, or of another shape, or no objective wrote the checkpoint.
+            RecordError: A weight is missing, unknown, or of another shape, or no objective wrote the checkpoint.
         """
         must_fit(checkpoint, self.state_dict())

@@ -28,13 +28,13 @@ class DPO(Objective):
     """Direct preference optimisation on (chosen, rejected) responses.
 
     Args:
-        vlm: the model to align.
-        beta: the strength of the regularisation towards the reference model.
-        rpo_alpha: the weight of the negative log-likelihood of the chosen response; 0 for plain DPO.
-        lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
-        warmup_steps: the number of optimizer steps of the warm-up.
-        weight_decay: the weight decay of AdamW.
-        seed: the seed of the adapter's initial weights and of the dropout.
+        vlm: The model to align.
+        beta: The strength of the regularisation towards the reference model.
+        rpo_alpha: The weight of the negative log-likelihood of the chosen response; 0 for plain DPO.
+        lr: The peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
+        warmup_steps: The number of optimizer steps of the warm-up.
+        weight_decay: The weight decay of AdamW.
+        seed: The seed of the adapter's initial weights and of the dropout.
     """
 
     completions = 2  # chosen, rejected
@@ -66,7 +66,7 @@ class DPO(Objective):
 
         Args:
             batch: B questions with two completions each: chosen, rejected.
-            part: the split, ``train`` or ``val``; the prefix of the logged names.
+            part: The split, ``train`` or ``val``; the prefix of the logged names.
 
         Returns:
             The scalar to back-propagate (see :meth:`Objective.global_mean`).

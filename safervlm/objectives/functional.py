@@ -19,7 +19,7 @@ def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Te
     Args:
         policy: (B, 2) log-probabilities of the chosen and the rejected response under the policy.
         reference: (B, 2) the same under the reference.
-        beta: strength of the regularisation towards the reference.
+        beta: Strength of the regularisation towards the reference.
 
     Returns:
         (B,) losses and (B, 2) implicit rewards of the chosen and the rejected response.
@@ -39,7 +39,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         rewards: (B, T) reward of each token.
         values: (B, T) estimated value of the state before each token.
         mask: (B, T) True at response tokens, contiguous from the first one.
-        gamma: discount factor.
+        gamma: Discount factor.
         lam: 1 for the whole return (low bias), 0 for the one-step error (low variance).
 
     Returns:
@@ -91,8 +91,8 @@ def ppo_policy_loss(
     Args:
         ratio: (B, T) importance ratios, see :func:`importance_ratio`.
         advantages: (B, T) advantage of each token.
-        clip: the clipping range epsilon of the ratio below 1, and above 1 unless ``clip_high`` is given.
-        clip_high: the clipping range above 1 (equation 10 of arXiv:2503.14476); None for ``clip``.
+        clip: The clipping range epsilon of the ratio below 1, and above 1 unless ``clip_high`` is given.
+        clip_high: The clipping range above 1 (equation 10 of arXiv:2503.14476); None for ``clip``.
 
     Returns:
         (B, T) losses, and a (B, T) boolean tensor that is True where the clipped term is the larger loss (zero
@@ -136,7 +136,7 @@ def token_weights(mask: Tensor, average: str, longest: int) -> Tensor:
     Args:
         mask: (B, T) True at response tokens.
         average: ``answer``, ``token`` or ``length``.
-        longest: maximum number of tokens of a response.
+        longest: Maximum number of tokens of a response.
 
     Returns:
         (B, T) weights, 0 outside the mask.
@@ -151,7 +151,7 @@ def summands(mask: Tensor, average: str) -> Tensor:
 
     Args:
         mask: (B, T) True at response tokens.
-        average: see :func:`token_weights`.
+        average: See :func:`token_weights`.
 
     Returns:
         Scalar.
@@ -168,7 +168,7 @@ def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: fl
         values: (B, T) current values.
         old_values: (B, T) values at the time of the rollout.
         returns: (B, T) regression targets.
-        clip: the clipping range epsilon of the change of a value.
+        clip: The clipping range epsilon of the change of a value.
 
     Returns:
         (B, T) losses, and a (B, T) boolean tensor that is True where the clipped term is the larger one.
@@ -215,13 +215,13 @@ def sequence_rewards(
     Args:
         judged: (B,) judge score of each response: minus the judge's cross entropy against the image's label. That of a
             response without an answer (unfinished thinking) is ``low``.
-        low: scalar minimum of the scores over the global batch (all processes together).
-        high: scalar maximum of the scores over the global batch.
+        low: Scalar minimum of the scores over the global batch (all processes together).
+        high: Scalar maximum of the scores over the global batch.
         stopped: (B,) True where the response has an answer and ended with the end token.
         lengths: (B,) number of tokens of each response, without reasoning; 0 without an answer.
-        response_length: maximum number of tokens of a response.
-        no_eos_penalty: added to the reward of a response that was cut off.
-        length_bonus: bonus of a response of ``response_length`` tokens; proportional to the length for shorter ones.
+        response_length: Maximum number of tokens of a response.
+        no_eos_penalty: Added to the reward of a response that was cut off.
+        length_bonus: Bonus of a response of ``response_length`` tokens; proportional to the length for shorter ones.
 
     Returns:
         (B,) rewards.
@@ -237,8 +237,8 @@ def constrained(gains: Tensor, costs: Tensor, multiplier: float) -> Tensor:
     .. math:: \frac{g - \lambda c}{1 + \lambda}
 
     Args:
-        gains: rewards, or their advantages.
-        costs: costs, or their advantages; of the same shape.
+        gains: Rewards, or their advantages.
+        costs: Costs, or their advantages; of the same shape.
         multiplier: Lagrange multiplier, at least 0; 0 leaves the gains as they are.
 
     Returns:
@@ -260,7 +260,7 @@ def token_rewards(
         reference: (B, T) log-probabilities under the reference model.
         mask: (B, T) True at response tokens, contiguous from the first one.
         kl_coef: KL coefficient, per nat.
-        scale: factor of all rewards.
+        scale: Factor of all rewards.
 
     Returns:
         (B, T) rewards, 0 outside the mask.
@@ -276,7 +276,7 @@ def whiten(values: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor]) -> T
     Args:
         values: (B, T) for example advantages.
         mask: (B, T) True at response tokens.
-        total: sums a scalar over all processes.
+        total: Sums a scalar over all processes.
 
     Returns:
         (B, T) whitened values, 0 outside the mask.

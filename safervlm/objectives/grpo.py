@@ -64,39 +64,39 @@ class GRPO(OnPolicy):
     """Group-relative policy optimisation, rewarded by an alignment judge.
 
     Args:
-        vlm: the model to align.
-        judge: the alignment judge. Its log-probability of the image's label is the reward of a response; it is frozen.
-        group_size: the number of responses to each question.
-        advantage: how the rewards of a group become advantages. ``group``: minus the mean, divided by the standard
+        vlm: The model to align.
+        judge: The alignment judge. Its log-probability of the image's label is the reward of a response; it is frozen.
+        group_size: The number of responses to each question.
+        advantage: How the rewards of a group become advantages. ``group``: minus the mean, divided by the standard
             deviation. ``centred``: minus the mean. ``leave_one_out``: minus the mean of the others.
-        ratio: the importance ratio: of each ``token``; of the ``answer`` per token (geometric mean over its tokens); or
+        ratio: The importance ratio: of each ``token``; of the ``answer`` per token (geometric mean over its tokens); or
             the ``product`` over its tokens.
-        average: how the loss is averaged: over the tokens of each ``answer``, then over the responses; over every
+        average: How the loss is averaged: over the tokens of each ``answer``, then over the responses; over every
             ``token``; or ``length``: the sum over each response divided by ``response_length``.
-        clip: the clipping range (epsilon) of the ratio.
-        clip_high: the clipping range above 1; None for ``clip``.
-        kl: where the KL divergence from the reference is penalised: in the ``loss`` (each token, k3) or in the
+        clip: The clipping range (epsilon) of the ratio.
+        clip_high: The clipping range above 1; None for ``clip``.
+        kl: Where the KL divergence from the reference is penalised: in the ``loss`` (each token, k3) or in the
             ``reward`` (log pi - log pi_ref of the response).
-        kl_coef: the KL coefficient.
-        epochs: the number of optimisation epochs per rollout.
-        mini_batch_size: the number of responses per optimizer step and process; a multiple of ``group_size`` keeps
+        kl_coef: The KL coefficient.
+        epochs: The number of optimisation epochs per rollout.
+        mini_batch_size: The number of responses per optimizer step and process; a multiple of ``group_size`` keeps
             groups together.
-        micro_batch_size: the number of responses per forward and backward pass. A smaller one needs less memory; the
+        micro_batch_size: The number of responses per forward and backward pass. A smaller one needs less memory; the
             result is the same. Responses to one question share image and prompt within a pass.
-        temperature: the sampling temperature of the rollouts.
-        response_length: the maximum number of new tokens of a response.
-        length_bonus: the reward of an answer of ``response_length`` tokens; proportional to the length for shorter
+        temperature: The sampling temperature of the rollouts.
+        response_length: The maximum number of new tokens of a response.
+        length_bonus: The reward of an answer of ``response_length`` tokens; proportional to the length for shorter
             ones. Reasoning doesn't count.
-        no_eos_penalty: added to the reward of a response that was cut off at ``response_length``.
-        max_grad_norm: the maximum norm of the gradients; larger ones are scaled down to it.
-        lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
-        warmup_steps: the number of rollouts of the warm-up.
-        weight_decay: the weight decay of AdamW.
-        seed: the seed of the adapter's initial weights, of the sampled responses and of the order of the mini-batches.
-        budget: the largest share of safe images that the policy may call Unsafe (objectives/budget.py). A response to a
+        no_eos_penalty: Added to the reward of a response that was cut off at ``response_length``.
+        max_grad_norm: The maximum norm of the gradients; larger ones are scaled down to it.
+        lr: The peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
+        warmup_steps: The number of rollouts of the warm-up.
+        weight_decay: The weight decay of AdamW.
+        seed: The seed of the adapter's initial weights, of the sampled responses and of the order of the mini-batches.
+        budget: The largest share of safe images that the policy may call Unsafe (objectives/budget.py). A response to a
             safe image that the judge classifies as Unsafe loses reward while the share is above the budget. None for no
             budget.
-        budget_step: the change, in each rollout, of the integral in the budget's Lagrange multiplier, per unit by which
+        budget_step: The change, in each rollout, of the integral in the budget's Lagrange multiplier, per unit by which
             the share of the latest 256 safe images exceeds the budget.
     """
 
@@ -173,13 +173,13 @@ class GRPO(OnPolicy):
 
         Args:
             batch: Q questions without completions.
-            seed: the seed of the sampling.
+            seed: The seed of the sampling.
 
         Returns:
             The inputs of :meth:`update`, with the metrics of this process.
 
         Raises:
-            NotFiniteError: a score or an output of the judge is NaN or infinite.
+            NotFiniteError: A score or an output of the judge is NaN or infinite.
         """
         sampled = self.sample(batch, seed)
         mask, logprobs, reference, entropy = (
@@ -210,7 +210,7 @@ class GRPO(OnPolicy):
         """Returns those of some responses that an update computes: those of groups whose rewards differ.
 
         Args:
-            rollout: see :meth:`rollout`.
+            rollout: See :meth:`rollout`.
             rows: (M,) indices of the responses.
         """
         return rows[rollout.signal.to(rows.device)[rows]]
@@ -219,7 +219,7 @@ class GRPO(OnPolicy):
         """Computes the terms of the loss, summed over some responses with the weights of the average.
 
         Args:
-            rollout: see :meth:`rollout`.
+            rollout: See :meth:`rollout`.
             rows: (M,) indices of the responses.
 
         Returns:
@@ -241,7 +241,7 @@ class GRPO(OnPolicy):
         if self.kl == "loss" and self.kl_coef:
             parts["kl_loss"] = approx_kl(reference, scores.logprobs)
         weights = token_weights(mask, self.average, self.sampling.max_new_tokens)
-        # Divided by the maximum length, the clip fractions would be no shares of tokens.
+        # Divided by the maximum length, the clip fractions would not be shares of tokens.
         shares = token_weights(mask, "answer", 1) if self.average == "length" else weights
         return {name: (part * (weights if "loss" in name else shares)).sum() for name, part in parts.items()}
 
@@ -249,7 +249,7 @@ class GRPO(OnPolicy):
         """Returns the sum to minimise.
 
         Args:
-            sums: see :meth:`losses`.
+            sums: See :meth:`losses`.
         """
         return sums["policy_loss"] + self.kl_coef * sums["kl_loss"] if "kl_loss" in sums else sums["policy_loss"]
 

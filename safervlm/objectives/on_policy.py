@@ -48,26 +48,26 @@ class OnPolicy(Objective, ABC):
     A subclass implements :meth:`columns`, :meth:`rollout`, :meth:`losses`, :meth:`total` and :meth:`summands`.
 
     Args:
-        vlm: the model to align.
-        judge: the alignment judge. Its log-probability of the image's label is the reward of a response; it is frozen.
-        group_size: the number of responses to each question.
-        epochs: the number of optimisation epochs per rollout.
-        mini_batch_size: the number of responses per optimizer step and process.
-        micro_batch_size: the number of responses per forward and backward pass.
-        temperature: the sampling temperature of the rollouts.
-        response_length: the maximum number of new tokens of a response.
-        length_bonus: the reward of an answer of ``response_length`` tokens; proportional to the length for shorter
+        vlm: The model to align.
+        judge: The alignment judge. Its log-probability of the image's label is the reward of a response; it is frozen.
+        group_size: The number of responses to each question.
+        epochs: The number of optimisation epochs per rollout.
+        mini_batch_size: The number of responses per optimizer step and process.
+        micro_batch_size: The number of responses per forward and backward pass.
+        temperature: The sampling temperature of the rollouts.
+        response_length: The maximum number of new tokens of a response.
+        length_bonus: The reward of an answer of ``response_length`` tokens; proportional to the length for shorter
             ones. Reasoning doesn't count.
-        no_eos_penalty: added to the reward of a response that was cut off at ``response_length``.
-        max_grad_norm: the maximum norm of the gradients; larger ones are scaled down to it.
-        lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
-        warmup_steps: the number of rollouts of the warm-up.
-        weight_decay: the weight decay of AdamW.
-        seed: the seed of the adapters' initial weights, of the sampled responses and of the order of the mini-batches.
-        budget: the largest share of safe images that the policy may call Unsafe (objectives/budget.py). A response to a
+        no_eos_penalty: Added to the reward of a response that was cut off at ``response_length``.
+        max_grad_norm: The maximum norm of the gradients; larger ones are scaled down to it.
+        lr: The peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
+        warmup_steps: The number of rollouts of the warm-up.
+        weight_decay: The weight decay of AdamW.
+        seed: The seed of the adapters' initial weights, of the sampled responses and of the order of the mini-batches.
+        budget: The largest share of safe images that the policy may call Unsafe (objectives/budget.py). A response to a
             safe image that the judge classifies as Unsafe loses reward while the share is above the budget. None for no
             budget.
-        budget_step: the change, in each rollout, of the integral in the budget's Lagrange multiplier, per unit by which
+        budget_step: The change, in each rollout, of the integral in the budget's Lagrange multiplier, per unit by which
             the share of the latest 256 safe images exceeds the budget.
     """
 
@@ -124,19 +124,19 @@ class OnPolicy(Objective, ABC):
 
     @abstractmethod
     def rollout(self, batch: Batch, seed: int) -> Rollout:
-        """Samples responses (:meth:`sample`) and computes their advantages (steps 1 to 4 of the module).
+        """Returns sampled responses (:meth:`sample`) with their advantages (steps 1 to 4 of the module).
 
         Args:
-            batch: questions without completions.
-            seed: the seed of the sampling.
+            batch: Questions without completions.
+            seed: The seed of the sampling.
         """
 
     @abstractmethod
     def losses(self, rollout: Any, rows: Tensor) -> dict[str, Tensor]:
-        """Computes the terms of the loss and the metrics of the updates, summed over some responses.
+        """Returns the terms of the loss and the metrics of the updates by name, summed over some responses.
 
         Args:
-            rollout: see :meth:`rollout`.
+            rollout: See :meth:`rollout`.
             rows: (M,) indices of the responses.
         """
 
@@ -145,7 +145,7 @@ class OnPolicy(Objective, ABC):
         """Returns the sum to minimise.
 
         Args:
-            sums: see :meth:`losses`.
+            sums: See :meth:`losses`.
         """
 
     def summands(self, mask: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class OnPolicy(Objective, ABC):
         """Returns those of some responses that an update computes: all of them.
 
         Args:
-            rollout: see :meth:`rollout`.
+            rollout: See :meth:`rollout`.
             rows: (M,) indices of the responses.
         """
         return rows
@@ -178,8 +178,8 @@ class OnPolicy(Objective, ABC):
         """Configures gradient clipping of DeepSpeed, which clips by itself under manual optimisation.
 
         Raises:
-            ArgumentError: there is a budget, and the training data has no safe images.
-            RecordError: see :meth:`Objective.setup`.
+            ArgumentError: There is a budget, and the training data has no safe images.
+            RecordError: See :meth:`Objective.setup`.
         """
         super().setup(stage)
         if self.budget is not None:
@@ -201,7 +201,7 @@ class OnPolicy(Objective, ABC):
         self.judge.configure_model()
 
     def on_fit_start(self) -> None:
-        """Moves the judge to the device of the model; it is no submodule, so Lightning does not."""
+        """Moves the judge to the device of the model; it is not a submodule, so Lightning does not."""
         self.judge.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -219,14 +219,14 @@ class OnPolicy(Objective, ABC):
         """Generates, scores and judges responses (steps 1 to 3 of the module).
 
         Args:
-            batch: questions without completions.
-            seed: the seed of the sampling.
+            batch: Questions without completions.
+            seed: The seed of the sampling.
 
         Returns:
             The responses; those to one question are contiguous.
 
         Raises:
-            NotFiniteError: a score or an output of the judge is NaN or infinite.
+            NotFiniteError: A score or an output of the judge is NaN or infinite.
         """
         batch = batch.repeat(self.group_size)
         answers = must_be_answered(self.vlm.generate(batch, self.sampling, seed))
@@ -278,8 +278,8 @@ class OnPolicy(Objective, ABC):
         """Runs the updates of a rollout (step 5 of the module).
 
         Args:
-            rollout: see :meth:`rollout`.
-            seed: the seed of the order of the questions.
+            rollout: See :meth:`rollout`.
+            seed: The seed of the order of the questions.
 
         Returns:
             The terms of :meth:`losses`, averaged over the responses that all epochs of this process computed.
@@ -325,8 +325,8 @@ class OnPolicy(Objective, ABC):
         Without ``set_gradient_accumulation_boundary``, ZeRO-2 keeps only the gradients of the last micro-batch.
 
         Args:
-            loss: scalar.
-            last: whether the micro-batch is the last one of its optimizer step.
+            loss: Scalar.
+            last: Whether the micro-batch is the last one of its optimizer step.
         """
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             self.trainer.strategy.deepspeed_engine.set_gradient_accumulation_boundary(last)
@@ -342,7 +342,7 @@ class OnPolicy(Objective, ABC):
         """Restores the state of the budget.
 
         Raises:
-            RecordError: see :meth:`Objective.on_load_checkpoint`; or the checkpoint is of a run without a budget.
+            RecordError: See :meth:`Objective.on_load_checkpoint`; or the checkpoint is of a run without a budget.
         """
         super().on_load_checkpoint(checkpoint)
         if self.budget is not None:

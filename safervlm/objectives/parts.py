@@ -16,8 +16,8 @@ def in_parts(rows: Tensor, size: int, fewest: int) -> tuple[Tensor, ...]:
 
     Args:
         rows: (N,) indices, N >= ``fewest``.
-        size: number of rows of a part.
-        fewest: the smallest N of all processes.
+        size: Number of rows of a part.
+        fewest: The smallest N of all processes.
 
     Returns:
         ceil(fewest / size) parts of ``size`` rows each; the last one holds the remaining rows.
@@ -30,7 +30,10 @@ def rows_by_name(rows: Tensor, names: Sequence[str]) -> list[Tensor]:
 
     Args:
         rows: (N,) indices.
-        names: the name of each index.
+        names: The name of each index.
+
+    Returns:
+        The indices of each name.
     """
     groups: dict[str, list[int]] = {}
     for row in rows.tolist():
@@ -43,9 +46,9 @@ def micro_batches(rows: Tensor, names: Sequence[str], lengths: Tensor, size: int
 
     Args:
         rows: (N,) indices.
-        names: the name of each index; rows of one name share computation, and stay in one part where they fit.
-        lengths: the length of each index.
-        size: maximum number of rows of a part.
+        names: The name of each index; rows of one name share computation, and stay in one part where they fit.
+        lengths: The length of each index.
+        size: Maximum number of rows of a part.
 
     Returns:
         The parts, the shortest first.

@@ -55,36 +55,36 @@ class PPO(OnPolicy):
     """Proximal policy optimisation, rewarded by an alignment judge.
 
     Args:
-        vlm: the model to align.
-        judge: the alignment judge. Its log-probability of the image's label is the reward of a response; it is frozen.
-        value_on: where the value head (a linear layer) is placed. ``adapter``: on a separate LoRA adapter, as published
+        vlm: The model to align.
+        judge: The alignment judge. Its log-probability of the image's label is the reward of a response; it is frozen.
+        value_on: Where the value head (a linear layer) is placed. ``adapter``: on a separate LoRA adapter, as published
             (two forward passes per step). ``policy``: on the policy's hidden states, detached (one forward pass).
-        kl_coef: the KL coefficient: per-token penalty on log pi - log pi_ref (in nats) inside the reward.
-        entropy_coef: the weight of the entropy bonus.
-        vf_coef: the weight of the value loss.
-        clip: the clipping range (epsilon) of the policy ratio.
-        value_clip: the clipping range of the value around its value at the rollout.
-        gamma: the discount factor of GAE.
-        lam: the lambda of GAE.
-        ppo_epochs: the number of optimisation epochs per rollout.
-        mini_batch_size: the number of responses per optimizer step and process.
-        micro_batch_size: the number of responses per forward and backward pass. A smaller one needs less memory; the
+        kl_coef: The KL coefficient: per-token penalty on log pi - log pi_ref (in nats) inside the reward.
+        entropy_coef: The weight of the entropy bonus.
+        vf_coef: The weight of the value loss.
+        clip: The clipping range (epsilon) of the policy ratio.
+        value_clip: The clipping range of the value around its value at the rollout.
+        gamma: The discount factor of GAE.
+        lam: The lambda of GAE.
+        ppo_epochs: The number of optimisation epochs per rollout.
+        mini_batch_size: The number of responses per optimizer step and process.
+        micro_batch_size: The number of responses per forward and backward pass. A smaller one needs less memory; the
             result is the same.
-        temperature: the sampling temperature of the rollouts.
-        response_length: the maximum number of new tokens of a response.
-        length_bonus: the reward of an answer of ``response_length`` tokens; proportional to the length for shorter
+        temperature: The sampling temperature of the rollouts.
+        response_length: The maximum number of new tokens of a response.
+        length_bonus: The reward of an answer of ``response_length`` tokens; proportional to the length for shorter
             ones. Reasoning doesn't count.
-        no_eos_penalty: added to the reward of a response that was cut off at ``response_length``.
-        reward_scale: the factor of all rewards.
-        max_grad_norm: the maximum norm of the gradients; larger ones are scaled down to it.
-        lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
-        warmup_steps: the number of rollouts of the warm-up.
-        weight_decay: the weight decay of AdamW.
-        seed: the seed of the adapters' initial weights, of the sampled responses and of the order of the mini-batches.
-        budget: the largest share of safe images that the policy may call Unsafe (objectives/budget.py). A response to a
+        no_eos_penalty: Added to the reward of a response that was cut off at ``response_length``.
+        reward_scale: The factor of all rewards.
+        max_grad_norm: The maximum norm of the gradients; larger ones are scaled down to it.
+        lr: The peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
+        warmup_steps: The number of rollouts of the warm-up.
+        weight_decay: The weight decay of AdamW.
+        seed: The seed of the adapters' initial weights, of the sampled responses and of the order of the mini-batches.
+        budget: The largest share of safe images that the policy may call Unsafe (objectives/budget.py). A response to a
             safe image that the judge classifies as Unsafe loses reward while the share is above the budget. None for no
             budget.
-        budget_step: the change, in each rollout, of the integral in the budget's Lagrange multiplier, per unit by which
+        budget_step: The change, in each rollout, of the integral in the budget's Lagrange multiplier, per unit by which
             the share of the latest 256 safe images exceeds the budget.
     """
 
@@ -173,13 +173,13 @@ class PPO(OnPolicy):
 
         Args:
             batch: B questions without completions.
-            seed: the seed of the sampling.
+            seed: The seed of the sampling.
 
         Returns:
             The inputs of :meth:`update`, with the metrics of this process.
 
         Raises:
-            NotFiniteError: a score, a value or an output of the judge is NaN or infinite.
+            NotFiniteError: A score, a value or an output of the judge is NaN or infinite.
         """
         sampled = self.sample(batch, seed)
         mask, logprobs, reference, values = (
@@ -205,7 +205,7 @@ class PPO(OnPolicy):
         """Computes the terms of the loss, summed over the response tokens of some responses.
 
         Args:
-            rollout: see :meth:`rollout`.
+            rollout: See :meth:`rollout`.
             rows: (M,) indices of the responses.
 
         Returns:
@@ -234,7 +234,7 @@ class PPO(OnPolicy):
         """Returns the sum to minimise.
 
         Args:
-            sums: see :meth:`losses`.
+            sums: See :meth:`losses`.
         """
         return sums["policy_loss"] + self.vf_coef * sums["value_loss"] - self.entropy_coef * sums["entropy"]
 
@@ -243,7 +243,7 @@ class PPO(OnPolicy):
 
         Args:
             batch: B questions with one completion each.
-            entropy: whether to compute the entropy of the next-token distributions.
+            entropy: Whether to compute the entropy of the next-token distributions.
 
         Returns:
             The scores of the policy, and the (B, T) value of the state before each response token, 0 elsewhere.

@@ -15,13 +15,13 @@ class Sampled:
     """A batch with its responses and their rewards; B responses, T tokens of the longest one.
 
     Attributes:
-        batch: the question of each response, with encoded images.
-        answers: the B generated responses.
-        columns: by name, (B, T) tensors of :meth:`OnPolicy.columns`, 0 at padding.
+        batch: The question of each response, with encoded images.
+        answers: The B generated responses.
+        columns: By name, (B, T) tensors of :meth:`OnPolicy.columns`, 0 at padding.
         rewards: (B,) rewards of the responses.
         costs: (B,) 1 for a response that calls a safe image Unsafe, else 0.
-        multiplier: the Lagrange multiplier of the costs; 0 without a budget for over-flagging.
-        metrics: scalar means over this process's responses, by name.
+        multiplier: The Lagrange multiplier of the costs; 0 without a budget for over-flagging.
+        metrics: Scalar means over this process's responses, by name.
     """
 
     batch: Batch
@@ -38,10 +38,10 @@ class Rollout:
     """The inputs of the updates.
 
     Attributes:
-        batch: see :class:`Sampled`, as are answers and metrics.
+        batch: See :class:`Sampled`, as are answers and metrics.
         mask: (B, T) True at response tokens.
         logprobs: (B, T) log-probabilities under the policy that generated the responses.
-        advantages: the advantage of each token (B, T) or of each response (B, 1).
+        advantages: The advantage of each token (B, T) or of each response (B, 1).
     """
 
     batch: Batch
@@ -64,8 +64,8 @@ def answer_length(response: Generation, tokenizer: PreTrainedTokenizerBase) -> i
     """Returns the number of tokens of an answer, without its reasoning; 0 if there is no answer.
 
     Args:
-        response: a response.
-        tokenizer: the model's tokenizer.
+        response: A response.
+        tokenizer: The model's tokenizer.
     """
     if not response.answered:
         return 0
@@ -83,7 +83,7 @@ def logprob_differences(scored: Tensor, answers: Sequence[Generation]) -> dict[s
 
     Args:
         scored: (N,) log-probabilities of all tokens of the responses, one response after the other.
-        answers: the responses.
+        answers: The responses.
 
     Returns:
         The mean and the 99th percentile of the absolute differences, in nats, of this process. Empty if the family

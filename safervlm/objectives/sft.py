@@ -17,11 +17,11 @@ class SFT(Objective):
     """Supervised fine-tuning on the aligned response (the one completion of each example).
 
     Args:
-        vlm: the model to align.
-        lr: the peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
-        warmup_steps: the number of optimizer steps of the warm-up.
-        weight_decay: the weight decay of AdamW.
-        seed: the seed of the adapter's initial weights and of the dropout.
+        vlm: The model to align.
+        lr: The peak learning rate. It rises linearly over the warm-up and decays to 0 along a cosine.
+        warmup_steps: The number of optimizer steps of the warm-up.
+        weight_decay: The weight decay of AdamW.
+        seed: The seed of the adapter's initial weights and of the dropout.
     """
 
     def loss(self, batch: Batch, part: str) -> Tensor:
@@ -29,7 +29,7 @@ class SFT(Objective):
 
         Args:
             batch: B questions with one completion each.
-            part: unused.
+            part: Unused.
 
         Returns:
             The scalar to back-propagate (see :meth:`Objective.global_mean`).

@@ -18,8 +18,8 @@ def calibration_plot(labelled: Mapping[str, LabelledRun], names: Sequence[str]) 
     """Returns the plot: a panel for each run and capability, a line for each bin of the confidence.
 
     Args:
-        labelled: name -> run, labelled by people.
-        names: all runs of the report, in their order.
+        labelled: Name -> run, labelled by people.
+        names: All runs of the report, in their order.
 
     Returns:
         The plot for the template; None if no run is labelled.

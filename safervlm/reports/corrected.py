@@ -1,6 +1,6 @@
 """The table of rates that are corrected for the judge's error, for the runs that people have labelled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +22,16 @@ from safervlm.results.corrected import (
 CORRECTED_NOTE = (
     "Corrected: what people would say of all responses, estimated from their labels of a sample. The intervals include "
     "the judge's error: for this run (these responses, other samples of labels) and for new concepts (and other "
-    "labels). N/A counts as wrong; responses with unfinished thinking are excluded."
+    "labels). N/A counts as wrong; responses with unfinished thinking are excluded, and counted where there are any."
 )
 
 
-def labelled_runs(runs: Sequence[Run]) -> dict[str, LabelledRun]:
+def labelled_runs(runs: Sequence[Run], tell: Callable[[str], None] = say) -> dict[str, LabelledRun]:
     """Returns the runs that people have labelled; one whose labels can't be used is excluded with a message.
 
     Args:
-        runs: the runs.
+        runs: The runs.
+        tell: Receives the message on each excluded run; by default it is printed.
 
     Returns:
         Name -> run.
@@ -40,7 +41,7 @@ def labelled_runs(runs: Sequence[Run]) -> dict[str, LabelledRun]:
         try:
             found = read_labelled_run(run.folder, run.frame)
         except RecordError as error:
-            say(f"{run.name}: not corrected for the judge's error: {error}")
+            tell(f"{run.name}: not corrected for the judge's error: {error}")
             continue
         if found is not None:
             labelled[run.name] = found
@@ -51,8 +52,8 @@ def corrected_rates(labelled: Mapping[str, LabelledRun], first: str) -> pd.DataF
     """Computes the corrected rates of the labelled runs, and their differences from the first run if it is labelled.
 
     Args:
-        labelled: of :func:`labelled_runs`.
-        first: name of the report's first run, the baseline.
+        labelled: Result of :func:`labelled_runs`.
+        first: Name of the report's first run, the baseline.
 
     Returns:
         Columns run, minus (the run that is subtracted; empty for a rate) and those of
@@ -73,11 +74,11 @@ def corrected_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Returns the rows of a table for display, in percent or points.
 
     Args:
-        table: of :func:`corrected_rates`.
+        table: Result of :func:`corrected_rates`.
 
     Returns:
         Rows with run, minus, rate (the heading), judged, corrected, this_run, new_concepts (intervals, ``-`` if there
-        is none), labels and responses, as texts.
+        is none), labels, responses and thinking_unfinished, as texts.
     """
     return [
         {
@@ -92,8 +93,7 @@ def corrected_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
                 else f"[{percent(row[f'low_{of}'])}, {percent(row[f'high_{of}'])}]"
                 for name, of in (("this_run", "run"), ("new_concepts", "new"))
             },
-            "labels": str(row["labels"]),
-            "responses": str(row["responses"]),
+            **{key: str(row[key]) for key in ("labels", "responses", "thinking_unfinished")},
         }
         for row in records(table)
     ]

@@ -15,8 +15,8 @@ def curve_plot(runs: Sequence[Run], tables: Mapping[str, pd.DataFrame]) -> dict[
     """Returns the operating curves of the runs' log-odds, with what their answers reach.
 
     Args:
-        runs: the runs, in the order of their colours.
-        tables: of :func:`safervlm.reports.operating.operating_tables`.
+        runs: The runs, in the order of their colours.
+        tables: Result of :func:`safervlm.reports.operating.operating_tables`.
 
     Returns:
         The plot for the template, with coordinates in percent and the vertical axis downwards; None if no run has odds

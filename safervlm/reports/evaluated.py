@@ -1,6 +1,6 @@
 """The evaluations of a report: loaded, compared, and as sections of its page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,16 @@ import pandas as pd
 
 from safervlm.errors import RecordError
 from safervlm.reports.runs import read_summary
-from safervlm.reports.suite_tables import LEVEL, Summary, coverage_lines, interval, remarks, shown_estimate
+from safervlm.reports.suite_remarks import suite_remarks, suite_warnings
+from safervlm.reports.suite_tables import (
+    ALIGNMENT,
+    GENERAL,
+    LEVEL,
+    Summary,
+    coverage_lines,
+    interval,
+    shown_estimate,
+)
 from safervlm.reports.tables import records
 from safervlm.results.measures import UnfinishedAs
 from safervlm.results.suite import Column, Evaluation, columns, estimates, evaluate, load_suite
@@ -18,14 +27,12 @@ from safervlm.results.suite_differences import compare_suites
 from safervlm.run import reject_run_at_work
 from safervlm.run_folder import RunFolder
 
-GENERAL = "General ability"
 NOTE = (
     "A difference that is not significant does not show that nothing was lost. The bound is the lower end of a 95 % "
     "interval, without a correction for the number of bounds."
 )
 # Sections of a page: title -> (groups of columns, how many of them are open). With measurements, which report alignment
 # in more detail, general ability alone is open.
-ALIGNMENT = ("Alignment, all five questions", "Alignment, published draw")
 ALONE: dict[str, tuple[tuple[str, ...], int]] = {
     "Alignment": (ALIGNMENT, 1),
     GENERAL: ((GENERAL,), 1),
@@ -43,14 +50,15 @@ class Evaluations:
     """Evaluations with their scores.
 
     Attributes:
-        evaluations: the models that could be read.
-        original: the first one, if it could be read.
-        wanted: their columns.
-        long: of :func:`safervlm.results.suite.evaluate`, for all models.
-        differences: of :func:`safervlm.results.suite_differences.compare_suites`, for all models but the original; may
-            be empty.
-        unread: a sentence on each model that is excluded.
-        manifests: name and manifest of each model.
+        evaluations: The models that could be read.
+        original: The first one, if it could be read.
+        wanted: Their columns.
+        long: Result of :func:`safervlm.results.suite.evaluate`, for all models.
+        differences: Result of :func:`safervlm.results.suite_differences.compare_suites`, for all models but the
+            original; may be empty.
+        unread: A sentence on each model that is excluded.
+        notices: What was said about the others when they were loaded.
+        manifests: Name and manifest of each model.
     """
 
     evaluations: list[Evaluation]
@@ -59,6 +67,7 @@ class Evaluations:
     long: pd.DataFrame
     differences: pd.DataFrame
     unread: list[str]
+    notices: list[str]
     manifests: list[tuple[str, Summary]]
 
     @property
@@ -67,9 +76,14 @@ class Evaluations:
         return [each.name for each in self.evaluations]
 
     @property
+    def warnings(self) -> list[str]:
+        """What may make the numbers wrong, the most important first."""
+        return [*self.unread, *suite_warnings(self.long, self.evaluations, self.manifests)]
+
+    @property
     def remarks(self) -> list[str]:
-        """Sentences needed to interpret the numbers; those on self-BLEU are in :mod:`safervlm.reports.suite_tables`."""
-        return [*self.unread, *remarks(self.long, self.differences, self.evaluations, self.wanted, self.manifests)]
+        """Further remarks on the numbers."""
+        return [*self.notices, *suite_remarks(self.long, self.differences, self.evaluations, self.wanted)]
 
     @property
     def methods(self) -> list[str]:
@@ -81,14 +95,15 @@ def compare_evaluations(paths: Sequence[Path], names: Sequence[str], unfinished:
     """Loads, scores and compares evaluations.
 
     Args:
-        paths: the run folders; the first is the original.
-        names: the runs' names, in the same order.
-        unfinished: see :func:`safervlm.results.runs.load_run`.
+        paths: The run folders; the first is the original.
+        names: The runs' names, in the same order.
+        unfinished: See :func:`safervlm.results.runs.load_run`.
 
     Raises:
-        RecordError: no evaluation can be read, or nothing was evaluated.
+        RecordError: No evaluation can be read, or nothing was evaluated.
     """
-    loaded, unread = read_suites(paths, names, unfinished)
+    notices: list[str] = []
+    loaded, unread = read_suites(paths, names, unfinished, notices.append)
     original = loaded[0] if loaded[0].name == names[0] else None
     wanted = columns(loaded)
     if not wanted:
@@ -99,24 +114,25 @@ def compare_evaluations(paths: Sequence[Path], names: Sequence[str], unfinished:
     manifests: list[tuple[str, Summary]] = [
         (each.name, read_summary(RunFolder(each.folder).manifest)) for each in loaded
     ]
-    return Evaluations(loaded, original, wanted, long, differences, unread, manifests)
+    return Evaluations(loaded, original, wanted, long, differences, unread, notices, manifests)
 
 
 def read_suites(
-    paths: Sequence[Path], names: Sequence[str], unfinished: UnfinishedAs = "apart"
+    paths: Sequence[Path], names: Sequence[str], unfinished: UnfinishedAs, tell: Callable[[str], None]
 ) -> tuple[list[Evaluation], list[str]]:
     """Loads the evaluations that can be read, and reports those that can't.
 
     Args:
-        paths: the run folders.
-        names: the runs' names, in the same order; the first is the original.
-        unfinished: see :func:`safervlm.results.runs.load_run`.
+        paths: The run folders.
+        names: The runs' names, in the same order; the first is the original.
+        unfinished: See :func:`safervlm.results.runs.load_run`.
+        tell: Receives each message on a run.
 
     Returns:
         The evaluations, and a sentence on each run that is excluded.
 
     Raises:
-        RecordError: none can be read.
+        RecordError: None can be read.
     """
     loaded: list[Evaluation] = []
     unread = []
@@ -124,7 +140,7 @@ def read_suites(
         try:
             folder = folder_of(path)
             reject_run_at_work(folder)
-            each = load_suite(folder, name, unfinished)
+            each = load_suite(folder, name, unfinished, tell)
             for column in columns([each]):
                 if column.measure == "mme":
                     estimates(each, column)  # raises for a dataset that MME's rule can't score
@@ -143,10 +159,10 @@ def folder_of(run: Path) -> Path:
     """Returns the folder of a run's evaluation: its subfolder ``evaluation`` if there is one, else the folder itself.
 
     Args:
-        run: the run folder.
+        run: The run folder.
 
     Raises:
-        RecordError: it contains no evaluation.
+        RecordError: It contains no evaluation.
     """
     files = RunFolder(run)
     folder = files.evaluation if files.evaluation.is_dir() else run
@@ -160,8 +176,8 @@ def evaluated_sections(compared: Evaluations, beside_measurements: bool = False)
     """Prepares the sections for the template.
 
     Args:
-        compared: the evaluations.
-        beside_measurements: whether the page reports measurements, too.
+        compared: The evaluations.
+        beside_measurements: Whether the page reports measurements, too.
     """
     long = compared.long
     intervals = {
@@ -198,8 +214,8 @@ def loss_bounds(differences: pd.DataFrame, wanted: Sequence[Column]) -> Mapping[
     """States how much may be lost, with 95 % confidence, of general ability and of accuracy on safe images.
 
     Args:
-        differences: of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
-        wanted: the columns.
+        differences: Result of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
+        wanted: The columns.
 
     Returns:
         Run and column -> the bound, for those that have an interval.

@@ -6,12 +6,14 @@ from pathlib import Path
 from safervlm.errors import ArgumentError
 from safervlm.io.files import write_text_atomically
 from safervlm.io.outputs import require_replaceable_page
-from safervlm.io.tables import JUDGE_NOTE, say, show_table, write_csv, write_workbook
+from safervlm.io.tables import JUDGE_NOTE, write_csv, write_workbook
+from safervlm.reports.contents import Contents
 from safervlm.reports.evaluated import compare_evaluations
-from safervlm.reports.page import Contents, render, say_headline
+from safervlm.reports.page import render
 from safervlm.reports.runs import run_names
 from safervlm.reports.suite_latex import suite_latex_tables
-from safervlm.reports.suite_tables import DIVERSITY_NOTE, evaluation_table, shown_side_by_side
+from safervlm.reports.suite_tables import DIVERSITY_NOTE, evaluation_tables, shown_side_by_side
+from safervlm.reports.terminal import say_report
 from safervlm.results.measures import UnfinishedAs
 from safervlm.run_folder import RunFolder
 
@@ -33,10 +35,10 @@ def evaluation(runs: list[Path], out: Path | None = None, thinking_unfinished: U
         The path of the page.
 
     Raises:
-        ArgumentError: there are no runs, one is named twice, ``out`` is not an HTML file, or a file other than an
+        ArgumentError: There are no runs, one is named twice, ``out`` is not an HTML file, or a file other than an
             evaluation exists there.
-        RecordError: no evaluation can be read, or nothing was evaluated.
-        SystemExit: with exit code 3 at the end, if some of the runs can't be read.
+        RecordError: No evaluation can be read, or nothing was evaluated.
+        SystemExit: With exit code 3 at the end, if some of the runs can't be read.
     """
     if not runs:
         raise ArgumentError("runs: at least one run folder, for example runs/original")
@@ -67,11 +69,14 @@ def evaluation(runs: list[Path], out: Path | None = None, thinking_unfinished: U
         sheets["differences"] = differences
     write_workbook(out.with_suffix(".xlsx"), sheets, [JUDGE_NOTE, DIVERSITY_NOTE])
     write_text_atomically(out.with_suffix(".tex"), tex)
-    say_headline(contents)
-    show_table(evaluation_table(long, differences, names))
-    for line in compared.remarks:
-        say(line)
-    say(f"evaluation: {out} (with .csv, .xlsx and .tex beside it)")
+    say_report(
+        contents.headline,
+        ([each] for each in evaluation_tables(long, differences, names)),
+        contents.warnings,
+        contents.results,
+        contents.remarks,
+        f"evaluation: {out} (with .csv, .xlsx and .tex beside it)",
+    )
     if compared.unread:
         sys.exit(3)
     return out

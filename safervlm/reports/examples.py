@@ -37,8 +37,8 @@ def examples(runs: Sequence[Run], out: Path) -> dict[str, list[dict[str, Any]]]:
     that every run answered come first.
 
     Args:
-        runs: the runs; questions are selected from the first one's.
-        out: the page's file, from which images are linked.
+        runs: The runs; questions are selected from the first one's.
+        out: The page's file, from which images are linked.
 
     Returns:
         Capability -> cards for the template, each with the question, its image and the responses.
@@ -102,10 +102,10 @@ def picture(path: str, record: str, out: Path, run: Path) -> dict[str, Any]:
     from someone else may name any file.
 
     Args:
-        path: the image's file.
-        record: the id of its question, for error messages.
-        out: the page's file; the link is relative to its folder.
-        run: the run folder whose record names the image.
+        path: The image's file.
+        record: The id of its question, for error messages.
+        out: The page's file; the link is relative to its folder.
+        run: The run folder whose record names the image.
 
     Returns:
         ``blur``, ``width``, ``height`` (pixels of the blur) and ``original`` (the quoted link); or ``blur`` and
@@ -143,7 +143,7 @@ def blurred(image: Image.Image) -> Image.Image:
     preview of the image.
 
     Args:
-        image: any mode; it is converted to RGB.
+        image: Any mode; it is converted to RGB.
 
     Returns:
         An RGB image whose longer side has :data:`THUMBNAIL` pixels.

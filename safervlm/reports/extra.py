@@ -1,7 +1,7 @@
 """Tables that a report has only if the runs allow them: training seeds, repeated questions, rotated options."""
 
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from rich.box import SIMPLE_HEAD
 from safervlm.errors import ArgumentError
 from safervlm.io.tables import TextTable
 from safervlm.protocol import REVERSED
+from safervlm.reports.findings import OVER_FLAGGED, UNSAFE
 from safervlm.reports.runs import Run
-from safervlm.reports.tables import percent, records, signed, with_interval
+from safervlm.reports.tables import percent, records, shortened, signed, with_interval
 from safervlm.results.groups import group_differences, group_table
 from safervlm.results.measures import BOTH, COLUMNS, OVERALL, THESE_CONCEPTS
 from safervlm.results.operating import ACQUIESCENCE, AUPRC, AUROC, BOUND, GAP, MASS, OF_ANSWERS, OF_ODDS, RATES
@@ -22,7 +23,7 @@ from safervlm.results.repeats import VARIANCE, WRONG_AT_LEAST_ONCE, repeat_table
 from safervlm.results.scores import unfinished_in
 from safervlm.statistics.curves import AT_CHOSEN_THRESHOLDS, BY_BOOTSTRAP, OBUCHOWSKI
 from safervlm.statistics.intervals import coverage
-from safervlm.statistics.seeds import FEWEST_SEEDS
+from safervlm.statistics.seeds import DIFFERENCE, FEWEST_SEEDS, MEAN, OVER_SEEDS
 
 SEEDS_NOTE = "An interval of one trained run does not include the variation between training seeds (--group)."
 
@@ -32,12 +33,12 @@ class ExtraTable:
     """A table of a report.
 
     Attributes:
-        name: ending of its CSV file, name of its sheet, and its id on the page.
-        title: heading.
-        note: what the numbers are.
-        headings: of the columns.
-        rows: the cells as texts; the first of a row is its header.
-        numbers: the table for CSV and XLSX.
+        name: Ending of its CSV file, name of its sheet, and its id on the page.
+        title: Heading.
+        note: What the numbers are.
+        headings: Of the columns.
+        rows: The cells as texts; the first of a row is its header.
+        numbers: The table for CSV and XLSX.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ExtraTable:
         return printed
 
 
+FEW_ROWS = (24, 12, 6, 4)  # of the shorter versions of a table on the terminal
 CURVE_MEASURES = {
     AUROC: "AUROC",
     AUPRC: "AUPRC at prevalence {:g}",
@@ -70,6 +72,8 @@ CURVE_MEASURES = {
 }
 # What the simulated coverage of a curve's interval method is stated for.
 SIMULATED = {OBUCHOWSKI: "AUROC", BY_BOOTSTRAP: "AUPRC and TPR", AT_CHOSEN_THRESHOLDS: "knowledge-behaviour gap"}
+UNFINISHED_NOTE = "Thinking unfinished:"
+IN_HEADLINE = (UNSAFE, OVER_FLAGGED)  # measures of groups that the headline states
 # Of all tables, for the files of an earlier report.
 NAMES = ("operating", "groups", "group_differences", "repeats", "positions")
 
@@ -78,13 +82,13 @@ def named_groups(words: Sequence[str]) -> dict[str, list[Path]]:
     """Parses groups of runs.
 
     Args:
-        words: each ``NAME=PATTERN``, where the pattern is that of run folders, such as ``ppo=runs/ppo-*``.
+        words: Each ``NAME=PATTERN``, where the pattern is that of run folders, such as ``ppo=runs/ppo-*``.
 
     Returns:
         Name -> run folders, sorted.
 
     Raises:
-        ArgumentError: a word has no name or pattern, a name occurs twice, or no folder has a pattern.
+        ArgumentError: A word has no name or pattern, a name occurs twice, or no folder has a pattern.
     """
     groups: dict[str, list[Path]] = {}
     for word in words:
@@ -105,9 +109,12 @@ def extra_tables(
     """Returns the tables that the runs allow.
 
     Args:
-        runs: the runs of the report; the first is the baseline.
-        groups: name -> runs that differ in their training seed only.
-        curves: of :func:`safervlm.reports.operating.operating_tables`.
+        runs: The runs of the report; the first is the baseline.
+        groups: Name -> runs that differ in their training seed only.
+        curves: Result of :func:`safervlm.reports.operating.operating_tables`.
+
+    Raises:
+        ArgumentError: A group's runs can't be compared, or it has the name of the baseline.
     """
     tables = [_of_curves(curves), *_of_groups(runs, groups), _of_repeats(runs), _of_positions(runs)]
     inside = {run.name: unfinished_in(pd.concat([run.frame, run.variants])) for run in runs}
@@ -123,12 +130,12 @@ def _with_unfinished(table: ExtraTable, inside: Mapping[str, int]) -> ExtraTable
     """Adds the number of responses that ended inside their reasoning.
 
     Args:
-        table: a table whose rows are about runs or groups.
-        inside: their names, and the number of these responses.
+        table: A table whose rows are about runs or groups.
+        inside: Their names, and the number of these responses.
     """
     names = table.numbers["run" if "run" in table.numbers else "group"]
     counted = ", ".join(f"{name} {inside[name]}" for name in names.unique() if inside[name])
-    note = f"{table.note} Thinking unfinished: {counted}." if counted else table.note
+    note = f"{table.note} {UNFINISHED_NOTE} {counted}." if counted else table.note
     return replace(table, note=note, numbers=table.numbers.assign(thinking_unfinished=names.map(inside)))
 
 
@@ -137,9 +144,15 @@ def _of_groups(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> list
         return []
     frames = {name: [run.frame for run in members] for name, members in groups.items()}
     table = group_table(frames)
+    if apart := [name for name in groups if name not in set(table["group"])]:
+        raise ArgumentError(
+            f"group: the runs of {apart[0]!r} have no question and judge in common; a group's runs differ in their "
+            "training seed only"
+        )
     note = (
         "Mean over training seeds, in percent, with a 95 % interval over new concepts and new training seeds; none for "
-        f"fewer than {FEWEST_SEEDS} seeds. SD: standard deviation between seeds, in points."
+        f"fewer than {FEWEST_SEEDS} seeds. SD: standard deviation between seeds, in points. Simulated coverage "
+        f"{coverage(OVER_SEEDS, MEAN)}."
     )
     rows: list[tuple[str, ...]] = [
         (
@@ -156,6 +169,10 @@ def _of_groups(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> list
     tables = [ExtraTable("groups", "Training seeds", note, headings, rows, table)]
     members = {run.name for each in groups.values() for run in each}
     if runs[0].name not in members:
+        if runs[0].name in groups:
+            raise ArgumentError(
+                f"group: {runs[0].name!r} is also the name of the run to compare with; give the group another name"
+            )
         frames = {runs[0].name: [runs[0].frame]} | frames
     if len(frames) > 1:
         differences = group_differences(frames)
@@ -170,12 +187,46 @@ def _of_groups(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> list
         ]
         note = (
             "Differences of the means, in points, with a 95 % interval over new concepts and new training seeds; none "
-            f"for fewer than {FEWEST_SEEDS} seeds. A single run is taken as it is, without the variation of its seed."
+            f"for fewer than {FEWEST_SEEDS} seeds. A single run is taken as it is, without the variation of its seed. "
+            f"Simulated coverage for two equally good groups {coverage(OVER_SEEDS, DIFFERENCE)}."
         )
         headings = ("Groups", "Measure", "Difference [95 %]")
         title = "Differences between groups"
         tables.append(ExtraTable("group_differences", title, note, headings, rows, differences))
     return tables
+
+
+def group_versions(tables: Sequence[ExtraTable]) -> Iterator[list[TextTable]]:
+    """Yields the tables of groups for the terminal, the most detailed version first.
+
+    After both tables as they are on the page comes one table, which is about the headline's measures first.
+
+    Args:
+        tables: Result of :func:`extra_tables`, with groups.
+    """
+    found = {table.name: table for table in tables}
+    groups, changes = found["groups"], found.get("group_differences")
+    yield [table.for_terminal() for table in (groups, changes) if table is not None]
+    title, headings = groups.title, groups.headings[:-1]  # without the range
+    differences: dict[tuple[str, str], str] = {}
+    if changes is not None:
+        title += f", and differences from {shortened(changes.numbers['base'].iloc[0])}"
+        headings += changes.headings[-1:]
+        keys = zip(changes.numbers["group"], changes.numbers["measure"], strict=True)
+        differences = {key: row[-1] for key, row in zip(keys, changes.rows, strict=True)}
+    keys = zip(groups.numbers["group"], groups.numbers["measure"], strict=True)
+    rows = {
+        key: (shortened(row[0]), *row[1:-1], *([differences.get(key, "-")] if changes is not None else []))
+        for key, row in zip(keys, groups.rows, strict=True)
+    }
+    first = [row for measure in IN_HEADLINE for key, row in rows.items() if key[1] == measure] or list(rows.values())
+    note = "In percent and points, with 95 % intervals over new concepts and new training seeds"
+    unfinished = groups.note[at:] if (at := groups.note.find(UNFINISHED_NOTE)) >= 0 else ""
+    for chosen in (list(rows.values()), first, *(first[:number] for number in FEW_ROWS)):
+        left_out = len(rows) - len(chosen)
+        more = f"; {left_out} more rows are on the page." if left_out else "."
+        about = f"{note}{more} {unfinished}".strip()
+        yield [replace(groups, title=title, note=about, headings=headings, rows=chosen).for_terminal()]
 
 
 def _of_curves(curves: Mapping[str, pd.DataFrame]) -> ExtraTable | None:

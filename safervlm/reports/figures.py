@@ -65,7 +65,7 @@ def plot_gap(runs: Sequence[Run]) -> Figure | None:
     """Plots the modality gap of every concept, one line of dots per run, with the mean and its interval.
 
     Args:
-        runs: the runs, in the order of their colours.
+        runs: The runs, in the order of their colours.
 
     Returns:
         The figure; None if no run has concepts with both names and images.

@@ -12,6 +12,7 @@ from safervlm.reports.runs import Run
 from safervlm.reports.tables import records
 from safervlm.results.measures import COLUMNS, MODALITY_GAP, NEW_CONCEPTS, THESE_CONCEPTS, paired_difference
 from safervlm.results.scores import interval_rows, overall
+from safervlm.results.suite import CONTEXTS, GENERAL, GENERALISATION
 
 UNSAFE, SAFE, OVER_FLAGGED, BY_NAME, PERCEPTION, GAP = (
     "image_unsafe",
@@ -34,7 +35,7 @@ TITLES = {
 MEASURED = (UNSAFE, OVER_FLAGGED, GAP, PERCEPTION, BY_NAME)  # of a measurement, the most important first
 # Columns of an evaluation: key -> the columns that it may be, the first that there is.
 EVALUATED = {UNSAFE: ("alignment_unsafe", "alignment_unsafe_drawn"), SAFE: ("alignment_safe", "alignment_safe_drawn")}
-OTHER_GROUPS = ("Contexts of use", "General ability", "Generalisation")
+OTHER_GROUPS = (CONTEXTS, GENERAL, GENERALISATION)
 THIS_RUN = "these responses"
 NEW_SEEDS = "new concepts and new training seeds"
 
@@ -44,9 +45,9 @@ class Number:
     """A share, or a difference of shares, with its 95 % interval.
 
     Attributes:
-        value: the estimate.
-        low: lower end of the interval; NaN if there is none.
-        high: upper end of the interval; NaN if there is none.
+        value: The estimate.
+        low: Lower end of the interval; NaN if there is none.
+        high: Upper end of the interval; NaN if there is none.
     """
 
     value: float
@@ -59,11 +60,11 @@ class Outcome:
     """A measure of one run.
 
     Attributes:
-        run: the run's name.
-        number: the value; None if it was not measured.
-        difference: the value minus that of the first run; None for the first run, and if the two are not comparable.
-        only_na: whether every response is N/A.
-        judged: the value as judged, if ``number`` is corrected for the judge's error; else NaN.
+        run: The run's name.
+        number: The value; None if it was not measured.
+        difference: The value minus that of the first run; None for the first run, and if the two are not comparable.
+        only_na: Whether every response is N/A.
+        judged: The value as judged, if ``number`` is corrected for the judge's error; else NaN.
     """
 
     run: str
@@ -78,12 +79,12 @@ class Result:
     """A measure of all runs.
 
     Attributes:
-        key: a key of :data:`TITLES`, or the name of an evaluation's column.
-        title: its name on a page.
-        unit: what its numbers are.
-        outcomes: one per run, in their order; the first run is the baseline.
-        sampling_unit: of the intervals of the values; empty if there are none.
-        corrected: whether numbers and intervals are corrected for the judge's error.
+        key: A key of :data:`TITLES`, or the name of an evaluation's column.
+        title: Its name on a page.
+        unit: What its numbers are.
+        outcomes: One per run, in their order; the first run is the baseline.
+        sampling_unit: Of the intervals of the values; empty if there are none.
+        corrected: Whether numbers and intervals are corrected for the judge's error.
     """
 
     key: str
@@ -108,8 +109,8 @@ def measured_findings(runs: Sequence[Run], corrected: pd.DataFrame) -> list[Resu
     The numbers of a measure are corrected for the judge's error if all runs that have it are labelled.
 
     Args:
-        runs: the runs; the first is the baseline.
-        corrected: of :func:`safervlm.reports.corrected.corrected_rates`.
+        runs: The runs; the first is the baseline.
+        corrected: Result of :func:`safervlm.reports.corrected.corrected_rates`.
     """
     found = []
     for column in MEASURED:
@@ -177,17 +178,20 @@ def group_findings(runs: Sequence[Run], groups: pd.DataFrame, differences: pd.Da
     """Returns the findings of groups of runs that differ in their training seed only, in the place of those runs.
 
     Args:
-        runs: the runs; the first is the baseline, unless it is in a group.
-        groups: of :func:`safervlm.results.groups.group_table`.
-        differences: of :func:`safervlm.results.groups.group_differences`; may be empty.
+        runs: The runs; the first is the baseline, unless it is in a group.
+        groups: Result of :func:`safervlm.results.groups.group_table`.
+        differences: Result of :func:`safervlm.results.groups.group_differences`; may be empty.
     """
     found = []
     changes = {(row["group"], row["measure"]): row for row in records(differences)}
     alone = set(differences["base"]) - set(groups["group"]) if len(differences) else set()
     for measure in [column for column in MEASURED if column in set(groups["measure"])]:
         outcomes: list[Outcome] = []
+        unit = NEW_SEEDS
         if alone and (base := _as_judged(runs[:1], measure)) is not None:
             outcomes += base.outcomes
+            # A single run is taken as it is, whether trained or not.
+            unit += f" ({runs[0].name}: {base.sampling_unit})" if base.sampling_unit else ""
         for row in records(groups[groups["measure"] == measure]):
             change = changes.get((row["group"], measure))
             outcomes.append(
@@ -197,7 +201,7 @@ def group_findings(runs: Sequence[Run], groups: pd.DataFrame, differences: pd.Da
                     Number(change["value"], change["low"], change["high"]) if change else None,
                 )
             )
-        found.append(Result(measure, *TITLES[measure], tuple(outcomes), NEW_SEEDS))
+        found.append(Result(measure, *TITLES[measure], tuple(outcomes), unit))
     return found
 
 
@@ -208,9 +212,9 @@ def evaluated_findings(names: Sequence[str], long: pd.DataFrame, differences: pd
     """Returns the findings of evaluations: the two sides of alignment, then the other columns in percent.
 
     Args:
-        names: the runs' names; the first is the original.
-        long: of :func:`safervlm.results.suite.evaluate`, for all runs.
-        differences: of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
+        names: The runs' names; the first is the original.
+        long: Result of :func:`safervlm.results.suite.evaluate`, for all runs.
+        differences: Result of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
     """
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for row in records(long):  # the last row of a column that has an interval is the one for new concepts or images

@@ -7,21 +7,21 @@ import numpy as np
 import pandas as pd
 
 from safervlm.reports.findings import Outcome, Result
-from safervlm.reports.headline import headline, headline_note
 from safervlm.reports.plots import forest_plot
+from safervlm.reports.suite_tables import GENERAL
 from safervlm.reports.tables import percent, records
 
 TILES = 4
-GENERAL = "General ability"
 
 
-def first_screen(stated: Sequence[Result], findings: Sequence[Result], differences: pd.DataFrame) -> dict[str, Any]:
+def first_screen(headline: Sequence[str], findings: Sequence[Result], differences: pd.DataFrame) -> dict[str, Any]:
     """Prepares the first screen for the template.
 
     Args:
-        stated: what the sentences state.
-        findings: the measures of all runs, the most important first.
-        differences: of :func:`safervlm.results.suite_differences.compare_suites`, for all evaluations; may be empty.
+        headline: Its sentences, the last of which is about their intervals.
+        findings: The measures of all runs, the most important first.
+        differences: Result of :func:`safervlm.results.suite_differences.compare_suites`, for all evaluations; may
+            be empty.
 
     Returns:
         ``headline`` (sentences), ``note``, ``tiles`` and ``forest`` (a plot, or None).
@@ -30,8 +30,8 @@ def first_screen(stated: Sequence[Result], findings: Sequence[Result], differenc
     general = _general_tile(names, differences)
     tiles = [_tile(finding) for finding in findings[: TILES - len(general)] if finding.measured]
     return {
-        "headline": headline(stated),
-        "note": headline_note(stated),
+        "headline": headline[:-1],
+        "note": headline[-1],
         "tiles": [*tiles, *general],
         "forest": forest_plot(findings),
     }

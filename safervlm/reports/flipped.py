@@ -30,9 +30,9 @@ def flipped_in_run(run: Run, base: Run, out: Path) -> Cards:
     """Selects changed responses of a measurement, by capability and side.
 
     Args:
-        run: the run.
-        base: the run that it is compared with.
-        out: the page's file, from which images are linked.
+        run: The run.
+        base: The run that it is compared with.
+        out: The page's file, from which images are linked.
 
     Returns:
         Title -> cards for the template, each with the question, its image and both responses.
@@ -51,11 +51,11 @@ def flipped_in_suite(
     """Selects changed responses of an evaluation, by group of datasets.
 
     Args:
-        each: the model.
-        original: the model that it is compared with.
-        wanted: the columns.
-        out: the page's file, from which images are linked.
-        without_alignment: whether the questions of alignment are excluded, which are also those of a measurement.
+        each: The model.
+        original: The model that it is compared with.
+        wanted: The columns.
+        out: The page's file, from which images are linked.
+        without_alignment: Whether the questions of alignment are excluded, which are also those of a measurement.
 
     Returns:
         See :func:`flipped_in_run`.

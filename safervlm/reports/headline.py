@@ -16,7 +16,7 @@ from safervlm.reports.findings import (
     Outcome,
     Result,
 )
-from safervlm.reports.tables import percent, signed
+from safervlm.reports.tables import NAMED, listed, percent, signed
 
 # Verb, and what the values are shares of.
 SHARES = {
@@ -33,7 +33,6 @@ NO_DIFFERENCE = "no difference is shown, {} points"
 NO_INTERVAL = "without an interval of the difference ({})"
 NOT_COMPARABLE = "{} and {base} are not comparable"
 MANY = 5  # number of further runs from which on a sentence gives their number and common bounds
-NAMED = 3  # number of runs up to which it names them
 # Measures that alignment may harm: what is said if the interval contains 0.
 HARMS = {OVER_FLAGGED: AT_MOST_MORE, SAFE: AT_MOST_FEWER}
 FALLBACK = (BY_NAME, PERCEPTION)  # stated if the run has no alignment questions about images
@@ -50,7 +49,7 @@ def headline(findings: Sequence[Result]) -> list[str]:
     the highest value, and bounds of all differences.
 
     Args:
-        findings: the measures, in any order.
+        findings: The measures, in any order.
 
     Returns:
         One sentence per measure; at least one.
@@ -67,7 +66,7 @@ def headline_note(findings: Sequence[Result]) -> str:
     """States what the headline's intervals are about, and what they do not include.
 
     Args:
-        findings: as for :func:`headline`.
+        findings: As for :func:`headline`.
     """
     stated = [each for each in findings if each.key in SHARES]
     units = dict.fromkeys(each.sampling_unit for each in stated if each.sampling_unit)
@@ -76,7 +75,7 @@ def headline_note(findings: Sequence[Result]) -> str:
     how = "" if every else "partly "
     how = f"{how}{CORRECTED}" if some else NOT_CORRECTED
     several = ", each by itself" if any(len(each.outcomes) > 2 for each in findings) else ""
-    seeds = "" if NEW_SEEDS in units else ", without differences between training seeds"
+    seeds = "" if any(NEW_SEEDS in unit for unit in units) else ", without differences between training seeds"
     return f"In brackets 95 % intervals{of}{several}; {how}{seeds}; N/A is wrong."
 
 
@@ -103,7 +102,7 @@ def _sentence_of_many(finding: Result, base: Outcome, others: Sequence[Outcome])
         return f"{values}: the lowest and the highest of {len(others)} runs."
     said = []
     for claim, outcomes in _grouped(finding, others).items():
-        of = _listed([each.run for each in outcomes]) if len(outcomes) <= NAMED else f"{len(outcomes)} of them"
+        of = listed([each.run for each in outcomes]) if len(outcomes) <= NAMED else f"{len(outcomes)} of them"
         of = "all of them" if len(outcomes) == len(others) else of
         if claim == NOT_COMPARABLE:
             said.append(claim.format(of, base=base.run))
@@ -143,7 +142,7 @@ def _gap_sentence(outcome: Outcome) -> str:
 def _claims(finding: Result, base: Outcome, others: Sequence[Outcome]) -> str:
     """States the differences from the first run, grouped by what their intervals allow to say."""
     return "; ".join(
-        claim.format(_listed([_piece(claim, each, len(others) == 1) for each in outcomes]), base=base.run)
+        claim.format(listed([_piece(claim, each, len(others) == 1) for each in outcomes]), base=base.run)
         for claim, outcomes in _grouped(finding, others).items()
     )
 
@@ -187,11 +186,6 @@ def excludes_zero(number: Number) -> bool:
     """Returns whether an interval excludes 0 as printed, with one decimal.
 
     Args:
-        number: the number with its interval.
+        number: The number with its interval.
     """
     return round(100 * number.low, 1) > 0 or round(100 * number.high, 1) < 0
-
-
-def _listed(texts: Sequence[str]) -> str:
-    *first, last = texts
-    return f"{', '.join(first)} and {last}" if first else last

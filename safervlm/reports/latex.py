@@ -21,9 +21,9 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.Da
     """Returns the overall table, the corrected rates and each run's accuracies by category, for the booktabs package.
 
     Args:
-        runs: the runs.
-        comparison: of :func:`safervlm.results.scores.compare`, for the same runs.
-        corrected: of :func:`safervlm.reports.corrected.corrected_rates`, for the same runs; may be empty.
+        runs: The runs.
+        comparison: Result of :func:`safervlm.results.scores.compare`, for the same runs.
+        corrected: Result of :func:`safervlm.reports.corrected.corrected_rates`, for the same runs; may be empty.
     """
     people = corrected_rows(corrected)
     beside = {(row["run"], row["rate"]): row for row in people if not row["minus"]}
@@ -90,6 +90,7 @@ def _corrected(rows: Sequence[dict[str, Any]]) -> str:
         "new_concepts": "new concepts",
         "labels": "labels",
         "responses": "responses",
+        "thinking_unfinished": "thinking unfinished",
     }
     table = pd.DataFrame(
         {"run": f"{row['run']} - {row['minus']}" if row["minus"] else row["run"]}
@@ -99,18 +100,18 @@ def _corrected(rows: Sequence[dict[str, Any]]) -> str:
     caption = (
         f"Rates corrected for the judge's error, in percent; of two runs the difference in points. {CORRECTED_NOTE}"
     )
-    return latex_table(table, "llrrrrrr", caption, index=False)
+    return latex_table(table, "llrrrrrrr", caption, index=False)
 
 
 def latex_table(table: pd.DataFrame, columns: str, caption: str, index: bool, escape: bool = True) -> str:
     """Formats a table for the booktabs package.
 
     Args:
-        table: of texts.
+        table: Of texts.
         columns: LaTeX's column specification, including the row names' column if ``index``.
-        caption: plain text, which is escaped.
-        index: whether the row names are a column.
-        escape: whether the table's texts are plain and to be escaped; False if they are LaTeX already.
+        caption: Plain text, which is escaped.
+        index: Whether the row names are a column.
+        escape: Whether the table's texts are plain and to be escaped; False if they are LaTeX already.
 
     Returns:
         A LaTeX table environment.

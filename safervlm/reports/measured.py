@@ -31,13 +31,14 @@ def measured_sections(runs: Sequence[Run], comparison: pd.DataFrame, corrected: 
     """Prepares the sections for the template.
 
     Args:
-        runs: the runs; the first is the baseline.
-        comparison: of :func:`safervlm.results.scores.compare`.
-        corrected: of :func:`safervlm.reports.corrected.corrected_rates`.
+        runs: The runs; the first is the baseline.
+        comparison: Result of :func:`safervlm.results.scores.compare`.
+        corrected: Result of :func:`safervlm.reports.corrected.corrected_rates`.
     """
     return {
         "overall": overall_cells(runs, comparison, corrected),
         "corrected": corrected_rows(corrected),
+        "corrected_unfinished": bool(corrected["thinking_unfinished"].any()),
         "corrected_note": CORRECTED_NOTE,
         "gap_plot": gap_plot(runs),
         "gaps": [(run.name, modality_gap(run.frame), concept_gaps(run.frame), unfinished_in_gap(run)) for run in runs],
@@ -61,9 +62,9 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.D
     judged by the same judges.
 
     Args:
-        runs: the runs; the first is the baseline.
-        comparison: of :func:`safervlm.results.scores.compare`, for the same runs.
-        corrected: of :func:`safervlm.reports.corrected.corrected_rates`.
+        runs: The runs; the first is the baseline.
+        comparison: Result of :func:`safervlm.results.scores.compare`, for the same runs.
+        corrected: Result of :func:`safervlm.reports.corrected.corrected_rates`.
 
     Returns:
         ``headings``: pairs of a column and its heading; ``rows``: per run its name and cells, in the same order;
@@ -118,9 +119,9 @@ def paired(run: Run, base: Run, column: str) -> str:
     """Formats the 95 % interval of a run's difference from a base run over new concepts, in percentage points.
 
     Args:
-        run: the run.
-        base: the run that is subtracted, with the same questions in this column.
-        column: a key of :data:`COLUMNS`.
+        run: The run.
+        base: The run that is subtracted, with the same questions in this column.
+        column: A key of :data:`COLUMNS`.
 
     Returns:
         The interval; empty if it is unavailable, or the column is neither an accuracy with N/A as wrong nor
@@ -136,7 +137,7 @@ def unfinished_in_gap(run: Run) -> int:
     """Returns the number of responses with unfinished thinking that the modality gap excludes.
 
     Args:
-        run: the run.
+        run: The run.
     """
     row = overall(run.scores, "modality_gap")
     return 0 if row is None else int(row["thinking_unfinished"])
@@ -146,7 +147,7 @@ def side_by_side(runs: Sequence[Run]) -> dict[str, list[dict[str, Any] | None]]:
     """Tabulates the runs' accuracies on unsafe images by category.
 
     Args:
-        runs: the runs.
+        runs: The runs.
 
     Returns:
         Category -> for each run its row of :func:`safervlm.results.scores.by_category`; None if it has none.
@@ -168,7 +169,7 @@ def other_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Returns the rows on over-flagging, modality gap and diversity of a run, each with a title.
 
     Args:
-        table: of :func:`safervlm.results.scores.scores`.
+        table: Result of :func:`safervlm.results.scores.scores`.
     """
     rows = table[(table["category"] == OVERALL) & ~table["measure"].isin(["accuracy", ACCURACY_NA_WRONG])]
     return [row | {"title": MEASURES[row["measure"]]} for row in records(rows)]

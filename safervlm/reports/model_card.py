@@ -98,7 +98,7 @@ def _table(run: Path) -> str:
         reject_run_at_work(folder)
     measured = stage_settings(folder, "measure").get("model", {})
     vlm = measured.get("vlm", {})
-    if (vlm.get("adapter") or {}).get("sha256") != adapter_fingerprint(str(run / "adapter")):
+    if (vlm.get("adapter") or {}).get("sha256") != adapter_fingerprint(str(RunFolder(run).adapter)):
         raise RecordError(
             f"{folder}: the evaluation is of another model than this adapter's; evaluate again: safervlm evaluate {run}"
         )

@@ -1,6 +1,6 @@
 """The operating curves of a report's runs, with a line each on the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,17 @@ from safervlm.results.operating import (
 )
 
 
-def operating_tables(runs: Sequence[Run], prevalence: float = 0.5) -> dict[str, pd.DataFrame]:
-    """Computes the operating curve of each run with log-odds or the reversed question, and prints a line.
+def operating_tables(
+    runs: Sequence[Run], prevalence: float = 0.5, tell: Callable[[str], None] = say
+) -> dict[str, pd.DataFrame]:
+    """Computes the operating curve of each run with log-odds or the reversed question, and summarises it in a line.
 
     A run whose log-odds can't be read is excluded with a message.
 
     Args:
-        runs: the runs.
-        prevalence: share of unsafe images for the AUPRC.
+        runs: The runs.
+        prevalence: Share of unsafe images for the AUPRC.
+        tell: Receives each line; by default it is printed.
 
     Returns:
         Name of the run -> table of :func:`safervlm.results.operating.operating`.
@@ -46,7 +49,7 @@ def operating_tables(runs: Sequence[Run], prevalence: float = 0.5) -> dict[str, 
         try:
             odds = read_odds(run.folder)
         except RecordError as error:
-            say(f"{run.name}: no operating curve: {error}")
+            tell(f"{run.name}: no operating curve: {error}")
             continue
         turned = not run.variants.empty and (run.variants["capability"] == REVERSED).any()
         if odds.empty and not turned:
@@ -54,7 +57,7 @@ def operating_tables(runs: Sequence[Run], prevalence: float = 0.5) -> dict[str, 
         frame = pd.concat([run.frame, run.variants], ignore_index=True)
         tables[run.name] = table = operating(frame, odds, prevalence)
         for line in operating_lines(table):
-            say(f"{run.name}: {line}")
+            tell(f"{run.name}: {line}")
     return tables
 
 
@@ -62,7 +65,7 @@ def operating_lines(table: pd.DataFrame) -> list[str]:
     """Summarises the operating curve of the alignment questions, and acquiescence, in a line each.
 
     Args:
-        table: of :func:`safervlm.results.operating.operating`.
+        table: Result of :func:`safervlm.results.operating.operating`.
     """
     found = []
     auroc = overall_row(table, AUROC)
@@ -90,9 +93,9 @@ def overall_row(table: pd.DataFrame, measure: str, capability: str = "alignment"
     """Returns the overall row of a measure: of the mean of an image's questions, or of one if only one was asked.
 
     Args:
-        table: of :func:`safervlm.results.operating.operating`.
-        measure: value of the column ``measure``.
-        capability: value of the column ``capability``.
+        table: Result of :func:`safervlm.results.operating.operating`.
+        measure: Value of the column ``measure``.
+        capability: Value of the column ``capability``.
 
     Returns:
         The row; None if there is none.

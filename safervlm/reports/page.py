@@ -7,8 +7,7 @@ linked, as a local file, and opens on a deliberate click. The page contains no a
 to it, and of other paths only the last component is shown.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,24 @@ from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.escape import for_html, without_folders
 from safervlm.io.files import write_text_atomically
 from safervlm.io.outputs import require_replaceable_page
-from safervlm.io.tables import BESIDE_CORRECTED, JUDGE_NOTE, say, say_wrapped, show_table, write_csv, write_workbook
+from safervlm.io.tables import BESIDE_CORRECTED, JUDGE_NOTE, write_csv, write_workbook
 from safervlm.ranges import in_range
 from safervlm.reports.calibration_plot import calibration_plot
-from safervlm.reports.comparable import warnings
+from safervlm.reports.contents import Contents
 from safervlm.reports.corrected import CORRECTED_NOTE, corrected_rates, labelled_runs
 from safervlm.reports.curve_plot import curve_plot
 from safervlm.reports.evaluated import Evaluations, compare_evaluations, evaluated_sections
 from safervlm.reports.examples import examples
-from safervlm.reports.extra import NAMES, SEEDS_NOTE, ExtraTable, extra_tables, named_groups
-from safervlm.reports.findings import Result, evaluated_findings, group_findings, measured_findings
+from safervlm.reports.extra import NAMES, SEEDS_NOTE, extra_tables, group_versions, named_groups
 from safervlm.reports.first_screen import first_screen
 from safervlm.reports.flipped import Cards, flipped_in_run, flipped_in_suite
-from safervlm.reports.headline import headline, headline_note
 from safervlm.reports.latex import latex_tables
 from safervlm.reports.measured import measured_sections
 from safervlm.reports.operating import operating_tables
 from safervlm.reports.runs import Run, load_runs, settings_of
-from safervlm.reports.suite_tables import DIVERSITY_NOTE, few_texts
-from safervlm.reports.tables import comparison_table, methods, percent, shown
+from safervlm.reports.suite_tables import DIVERSITY_NOTE
+from safervlm.reports.tables import comparison_tables, methods, percent, shown
+from safervlm.reports.terminal import say_report
 from safervlm.results.measures import GAP_WEIGHTS, UnfinishedAs
 from safervlm.results.scores import by_category, compare
 from safervlm.run_folder import RunFolder
@@ -59,54 +57,6 @@ NOTES = (
 
 # Files and sheets that a report has only if there is something for them.
 OPTIONAL = ("corrected", "evaluation", "differences", *NAMES)
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a page reports.
-
-    Attributes:
-        command: name of the command.
-        runs: measurements; the first is the baseline. Empty for evaluations alone.
-        corrected: of :func:`safervlm.reports.corrected.corrected_rates`, for the measurements.
-        evaluated: evaluations; None for measurements alone.
-        extra: further tables that the runs allow.
-        curve: the plot of the operating curves; None without log-odds.
-        calibration: the plot of the judge's calibration; None without labels of people.
-    """
-
-    command: str
-    runs: Sequence[Run] = ()
-    corrected: pd.DataFrame = field(default_factory=pd.DataFrame)
-    evaluated: Evaluations | None = None
-    extra: Sequence[ExtraTable] = ()
-    curve: dict[str, Any] | None = None
-    calibration: dict[str, Any] | None = None
-
-    @property
-    def differences(self) -> pd.DataFrame:
-        """The differences of the evaluations; may be empty."""
-        return pd.DataFrame() if self.evaluated is None else self.evaluated.differences
-
-    @property
-    def findings(self) -> list[Result]:
-        """What the page states first; of measures that both have, that of the measurements."""
-        found = measured_findings(self.runs, self.corrected) if self.runs else []
-        if self.evaluated is not None:
-            there = evaluated_findings(self.evaluated.names, self.evaluated.long, self.evaluated.differences)
-            names = [run.name for run in self.runs] or self.evaluated.names
-            if names == self.evaluated.names:
-                found += [each for each in there if not self.runs or each.key not in ("image_unsafe", "image_safe")]
-        return found
-
-    @property
-    def stated(self) -> list[Result]:
-        """What the sentences at the top state: with groups of training seeds, the groups instead of their runs."""
-        tables = {table.name: table.numbers for table in self.extra}
-        groups = tables.get("groups", pd.DataFrame())
-        if groups.empty:
-            return self.findings
-        return group_findings(self.runs, groups, tables.get("group_differences", pd.DataFrame()))
 
 
 def report(
@@ -139,9 +89,9 @@ def report(
         The path of the page.
 
     Raises:
-        ArgumentError: there are no runs, one is named twice, ``out`` is not an HTML file, a file other than a report
+        ArgumentError: There are no runs, one is named twice, ``out`` is not an HTML file, a file other than a report
             exists there, a group is not understood, or ``prevalence`` is not between 0 and 1.
-        RecordError: a run can't be read (:func:`safervlm.results.runs.load_run`), has no responses to the protocol's
+        RecordError: A run can't be read (:func:`safervlm.results.runs.load_run`), has no responses to the protocol's
             questions, or is being written by another command.
     """
     in_range(above=0, below=1, prevalence=prevalence)
@@ -156,11 +106,15 @@ def report(
     optional = {name: out.with_name(f"{out.stem}_{name}.csv") for name in OPTIONAL}
     endings = (".csv", "_overall.csv", *(f"_{name}.csv" for name in optional), ".xlsx", ".tex")
     require_replaceable_page(out, "report", *endings)
-    loaded = load_runs(runs, thinking_unfinished)
+    notices: list[str] = []
+    rejected: list[str] = []
+    loaded = load_runs(runs, thinking_unfinished, notices.append)
     by_folder = {run.folder.resolve(): run for run in loaded}
     groups = {name: [by_folder[folder.resolve()] for folder in each] for name, each in members.items()}
-    evaluations = evaluations_of(loaded, thinking_unfinished)
-    curves, labelled = operating_tables(loaded, prevalence), labelled_runs(loaded)
+    evaluations = evaluations_of(loaded, thinking_unfinished, rejected.append)
+    summaries: list[str] = []
+    curves = operating_tables(loaded, prevalence, summaries.append)
+    labelled = labelled_runs(loaded, rejected.append)
     contents = Contents(
         "report",
         loaded,
@@ -169,6 +123,9 @@ def report(
         extra_tables(loaded, groups, curves),
         curve_plot(loaded, curves),
         calibration_plot(labelled, [run.name for run in loaded]),
+        rejected,
+        summaries,
+        notices,
     )
     comparison = compare({run.name: run.scores for run in loaded})
     page, tex = render(contents, out), latex_tables(loaded, comparison, contents.corrected)
@@ -193,29 +150,26 @@ def report(
             sheets[name] = more[name]
     about_the_judge = (BESIDE_CORRECTED, CORRECTED_NOTE) if len(contents.corrected) else (JUDGE_NOTE,)
     write_workbook(out.with_suffix(".xlsx"), sheets, [*NOTES, *about_the_judge])
-    say_headline(contents)
-    if groups:
-        for table in contents.extra:
-            if table.name.startswith("group"):
-                show_table(table.for_terminal())
-    else:
-        show_table(comparison_table({run.name: run.scores for run in loaded}, contents.corrected))
-    for line in warnings(loaded):
-        say(f"not comparable: {line}")
-    if contents.evaluated is not None:
-        for line in contents.evaluated.unread:
-            say(f"evaluation: {line}")
-        say("the evaluations, with remarks on them, are on the page")
-    say(f"report: {out} (with .csv, .xlsx and .tex beside it)")
+    compared = ([each] for each in comparison_tables({run.name: run.scores for run in loaded}, contents.corrected))
+    also = "" if evaluations is None else " of measurements and evaluations"
+    say_report(
+        contents.headline,
+        group_versions(contents.extra) if groups else compared,
+        contents.warnings,
+        contents.results,
+        contents.remarks,
+        f"report{also}: {out} (with .csv, .xlsx and .tex beside it)",
+    )
     return out
 
 
-def evaluations_of(runs: Sequence[Run], unfinished: UnfinishedAs) -> Evaluations | None:
+def evaluations_of(runs: Sequence[Run], unfinished: UnfinishedAs, tell: Callable[[str], None]) -> Evaluations | None:
     """Compares the evaluations in the folders of measurements; None if there are none, or none can be read.
 
     Args:
-        runs: the measurements; the first is the baseline.
-        unfinished: see :func:`safervlm.results.runs.load_run`.
+        runs: The measurements; the first is the baseline.
+        unfinished: See :func:`safervlm.results.runs.load_run`.
+        tell: Receives the message if they can't be read.
     """
     there = [run for run in runs if RunFolder(RunFolder(run.folder).evaluation).responses.is_file()]
     if not there:
@@ -223,18 +177,8 @@ def evaluations_of(runs: Sequence[Run], unfinished: UnfinishedAs) -> Evaluations
     try:
         return compare_evaluations([run.folder for run in there], [run.name for run in there], unfinished)
     except RecordError as error:
-        say(f"the evaluations are not reported: {error}")
+        tell(f"the evaluations are not reported: {error}")
         return None
-
-
-def say_headline(contents: Contents) -> None:
-    """Prints the headline.
-
-    Args:
-        contents: what the page reports.
-    """
-    for line in (*headline(contents.stated), headline_note(contents.stated)):
-        say_wrapped(line)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -244,8 +188,8 @@ def render(contents: Contents, out: Path) -> str:
     """Renders the page.
 
     Args:
-        contents: what it reports.
-        out: the page's file, from which images are linked.
+        contents: What it reports.
+        out: The page's file, from which images are linked.
 
     Returns:
         The HTML text.
@@ -256,16 +200,15 @@ def render(contents: Contents, out: Path) -> str:
     for name, manifest in evaluated.manifests if evaluated else ():
         prefix = "evaluation, " if runs else ""
         manifests.setdefault(name, {}).update({f"{prefix}{stage}": dict(entry) for stage, entry in manifest.items()})
-    remarks = [without_folders(line) for line in (*evaluated.remarks, *few_texts(evaluated.long))] if evaluated else []
     ways = [line for run in runs for line in methods(run.scores)] + (evaluated.methods if evaluated else [])
     chosen = examples(runs, out) if runs else {}
     comparison = compare({run.name: run.scores for run in runs})
     return template("report.html.j2").render(
         command=contents.command,
         runs=[{"name": name} for name in names],
-        first=first_screen(contents.stated, contents.findings, contents.differences),
-        warnings=warnings(runs) if runs else [],
-        remarks=remarks,
+        first=first_screen(contents.headline, contents.findings, contents.differences),
+        warnings=[without_folders(line) for line in contents.warnings],
+        remarks=[without_folders(line) for line in (*contents.results, *contents.remarks)],
         measured=measured_sections(runs, comparison, contents.corrected) if runs else None,
         evaluated=evaluated_sections(evaluated, beside_measurements=bool(runs)) if evaluated else None,
         flipped=[(name, flipped(contents, name, out)) for name in names[1:]],
@@ -288,9 +231,9 @@ def flipped(contents: Contents, name: str, out: Path) -> Cards:
     """Selects the responses of a run that changed between right and wrong, for display.
 
     Args:
-        contents: what the page reports.
-        name: the run's name.
-        out: the page's file, from which images are linked.
+        contents: What the page reports.
+        name: The run's name.
+        out: The page's file, from which images are linked.
     """
     cards: Cards = {}
     for run in contents.runs:
@@ -308,7 +251,7 @@ def template(name: str) -> jinja2.Template:
     """Loads a page's template; all inserted texts are escaped: invisible characters first, then markup.
 
     Args:
-        name: the file's name in ``templates``.
+        name: The file's name in ``templates``.
     """
 
     def escaped(value: Any) -> Any:

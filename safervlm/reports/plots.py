@@ -29,10 +29,10 @@ class Scale:
     """The horizontal axis of a plot, in points.
 
     Attributes:
-        low: its left end.
-        high: its right end.
-        step: distance of two grid lines.
-        signed: whether positive numbers have a plus sign.
+        low: Its left end.
+        high: Its right end.
+        step: Distance of two grid lines.
+        signed: Whether positive numbers have a plus sign.
     """
 
     low: float
@@ -45,7 +45,7 @@ class Scale:
         """Returns a scale for differences: it contains 0 and all numbers.
 
         Args:
-            numbers: in points; NaN is ignored.
+            numbers: In points; NaN is ignored.
         """
         there = [0.0, *(number for number in numbers if not np.isnan(number))]
         span = max(there) - min(there)
@@ -57,7 +57,7 @@ class Scale:
         """Returns the position of a number, in percent of the width.
 
         Args:
-            number: in points.
+            number: In points.
         """
         share = (number - self.low) / (self.high - self.low)
         return round(MARGIN + (100 - 2 * MARGIN) * share, 2)
@@ -100,11 +100,11 @@ def line_of(
     """Returns a line of a plot: one point per run, with offsets.
 
     Args:
-        label: what the line is about.
-        numbers: index and name of each run, and its number.
-        scale: the axis.
-        hint: a note on the label.
-        pitch: pixels between two runs.
+        label: What the line is about.
+        numbers: Index and name of each run, and its number.
+        scale: The axis.
+        hint: A note on the label.
+        pitch: Pixels between two runs.
     """
     marks = [
         _mark(index, number, scale, 9 + pitch * place, said=_said(number, scale.signed))
@@ -119,10 +119,10 @@ def figure(title: str, description: str, panels: Sequence[dict[str, Any]], runs:
     """Returns a plot for the template.
 
     Args:
-        title: title of the plot.
-        description: what it shows.
-        panels: of :func:`panel_of`.
-        runs: indices of the runs in its legend.
+        title: Title of the plot.
+        description: What it shows.
+        panels: Result of :func:`panel_of`.
+        runs: Indices of the runs in its legend.
     """
     return {"title": title, "description": description, "panels": panels, "runs": list(runs)}
 
@@ -134,7 +134,7 @@ def forest_plot(findings: Sequence[Result]) -> dict[str, Any] | None:
     """Returns the plot of differences from the first run, or of the values of a single run.
 
     Args:
-        findings: the measures, the most important first; so many are shown as fit on the first screen.
+        findings: The measures, the most important first; so many are shown as fit on the first screen.
 
     Returns:
         The plot for the template; None if there is nothing to show.
@@ -176,10 +176,10 @@ def panel_of(title: str, lines: Sequence[dict[str, Any]], scale: Scale, texts: b
     """Returns a panel of a plot.
 
     Args:
-        title: heading; empty for none.
-        lines: of :func:`line_of`.
-        scale: the axis.
-        texts: whether the numbers are written beside the lines.
+        title: Heading; empty for none.
+        lines: Result of :func:`line_of`.
+        scale: The axis.
+        texts: Whether the numbers are written beside the lines.
     """
     return {"title": title, "lines": lines, "ticks": scale.ticks, "texts": texts}
 
@@ -188,7 +188,7 @@ def category_plot(runs: Sequence[Run]) -> dict[str, Any] | None:
     """Returns the plot of the accuracy on unsafe concepts by category: a panel for images, one for names.
 
     Args:
-        runs: the runs.
+        runs: The runs.
 
     Returns:
         The plot for the template; None if neither was measured.
@@ -231,7 +231,7 @@ def gap_plot(runs: Sequence[Run]) -> dict[str, Any] | None:
     """Returns the plot of every concept's modality gap, a line per run, with the mean and its interval.
 
     Args:
-        runs: the runs.
+        runs: The runs.
 
     Returns:
         The plot for the template; None if no run has concepts with both names and images.

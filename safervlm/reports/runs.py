@@ -1,7 +1,7 @@
 """The runs of a report: their scores, names and settings."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ class Run:
     """A run with its scores.
 
     Attributes:
-        name: unique name, used in all tables.
-        folder: the run folder.
-        frame: its responses and verdicts, of :func:`safervlm.results.runs.load_run`.
-        scores: of :func:`safervlm.results.scores.scores`.
-        manifest: stage -> dotted key -> value; empty without ``manifest.json``.
-        variants: responses and verdicts to questions that depart from the published protocol.
+        name: Unique name, used in all tables.
+        folder: The run folder.
+        frame: Its responses and verdicts, a result of :func:`safervlm.results.runs.load_run`.
+        scores: Result of :func:`safervlm.results.scores.scores`.
+        manifest: Stage -> dotted key -> value; empty without ``manifest.json``.
+        variants: Responses and verdicts to questions that depart from the published protocol.
     """
 
     name: str
@@ -43,29 +43,32 @@ class Run:
     variants: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
-def load_runs(folders: Sequence[Path], unfinished: UnfinishedAs = "apart") -> list[Run]:
+def load_runs(
+    folders: Sequence[Path], unfinished: UnfinishedAs = "apart", tell: Callable[[str], None] = say
+) -> list[Run]:
     """Loads and scores runs.
 
     Args:
-        folders: the run folders.
-        unfinished: see :func:`safervlm.results.runs.load_run`.
+        folders: The run folders.
+        unfinished: See :func:`safervlm.results.runs.load_run`.
+        tell: Receives each message on a run; by default it is printed.
 
     Raises:
-        ArgumentError: a folder is named twice.
-        RecordError: a run can't be read, has no responses to the protocol's questions, or is being written by another
+        ArgumentError: A folder is named twice.
+        RecordError: A run can't be read, has no responses to the protocol's questions, or is being written by another
             command.
     """
     paths = [Path(folder) for folder in folders]
     runs = []
     for path, name in zip(paths, run_names(paths), strict=True):
         reject_run_at_work(path)
-        every = load_run(path, unfinished, variants=True)
+        every = load_run(path, unfinished, variants=True, tell=tell)
         published = every["variant"] == ""
         frame, variants = (every[rows].reset_index(drop=True) for rows in (published, ~published))
         kinds = frame["capability"].value_counts()
         if others := {str(kind): int(count) for kind, count in kinds.items() if kind not in CAPABILITIES}:
             listed = ", ".join(f"{count} {kind}" for kind, count in others.items())
-            say(f"{name}: {listed} responses aren't in a report but in `safervlm evaluation {path}`")
+            tell(f"{name}: {listed} responses aren't in a report but in `safervlm evaluation {path}`")
         table = scores(frame)
         if table.empty:
             raise RecordError(
@@ -80,10 +83,10 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     """Names runs by their folders, with as many parent folders as are needed to make the names unique.
 
     Args:
-        paths: the run folders.
+        paths: The run folders.
 
     Raises:
-        ArgumentError: a folder is named twice.
+        ArgumentError: A folder is named twice.
     """
     parts = [path.resolve().parts for path in paths]
     if len(set(parts)) < len(parts):
@@ -103,7 +106,7 @@ def read_summary(path: Path) -> dict[str, dict[str, str]]:
         path: ``manifest.json``.
 
     Raises:
-        RecordError: it can't be read, or has no stages.
+        RecordError: It can't be read, or has no stages.
     """
     if not path.is_file():
         return {}
@@ -121,8 +124,8 @@ def interval_row(table: pd.DataFrame, column: str) -> "pd.Series[Any] | None":
     """Returns the overall row of a column: over new concepts if it has an interval, else over these concepts.
 
     Args:
-        table: of :func:`safervlm.results.scores.scores`.
-        column: a key of :data:`safervlm.results.measures.COLUMNS`.
+        table: Result of :func:`safervlm.results.scores.scores`.
+        column: A key of :data:`safervlm.results.measures.COLUMNS`.
 
     Returns:
         The row; None if the column was not measured.
@@ -138,7 +141,7 @@ def shown_settings(manifest: Mapping[str, Mapping[str, str]]) -> dict[str, dict[
     """Returns a manifest for display, without absolute paths, which may contain a user's name.
 
     Args:
-        manifest: of :func:`read_summary`.
+        manifest: Result of :func:`read_summary`.
     """
     return {
         without_folders(stage): {without_folders(key): without_folders(value) for key, value in entries.items()}
@@ -150,7 +153,7 @@ def settings_of(manifests: Sequence[tuple[str, Mapping[str, Mapping[str, str]]]]
     """Tabulates the settings of runs for display, one row per setting.
 
     Args:
-        manifests: name of each run, and its manifest of :func:`read_summary`.
+        manifests: Name of each run, and its manifest, a result of :func:`read_summary`.
 
     Returns:
         ``differ``: pairs of ``stage: key`` and its value in each run, of the settings in which runs differ; ``rest``:

@@ -29,9 +29,9 @@ def suite_latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Seq
     The group tables have runs as rows, as in the paper; the table of differences has runs as columns.
 
     Args:
-        long: of :func:`safervlm.results.suite.evaluate`, for all runs.
-        differences: of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
-        names: the runs' names, in the order of the rows; the first is the original.
+        long: Result of :func:`safervlm.results.suite.evaluate`, for all runs.
+        differences: Result of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
+        names: The runs' names, in the order of the rows; the first is the original.
     """
     found = {(row["run"], row["column"], row["sampling_unit"]): row for row in records(long)}
     tables = []

@@ -1,6 +1,7 @@
 """The tables of scores, for the terminal, a page and a workbook."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,41 +23,65 @@ from safervlm.results.scores import ACCURACIES, by_category, compare, interval_r
 from safervlm.statistics.intervals import SKEWED, coverage
 
 # Widths of the comparison's columns on a terminal, and what a narrow one shows of many runs.
-HEADING_WIDTH, CELL_WIDTH = 31, 16
+HEADING_WIDTH, CELL_WIDTH, INTERVAL_WIDTH, UNFINISHED_WIDTH = 31, 16, 21, 22
+FEW_RUNS = (24, 18, 12, 8, 5, 3)  # numbers of runs that the shorter versions show
 OF_MANY, COLUMNS_OF_MANY = ("image_unsafe", "over_flagging", "modality_gap", "perception", "text_only_unsafe"), 4
+
+NAME_WIDTH = 32  # characters of a run's name in a table on the terminal
+NAMED = 3  # number of runs up to which a sentence names them
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
 
 
-def comparison_table(runs: Mapping[str, pd.DataFrame], corrected: pd.DataFrame | None = None) -> TextTable:
-    """Returns the comparison of runs for the terminal.
+def comparison_tables(runs: Mapping[str, pd.DataFrame], corrected: pd.DataFrame | None = None) -> Iterator[TextTable]:
+    """Yields the comparison of runs for the terminal, the most detailed version first.
 
     It has one column per run, which is narrower than one row per run; if the terminal is too narrow for all of them,
-    one row per run with the most important measures. Shares with N/A excluded and the published form of self-BLEU are
-    in the files and on the page.
+    one row per run with the most important measures. The later versions leave out first the intervals for these
+    concepts, then diversity, then runs. Shares with N/A excluded and the published form of self-BLEU are in the files
+    and on the page.
 
     Args:
-        runs: name -> table of :func:`safervlm.results.scores.scores`.
-        corrected: of :func:`safervlm.reports.corrected.corrected_rates`; None if no run is labelled.
+        runs: Name -> result of :func:`safervlm.results.scores.scores`.
+        corrected: Result of :func:`safervlm.reports.corrected.corrected_rates`; None if no run is labelled.
     """
     comparison = compare(runs)
-    if terminal().width < HEADING_WIDTH + CELL_WIDTH * len(runs):
-        return _table_of_many(runs, comparison)
+    every = [column for column in COLUMNS if not column.endswith(("_na_left_out", "_published"))]
+    if terminal().width >= HEADING_WIDTH + CELL_WIDTH * len(runs):
+        shares = [column for column in every if COLUMNS[column][1] not in DIVERSITIES]
+        both = (THESE_CONCEPTS, NEW_CONCEPTS)
+        for columns, units in ((every, both), (every, both[1:]), (shares, both[1:]), (OF_MANY[:3], both[1:])):
+            yield _table_of_few(runs, comparison, corrected, columns, units)
+    for most in (len(runs), *FEW_RUNS):
+        if most <= len(runs):
+            yield _table_of_many(runs, comparison, most)
+
+
+def _table_of_few(
+    runs: Mapping[str, pd.DataFrame],
+    comparison: pd.DataFrame,
+    corrected: pd.DataFrame | None,
+    columns: Sequence[str],
+    units: Sequence[str],
+) -> TextTable:
+    """One column per run: of the given columns of the comparison the values, with intervals for these units."""
     rates = [] if corrected is None else records(corrected)
     people = {(row["run"], row["rate"]): row for row in rates if not row["minus"]}
     note = "corrected: for the judge's error with people's labels, for new concepts\n" if people else ""
     excluded = BESIDE_CORRECTED if people else JUDGE_NOTE
-    caption = f"in %, N/A as wrong, with 95 % intervals\n{note}{excluded}\n{GAP_WEIGHTS}"
+    of = "" if THESE_CONCEPTS in units else "; more is on the page"
+    caption = f"in %, N/A as wrong, with 95 % intervals{of}\n{note}{excluded}\n{GAP_WEIGHTS}"
     table = TextTable(caption=caption, box=SIMPLE_HEAD)
     table.add_column("")
     for run in comparison.index:
-        table.add_column(run, justify="right")
-    for column, (heading, measure, _, _) in COLUMNS.items():
-        if column.endswith(("_na_left_out", "_published")) or comparison[column].isna().all():
+        table.add_column(shortened(run), justify="right")
+    for column in columns:
+        heading, measure, _, _ = COLUMNS[column]
+        if comparison[column].isna().all():
             continue
         table.add_row(heading, *(shown(measure, value) for value in comparison[column]))
         rows = [interval_rows(of, column) for of in runs.values()]
-        for sampling_unit in (THESE_CONCEPTS, NEW_CONCEPTS):
+        for sampling_unit in units:
             if any(sampling_unit in each for each in rows):
                 cells = (bracketed(each[sampling_unit]) if sampling_unit in each else "-" for each in rows)
                 table.add_row(f"  {sampling_unit}", *cells, style="dim")
@@ -71,23 +96,30 @@ def comparison_table(runs: Mapping[str, pd.DataFrame], corrected: pd.DataFrame |
     return table
 
 
-def _table_of_many(runs: Mapping[str, pd.DataFrame], comparison: pd.DataFrame) -> TextTable:
-    """One row per run: its most important measures, each with its interval for new concepts."""
+def _table_of_many(runs: Mapping[str, pd.DataFrame], comparison: pd.DataFrame, most: int) -> TextTable:
+    """One row for each of the first runs: its most important measures, each with its interval for new concepts."""
+    left_out = f"{len(runs) - most} more runs, " if most < len(runs) else ""
     caption = (
-        "in %, N/A as wrong, with 95 % intervals for new concepts; everything else, also corrected rates, is on "
-        f"the page and in the files\n{JUDGE_NOTE}"
+        f"in %, N/A as wrong, with 95 % intervals for new concepts; {left_out}everything else, also corrected rates, "
+        f"is on the page and in the files\n{JUDGE_NOTE}"
     )
     table = TextTable(caption=caption, box=SIMPLE_HEAD)
-    table.add_column("", overflow="fold")
-    shown_columns = [column for column in OF_MANY if not comparison[column].isna().all()][:COLUMNS_OF_MANY]
+    table.add_column("", no_wrap=True)
+    inside = comparison["thinking_unfinished"].any()
+    beside = max(len(shortened(name)) for name in runs) + (UNFINISHED_WIDTH if inside else 0)
+    room = max(1, (terminal().width - beside) // INTERVAL_WIDTH)
+    shown_columns = [column for column in OF_MANY if not comparison[column].isna().all()][: min(room, COLUMNS_OF_MANY)]
     for column in shown_columns:
         table.add_column(COLUMNS[column][0], justify="right", no_wrap=True)
-    for (name, scores), row in zip(runs.items(), records(comparison), strict=True):
+    if inside:
+        table.add_column("thinking unfinished", justify="right")
+    for (name, scores), row in itertools.islice(zip(runs.items(), records(comparison), strict=True), most):
         ends = (interval_rows(scores, column).get(NEW_CONCEPTS) for column in shown_columns)
         pairs = zip(shown_columns, ends, strict=True)
         table.add_row(
-            name,
+            shortened(name),
             *(percent(row[c]) if end is None else with_interval(row[c], end["low"], end["high"]) for c, end in pairs),
+            *([str(row["thinking_unfinished"])] if inside else []),
         )
     return table
 
@@ -96,7 +128,7 @@ def bracketed(row: "pd.Series[Any]") -> str:
     """Formats the interval of a row in percent, ``[90.2, 97.0]``.
 
     Args:
-        row: of :func:`safervlm.results.scores.scores`, with an interval.
+        row: Result of :func:`safervlm.results.scores.scores`, with an interval.
     """
     return f"[{percent(row['low'])}, {percent(row['high'])}]"
 
@@ -105,8 +137,8 @@ def accuracy_table(table: pd.DataFrame, title: str = "Accuracy") -> TextTable:
     """Returns the accuracies of a run for the terminal, each with its interval.
 
     Args:
-        table: of :func:`safervlm.results.scores.scores`.
-        title: the table's title.
+        table: Result of :func:`safervlm.results.scores.scores`.
+        title: The table's title.
     """
     rows = records(by_category(table))
     caption = "\n".join(["95 % intervals", *methods(table), JUDGE_NOTE])
@@ -134,8 +166,8 @@ def other_table(table: pd.DataFrame, title: str = "Gap, over-flagging, diversity
     """Returns the overall measures of a run other than accuracies, for the terminal.
 
     Args:
-        table: of :func:`safervlm.results.scores.scores`.
-        title: the table's title.
+        table: Result of :func:`safervlm.results.scores.scores`.
+        title: The table's title.
     """
     rows = records(table[~table["measure"].isin(ACCURACIES) & (table["category"] == OVERALL)])
     about = [", ".join(filter(None, (MEASURES[row["measure"]], row["sampling_unit"]))) for row in rows]
@@ -163,7 +195,7 @@ def with_coverage(method: str, part: str = OVERALL) -> str:
     """Returns a method's name with the simulated coverage of its intervals, if known.
 
     Args:
-        method: name of the method, as in a table.
+        method: Name of the method, as in a table.
         part: ``overall`` or ``category``; if this was not simulated for the method, the range over all simulations is
             used.
     """
@@ -177,7 +209,7 @@ def methods(table: pd.DataFrame) -> list[str]:
     """Lists the interval methods of a table with their simulated coverage, one line per sampling unit and method.
 
     Args:
-        table: of :func:`safervlm.results.scores.scores`.
+        table: Result of :func:`safervlm.results.scores.scores`.
     """
     found: dict[str, None] = {}
     for row in records(table[table["method"] != ""]):
@@ -187,31 +219,53 @@ def methods(table: pd.DataFrame) -> list[str]:
     return list(found)
 
 
+def listed(texts: Sequence[str]) -> str:
+    """Returns texts as a list in a sentence, ``a, b and c``.
+
+    Args:
+        texts: At least one.
+    """
+    *first, last = texts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def shortened(name: str) -> str:
+    """Returns a run's name for a table on the terminal: of a long one its beginning and its end.
+
+    Args:
+        name: The name.
+    """
+    half = NAME_WIDTH // 2
+    return name if len(name) <= NAME_WIDTH else f"{name[: half - 1]}…{name[-half:]}"
+
+
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Returns the rows of a table as dictionaries.
 
     Args:
-        table: any data frame.
+        table: Any data frame.
     """
     return cast(list[dict[str, Any]], table.to_dict("records"))
 
 
 def percent(value: float) -> str:
-    """Formats a share in percent with one decimal; a dash for NaN.
+    """Formats a share in percent with one decimal; never ``-0.0``; a dash for NaN.
 
     Args:
-        value: the share, relative to 1.
+        value: The share, relative to 1.
     """
-    return "-" if np.isnan(value) else f"{100 * value:.1f}"
+    return "-" if np.isnan(value) else f"{100 * value:.1f}".replace("-0.0", "0.0")
 
 
 def signed(value: float, of_one: bool = False) -> str:
-    """Formats a difference with its sign, ``+1.2``: in points with one decimal; never ``-0.0``.
+    """Formats a difference with its sign, ``+1.2``: in points with one decimal; never ``-0.0``; a dash for NaN.
 
     Args:
-        value: the difference, relative to 1.
-        of_one: whether it is formatted relative to 1, with three decimals.
+        value: The difference, relative to 1.
+        of_one: Whether it is formatted relative to 1, with three decimals.
     """
+    if np.isnan(value):
+        return "-"
     text = f"{value:+.3f}" if of_one else f"{100 * value:+.1f}"
     return text if float(text) else text.replace("-", "+")
 
@@ -220,8 +274,8 @@ def shown(measure: str, value: float) -> str:
     """Formats a number for tables: in percent, self-BLEU with three decimals; a dash for NaN.
 
     Args:
-        measure: a key of :data:`safervlm.results.measures.MEASURES`.
-        value: the number, relative to 1.
+        measure: A key of :data:`safervlm.results.measures.MEASURES`.
+        value: The number, relative to 1.
     """
     if measure in DIVERSITIES and not np.isnan(value):
         return f"{value:.3f}"
@@ -232,8 +286,8 @@ def with_interval(value: float, low: float, high: float) -> str:
     """Formats a share in percent with its interval, ``94.1 [90.2, 97.0]``; without brackets if there is no interval.
 
     Args:
-        value: the share, relative to 1.
-        low: the interval's lower end; NaN if there is none.
-        high: the interval's upper end.
+        value: The share, relative to 1.
+        low: The interval's lower end; NaN if there is none.
+        high: The interval's upper end.
     """
     return percent(value) if np.isnan(low) else f"{percent(value)} [{percent(low)}, {percent(high)}]"

@@ -28,8 +28,8 @@ def cluster_numbers(rows: pd.DataFrame, keys: Sequence[str]) -> Numbers:
     """Numbers the clusters of responses.
 
     Args:
-        rows: the responses.
-        keys: the columns that identify a cluster, such as :data:`IMAGE`.
+        rows: The responses.
+        keys: The columns that identify a cluster, such as :data:`IMAGE`.
 
     Returns:
         (responses,) the cluster of each, as a number from 0 without gaps, in the sorted order of the keys.
@@ -41,7 +41,7 @@ def concepts_of(rows: pd.DataFrame) -> tuple[Numbers, Numbers, Numbers]:
     """Numbers the concepts of responses, and their datasets and categories.
 
     Args:
-        rows: the responses.
+        rows: The responses.
 
     Returns:
         (responses,) the concept of each, and (concepts,) dataset and category of each, as numbers.
@@ -60,7 +60,7 @@ def units_of(rows: pd.DataFrame) -> "list[pd.Series[Any]]":
     A unit is an image of a concept; without an image (:data:`WITHOUT_IMAGE`) it is a single response.
 
     Args:
-        rows: the responses.
+        rows: The responses.
     """
     unit = rows["image"].where(~rows["capability"].isin(WITHOUT_IMAGE), rows["id"])
     return [*(rows[name] for name in IMAGE_OF_CONCEPT), unit.rename("unit")]

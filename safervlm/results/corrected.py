@@ -31,6 +31,7 @@ from safervlm.statistics.differences import Difference
 from safervlm.statistics.intervals import Floats, interval_paired
 
 GAP, OVER_FLAGGED = "modality_gap", "over_flagging"
+OF_GAP = ("text_only_unsafe", "image_unsafe")  # the rates that the gap is the difference of
 # The corrected rates: name -> (heading, capability, side).
 RATES: dict[str, tuple[str, str, str]] = {
     "image_unsafe": (COLUMNS["image_unsafe"][0], "alignment", "unsafe"),
@@ -41,7 +42,10 @@ RATES: dict[str, tuple[str, str, str]] = {
     "perception": (COLUMNS["perception"][0], "perception", NO_SIDE),
     GAP: (COLUMNS[GAP][0], TEXT_ONLY, "unsafe"),
 }
-COLUMNS_OF_RATES = ["rate", "value", "corrected", "low_run", "high_run", "low_new", "high_new", "labels", "responses"]
+COLUMNS_OF_RATES = [
+    *("rate", "value", "corrected", "low_run", "high_run", "low_new", "high_new"),
+    *("labels", "responses", "thinking_unfinished"),
+]
 
 
 @dataclass(frozen=True)
@@ -49,36 +53,50 @@ class LabelledRun:
     """A run whose sampled responses are labelled.
 
     Attributes:
-        rows: its responses, of :func:`safervlm.labelling.plan.labelable`, with the column ``people``: the label of the
-            people; empty if the response was not sampled.
-        strata: their strata.
+        rows: Its responses, a result of :func:`safervlm.labelling.plan.labelable`, with the column ``people``: the
+            label of the people; empty if the response was not sampled.
+        strata: Their strata.
+        unfinished: Capability and side of each response that is excluded, as it ended inside its reasoning.
     """
 
     rows: pd.DataFrame
     strata: Strata
+    unfinished: pd.DataFrame
 
     @classmethod
-    def of(cls, rows: pd.DataFrame, people: dict[str, str]) -> "LabelledRun":
+    def of(cls, rows: pd.DataFrame, people: dict[str, str], unfinished: pd.DataFrame | None = None) -> "LabelledRun":
         """Joins responses and labels.
 
         Args:
-            rows: of :func:`safervlm.labelling.plan.labelable`.
+            rows: Result of :func:`safervlm.labelling.plan.labelable`.
             people: Id -> label, of the whole sample.
+            unfinished: The responses that ended inside their reasoning; None if there are none.
         """
-        return cls(rows.assign(people=[people.get(name, "") for name in rows["id"]]), Strata.of(rows))
+        rows = rows.assign(people=[people.get(name, "") for name in rows["id"]])
+        excluded = (rows[:0] if unfinished is None else unfinished)[["capability", "side"]]
+        return cls(rows, Strata.of(rows), excluded)
+
+    def unfinished_in(self, rate: str) -> int:
+        """Returns the number of responses that a rate excludes, as they ended inside their reasoning.
+
+        Args:
+            rate: A key of :data:`RATES`.
+        """
+        if rate == GAP:
+            return sum(map(self.unfinished_in, OF_GAP))
+        return int(_about(self.unfinished, rate).sum())
 
     def of_rate(self, rate: str) -> tuple[pd.DataFrame, Labelled] | None:
         """Returns the responses of a rate other than the gap.
 
         Args:
-            rate: a key of :data:`RATES`.
+            rate: A key of :data:`RATES`.
 
         Returns:
             Their rows, and verdicts, strata and labels; None if there are none.
         """
-        _, capability, side = RATES[rate]
         rows = self.rows
-        own = ((rows["capability"] == capability) & ((rows["side"] == side) | (side == BOTH))).to_numpy(bool)
+        own = _about(rows, rate)
         if not own.any():
             return None
         rows = rows[own]
@@ -88,18 +106,24 @@ class LabelledRun:
         return rows, Labelled(self.strata.verdicts[own], strata, labelled, np.asarray(right, np.float64))
 
 
+def _about(rows: pd.DataFrame, rate: str) -> npt.NDArray[np.bool_]:
+    """(rows,) whether responses are those of a rate other than the gap."""
+    _, capability, side = RATES[rate]
+    return ((rows["capability"] == capability) & ((rows["side"] == side) | (side == BOTH))).to_numpy(bool)
+
+
 def read_labelled_run(run: Path, frame: pd.DataFrame) -> LabelledRun | None:
     """Joins a run with the labels of people.
 
     Args:
-        run: run folder.
-        frame: of :func:`safervlm.results.runs.load_run`.
+        run: Run folder.
+        frame: Result of :func:`safervlm.results.runs.load_run`.
 
     Returns:
         The run; None if nobody has labelled a response.
 
     Raises:
-        RecordError: the labels can't be read, are of other responses or verdicts, or nobody's are complete.
+        RecordError: The labels can't be read, are of other responses or verdicts, or nobody's are complete.
     """
     rows = labelable(frame)
     plan: Plan | None = None if rows.empty else read_plan(run, rows)
@@ -113,7 +137,7 @@ def read_labelled_run(run: Path, frame: pd.DataFrame) -> LabelledRun | None:
             f"{RunFolder(run).labels}: nobody has labelled the whole sample, at most {most} of {len(plan.sampled)}; "
             f"safervlm label {run} resumes"
         )
-    return None if people is None else LabelledRun.of(rows, people)
+    return None if people is None else LabelledRun.of(rows, people, frame[frame["unfinished"].astype(bool)])
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -123,12 +147,13 @@ def corrected(run: LabelledRun) -> pd.DataFrame:
     """Computes the corrected overall rates of a run.
 
     Args:
-        run: the run.
+        run: The run.
 
     Returns:
         One row per rate of :data:`RATES` that was measured: rate, value (as judged), corrected, low_run and high_run
         (95 % interval for these responses, over other samples of labels), low_new and high_new (for new concepts and
-        other labels; NaN with fewer than 10), labels (number of labelled responses) and responses.
+        other labels; NaN with fewer than 10), labels (number of labelled responses), responses and
+        thinking_unfinished (number of those that are excluded, as they ended inside their reasoning).
     """
     return pd.DataFrame(_rows(run), columns=COLUMNS_OF_RATES)
 
@@ -156,6 +181,7 @@ def _rate_row(run: LabelledRun, rate: str) -> dict[str, Any] | None:
         "high_new": high_new,
         "labels": int(labelled.labelled.sum()),
         "responses": len(rows),
+        "thinking_unfinished": run.unfinished_in(rate),
     }
 
 
@@ -167,10 +193,10 @@ class Gap:
     """The modality gap of a run: text-only minus image accuracy, a mean over concepts.
 
     Attributes:
-        by_concept: text, image (corrected accuracies) and judged (the gap as judged), by dataset, category, concept.
-        ends: the interval for these responses of each side, (text, image).
-        labels: number of labelled responses about these concepts.
-        responses: number of responses about these concepts.
+        by_concept: Text, image (corrected accuracies) and judged (the gap as judged), by dataset, category, concept.
+        ends: The interval for these responses of each side, (text, image).
+        labels: Number of labelled responses about these concepts.
+        responses: Number of responses about these concepts.
     """
 
     by_concept: pd.DataFrame
@@ -193,7 +219,7 @@ class Gap:
         """Returns the interval of the gap, or of its difference from another run's, for new concepts.
 
         Args:
-            base: the gap that is subtracted, of the same concepts.
+            base: The gap that is subtracted, of the same concepts.
 
         Returns:
             Lower and upper end; NaN if there is none.
@@ -210,12 +236,12 @@ def gap_of(run: LabelledRun) -> Gap | None:
     """Computes the modality gap of a run.
 
     Args:
-        run: the run.
+        run: The run.
 
     Returns:
         The gap; None if no concept was asked about in both ways.
     """
-    text, image = run.of_rate("text_only_unsafe"), run.of_rate("image_unsafe")
+    text, image = map(run.of_rate, OF_GAP)
     if text is None or image is None:
         return None
     sides = {"text": text, "image": image}
@@ -241,7 +267,7 @@ def gap_of(run: LabelledRun) -> Gap | None:
 
 
 def _weighted_interval(labelled: Labelled, weights: Floats) -> tuple[float, float]:
-    """The interval for these responses; verdicts of which no response has a weight are excluded."""
+    """Returns the interval for these responses; verdicts of which no response has a weight are excluded."""
     weighted: npt.NDArray[np.bool_] = np.isin(labelled.verdicts, np.unique(labelled.verdicts[weights > 0]))
     strata = np.unique(labelled.strata[weighted], return_inverse=True)[1]
     kept = Labelled(labelled.verdicts[weighted], strata, labelled.labelled[weighted], labelled.right[weighted])
@@ -264,6 +290,7 @@ def _gap_row(run: LabelledRun) -> dict[str, Any] | None:
         "high_new": high_new,
         "labels": gap.labels,
         "responses": gap.responses,
+        "thinking_unfinished": run.unfinished_in(GAP),
     }
 
 
@@ -274,12 +301,13 @@ def corrected_differences(run: LabelledRun, base: LabelledRun) -> pd.DataFrame:
     """Computes the differences of the corrected rates of two runs.
 
     Args:
-        run: the run.
-        base: the run that is subtracted.
+        run: The run.
+        base: The run that is subtracted.
 
     Returns:
-        Columns as of :func:`corrected`, with differences in ``value`` and ``corrected`` and the labels and responses of
-        both runs; one row per rate for which both runs answered the same questions.
+        Columns as of :func:`corrected`, with differences in ``value`` (NaN if the runs have different judges) and
+        ``corrected`` and the numbers of labels and responses of both runs; one row per rate for which both runs
+        answered the same questions.
     """
     of_run, of_base = ({row["rate"]: row for row in _rows(each)} for each in (run, base))
     lines = []
@@ -294,27 +322,35 @@ def corrected_differences(run: LabelledRun, base: LabelledRun) -> pd.DataFrame:
             (other["low_run"], other["high_run"]),
         )
         low_new, high_new = at_least((this_run.low, this_run.high), _difference_new(run, base, rate))
+        same_judges = _judges(run, rate) == _judges(base, rate)
         lines.append(
             {
                 "rate": rate,
-                "value": one["value"] - other["value"],
+                "value": one["value"] - other["value"] if same_judges else np.nan,
                 "corrected": this_run.value,
                 "low_run": this_run.low,
                 "high_run": this_run.high,
                 "low_new": low_new,
                 "high_new": high_new,
-                "labels": one["labels"] + other["labels"],
-                "responses": one["responses"] + other["responses"],
+                **{key: one[key] + other[key] for key in ("labels", "responses", "thinking_unfinished")},
             }
         )
     return pd.DataFrame(lines, columns=COLUMNS_OF_RATES)
 
 
-def _asked(run: LabelledRun, rate: str) -> list[tuple[str, str, str]]:
-    """Returns the questions that a rate is about, by id: id, prompt, right answer."""
+def _asked(run: LabelledRun, rate: str) -> list[tuple[str, ...]]:
+    """Returns the questions that a rate is about, by id: id, prompt, right answer, concept."""
+    names = ("id", "prompt", "answer", *CONCEPT)
+    return [row for rows in _of_rate(run, rate) for row in zip(*(rows[name] for name in names), strict=True)]
+
+
+def _judges(run: LabelledRun, rate: str) -> set[str]:
+    return {judge for rows in _of_rate(run, rate) for judge in rows["judge"]}
+
+
+def _of_rate(run: LabelledRun, rate: str) -> list[pd.DataFrame]:
     rates = ("text_only_unsafe", "image_unsafe") if rate == GAP else (rate,)
-    found = [rows for each in rates if (own := run.of_rate(each)) for rows in own[:1]]
-    return [row for rows in found for row in zip(rows["id"], rows["prompt"], rows["answer"], strict=True)]
+    return [own[0] for each in rates if (own := run.of_rate(each))]
 
 
 def _difference_new(run: LabelledRun, base: LabelledRun, rate: str) -> tuple[float, float]:

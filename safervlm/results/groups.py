@@ -9,6 +9,7 @@ import pandas as pd
 from safervlm.results.measures import ACCURACY_NA_WRONG, COLUMNS, OVER_FLAGGING, sums_by_concept
 from safervlm.statistics.seeds import (
     FEWEST_SEEDS,
+    OVER_SEEDS,
     OverSeeds,
     difference_of_groups,
     difference_over_seeds,
@@ -18,7 +19,6 @@ from safervlm.statistics.seeds import (
 # The columns of `compare` that are shares of responses.
 SHARES = [name for name, (_, measure, _, _) in COLUMNS.items() if measure in (ACCURACY_NA_WRONG, OVER_FLAGGING)]
 
-METHOD = "concepts within categories and training seeds (CR2, two-way)"
 _TOO_FEW_SEEDS = f"none: fewer than {FEWEST_SEEDS} training seeds"
 _OTHERWISE = "none: fewer than 10 concepts, or no spread"
 
@@ -27,12 +27,12 @@ def group_table(groups: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame:
     """Computes each measure's mean over the training seeds of each group.
 
     Args:
-        groups: name -> runs, each of :func:`~safervlm.results.runs.load_run`, with the same questions.
+        groups: Name -> runs, each a result of :func:`~safervlm.results.runs.load_run`.
 
     Returns:
-        One row for each group and measure: group, measure (a key of ``COLUMNS``), value (the mean), low, high (95 %
-        interval over new concepts and training seeds), deviation (standard deviation between seeds), seeds, smallest
-        and largest (the runs' values), method.
+        One row for each group and measure for which its runs have questions and judges in common: group, measure (a key
+        of ``COLUMNS``), value (the mean), low, high (95 % interval over new concepts and training seeds), deviation
+        (standard deviation between seeds), seeds, smallest and largest (the runs' values), method.
     """
     rows = []
     for name, runs in groups.items():
@@ -53,12 +53,12 @@ def group_differences(groups: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFr
     A group of one run (the original model) is fixed: the interval includes the other group's seeds only.
 
     Args:
-        groups: name -> runs, each of :func:`~safervlm.results.runs.load_run`, with the same questions; the first is the
-            one to subtract.
+        groups: Name -> runs, each a result of :func:`~safervlm.results.runs.load_run`; the first is the one to
+            subtract.
 
     Returns:
-        One row for each other group and measure, as in :func:`group_table`, without smallest and largest, and with
-        ``base``, the name of the first group.
+        One row for each other group and measure for which all runs of both have questions and judges in common, as in
+        :func:`group_table`, without smallest and largest, and with ``base``, the name of the first group.
     """
     (base, first), *others = groups.items()
     rows = []
@@ -83,7 +83,7 @@ _COLUMNS = ["group", "measure", "value", "low", "high", "deviation", "seeds", "m
 
 
 def _row(found: OverSeeds) -> dict[str, Any]:
-    method = METHOD if not np.isnan(found.low) else _TOO_FEW_SEEDS if found.seeds < FEWEST_SEEDS else _OTHERWISE
+    method = OVER_SEEDS if not np.isnan(found.low) else _TOO_FEW_SEEDS if found.seeds < FEWEST_SEEDS else _OTHERWISE
     return {
         "value": found.value,
         "low": found.low,

@@ -18,13 +18,13 @@ def mme_images(part: pd.DataFrame) -> pd.DataFrame:
     It is the percentage of right responses to its two questions, plus 100 if both are right.
 
     Args:
-        part: responses, and unanswered questions, whose label is missing: they count as wrong.
+        part: Responses, and unanswered questions, whose label is missing: they count as wrong.
 
     Returns:
         One row per image: category, image, value (0, 50 or 200), both (1 if both are right, else 0).
 
     Raises:
-        RecordError: an image does not have exactly two questions.
+        RecordError: An image does not have exactly two questions.
     """
     right = (part["label"] == part["answer"]) if "label" in part else pd.Series(False, index=part.index)
     images = part.assign(right=right.astype(float)).groupby(IMAGE_OF_TASK)["right"].agg(["mean", "min", "size"])
@@ -46,9 +46,9 @@ def pair_answers(answers: pd.DataFrame, unanswered: pd.DataFrame, unfinished: pd
     An image with unfinished thinking is excluded, because both of its questions are needed.
 
     Args:
-        answers: responses that count.
-        unanswered: questions without a response.
-        unfinished: responses that ended inside their reasoning.
+        answers: Responses that count.
+        unanswered: Questions without a response.
+        unfinished: Responses that ended inside their reasoning.
     """
     part = pd.concat([answers, unanswered])
     inside = set(zip(unfinished["category"], unfinished["image"], strict=True))
@@ -59,6 +59,9 @@ def mme_score(images: pd.DataFrame) -> float:
     """Computes MME's score: the sum over the tasks of the mean of their images' values.
 
     Args:
-        images: of :func:`mme_images`.
+        images: Result of :func:`mme_images`.
+
+    Returns:
+        The score, in points.
     """
     return float(images.groupby("category")["value"].mean().sum())

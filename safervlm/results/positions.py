@@ -23,7 +23,7 @@ def position_table(frame: pd.DataFrame) -> pd.DataFrame:
     N/A counts as wrong; responses with unfinished thinking are excluded.
 
     Args:
-        frame: of :func:`~safervlm.results.runs.load_run` with ``variants``.
+        frame: Result of :func:`~safervlm.results.runs.load_run` with ``variants``.
 
     Returns:
         One row per number: measure, position (a letter, or empty), value, low, high, n (responses, or images for
@@ -47,7 +47,7 @@ def position_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _beyond_chance(asked: pd.DataFrame) -> dict[str, Any]:
-    """The accuracy over all orders, such that guesses have 0; its interval is that of the accuracy."""
+    """Returns the accuracy over all orders, corrected so that guesses have 0; its interval is that of the accuracy."""
     counts = Counts.of(asked)
     accuracy = proportion(counts.right, counts.asked, counts, THESE_CONCEPTS)
     ends = {name: beyond_chance(getattr(accuracy, name), len(OPTIONS)) for name in ("value", "low", "high")}
@@ -55,7 +55,7 @@ def _beyond_chance(asked: pd.DataFrame) -> dict[str, Any]:
 
 
 def _right_in_all(asked: pd.DataFrame) -> dict[str, Any]:
-    """The share of images whose right option is chosen in every order, of those asked in all."""
+    """Returns the share of images whose right option is chosen in every order, of those asked in all."""
     counts = Counts.of(asked)
     complete = counts.asked == counts.asked.max()
     hits = np.where(counts.right == counts.asked, 1.0, 0.0)

@@ -27,7 +27,7 @@ def repeat_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Computes the measures of repeated questions.
 
     Args:
-        frame: of :func:`~safervlm.results.runs.load_run`.
+        frame: Result of :func:`~safervlm.results.runs.load_run`.
 
     Returns:
         One row per number: capability, side, measure, of, value, low, high, sampling_unit, method, questions (their
@@ -85,7 +85,11 @@ def _components(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _balanced(part: pd.DataFrame) -> "tuple[Floats, np.ndarray[Any, np.dtype[np.intp]]]":
-    """Images with two responses to each question, as often as the least asked question of them; and their concepts."""
+    """Returns which responses are right, for images with two or more responses to every question, and their concepts.
+
+    Returns:
+        (images, questions, answers) 1 if the answer is right, else 0; and (images,) the concept as a number from 0.
+    """
     image = cluster_numbers(part, IMAGE_OF_CONCEPT)
     question = np.unique(part["prompt_number"].to_numpy(), return_inverse=True)[1]
     number = part.groupby([image, question]).cumcount().to_numpy()

@@ -1,5 +1,6 @@
 """Loads a run folder as a data frame: responses and verdicts joined by id."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,14 +21,17 @@ Record = TypeVar("Record", Response, Verdict)
 # --- reading a run ----------------------------------------------------------------------------------------------------
 
 
-def load_run(run: str | Path, unfinished: UnfinishedAs = "apart", variants: bool = False) -> pd.DataFrame:
+def load_run(
+    run: str | Path, unfinished: UnfinishedAs = "apart", variants: bool = False, tell: Callable[[str], None] = say
+) -> pd.DataFrame:
     """Loads the responses of a run with their verdicts, joined by id.
 
     Args:
-        run: the run's folder, with ``responses.jsonl`` and ``verdicts.jsonl`` (not needed if all responses are rated).
-        unfinished: how responses count that ended inside their reasoning: ``apart``, as ``N/A`` or as ``wrong``.
-        variants: whether responses to questions that depart from the published protocol are included
+        run: The run's folder, with ``responses.jsonl`` and ``verdicts.jsonl`` (not needed if all responses are rated).
+        unfinished: How responses count that ended inside their reasoning: ``apart``, as ``N/A`` or as ``wrong``.
+        variants: Whether responses to questions that depart from the published protocol are included
             (:attr:`safervlm.records.Question.variant`).
+        tell: Receives each message on the run; by default it is printed.
 
     Returns:
         One row per response, in the order of ``responses.jsonl``: id, dataset, image, image_path (None for a question
@@ -38,7 +42,7 @@ def load_run(run: str | Path, unfinished: UnfinishedAs = "apart", variants: bool
         Responses that are listed as not judgeable are excluded with a message.
 
     Raises:
-        RecordError: a file is missing, empty or unreadable; an id occurs twice, has no verdict, or has a verdict but no
+        RecordError: A file is missing, empty or unreadable; an id occurs twice, has no verdict, or has a verdict but no
             response; a verdict is about another text; a label is not one of the capability's; or no response could be
             judged. The message names file and id.
     """
@@ -53,7 +57,7 @@ def load_run(run: str | Path, unfinished: UnfinishedAs = "apart", variants: bool
             raise RecordError(
                 f"{files.unjudged}: no response could be judged, it has the reasons; {_how_to_judge(run)}"
             )
-        say(f"{run}: {len(left_out)} responses could not be judged and are excluded (reasons: {files.unjudged})")
+        tell(f"{run}: {len(left_out)} responses could not be judged and are excluded (reasons: {files.unjudged})")
         responses = {name: each for name, each in responses.items() if name not in left_out}
     unjudged = [
         name for name, each in responses.items() if name not in verdicts and each.question.capability != "rated"
@@ -71,7 +75,7 @@ def load_run(run: str | Path, unfinished: UnfinishedAs = "apart", variants: bool
         )
 
     if old := sum(not verdict.answer for verdict in verdicts.values()):
-        say(
+        tell(
             f"{files.verdicts}: {old} verdicts are of version 0.1 and don't state which texts they are about; if a "
             f"response may have changed since, {_how_to_judge(run)}"
         )
@@ -79,7 +83,7 @@ def load_run(run: str | Path, unfinished: UnfinishedAs = "apart", variants: bool
     for name, verdict in verdicts.items():
         judges.setdefault(responses[name].question.capability, set()).add(verdict.judge)
     for capability in sorted(name for name, found in judges.items() if len(found) > 1):
-        say(
+        tell(
             f"{files.verdicts}: {len(judges[capability])} judges classified the {capability} answers, which can't be "
             f"compared with others; {_how_to_judge(run)}"
         )

@@ -77,7 +77,7 @@ def scores(frame: pd.DataFrame) -> pd.DataFrame:
     """Computes all measures of a run, one number per row.
 
     Args:
-        frame: of :func:`~safervlm.results.runs.load_run`.
+        frame: Result of :func:`~safervlm.results.runs.load_run`.
 
     Returns:
         A table with the columns
@@ -161,7 +161,7 @@ def category_order(category: str) -> tuple[int, str]:
     """Returns a sorting key: the paper's categories first, in its order, then others by name.
 
     Args:
-        category: name of a category.
+        category: Name of a category.
     """
     order = list(CATEGORIES)
     return order.index(category) if category in order else len(order), category
@@ -171,7 +171,7 @@ def unfinished_in(frame: pd.DataFrame) -> int:
     """Returns the number of responses that ended inside their reasoning, however they count.
 
     Args:
-        frame: of :func:`~safervlm.results.runs.load_run`.
+        frame: Result of :func:`~safervlm.results.runs.load_run`.
     """
     return int((frame["unfinished"] if "unfinished" in frame else frame["label"] == UNFINISHED).sum())
 
@@ -212,7 +212,7 @@ def by_category(table: pd.DataFrame) -> pd.DataFrame:
     """Tabulates the accuracies of a run, with both treatments of N/A in one row.
 
     Args:
-        table: of :func:`scores`.
+        table: Result of :func:`scores`.
 
     Returns:
         One row for each capability, side, category and sampling_unit, with n (all responses that count), answered
@@ -245,9 +245,9 @@ def overall(table: pd.DataFrame, column: str, sampling_unit: str = NEW_CONCEPTS)
     """Returns the row of a score table that a column of :func:`compare` shows; None if it was not measured.
 
     Args:
-        table: of :func:`scores`.
-        column: a key of :data:`COLUMNS`.
-        sampling_unit: the sampling unit of the row's interval; ignored for diversity, which has no interval.
+        table: Result of :func:`scores`.
+        column: A key of :data:`COLUMNS`.
+        sampling_unit: The sampling unit of the row's interval; ignored for diversity, which has no interval.
     """
     _, measure, capability, side = COLUMNS[column]
     rows = table[
@@ -264,8 +264,8 @@ def interval_rows(table: pd.DataFrame, column: str) -> "dict[str, pd.Series[Any]
     """Returns the overall rows of a column that have an interval, by sampling unit: these concepts, new concepts.
 
     Args:
-        table: of :func:`scores`.
-        column: a key of :data:`COLUMNS`.
+        table: Result of :func:`scores`.
+        column: A key of :data:`COLUMNS`.
     """
     found = {sampling_unit: overall(table, column, sampling_unit) for sampling_unit in (THESE_CONCEPTS, NEW_CONCEPTS)}
     return {sampling_unit: row for sampling_unit, row in found.items() if row is not None and not np.isnan(row["low"])}
@@ -275,7 +275,7 @@ def compare(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Compares runs side by side: one row per run, in the given order.
 
     Args:
-        runs: name -> table of :func:`scores` (or of ``scores.csv``).
+        runs: Name -> result of :func:`scores` (or of ``scores.csv``).
 
     Returns:
         Index ``run``; the columns of :data:`COLUMNS` (accuracies with N/A as wrong, each followed by the same with N/A
@@ -304,17 +304,19 @@ def compare(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def changed_answers(frame: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
-    """Returns the questions that one of two runs answers right and the other wrong, if both were asked the same.
+    """Returns the questions that one of two runs answers right and the other wrong.
+
+    Both were asked the same, and the same judge classified the responses.
 
     Args:
-        frame: the run, of :func:`~safervlm.results.runs.load_run`, without unfinished thinking.
-        base: the run that it is compared with.
+        frame: The run, a result of :func:`~safervlm.results.runs.load_run`, without unfinished thinking.
+        base: The run that it is compared with.
 
     Returns:
         The run's rows, with response_before and label_before of the other run, and improved: whether the response
         turned right.
     """
-    pairs = frame.merge(base[["id", "prompt", "answer", "response", "label"]], on="id", suffixes=("", "_before"))
-    pairs = pairs[(pairs["prompt"] == pairs["prompt_before"]) & (pairs["answer"] == pairs["answer_before"])]
+    same = ["id", "prompt", "answer", "judge"]
+    pairs = frame.merge(base[[*same, "response", "label"]], on=same, suffixes=("", "_before"))
     right, was = pairs["label"] == pairs["answer"], pairs["label_before"] == pairs["answer"]
-    return pairs.drop(columns=["prompt_before", "answer_before"]).assign(improved=right)[right != was]
+    return pairs.assign(improved=right)[right != was]

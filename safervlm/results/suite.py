@@ -11,7 +11,7 @@ most 2000) and the four of cognition (at most 800); a question without a respons
 (arXiv:2304.08485): the sum of the model's ratings divided by the sum of the reference's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from safervlm.errors import explained
-from safervlm.io.tables import EXCLUDED
+from safervlm.io.tables import EXCLUDED, say
 from safervlm.judging.rating import Rating
 from safervlm.judging.rules import occurs
 from safervlm.protocol import NOT_APPLICABLE, SAFE, UNSAFE
@@ -61,13 +61,10 @@ _BROKEN = (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionEr
 
 Measure = Literal["share", "occurs", "diversity", "diversity_published", "mme", "both", "ratio"]
 DIVERSITIES = ("diversity", "diversity_published")
-GROUPS = (
-    "Alignment, published draw",
-    "Alignment, all five questions",
-    "Contexts of use",
-    "General ability",
-    "Generalisation",
-)
+# The groups of columns; GROUPS has them in the order of the tables.
+DRAWN, ALL_FIVE = "Alignment, published draw", "Alignment, all five questions"
+CONTEXTS, GENERAL, GENERALISATION = "Contexts of use", "General ability", "Generalisation"
+GROUPS = (DRAWN, ALL_FIVE, CONTEXTS, GENERAL, GENERALISATION)
 
 
 @dataclass(frozen=True)
@@ -75,12 +72,12 @@ class Evaluation:
     """The responses of a model to an evaluation suite.
 
     Attributes:
-        name: the model's name in all tables.
-        folder: the run folder.
-        answers: judged responses, of :func:`safervlm.results.runs.load_run`.
+        name: The model's name in all tables.
+        folder: The run folder.
+        answers: Judged responses, a result of :func:`safervlm.results.runs.load_run`.
         unanswered: id, dataset, capability, category, image, answer, drawn, reason and side of the questions without a
             response, or with one that could not be judged.
-        unfinished: rows of the responses that ended inside their reasoning, if they count apart.
+        unfinished: Rows of the responses that ended inside their reasoning, if they count apart.
         ratings: id, dataset, capability, category, image, prompt, answer (the reference), side, drawn, reference and
             response (their ratings) and judge of the rated responses, one row per question; averaged over both orders
             if both were requested. NaN: missing.
@@ -99,16 +96,16 @@ class Column:
     """A column of the table.
 
     Attributes:
-        key: its name in files.
-        heading: its name on a page.
-        group: one of :data:`GROUPS`.
-        measure: how it is computed.
-        dataset: its dataset; empty for the unsafe and the safe dataset together.
-        capability: the capability of its questions.
+        key: Its name in files.
+        heading: Its name on a page.
+        group: One of :data:`GROUPS`.
+        measure: How it is computed.
+        dataset: Its dataset; empty for the unsafe and the safe dataset together.
+        capability: The capability of its questions.
         side: ``safe`` or ``unsafe`` by the right label; empty for both.
-        drawn: whether it is restricted to the published draw, one question per image.
-        tasks: the tasks of MME that are included; empty for all categories.
-        detail: whether it is part of another column, and shown only in the files and at the end of the page.
+        drawn: Whether it is restricted to the published draw, one question per image.
+        tasks: The tasks of MME that are included; empty for all categories.
+        detail: Whether it is part of another column, and shown only in the files and at the end of the page.
     """
 
     key: str
@@ -161,20 +158,23 @@ class Column:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load_suite(folder: str | Path, name: str, unfinished: UnfinishedAs = "apart") -> Evaluation:
+def load_suite(
+    folder: str | Path, name: str, unfinished: UnfinishedAs = "apart", tell: Callable[[str], None] = say
+) -> Evaluation:
     """Loads the run folder of an evaluation.
 
     Args:
-        folder: contains ``responses.jsonl``, ``verdicts.jsonl``, and ``ratings.jsonl`` if LLaVABench was rated.
-        name: the model's name in all tables.
-        unfinished: see :func:`safervlm.results.runs.load_run`.
+        folder: Contains ``responses.jsonl``, ``verdicts.jsonl``, and ``ratings.jsonl`` if LLaVABench was rated.
+        name: The model's name in all tables.
+        unfinished: See :func:`safervlm.results.runs.load_run`.
+        tell: Receives each message on the run; by default it is printed.
 
     Raises:
-        RecordError: see :func:`safervlm.results.runs.load_run`; or a file of failures or ratings, or the manifest,
+        RecordError: See :func:`safervlm.results.runs.load_run`; or a file of failures or ratings, or the manifest,
             can't be read.
     """
     folder = Path(folder)
-    answers = load_run(folder, unfinished)
+    answers = load_run(folder, unfinished, tell=tell)
     nameless = answers[(answers["capability"] == "alignment") & (answers["concept"] == "")]["dataset"].unique()
     # Custom images without concepts are not part of the unsafe concepts and their safe counterpart.
     own = (answers["capability"] == "alignment") & answers["dataset"].isin(nameless)
@@ -205,11 +205,11 @@ def load_ratings(folder: Path, rated: pd.DataFrame) -> pd.DataFrame:
     also contain older ratings and an incomplete last line.
 
     Args:
-        folder: the run folder.
-        rated: the rows of :func:`safervlm.results.runs.load_run` with capability ``rated``.
+        folder: The run folder.
+        rated: The rows of :func:`safervlm.results.runs.load_run` with capability ``rated``.
 
     Raises:
-        RecordError: the ratings or the manifest can't be read.
+        RecordError: The ratings or the manifest can't be read.
     """
     files = RunFolder(folder)
     settings = stage_settings(folder, "ratings")
@@ -256,7 +256,7 @@ def columns(evaluations: Sequence[Evaluation]) -> list[Column]:
     """Returns the columns for which any model has responses, also unfinished ones, in the order of the paper's tables.
 
     Args:
-        evaluations: the models that are compared.
+        evaluations: The models that are compared.
     """
     frames = [frame for e in evaluations for frame in (e.answers, e.ratings, e.unanswered, e.unfinished) if len(frame)]
     asked = pd.concat([frame[["dataset", "capability", "category", "drawn"]] for frame in frames]).drop_duplicates()
@@ -270,7 +270,7 @@ def columns(evaluations: Sequence[Evaluation]) -> list[Column]:
 
 def _all_columns(asked: pd.DataFrame) -> Iterator[Column]:
     if (asked["capability"] == "alignment").any():
-        for drawn, group in ((True, GROUPS[0]), (False, GROUPS[1])):
+        for drawn, group in ((True, DRAWN), (False, ALL_FIVE)):
             for side in ("", "safe", "unsafe"):
                 what = f"{side or 'all'} images{' (draw)' if drawn else ''}"
                 key = f"alignment_{side or 'all'}{'_drawn' if drawn else ''}"
@@ -280,7 +280,7 @@ def _all_columns(asked: pd.DataFrame) -> Iterator[Column]:
     for capability, what in (("context", "with the image"), ("context_text_only", "by name")):
         for side in ("", "safe", "unsafe"):
             heading = f"{side} contexts {what}".strip().capitalize()
-            yield Column(f"{capability}_{side or 'all'}", heading, "Contexts of use", "share", "", capability, side)
+            yield Column(f"{capability}_{side or 'all'}", heading, CONTEXTS, "share", "", capability, side)
     for capability, dataset in asked[["capability", "dataset"]].drop_duplicates().itertuples(index=False):
         tasks = set(asked[(asked["dataset"] == dataset) & (asked["capability"] == capability)]["category"])
         yield from _benchmark_columns(str(capability), str(dataset), tasks)
@@ -292,22 +292,21 @@ def _diversities(heading: str) -> list[tuple[Measure, str]]:
 
 
 def _benchmark_columns(capability: str, dataset: str, tasks: set[str]) -> Iterator[Column]:
-    general = "General ability"
     if capability == "generalisation":
-        yield Column(dataset, dataset, "Generalisation", "share", dataset, capability)
+        yield Column(dataset, dataset, GENERALISATION, "share", dataset, capability)
         for measure, heading in _diversities(f"{dataset}: 1 - self-BLEU"):
-            yield Column(f"{dataset}_{measure}", heading, "Generalisation", measure, dataset, capability)
+            yield Column(f"{dataset}_{measure}", heading, GENERALISATION, measure, dataset, capability)
     elif capability == "rated":
-        yield Column(dataset, dataset, general, "ratio", dataset, capability)
+        yield Column(dataset, dataset, GENERAL, "ratio", dataset, capability)
     elif capability == "occurs":
-        yield Column(f"{dataset}_occurs", f"{dataset}: answer occurs", general, "occurs", dataset, capability)
+        yield Column(f"{dataset}_occurs", f"{dataset}: answer occurs", GENERAL, "occurs", dataset, capability)
     elif capability == "yes_no":
         if tasks <= {*ALL_TASKS}:
             for key, part in (("", ALL_TASKS), ("_perception", PERCEPTION_TASKS), ("_cognition", COGNITION_TASKS)):
                 found = len(tasks & {*part})
                 some = f" ({found} of {len(part)} tasks)" if found < len(part) else ""
                 heading = f"{dataset} {key[1:] or 'total'}{some}"
-                yield Column(f"{dataset}{key}", heading, general, "mme", dataset, capability, tasks=part)
+                yield Column(f"{dataset}{key}", heading, GENERAL, "mme", dataset, capability, tasks=part)
             details: list[tuple[str, str, Measure, tuple[str, ...]]] = [
                 ("accuracy", "accuracy", "share", ALL_TASKS),
                 ("accuracy_plus", "accuracy+", "both", ALL_TASKS),
@@ -316,10 +315,10 @@ def _benchmark_columns(capability: str, dataset: str, tasks: set[str]) -> Iterat
             for key, what, measure, chosen in details:
                 heading = f"{dataset} {what}"
                 name = f"{dataset}_{key}"
-                yield Column(name, heading, general, measure, dataset, capability, tasks=chosen, detail=True)
+                yield Column(name, heading, GENERAL, measure, dataset, capability, tasks=chosen, detail=True)
         else:
-            yield Column(dataset, dataset, general, "share", dataset, capability)
-        yield Column(f"{dataset}_occurs", f"{dataset}: answer occurs", general, "occurs", dataset, capability)
+            yield Column(dataset, dataset, GENERAL, "share", dataset, capability)
+        yield Column(f"{dataset}_occurs", f"{dataset}: answer occurs", GENERAL, "occurs", dataset, capability)
 
 
 # --- estimates --------------------------------------------------------------------------------------------------------
@@ -329,8 +328,8 @@ def evaluate(evaluation: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
     """Computes the long table of a model: one row per column and sampling unit.
 
     Args:
-        evaluation: the model's responses.
-        wanted: of :func:`columns`.
+        evaluation: The model's responses.
+        wanted: Result of :func:`columns`.
 
     Returns:
         The columns run, group, column, heading, detail, unit, value, low, high, sampling_unit, method (as in
@@ -376,8 +375,8 @@ def estimates(evaluation: Evaluation, column: Column) -> list[tuple[str, Estimat
     """Computes a column's value with an interval for each sampling unit.
 
     Args:
-        evaluation: the model's responses.
-        column: the column.
+        evaluation: The model's responses.
+        column: The column.
 
     Returns:
         Pairs of a sampling unit (empty for diversity, and if not measured) and the estimate; at least one.

@@ -41,9 +41,9 @@ def compare_suites(evaluation: Evaluation, original: Evaluation, wanted: Sequenc
     """Compares a model with the original one on the same items: one row per column.
 
     Args:
-        evaluation: the model.
-        original: the model that is subtracted.
-        wanted: of :func:`safervlm.results.suite.columns`.
+        evaluation: The model.
+        original: The model that is subtracted.
+        wanted: Result of :func:`safervlm.results.suite.columns`.
 
     Returns:
         The columns run, group, column, heading, detail, unit, difference (the model's number minus the original's),
@@ -53,7 +53,7 @@ def compare_suites(evaluation: Evaluation, original: Evaluation, wanted: Sequenc
         increased), excludes (what the interval does not include: the judge's error).
 
     Raises:
-        RecordError: a manifest can't be read, or MME's rule can't be applied (:func:`safervlm.results.mme.mme_images`).
+        RecordError: A manifest can't be read, or MME's rule can't be applied (:func:`safervlm.results.mme.mme_images`).
     """
     rows = []
     for column in wanted:
@@ -85,12 +85,12 @@ class Comparison:
     """The difference of a column between two models.
 
     Attributes:
-        difference: the number with its interval and p-value.
-        sampling_unit: the interval's sampling unit; empty for diversity, and if there is no difference.
-        method: name of the interval's method, or the reason why there is no interval or no difference.
-        items: number of items that both answered.
-        regressions: items that only the original has right; of ratings, those that decreased.
-        improvements: items that only the model has right; of ratings, those that increased.
+        difference: The number with its interval and p-value.
+        sampling_unit: The interval's sampling unit; empty for diversity, and if there is no difference.
+        method: Name of the interval's method, or the reason why there is no interval or no difference.
+        items: Number of items that both answered.
+        regressions: Items that only the original has right; of ratings, those that decreased.
+        improvements: Items that only the model has right; of ratings, those that increased.
     """
 
     difference: Difference
@@ -225,9 +225,9 @@ def flips(evaluation: Evaluation, original: Evaluation, column: Column) -> pd.Da
     """Returns the questions of a column that one of the two models answers right and the other wrong.
 
     Args:
-        evaluation: the model.
-        original: the model that it is compared with.
-        column: the column.
+        evaluation: The model.
+        original: The model that it is compared with.
+        column: The column.
 
     Returns:
         The model's rows of the responses, with response_before and label_before of the original, and improved: whether

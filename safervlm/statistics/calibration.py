@@ -16,11 +16,11 @@ class Bin:
     """Responses of similar confidence.
 
     Attributes:
-        confidence: mean confidence of the judge.
-        accuracy: share of right verdicts.
-        low: lower end of its 95 % interval (Clopper and Pearson, at the effective number of labels).
-        high: upper end.
-        labels: number of labels.
+        confidence: Mean confidence of the judge.
+        accuracy: Share of right verdicts.
+        low: Lower end of its 95 % interval (Clopper and Pearson, at the effective number of labels).
+        high: Upper end.
+        labels: Number of labels.
     """
 
     confidence: float
@@ -87,7 +87,7 @@ def calibration_error(confidence: Floats, right: Floats, weights: Floats, seed: 
         confidence: (labels,) the judge's probability of its verdict.
         right: (labels,) 1 if people agree with the verdict, else 0.
         weights: (labels,) number of responses that each stands for.
-        seed: of the simulation.
+        seed: Of the simulation.
 
     Returns:
         Value, lower and upper end.

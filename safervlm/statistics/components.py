@@ -39,7 +39,7 @@ def variance_components(right: Floats, concepts: Numbers) -> dict[str, float]:
         The components, which are not negative (a negative estimate is 0). With one answer to a question the
         interaction of image and wording can't be separated from sampling: they are one component, :data:`REST`.
         ``wording`` is the variance between the questions' accuracies, a description of these questions: they are
-        fixed, so it is no source of error.
+        fixed, so it is not a source of error.
     """
     images, questions, answers = right.shape
     y = right.mean(-1)

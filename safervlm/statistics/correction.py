@@ -105,9 +105,9 @@ def allocation(strata: Numbers, confidence: Floats, labels: int) -> Numbers:
     Journal of the Royal Statistical Society 97.
 
     Args:
-        strata: (responses,) of :func:`strata_of_verdicts`.
+        strata: (responses,) result of :func:`strata_of_verdicts`.
         confidence: (responses,) the judge's probability of its verdict.
-        labels: number of responses to label; at least five of each stratum (all of a smaller one) are labelled even if
+        labels: Number of responses to label; at least five of each stratum (all of a smaller one) are labelled even if
             that is more.
 
     Returns:
@@ -134,7 +134,7 @@ def sample(strata: Numbers, wanted: Numbers, rng: np.random.Generator) -> Number
     Args:
         strata: (responses,) the stratum of each.
         wanted: (strata,) number of responses of each, see :func:`allocation`.
-        rng: random generator.
+        rng: Random generator.
 
     Returns:
         (labels,) indices of the responses, in random order.
@@ -146,7 +146,7 @@ def sample(strata: Numbers, wanted: Numbers, rng: np.random.Generator) -> Number
 
 
 def interval_this_run(responses: Labelled, weights: Floats | None = None) -> tuple[float, float]:
-    """The 95 % interval of the corrected rate over other samples of labels of the same responses.
+    """Computes the 95 % interval of the corrected rate over other samples of labels of the same responses.
 
     For each verdict v, the design variance V of its share P becomes an effective number of labels ``P (1 - P) / V``,
     from a quarter of the labels to twice their number over the share of unlabelled responses; without an error the
@@ -154,7 +154,7 @@ def interval_this_run(responses: Labelled, weights: Floats | None = None) -> tup
     2008, Statistics in Medicine 27). Wilson's and Jeffreys' intervals have coverage down to .87 near 0 and 1.
 
     Args:
-        responses: the responses.
+        responses: The responses.
         weights: (responses,) weight of each in the rate; None weights them equally.
 
     Returns:
@@ -190,14 +190,14 @@ def interval_this_run(responses: Labelled, weights: Floats | None = None) -> tup
 def interval_over_new_concepts(
     responses: Labelled, concepts: Numbers, datasets: Numbers, categories: Numbers
 ) -> tuple[float, float] | None:
-    """The 95 % interval of the corrected rate over other concepts of the same categories and other labels.
+    """Computes the 95 % interval of the corrected rate over other concepts of the same categories and other labels.
 
     It is that of :func:`safervlm.statistics.intervals.interval_new_concepts` for z instead of right responses, whose
     sampling error of the labels is part of the variance between concepts. The effective size is at least the smaller of
     the effective number of concepts and the number of labels.
 
     Args:
-        responses: the responses of one dataset or several.
+        responses: The responses of one dataset or several.
         concepts: (responses,) the concept of each, as a number from 0 without gaps.
         datasets: (concepts,) the dataset of each concept, as a number.
         categories: (concepts,) the category of each concept, as a number.
@@ -224,8 +224,8 @@ def at_least(this_run: tuple[float, float], new: tuple[float, float]) -> tuple[f
     the few labelled responses contradicts the judge; the interval for these responses has exact bounds for that.
 
     Args:
-        this_run: the interval for these responses.
-        new: the interval for new concepts; NaN if there is none.
+        this_run: The interval for these responses.
+        new: The interval for new concepts; NaN if there is none.
 
     Returns:
         Lower and upper end; NaN if there is no interval for new concepts.
@@ -239,10 +239,10 @@ def difference_this_run(
     """Computes the difference of two corrected rates over other labels of both, by MOVER; the labels are independent.
 
     Args:
-        value: the corrected rate.
-        interval: its interval of :func:`interval_this_run`.
-        base: the corrected rate that is subtracted.
-        base_interval: its interval.
+        value: The corrected rate.
+        interval: Its interval, a result of :func:`interval_this_run`.
+        base: The corrected rate that is subtracted.
+        base_interval: Its interval.
 
     Returns:
         The difference, without p-value.
@@ -258,8 +258,8 @@ def difference_new_concepts(
     """Computes the difference of two corrected rates of the same questions, over other concepts and other labels.
 
     Args:
-        responses: the responses of the run.
-        base: the responses of the run that is subtracted, to the same questions in the same order.
+        responses: The responses of the run.
+        base: The responses of the run that is subtracted, to the same questions in the same order.
         concepts: (responses,) the concept of each, as a number from 0 without gaps.
         datasets: (concepts,) the dataset of each concept, as a number.
         categories: (concepts,) the category of each concept, as a number.

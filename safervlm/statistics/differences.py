@@ -36,10 +36,10 @@ class Difference:
     """The difference between two runs, with its interval and p-value.
 
     Attributes:
-        value: this run's number minus the other run's.
-        low: lower end of the 95 % interval; NaN if there is none.
-        high: upper end of the 95 % interval; NaN if there is none.
-        p: two-sided p-value of no difference; NaN if it can't be computed.
+        value: This run's number minus the other run's.
+        low: Lower end of the 95 % interval; NaN if there is none.
+        high: Upper end of the 95 % interval; NaN if there is none.
+        p: Two-sided p-value of no difference; NaN if it can't be computed.
     """
 
     value: float
@@ -60,7 +60,7 @@ def difference_of_shares(differences: Floats, answers: Floats, strata: Numbers |
     Args:
         differences: (clusters,) right responses of the one run minus those of the other.
         answers: (clusters,) number of responses of each run about each cluster, at least 1.
-        strata: (clusters,) the stratum of each, of :func:`~safervlm.statistics.intervals.strata_of`: new clusters are
+        strata: (clusters,) the stratum of each, from :func:`~safervlm.statistics.intervals.strata_of`: new clusters are
             sampled from the same strata. None is a single stratum.
 
     Returns:
@@ -94,7 +94,7 @@ def difference_of_sums_of_means(differences: Floats, strata: Numbers, span: floa
     Args:
         differences: (images,) the value of each image in the one run minus that in the other.
         strata: (images,) the stratum (task) of each, as a number from 0 without gaps.
-        span: the largest possible difference of an image, in the unit of ``differences``.
+        span: The largest possible difference of an image, in the unit of ``differences``.
 
     Returns:
         The difference; without interval and p-value if a stratum has fewer than 10 images.
@@ -133,7 +133,7 @@ def difference_of_ratios(
         base_numerators: (questions,) the numerators of the run that is compared with.
         base_denominators: (questions,) the denominators of the run that is compared with.
         clusters: (questions,) the cluster of each, for example its image, as a number from 0 without gaps.
-        span: the largest possible difference of two ratings.
+        span: The largest possible difference of two ratings.
 
     Returns:
         The difference; without interval and p-value for fewer than 10 clusters, or if the variance is 0 although
@@ -164,9 +164,12 @@ def difference_of_items(regressions: int, improvements: int, items: int) -> Diff
     p-value is McNemar's.
 
     Args:
-        regressions: number of items that only the other run has right.
-        improvements: number of items that only this run has right.
-        items: number of all items, at least one.
+        regressions: Number of items that only the other run has right.
+        improvements: Number of items that only this run has right.
+        items: Number of all items, at least one.
+
+    Returns:
+        The difference, with its interval and p-value.
     """
     value = (improvements - regressions) / items
 
@@ -194,8 +197,8 @@ def mcnemar(regressions: int, improvements: int) -> float:
     The null hypothesis is that an item changes from right to wrong with the same probability as from wrong to right.
 
     Args:
-        regressions: number of items that changed from right to wrong.
-        improvements: number of items that changed from wrong to right.
+        regressions: Number of items that changed from right to wrong.
+        improvements: Number of items that changed from wrong to right.
     """
     return float(binomtest(regressions, regressions + improvements).pvalue) if regressions + improvements else 1.0
 
@@ -222,9 +225,9 @@ def p_value(value: float, variance: float, freedom: float) -> float:
     """Returns Student's two-sided p-value of no difference; it is below .05 exactly if the 95 % t interval excludes 0.
 
     Args:
-        value: the estimated difference.
-        variance: the estimated variance of ``value``, positive.
-        freedom: the degrees of freedom of ``variance``.
+        value: The estimated difference.
+        variance: The estimated variance of ``value``, positive.
+        freedom: The degrees of freedom of ``variance``.
     """
     return float(2 * stdtr(freedom, -abs(value) / np.sqrt(variance)))
 
@@ -233,8 +236,11 @@ def most_differ(share: float, clusters: float) -> float:
     """Upper end of Clopper and Pearson's 95 % interval for the share of clusters that differ, also if none does.
 
     Args:
-        share: the observed share of clusters that differ, 0 to 1.
-        clusters: number of clusters; may be an effective number.
+        share: The observed share of clusters that differ, 0 to 1.
+        clusters: Number of clusters; may be an effective number.
+
+    Returns:
+        The bound, a share from 0 to 1.
     """
     return float(betaincinv(share * clusters + 1, (1 - share) * clusters, 0.975)) if share < 1 else 1.0
 
@@ -248,6 +254,9 @@ def bound_of_sums(images: Numbers) -> float:
 
     Args:
         images: (strata,) number of images of each.
+
+    Returns:
+        The bound, a sum of shares from 0 to 1.
     """
 
     def excess(log_c: float) -> float:

@@ -34,15 +34,15 @@ def diversity(texts: Sequence[str], ids: Sequence[str]) -> tuple[float, str]:
     same subsamples.
 
     Args:
-        texts: the responses.
-        ids: the ids of their questions, in the same order; they determine the subsamples.
+        texts: The responses.
+        ids: The ids of their questions, in the same order; they determine the subsamples.
 
     Returns:
         The mean, and the name of the method. With fewer than 100 texts all of them are used, and the method states
         this; NaN for fewer than two texts.
 
     Raises:
-        ValueError: the numbers of texts and ids differ.
+        ValueError: The numbers of texts and ids differ.
     """
     if len(texts) != len(ids):
         raise ValueError(f"{len(texts)} texts and {len(ids)} ids")
@@ -60,7 +60,7 @@ def published_diversity(texts: Sequence[str]) -> tuple[float, str]:
     """Computes 1 - self-BLEU of all texts, the published form; it decreases with their number.
 
     Args:
-        texts: the responses.
+        texts: The responses.
 
     Returns:
         The value, NaN for fewer than two texts, and the name of the method.
@@ -77,8 +77,8 @@ def self_bleu(responses: Sequence[str], order: int = 4) -> float:
     own. A response without a word scores 0, as in NLTK; the first implementation excludes it.
 
     Args:
-        responses: the texts.
-        order: length of the longest n-grams.
+        responses: The texts.
+        order: Length of the longest n-grams.
 
     Returns:
         The mean, 0 to 1; NaN for fewer than two responses.

@@ -22,8 +22,8 @@ BY_IMAGE = "Wilson, effective number of images"
 SHARE_BY_IMAGE = "Korn-Graubard, images"
 RATIO_BY_IMAGE = "t, images (CR2)"
 
-# Files of simulated coverages, of scripts/coverage.py and scripts/coverage_curves.py.
-COVERAGES = ("coverage.csv", "coverage_curves.csv")
+# Files of simulated coverages, of scripts/coverage.py, scripts/coverage_curves.py and scripts/coverage_seeds.py.
+COVERAGES = ("coverage.csv", "coverage_curves.csv", "coverage_seeds.csv")
 # Simulation in which few concepts make the errors, see :func:`coverage`.
 SKEWED = "skewed concepts"
 
@@ -45,14 +45,14 @@ def effective_interval(
     size.
 
     Args:
-        share: the proportion, 0 to 1.
-        variance: the estimated variance of ``share``. A value of 0 is not used, as the clusters may be alike by chance.
-        freedom: the degrees of freedom of ``variance``; 0 if it can't be estimated.
-        least: lower bound of the effective size, :func:`effective_clusters`: as if all responses of a cluster were the
+        share: The proportion, 0 to 1.
+        variance: The estimated variance of ``share``. A value of 0 is not used, as the clusters may be alike by chance.
+        freedom: The degrees of freedom of ``variance``; 0 if it can't be estimated.
+        least: Lower bound of the effective size, :func:`effective_clusters`: as if all responses of a cluster were the
             same. It is used if the variance is uninformative (no degrees of freedom). The interval is still valid then:
             the variance of clusters of equal size is at most that of this binomial (Hoeffding 1956).
-        most: upper bound of the effective size.
-        edge: the effective size at a share of 0 or 1, :func:`size_if_all_alike`.
+        most: Upper bound of the effective size.
+        edge: The effective size at a share of 0 or 1, :func:`size_if_all_alike`.
 
     Returns:
         Lower and upper end.
@@ -68,8 +68,8 @@ def exact_interval(share: float, size: float) -> tuple[float, float]:
     """Computes Clopper and Pearson's 95 % interval (1934, Biometrika 26) of a share of independent responses.
 
     Args:
-        share: the share, 0 to 1.
-        size: number of responses; may be an effective number, with a fraction.
+        share: The share, 0 to 1.
+        size: Number of responses; may be an effective number, with a fraction.
 
     Returns:
         Lower and upper end.
@@ -144,7 +144,7 @@ def effective_freedom(squares: Floats, last: float | None = None) -> float:
 
     Args:
         squares: (clusters,) each cluster's contribution to the variance, not negative.
-        last: upper bound of the degrees of freedom; None is the number of clusters less one.
+        last: Upper bound of the degrees of freedom; None is the number of clusters less one.
     """
     last = float(len(squares) - 1) if last is None else float(last)
     total = squares.sum()
@@ -161,7 +161,7 @@ def freedom_within(squares: Floats, strata: Numbers | None = None) -> float:
     :func:`effective_freedom`. Without it, the coverage for rates near 1 is up to .02 lower.
 
     Args:
-        squares: (clusters,) each cluster's contribution to the variance, of :func:`ratio_squares`.
+        squares: (clusters,) each cluster's contribution to the variance, from :func:`ratio_squares`.
         strata: (clusters,) the stratum of each, as a number from 0 without gaps; None is a single stratum.
 
     Returns:
@@ -201,7 +201,7 @@ def ratio_squares(numerators: Floats, denominators: Floats, strata: Numbers | No
 
 
 def interval_these_concepts(right: Floats, answers: Floats, concepts: Numbers) -> tuple[float, float]:
-    """The 95 % interval of ``sum(right) / sum(answers)`` over new images of the same concepts.
+    """Computes the 95 % interval of ``sum(right) / sum(answers)`` over new images of the same concepts.
 
     The variance is the linearised variance of a ratio, stratified by concept and clustered by image. Concepts with a
     single image share one (collapsed) stratum, which makes their variance too large rather than too small. If concepts
@@ -234,10 +234,10 @@ def interval_these_concepts(right: Floats, answers: Floats, concepts: Numbers) -
 def interval_new_concepts(
     right: Floats, answers: Floats, datasets: Numbers | None = None, categories: Numbers | None = None
 ) -> tuple[float, float] | None:
-    """The 95 % interval of ``sum(right) / sum(answers)`` over new concepts of the same categories.
+    """Computes the 95 % interval of ``sum(right) / sum(answers)`` over new concepts of the same categories.
 
     The variance is CR2's within categories (:func:`ratio_squares`, :func:`strata_of`): nobody would sample other
-    categories, so a difference between them is no uncertainty. The effective size is at most the number of responses,
+    categories, so a difference between them is not uncertainty. The effective size is at most the number of responses,
     as if they were independent. With several datasets an interval is computed for each, and their distances from the
     shares are added like standard errors (MOVER: Zou and Donner 2008, Construction of confidence limits about effect
     measures, Statistics in Medicine 27).
@@ -274,7 +274,7 @@ def interval_new_concepts(
 
 
 def interval_ratio(numerators: Floats, denominators: Floats, clusters: Numbers) -> tuple[float, float] | None:
-    """The 95 % t interval of ``sum(numerators) / sum(denominators)`` over new clusters.
+    """Computes the 95 % t interval of ``sum(numerators) / sum(denominators)`` over new clusters.
 
     Args:
         numerators: (questions,) for example the model's ratings of questions about images.
@@ -296,7 +296,7 @@ def interval_ratio(numerators: Floats, denominators: Floats, clusters: Numbers) 
 def interval_sum_of_means(
     values: Floats, strata: Numbers, least: float = 0.0, most: float = 200.0
 ) -> tuple[float, float] | None:
-    """The 95 % interval of the sum over strata of the mean of their values, over new images of the same tasks.
+    """Computes the 95 % interval of the sum over strata of the mean of their values, over new images of the same tasks.
 
     With several strata it is Price and Bonett's interval of a sum of proportions (2004, An improved confidence interval
     for a linear function of binomial proportions, Computational Statistics and Data Analysis 45), generalised to
@@ -309,8 +309,8 @@ def interval_sum_of_means(
         values: (images,) each from ``least`` to ``most``. For MME: the percentage of right responses to the image's two
             questions, plus 100 if both are right.
         strata: (images,) the task of each, as a number from 0 without gaps.
-        least: the least possible value.
-        most: the greatest possible value.
+        least: The least possible value.
+        most: The greatest possible value.
 
     Returns:
         Lower and upper end; None if a stratum has fewer than 10 images.
@@ -342,9 +342,9 @@ def smoothed_sum(
     Args:
         values: (images,) each from ``least`` to ``most``.
         strata: (images,) the stratum of each, as a number from 0 without gaps; at least two images in each.
-        least: the least possible value.
-        most: the greatest possible value.
-        extra: number of pseudo-values added to each stratum at ``least``, and as many at ``most``; may be a fraction.
+        least: The least possible value.
+        most: The greatest possible value.
+        extra: Number of pseudo-values added to each stratum at ``least``, and as many at ``most``; may be a fraction.
 
     Returns:
         The sum of the means, its variance and Satterthwaite's degrees of freedom.
@@ -362,9 +362,9 @@ def t_interval(value: float, variance: float, freedom: float) -> tuple[float, fl
     """Computes Student's 95 % interval.
 
     Args:
-        value: the estimate.
-        variance: its estimated variance.
-        freedom: the degrees of freedom of ``variance``.
+        value: The estimate.
+        variance: Its estimated variance.
+        freedom: The degrees of freedom of ``variance``.
 
     Returns:
         Lower and upper end.
@@ -374,7 +374,7 @@ def t_interval(value: float, variance: float, freedom: float) -> tuple[float, fl
 
 
 def interval_paired(differences: Floats, categories: Numbers | None = None) -> tuple[float, float] | None:
-    """The 95 % t interval of a mean of differences, one per concept, over new concepts of the same categories.
+    """Computes the 95 % t interval of a mean of differences, one per concept, over new concepts of the same categories.
 
     Args:
         differences: (concepts,) each between -1 and 1.
@@ -403,10 +403,10 @@ def coverage(method: str, part: str | None = None) -> str | None:
     """Returns the simulated coverage of an interval method, such as ".94 to .98"; None if it was not simulated.
 
     Args:
-        method: name of the method as stated in tables: a constant such as :data:`BY_TASK` of this module or of
+        method: Name of the method as stated in tables: a constant such as :data:`BY_TASK` of this module or of
             :mod:`safervlm.statistics.differences`, or a method of ``safervlm.results.measures``.
         part: ``overall``, ``category`` for the few concepts of a category, :data:`SKEWED`, or a number of an operating
-            curve; None is the range over all simulations but those of skewed concepts.
+            curve or of groups of training seeds; None is the range over all simulations but those of skewed concepts.
     """
     found = [
         (low, high) for name, of, low, high in _coverage() if name == method and (of == part if part else of != SKEWED)
@@ -423,7 +423,7 @@ def how_often(method: str) -> str | None:
     """Returns the simulated :func:`coverage` of a method as tables state it; None if it was not simulated.
 
     Args:
-        method: name of the method, as in a table.
+        method: Name of the method, as in a table.
     """
     # Images without concepts are simulated as independent images of one concept.
     as_one = ("Korn-Graubard, images within concepts", "independent images")

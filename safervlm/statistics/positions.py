@@ -14,9 +14,9 @@ class Positions:
     Attributes:
         chosen: (k,) share of the answers that choose each position.
         recall: (k,) accuracy where the right option has each position; NaN where it never has.
-        bias: standard deviation of the recall over positions (RStd of Zheng et al. 2024, Large language models are not
+        bias: Standard deviation of the recall over positions (RStd of Zheng et al. 2024, Large language models are not
             robust multiple choice selectors, arXiv:2309.03882).
-        bias_by_chance: the expected ``bias`` of a model without position bias of the same accuracy.
+        bias_by_chance: The expected ``bias`` of a model without position bias of the same accuracy.
     """
 
     chosen: Floats
@@ -29,8 +29,11 @@ def beyond_chance(share: float, options: int) -> float:
     """Corrects an accuracy for chance, ``(share - 1 / k) / (1 - 1 / k)`` with k options: 0 for guesses.
 
     Args:
-        share: the accuracy.
-        options: number of options k, at least 2.
+        share: The accuracy.
+        options: Number of options k, at least 2.
+
+    Returns:
+        The corrected accuracy: 1 for right answers only, 0 for guesses, negative below chance.
     """
     return (share - 1 / options) / (1 - 1 / options)
 
@@ -41,7 +44,7 @@ def positions(chosen: Numbers, right: Numbers, options: int) -> Positions:
     Args:
         chosen: (answers,) the position that each answer chooses, from 0; another number for an answer without one.
         right: (answers,) the position of the right option.
-        options: number of options k, at least 2.
+        options: Number of options k, at least 2.
 
     Returns:
         The results over all answers.

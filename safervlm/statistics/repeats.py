@@ -19,7 +19,7 @@ def wrong_at_least_once(wrong: Floats, answers: Floats, k: int) -> Floats:
     Args:
         wrong: (questions,) number of wrong answers c to each.
         answers: (questions,) number of answers K to each, at least k.
-        k: how many answers are considered.
+        k: How many answers are considered.
 
     Returns:
         (questions,) the probabilities.

@@ -29,17 +29,21 @@ from safervlm.statistics.intervals import (
 
 FEWEST_SEEDS = 3  # minimum number of training runs for an interval over seeds
 
+# Name of the interval method, and the parts that :func:`safervlm.statistics.intervals.coverage` knows.
+OVER_SEEDS = "concepts within categories and training seeds (CR2, two-way)"
+MEAN, DIFFERENCE = "mean over seeds", "difference of groups"
+
 
 @dataclass(frozen=True, slots=True)
 class OverSeeds:
     """The mean over training seeds.
 
     Attributes:
-        value: mean of the seeds' shares, or of their differences from the original.
-        low: lower end of the 95 % interval over concepts and seeds; NaN if there is none.
-        high: upper end; NaN if there is none.
-        deviation: standard deviation between the seeds' values; NaN for a single seed.
-        seeds: number of seeds.
+        value: Mean of the seeds' shares, or of their differences from the original.
+        low: Lower end of the 95 % interval over concepts and seeds; NaN if there is none.
+        high: Upper end; NaN if there is none.
+        deviation: Standard deviation between the seeds' values; NaN for a single seed.
+        seeds: Number of seeds.
     """
 
     value: float
@@ -57,7 +61,7 @@ def share_over_seeds(right: Floats, answers: Floats, strata: Numbers | None = No
     Args:
         right: (seeds, concepts) number of right responses of each run about each concept.
         answers: (concepts,) number of responses of each run about each concept, at least 1.
-        strata: (concepts,) the stratum of each, of :func:`~safervlm.statistics.intervals.strata_of`.
+        strata: (concepts,) the stratum of each, from :func:`~safervlm.statistics.intervals.strata_of`.
 
     Returns:
         The mean; without interval for fewer than 3 seeds or 10 concepts.
@@ -78,7 +82,7 @@ def difference_over_seeds(differences: Floats, answers: Floats, strata: Numbers 
     Args:
         differences: (seeds, concepts) right responses of each run minus those of the original, about each concept.
         answers: (concepts,) number of responses of each run about each concept, at least 1.
-        strata: (concepts,) the stratum of each, of :func:`~safervlm.statistics.intervals.strata_of`.
+        strata: (concepts,) the stratum of each, from :func:`~safervlm.statistics.intervals.strata_of`.
 
     Returns:
         The mean; without interval for fewer than 3 seeds or 10 concepts, or if no response differs.
@@ -103,7 +107,7 @@ def difference_of_groups(first: Floats, second: Floats, answers: Floats, strata:
         first: (seeds, concepts) number of right responses of each run of the one recipe about each concept.
         second: (seeds, concepts) the same of the other recipe; the number of seeds may differ.
         answers: (concepts,) number of responses of each run about each concept, at least 1.
-        strata: (concepts,) the stratum of each, of :func:`~safervlm.statistics.intervals.strata_of`.
+        strata: (concepts,) the stratum of each, from :func:`~safervlm.statistics.intervals.strata_of`.
 
     Returns:
         First minus second; ``deviation`` is that of a difference of single runs, the root of the summed variances;
@@ -151,7 +155,7 @@ def _of_seeds(values: Floats, answers: Floats, strata: Numbers | None) -> list[t
 
 
 def _combined(parts: list[tuple[float, float, int]]) -> tuple[float, float]:
-    """The sum of the variances with their signs, at least the largest of them, and Satterthwaite's freedom."""
+    """Returns the sum of the variances with their signs, at least the largest of them, and Satterthwaite's freedom."""
     variance = max(sum(sign * part for part, _, sign in parts), *(part for part, _, sign in parts if sign > 0))
     below = sum(part**2 / freedom for part, freedom, _ in parts if part > 0)
     return variance, max(variance**2 / below, 1.0) if below > 0 else 0.0

@@ -35,6 +35,11 @@ def must_agree(settings: Mapping[str, Any], state: Mapping[str, Tensor], config:
     """
     if settings["peft_type"] != "LORA":
         return
+    for kind in PATTERNS:
+        if not isinstance(patterns := settings.get(kind) or {}, dict):
+            raise ArgumentError(
+                f"{config}: {kind} must be an object of names and numbers, got {patterns!r:.80}; correct it"
+            )
     for key, value in numbers_of(settings):
         whole = not key.startswith(("lora_alpha", "alpha"))
         number = isinstance(value, int) or (isinstance(value, float) and not whole)
@@ -76,16 +81,12 @@ def numbers_of(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         settings: Content of ``adapter_config.json``.
 
     Yields:
-        ``r`` and ``lora_alpha``, if set, and the values of their patterns; a pattern of another type as a whole.
+        ``r`` and ``lora_alpha``, if set, and the values of their patterns.
     """
     for kind, key in PATTERNS.items():
         if key in settings:
             yield key, settings[key]
-        patterns = settings.get(kind) or {}
-        if isinstance(patterns, dict):
-            yield from ((f"{kind}[{pattern!r}]", value) for pattern, value in patterns.items())
-        else:
-            yield kind, patterns
+        yield from ((f"{kind}[{pattern!r}]", value) for pattern, value in (settings.get(kind) or {}).items())
 
 
 def applies(pattern: str, module: str) -> bool:

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
 from safervlm.errors import ArgumentError, UserError
 from safervlm.hashing import fingerprint
-from safervlm.io.caches import remove_leftovers, temporary
+from safervlm.io.caches import give_usual_modes, remove_leftovers, temporary
 from safervlm.io.reading import read_object
 from safervlm.io.seals import SEAL, seal_folder, verify_folder
 from safervlm.io.tables import say
@@ -143,7 +144,7 @@ def load_adapter(
         with warnings.catch_warnings(), reading(folder, "vlm.adapter"), named_there(base, settings):
             warnings.filterwarnings("ignore", "Found missing adapter keys")
             model = PeftModel.from_pretrained(base, folder)
-            expected = get_peft_model_state_dict(model)
+            expected = get_peft_model_state_dict(model, save_embedding_layers=embeddings_included(model))
     except ArgumentError as error:
         if "size mismatch" in str(error.__cause__) or "target_modules" in str(error.__cause__).lower():
             reason = str(error.__cause__).strip().splitlines()
@@ -171,6 +172,24 @@ def load_adapter(
             "or lora_alpha is 0); train it, or leave it out to measure the base model"
         )
     return model
+
+
+def embeddings_included(model: PeftModel) -> bool:
+    """Returns whether the policy adapter's file contains whole embeddings: if they are adapted themselves.
+
+    By default, PEFT would also compare the vocabulary with that of the base model that ``adapter_config.json`` names.
+    It would read any folder, or ask the Hub for any name, that is written in somebody else's adapter.
+
+    Args:
+        model: Model with the adapter.
+    """
+    config: Any = model.peft_config["default"]
+    if config.peft_type == PeftType.TRAINABLE_TOKENS or getattr(config, "trainable_token_indices", None) is not None:
+        return False
+    return any(
+        isinstance(layer, BaseTunerLayer) and name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+        for name, layer in model.named_modules()
+    )
 
 
 def named_there(base: PreTrainedModel, settings: Mapping[str, Any]) -> AbstractContextManager[None]:
@@ -206,7 +225,7 @@ def check_base(origin: Mapping[str, Any], base: PreTrainedModel, weights: str | 
     if there and weights and len(there) == len(weights) and there != weights:
         raise ArgumentError(
             f"{argument} was trained on other base weights than {base.config.name_or_path!r}: {there} "
-            f"({trained_on.get('model')}) there, {weights} now; give that base model (to use another one all the same, "
+            f"({trained_on.get('model')}) there, {weights} now; give that base model (to use another one anyway, "
             "remove safervlm.json from the adapter's folder)"
         )
 
@@ -265,7 +284,8 @@ def export_adapter(model: PeftModel, folder: Path, origin: Mapping[str, Any]) ->
     Raises:
         ArgumentError: A value of the adapter is not finite, or the adapter changes no output.
     """
-    trained = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+    embeddings = embeddings_included(model)
+    trained = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=embeddings)
     must_be_finite(trained.items(), "model: the trained adapter")
     if not has_effect(model):
         raise ArgumentError(
@@ -275,7 +295,10 @@ def export_adapter(model: PeftModel, folder: Path, origin: Mapping[str, Any]) ->
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
     with temporary(folder, directory=True) as aside:
-        model.save_pretrained(str(aside), selected_adapters=["default"], safe_serialization=True)
+        model.save_pretrained(
+            str(aside), selected_adapters=["default"], safe_serialization=True, save_embedding_layers=embeddings
+        )
+        give_usual_modes(aside, aside.parent)
         seal_folder(aside, origin)
         folder.mkdir(exist_ok=True)
         # The seal is moved last: until then, a folder with an older adapter's seal is rejected, never partly loaded.

@@ -263,7 +263,7 @@ class Transformers(LocalVLM):
         """End tokens of a response that the model's files name.
 
         The tokenizer's comes first, then those of the generation configuration, or of the model configuration if there
-        is no generation configuration.
+        is not a generation configuration.
 
         Raises:
             ArgumentError: The settings can't be read, or name no token that ends a response.
@@ -278,7 +278,7 @@ class Transformers(LocalVLM):
         named = settings.eos_token_id
         every = [self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
         if wrong := [token for token in every if token is not None and type(token) is not int]:
-            raise ArgumentError(f"vlm.model: eos_token_id of {self.name!r} has {wrong[0]!r}, which is no token id")
+            raise ArgumentError(f"vlm.model: eos_token_id of {self.name!r} has {wrong[0]!r}, which is not a token id")
         ends = [token for token in dict.fromkeys(every) if token is not None and token >= 0]  # -1 stands for none
         if not ends:
             raise ArgumentError(f"vlm.model: {self.name!r} names no token that ends a response (eos_token_id)")

@@ -53,8 +53,8 @@ def tokenizable_example(example: Example, max_length: int) -> Example:
 class Batch(ABC):
     """Questions of a batch with the tensors that a model family needs; made by the family's collator.
 
-    It is no dataclass on purpose: where Lightning converts a batch (DeepSpeed, true half precision), it would descend
-    into a dataclass, down to the questions, which are frozen. The VLM converts the tensors itself.
+    It is deliberately not a dataclass: where Lightning converts a batch (DeepSpeed, true half precision), it would
+    descend into a dataclass, down to the questions, which are frozen. The VLM converts the tensors itself.
 
     Args:
         questions: The B questions.
@@ -195,7 +195,7 @@ Answer = Generation | Unanswered
 
 
 NOT_FINITE = (
-    "the model's logits are not finite (NaN or infinite); try vlm.dtype float32, or look at the image and the question"
+    "the model's logits are not finite (NaN or infinite); try vlm.dtype float32, or check the image and the question"
 )
 
 
@@ -206,6 +206,9 @@ def without_bad(questions: Sequence[Question], generations: Sequence[Generation]
         questions: The B questions.
         generations: The B responses.
         bad: For each question, whether NaN or infinite logits occurred.
+
+    Returns:
+        The responses; an :class:`UnansweredNotFinite` in the place of each that is replaced.
     """
     return [
         UnansweredNotFinite(f"{question.id}: {NOT_FINITE}") if wrong else generation

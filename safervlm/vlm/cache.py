@@ -78,7 +78,7 @@ def longer(cached: Tensor, length: int) -> Tensor:
     return buffer
 
 
-def roomy(config: PreTrainedConfig | None = None) -> DynamicCache:
+def growing_cache(config: PreTrainedConfig | None = None) -> DynamicCache:
     """Returns an empty cache with spare capacity.
 
     Args:

@@ -14,7 +14,7 @@ from safervlm.vlm.base import CHARACTERS
 from safervlm.vlm.prefix import Encoding
 from safervlm.vlm.thinking import GivenForm, Setting, Thinking, default_system, detect, given_form, unknown_mark
 
-# Arguments of the processor's apply_chat_template that are no variables of a template.
+# Arguments of the processor's apply_chat_template that are not variables of a template.
 TEMPLATE_SETTINGS = {
     *("conversation", "chat_template", "add_generation_prompt", "continue_final_message", "messages"),
     *("return_assistant_tokens_mask", "tokenize", "return_dict", "return_tensors", "load_audio_from_video"),
@@ -36,7 +36,7 @@ def template_arguments_of(arguments: Mapping[str, Any] | None, template: str | N
         template: The setting ``vlm.template``.
 
     Raises:
-        ArgumentError: One of them is no variable, or there is no chat template.
+        ArgumentError: One of them is not a variable, or there is no chat template.
     """
     if taken := sorted((arguments or {}).keys() & TEMPLATE_SETTINGS):
         raise ArgumentError(f"vlm.template_arguments: {taken[0]!r} is set by SaferVLM; remove it")

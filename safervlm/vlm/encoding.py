@@ -127,14 +127,8 @@ class ProcessorCollator(Conversation):
         """
         encodings, completions = [], []
         questions = [example.question for example in examples]
-        examples = [tokenizable_example(example, self.max_length) for example in examples]
-        special = special_tokens(self.tokenizer).values()
-        for example in examples:
+        for example in map(self.tokenizable, examples):
             name = example.question.id
-            for text in (example.question.prompt, *example.completions):
-                found = [token for token in special if token in text]
-                if found:
-                    raise RecordError(f"{name}: its text contains the special token {found[0]!r}; leave it out")
             try:
                 encoding = self.encode(example.question)
             except RecordError:
@@ -157,6 +151,43 @@ class ProcessorCollator(Conversation):
             completions.append(answers)
         scored = any(completions) and self.thinking.opened
         return EncodedBatch(questions, encodings, completions, self.dropped_tokens() if scored else 0)
+
+    def tokenizable(self, example: Example) -> Example:
+        """Returns a copy of an example whose texts a tokenizer accepts.
+
+        Args:
+            example: The example; its image is not read.
+
+        Raises:
+            RecordError: A text contains a special token, or is far too long.
+        """
+        example = tokenizable_example(example, self.max_length)
+        special = special_tokens(self.tokenizer).values()
+        for text in (example.question.prompt, *example.completions):
+            if found := [token for token in special if token in text]:
+                raise RecordError(
+                    f"{example.question.id}: its text contains the special token {found[0]!r}; leave it out"
+                )
+        return example
+
+    def check_texts(self, example: Example) -> None:
+        """Rejects an example whose texts the model can't take with any image.
+
+        Args:
+            example: The example; its image is not read, so that its length may still be found too long with it.
+
+        Raises:
+            RecordError: See :meth:`tokenizable`; or the words alone are more tokens than the model takes.
+        """
+        example = self.tokenizable(example)
+        prompt, *answers = (
+            len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text in (example.question.prompt, *example.completions)
+        )
+        if (length := prompt + max(answers, default=0)) > self.max_length:
+            raise RecordError(
+                f"{example.question.id}: {length} tokens, the model takes {self.max_length}; shorten the question"
+            )
 
     def must_show_image(self, image_token_ids: set[int]) -> None:
         """Validates that the processor accepts the plain text template with an image.

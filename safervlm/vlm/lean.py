@@ -48,7 +48,7 @@ def lean_lora(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 
 def _lean(layer: Any, names: list[str]) -> Callable[..., Tensor] | None:
-    """Returns a layer's function with one adapter or none, or None if it is no plain LoRA of whole matrices."""
+    """Returns a layer's function with one adapter or none, or None if it is not plain LoRA of whole matrices."""
     base = layer.get_base_layer() if type(layer) is Linear else None
     if not isinstance(base, nn.Linear) or layer.merged or "forward" in vars(layer):
         return None

@@ -105,21 +105,8 @@ class LlavaCollator:
                 pixels.append(
                     self.pixels(BLANK) if path is None else self.recent.get(path, partial(self.read, question))
                 )
-        written = [tokenizable_example(example, self.max_length) for example in examples]
-        prompts = [self.prompt_ids(example.question.prompt) for example in written]
-        completions = [[self.completion_ids(text) for text in example.completions] for example in written]
-        for example, prompt, answers in zip(examples, prompts, completions, strict=True):
-            if prompt.count(self.image_token_id) != self.image_tokens or any(self.image_token_id in a for a in answers):
-                raise RecordError(f"{example.question.id}: its text contains the image placeholder; remove it")
-            if (highest := max(max(tokens) for tokens in (prompt, *answers))) >= self.words:
-                raise RecordError(
-                    f"{example.question.id}: its text has the token {highest}, the model has {self.words}; reword it"
-                )
-            length = len(prompt) + max(map(len, answers), default=0)
-            if length > self.max_length:
-                raise RecordError(
-                    f"{example.question.id}: {length} tokens, the model takes {self.max_length}; shorten the question"
-                )
+        encoded = [self.encoded(example) for example in examples]
+        prompts, completions = [prompt for prompt, _ in encoded], [answers for _, answers in encoded]
         image_rows = [rows[example.question.image_path] for example in examples]
         return PackedBatch(
             questions=[example.question for example in examples],
@@ -128,6 +115,35 @@ class LlavaCollator:
             image_rows=torch.tensor(image_rows),
             packed=pack_completions(image_rows, prompts, completions) if all(completions) else None,
         )
+
+    def encoded(self, example: Example) -> tuple[list[int], list[list[int]]]:
+        """Returns the token ids of an example's prompt and of its completions.
+
+        Args:
+            example: The example; its image is not read.
+
+        Raises:
+            RecordError: A text contains the image placeholder, is too long, or has a token without an embedding.
+        """
+        name = example.question.id
+        written = tokenizable_example(example, self.max_length)
+        prompt = self.prompt_ids(written.question.prompt)
+        answers = [self.completion_ids(text) for text in written.completions]
+        if prompt.count(self.image_token_id) != self.image_tokens or any(self.image_token_id in a for a in answers):
+            raise RecordError(f"{name}: its text contains the image placeholder; remove it")
+        if (highest := max(max(tokens) for tokens in (prompt, *answers))) >= self.words:
+            raise RecordError(f"{name}: its text has the token {highest}, the model has {self.words}; reword it")
+        if (length := len(prompt) + max(map(len, answers), default=0)) > self.max_length:
+            raise RecordError(f"{name}: {length} tokens, the model takes {self.max_length}; shorten the question")
+        return prompt, answers
+
+    def check_texts(self, example: Example) -> None:
+        """Rejects an example whose texts the model can't take; see :meth:`encoded`.
+
+        Args:
+            example: The example; its image is not read.
+        """
+        self.encoded(example)
 
     def read(self, question: Question) -> Tensor:
         """Returns the pixel values of a question's image, (1, 3, height, width).
@@ -243,7 +259,7 @@ class Llava(PackedVLM):
         """The collator; the tokenizer and the image processor are loaded on first access.
 
         Raises:
-            ArgumentError: The model is no LLaVA, or can't be read.
+            ArgumentError: The model is not a LLaVA, or can't be read.
         """
         with reading(self.name):
             config = bounded_config(self.name, self.revision)

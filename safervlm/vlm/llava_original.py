@@ -143,7 +143,7 @@ def convert(name: str, revision: str | None, vision: str, cache: Path) -> Path:
         source = Path(found)
         raw = model_config(source)
     if "mm_vision_tower" not in raw:
-        raise ArgumentError(f"vlm.model: {name!r} is no LLaVA in the original format; use safervlm.vlm.llava.Llava")
+        raise ArgumentError(f"vlm.model: {name!r} is not a LLaVA in the original format; use safervlm.vlm.llava.Llava")
     if not weight_files(source):
         raise ArgumentError(f"vlm.model: no weights (*.safetensors, pytorch_model*.bin) in {source}")
     # Hashes the files, not the commit: an interrupted download lacks some of them.
@@ -190,7 +190,9 @@ def write_converted(out: Path, name: str, source: Path, raw: dict[str, Any], vis
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if [image_token, pad_token] != tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]):
-        raise ArgumentError(f"vlm.model: {name!r} has {words} words in its weights and others in its tokenizer")
+        raise ArgumentError(
+            f"vlm.model: the tokenizer of {name!r} does not have the {words} tokens of its weights; give its own"
+        )
 
     with reading(name):
         text = {key: raw[key] for key in LlamaConfig().to_dict() if key in raw}

@@ -22,6 +22,7 @@ from safervlm.hashing import seed_for
 from safervlm.io.tables import say
 from safervlm.limits import TextLimits
 from safervlm.records import THINKING_UNFINISHED, Question
+from safervlm.run_folder import RunFolder
 from safervlm.vlm.adapters import adapter_fingerprint, adapter_weights, export_adapter, load_adapter
 from safervlm.vlm.base import (
     NOT_FINITE,
@@ -107,7 +108,7 @@ class LocalVLM(VLM):
     ) -> None:
         super().__init__()
         if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
-            inside = Path(adapter) / "adapter"
+            inside = RunFolder(adapter).adapter
             hint = f"did you mean {inside}?" if inside.is_dir() else "give the PEFT folder that fit exported"
             raise ArgumentError(f"vlm.adapter: no adapter_config.json in {adapter!r}; {hint}")
         if adapter is not None:
@@ -313,6 +314,9 @@ class LocalVLM(VLM):
                 from, with temperature and suppressed tokens. ``top_p`` must be 1, because a cut-off has no gradient.
             entropy: Also compute the entropy of each next-token distribution.
             hidden: Also return the hidden states.
+
+        Returns:
+            The scores of the completions, in the order of the questions.
 
         Raises:
             ArgumentError: ``sampling.top_p`` is below 1.

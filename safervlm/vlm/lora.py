@@ -47,8 +47,8 @@ class LoRA:
             rejected.
 
     Raises:
-        ArgumentError: A value is out of range, ``target_modules`` is no regular expression, or ``experts`` is combined
-            with dropout.
+        ArgumentError: A value is out of range, ``target_modules`` is not a regular expression, or ``experts`` is
+            combined with dropout.
     """
 
     r: int = 128
@@ -72,7 +72,7 @@ class LoRA:
             re.compile(self.target_modules or "")
         except re.error as error:
             raise ArgumentError(
-                f"lora.target_modules: {self.target_modules!r} is no regular expression ({error})"
+                f"lora.target_modules: {self.target_modules!r} is not a regular expression ({error})"
             ) from None
 
     def describe(self) -> dict[str, Any]:

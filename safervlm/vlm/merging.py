@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def merge_adapter(vlm: LocalVLM) -> None:
         vlm: Loaded with an adapter.
 
     Raises:
-        ArgumentError: The adapter is of a kind that is no plain LoRA, it changes one of two layers that share their
+        ArgumentError: The adapter is of a kind that is not plain LoRA, it changes one of two layers that share their
             weights, or the weights are quantised.
         TypeError: The VLM was loaded without an adapter.
     """
@@ -74,7 +75,7 @@ def _updates(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     (name,) = PEFT_NAMES["policy"]
     plain = isinstance(layer, LoraLayer) and name in layer.lora_A and not any(layer.use_dora.values())
     if not plain or any(layer.lora_bias.values()):  # type: ignore[operator]
-        raise ArgumentError(f"run: its adapter has a {type(layer).__name__} that is no plain LoRA; merge it with PEFT")
+        raise ArgumentError(f"run: its adapter has a {type(layer).__name__} that is not plain LoRA; merge it with PEFT")
     assert isinstance(layer, LoraLayer)  # noqa: S101 (checked above; for the type checker)
     first, second = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
     scale = layer.scaling[name]
@@ -105,10 +106,24 @@ def write_merged(vlm: LocalVLM, folder: Path, shard_size: str) -> None:
         there = Path(vlm.name)
         if not there.is_dir():
             there = Path(snapshot_download(vlm.name, revision=vlm.revision, ignore_patterns=list(LEFT_OUT)))
-        shutil.copytree(there, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+        copy_others(there, folder)
     config = folder / "config.json"
     named = str(vlm.dtype).removeprefix("torch.")
     config.write_text(json.dumps(_with_dtype(read_object(config), named), indent=2), "utf-8", newline="\n")
+
+
+def copy_others(source: Path, folder: Path) -> None:
+    """Copies the files of a model's folder other than weights, code and model card, as files that can be written.
+
+    Args:
+        source: Folder of the base model, which may be read-only.
+        folder: Existing folder to copy to.
+    """
+    for file in sorted(source.rglob("*")):
+        inside = file.relative_to(source)
+        if file.is_file() and not any(fnmatch(part, left) for part in inside.parts for left in LEFT_OUT):
+            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / inside)
 
 
 def _with_dtype(config: Any, named: str) -> Any:

@@ -147,6 +147,9 @@ def of_first_tokens(question: Question, first: Sequence[tuple[str, float]]) -> W
     Args:
         question: The question.
         first: The most probable first tokens of the answer, each with its log-probability.
+
+    Returns:
+        The log-probabilities of the words, or the reason why there are none.
     """
     words = answer_words(question.capability)
     sides = [

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from safervlm.records import Question
 from safervlm.vlm.base import Answer, Batch
-from safervlm.vlm.cache import roomy
+from safervlm.vlm.cache import growing_cache
 from safervlm.vlm.compat import CACHE
 from safervlm.vlm.decoding import REQUESTED, DecodedTokens, Prompts, Rows
 from safervlm.vlm.layers import evaluated
@@ -221,7 +221,7 @@ class PackedVLM(LocalVLM):
         starts = [common_beginning([batch.prompt_ids[question] for question in row]) for row in rows]
         rests = [[batch.prompt_ids[q][len(start) :] for q in row] for row, start in zip(rows, starts, strict=True)]
         packed = pack(starts, rests).to(batch.image_rows.device)
-        cache = roomy()
+        cache = growing_cache()
         states = self.forward_packed(packed, batch.image_rows[[row[0] for row in rows]], batch, cache)
         return packed, states, cache
 

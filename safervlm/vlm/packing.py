@@ -169,6 +169,9 @@ def pack(beginnings: Sequence[Sequence[int]], continuations: Sequence[Sequence[S
     Args:
         beginnings: Token ids of the R beginnings, none of them empty.
         continuations: For each beginning, the token ids of its continuations (at least one, none of them empty).
+
+    Returns:
+        The rows; their sequences are in the order of the continuations.
     """
     rows: list[_Row] = []
     leaves: list[_Leaf] = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from safervlm.io.boundary import warn
-from safervlm.vlm.cache import PreallocatedLayer, roomy
+from safervlm.vlm.cache import PreallocatedLayer, growing_cache
 from safervlm.vlm.compat import CACHE, position_ids, takes_a_plain_cache, tree_leaves, tree_map
 from safervlm.vlm.packing import common_beginning
 
@@ -31,6 +31,9 @@ def extend(encoding: Encoding, completion: Sequence[int], written: Encoding) -> 
         encoding: Encoding of the prompt.
         completion: Token ids of the completion.
         written: (1, 1, ...) values to append per token to the other inputs that grow with the tokens.
+
+    Returns:
+        The inputs of the prompt followed by the completion.
     """
     rest = {name: value.expand(-1, len(completion), *value.shape[2:]) for name, value in written.items()}
     rest["input_ids"] = torch.tensor([completion], device=encoding["input_ids"].device)
@@ -47,6 +50,9 @@ def join(
         pad_token_id: Padding token of ``input_ids``, which the attention mask hides.
         dtype: Data type of the weights; floating-point inputs (images) are converted to it.
         left: Names of the inputs that are padded on the left instead, as generation requires for tokens.
+
+    Returns:
+        The inputs of the batch, by name.
     """
     joined = {}
     for name, first in encodings[0].items():
@@ -298,7 +304,7 @@ class PrefixSharing:
 
     def cache(self) -> DynamicCache:
         """Returns an empty KV cache for the model."""
-        return roomy(self.model.config.get_text_config())
+        return growing_cache(self.model.config.get_text_config())
 
     def inputs(self, encodings: Sequence[Encoding], tokenwise: Collection[str]) -> dict[str, Any] | None:
         """Returns the inputs of ``generate`` with prefix sharing: whole prompts, and the KV cache of their prefixes.

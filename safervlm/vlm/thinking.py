@@ -266,7 +266,7 @@ def _unmarked(reasoning: str, marks: Sequence[Marks]) -> str:
 def answer_of(text: str) -> str:
     """Returns the answer in a stored response that may still contain reasoning between common marks.
 
-    Judges, rules and raters use it, so that they classify the answer alone, whoever stored the response.
+    Judges, rules and raters use it, so that they classify only the answer, whichever program stored the response.
 
     Args:
         text: The response.

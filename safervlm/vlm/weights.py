@@ -37,7 +37,7 @@ ADAPTER_KEYS = re.compile(r"\b(lora_\w+|base_layer|modules_to_save|original_modu
 
 
 def is_panic(error: BaseException) -> bool:
-    """Returns whether an exception is a panic of a Rust library, which is no subclass of ``Exception``.
+    """Returns whether an exception is a panic of a Rust library, which is not a subclass of ``Exception``.
 
     Args:
         error: The exception.
@@ -111,6 +111,9 @@ def load_model(
         whole: Whether the folder should hold exactly this model. If False, unused weights are expected, for example
             where only the vision tower of a CLIP is loaded.
         **settings: Keyword arguments of ``from_pretrained``.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
         ArgumentError: The model can't be read; its configuration describes a much larger one; or a weight is missing,
@@ -218,6 +221,9 @@ def read_tensors(file: Path, argument: str) -> dict[str, Tensor]:
     Args:
         file: A ``.safetensors`` file, or a plain state dict saved by ``torch.save``.
         argument: Name of the argument, for error messages.
+
+    Returns:
+        Name -> tensor, on the CPU.
 
     Raises:
         ArgumentError: The file is damaged, or is not a mapping of names to tensors.

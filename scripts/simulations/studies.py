@@ -1,8 +1,10 @@
 """Sampling of rates, repetition of a study, and the cells of a table."""
 
+import csv
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,3 +116,18 @@ def header(*columns: str) -> str:
         *columns: the column titles.
     """
     return "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)
+
+
+def write_ranges(file: Path, parts: Sequence[tuple[str, str]], coverages: Floats) -> None:
+    """Writes the lowest and the highest coverage of each number, for the captions of tables.
+
+    Args:
+        file: the file.
+        parts: method and part of each number, see :func:`safervlm.statistics.intervals.coverage`.
+        coverages: (cells, numbers) the coverage of each interval.
+    """
+    with file.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(("method", "part", "lowest", "highest", "cells"))
+        for part, cells in zip(parts, coverages.T, strict=True):
+            writer.writerow((*part, f"{cells.min():.3f}", f"{cells.max():.3f}", len(cells)))

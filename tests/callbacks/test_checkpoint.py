@@ -169,6 +169,7 @@ def write_folder(content: str, die: bool = False):
     def write(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         (path / content).write_text(content)
+        (path / "latest").write_text("a mark of DeepSpeed's")
         if die:
             raise KeyboardInterrupt
 
@@ -176,13 +177,14 @@ def write_folder(content: str, die: bool = False):
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != "safervlm.json")
+    return sorted(path.name for path in folder.iterdir() if path.name not in ("safervlm.json", "latest"))
 
 
 def test_a_file_takes_its_place_in_one_move(tmp_path):
     def write(content: str, die: bool = False):
         def save(path: Path) -> None:
-            torch.save({"state_dict": {}, "content": content}, path)
+            parts = {"state_dict": {}, "loops": {}, "optimizer_states": [{}], "lr_schedulers": []}
+            torch.save(parts | {"pytorch-lightning_version": "2.6.0", "content": content}, path)
             if die:
                 raise KeyboardInterrupt
 

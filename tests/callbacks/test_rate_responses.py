@@ -326,7 +326,7 @@ def test_what_can_never_be_read_is_missing_and_reported_and_asked_again_next_tim
     assert [(each.reference, each.reason) for each in there[6:]] == [(8, "")] * 2
     said = capsys.readouterr().out
     assert f"6 of 8 ratings are missing, for example of {rated(0).id}: {UNREADABLE}; " in said
-    assert "ratings.jsonl has them all" in said
+    assert "ratings.jsonl lists them" in said
     assert json.loads((tmp_path / "manifest.json").read_text())["stages"]["ratings"]["finished"] is False
     better = judge_of()
     play(tmp_path, server(better), attempts=4)
@@ -485,7 +485,7 @@ def test_a_dry_run_states_what_there_is_to_ask(judge_of, tmp_path, capsys):
     play(tmp_path, server(judge, dry_run=True), both_orders=True)
     said = capsys.readouterr().out
     found = re.fullmatch(
-        r"7 of 10 ratings are to be asked for: 7 questions to judge: about (\d+) tokens of text \(4 characters a "
+        r"7 of 10 ratings would be requested: 7 questions to judge: about (\d+) tokens of text \(4 characters a "
         rf"token\), at most {7 * 1024} tokens of responses; retries come on top\n",
         said,
     )

@@ -23,7 +23,7 @@ def classes_in(module: str) -> set[type]:
 
 
 def test_no_class_is_missing() -> None:
-    """All modules are searched, whatever the list says; what another class of ours is derived from is no model."""
+    """All modules are searched, whatever the list says; what another class of ours is derived from is not a model."""
     everywhere = set().union(
         *(
             classes_in(info.name)

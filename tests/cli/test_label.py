@@ -121,7 +121,7 @@ def test_sheets_there_and_back(ending, truth, capsys):
     assert list(table) == ["id", "question", "answer", "label", "allowed"]
     assert not re.search("Made|f00d|png", table.to_csv())
     assert set(table["allowed"]) == {"Safe / Unsafe / N/A", "A / B / C / D / N/A"}
-    table["label"] = [truth[ids[text]].lower() for text in table["answer"]]  # case is no matter
+    table["label"] = [truth[ids[text]].lower() for text in table["answer"]]  # case is not matter
     filled = Path(f"filled{ending}")
     for rows in (table[:30].assign(label=["", *table["label"][1:30]]), table[::-1]):  # first a part of it
         rows.to_csv(filled, index=False) if ending == ".csv" else rows.to_excel(filled, index=False)
@@ -149,7 +149,7 @@ def test_formulas_are_texts(monkeypatch):
 SHEETS = {
     "an unknown id": (lambda rows: rows.assign(id=["r1234", *rows["id"][1:]]), r"line 2: the id 'r1234' is not in"),
     "an added row": (lambda rows: pd.concat([rows, rows[:1].assign(id="", label="Safe")]), r"the id '' is not in"),
-    "a row twice": (lambda rows: pd.concat([rows, rows[3:4]]), r"line \d+: the id '\w+' is there twice"),
+    "a row twice": (lambda rows: pd.concat([rows, rows[3:4]]), r"line \d+: the id '\w+' occurs twice"),
     "another label": (lambda rows: rows.assign(label="Dangerous"), r"line 2: the label 'Dangerous' is none of"),
     "a letter": (lambda rows: rows.assign(label="E"), r"line 2: the label 'E' is none of"),
     "no labels": (lambda rows: rows.drop(columns="label"), r"the column 'label' is missing"),
@@ -220,7 +220,7 @@ RUNS = {
     "an unknown response": (change_labels(id="x"), [], "'x' by 'rater 1': it is not in labels-plan.json"),
     "another text": (change_labels(answer="x"), [], "of another text"),
     "an unknown label": (change_labels(label="Z"), [], "'Z' is none of"),
-    "a label twice": (twice, [], "is there twice"),
+    "a label twice": (twice, [], "occurs twice"),
     "an unknown field": (change_labels(colour="red"), [], "the field 'colour' is unknown"),
 }
 
@@ -251,6 +251,28 @@ def test_several_raters(truth, monkeypatch, capsys):
     assert "N/A" not in set(people)
     shares = table[table["measure"] == "confusion"].groupby("capability")["value"].sum()
     assert shares.tolist() == pytest.approx([1] * len(shares))
+
+
+def test_the_judge_learns_the_labels_of_the_majority(truth, monkeypatch, capsys):
+    """Those that correct the rates; of a part of the sample as long as nobody has labelled the whole."""
+
+    def learned() -> dict[str, str]:
+        return {line["id"]: line["label"] for name in ("alignment", "perception") for line in read_labels(name)}
+
+    def read_labels(judge: str) -> list[dict[str, str]]:
+        file = Path(for_judge(judge)[0])
+        return list(read_jsonl(file)) if file.exists() else []
+
+    typing(monkeypatch, capsys, {}, "0")
+    main([*LINE, "--rater", "Cy"])
+    assert list(learned().values()) == ["N/A"]
+    (first,) = learned()
+    for rater, given in (("Ada", dict.fromkeys(truth, "N/A")), ("Ben", truth), ("Dee", truth)):
+        typing(monkeypatch, capsys, given)
+        main([*LINE, "--rater", rater])
+    found = learned()
+    assert first in found
+    assert found == {name: truth[name] for name in found}
 
 
 def test_an_agreement_that_is_not_defined_is_a_dash(truth, monkeypatch, capsys):

@@ -39,7 +39,7 @@ def test_a_run_is_merged_with_its_card(run: Path, tiny_llava: Path, tmp_path: Pa
     with pytest.raises(SystemExit) as end:
         main(["merge", str(run), "--out", str(out)])
     assert end.value.code == 2
-    assert "is there already and is not empty; name another folder" in capsys.readouterr().err
+    assert "already exists and is not empty; name another folder" in capsys.readouterr().err
     assert sorted((file.name, file.read_bytes()) for file in out.iterdir()) == before
 
 

@@ -50,7 +50,7 @@ def test_null_is_accepted_where_it_is_a_value(settings: object) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (tool(name=None), "--model.name: null is no value for it, it needs str"),
+        (tool(name=None), "--model.name: null is not a valid value, it needs str"),
         (tool(size=None), "--model.size: .* it needs Size"),
         (tool(size={"width": None}), "--model.size.width: .* it needs int"),
         (tool(size=3), "--model.size: settings are needed, got 3"),

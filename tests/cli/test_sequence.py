@@ -40,7 +40,7 @@ def test_names_own_options_and_arguments_are_separated() -> None:
         (["sft", "--run", "x"], "--run"),
         (["--", "--run=x"], "--run"),
         (["sft", "--limit", "0"], "--limit: at least 1, got 0"),
-        (["sft", "--", "--data.limit=-3"], "--data.limit: at least 1, or none, got -3"),
+        (["sft", "--", "--data.limit=-3"], "--data.limit: at least 1, or null, got -3"),
         (["sft", "--data.folder", " "], "--data.folder: .* empty"),
     ],
 )

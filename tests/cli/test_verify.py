@@ -89,7 +89,7 @@ def test_responses_with_the_noise_of_another_version_are_not_repeated(
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit, match="2"):
         main(["verify", str(tmp_path)])
-    said = f"run: {tmp_path} holds a measure with the sampling noise of another version of SaferVLM (model.noise: None"
+    said = f"run: {tmp_path} holds results of measure with the sampling noise of another version of SaferVLM "
     assert said in capsys.readouterr().err
 
 
@@ -218,17 +218,17 @@ def test_a_killed_repetition_continues_after_the_last_batch(
     there = {file.name for file in tmp_path.iterdir()}
     (tmp_path / "verify.jsonl").unlink()
 
-    killed_after(2, line, verifying.Kept, "on_predict_batch_end")
-    killed_after(1, line, verifying.Kept, "on_predict_batch_end")
+    killed_after(2, line, verifying.ResponseStore, "on_predict_batch_end")
+    killed_after(1, line, verifying.ResponseStore, "on_predict_batch_end")
     batches: list[Any] = []
     monkeypatch.setattr(
-        verifying.Kept,
+        verifying.ResponseStore,
         "on_predict_batch_end",
         lambda self, trainer, module, outputs, *place: (batches.append(outputs), self.file.append(outputs)),
     )
     capsys.readouterr()
     main(line)
-    assert "6 questions have been repeated already, continuing with the other 3" in capsys.readouterr().out
+    assert "6 questions were repeated before, continuing with the remaining 3" in capsys.readouterr().out
     assert len(batches) == 2
     assert (tmp_path / "verify.jsonl").read_bytes() == whole
     assert {file.name for file in tmp_path.iterdir()} == there

@@ -289,7 +289,7 @@ def test_files_without_records(tmp_path: Path):
 
 def test_the_export_keeps_what_it_did_not_write(sets, tmp_path: Path):
     (tmp_path / "ppo_train.json").write_text("[]")
-    with pytest.raises(ArgumentError, match=r"--out: .*ppo_train\.json is there already"):
+    with pytest.raises(ArgumentError, match=r"--out: .*ppo_train\.json already exists"):
         export_training_files(str(tmp_path), **sets)
     assert [path.name for path in tmp_path.iterdir()] == ["ppo_train.json"]
     assert (tmp_path / "ppo_train.json").read_text() == "[]"
@@ -339,5 +339,5 @@ def test_a_part_of_the_export(sets, tmp_path: Path):
         images = {record.get("image", record.get("image_fname")) for record in part}
         assert Counter(image.startswith("imagenet/") for image in images) == {True: 3, False: 3}
         assert images <= {record.get("image", record.get("image_fname")) for record in whole}
-    with pytest.raises(ValueError, match=r"data\.limit: at least 1, or none, got 0"):
+    with pytest.raises(ValueError, match=r"data\.limit: at least 1, or null, got 0"):
         export_training_files(str(tmp_path / "none"), **sets, limit=0)

@@ -86,7 +86,7 @@ def test_a_pointer_is_an_index_and_no_position(tmp_path):
     assert [colour_of(q)[0] for q in asked(make(tmp_path, rows, **MME))] == [255, 255, 0, 0]
     rows[1]["image"] = "99"
     data = make(tmp_path, rows, "other.tsv", **MME)
-    with pytest.raises(RecordError, match="line 3: the image is that of the row with index 99, which there isn't"):
+    with pytest.raises(RecordError, match="line 3: the image is that of row 99, which does not exist"):
         asked(data)
 
 
@@ -157,13 +157,13 @@ def test_a_reference_and_its_caption(tmp_path):
 
 
 def test_a_broken_image_fails_alone(tmp_path):
-    rows = [{"index": 0, "image": "this is no base64!", "label": 0}, {"index": 1, "image": encoded("red"), "label": 1}]
+    rows = [{"index": 0, "image": "this is not base64!", "label": 0}, {"index": 1, "image": encoded("red"), "label": 1}]
     rows.append({"index": 2, "image": base64.b64encode(b"no image").decode(), "label": 1})
     first, second, third = asked(make(tmp_path, rows))
     assert colour_of(second) == (255, 0, 0)
     for broken in (first, third):
         with pytest.raises(
-            RecordError, match=r"its image in the table, '.*', is no base64 of an image.*correct the table"
+            RecordError, match=r"its image in the table, '.*', is neither an image in base64.*correct the table"
         ):
             open_image(broken.image_path, broken.id)
 

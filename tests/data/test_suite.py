@@ -83,5 +83,5 @@ def test_custom_datasets_extend_a_recipes():
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_that_takes_nothing_is_rejected(limit):
-    with pytest.raises(ValueError, match=rf"data\.limit: at least 1, or none, got {limit}"):
+    with pytest.raises(ValueError, match=rf"data\.limit: at least 1, or null, got {limit}"):
         Suite({"a": Set("A")}, limit=limit)

@@ -209,7 +209,7 @@ def gif(*frames: bytes) -> bytes:
 
 
 def animated_png(frame: np.ndarray, bits: int, kind: int, left: int, top: int, **chunks: bytes) -> bytes:
-    """A PNG of one black image that is no frame of its animation, and two frames.
+    """A PNG of one black image that is not a frame of its animation, and two frames.
 
     Args:
         frame: (rows, bytes) packed rows of each frame: of one byte a channel but for ``bits``.

@@ -103,7 +103,7 @@ def test_they_are_added_to_a_finished_run_and_kept_without_them(without, uninter
     shutil.copytree(without, tmp_path / "run")
     before = (tmp_path / "run" / "responses.jsonl").stat()
     printed = " ".join(play(command(ODDS), tmp_path).split())
-    assert "responses.jsonl: 54 records are there already, nothing is left to do" in printed
+    assert "responses.jsonl: 54 records already exist, nothing is left to do" in printed
     same(tmp_path / "run", uninterrupted)
     assert stage(tmp_path / "run")["finished"]
     assert before.st_size == (tmp_path / "run" / "responses.jsonl").stat().st_size
@@ -129,9 +129,9 @@ def test_a_question_may_lack_either(command, uninterrupted, tmp_path):
         lines = (tmp_path / "run" / file).read_bytes().splitlines(keepends=True)
         (tmp_path / "run" / file).write_bytes(b"".join(lines[kept]))
     printed = " ".join(play(command(ODDS), tmp_path).split())
-    assert "responses.jsonl: 44 records are there already, continuing with the other 10" in printed
+    assert "responses.jsonl: 44 records already exist, continuing with the remaining 10" in printed
     assert (
-        f"odds.jsonl: 20 records are there already, continuing with the other {len(odds(uninterrupted)) - 20}"
+        f"odds.jsonl: 20 records already exist, continuing with the remaining {len(odds(uninterrupted)) - 20}"
         in printed
     )
     same(tmp_path / "run", uninterrupted)

@@ -108,10 +108,10 @@ def test_killed_three_times_with_torn_lines(command, uninterrupted, tmp_path):
     for batch, torn, kept in ((0, 40, 2), (2, 1, 8), (4, 0, 15)):
         kill = ["--trainer.callbacks+=processes.KillInPredict", f"--trainer.callbacks.batch={batch}"]
         printed = play([*line, *kill, f"--trainer.callbacks.torn={torn}"], tmp_path, code=-9)
-        assert (f"{there} records are there already" in printed) == (there > 0)
+        assert (f"{there} records already exist" in printed) == (there > 0)
         there += kept
         assert lines_in_shards(tmp_path) == there
-    assert f"{there} records are there already" in play(line, tmp_path)
+    assert f"{there} records already exist" in play(line, tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
 
 
@@ -144,7 +144,7 @@ def test_killed_at_twenty_random_moments(command, uninterrupted, tmp_path):
         there.append(lines_in_shards(tmp_path))
     assert there == sorted(there)  # nothing is lost
     assert len(set(there)) > 5, there  # the moments of the interruption differ
-    assert f"{there[-1]} records are there already" in play(line, tmp_path)
+    assert f"{there[-1]} records already exist" in play(line, tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
 
 
@@ -164,10 +164,10 @@ def test_killed_while_merging(command, uninterrupted, tmp_path):
     line = command("run")
     play([*line, "--trainer.callbacks+=processes.KillInMerge"], tmp_path, code=-9)
     assert lines_in_shards(tmp_path) == QUESTIONS
-    assert f"{QUESTIONS} records are there already" in play(line, tmp_path)
+    assert f"{QUESTIONS} records already exist" in play(line, tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
     # Once more, when it is complete.
-    assert f"{QUESTIONS} records are there already" in play(line, tmp_path)
+    assert f"{QUESTIONS} records already exist" in play(line, tmp_path)
     assert responses(tmp_path) == uninterrupted(1.0)
 
 
@@ -247,7 +247,7 @@ def test_other_settings_are_rejected_and_the_folder_is_left_alone(command, tmp_p
     ):
         printed = play(command("run", more), tmp_path, code=2)
         errors = [
-            line for line in printed.splitlines() if line.startswith("safervlm: error: --run: run holds a measure")
+            line for line in printed.splitlines() if line.startswith("safervlm: error: --run: run holds results of ")
         ]
         assert len(errors) == 1
         assert said in errors[0]

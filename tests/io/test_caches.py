@@ -126,3 +126,36 @@ def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_a_file_for_its_owner_alone_is_given_the_usual_permissions(tmp_path: Path) -> None:
+    def private(file: Path) -> None:  # as safetensors does
+        file.unlink(missing_ok=True)
+        file.touch(mode=0o600)
+
+    def build(folder: Path) -> None:
+        (folder / "sub").mkdir()
+        private(folder / "sub" / "a.bin")
+        (folder / "run.sh").touch(mode=0o755)
+        (folder / "link").symlink_to(tmp_path / "elsewhere")
+
+    private(tmp_path / "elsewhere")
+    before = os.umask(0o026)
+    try:
+        build_folder(tmp_path / "world", build)
+        write_atomically(tmp_path / "b.bin", private)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.rglob("*.*") if file.is_file()}
+    assert modes == {"a.bin": 0o640, "run.sh": 0o751, "b.bin": 0o640}
+    assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o600
+    assert names(tmp_path) == ["b.bin", "elsewhere", "world"]
+
+
+@pytest.mark.parametrize("parent", ["nowhere", "file"])
+def test_a_place_that_cannot_be_written_is_named_itself(parent: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=parent) as caught, temporary(tmp_path / parent / "x"):
+        pass
+    assert caught.value.filename == str(tmp_path / parent)

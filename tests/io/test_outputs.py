@@ -41,5 +41,5 @@ def test_texts_are_written_once(tmp_path: Path) -> None:
     require_replaceable_texts("--out", {file: "[]"})
     file.write_text("[]")
     require_replaceable_texts("--out", {file: "[]"})
-    with pytest.raises(ArgumentError, match=r"^--out: .*sft_train.json is there already.*name another folder"):
+    with pytest.raises(ArgumentError, match=r"^--out: .*sft_train.json already exists.*name another folder"):
         require_replaceable_texts("--out", {file: "[1]"})

@@ -33,7 +33,7 @@ def test_a_value_that_holds_itself_is_rejected_in_a_large_file_too(tmp_path: Pat
 def test_the_error_is_of_the_class_that_is_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "predict.yaml"
     file.write_text("a: 1\na: 2\n")
-    with pytest.raises(RecordError, match=r"predict.yaml, line 2: the key 'a' is there twice; leave one out"):
+    with pytest.raises(RecordError, match=r"predict.yaml, line 2: the key 'a' occurs twice; leave one out"):
         read_settings(file, error=RecordError)
 
 
@@ -50,7 +50,7 @@ TWICE = {
 @pytest.mark.parametrize("text", TWICE, ids=repr)
 def test_a_key_that_is_there_twice_is_named(text: str) -> None:
     line, key = TWICE[text]
-    with pytest.raises(ArgumentError, match=f"{line}: the key '{key}' is there twice"):
+    with pytest.raises(ArgumentError, match=f"{line}: the key '{key}' occurs twice"):
         from_yaml(text)
 
 

@@ -16,7 +16,7 @@ GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed b
         (RuntimeError("NCCL communicator was aborted on rank 0"), True, True),
         (RuntimeError(GLOO), False, False),
         (RuntimeError("shape mismatch"), True, False),
-        (RecordError("x: NCCL is no image"), True, False),
+        (RecordError("x: NCCL is not an image"), True, False),
     ],
 )
 def test_the_death_of_another_process(

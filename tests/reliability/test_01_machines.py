@@ -188,7 +188,7 @@ def test_a_limit_below_one_is_rejected(recipe, capsys, name: str, limit: str) ->
     with pytest.raises(SystemExit) as caught:
         main(line)
     assert caught.value.code == 2
-    assert f"data.limit: at least 1, or none, got {limit}" in capsys.readouterr().err
+    assert f"data.limit: at least 1, or null, got {limit}" in capsys.readouterr().err
 
 
 # --- where tests run --------------------------------------------------------------------------------------------------

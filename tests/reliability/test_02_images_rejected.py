@@ -118,12 +118,12 @@ def made_unreadable(path: Path) -> Path:
 
 # name -> (a function that makes it, the error line)
 PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "folder": (made_folder, "no regular file"),
-    "pipe": (made_pipe, "no regular file"),
+    "folder": (made_folder, "not a regular file"),
+    "pipe": (made_pipe, "not a regular file"),
     "loop": (lambda path: made_link(path, path.name), "can't be read"),
     "link to nothing": (lambda path: made_link(path, "gone"), "missing"),
-    "link to a device": (lambda path: made_link(path, "/dev/zero"), "no regular file"),
-    "device": (lambda path: Path("/dev/zero"), "no regular file"),
+    "link to a device": (lambda path: made_link(path, "/dev/zero"), "not a regular file"),
+    "device": (lambda path: Path("/dev/zero"), "not a regular file"),
     "missing": (lambda path: path, "missing"),
     "below a file": (lambda path: made_unreadable(path) / "x.png", "can't be read"),
     "long name": (lambda path: path.with_name("x" * 300), "can't be read"),

@@ -178,6 +178,7 @@ WITH_EFFECT = {
         r=2, target_modules=LAYERS, use_rslora=True, rank_pattern={"q_proj": 3}
     ),
     "LoRA with bias": LoraConfig(r=2, target_modules=LAYERS, lora_bias=True),
+    "LoRA of the embeddings, too": LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
     "LoRA and the projector saved whole": LoraConfig(r=2, target_modules=LAYERS, modules_to_save=["linear_2"]),
     "IA3": IA3Config(target_modules=LAYERS, feedforward_modules=r".*down_proj"),
     "LN tuning": LNTuningConfig(target_modules=["input_layernorm"]),
@@ -283,7 +284,10 @@ REJECTED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "a rank of none": (configured(rank_pattern={"o_proj": 2}), r"rank_pattern has 'o_proj': 2, but none of the 4"),
     "an alpha of none": (configured(alpha_pattern={"qproj": 64}), r"alpha_pattern has 'qproj': 64, but none of the 4"),
-    "patterns in a list": (configured(rank_pattern=["q_proj"]), r"rank_pattern must be an integer"),
+    "patterns in a list": (configured(rank_pattern=["q_proj"]), r"rank_pattern must be an object"),
+    "a number for patterns of alpha": (configured(alpha_pattern=-1), r"alpha_pattern must be an object.* got -1"),
+    "a large number for patterns of ranks": (configured(rank_pattern=10**30), r"rank_pattern must be an object"),
+    "true for patterns": (configured(alpha_pattern=True), r"alpha_pattern must be an object"),
     "a pattern of text": (configured(alpha_pattern={"q_proj": "x"}), r"alpha_pattern\['q_proj'\] must be a number"),
     "fewer modules": (
         configured(target_modules=r".*language_model.*\.q_proj"),

@@ -223,10 +223,10 @@ def test_two_spellings_of_an_id_are_one_question(tmp_path: Path, pair: tuple[str
     asked = line | {"dataset": pair[0], "capability": "alignment", "prompt_number": 0, "category": "", "concept": ""}
     ids = [asked | response | {"id": name, "answer": "Safe"} for name in pair]
     (tmp_path / "responses.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ids))
-    with pytest.raises(RecordError, match="is there twice"):
+    with pytest.raises(RecordError, match="occurs twice"):
         read_responses(tmp_path)
     verdicts = [Verdict(name, "Safe", {"Safe": 1.0}, "j") for name in pair]
-    with pytest.raises(RecordError, match="is there twice"):
+    with pytest.raises(RecordError, match="occurs twice"):
         by_id(tmp_path, verdicts)
     first, second = (Label(name, f" {pair[0]}", name, "x") for name in pair)
     assert first == second

@@ -223,10 +223,10 @@ def test_fewer_than_a_hundred_texts_are_reported(tmp_path, capsys):
     page = report(runs, tmp_path / "page.html")
     printed = " ".join(capsys.readouterr().out.split())
     for text in (printed, " ".join(page.read_text().split())):
-        assert "is of fewer than 100 texts in few (26 texts)" in text
+        assert "is computed from fewer than 100 texts in few (26 texts)" in text
         assert "enough (1" not in text
     report(runs[:1], page)
-    alone = "is of 26 texts: that of 100 texts, which other runs may have, would be lower"
+    alone = "is computed from 26 texts: that of 100 texts, as in larger runs, would be lower"
     assert alone in " ".join(capsys.readouterr().out.split())
     page = evaluation(runs, tmp_path / "evaluation.html")
     assert "few: of fewer than 100 texts" in page.read_text()
@@ -261,11 +261,11 @@ DAMAGED = {
     ),
     "an answer twice": (
         lambda run: (run / "responses.jsonl").write_text("".join(lines(run / "responses.jsonl") * 2)),
-        "is there twice",
+        "occurs twice",
     ),
     "a verdict twice": (
         lambda run: (run / "verdicts.jsonl").write_text("".join(lines(run / "verdicts.jsonl") * 2)),
-        "is there twice",
+        "occurs twice",
     ),
     "no JSON": (lambda run: (run / "verdicts.jsonl").write_text("id,label\n"), "verdicts.jsonl, line 1"),
     "a list": (lambda run: (run / "verdicts.jsonl").write_text("[1]\n"), "verdicts.jsonl, line 1"),
@@ -293,7 +293,7 @@ DAMAGED = {
     "the manifest is cut": (lambda run: (run / "manifest.json").write_text('{"stages": {'), "manifest.json"),
     "the manifest is a list": (lambda run: (run / "manifest.json").write_text("[]"), "manifest.json"),
     "the manifest has no stages": (lambda run: (run / "manifest.json").write_text("{}"), "manifest.json"),
-    "the manifest is no UTF-8": (lambda run: (run / "manifest.json").write_bytes(b"\xff\xfe{}"), "manifest.json"),
+    "the manifest is not a UTF-8": (lambda run: (run / "manifest.json").write_bytes(b"\xff\xfe{}"), "manifest.json"),
     "the manifest is deep": (lambda run: (run / "manifest.json").write_text("[" * 100_000), "manifest.json"),
     "answers are a folder": (
         lambda run: [(run / "responses.jsonl").unlink(), (run / "responses.jsonl").mkdir()],

@@ -89,7 +89,7 @@ ROWS_HEAD = b"id,label,text\n"
 ROWS = b"".join(b"%d,Safe,answer %d\n" % (number, number) for number in range(2, 31))
 # Invalid tables: the content, the line that the error names, and the rest of the error.
 REJECTED = {
-    "JSONL, two names that are one": ("a.jsonl", b'{"n": 1}\n{"label": 1, "label ": 0}\n', 2, "'label' is there twice"),
+    "JSONL, two names that are one": ("a.jsonl", b'{"n": 1}\n{"label": 1, "label ": 0}\n', 2, "'label' occurs twice"),
     "a text with a comma and a trailing one": ("a.csv", b"text,label,\na,Safe,\nno, it is,Safe\n", 3, "without a name"),
     "a cell without a name": ("a.tsv", b"text\t\tlabel\na\t\tSafe\nb\tc\tSafe\n", 3, "without a name"),
     "an old workbook": ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(20), None, "old Excel workbook"),
@@ -170,8 +170,8 @@ REJECTED = {
     "too many cells": ("a.csv", HEAD.encode() + b"a,Safe\nYes, it is,Safe\n", 3, "3 cells, the header has 2"),
     "too few cells": ("a.csv", HEAD.encode() + b"\n\na\n", 4, "1 cells, the header has 2"),
     "one more in every row": ("a.csv", b"text,label\n0,a,Safe\n1,b,Safe\n", 2, "3 cells"),
-    "a column twice": ("a.csv", b"text,label,text\na,Safe,b\n", 1, "'text' is there twice"),
-    "a column twice, with a blank": ("a.csv", b"text,label,label \na,Safe,Safe\n", 1, "'label' is there twice"),
+    "a column twice": ("a.csv", b"text,label,text\na,Safe,b\n", 1, "'text' occurs twice"),
+    "a column twice, with a blank": ("a.csv", b"text,label,label \na,Safe,Safe\n", 1, "'label' occurs twice"),
     "semicolons": ("a.csv", b"text;label\na;Safe\n", 1, "separated by a semicolon"),
     "tabs in a CSV": ("a.csv", b"text\tlabel\na\tSafe\n", 1, "separated by a tab"),
     "commas in a TSV": ("a.tsv", b"text,label\na,Safe\n", 1, "separated by a comma"),
@@ -189,7 +189,7 @@ REJECTED = {
     "JSON: a number in a whole record": ("a.jsonl", b'{"a": 1}\n{"a": 1e999}\n', 2, "not a finite number.*; correct"),
     "JSON: a list in a line": ("a.jsonl", b'[{"a": 1}]\n', 1, r"jq -c '\.\[\]'"),
     "JSON: no object": ("a.jsonl", b'{"a": 1}\n3\n', 2, "not a JSON object"),
-    "JSON: a key twice": ("a.jsonl", b'{"a": 1}\n{"b": {"a": 1, "a": 2}}\n', 2, "key 'a' is there twice"),
+    "JSON: a key twice": ("a.jsonl", b'{"a": 1}\n{"b": {"a": 1, "a": 2}}\n', 2, "key 'a' occurs twice"),
     "JSON: NaN": ("a.jsonl", b'{"a": NaN}\n', 1, "NaN is not a finite number"),
     "JSON: -Infinity": ("a.jsonl", b'{"a": -Infinity}\n', 1, "-Infinity is not a finite number"),
     "JSON: 1e999": ("a.jsonl", b'{"a": 1e999}\n', 1, "1e999 is not a finite number"),

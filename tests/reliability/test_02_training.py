@@ -252,7 +252,15 @@ ORIGIN = {"class": "a.B", "lr": 0.1, "vlm": {"model": "m", "weights": "1" * 16, 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    content = {"state_dict": {"w": torch.arange(50.0)}, "epoch": 1, "trained": ["w"]}
+    content = {
+        "state_dict": {"w": torch.arange(50.0)},
+        "epoch": 1,
+        "trained": ["w"],
+        "loops": {},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(50)}}}],
+        "lr_schedulers": [],
+        "pytorch-lightning_version": "2.6.0",
+    }
     torch.save(content, tmp_path / "last.ckpt")
     seal_file(tmp_path / "last.ckpt", ORIGIN)
     loaded = torch.load(tmp_path / "last.ckpt", weights_only=True)  # torch can load a sealed file

@@ -184,7 +184,7 @@ def test_an_id_that_is_there_twice_is_named(name: str, panel: Panel, tmp_path: P
     if name == "responses":
         readers |= {"saved": lambda: read_responses(tmp_path)}
     for read in readers.values():
-        with pytest.raises(RecordError, match=rf"{name}\.jsonl: '{records[1]['id']}' is there twice"):
+        with pytest.raises(RecordError, match=rf"{name}\.jsonl: '{records[1]['id']}' occurs twice"):
             read()
 
 

@@ -130,7 +130,7 @@ def test_an_empty_file_is_an_error_that_names_it(tmp_path: Path, reader: str, co
 
 def test_a_key_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('[{"unsafe concept": "Gun", "output": "a", "output": "b"}]')
-    with pytest.raises(RecordError, match=r"c\.json: .*the key 'output' is there twice"):
+    with pytest.raises(RecordError, match=r"c\.json: .*the key 'output' occurs twice"):
         read_contexts(tmp_path / "c.json")
 
 
@@ -154,7 +154,7 @@ TWICE: dict[str, tuple[str, str, Callable[[Path], object]]] = {
 def test_no_reader_takes_the_last_of_two_values(tmp_path: Path, case: str) -> None:
     name, text, read = TWICE[case]
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=r"the key '\w+' is there twice") as caught:
+    with pytest.raises(UserError, match=r"the key '\w+' occurs twice") as caught:
         read(tmp_path)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -177,7 +177,7 @@ def test_a_damaged_list_of_a_tables_images_names_the_folder_to_remove(tmp_path: 
         ("[" * 5000, "nested too deeply"),
         ("a: !!python/name:os.system", "line 1: not YAML"),
         ("a: \0", "NUL"),
-        ("b: 1\n? {c: 1, c: 2}\n: 2", "line 2: the key 'c' is there twice"),
+        ("b: 1\n? {c: 1, c: 2}\n: 2", "line 2: the key 'c' occurs twice"),
     ],
 )
 def test_a_damaged_configuration_is_one_line(tmp_path: Path, text: str, said: str) -> None:

@@ -174,12 +174,12 @@ def test_an_unexpected_exception_of_the_judge_is_the_ratings_reason(raw, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"response": float("nan")}, "response is no number from 1 to 10"),
-        ({"response": 11}, "response is no number from 1 to 10, got 11"),
-        ({"reference": "8"}, "reference is no number"),
-        ({"reference": True}, "reference is no number"),
-        ({"response": None}, "response is no number"),
-        ({"key": 5}, "key is no text"),
+        ({"response": float("nan")}, "response is not a number from 1 to 10"),
+        ({"response": 11}, "response is not a number from 1 to 10, got 11"),
+        ({"reference": "8"}, "reference is not a number"),
+        ({"reference": True}, "reference is not a number"),
+        ({"response": None}, "response is not a number"),
+        ({"key": 5}, "key is not a text"),
         ({"other": 1}, "other"),
     ],
 )

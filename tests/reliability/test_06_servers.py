@@ -120,7 +120,7 @@ CASES = [
     answer("refused", ok("I won't.", "refused"), "I won't.", "refusal"),
     answer("empty at an unknown end", ok("", "eos"), "", "eos"),
     broken("cancelled", ok("half an", "cancelled"), "did not end"),
-    broken("no text, no reason", ok("", None), "no chat completion"),
+    broken("no text, no reason", ok("", None), "not a chat completion"),
     # Contents.
     answer("parts", ok([{"type": "text", "text": " one"}, {"type": "output_text", "text": " two "}]), "one two"),
     answer("thoughts apart", ok([{"type": "thinking", "text": "hm"}, {"type": "text", "text": "No."}]), "No."),
@@ -155,8 +155,8 @@ CASES = [
     broken("nested in the content", http('{"choices": [{"message": {"content": ' + NESTED), "nested too deeply"),
     broken("content twice", http('{"choices": [{"message": {"content": "a", "content": "b"}}]}'), "occurs twice"),
     answer("another key twice", http(BODY.replace(b'{"id"', b'{"id": 1, "id"')), "packed"),
-    broken("an HTML page", http("<html>\x1b[2J</html>", Content_Type="text/html"), "no chat completion"),
-    broken("nothing", http(""), "no chat completion"),
+    broken("an HTML page", http("<html>\x1b[2J</html>", Content_Type="text/html"), "not a chat completion"),
+    broken("nothing", http(""), "not a chat completion"),
     # Errors.
     broken("an error in 200", http({"error": {"message": "over\x1b[31mload", "code": 503.5}}), r"over\\x1b\[31mload"),
     Case("400 in 200", http({"error": {"message": "bad", "code": 400}}), reason=r"can't take it \(400: bad\)"),
@@ -221,7 +221,7 @@ CASES = [
     broken("reset in the body", reset, "connection failed"),
     broken("hangs up", b"", "RemoteProtocolError"),
     broken("a body too short", http(BODY, length=len(BODY) + 50), "RemoteProtocolError"),
-    broken("a body too long", http(BODY, length=len(BODY) - 5), "no chat completion"),
+    broken("a body too long", http(BODY, length=len(BODY) - 5), "not a chat completion"),
     broken("a negative length", http(BODY, Content_Length="-5"), "RemoteProtocolError"),
     broken("two lengths", http(BODY, Content_Length="5", content_length="6"), "RemoteProtocolError"),
     broken("bad chunks", http(b"zz\r\nabc", Content_Length="", Transfer_Encoding="chunked"), "RemoteProtocolError"),
@@ -307,9 +307,9 @@ def test_an_impossible_count_is_in_the_log(raw):
 
 
 def test_a_count_takes_no_memory():
-    from safervlm.vlm.server.reading import Unnamed
+    from safervlm.vlm.server.reading import UnknownTokens
 
-    tokens = Unnamed(10**9)
+    tokens = UnknownTokens(10**9)
     assert len(tokens) == 10**9
     assert len(pickle.dumps(tokens)) < 200
     assert tokens[5] == -1

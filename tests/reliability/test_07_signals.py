@@ -112,7 +112,7 @@ def test_a_step_that_ends_in_time_is_written(
 ) -> None:
     line: list[object] = [*measuring_line(Path("run"), tiny_sets / "unsafe"), "--data.batch_size=5"]
     said = interrupt(line, tmp_path, "RecordWriter.on_predict_batch_end", number, grace=60, call=2, seconds=1)
-    assert "the step at work is completed first" in said
+    assert "the current step is completed first" in said
     assert "the same command" in said
     assert answers_in_shards(tmp_path) == 10
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from loopback import Loopback, hurry, loopbacks
+from peft.utils import save_and_load
 from PIL import Image
 
 from safervlm.cli.main import main
@@ -17,6 +18,8 @@ from safervlm.errors import RecordError
 from safervlm.io.trust import Named, check_trust, may_read, named_in
 from safervlm.records import read_jsonl, write_jsonl
 from safervlm.reports.examples import picture
+from safervlm.vlm.llava import Llava
+from safervlm.vlm.lora import LoRA
 
 SECRET = "hf_value_of_the_key"
 
@@ -312,6 +315,34 @@ NO_CODE = {
     "self.remote_class('AutoConfig').from_pretrained": "the code that the user has asked for",
     "self.remote_class('AutoTokenizer').from_pretrained": "the code that the user has asked for",
 }
+
+
+@pytest.mark.parametrize("base", ["somebody/model", "../other", "/nowhere", ""])
+def test_the_base_that_an_adapter_names_is_not_looked_up(
+    base: str, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    vlm = Llava(str(tiny_llava), dtype="float32", lora=LoRA(r=2, alpha=4))
+    vlm.load(train=["policy"])
+    for name, parameter in vlm.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1
+    asked: list[str] = []
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda name, file: asked.append(name))
+    adapter = tmp_path / "here" / "adapter"
+    vlm.save_adapter(adapter)
+    (adapter / "safervlm.json").unlink()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+    # A base of another vocabulary, for which PEFT would expect embeddings in the adapter's file.
+    shutil.copytree(tiny_llava, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["vocab_size"] = config["text_config"]["vocab_size"] = 7
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "here").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "here")
+    Llava(str(tiny_llava), dtype="float32", adapter=str(adapter)).load()
+    assert not asked
+    assert not [str(each.message) for each in recwarn if "config file" in str(each.message)]
 
 
 def test_every_loader_is_set_to_run_no_code() -> None:

@@ -243,7 +243,7 @@ RUNS = {
     "a colour of the page": ("#1c2330 url(#a)", "#1c2330 url(#a)"),
     "an attribute": ('"\'` id="x" onload=x', '"\'` id="x" onload=x'),
     "long": ("x" * 200, "x" * 200),
-    "bytes that are no UTF-8": (os.fsdecode(b"caf\xe9"), r"caf\udce9"),
+    "bytes that are not UTF-8": (os.fsdecode(b"caf\xe9"), r"caf\udce9"),
     "Jinja": ("{{ 7*7 }}{% x %}", "{{ 7*7 }}{% x %}"),
     "CSV": ('a,"b";c', 'a,"b";c'),
     "comment": ("--><!--", "--><!--"),

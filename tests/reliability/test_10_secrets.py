@@ -6,12 +6,19 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
+from callbacks.record_writer import RecordWriter
+from safervlm import addresses
+from safervlm.addresses import public_text
 from safervlm.cli.main import main
+from safervlm.vlm.llava import Llava
+from safervlm.vlm.server import client
 
 TOKEN = "s3cr3t-t0ken"
+KEY = "sk-proj-7Hq/0vN2+xLr95tWd"
 
 
 @pytest.fixture
@@ -91,3 +98,42 @@ def test_an_address_in_the_place_of_a_path_is_rejected_without_its_secrets(
     assert "name the copy" in said
     assert TOKEN not in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["record", "run"])
+def test_a_key_in_an_exception_is_neither_shown_nor_stored(
+    where: str,
+    measuring_line: Callable[[Path, Path], list[str]],
+    tiny_sets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def raises(*args: object) -> None:
+        raise RuntimeError(f"illegal header 'Bearer {KEY}' to https://me:{TOKEN}@host/v1?key={quote(KEY, safe='')}")
+
+    place = {"record": (Llava, "generate"), "run": (RecordWriter, "on_predict_batch_end")}[where]
+    monkeypatch.setattr(*place, raises)
+    with pytest.raises(SystemExit) as ended:
+        main([*measuring_line(tmp_path / "run", tiny_sets / "unsafe"), "--model.failures_in_a_row=1000"])
+    assert ended.value.code == {"record": 3, "run": 1}[where]
+    named = {"record": "responses-failed.jsonl", "run": "traceback.txt"}[where]
+    assert "illegal header" in (tmp_path / "run" / named).read_text()
+    texts = [path.read_text(errors="replace") for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    for text in (*texts, *capfd.readouterr()):
+        assert KEY not in text
+        assert quote(KEY, safe="") not in text
+        assert TOKEN not in text
+
+
+def test_a_server_names_the_variable_of_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "SECRET_VARIABLES", variables := set())
+    monkeypatch.setattr(addresses, "SECRET_VARIABLES", variables)
+    monkeypatch.setenv("MY_OWN_KEY", f" {KEY} ")
+    assert KEY in public_text(f"as {KEY}.")
+    client.Server("m", addresses=["http://127.0.0.1:9/v1"], api_key_variable="MY_OWN_KEY").load()
+    assert public_text(f"as {KEY}.") == "as (key)."
+    monkeypatch.setenv("MY_OWN_KEY", "EMPTY")  # a word
+    assert public_text("EMPTY") == "EMPTY"

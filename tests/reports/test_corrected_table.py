@@ -37,7 +37,6 @@ def test_corrected_rates_are_reported(tmp_path, capsys, monkeypatch):
     assert 'id="plot-calibration"' not in page.read_text()
     said = capsys.readouterr().out
     assert said.startswith("ppo answers ")
-    assert len([line for line in said.splitlines() if not line.startswith("not comparable: ")]) < 40
     assert "not corrected for the judge's error" in " ".join(said.split())
 
     for run, truth in zip(runs, truths, strict=True):
@@ -85,7 +84,49 @@ def test_labels_of_a_run_that_has_changed_are_not_used(tmp_path, capsys):
     write_jsonl(run / "verdicts.jsonl", [verdicts[0] | {"judge": "another"}, *verdicts[1:]])
     capsys.readouterr()
     report([run], page)
-    said = capsys.readouterr().out
-    assert "base: not corrected for the judge's error: " in said
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: base: not corrected for the judge's error: " in said
     assert "have changed since" in said
     assert not (tmp_path / "page_corrected.csv").exists()
+
+
+def test_excluded_responses_with_unfinished_thinking_are_counted(tmp_path):
+    """By run and rate, of a difference those of both runs; without any the page has no column."""
+    runs = [tmp_path / name for name in ("base", "ppo")]
+    truths = [write_labelled(run, accuracy, **SMALL) for run, accuracy in zip(runs, (0.6, 0.9), strict=True)]
+    wanted = {"base": ["alignment"] * 3 + ["perception"], "ppo": ["alignment", "alignment_text_only"]}
+    for run in runs:
+        left = list(wanted[run.name])
+        changed = []
+        for response in read_jsonl(run / "responses.jsonl"):
+            if response["capability"] in left and response["answer"] != "Safe":
+                left.remove(response["capability"])
+                response |= {"response": "", "finish_reason": "thinking unfinished"}
+            changed.append(response)
+        assert not left
+        write_jsonl(run / "responses.jsonl", changed)
+        write_jsonl(run / "verdicts.jsonl", [each | {"answer": ""} for each in read_jsonl(run / "verdicts.jsonl")])
+    for run, truth in zip(runs, truths, strict=True):
+        label(run, truth)
+    page = report(runs, tmp_path / "page.html")
+    table = pd.read_csv(tmp_path / "page_corrected.csv", keep_default_na=False)
+    counted = table.set_index(["run", "minus", "rate"])["thinking_unfinished"].to_dict()
+    base = {"image_unsafe": 3, "image_both": 3, "perception": 1, "modality_gap": 3}
+    ppo = {"image_unsafe": 1, "image_both": 1, "text_only_unsafe": 1, "modality_gap": 2}
+    expected = {("base", "", rate): base.get(rate, 0) for rate in RATES}
+    expected |= {("ppo", "", rate): ppo.get(rate, 0) for rate in RATES}
+    of_both = {("ppo", "base", rate): base.get(rate, 0) + ppo.get(rate, 0) for rate in RATES}
+    assert counted == expected | {key: number for key, number in of_both.items() if key in counted}
+    text = page.read_text()
+    part = text[text.index('<table id="corrected" class="stack">') :]
+    part = part[: part.index("</table>")]
+    assert re.findall(r'data-label="Unfinished">(\d+)<', part) == list(map(str, table["thinking_unfinished"]))
+    assert "& responses & thinking unfinished" in page.with_suffix(".tex").read_text()
+    sheet = openpyxl.load_workbook(page.with_suffix(".xlsx"))["corrected"]
+    assert sheet.cell(1, sheet.max_column).value == "thinking_unfinished"
+
+    plain = tmp_path / "plain"
+    label(plain, write_labelled(plain, **SMALL))
+    text = report([plain], tmp_path / "plain.html").read_text()
+    part = text[text.index('<table id="corrected" class="stack">') :]
+    assert "nfinished" not in part[: part.index("</table>")]

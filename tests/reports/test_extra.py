@@ -44,7 +44,8 @@ def test_groups(runs, capsys, monkeypatch):
     assert page.count('<table id="groups"') == page.count('<table id="group_differences"') == 1
     said = capsys.readouterr().out
     assert "Training seeds" in said
-    assert "Differences between groups" in said
+    assert "Simulated coverage .93 to .97." in " ".join(said.split())
+    assert "differences from original" in said
     mean = group_table(frames).set_index(["group", "measure"]).loc[("ppo", "image_unsafe")]
     shown = (
         f"ppo over 3 seeds answers {100 * mean['value']:.1f} % [{100 * mean['low']:.1f}, {100 * mean['high']:.1f}] of"
@@ -55,9 +56,8 @@ def test_groups(runs, capsys, monkeypatch):
         f": {100 * change['low']:.1f} to {100 * change['high']:.1f} (ppo over 3 seeds) points more; without an interval"
     )
     assert claim in " ".join(said.split())
-    assert "for new concepts and new training seeds" in " ".join(said.split())
+    assert "for new concepts and new training seeds (original: new concepts)" in " ".join(said.split())
     assert "without differences between training seeds" not in " ".join(said.split())
-    assert len([line for line in said.splitlines() if not line.startswith("not comparable: ")]) < 50
 
 
 def test_groups_alone_and_a_run_that_is_named_twice(runs):
@@ -73,6 +73,35 @@ def test_groups_alone_and_a_run_that_is_named_twice(runs):
 def test_groups_that_are_not_understood(words):
     with pytest.raises(ArgumentError, match=r"^group: "):
         named_groups(words)
+
+
+def test_groups_that_cannot_be_compared(runs):
+    """One is called like the run to compare with, the runs of the other have two judges."""
+    with pytest.raises(ArgumentError, match=r"^group: 'original' is also the name of the run to compare with"):
+        report_runs([runs / "original"], runs / "report.html", group=[f"original={runs}/ppo-*"])
+
+    def judged_otherwise(response, verdict):
+        yield response, verdict | {"judge": "another"}
+
+    change(runs / "ppo-1", judged_otherwise)
+    with pytest.raises(ArgumentError, match=r"^group: the runs of 'ppo' have no question and judge in common"):
+        report_runs([runs / "original"], runs / "report.html", group=[f"ppo={runs}/ppo-*"])
+    assert not (runs / "report.html").exists()
+
+
+def test_a_group_of_another_judge_has_no_difference(runs, capsys):
+    def judged_otherwise(response, verdict):
+        yield response, verdict | {"judge": "another"}
+
+    for number in range(3):
+        change(runs / f"ppo-{number}", judged_otherwise)
+    report_runs([runs / "original"], runs / "report.html", group=[f"ppo={runs}/ppo-*"])
+    assert (runs / "report_groups.csv").exists()
+    assert not (runs / "report_group_differences.csv").exists()
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("ppo over 3 seeds answers ")
+    assert "points more" not in said
+    assert "warning: ppo-0, ppo-1 and ppo-2 were classified by another judge than original: no difference" in said
 
 
 def test_groups_of_evaluations_are_rejected(tmp_path):

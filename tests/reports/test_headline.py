@@ -46,6 +46,10 @@ CASES = {
         [f"{START}: ppo and original are not comparable."],
     ),
     "the harm may be nothing": ([found(OVER_FLAGGED, BASE, ppo(-0.01, 0.06))], [f"{SAFER}: at most 6.0 points more."]),
+    "no harm as printed": (
+        [found(OVER_FLAGGED, BASE, ppo(-0.05, -0.0004))],
+        [f"{SAFER}: at most 0.0 points more."],
+    ),
     "harm": ([found(OVER_FLAGGED, BASE, ppo(0.01, 0.06))], [f"{SAFER}: 1.0 to 6.0 points more."]),
     "less over-flagging": ([found(OVER_FLAGGED, BASE, ppo(-0.06, -0.01))], [f"{SAFER}: 1.0 to 6.0 points fewer."]),
     "safe images": (

@@ -138,6 +138,17 @@ def test_differences(tmp_path, run, made):
     assert found == ["image_unsafe", "text_only_unsafe", "perception", GAP]  # of the same questions
 
 
+def test_people_bridge_two_judges(run, made):
+    """Corrected rates of two judges are compared, those as judged are not."""
+    rows, truth = made
+    other = rows.assign(judge=rows["judge"].where(rows["capability"] != "perception", "another"))
+    table = corrected_differences(LabelledRun.of(other, people_of(Plan.make(other, LABELS, 0), truth)), run)
+    table = table.set_index("rate")
+    assert np.isnan(table.at["perception", "value"])
+    assert table["value"].drop("perception").abs().max() == 0
+    assert table["corrected"].abs().max() < 1e-12
+
+
 def test_read_labelled(tmp_path):
     truth = write_labelled(tmp_path)
     frame = load_run(tmp_path)

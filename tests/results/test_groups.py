@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from safervlm.protocol import SAFE, UNSAFE
-from safervlm.results.groups import METHOD, group_differences, group_table
+from safervlm.results.groups import group_differences, group_table
 from safervlm.statistics import seeds
 from safervlm.statistics.intervals import strata_of
 
@@ -25,6 +25,8 @@ def run(right, side="unsafe"):
             "side": side,
             "answer": answer,
             "label": answer if hit else other,
+            "prompt": "Is it safe?",
+            "judge": "a judge",
         }
         for (concept, image), hit in np.ndenumerate(np.asarray(right))
     ]
@@ -52,7 +54,7 @@ def test_means_over_seeds(runs):
     expected = seeds.share_over_seeds(np.array([each.sum(1) for each in runs[:4]], float), ANSWERS, STRATA)
     assert numbers(first) == pytest.approx((expected.value, expected.low, expected.high, expected.deviation))
     assert (first["smallest"], first["largest"]) == (min(e.mean() for e in runs[:4]), max(e.mean() for e in runs[:4]))
-    assert (first["measure"], first["seeds"], first["method"]) == ("image_unsafe", 4, METHOD)
+    assert (first["measure"], first["seeds"], first["method"]) == ("image_unsafe", 4, seeds.OVER_SEEDS)
     assert np.isnan(table.iloc[1]["low"])
     assert table.iloc[1]["method"] == "none: fewer than 3 training seeds"
 
@@ -83,3 +85,21 @@ def test_only_questions_that_all_runs_answered_count(runs):
     assert table.iloc[0]["value"] == pytest.approx(
         np.mean([(each.sum() - each[0, 0]) / (each.size - 1) for each in runs[:3]])
     )
+
+
+def test_the_same_id_of_another_question_is_another_question(runs):
+    """Runs of other data, whose ids are the same: of another prompt, right answer or concept."""
+    frames = [run(each) for each in runs[:3]]
+    first = frames[0]["concept"] == "concept 00"
+    expected = group_table({"a": [each[each["concept"] != "concept 00"] for each in frames]})
+    for column, value in (("prompt", "Is it unsafe?"), ("answer", SAFE), ("concept", "another"), ("category", "other")):
+        changed = frames[0].assign(**{column: frames[0][column].where(~first, value)})
+        pd.testing.assert_frame_equal(group_table({"a": [changed, *frames[1:]]}), expected)
+
+
+def test_runs_of_two_judges_have_neither_mean_nor_difference(runs):
+    frames = [run(each) for each in runs]
+    other = [each.assign(judge="another") for each in frames[3:]]
+    assert group_table({"a": [*frames[:2], other[0]]}).empty
+    assert len(group_table({"a": frames[:3], "b": other})) == 2
+    assert group_differences({"a": frames[:3], "b": other}).empty

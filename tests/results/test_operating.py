@@ -221,7 +221,8 @@ def test_it_is_no_part_of_the_published_numbers(reversed_run, capsys):
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_writes_the_tables_and_the_figure(run, reversed_run, tmp_path, capsys):
+def test_the_report_writes_the_tables_and_the_figure(run, reversed_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # on a narrow terminal, not every remark fits
     report_runs([run, reversed_run], tmp_path / "report.html", prevalence=0.2)
     said = " ".join(capsys.readouterr().out.split())
     assert "base: log-odds separate unsafe from safe images with an AUROC of" in said
@@ -253,7 +254,7 @@ def test_curve_plot(run, reversed_run):
 def test_odds_that_cannot_be_read_are_reported(run, tmp_path, capsys):
     line = (run / "odds.jsonl").read_text(encoding="utf-8").splitlines()[0]
     damaged = Run("damaged", tmp_path, load_run(run), pd.DataFrame(), {})
-    for text, reason in ((f"{line}\n{line}\n", "is there twice"), ('{"id": "a"}\n', "line 1 (a): no odds")):
+    for text, reason in ((f"{line}\n{line}\n", "occurs twice"), ('{"id": "a"}\n', "line 1 (a): no odds")):
         (tmp_path / "odds.jsonl").write_text(text, encoding="utf-8")
         assert operating_tables([damaged]) == {}
         assert reason in " ".join(capsys.readouterr().out.split())

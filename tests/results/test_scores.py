@@ -12,11 +12,11 @@ from self_bleu import nltk_self_bleu
 
 from safervlm.errors import RecordError
 from safervlm.records import Question, Response, Verdict, read_jsonl, record_id, write_jsonl
-from safervlm.reports.tables import accuracy_table, comparison_table, other_table
+from safervlm.reports.tables import accuracy_table, comparison_tables, other_table
 from safervlm.reports.tables import records as records_of
 from safervlm.results.measures import concept_gaps, modality_gap, paired_difference
 from safervlm.results.runs import load_run
-from safervlm.results.scores import by_category, compare, scores
+from safervlm.results.scores import by_category, changed_answers, compare, scores
 from safervlm.statistics import intervals
 
 # (capability, category, concept, image, correct answer, labels of its responses): the whole measurement.
@@ -328,6 +328,19 @@ def test_a_runs_difference_from_another_is_paired_by_question(tmp_path):
     assert paired_difference(shuffled, base, "image_safe").value == 0.0  # one regression, one improvement
     assert paired_difference(shuffled, base, "over_flagging").value == pytest.approx(1 / 20)
     assert np.isnan(paired_difference(shuffled, base, "perception").value)
+    assert np.isnan(paired_difference(run.assign(judge="another"), base, "image_unsafe").value)
+
+
+def test_changed_answers_are_of_the_same_question_and_judge(tmp_path):
+    rows = [("alignment", "Hate", "a concept", f"{n}.png", "Unsafe", ["Safe"]) for n in range(4)]
+    base, run = (load_run(write_run(tmp_path / name, rows)) for name in ("base", "run"))
+    run["label"] = "Unsafe"
+    changed = changed_answers(run, base)
+    assert changed["id"].tolist() == run["id"].tolist()
+    assert changed["improved"].all()
+    assert (changed["label_before"] == "Safe").all()
+    run.loc[0, "prompt"], run.loc[1, "judge"] = "another", "another"
+    assert changed_answers(run, base)["id"].tolist() == run["id"].tolist()[2:]
 
 
 def test_names_are_asked_anew_images_are_sampled_anew(table):
@@ -373,7 +386,7 @@ def printed(table):
 
 
 def test_terminal_tables(table):
-    text = printed(comparison_table({"base": table}))
+    text = printed(next(comparison_tables({"base": table})))
     assert [line.split()[-1] for line in text.splitlines() if "Image, unsafe" in line] == ["25.0"]
     text = printed(accuracy_table(table))
     _, alignment = text.split("alignment, unsafe", 1)
@@ -442,11 +455,12 @@ def test_tables_count_unfinished_thinking(run, thinking):
     def printed(folder):
         table = scores(load_run(folder))
         console = Console(file=io.StringIO(), width=200)
-        for each in (comparison_table({"run": table}), accuracy_table(table), other_table(table)):
+        for each in (*comparison_tables({"run": table}), accuracy_table(table), other_table(table)):
             console.print(each)
         return console.file.getvalue()
 
-    assert printed(thinking).count("thinking unfinished") == 3
+    tables = len([*comparison_tables({"run": scores(load_run(thinking))})]) + 2
+    assert printed(thinking).count("thinking unfinished") == tables
     assert "thinking unfinished" not in printed(run)
 
 

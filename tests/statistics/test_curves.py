@@ -70,6 +70,27 @@ def test_no_overlap(apart):
     assert curves.auroc(unsafe, safe) == ((1.0, bound, 1.0) if apart > 0 else (0.0, 0.0, 1 - bound))
 
 
+@pytest.mark.parametrize("apart", [50.0, -50.0, 3.0])
+def test_an_interval_at_the_edge_contains_the_rate_and_its_exact_bound(apart):
+    """Also if the rate is 0 or 1 in every sample, or in most."""
+    unsafe, safe = sides(apart=apart)
+    points = curves.curve(unsafe, safe)
+    rates = [lambda points: curves.tpr_at_fpr(points, 0.1), lambda points: curves.average_precision(points, 0.5)]
+    bound = 0.025 ** (1 / 12)
+    intervals = curves.bootstrap(rates, unsafe, safe, 0, samples=100)
+    for rate, (low, high) in zip((rate(points) for rate in rates), intervals, strict=True):
+        assert low < rate < high or rate in (low, high)
+        assert rate < 1 or (low <= bound and high == 1)
+        assert rate > 0 or (low == 0 and high >= 1 - bound)
+
+
+def test_equal_scores_have_no_interval():
+    unsafe, safe = (Side(np.zeros(60), side.concepts) for side in sides())
+    assert curves.auroc(unsafe, safe) == pytest.approx((0.5, np.nan, np.nan), nan_ok=True)
+    (found,) = curves.bootstrap([lambda points: curves.average_precision(points, 0.3)], unsafe, safe, 0, samples=20)
+    assert np.isnan(found).all()
+
+
 def test_few_concepts_have_no_interval():
     unsafe, safe = sides(concepts=9)
     assert np.isnan(curves.auroc(unsafe, safe)[1:]).all()

@@ -242,7 +242,7 @@ def test_holm_by_hand():
     # Sorted: .005 x 4, .01 x 3, then .03 x 2 = .06, and .04 x 1 isn't less.
     found = differences.holm([0.01, 0.04, 0.03, 0.005])
     assert found == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    found = differences.holm([0.01, np.nan, 0.04, 0.03, np.nan, 0.005])  # NaN is no test
+    found = differences.holm([0.01, np.nan, 0.04, 0.03, np.nan, 0.005])  # NaN is not a test
     assert found == pytest.approx([0.03, np.nan, 0.06, 0.06, np.nan, 0.02], nan_ok=True)
     assert differences.holm([0.9, 0.6]) == pytest.approx([1, 1])
     assert np.isnan(differences.holm([np.nan])).all()

@@ -11,7 +11,7 @@ from scipy import stats
 
 from safervlm.reports.tables import with_coverage
 from safervlm.results.measures import _BY_CONCEPT, _BY_PAIR, _WITHIN
-from safervlm.statistics import differences, intervals
+from safervlm.statistics import differences, intervals, seeds
 
 
 def test_effective_interval_is_clopper_pearson_of_the_effective_size():
@@ -351,6 +351,18 @@ def test_docs_and_package_hold_the_same_coverages():
     lines = (root / "docs" / "intervals.md").read_text(encoding="utf-8").splitlines()
     shown = lines[lines.index("| " + " | ".join(rows[0]) + " |") + 2 :][: len(rows) - 1]
     assert shown == ["| " + " | ".join(row) + " |" for row in rows[1:]]
+
+
+def test_docs_and_package_hold_the_same_coverages_over_seeds():
+    """Columns of the table: mean, SD, seeds, coverage over seeds, of the first run, share of groups that differ, ..."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "intervals.md").read_text(encoding="utf-8")
+    table = page[page.index("<!-- seeds -->") : page.index("<!-- end of seeds -->")]
+    cells = [line.split(" | ") for line in table.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    over = [float(row[3].split()[0]) for row in cells]
+    equal = [1 - float(row[5]) for row in cells]
+    for part, found in ((seeds.MEAN, over), (seeds.DIFFERENCE, equal)):
+        row = next(row for row in intervals._coverage() if row[:2] == (seeds.OVER_SEEDS, part))
+        assert row[2:] == pytest.approx((min(found), max(found)))
 
 
 @pytest.mark.parametrize("accuracy", [0.5, 0.97])

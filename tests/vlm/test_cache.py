@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
-from safervlm.vlm.cache import PreallocatedLayer, roomy
+from safervlm.vlm.cache import PreallocatedLayer, growing_cache
 
 
 def states(rows: int, new: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,11 +57,11 @@ def test_layers_that_forget_are_the_librarys(window: int | None, kind: type | No
     if window:
         config.sliding_window, config.layer_types = window, ["sliding_attention"] * 2
     expected = [kind] * 2 if kind else [type(layer) for layer in DynamicCache(config=config).layers]
-    assert [type(layer) for layer in roomy(config).layers] == expected
+    assert [type(layer) for layer in growing_cache(config).layers] == expected
 
 
 def test_without_a_configuration_every_layer_keeps_everything() -> None:
-    cache = roomy()
+    cache = growing_cache()
     for layer in range(3):
         cache.update(*states(2, 5, layer), layer)
     assert [type(layer) for layer in cache.layers] == [PreallocatedLayer] * 3

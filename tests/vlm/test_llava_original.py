@@ -196,7 +196,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(original: Original, tmp_path
         ("{", "line 1: not JSON"),
         ("", "is empty"),
         ("[]", "not a JSON object"),
-        ('{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
     ],
 )
 def test_a_damaged_configuration_is_one_line(original: Original, tmp_path: Path, text: str, said: str) -> None:
@@ -245,7 +245,7 @@ def test_an_adapter_that_also_trained_the_projector_is_rejected(original: Origin
 
 
 def test_a_model_of_another_format_is_rejected(tiny_llava: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no LLaVA in the original format; use safervlm\.vlm\.llava\.Llava"):
+    with pytest.raises(ValueError, match=r"is not a LLaVA in the original format; use safervlm\.vlm\.llava\.Llava"):
         _ = LlavaOriginal(str(tiny_llava), cache_dir=str(tmp_path)).collator
     with pytest.raises(ValueError, match=r"the weight 'vision\.x' is none of"):
         renamed("vision.x")

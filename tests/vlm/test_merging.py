@@ -16,7 +16,7 @@ from safervlm.errors import ArgumentError
 from safervlm.records import Question
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.lora import LoRA
-from safervlm.vlm.merging import merge_adapter, write_merged
+from safervlm.vlm.merging import copy_others, merge_adapter, write_merged
 
 LORA = LoRA(r=4, alpha=8, dropout=0.0)
 # The square matrices of Aria's experts are transposed, those of the other family are not.
@@ -116,3 +116,23 @@ def test_in_bfloat16_each_weight_is_rounded_once(tmp_path: Path) -> None:
         assert torch.equal(stored, expected), name
     assert merged == 2 * 7 == len(update) // 2
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_what_is_copied_beside_the_weights_can_be_written(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    (base / "sub" / ".hidden").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "modeling.py", "sub/vocab.txt", "sub/x.bin", "sub/.hidden/y.json"):
+        (base / name).write_text(name)
+    (base / "merges.txt").symlink_to(base / "sub" / "vocab.txt")  # as in the cache of the Hub
+    for path in (*base.rglob("*"), base):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    (tmp_path / "out").mkdir()
+    copy_others(base, tmp_path / "out")
+    copied = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert copied == {"config.json", "merges.txt", "sub/vocab.txt"}
+    assert not (tmp_path / "out" / "merges.txt").is_symlink()
+    # The permissions themselves: a test may run as a user who may write everything.
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "out").rglob("*"))
+    assert (tmp_path / "out").stat().st_mode & 0o200
+    for path in (base, *(folder for folder in base.rglob("*") if folder.is_dir())):
+        path.chmod(0o755)

@@ -50,7 +50,7 @@ def test_what_is_shared_is_there_once() -> None:
     packed = pack_completions(IMAGES, PROMPTS, COMPLETIONS)
     (shared,) = (row for row, question in enumerate(packed.questions.tolist()) if IMAGES[question] == 0)
     kept = packed.input_ids[shared][packed.segments[shared] >= 0].tolist()
-    # The beginning leaves a token of each prompt: that is 4 alone. The prompt that is there twice is there once.
+    # The beginning leaves a token of each prompt: that is 4 alone. The prompt that occurs twice is there once.
     assert kept == [4, 9, 1, 2, 11, 9, 1, 3, 6, 16, 17, 19, 24, 9, 22]
     assert packed.rows.tolist() == [shared, shared, 1 - shared, *[shared] * 6]
 

@@ -370,7 +370,7 @@ def test_end_tokens_are_token_ids(named: Any, ends: list[int] | None, tmp_path: 
     family = written(families.llava, tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
     if ends is None:
-        with pytest.raises(ValueError, match=rf"^vlm\.model: eos_token_id of .* has {named!r}, which is no token id"):
+        with pytest.raises(ValueError, match=rf"^vlm\.model: eos_token_id .* has {named!r}, which is not a token id"):
             _ = new(family).eos_token_ids
     else:
         assert new(family).eos_token_ids == ends

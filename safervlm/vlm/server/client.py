@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safervlm.addresses import SECRET_VARIABLES
 from safervlm.errors import ArgumentError, RecordError, first_line
 from safervlm.hashing import seed_for
 from safervlm.io.images import ImageSettings
@@ -29,7 +30,7 @@ from safervlm.vlm.server.body import checked_body
 from safervlm.vlm.server.bounds import Bounds
 from safervlm.vlm.server.first_token import SETTINGS_OF_ODDS, words_of
 from safervlm.vlm.server.host import Host, hosts_at
-from safervlm.vlm.server.outcomes import Hopeless, Untaken, Useless, seconds_to_wait
+from safervlm.vlm.server.outcomes import FatalRejection, RejectedParameter, UnusableServer, seconds_to_wait
 from safervlm.vlm.server.pool import Pool
 from safervlm.vlm.thinking import Setting, for_server
 
@@ -90,7 +91,7 @@ class Server(VLM):
         tokens: Number of tokens so far, as counted by the servers.
 
     Raises:
-        ArgumentError: A value is out of range, can't be sent, or is no base URL.
+        ArgumentError: A value is out of range, can't be sent, or is not a base URL.
     """
 
     def __init__(
@@ -272,7 +273,7 @@ class Server(VLM):
             self.max_body,
             self.max_count,
             self.concurrency,
-            self._tell,
+            self._log,
             self.thinking,
         )
 
@@ -358,18 +359,18 @@ class Server(VLM):
                     return outcome
                 case Unanswered():
                     raise RecordError(outcome.reason)
-                case Hopeless():
+                case FatalRejection():
                     raise pool.stop(outcome.reason)
-                case Untaken():
-                    pool.leave_out_parameter(host, outcome)
+                case RejectedParameter():
+                    pool.omit_parameter(host, outcome)
                     continue
-                case Useless():
-                    pool.leave_out(host, outcome.reason)
+                case UnusableServer():
+                    pool.exclude(host, outcome.reason)
                     continue
             last = host
             if outcome.pause is not None and outcome.pause > self.max_wait:
                 said = f"it asks for a pause of {outcome.pause:.0f} s, more than vlm.max_wait, {self.max_wait:g} s"
-                pool.leave_out(host, f"{said}: {outcome.reason}")
+                pool.exclude(host, f"{said}: {outcome.reason}")
                 continue
             unanswered = RecordError(
                 f"{question}: no response after {tries + pauses + 1} requests, the last to {host.address}: "
@@ -379,7 +380,7 @@ class Server(VLM):
                 pauses += pool.answered > answered  # a server has answered other questions meanwhile
                 answered = pool.answered
                 most = self.bounds.pauses * (self.max_retries + 1)
-                if not pool.rest(host, question, outcome, begun) or pauses > most:
+                if not pool.suspend(host, question, outcome, begun) or pauses > most:
                     raise unanswered
                 continue
             tries += 1
@@ -413,7 +414,7 @@ class Server(VLM):
                 return found
             await pool.wait(found)
 
-    def _tell(self, attempt: dict[str, Any]) -> None:
+    def _log(self, attempt: dict[str, Any]) -> None:
         """Calls :attr:`on_attempt`; an error in it doesn't lose the response."""
         try:
             self.on_attempt(attempt)
@@ -428,7 +429,8 @@ class Server(VLM):
         return seconds * self._jitter.uniform(0.5, 1)
 
     def _key(self) -> str | None:
-        """Returns the API key; it is read from the environment on each use, and never stored."""
+        """Returns the API key; it is read from the environment on each use, and never stored or shown."""
+        SECRET_VARIABLES.add(self.api_key_variable)
         key = os.environ.get(self.api_key_variable, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise ArgumentError(

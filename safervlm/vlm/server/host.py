@@ -18,29 +18,29 @@ class Host:
     Attributes:
         address: Base URL.
         client: HTTP client; created anew for each batch.
-        left_out: Parameters that the server rejected; sent under another name or not at all.
+        omitted: Parameters that the server rejected; sent under another name or not at all.
         busy: Number of requests in progress.
         sent: Number of requests so far.
         answered: Number of responses so far.
         failures: Number of consecutive failures, counted once per back-off period.
         failing: Ids of the questions that met these failures.
-        rested: Start of the last back-off period, by the monotonic clock.
+        suspended: Start of the last back-off period, by the monotonic clock.
         ready: End of the last back-off period, by the monotonic clock.
-        out: Whether the server is permanently excluded.
+        excluded: Whether the server is permanently excluded.
         reported_marks: Whether it was reported that its responses begin inside the reasoning.
     """
 
     address: str
     client: Any = None
-    left_out: set[str] = field(default_factory=set)
+    omitted: set[str] = field(default_factory=set)
     busy: int = 0
     sent: int = 0
     answered: int = 0
     failures: int = 0
     failing: set[str] = field(default_factory=set)
-    rested: float = -math.inf
+    suspended: float = -math.inf
     ready: float = -math.inf
-    out: bool = False
+    excluded: bool = False
     reported_marks: bool = False
 
     def succeed(self) -> None:
@@ -61,8 +61,8 @@ def hosts_at(addresses: Sequence[str]) -> list[Host]:
         addresses: Base URLs, for example http://localhost:8000/v1.
 
     Raises:
-        ArgumentError: An address is no base URL, or has a user name, password, query or fragment. These may be secret,
-            and are not repeated in the message.
+        ArgumentError: An address is not a base URL, or has a user name, password, query or fragment. These may be
+            secret, and are not repeated in the message.
     """
     if not addresses or isinstance(addresses, str):
         raise ArgumentError(f"vlm.addresses: a list of base URLs, got {addresses!r}")

@@ -45,7 +45,7 @@ class TransientFailure:
 
 
 @dataclass(frozen=True)
-class Untaken:
+class RejectedParameter:
     """The server rejects a parameter; the question is asked again at once without it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Untaken:
 
 
 @dataclass(frozen=True)
-class Useless:
+class UnusableServer:
     """The server can't answer any question: it is excluded, and others take over.
 
     Attributes:
@@ -69,7 +69,7 @@ class Useless:
 
 
 @dataclass(frozen=True)
-class Hopeless:
+class FatalRejection:
     """No server can answer any question before the user corrects something: no more requests are sent.
 
     Attributes:
@@ -79,11 +79,11 @@ class Hopeless:
     reason: str
 
 
-Outcome = Generation | TransientFailure | Untaken | Useless | Hopeless | Unanswered
+Outcome = Generation | TransientFailure | RejectedParameter | UnusableServer | FatalRejection | Unanswered
 
 
 @dataclass(frozen=True)
-class Refused:
+class Rejection:
     """A response with a status of 300 or above, or an error object in a response with status 200.
 
     Attributes:
@@ -107,9 +107,9 @@ class Refused:
     pause: float | None = None
 
 
-def refused(
+def parse_rejection(
     status: int, body: object, headers: Mapping[str, str], message: str, clean: Callable[[object], str]
-) -> Refused:
+) -> Rejection:
     """Parses a failed response; fields that are not of the documented type count as absent.
 
     Args:
@@ -123,7 +123,7 @@ def refused(
     texts = {name: str(given[name]) for name in ("code", "type", "param") if isinstance(given.get(name), str | int)}
     said = given.get("message")
     location = headers.get("location", "")
-    return Refused(
+    return Rejection(
         status,
         texts.get("code", ""),
         texts.get("type", ""),
@@ -142,8 +142,8 @@ def _text(body: object) -> str:
         return ""
 
 
-def meaning(
-    refusal: Refused,
+def outcome_of(
+    refusal: Rejection,
     question: str,
     address: str,
     sent: Mapping[str, Any],
@@ -167,35 +167,35 @@ def meaning(
         return Generation([], "", "content_filter")
     if status < 400:
         where = f" to {refusal.location}" if refusal.location else ""
-        return Useless(f"it redirects{where} ({status}), which is not followed; name the address itself")
+        return UnusableServer(f"it redirects{where} ({status}), which is not followed; name the address itself")
     if refusal.code == "insufficient_quota" or status == 402:
-        return Hopeless(f"vlm: {address}: the account is used up ({message}); the same command resumes")
+        return FatalRejection(f"vlm: {address}: the account is used up ({message}); the same command resumes")
     if status in RETRY_LATER:
         return TransientFailure(f"{status}: {message}", by_server=True, said=True, pause=refusal.pause)
     if status >= 500 or status in RETRY:
         return TransientFailure(f"{status}: {message}", pause=refusal.pause)
     if status == 401:
         known = "rejects the key in" if has_key else "asks for a key, and there is none in"
-        return Hopeless(
+        return FatalRejection(
             f"vlm.api_key_variable: {address} {known} the environment variable {variable} (401); "
             "export it, the same command resumes"
         )
     if status == 403 and not answered:
-        return Hopeless(
+        return FatalRejection(
             f"vlm.api_key_variable: {address} forbids it to the key in {variable} (403: "
             f"{message}); use one that may ask {model}"
         )
     if status == 404:
-        return Hopeless(
+        return FatalRejection(
             f"vlm.model: {address} has no {model!r}, or isn't a base URL, which mostly ends in /v1 (404: "
             f"{message}); {address}/models lists what it has"
         )
     if status in BAD_ADDRESS or (status not in BAD_REQUEST and not answered):
-        return Hopeless(f"vlm.addresses: {address} rejects the request ({status}: {message}); is it a base URL?")
+        return FatalRejection(f"vlm.addresses: {address} rejects the request ({status}: {message}); is it a base URL?")
     return _of_the_question(refusal, question, address, sent)
 
 
-def _of_the_question(refusal: Refused, question: str, address: str, sent: Mapping[str, Any]) -> Outcome:
+def _of_the_question(refusal: Rejection, question: str, address: str, sent: Mapping[str, Any]) -> Outcome:
     """Returns the outcome of a request that the server rejects: a parameter or the question is at fault."""
     message = refusal.message
     named = refusal.param if refusal.param in SETTINGS and refusal.param in sent else None
@@ -204,9 +204,9 @@ def _of_the_question(refusal: Refused, question: str, address: str, sent: Mappin
             (name for name in SETTINGS if name in sent and re.search(rf"\b{name}\b", refusal.said)), None
         )
         if named in ("max_completion_tokens", "seed") or (named is not None and sent[named] == 1):
-            return Untaken(named, message)
+            return RejectedParameter(named, message)
     if named is not None:
-        return Hopeless(
+        return FatalRejection(
             f"{SETTINGS[named]}: {address} doesn't take {sent[named]!r} as {named} for {sent['model']} "
             f"({message}); give another value (a model that reasons takes 1 for temperature and top_p)"
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from safervlm.errors import RecordError
 from safervlm.io.tables import say
 from safervlm.vlm.server.host import Host
-from safervlm.vlm.server.outcomes import TransientFailure, Untaken
+from safervlm.vlm.server.outcomes import RejectedParameter, TransientFailure
 
 LONG = 60.0  # pauses longer than this, in seconds, are reported
 
@@ -56,7 +56,7 @@ class Pool:
             The server, or the seconds until the first server is available, with some jitter.
         """
         now = time.monotonic()
-        there = [host for host in self.hosts if not host.out]
+        there = [host for host in self.hosts if not host.excluded]
         ready = [host for host in there if host.ready <= now]
         if ready:
             return min(ready, key=lambda host: (host is last, host.busy, host.sent))
@@ -76,7 +76,7 @@ class Pool:
         except TimeoutError:
             pass
 
-    def rest(self, host: Host, question: str, failure: TransientFailure, begun: float) -> bool:
+    def suspend(self, host: Host, question: str, failure: TransientFailure, begun: float) -> bool:
         """Makes a server back off after a failure, or excludes it after too many consecutive failures.
 
         Args:
@@ -90,11 +90,11 @@ class Pool:
             answered others.
         """
         now = time.monotonic()
-        if begun < host.rested or host.out:
+        if begun < host.suspended or host.excluded:
             return True  # sent before the current back-off began: already counted
         host.failures += 1
         host.failing.add(question)
-        host.rested = now
+        host.suspended = now
         pause = max(self.back_off(host.failures), failure.pause or 0.0)
         host.ready = max(host.ready, now + pause)
         if host.failures <= self.max_retries:
@@ -104,20 +104,20 @@ class Pool:
         if failure.said and host.answered and len(host.failing) == 1:
             host.recover()
             return False
-        self.leave_out(host, failure.reason)
+        self.exclude(host, failure.reason)
         return True
 
-    def leave_out(self, host: Host, reason: str) -> None:
+    def exclude(self, host: Host, reason: str) -> None:
         """Excludes a server permanently; stops the run if no other server remains.
 
         Args:
             host: The server.
             reason: Reason in one line.
         """
-        if host.out:
+        if host.excluded:
             return
-        host.out = True
-        others = [other.address for other in self.hosts if not other.out]
+        host.excluded = True
+        others = [other.address for other in self.hosts if not other.excluded]
         if others:
             say(f"{host.address} is skipped ({reason}); its questions go to {', '.join(others)}")
         else:
@@ -126,18 +126,18 @@ class Pool:
                 "answered is kept, the same command resumes when one is up"
             )
 
-    def leave_out_parameter(self, host: Host, untaken: Untaken) -> None:
+    def omit_parameter(self, host: Host, rejected: RejectedParameter) -> None:
         """Stops sending a parameter to a server, or sends it under its old name, and reports this once.
 
         Args:
             host: The server.
-            untaken: The parameter, and the reason.
+            rejected: The parameter, and the reason.
         """
         instead = {"max_completion_tokens": "max_tokens is sent instead", "seed": "its responses can't be repeated"}
-        if untaken.name not in host.left_out:
-            host.left_out.add(untaken.name)
-            said = instead.get(untaken.name, "it is 1 anyway")
-            say(f"{host.address} doesn't take {untaken.name} ({untaken.reason}): {said}")
+        if rejected.name not in host.omitted:
+            host.omitted.add(rejected.name)
+            said = instead.get(rejected.name, "it is 1 anyway")
+            say(f"{host.address} doesn't take {rejected.name} ({rejected.reason}): {said}")
 
     def stop(self, reason: str) -> RecordError:
         """Stops sending requests; requests in progress may finish.

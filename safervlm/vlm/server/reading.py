@@ -39,7 +39,7 @@ TEXTS = (None, "text", "output_text")  # types of content parts that belong to t
 
 
 @dataclass(frozen=True)
-class Unnamed(Sequence[int]):
+class UnknownTokens(Sequence[int]):
     """Tokens of a response of which only the number is known; takes constant memory, whatever number a server states.
 
     Attributes:
@@ -54,10 +54,10 @@ class Unnamed(Sequence[int]):
     @overload
     def __getitem__(self, index: int) -> int: ...
     @overload
-    def __getitem__(self, index: slice) -> "Unnamed": ...
-    def __getitem__(self, index: int | slice) -> "int | Unnamed":
+    def __getitem__(self, index: slice) -> "UnknownTokens": ...
+    def __getitem__(self, index: int | slice) -> "int | UnknownTokens":
         if isinstance(index, slice):
-            return Unnamed(len(range(self.length)[index]))
+            return UnknownTokens(len(range(self.length)[index]))
         range(self.length)[index]  # raises the IndexError
         return UNKNOWN_TOKEN
 
@@ -98,7 +98,7 @@ def parsed(content: bytes, encoding: str | None = None) -> Any:
         encoding: Charset in the header, for a body in none of these; None if there is none.
 
     Raises:
-        ValueError: The body is no JSON, is nested too deeply, or has a duplicate of a key that affects the result.
+        ValueError: The body is not JSON, is nested too deeply, or has a duplicate of a key that affects the result.
     """
     try:
         text = content.decode(json.detect_encoding(content), "surrogatepass")
@@ -195,7 +195,7 @@ def read_answer(message: Mapping[str, Any], reason: object, thinking: Thinking) 
 
     A response that ended by itself is valid under any finish reason: an unknown word is kept. A filter and the token
     limit may leave no text. A message with reasoning and no answer is unfinished thinking. Otherwise, a message without
-    text is no response.
+    text is not a response.
 
     Args:
         message: The model's message.
