@@ -220,7 +220,10 @@ def group_versions(tables: Sequence[ExtraTable]) -> Iterator[list[TextTable]]:
         for key, row in zip(keys, groups.rows, strict=True)
     }
     first = [row for measure in IN_HEADLINE for key, row in rows.items() if key[1] == measure] or list(rows.values())
-    note = "In percent and points, with 95 % intervals over new concepts and new training seeds"
+    note = (
+        "In percent and points, with 95 % intervals over new concepts and new training seeds; simulated coverage "
+        f"{coverage(OVER_SEEDS, MEAN)} (means), {coverage(OVER_SEEDS, DIFFERENCE)} (differences)"
+    )
     unfinished = groups.note[at:] if (at := groups.note.find(UNFINISHED_NOTE)) >= 0 else ""
     for chosen in (list(rows.values()), first, *(first[:number] for number in FEW_ROWS)):
         left_out = len(rows) - len(chosen)

@@ -44,7 +44,8 @@ def test_groups(runs, capsys, monkeypatch):
     assert page.count('<table id="groups"') == page.count('<table id="group_differences"') == 1
     said = capsys.readouterr().out
     assert "Training seeds" in said
-    assert "Simulated coverage .93 to .97." in " ".join(said.split())
+    assert "Simulated coverage .93 to .97." in " ".join(page.split())
+    assert "; simulated coverage .93 to .97 (means), " in " ".join(said.split())
     assert "differences from original" in said
     mean = group_table(frames).set_index(["group", "measure"]).loc[("ppo", "image_unsafe")]
     shown = (

@@ -16,7 +16,7 @@ def seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
     monkeypatch.setattr(seeds, "PAGE", tmp_path / "seeds.md")
     seeds.PAGE.write_text(
-        "before\n<!-- seeds -->\nold\n<!-- end of seeds -->\n<!-- roundings --><!-- end of roundings -->\n"
+        "before\n<!-- seeds -->\nold\n<!-- end of seeds -->\n<!-- roundings -->\n<!-- end of roundings -->\n"
     )
     return seeds
 
@@ -28,8 +28,8 @@ def table(safe: float) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
-@pytest.mark.parametrize(("safe", "code"), [(0.93, 0), (0.919, 1)])
-def test_the_table_is_between_its_markers_and_a_narrow_bound_fails(
+@pytest.mark.parametrize(("safe", "code"), [(0.919, 0), (0.899, 1)])
+def test_the_table_is_between_its_markers_and_a_missed_bound_fails(
     seeds, monkeypatch: pytest.MonkeyPatch, capsys, safe: float, code: int
 ) -> None:
     played: list[tuple[str, object]] = []
@@ -46,13 +46,23 @@ def test_the_table_is_between_its_markers_and_a_narrow_bound_fails(
     page = seeds.PAGE.read_text()
     assert page.startswith("before\n<!-- seeds -->\n\n| seed | run |")
     assert "old" not in page
-    assert "<!-- roundings --><!-- end of roundings -->" in page
+    assert "<!-- roundings -->\n<!-- end of roundings -->" in page
     assert f"| 1 | sft | 97.0 | 95.0 | 95.0 | {100 * safe:.1f} | 0.0 | 1.0 |" in page
     assert f"| range | ppo | 97.0 to 97.0 | 95.0 to 95.0 | 95.0 to 95.0 | {100 * safe:.1f} to 96.0 |" in page
     assert f"| sft, image safe at least 90 | {100 * safe - 90:.1f} | 1 |" in page
-    assert ("1: sft, image_safe at least 90: met by 1.9 points, 2.0 are needed" in capsys.readouterr().err) == bool(
-        code
-    )
+    line = "1: sft, image_safe at least 90: met by -0.1 points, 0.0 are needed"
+    assert (line in capsys.readouterr().err) == bool(code)
+
+
+@pytest.mark.parametrize(("safe", "code"), [(0.921, 0), (0.919, 1)])
+def test_a_bound_that_another_rounding_meets_narrowly_fails(
+    seeds, monkeypatch: pytest.MonkeyPatch, capsys, safe: float, code: int
+) -> None:
+    monkeypatch.setattr(seeds, "play", lambda place, variant: table(safe if "avx2" in place.name else 0.95))
+    monkeypatch.setattr("sys.argv", ["seeds.py", "--roundings", "--out", "runs"])
+    assert seeds.main() == code
+    line = "ATEN_CPU_CAPABILITY=avx2: sft, image_safe at least 90: met by 1.9 points, 2.0 are needed"
+    assert (line in capsys.readouterr().err) == bool(code)
 
 
 def test_there_are_six_roundings_that_differ(seeds) -> None:
