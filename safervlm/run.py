@@ -70,6 +70,10 @@ def is_stage(entry: Any) -> bool:
     return all(isinstance(each, dict) for each in objects)
 
 
+# Descriptions of a split's records, see :meth:`safervlm.data.module.SaferData.describe`.
+OF_RECORDS = (".examples", ".ids", ".content", ".images")
+
+
 def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: bool = False) -> dict[str, list[Any]]:
     """Rejects a run folder whose results were made with other settings.
 
@@ -122,6 +126,8 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: b
             raise SettingsDifferError(f"--extend: {key}: {old} there, {new} now; give more than {old}")
     differing = [key for key in differing if key not in longer]
     must_have_noise(run, stage, before.get(NOISE), now.get(NOISE), "--run")
+    if "data.limit" in differing:  # which records there are follows from it
+        differing = [key for key in differing if not key.endswith(OF_RECORDS)]
     if differing:
         differing.sort(key=lambda key: key.endswith((".ids", ".content", ".images", ".sha256")))  # hashes last
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in differing[:5])
@@ -155,6 +161,26 @@ def must_have_noise(run: Path, stage: str, before: int | None, now: int | None, 
             f"{argument}: {run} holds results of {stage} with the sampling noise of another version of SaferVLM "
             f"({NOISE}: {before} there, {now} now); use that version, or another folder"
         )
+
+
+def must_have_weights(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Rejects a measurement whose base weights or adapter are others by now: an adapter may have been trained on.
+
+    Args:
+        run: Run folder of the measurement.
+        before: Settings of the model in the manifest. Fingerprints that are unknown are not compared.
+        now: Settings of the model as it would be loaded now.
+
+    Raises:
+        SettingsDifferError: A fingerprint of weights differs.
+    """
+    there, here = dict(flat(before)), dict(flat(now))
+    for key in there.keys() & here.keys():
+        if key.endswith((".weights", ".sha256")) and None not in (there[key], here[key]) and there[key] != here[key]:
+            raise SettingsDifferError(
+                f"run: the responses of {run} are of other weights (model.{key}: {there[key]} there, {here[key]} now); "
+                "restore them, or measure again in another folder"
+            )
 
 
 def must_have_manifest(files: RunFolder, stage: str) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 from safervlm.errors import RecordError
-from safervlm.run import SettingsDifferError, check_settings, finished, has_results, lock, read_manifest, write_stage
+from safervlm.run import (
+    SettingsDifferError,
+    check_settings,
+    finished,
+    has_results,
+    lock,
+    must_have_weights,
+    read_manifest,
+    write_stage,
+)
 
 SETTINGS = {"model": {"lr": 1e-3, "betas": (0.9, 0.99)}, "data": {"ids": "abc"}}
 
@@ -67,6 +76,43 @@ def test_other_settings_are_rejected_by_name(tmp_path: Path) -> None:
         check_settings(tmp_path, "sft", changed)
     assert "name another folder" in str(caught.value)
     assert "betas" not in str(caught.value)
+
+
+def test_another_limit_is_named_without_what_follows_from_it(tmp_path: Path) -> None:
+    def settings(limit: int | None, records: int, ids: str) -> dict[str, Any]:
+        split = {"examples": records, "ids": ids, "content": ids}
+        return {"data": {"limit": limit, "predict": split, "images": ids}}
+
+    write_stage(tmp_path, "measure", settings=settings(2, 32, "a"))
+    (tmp_path / "responses.jsonl").write_text("{}")
+    with pytest.raises(SettingsDifferError, match=r"other settings: data\.limit: 2 there, None now; name another"):
+        check_settings(tmp_path, "measure", settings(None, 2418, "b"))
+    with pytest.raises(SettingsDifferError, match=r"data\.predict\.examples: 32 there, 31 now; data\.predict\.ids"):
+        check_settings(tmp_path, "measure", settings(2, 31, "b"))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "rejected"),
+    [
+        ({"weights": "a", "adapter": {"folder": "x", "sha256": "b"}}, {"weights": "a", "adapter": None}, False),
+        ({"weights": "a", "adapter": None}, {"weights": "a", "adapter": None}, False),
+        ({"weights": "a"}, {"weights": "b"}, "model.vlm.weights: a there, b now"),
+        ({"weights": None}, {"weights": "b"}, False),
+        (
+            {"adapter": {"folder": "x", "sha256": "b"}},
+            {"adapter": {"folder": "y", "sha256": "c"}},
+            "model.vlm.adapter.sha256: b there, c now",
+        ),
+        ({"adapter": {"folder": "x", "sha256": "b"}}, {"adapter": {"folder": "y", "sha256": "b"}}, False),
+    ],
+)
+def test_a_measurement_is_of_its_weights(before: dict[str, Any], now: dict[str, Any], rejected: Any) -> None:
+    run = Path("runs/ppo")
+    if rejected:
+        with pytest.raises(SettingsDifferError, match=f"run: the responses of {run} are of other weights .{rejected}"):
+            must_have_weights(run, {"vlm": before}, {"vlm": now})
+    else:
+        must_have_weights(run, {"vlm": before}, {"vlm": now})
 
 
 def test_an_argument_that_is_no_utf8_is_recorded(tmp_path: Path) -> None:

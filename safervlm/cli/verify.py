@@ -29,7 +29,7 @@ from safervlm.measure import Measure
 from safervlm.progress_lines import progress_lines
 from safervlm.ranges import in_range
 from safervlm.records import Example, Failure, Response, Verdict, read_records, write_jsonl
-from safervlm.run import locked, must_have_noise, read_manifest
+from safervlm.run import locked, must_have_noise, must_have_weights, read_manifest
 from safervlm.run_folder import RunFolder
 from safervlm.unfinished import UnfinishedFile
 from safervlm.vlm.server.client import Server
@@ -121,6 +121,7 @@ def verify(
         settings_before = read_manifest(run)["stages"].get(stage_name(cli.model), {}).get("settings", {})
         if "model" in settings_before:
             must_have_noise(run, "measure", settings_before["model"].get("noise"), describe.get("noise"), "run")
+            must_have_weights(run, settings_before["model"], describe)
         before = {response.id: response for response in read_responses(run)}
         asked = _sample(run, cli, before, sample, limit, seed)
         key = fingerprint(files.responses, json.dumps([settings, describe, batch_size, dtype]))

@@ -1,9 +1,12 @@
 """Which numbers of two measurements may be subtracted, and why others may not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import pandas as pd
 
+from safervlm.errors import ArgumentError
 from safervlm.records import Failure, read_records
 from safervlm.reports.runs import Run
 from safervlm.reports.tables import NAMED, listed
@@ -11,6 +14,7 @@ from safervlm.results.measures import COLUMNS, DIVERSITY, asked, judges
 from safervlm.results.scores import overall, unfinished_in
 from safervlm.run_folder import RunFolder
 from safervlm.statistics.diversity import TEXTS, TOO_FEW
+from safervlm.vlm.adapters import adapter_fingerprint
 from safervlm.vlm.thinking import MANY, many_unfinished
 
 
@@ -48,6 +52,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     said += _about(rejudged, f"classified by another judge than {first.name}: no difference is shown there")
     said += several_judges({run.name: run.frame for run in runs})
     said += unfinished_thinking({run.name: (unfinished_in(run.frame), len(run.frame)) for run in runs})
+    said += retrained((run.name, run.folder, run.manifest) for run in runs)
     lost = {run.name: number for run in runs if (number := missing(run))}
     if len(lost) == 1:
         ((name, number),) = lost.items()
@@ -71,6 +76,25 @@ def several_judges(frames: Mapping[str, pd.DataFrame], within: Sequence[str] = (
         if frame[frame["judge"] != ""].groupby([*within])["judge"].nunique().gt(1).any()
     ]
     return _about(mixed, f"classified by several judges within a {within[-1]}, whose errors may differ")
+
+
+def retrained(runs: Iterable[tuple[str, Path, Mapping[str, Mapping[str, str]]]]) -> list[str]:
+    """States which runs were measured with an adapter that was trained on since; empty if there is none.
+
+    Args:
+        runs: Name, folder and manifest (:func:`safervlm.reports.runs.read_summary`) of each measurement or evaluation.
+    """
+    changed = []
+    for name, folder, manifest in runs:
+        measured = manifest.get("measure", {})
+        # An evaluation is inside the folder of its run. A run that was renamed may have another run's old name.
+        own = folder.resolve().parent if folder.name == RunFolder(folder).evaluation.name else folder.resolve()
+        adapter, named = RunFolder(own).adapter, Path(measured.get("settings.model.vlm.adapter.folder", ""))
+        if named.parts[-2:] == adapter.parts[-2:] and adapter.is_dir():
+            with suppress(ArgumentError):  # without weights nothing was trained on
+                if adapter_fingerprint(str(adapter)) != measured.get("settings.model.vlm.adapter.sha256"):
+                    changed.append(name)
+    return _about(changed, "measured before the adapter in the same folder was trained on; measure again elsewhere")
 
 
 def unfinished_thinking(counts: Mapping[str, tuple[int, int]]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from safervlm.reports.comparable import several_judges, unfinished_thinking
+from safervlm.reports.comparable import retrained, several_judges, unfinished_thinking
 from safervlm.reports.suite_tables import Summary
 from safervlm.reports.tables import listed, records
 from safervlm.results.mme import ALL_TASKS
@@ -32,6 +32,8 @@ def suite_warnings(
     ]
     said = [f"{listed(at_work)}: the evaluation isn't finished; the same command resumes"] if at_work else []
     said += other_models(manifests)
+    folders = {each.name: each.folder for each in evaluations}
+    said += retrained((name, folders[name], summary) for name, summary in manifests)
     said += several_judges({each.name: each.answers for each in evaluations}, ("capability", "dataset"))
     every = {each.name: pd.concat([each.answers, each.unfinished]) for each in evaluations}
     said += unfinished_thinking({name: (unfinished_in(frame), len(frame)) for name, frame in every.items()})

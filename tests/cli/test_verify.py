@@ -93,6 +93,23 @@ def test_responses_with_the_noise_of_another_version_are_not_repeated(
     assert said in capsys.readouterr().err
 
 
+def test_responses_of_other_weights_are_not_repeated(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter that was trained on in the meantime would look like responses that flip."""
+    copy(run, tmp_path)
+    manifest = json.loads((run / "manifest.json").read_text())
+    vlm = manifest["stages"]["measure"]["settings"]["model"]["vlm"]
+    before, vlm["weights"] = vlm["weights"], "0123456789abcdef"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", str(tmp_path)])
+    said = (
+        f"(model.vlm.weights: 0123456789abcdef there, {before} now); restore them, or measure again in another folder"
+    )
+    assert said in capsys.readouterr().err
+
+
 def test_only_verdicts_of_the_same_judge_on_the_same_response_are_compared(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

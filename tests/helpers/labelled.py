@@ -1,13 +1,17 @@
 """Runs whose true labels are known, with a judge that errs, and people who don't."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from safervlm.hashing import seed_for
+from safervlm.labelling.labels import LabelFile
+from safervlm.labelling.plan import Plan, labelable, write_plan
 from safervlm.protocol import ALIGNMENT_QUESTIONS, perception_question, text_only_question
-from safervlm.records import Question, Response, Verdict, record_id, write_jsonl
+from safervlm.records import Question, Response, Verdict, read_jsonl, record_id, write_jsonl
+from safervlm.results.runs import load_run
 
 CATEGORIES = ("Hate", "Violence", "Deception")
 
@@ -71,3 +75,24 @@ def write_labelled(
     write_jsonl(folder / "responses.jsonl", (each.to_dict() for each in responses))
     write_jsonl(folder / "verdicts.jsonl", (each.to_dict() for each in verdicts))
     return truth
+
+
+def label(run: Path, truth: Mapping[str, str]) -> None:
+    """Labels a sample of 100 responses as Ada would, who knows the truth."""
+    rows = labelable(load_run(run))
+    plan = Plan.make(rows, 100, 0)
+    write_plan(run, plan)
+    with LabelFile(run, rows, plan) as file:
+        for name in plan.sampled:
+            file.append(name, truth[name], "Ada")
+
+
+Record = dict[str, Any]
+
+
+def change(run: Path, records_of: Callable[[Record, Record], Iterable[tuple[Record, Record]]]) -> None:
+    """Rewrites responses and verdicts of a run, from pairs of both."""
+    pairs = zip(read_jsonl(run / "responses.jsonl"), read_jsonl(run / "verdicts.jsonl"), strict=True)
+    changed = [each for pair in pairs for each in records_of(*pair)]
+    for place, file in enumerate(("responses.jsonl", "verdicts.jsonl")):
+        write_jsonl(run / file, (pair[place] for pair in changed))

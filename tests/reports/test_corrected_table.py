@@ -5,25 +5,13 @@ import re
 import openpyxl
 import pandas as pd
 import pytest
-from labelled import write_labelled
+from labelled import label, write_labelled
 
-from safervlm.labelling.labels import LabelFile
-from safervlm.labelling.plan import Plan, labelable, write_plan
 from safervlm.records import read_jsonl, write_jsonl
 from safervlm.reports.page import report
 from safervlm.results.corrected import RATES
-from safervlm.results.runs import load_run
 
 SMALL = {"concepts": 10, "images": 1}
-
-
-def label(run, truth):
-    rows = labelable(load_run(run))
-    plan = Plan.make(rows, 100, 0)
-    write_plan(run, plan)
-    with LabelFile(run, rows, plan) as file:
-        for name in plan.sampled:
-            file.append(name, truth[name], "Ada")
 
 
 def test_corrected_rates_are_reported(tmp_path, capsys, monkeypatch):

@@ -193,6 +193,18 @@ def test_what_a_reader_has_to_know_is_reported(runs, tmp_path, capsys):
     assert "original: the evaluation" not in printed
 
 
+def test_an_evaluation_whose_adapter_was_trained_on_since_is_reported(runs, tmp_path, capsys):
+    adapter = runs[1] / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"trained on")
+    vlm = {"model": "one", "adapter": {"folder": "runs/ppo/adapter", "sha256": "0123456789abcdef"}}
+    write_stage(runs[1] / "evaluation", "measure", settings={"model": {"vlm": vlm}}, finished=True)
+    evaluation(runs, tmp_path / "all.html")
+    warned = "warning: ppo was measured before the adapter in the same folder was trained on"
+    assert warned in " ".join(capsys.readouterr().out.split())
+
+
 def test_zero_has_no_sign_and_a_file_is_wide(runs, tmp_path, capsys, monkeypatch):
     assert shown_estimate("", -0.0004) == "0.000"
     assert shown_estimate("%", -0.0004, signed=True) == "+0.0"

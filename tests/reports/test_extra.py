@@ -2,17 +2,18 @@
 
 import pandas as pd
 import pytest
-from labelled import write_labelled
+from labelled import change, write_labelled
 
 from safervlm.cli.main import main
 from safervlm.errors import ArgumentError
-from safervlm.records import read_jsonl, write_jsonl
 from safervlm.reports.extra import NAMES, named_groups
 from safervlm.reports.kinds import report_runs
 from safervlm.results.groups import group_differences, group_table
 from safervlm.results.positions import position_table
 from safervlm.results.repeats import repeat_table
 from safervlm.results.runs import load_run
+from safervlm.run import write_stage
+from safervlm.vlm.adapters import adapter_fingerprint
 
 
 @pytest.fixture
@@ -105,18 +106,25 @@ def test_a_group_of_another_judge_has_no_difference(runs, capsys):
     assert "warning: ppo-0, ppo-1 and ppo-2 were classified by another judge than original: no difference" in said
 
 
+def test_a_run_whose_adapter_was_trained_on_since_is_reported(runs, capsys):
+    adapter = runs / "ppo-0" / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"before")
+    measured = {"folder": "elsewhere/ppo-0/adapter", "sha256": adapter_fingerprint(str(adapter))}
+    for run in ("ppo-0", "ppo-1"):  # the other one has no adapter of its own
+        write_stage(runs / run, "measure", settings={"model": {"vlm": {"adapter": measured}}})
+    warned = "warning: ppo-0 was measured before the adapter in the same folder was trained on"
+    for content, expected in ((b"before", False), (b"after", True)):
+        (adapter / "adapter_model.safetensors").write_bytes(content)
+        report_runs([runs / "original", runs / "ppo-0", runs / "ppo-1"], runs / "report.html")
+        assert (warned in " ".join(capsys.readouterr().out.split())) == expected
+
+
 def test_groups_of_evaluations_are_rejected(tmp_path):
     (tmp_path / "trained" / "evaluation").mkdir(parents=True)
     with pytest.raises(ArgumentError, match=r"^group: "):
         report_runs([tmp_path / "trained"], group=[f"a={tmp_path}"])
-
-
-def change(run, records_of):
-    """Rewrites responses and verdicts of a run, from pairs of both."""
-    pairs = zip(read_jsonl(run / "responses.jsonl"), read_jsonl(run / "verdicts.jsonl"), strict=True)
-    changed = [each for pair in pairs for each in records_of(*pair)]
-    for place, file in enumerate(("responses.jsonl", "verdicts.jsonl")):
-        write_jsonl(run / file, (pair[place] for pair in changed))
 
 
 def test_repeated_questions_and_rotated_options(runs):

@@ -9,14 +9,12 @@ import shutil
 import numpy as np
 import pytest
 from evaluations import question, safety, write
-from labelled import write_labelled
+from labelled import change, label, write_labelled
 from rich.cells import cell_len
 
 from safervlm.io.escape import without_folders
 from safervlm.io.tables import TextTable, height
 from safervlm.judging.rating import Rating
-from safervlm.labelling.labels import LabelFile
-from safervlm.labelling.plan import Plan, labelable, write_plan
 from safervlm.protocol import REVERSED, REVERSED_NUMBER, REVERSED_QUESTION
 from safervlm.records import Failure, Question, read_jsonl, write_jsonl
 from safervlm.reports import evaluation as of_evaluations
@@ -24,7 +22,6 @@ from safervlm.reports import page as of_measurements
 from safervlm.reports.kinds import report_runs
 from safervlm.reports.terminal import say_report
 from safervlm.results.mme import ALL_TASKS
-from safervlm.results.runs import load_run
 from safervlm.run import write_stage
 
 SMALL = {"concepts": 10, "images": 1}
@@ -42,14 +39,6 @@ def measured(folder, *names, **more):
         (folder / name).mkdir()
         write_labelled(folder / name, 0.4 if seed == 0 else 0.8, seed=seed, **SMALL | more)
     return [folder / name for name in names]
-
-
-def change(run, records_of):
-    """Rewrites responses and verdicts of a run, from pairs of both."""
-    pairs = zip(read_jsonl(run / "responses.jsonl"), read_jsonl(run / "verdicts.jsonl"), strict=True)
-    changed = [each for pair in pairs for each in records_of(*pair)]
-    for place, file in enumerate(("responses.jsonl", "verdicts.jsonl")):
-        write_jsonl(run / file, (pair[place] for pair in changed))
 
 
 def one(folder):
@@ -80,13 +69,7 @@ def many_groups(folder):
 def labelled(folder):
     runs = [folder / name for name in ("original", "ppo")]
     for run in runs:
-        truth = write_labelled(run, 0.6, **SMALL)
-        rows = labelable(load_run(run))
-        plan = Plan.make(rows, 100, 0)
-        write_plan(run, plan)
-        with LabelFile(run, rows, plan) as file:
-            for name in plan.sampled:
-                file.append(name, truth[name], "Ada")
+        label(run, write_labelled(run, 0.6, **SMALL))
     return runs, {}
 
 
@@ -153,9 +136,9 @@ def evaluated(right, seed=0):
     rng = np.random.default_rng(seed)
     answers = safety(rng, right)
     for place, task in enumerate(ALL_TASKS):
-        for number, label in enumerate(("Yes", "No")):
-            asked = question("MME", f"{place}.png", "yes_no", number, label, task)
-            answers.append((asked, label if rng.random() < right else "No", None))
+        for number, expected in enumerate(("Yes", "No")):
+            asked = question("MME", f"{place}.png", "yes_no", number, expected, task)
+            answers.append((asked, expected if rng.random() < right else "No", None))
     answers += [
         (question("U", f"{n}", "context_text_only", k, label, "Hate", f"Unsafe{n}"), "Yes", "Safe")
         for n in range(12)
