@@ -81,6 +81,20 @@ class OwnData(SaferData):
         train, validation = (limited(part, self.limit, lambda e: e.question.answer) for part in (train, validation))
         return Parts(train, validation, predict=[Example(example.question) for example in train])
 
+    def setup(self, stage: str) -> None:
+        """Extends :meth:`SaferData.setup`.
+
+        Raises:
+            RecordError: To predict, a question has no label: its response could not be scored.
+        """
+        super().setup(stage)
+        if stage == "predict" and not all(example.question.answer for example in self.parts.predict):
+            line = next(number for number, record in numbered_jsonl(Path(self.file)) if not record.get("label"))
+            raise RecordError(
+                f"{self.file}, line {line}: the field 'label' ({SAFE!r} or {UNSAFE!r}) is missing; a measurement needs "
+                "the right answer of every question"
+            )
+
     def completions_at(self, validation: bool) -> str:
         """Returns file, line and field of the first record's completions; every record has the same number of them.
 

@@ -12,7 +12,7 @@ from safervlm.vlm.transformers import Transformers
 
 from safervlm.cli.main import main
 from safervlm.data.module import must_have_usable_texts
-from safervlm.data.own import read_examples
+from safervlm.data.own import OwnData, read_examples
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.records import Example, Question
 from safervlm.vlm.llava import Llava
@@ -42,6 +42,14 @@ def test_a_label_of_another_type_is_rejected(label: Any, tiny_sets: Path, tmp_pa
 def test_a_label_may_be_left_out(tiny_sets: Path, tmp_path: Path) -> None:
     file = write(tmp_path, tiny_sets / "unsafe" / "images", label=" ")
     assert [example.question.answer for example in read_examples(file, "Own")] == ["Safe", "Safe", "", "Safe"]
+
+
+def test_a_measurement_needs_every_label_before_it_asks(tiny_sets: Path, tmp_path: Path) -> None:
+    file = write(tmp_path, tiny_sets / "unsafe" / "images", label="")
+    data = OwnData(file=str(file), name="Own")
+    data.setup("fit")
+    with pytest.raises(RecordError, match=r"own\.jsonl, line 3: the field 'label' \('Safe' or 'Unsafe'\) is missing"):
+        data.setup("predict")
 
 
 TEXTS = {
