@@ -39,6 +39,7 @@ class RecordWriter(Callback):
     def __init__(self, file: str = RunFolder("").responses.name) -> None:
         self.file = file
         self._files: list[RecordFile] = []
+        self._existing: dict[str, tuple[int, int]] = {}  # file -> number of existing and of remaining records
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reads the existing records and makes the data module skip them, identically on every process.
@@ -63,13 +64,13 @@ class RecordWriter(Callback):
         trainer.datamodule.skip(done[main.name].keys() - unfinished)  # type: ignore[attr-defined]
         if further:
             pl_module.skip({name: frozenset(records) for name, records in done.items()})  # type: ignore[operator]
-        for name, records in done.items():
-            if records and trainer.is_global_zero:
-                rest = f"continuing with the remaining {len(left[name])}" if left[name] else "nothing is left to do"
-                say(f"{name}: {len(records)} records already exist, {rest}")
+        self._existing = {name: (len(records), len(left[name])) for name, records in done.items() if records}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens this process's shards; the manifest has been checked by then."""
+        """States what exists, and opens this process's shards; the manifest has been checked by then."""
+        for name, (there, left) in self._existing.items() if trainer.is_global_zero else ():
+            rest = f"continuing with the remaining {left}" if left else "nothing is left to do"
+            say(f"{name}: {there} records already exist, {rest}")
         self._files = self._of(trainer, pl_module)
         for file in self._files:
             file.open(trainer.global_rank)
