@@ -20,6 +20,7 @@ from safervlm.vlm.sampling import Sampling
 
 # Top-level names of a recipe.
 TOP = (*SECTIONS, "run", "seed_everything", "ckpt_path", "config")
+NOWHERE = "a config"  # in the place of the file and line of a setting
 # Options of jsonargparse that no one who misspells a setting means.
 NO_SETTING = {"help", "print_shtab"}
 # Logger of Lightning -> extra of pyproject.toml with the package that it needs.
@@ -81,7 +82,9 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
                 f"{did_you_mean(name, parameters(section), f'{section}.')}"
             )
         has = f"{source_of(section, typed)} has {section!r}, which no recipe has"
-        if close := difflib.get_close_matches(section, TOP, 1):
+        inner = {part for name in (*known, *parameters("data"), *parameters("model")) for part in name.split(".")}
+        close = difflib.get_close_matches(section, TOP, 1) or difflib.get_close_matches(section, inner, 1, cutoff=0.8)
+        if close:
             return f"{has}; did you mean {close[0]}?"
         return (
             f"{has}: it is another kind of file; a recipe "
@@ -107,6 +110,10 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
     whole_sections = {"LightningModule": "model", "LightningDataModule": "data"}
     section = next((part for kind, part in whole_sections.items() if re.search(rf"\b{kind}\b", message)), "")
     name = f"--{section or argument(key, typed)}: " if key else ""
+    got = find(r"(?:Got value|Given value): (.*)")
+    if key and not section and got and argument(key, typed) == key:  # it was not typed, so it is from a file
+        found = source_of(key, typed, got)
+        name = name if found == NOWHERE else f"{found} {key}: "
     if path := find(r"Unexpected import path format: (.*)"):
         return f"{name}{path!r} is not the path of a class, such as safervlm.measure.Measure; correct it"
     if reason := find(r"does not correspond to a subclass of (\w+)"):
@@ -131,7 +138,6 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         re.sub(r"^a |<class '|'>|typing\.", "", each) for each in re.findall(r"Expected (.+?)(?:\. Got|\n|$)", message)
     ]
     expected = [each for each in dict.fromkeys(expected) if each != "NoneType"]
-    got = find(r"(?:Got value|Given value): (.*)")
     if expected and got is not None:
         choices = re.findall(r"'([^']+)'", " ".join(expected))
         close = difflib.get_close_matches(got, choices, 1)
@@ -191,25 +197,26 @@ def corrected_name(name: str, known: Sequence[str]) -> str | None:
     return None if meant == name else meant
 
 
-def source_of(key: str, typed: Sequence[str]) -> str:
+def source_of(key: str, typed: Sequence[str], value: str = "") -> str:
     """Returns where a setting comes from: the file and the line, or the argument; ``a config`` if it is not found.
 
     Args:
         key: Last parts of the setting's name.
         typed: Words of the command line.
+        value: Text that the line of the setting contains, as a setting may be in several files.
     """
-    setting = re.compile(rf"""[\s{{,'"]*{re.escape(key.partition(".")[0])}['"]?\s*:""")
-    for name, value in options(typed):
-        if value is None:
+    setting = re.compile(rf"""[\s{{,'"]*{re.escape(key.partition(".")[0])}['"]?\s*:.*?{re.escape(value)}""")
+    for name, given in options(typed):
+        if given is None:
             continue
-        if value.endswith((".yaml", ".yml", ".json")) and Path(value).is_file():
-            lines = Path(value).read_text(encoding="utf-8", errors="replace").splitlines()
+        if given.endswith((".yaml", ".yml", ".json")) and Path(given).is_file():
+            lines = Path(given).read_text(encoding="utf-8", errors="replace").splitlines()
             number = next((number for number, line in enumerate(lines, 1) if setting.search(line)), None)
             if number is not None:
-                return f"{value}, line {number}:"
-        elif value.lstrip()[:1] in ("{", "[") and setting.search(value):
+                return f"{given}, line {number}:"
+        elif given.lstrip()[:1] in ("{", "[") and setting.search(given):
             return f"--{name}:"
-    return "a config"
+    return NOWHERE
 
 
 def argument(key: str, typed: Sequence[str]) -> str:

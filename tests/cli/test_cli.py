@@ -360,6 +360,14 @@ ERRORS = {
         ["--config", "configs/sft.yaml"],
         "safervlm.objectives.SFT is not for predict; use safervlm fit",
     ),
+    "misspelt in a file": (
+        [*PICTOGRAMS, "--config", str(CHECKOUT / "tests/fixtures/misspelt.yaml")],
+        "misspelt.yaml, line 4: has 'temperatur', which no recipe has; did you mean temperature?",
+    ),
+    "wrong type in a file": (
+        [*PICTOGRAMS, "--config", str(CHECKOUT / "tests/fixtures/wrong_type.yaml")],
+        "wrong_type.yaml, line 3: batch_size: expected int or 'auto', got 'lots'",
+    ),
     "config of another kind": ([*PICTOGRAMS, "--config", "configs/pictograms/vlm.yaml"], "it is another kind of file"),
     "no such class": (
         [*PICTOGRAMS, "--model", "safervlm.measure.Mesure"],
