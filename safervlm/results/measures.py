@@ -41,8 +41,8 @@ MEASURES = {
 
 # Note on the averages: the modality gap weights concepts, the accuracies next to it weight responses.
 GAP_WEIGHTS = (
-    "The modality gap is text-only minus image accuracy, averaged over concepts, each with the same weight; accuracies "
-    "are averaged over responses, so their difference is not the gap."
+    "The modality gap is text-only minus image accuracy, averaged over concepts, each with the same weight (those "
+    "asked in both forms); accuracies are averaged over responses, so their difference is not the gap."
 )
 
 # Sampling unit of an interval: what is considered random (column ``sampling_unit``).
