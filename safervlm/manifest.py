@@ -61,6 +61,7 @@ class RunManifest(Callback):
         self._lock: Lock | None = None
         self._end = OrderlyEnd()
         self._decoded: dict[str, str] = {}
+        self._trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Locks the folder, checks the settings and writes the stage's entry, before any weight is loaded.
@@ -119,11 +120,21 @@ class RunManifest(Callback):
             write_stage(run, name, settings=settings, provenance=provenance, continued=continued, finished=False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """States and stores which share of the language model LoRA adapts; the weights are loaded now."""
+        """States the checkpoint to resume from; states and stores which share of the language model LoRA adapts."""
+        self._say_checkpoint(trainer, "resuming from")
         adapted = getattr(getattr(pl_module, "vlm", None), "adapted", None)
         if trainer.is_global_zero and adapted is not None:
             say(str(adapted))
             write_stage(Path(trainer.default_root_dir), stage_name(pl_module), lora=adapted.describe())
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """States which checkpoint is validated."""
+        if trainer.state.fn == "validate":
+            self._say_checkpoint(trainer, "validating")
+
+    def _say_checkpoint(self, trainer: Trainer, doing: str) -> None:
+        if trainer.is_global_zero and trainer.ckpt_path is not None:  # the settings have been checked by now
+            say(f"{doing} {trainer.ckpt_path}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follows the schedules of the whole training; defers requests to end until the current step is complete."""
@@ -146,6 +157,7 @@ class RunManifest(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """States and stores how responses are decoded, where training samples any."""
+        self._trained = True
         self._write_decoding(trainer, pl_module)
 
     def _write_decoding(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,7 +203,9 @@ class RunManifest(Callback):
             write_stage(run, stage_name(pl_module), finished=complete)
             there = [path for path in run.iterdir() if path.name != LOCK]
             names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in there)
-            say(f"{run} holds {', '.join(names)}")
+            if stage == "fit" and not self._trained:
+                say("the training was complete: nothing was left to do; --extend with more epochs or steps extends it")
+            say(f"{run} contains {', '.join(names)}")
         self._unlock()
         trainer.strategy.barrier("run-manifest-end")
         forget_peers()

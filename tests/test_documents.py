@@ -13,6 +13,7 @@ import yaml
 from documents import DOCUMENTS, ROOT, TEXTS, blocks, commands, file_of, inline_commands, safervlm_commands
 
 from safervlm.cli.main import main
+from safervlm.run_folder import RunFolder
 
 # The name of a run does not matter; a placeholder for a file or a class cannot be parsed.
 ALL = sorted(
@@ -57,6 +58,18 @@ def test_a_training_or_predicting_command_is_understood(line: str, capsys: pytes
     said = capsys.readouterr()
     assert end.value.code in (0, None), said.err
     assert len(said.out.splitlines()) > 10
+
+
+def test_the_documents_name_every_file_of_a_run() -> None:
+    files = RunFolder("run")
+    names = [
+        value.relative_to("run").parts[0]
+        for name, kind in vars(RunFolder).items()
+        if isinstance(kind, property) and isinstance(value := getattr(files, name), Path)
+    ]
+    table = TEXTS["docs/quickstart.md"].partition("## The run folder")[2].partition("\n## ")[0]
+    assert len(names) > 25
+    assert [name for name in names if name not in table and not name.endswith("-unfinished.jsonl")] == []
 
 
 @pytest.mark.parametrize("line", sorted(set(ALL) - set(LIGHTNING)))

@@ -213,7 +213,7 @@ def model(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
         if not weights:
             yield Finding("error", "VLM", f"no *.safetensors in {name}; save_pretrained writes them")
             return
-        yield Finding("ok", "VLM", f"{name}, {weights / GIB:.2f} GiB of weights")
+        yield Finding("ok", "VLM", f"{name}, {size_text(weights)} of weights")
         yield from memory(weights)
         return
     if name.startswith((".", "/")):
@@ -254,8 +254,17 @@ def size(name: str, revision: str | None, online: bool) -> Iterator[Finding]:
             return
         weights = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
     if weights:
-        yield Finding("ok", "VLM's weights", f"{weights / GIB:.1f} GiB")
+        yield Finding("ok", "VLM's weights", size_text(weights))
         yield from memory(weights)
+
+
+def size_text(size: int) -> str:
+    """Returns a number of bytes in GiB, or in MiB if it is less than one GiB.
+
+    Args:
+        size: Number of bytes.
+    """
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def memory(weights: int) -> Iterator[Finding]:
@@ -267,7 +276,7 @@ def memory(weights: int) -> Iterator[Finding]:
     if torch.cuda.is_available():
         total = torch.cuda.mem_get_info(0)[1]
         state: Literal["ok", "error"] = "ok" if weights < total else "error"
-        yield Finding(state, "memory", f"weights of {weights / GIB:.1f} GiB, a GPU of {total / GIB:.1f} GiB")
+        yield Finding(state, "memory", f"weights of {size_text(weights)}, a GPU of {size_text(total)}")
 
 
 def remote_code(name: str, revision: str | None, trusted: bool) -> Iterator[Finding]:
@@ -301,10 +310,10 @@ def training(folder: Path, lora: LoRA, adapters: int) -> Finding:
         A warning if the memory can't be determined for this model.
     """
     try:
-        needed = training_memory(folder, lora, adapters) / GIB
+        needed = training_memory(folder, lora, adapters)
     except (ValueError, KeyError, OSError) as error:
         return Finding("warning", "training memory", f"unknown for this model ({str(error).splitlines()[0]})")
-    text = f"{needed:.2f} GiB of adapters and optimizer, activations on top (docs/scaling.md)"
+    text = f"{size_text(needed)} of adapters and optimizer, activations on top (docs/scaling.md)"
     return Finding("ok", "training memory", text)
 
 

@@ -69,7 +69,7 @@ def label(
     run = Path(run)
     with locked(run):
         rows = labelable(load_run(run))
-        plan = planned(run, rows, labels, seed)
+        plan = planned(run, rows, labels, seed, make=using != "summary" or read is not None)
         with LabelFile(run, rows, plan) as file:
             if read is not None:
                 found = read_sheet(Path(read), rows, plan, file, rater)
@@ -84,10 +84,12 @@ def label(
                     say(f"{sheet}: fill in its column label, then `safervlm label {run} --read FILE --rater NAME`")
             elif using == "terminal":
                 ask_for_labels(rows, plan, file, rater)
+            elif not file.by_rater:
+                say(f"{run}: nobody has labelled yet")
             show_state(run, rows, plan, file)
 
 
-def planned(run: Path, rows: pd.DataFrame, labels: int | None, seed: int | None) -> Plan:
+def planned(run: Path, rows: pd.DataFrame, labels: int | None, seed: int | None, make: bool) -> Plan:
     """Returns the run's sample; makes and writes one if there is none.
 
     Args:
@@ -95,10 +97,12 @@ def planned(run: Path, rows: pd.DataFrame, labels: int | None, seed: int | None)
         rows: Result of :func:`safervlm.labelling.plan.labelable`.
         labels: Number of labels; None: as in the existing sample.
         seed: Seed; None: as in the existing sample.
+        make: Whether to make a sample if there is none.
 
     Raises:
         ArgumentError: There is another sample.
-        RecordError: The run has no response that can be labelled, or has changed since the sample was made.
+        RecordError: The run has no response that can be labelled, has changed since the sample was made, or has no
+            sample and none is to be made.
     """
     files = RunFolder(run)
     if rows.empty:
@@ -108,6 +112,10 @@ def planned(run: Path, rows: pd.DataFrame, labels: int | None, seed: int | None)
         if files.labels.is_file():
             raise RecordError(
                 f"{files.labels}: labels without {files.labels_plan.name}; restore that file, or move the labels away"
+            )
+        if not make:
+            raise RecordError(
+                f"{files.labels_plan}: no such file: nothing is labelled yet; `safervlm label {run}` begins"
             )
         plan = Plan.make(rows, LABELS if labels is None else labels, SEED if seed is None else seed)
         write_plan(run, plan)

@@ -294,7 +294,6 @@ class SaferCLI(LightningCLI):
         if given is not None:
             config["ckpt_path"] = str(Path(given).absolute())  # Lightning takes the names last, best and hpc for others
         elif there:
-            say(f"{'resuming from' if command == 'fit' else 'looking at'} {last}")
             config["ckpt_path"] = str(last)
         elif command == "validate" and isinstance(self.model, Objective):
             fail(f"--run: no {last}, so the adapter would be an untrained one; name the run of a fit, or --ckpt_path")
@@ -412,7 +411,8 @@ def silence_third_party() -> None:
         r".*`predict_dataloader` returned 0 batches|.*eval mode at the start of training",
     ):
         warnings.filterwarnings("ignore", message)
-    known = "Seed set to|Automatic Mixed Precision|TPU available|weights_only|to estimate number of stepping"
+    known = "Detected KeyboardInterrupt|Seed set to|Automatic Mixed Precision|TPU available|weights_only"
+    known += "|to estimate number of stepping"
     news = re.compile(rf"(?!.*(Tip:|{known}))", re.DOTALL)
     for name in (
         "lightning.fabric.utilities.seed",

@@ -51,14 +51,14 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         end = unknown.lstrip("-").split("=")[0]  # of a nested argument only the last part
         name = argument(end, typed)
         if meant := corrected_name(name, known):
-            return f"unknown argument --{name}; did you mean --{meant}?; --help lists all"
+            return unknown_argument(name, f"; did you mean --{meant}?")
         parts = [part for part in ("data", "model", "trainer") if part in known]  # empty for commands without Lightning
         nested = [f"{part}.{name}" for part in parts if name in parameters(part)]
         if stem := name.removesuffix(end):
             meant = did_you_mean(end, known, stem)
         else:
-            meant = did_you_mean(nested[0] if nested else name, [*nested, *known])
-        return f"unknown argument --{name}{meant}; --help lists all"
+            meant = did_you_mean(nested[0] if nested else name, [*nested, *known, *(SHORT if parts else ())])
+        return unknown_argument(name, meant)
     if unknown := find(r"Option '([^']+)' is not accepted"):
         whole = argument(unknown, typed)
         if whole == unknown:  # it was not typed, so it is from a file
@@ -73,7 +73,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
         stem = whole.removesuffix(unknown)
         others = [name for name in parameters(stem.split(".")[0]) if name != unknown]  # only another class accepts it
         meant = did_you_mean(unknown, others, stem)
-        return f"unknown argument --{whole}{meant}; --help lists all"
+        return unknown_argument(whole, meant)
     if unknown := find(r"does not accept option '([^']+)'"):
         section, dot, name = unknown.partition(".")
         if dot and section in ("data", "model", "trainer"):
@@ -246,6 +246,16 @@ def parameters(part: str) -> list[str]:
     classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
     ours = [value for value in classes if value.__module__.startswith("safervlm.") and issubclass(value, kinds)]
     return sorted({name for value in ours for name in inspect.signature(value.__init__).parameters})
+
+
+def unknown_argument(name: str, meant: str) -> str:
+    """Returns the message about an unknown argument.
+
+    Args:
+        name: The argument, without its dashes.
+        meant: Result of :func:`did_you_mean`.
+    """
+    return f"unknown argument --{name}{meant or ';'} --help lists all"
 
 
 def did_you_mean(name: str, names: Sequence[str], stem: str = "") -> str:

@@ -48,7 +48,7 @@ def load_run(
     """
     run = Path(run)
     files = RunFolder(run)
-    responses = _by_id(files.responses, Response, f"measure with `safervlm predict ... --run {run}`")
+    responses = _by_id(files.responses, Response, _how_to_measure(run))
     rated = all(response.question.capability == "rated" for response in responses.values())
     failed = {each.id for each in read_records(files.unjudged, Failure)} if files.unjudged.is_file() else set()
     verdicts = {} if rated else _by_id(files.verdicts, Verdict, _how_to_judge(run), may_be_empty=bool(failed))
@@ -151,6 +151,13 @@ def _check_labels(run: Path, question: Question, verdict: Verdict) -> None:
 def _arrow(name: str) -> str:
     """Returns a name that pandas can group by; unpaired surrogates, which Arrow's strings reject, become escapes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _how_to_measure(run: Path) -> str:
+    inside = sorted(file.parent for file in run.glob(f"*/{RunFolder(run).responses.name}"))
+    if inside:
+        return f"name the run folders inside: {' '.join(map(str, inside[:3]))}{' ...' if len(inside) > 3 else ''}"
+    return f"measure with `safervlm predict ... --run {run}`"
 
 
 def _how_to_judge(run: Path) -> str:

@@ -343,6 +343,7 @@ ERRORS = {
         [*PICTOGRAMS, "--data.capabilities", "alignment"],
         "--data.capabilities: expected a list, got 'alignment'; write a list, '[alignment]'",
     ),
+    "misspelt short name": ([*PICTOGRAMS, "--limt", "2"], "--limt; did you mean --limit? --help lists all"),
     "argument of the data": ([*PICTOGRAMS, "--split", "test"], "unknown argument --split; did you mean --data.split?"),
     "argument of the model": ([*PICTOGRAMS, "--data.image_fit", "pad"], "unknown argument --data.image_fit; --help"),
     "overlay alone": (
@@ -424,17 +425,26 @@ def test_a_fitted_run_is_validated_and_resumes(
     assert "last.ckpt, so the adapter would be an untrained one" in error
     main(["fit", *line])
     before = (tmp_path / "run" / "manifest.json").read_text()
-    assert re.findall(r"^training: 100 % \((\d+) of \1 batches\), ", capsys.readouterr().err, re.MULTILINE)
+    out, error = capsys.readouterr()
+    assert re.findall(r"^training: 100 % \((\d+) of \1 batches\), ", error, re.MULTILINE)
+    assert "the training was complete" not in out
     main(["validate", *[argument for argument in line if "max_epochs" not in argument]])
     out, error = capsys.readouterr()
     assert re.search(r"^validation: 100 % \(", error, re.MULTILINE)
-    assert "looking at" in out
+    assert "validating" in out
     assert "val/loss" in out
     assert (tmp_path / "run" / "manifest.json").read_text() == before
     with pytest.raises(SystemExit):
         main(["fit", *line, "--ckpt_path", "nowhere.ckpt"])
     assert "--ckpt_path: no file 'nowhere.ckpt'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["fit", *line, "--model.lr=0.5"])
+    out, error = capsys.readouterr()
+    assert "model.lr" in error
+    assert "resuming" not in out
     main(["fit", *line])
+    assert "resuming from" in (out := capsys.readouterr().out)
+    assert "the training was complete: nothing was left to do" in out
 
 
 class Rates(Callback):

@@ -156,6 +156,7 @@ def test_the_size_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "try_to_load_from_cache", lambda *a, **k: str(tmp_path / "index.json"))
     weights, memory = module.size("a/b", None, online=False)
     assert weights.found == "14.0 GiB"
+    assert module.size_text(5 * 2**19) == "2.5 MiB"
     assert memory.state == "error"
 
 

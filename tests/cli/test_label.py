@@ -101,6 +101,17 @@ def test_a_response_cannot_write_to_the_terminal(monkeypatch, capsys):
     assert "\x1b" not in shown[0]
 
 
+def test_a_summary_makes_no_sample(truth, monkeypatch, capsys):
+    said = rejected(["label", "run", "--with", "summary"], capsys)
+    assert "nothing is labelled yet; `safervlm label run` begins" in said
+    assert not Path("run/labels-plan.json").exists()
+    typing(monkeypatch, capsys, {})
+    main(LINE)
+    capsys.readouterr()
+    main(["label", "run", "--with", "summary"])
+    assert capsys.readouterr().out == "run: nobody has labelled yet\n"
+
+
 def test_a_torn_last_line_is_removed(truth, monkeypatch, capsys):
     typing(monkeypatch, capsys, truth)
     main(LINE)

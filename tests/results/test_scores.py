@@ -193,6 +193,14 @@ def test_variants_of_the_protocol_are_not_scored(tmp_path):
     assert len(frame[frame["capability"] == "perception"]) == 4
 
 
+def test_the_runs_inside_a_folder_are_named(tmp_path):
+    for name in ("sft", "original"):
+        write_run(tmp_path / name)
+    inside = f"{tmp_path}/original {tmp_path}/sft"
+    with pytest.raises(RecordError, match=rf"no such file; name the run folders inside: {inside}$"):
+        load_run(tmp_path)
+
+
 def test_load_run_without_files(tmp_path):
     with pytest.raises(RecordError, match=r"responses\.jsonl: no such file; measure"):
         load_run(tmp_path)
