@@ -11,15 +11,15 @@ from lightning import Callback, LightningModule, Trainer
 from callbacks.generation_check import GenerationCheck
 from safervlm.compat import validation_follows
 from safervlm.ending import agree_to_end
-from safervlm.finite import must_have_finite_weights
+from safervlm.finite import require_finite_weights
 from safervlm.io.caches import temporary_folder
 from safervlm.io.seals import origin_of, seal_file, seal_folder
-from safervlm.io.sharded import put_in_place
+from safervlm.io.sharded import link_to_checkpoint_folder
 from safervlm.io.signals import grace
 from safervlm.ranges import in_range
 from safervlm.run_folder import RunFolder
 
-RECENT = 10  # batches after a long step during which steps still count as long
+RECENT = 10  # number of batches after a long step that still count as long
 
 
 class LastCheckpoint(Callback):
@@ -37,7 +37,7 @@ class LastCheckpoint(Callback):
     Args:
         every_n_batches: The number of batches between checkpoints. A run that is asked to end (SIGTERM) saves at the
             end of its current batch. If gradients are accumulated over several batches, it waits for their optimizer
-            step, because a checkpoint holds no gradients.
+            step, because a checkpoint does not contain gradients.
         long_step: The duration in seconds, including the time of saving, above which a step is long; None for half of
             ``SAFERVLM_GRACE``.
     """
@@ -53,7 +53,7 @@ class LastCheckpoint(Callback):
         self._steps = 0  # optimizer steps before the current batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Moves this callback behind all others, so that their files of a batch are written before its checkpoint."""
+        """Moves this callback after all others, so that their files of a batch are written before its checkpoint."""
         # A new list, because Lightning is iterating over the old one.
         trainer.callbacks = [other for other in trainer.callbacks if other is not self] + [self]  # type: ignore[attr-defined]
 
@@ -64,7 +64,7 @@ class LastCheckpoint(Callback):
         loop = trainer.fit_loop
         progress: Any = loop.epoch_progress.total
         if loop.restarted_mid_epoch and progress.processed == progress.started:
-            # The checkpoint is of the last batch of an epoch. Lightning (2.6) has counted this epoch as complete, but
+            # The checkpoint was written at an epoch's end. Lightning (2.6) has counted this epoch as complete, but
             # would not count the start of the next one, so that a run that resumes twice repeats batches.
             loop.reset_restart_stage()
 
@@ -94,13 +94,13 @@ class LastCheckpoint(Callback):
         ends, long = agree_to_end(trainer, long)
         if ends or long or batches - self._saved >= self.every_n_batches or last:
             begun = time.monotonic()
-            must_have_finite_weights(pl_module)
+            require_finite_weights(pl_module)
             save_last(trainer, RunFolder(trainer.default_root_dir).checkpoints)
             self._saved = batches
             self._saving = time.monotonic() - begun
 
     def _long_work_follows(self, trainer: Trainer, batches: int) -> bool:
-        """Whether a validation, or a generation check that took long the last time, precedes the next batch."""
+        """Whether a validation, or a generation check whose last run was long, precedes the next batch."""
         if validation_follows(trainer) and sum(trainer.num_val_batches) > 0:
             return True
         checks = [each for each in trainer.callbacks if isinstance(each, GenerationCheck)]  # type: ignore[attr-defined]
@@ -111,7 +111,7 @@ def save_last(trainer: Trainer, folder: Path) -> None:
     """Writes ``last.ckpt`` atomically, with its seal (:mod:`safervlm.io.seals`).
 
     The checkpoint of a sharded strategy is a folder, and ``last.ckpt`` a link to it (:mod:`safervlm.io.sharded`). All
-    processes call this function. The files of the user in the folder are kept, whatever their names.
+    processes call this function. The user's own files in the folder are kept, whatever their names.
 
     Args:
         trainer: The trainer of the fit.
@@ -129,7 +129,7 @@ def save_last(trainer: Trainer, folder: Path) -> None:
             origin = origin_of(trainer.lightning_module)
             if following.is_dir():
                 seal_folder(following, origin)
-                put_in_place(following, last)
+                link_to_checkpoint_folder(following, last)
             else:
                 seal_file(following, origin)
                 following.replace(last)

@@ -16,8 +16,8 @@ from safervlm.run_folder import RunFolder
 class FirstImplementationFiles(Callback):
     """After ``predict``, writes ``first_implementation/SET/CAPABILITY/response_prompt_N.json`` into the run folder.
 
-    Each file holds a list of records with the keys prompt, image_fname and output. The format has no field for the
-    dataset of an image, so each dataset has its own folder, which the first implementation takes for the folder of a
+    Each file contains a list of records with the keys prompt, image_fname and output. The format has no field for the
+    dataset of an image, so each dataset has its own folder, which the first implementation treats as the folder of a
     VLM. The callback must come after the RecordWriter, which writes the ``responses.jsonl`` that it reads.
 
     Args:
@@ -40,7 +40,9 @@ class FirstImplementationFiles(Callback):
         for response in read_responses(run, may_be_empty=True):
             question = response.question
             if question.dataset in ("", ".", "..") or "/" in question.dataset:
-                raise RecordError(f"{question.id}: the dataset {question.dataset!r} can't name a folder; rename it")
+                raise RecordError(
+                    f"{question.id}: the dataset {question.dataset!r} can't be a folder's name; rename it"
+                )
             folder = RunFolder(run).first_implementation / question.dataset / question.capability
             file = folder / f"response_prompt_{question.prompt_number}.json"
             image = question.image if question.image_path is not None else self.blank

@@ -20,7 +20,7 @@ from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range
 from safervlm.run import write_stage
 from safervlm.statistics.differences import difference_of_items
-from safervlm.vlm.base import must_be_answered
+from safervlm.vlm.base import require_responses
 from safervlm.vlm.noise import NOISE
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.thinking import many_unfinished
@@ -29,19 +29,19 @@ NORMAL = 1.96  # quantile of the 95 % interval
 
 
 class OverFlaggingWarning(UserWarning):
-    """The share of safe images that the policy calls unsafe has risen by more than the tolerance."""
+    """The share of safe images that the policy classifies as unsafe has risen by more than the tolerance."""
 
 
 class RewardGapWarning(UserWarning):
-    """The judge of the reward finds more responses right than before training; the second judge does not."""
+    """The judge of the reward classifies more responses as correct than before training; the second judge does not."""
 
 
 @dataclass
 class Verdicts:
-    """Verdicts on the responses to the held-out questions, by the question's id; without those without an answer.
+    """Verdicts on the responses to the held-out questions, by question id; responses without an answer are excluded.
 
     Attributes:
-        flags: For a safe image, whether it is called Unsafe.
+        flags: For a safe image, whether the response classifies it as Unsafe.
         gaps: For each image, 1 if the response is correct by the judge only, -1 by the second judge only, else 0.
     """
 
@@ -67,8 +67,8 @@ class GenerationCheck(Callback):
     warning is issued if it has grown by more than ``gap_tolerance`` since before training, and by more than sampling
     variation: the lower end of the 95 % interval of the paired increase (normal approximation over images) is above 0.
 
-    A response of a thinking model that ended inside its reasoning has no answer. It is part of no share, and its image
-    is compared only if it was answered both times. If there are many, one line reports their number.
+    A response of a thinking model that ended inside its reasoning has no answer. It counts in no share, and its image
+    is compared only if there was an answer both times. If there are many such responses, one line reports their number.
 
     Args:
         judge: The alignment judge.
@@ -119,7 +119,7 @@ class GenerationCheck(Callback):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What determines the verdicts of a policy: judges and sampling."""
+        """Settings that determine the verdicts on a policy: judges and sampling."""
         judges = {"judge": self.judge, "second_judge": self.second_judge}
         prints = {n: j.fingerprint if j is not None and j.checkpoint is not None else None for n, j in judges.items()}
         return prints | {f"sampling.{name}": value for name, value in asdict(self.sampling).items()}
@@ -134,19 +134,19 @@ class GenerationCheck(Callback):
         """Restores the baseline.
 
         Raises:
-            ArgumentError: The checkpoint is of an earlier version, which stored no baseline by question, or its
-                baseline has other judges, another sampling or other noise: the policy from before training can't be
+            ArgumentError: The checkpoint is from an earlier version, which stored no baseline by question, or its
+                baseline has other judges, sampling settings or noise: the policy from before training can't be
                 asked again.
         """
         if "before" not in state_dict:
             raise ArgumentError(
-                "GenerationCheck: the checkpoint is of an earlier version, which kept no responses from before "
-                "training; start a new run (--run)"
+                "GenerationCheck: an earlier version, which stored no responses from before training, wrote the "
+                "checkpoint; start a new run (--run)"
             )
         if self.noise is not None and (there := state_dict.get("noise", 1)) != self.noise:
             raise ArgumentError(
                 f"GenerationCheck: the responses from before training were sampled with noise of version {there}, "
-                f"those of today would be with version {self.noise}; start a new run (--run)"
+                f"and new ones would be sampled with version {self.noise}; start a new run (--run)"
             )
         flags = state_dict["before"]
         there, here = state_dict.get("origin", {}), self.origin
@@ -163,7 +163,7 @@ class GenerationCheck(Callback):
 
         Raises:
             RecordError: Fewer than ``minimum`` safe images are held out, or under ``data.limit`` none.
-            ArgumentError: The second judge is the judge itself.
+            ArgumentError: The second judge has the same weights as the judge.
         """
         count = len(self.questions(trainer, SAFE))
         limit = getattr(trainer.datamodule, "limit", None)  # type: ignore[attr-defined]
@@ -191,7 +191,7 @@ class GenerationCheck(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Runs a check if one is due.
 
-        It runs before a batch, not after one: then, in any order of the callbacks, no checkpoint is written between the
+        It runs before a batch, not after one: for any order of the callbacks, no checkpoint is then written between the
         check and the row of metrics that reports it.
         """
         if self.is_due(trainer.fit_loop.epoch_loop.total_batch_idx):
@@ -209,7 +209,7 @@ class GenerationCheck(Callback):
         self._trained = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks the trained policy; a run that was already complete has been checked before."""
+        """Checks the trained policy; a run that was already complete is not checked again."""
         if self._trained:
             now = self.check(trainer, pl_module)
             if trainer.is_global_zero and self.before is not None:
@@ -219,7 +219,7 @@ class GenerationCheck(Callback):
                 write_stage(Path(trainer.default_root_dir), stage_name(pl_module), **values)
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> Verdicts:
-        """Classifies the policy's present responses, and warns of over-flagging and of a growing reward gap.
+        """Classifies the policy's current responses, and warns of over-flagging and of a growing reward gap.
 
         The first call sets the baseline.
 
@@ -287,11 +287,11 @@ class GenerationCheck(Callback):
         """
         questions = self.questions(trainer)
         place = {question: number for number, question in enumerate(questions)}
-        # Of each question: whether it is answered, whether its image is called Unsafe, and the gap.
+        # For each question: whether it is answered, whether its image is called Unsafe, and the gap.
         found = torch.zeros(len(questions), 3, dtype=torch.float64, device=pl_module.device)
         for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
             given = pl_module.vlm.generate(batch.to(pl_module.device), self.sampling, seed_for("generation-check"))  # type: ignore[operator, union-attr]
-            answers = must_be_answered(given)
+            answers = require_responses(given)
             texts = [answer.text for answer in answers]
             first = labels_of(self.judge, texts)
             second = first if self.second_judge is None else labels_of(self.second_judge, texts)

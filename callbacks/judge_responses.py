@@ -14,9 +14,9 @@ from safervlm.run_folder import RunFolder
 
 
 class JudgeResponses(Callback):
-    """After ``predict``, writes ``verdicts.jsonl`` beside the run folder's ``responses.jsonl``.
+    """After ``predict``, writes ``verdicts.jsonl`` next to the run folder's ``responses.jsonl``.
 
-    A verdict belongs to a question's id, a judge and the text of the response. Responses that these judges have
+    A verdict is identified by a question's id, a judge and the text of the response. Responses that these judges have
     classified already are not classified again. Verdicts of other judges, on other texts, or on responses that no
     longer exist, are removed. A response whose classification raises an exception is listed in
     ``verdicts-failed.jsonl`` with the reason, and the same command classifies it again. While the judges classify,
@@ -55,7 +55,7 @@ class JudgeResponses(Callback):
             for number, record in enumerate(read_jsonl(files.verdicts), 1):
                 try:
                     verdict = Verdict.from_dict(record)
-                except (KeyError, TypeError, ValueError) as error:  # RecordError among them
+                except (KeyError, TypeError, ValueError) as error:  # including RecordError
                     raise RecordError(f"{files.verdicts}, verdict {number}: {first_line(error)}") from error
                 if verdict.id not in judges:
                     continue

@@ -31,7 +31,7 @@ class MetricsCSV(Callback):
         rows = []
         if done and path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
-                # A row that was torn by a crash is after the checkpoint.
+                # An incomplete row, left by a crash, is always after the checkpoint.
                 rows = [row for row in list(csv.reader(file))[1:] if len(row) == 3 and int(row[0]) <= done]
 
         def write(temporary: Path) -> None:
@@ -50,7 +50,7 @@ class MetricsCSV(Callback):
         rows = []
         # Sorted: Lightning's order is that of the first logging, which differs in a resumed run.
         for name, value in sorted(trainer.callback_metrics.items()):
-            # The dictionary still holds metrics of earlier batches, in the same memory; a resumed run would lack them.
+            # The dictionary still has metrics of earlier batches, in the same memory; a resumed run would lack them.
             before = self._written.get(name)
             if name.startswith("train/") and (before is None or before.data_ptr() != value.data_ptr()):
                 self._written[name] = value

@@ -64,7 +64,7 @@ class RateResponses(Callback):
     The file has one line per response and order (see :class:`safervlm.judging.rating.Rating`). Lines are appended after
     each batch and sorted in the order of the responses at the end, so a process that dies loses at most one batch.
     Ratings that this judge has given already are not requested again. Ratings by other judges, or by this one with
-    other settings, are kept before them for later use. A missing rating is listed with its reason and requested again
+    other settings, are kept at the file's beginning. A missing rating is listed with its reason and requested again
     by the next run of the same command; it ends neither the run nor the other callbacks. The requests are logged in
     ``ratings-attempts.jsonl``. The callback must come after the RecordWriter, which writes ``responses.jsonl``. In a
     run without such responses the judge is not asked. A response that ended inside its reasoning is not rated.
@@ -73,7 +73,7 @@ class RateResponses(Callback):
         judge: The model that rates, for example configs/llavabench_judge.yaml. With its dry_run nothing is requested;
             one line reports the number of ratings to request.
         both_orders: Whether to request a second rating with the response first and the reference second. The mean of
-            the two removes a judge's preference for a position. The published rating has the reference first, once.
+            the two removes a judge's preference for a position. The published rating is a single one, reference first.
         attempts: The maximum number of requests per rating, each with another seed, until the judge's output can be
             parsed. The next run starts with the same seeds; increase it for a server that repeats its output.
         batch_size: The number of ratings that are requested, and then written, together.
@@ -129,10 +129,11 @@ class RateResponses(Callback):
         if self.judge.system != SYSTEM:
             say(f"judge.system: {self.judge.system!r} is not the published prompt, so the ratings are not comparable")
         if left:
-            write_jsonl(files.ratings, there)  # removes a torn last line; new lines are appended
+            write_jsonl(files.ratings, there)  # removes an incomplete last line; new lines are appended
             with safe_points():
                 self.rate(trainer, left, ratings)
-        # The last line of a response, judge and order is scored (safervlm.results.suite).
+        # Of several lines with the same response, judge and order, the last one is scored
+        # (safervlm.results.suite.load_ratings).
         write_jsonl(files.ratings, (rating.to_dict() for rating in [*kept, *(ratings[each.key] for each in wanted)]))
         missing = [ratings[each.key] for each in wanted if ratings[each.key].reason]
         write_stage(run, "ratings", finished=not missing)
@@ -143,7 +144,7 @@ class RateResponses(Callback):
             )
 
     def wanted(self, responses: Sequence[Response]) -> list[RequestedRating]:
-        """Returns the ratings to have, in the order of the responses.
+        """Returns the required ratings, in the order of the responses.
 
         Args:
             responses: The responses to rate.
@@ -200,7 +201,7 @@ class RateResponses(Callback):
                 left = unread
 
     def ask(self, questions: Sequence[Question], seed: int) -> list[Answer]:
-        """Asks the judge; no error is raised.
+        """Queries the judge; an error becomes the reason of a missing output and is not raised.
 
         Args:
             questions: The questions to the judge.
@@ -235,7 +236,7 @@ class RateResponses(Callback):
             For each question the judge's output, or the reason why there is none.
 
         Raises:
-            UserError: The judge's arguments are wrong, or it can't be asked at all.
+            UserError: The judge's arguments are wrong, or it can't be queried at all.
         """
         try:
             return self.judge.generate(batch, SAMPLING, seed)
@@ -255,7 +256,7 @@ class RateResponses(Callback):
         """
         text, both = "", None
         if isinstance(answer, Unanswered):
-            # The server names the arguments of a measurement (vlm); here they are those of the judge.
+            # The server's messages name the arguments of a measurement (vlm); here they are arguments of the judge.
             reason = re.sub(r"(?<![\w/.'-])vlm(?=\.[a-z_]+\b|: )", "judge", answer.reason)
             if reason.startswith("sampling."):
                 reason = f"judge.model: it doesn't take the published sampling, name another judge ({reason})"

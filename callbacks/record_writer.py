@@ -58,7 +58,7 @@ class RecordWriter(Callback):
                 for name, each in done[main.name].items()
                 if name not in examples or valid(each, examples[name])
             }
-        trainer.strategy.barrier("record-writer-read")  # no process writes while another one still reads
+        trainer.strategy.barrier("record-writer-read")  # no process writes while another process is still reading
         left = {file.name: file.asked(trainer) - done[file.name].keys() for file in files}
         unfinished = set().union(*(left[file.name] for file in further))
         trainer.datamodule.skip(done[main.name].keys() - unfinished)  # type: ignore[attr-defined]
@@ -67,7 +67,7 @@ class RecordWriter(Callback):
         self._existing = {name: (len(records), len(left[name])) for name, records in done.items() if records}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """States what exists, and opens this process's shards; the manifest has been checked by then."""
+        """Prints how many records exist, and opens this process's shards; the manifest has been checked by then."""
         for name, (there, left) in self._existing.items() if trainer.is_global_zero else ():
             rest = f"continuing with the remaining {left}" if left else "nothing is left to do"
             say(f"{name}: {there} records already exist, {rest}")
@@ -123,7 +123,7 @@ class RecordFile:
     Args:
         run: The run folder.
         name: The name of the merged file.
-        kinds: The classes of its records and failures; empty for those that no other file has.
+        kinds: The classes of its records and failures; empty for the main file, which receives all other classes.
         applies: Whether a question has a record in it.
 
     Attributes:
@@ -164,7 +164,9 @@ class RecordFile:
             there = read_torn_jsonl(file) if file != merged else read_jsonl(file) if file.is_file() else ()
             for number, record in enumerate(there, 1):
                 if not isinstance(record, dict) or not isinstance(record.get("id"), str):
-                    raise RecordError(f"{file}, record {number}: no id; remove the record, and it is asked again")
+                    raise RecordError(
+                        f"{file}, record {number}: it has no id; remove the record, and its question is asked again"
+                    )
                 name = normal_name(record["id"])
                 if file == merged or name not in fresh:
                     records[name] = record
@@ -178,7 +180,7 @@ class RecordFile:
             rank: The rank of the process.
         """
         self.shards.mkdir(parents=True, exist_ok=True)
-        # A new file: the last line of an old shard may be torn, and in a container process ids are reused.
+        # A new file: the last line of an old shard may be incomplete, and in a container process ids are reused.
         self._shard = (self.shards / f"{rank}-{time.time_ns()}.jsonl").open("xb")
 
     def append(self, records: Iterable[Any]) -> None:
@@ -243,5 +245,5 @@ class RecordFile:
         for shard in self.shards.iterdir():
             shard.unlink()
         self.shards.rmdir()
-        with suppress(OSError):  # shards of another kind of record are there
+        with suppress(OSError):  # there are shards of another kind of record
             self.shards.parent.rmdir()

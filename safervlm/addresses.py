@@ -1,8 +1,8 @@
-"""Texts without secrets: the only form in which an address, a message or a command line is recorded or shown.
+"""Removal of secrets from addresses, messages and command lines before they are recorded or shown.
 
 A user name, a password and a query (often a token or a signature) of an address may be secret. They are used for the
-request alone, and are in no manifest, configuration, record, log, page or message. The same holds for the keys that
-environment variables hold, wherever an exception or an argument contains one.
+request alone, and are in no manifest, configuration, record, log, page or message. The same applies to the keys in
+environment variables, wherever an exception or an argument contains one.
 """
 
 import os
@@ -11,19 +11,19 @@ from urllib.parse import quote
 
 from safervlm.hashing import fingerprint
 
-# An address in a text, up to a character that rarely belongs to it. A path made of an address has one slash.
+# An address in a text, up to a character that is rarely part of one. An address converted to a path has one slash.
 _IN_TEXT = re.compile(r"""[A-Za-z][\w+.-]*:/+[^\s"'<>`]*[^\s"'<>`.,:;!)\]}]""")
 _PARTS = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*:/+)(?P<host>[^/?#\s]*)(?P<path>[^?#\s]*)(?P<rest>\S*)")
 _NO_PORT = re.compile(r"(?!\[).*:(?!\d*$)")  # the beginning of a password with characters that have to be encoded
 _HASHED = re.compile(r"#query-[0-9a-f]{8}")
 
-# Environment variables whose values are secret; a server adds the name of its own. The values are not stored.
+# Environment variables whose values are secret; a server adds that of its key. The values are not stored.
 SECRET_VARIABLES = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY"}
 SHORTEST_KEY = 8  # characters; a shorter value, such as EMPTY, may be a word
 
 
 def is_address(text: str) -> bool:
-    """Returns whether a text is an address, such as ``https://host/file.tsv``, and no path.
+    """Returns whether a text is an address, such as ``https://host/file.tsv``, and not a path.
 
     Args:
         text: Value of an argument.

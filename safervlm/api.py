@@ -1,4 +1,4 @@
-"""What ``import safervlm`` provides beside data frames of runs: a judge, a VLM to ask, and a plot.
+"""Public Python interface besides data frames of runs: a judge, a VLM to query, and a plot.
 
 Mistakes in arguments raise :class:`safervlm.errors.ArgumentError`, files that can't be used
 :class:`safervlm.errors.RecordError`; both have one line that names the remedy.
@@ -33,7 +33,7 @@ from safervlm.records import Example, Question
 from safervlm.reports.figures import STYLE, plot_gap
 from safervlm.reports.runs import Run, run_names
 from safervlm.results.runs import load_run
-from safervlm.vlm.base import VLM, Generation, must_be_answered
+from safervlm.vlm.base import VLM, Generation, require_responses
 from safervlm.vlm.family import family_of
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.sampling import Sampling
@@ -66,7 +66,7 @@ class ResponseJudge:
     """Judge of responses: ``safervlm.Judge.from_pretrained(...).judge(texts)``.
 
     Args:
-        judge: Classifier to use; it is loaded now.
+        judge: Classifier to use; its weights are loaded by the constructor.
         device: Device of its weights; None for a GPU if there is one.
     """
 
@@ -88,7 +88,7 @@ class ResponseJudge:
             checkpoint: Folder that ``fit`` exported (``runs/judge/judge``), or a state dict in the published format,
                 local or on the Hub: ``yiting/alignment_classifier:epoch_10.pt``.
             labels: Labels in the order of its outputs, or the capability whose labels they are: ``alignment`` or
-                ``perception``. By default those that an exported folder names, else those of alignment.
+                ``perception``. By default those stated in an exported folder, else those of alignment.
             base: RoBERTa with the configuration and tokenizer. By default the folder of the checkpoint if it has them,
                 else ``roberta-base``.
             device: Device of its weights; None for a GPU if there is one.
@@ -117,7 +117,7 @@ class ResponseJudge:
         return self.classifier.labels
 
     def judge(self, texts: str | Iterable[str], batch_size: int = BATCH_SIZE) -> pd.DataFrame:
-        """Classifies responses, as in a measurement: a blank text is N/A.
+        """Classifies responses in the same way as a measurement: a blank text is N/A.
 
         Args:
             texts: A response, or several.
@@ -149,10 +149,10 @@ class ResponseJudge:
 
 
 class LoadedVLM:
-    """Vision-language model that answers and scores; made by :func:`load_vlm`.
+    """Vision-language model that generates and scores responses; returned by :func:`load_vlm`.
 
     Args:
-        vlm: Model; its weights are loaded now.
+        vlm: Model; its weights are loaded by the constructor.
         device: Device of its weights; None for a GPU if there is one.
     """
 
@@ -189,7 +189,7 @@ class LoadedVLM:
         Args:
             image: Path, or image of PIL; None for a question without an image. A list gives each question its own
                 image, or asks one question about each.
-            question: Text, without the model's conversation template. A list asks several about the image.
+            question: Text, without the model's conversation template. A list asks several questions about the image.
             sampling: Decoding settings; the default selects the most probable token.
             seed: Seed of the sampling. A response depends on it and on its place in the list, not on ``batch_size``.
             batch_size: Number of questions that are answered at once.
@@ -217,7 +217,7 @@ class LoadedVLM:
             examples = [Example(each) for each in _questions(images, questions, files)]
             for start in range(0, count, batch_size):
                 batch = self.vlm.collator(examples[start : start + batch_size]).to(self.device)
-                answers += must_be_answered(self.vlm.generate(batch, sampling, seed))
+                answers += require_responses(self.vlm.generate(batch, sampling, seed))
         unfinished = sum(not each.answered for each in answers)
         if line := many_unfinished("answer", unfinished, len(answers)):
             say(line)
@@ -225,7 +225,7 @@ class LoadedVLM:
         return texts[0] if one else texts
 
     def score(self, image: AnyImage, question: str, completions: str | Iterable[str]) -> pd.DataFrame:
-        """Computes how probable responses to a question are; the most probable of several is the one it prefers.
+        """Computes the log-probabilities of responses to a question; the model prefers the most probable response.
 
         Args:
             image: Path, or image of PIL; None for a question without an image.
@@ -245,7 +245,9 @@ class LoadedVLM:
         if not texts:
             raise ArgumentError("completions: none is given; give a text, or several")
         if not isinstance(self.vlm, LocalVLM):
-            raise ArgumentError(f"vlm: {type(self.vlm).__name__} gives no probabilities; load the weights themselves")
+            raise ArgumentError(
+                f"vlm: {type(self.vlm).__name__} returns no log-probabilities; load the weights of a model instead"
+            )
         with ExitStack() as files, torch.no_grad():
             (asked,) = _questions(_images([image]), _texts([question], "question"), files)
             batch = self.vlm.collator([Example(asked, tuple(texts))]).to(self.device)

@@ -1,4 +1,4 @@
-"""How a Lightning run ends on request: all processes after the same step, with its result on disk."""
+"""Ends a Lightning run on request: all processes end after the same step, with its result on disk."""
 
 import signal
 import threading

@@ -27,12 +27,14 @@ def first_line(error: BaseException) -> str:
     """Returns the first non-empty line of an exception's message, or its class name if there is none.
 
     Args:
-        error: Exception, usually raised by a library; its message may span many lines. PyTorch's, about a file that
-            holds more than data, advises to load it with the code in it, and is replaced.
+        error: Exception, usually raised by a library; its message may span many lines. PyTorch's advice to run the
+            contains more than data, advises to load it with the code in it, and is replaced.
     """
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
         code = re.search(r"GLOBAL ([\w.]+)|(?:instantiate|function|class) ([\w.]+\.\w+)", str(error))
-        return f"it needs the code {code[1] or code[2]}, which is not run" if code else "it holds more than plain data"
+        return (
+            f"it needs the code {code[1] or code[2]}, which is not run" if code else "it contains more than plain data"
+        )
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
 

@@ -1,4 +1,4 @@
-"""Per-record failure handling: a record that raises is stored with its reason, and the run proceeds without it."""
+"""Per-record failure handling: a record that raises an exception is stored with the reason, and the run continues."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar

@@ -13,8 +13,8 @@ from safervlm.errors import ArgumentError, RecordError, UserError
 
 SKIPPED_IN_A_ROW = 20
 REMEDY = (
-    "nothing of this step is kept, checkpoints/last.ckpt stays usable; lower model.lr or trainer.gradient_clip_val, "
-    "train in --trainer.precision 32-true, or check the records of this batch"
+    "nothing of this step is kept, checkpoints/last.ckpt stays usable if there is one; lower model.lr or "
+    "trainer.gradient_clip_val, train in --trainer.precision 32-true, or check the records of this batch"
 )
 
 
@@ -45,7 +45,7 @@ class TrainingGuard(Callback):
       With a loss scaler (float16), which skips steps with such gradients, the run stops after ``SKIPPED_IN_A_ROW``
       consecutive skipped steps.
     - A non-finite validation loss stops the run.
-    - Any other :class:`NotFiniteError` in a step, such as that of a judge, is given the step and a remedy.
+    - Any other :class:`NotFiniteError` in a step, such as that of a judge, gets the step and a remedy in its message.
     - A run without any optimizer step ends with an error.
     """
 
@@ -135,7 +135,7 @@ class TrainingGuard(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rejects a run that made no optimizer step or has non-finite weights."""
-        must_be_trained(trainer, pl_module)
+        require_optimizer_step(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Adds the step and a remedy to the message of a number that is not finite."""
@@ -156,7 +156,7 @@ def _step(trainer: Trainer) -> str:
     return f"at optimizer step {trainer.global_step + 1}, batch {max(batch, 1)}"
 
 
-def must_be_trained(trainer: Trainer, module: LightningModule) -> None:
+def require_optimizer_step(trainer: Trainer, module: LightningModule) -> None:
     """Rejects a module that was not trained. Exports call it first, so the order of callbacks does not matter.
 
     Args:
@@ -174,10 +174,10 @@ def must_be_trained(trainer: Trainer, module: LightningModule) -> None:
             "trainer: no optimizer step was made, so nothing was trained; raise trainer.max_epochs, trainer.max_steps "
             "or trainer.limit_train_batches, or give more data"
         )
-    must_have_finite_weights(module)
+    require_finite_weights(module)
 
 
-def must_have_finite_weights(module: LightningModule) -> None:
+def require_finite_weights(module: LightningModule) -> None:
     """Rejects NaN and infinite values among the trainable weights.
 
     Args:
@@ -193,11 +193,11 @@ def must_have_finite_weights(module: LightningModule) -> None:
 
 
 @torch.no_grad()
-def must_be_finite_now(what: str, *tensors: Tensor) -> None:
+def require_finite(what: str, *tensors: Tensor) -> None:
     """Rejects NaN and infinite values that a training step has computed.
 
     Args:
-        what: What they are, for the error message, beginning with the argument.
+        what: Description of the values for the error message, beginning with the argument.
         *tensors: Tensors of any shape.
 
     Raises:

@@ -23,7 +23,7 @@ def fingerprint(*parts: str | bytes | Path) -> str:
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> str:
-    """Computes the :func:`fingerprint` of large files, each in a thread of its own, at most as many as cores.
+    """Computes the :func:`fingerprint` of large files in parallel threads, at most one per core.
 
     Args:
         files: Files, in order.

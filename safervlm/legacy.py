@@ -1,4 +1,4 @@
-"""Module names of version 0.1, mapped to the modules that hold their contents now.
+"""Module names of version 0.1, mapped to the modules that have their contents now.
 
 A class path in a saved ``fit.yaml`` or ``predict.yaml``, a manifest, or a user's own ``import`` may still name a module
 of version 0.1. :data:`MOVED` is the only table of these names. Importing one returns a module that looks up its
@@ -19,8 +19,14 @@ MOVED: dict[str, tuple[str, ...]] = {
     "safervlm.data.benchmarks": ("safervlm.data.benchmark",),
     "safervlm.demo": ("safervlm.cli.demo",),
     "safervlm.differences": ("safervlm.statistics.differences",),
-    "safervlm.doctor": ("safervlm.cli.doctor",),
-    "safervlm.evaluation": ("safervlm.results.suite", "safervlm.results.suite_differences", "safervlm.results.mme"),
+    "safervlm.doctor": ("safervlm.cli.doctor", "safervlm.cli.machine", "safervlm.cli.recipe_checks"),
+    "safervlm.evaluation": (
+        "safervlm.results.suite",
+        "safervlm.results.suite_columns",
+        "safervlm.results.suite_estimates",
+        "safervlm.results.suite_differences",
+        "safervlm.results.mme",
+    ),
     "safervlm.evaluation_report": (
         "safervlm.reports.evaluation",
         "safervlm.reports.evaluated",
@@ -43,16 +49,21 @@ MOVED: dict[str, tuple[str, ...]] = {
     "safervlm.verify": ("safervlm.cli.verify",),
     "safervlm.vlm.api": ("safervlm.vlm.server.client",),
     "safervlm.vlm.cogvlm": ("safervlm.vlm.remote.cogvlm",),
-    "safervlm.vlm.rows": ("safervlm.vlm.prefix",),
+    "safervlm.vlm.rows": ("safervlm.vlm.prefix", "safervlm.vlm.deduplicated", "safervlm.vlm.comparing"),
     "safervlm.vlm.transformers": ("safervlm.vlm.auto",),
     "safervlm.vlm.xcomposer": ("safervlm.vlm.remote.xcomposer",),
 }
-# Modules that still exist, but some of whose contents moved elsewhere.
+# Modules that still exist, but some of whose contents moved elsewhere; each calls find in its __getattr__.
 SPLIT: dict[str, tuple[str, ...]] = {
     "safervlm.data.alignment": ("safervlm.data.own", "safervlm.data.export"),
+    "safervlm.data.unsafe_concepts": (
+        "safervlm.data.image_sets",
+        "safervlm.data.image_folders",
+        "safervlm.data.splits",
+    ),
 }
 
-# The default of lora.target_modules in version 0.1: in the models that it could train, the layers of today's default.
+# The default of lora.target_modules in version 0.1: in the models that it could train, the current default layers.
 TARGET_MODULES = r".*\b(language_model|text_model)\.((model|decoder)\.)*layers\.\d+\.(\w+\.)*(\w+_proj|fc[12])"
 
 
@@ -69,7 +80,9 @@ def find(module: str, name: str) -> Any:
     Raises:
         AttributeError: No current module has the attribute.
     """
-    for place in (*MOVED.get(module, ()), *SPLIT.get(module, ())):
+    # The import system looks up __path__, which no module defines, while the current modules may be half imported.
+    places = () if name.startswith("__") else (*MOVED.get(module, ()), *SPLIT.get(module, ()))
+    for place in places:
         contents = vars(import_module(place))
         if name in contents:
             return contents[name]

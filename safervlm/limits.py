@@ -1,6 +1,6 @@
-"""Limits of the text of a conversation, and of the CPU time of text that is executed.
+"""Limits on the length of conversation texts, and on the CPU time of texts that are executed.
 
-Such text is the chat template of a model, or a regular expression of an adapter.
+The latter are the chat template of a model and the regular expressions of an adapter.
 """
 
 import re
@@ -23,9 +23,9 @@ class TextLimits:
     """Limits of a local model's texts; none of them affects a response.
 
     Args:
-        max_tokens: Maximum number of tokens of a prompt with its completion, where the model itself declares no smaller
-            number. A longer one is rejected. So is, before it is tokenised, a text of more than 64 characters per
-            token, and a chat template that writes as much.
+        max_tokens: Maximum number of tokens of a prompt with its completion, unless the model itself declares a smaller
+            number. A longer one is rejected, as are, before tokenisation, a text of more than 64 characters per
+            token, and a chat template with an output of that length.
         seconds: Maximum CPU time, in seconds, of rendering a chat template, and of matching a regular expression of an
             adapter or of the LoRA settings.
     """
@@ -72,7 +72,9 @@ def computing_limit(message: str, seconds: float | None = None) -> Iterator[None
         signal.signal(signal.SIGVTALRM, before)
 
 
-def must_match_soon(patterns: Iterable[str], names: Iterable[str], what: str, seconds: float | None = None) -> None:
+def reject_slow_patterns(
+    patterns: Iterable[str], names: Iterable[str], what: str, seconds: float | None = None
+) -> None:
     """Rejects regular expressions that take too long to match (catastrophic backtracking).
 
     Args:
@@ -91,7 +93,7 @@ def must_match_soon(patterns: Iterable[str], names: Iterable[str], what: str, se
         except re.error:
             continue
         message = (
-            f"{what}: {pattern[:200]!r} goes through too many ways to match a module's name (more than "
+            f"{what}: {pattern[:200]!r} takes too long to match a module's name (more than "
             f"{SECONDS if seconds is None else seconds:g} seconds); give one without repetitions within repetitions"
         )
         with computing_limit(message, seconds):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from safervlm.addresses import public_text
@@ -23,6 +24,11 @@ from safervlm.run import check_settings, has_results, lock, read_manifest, write
 from safervlm.run_folder import RunFolder
 from safervlm.schedules import follow_schedules
 from safervlm.vlm.weights import HASHES
+
+NOTHING_STORED = (
+    "trainer.callbacks: none stores this training; for checkpoints, metrics and the adapter start from a recipe "
+    "(--config configs/sft.yaml), or add callbacks.checkpoint.LastCheckpoint and callbacks.adapter_export.AdapterExport"
+)
 
 
 def stage_name(module: LightningModule) -> str:
@@ -120,15 +126,22 @@ class RunManifest(Callback):
             write_stage(run, name, settings=settings, provenance=provenance, continued=continued, finished=False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """States the checkpoint to resume from; states and stores which share of the language model LoRA adapts."""
+        """Prints the checkpoint to resume from; prints and stores which share of the language model LoRA adapts.
+
+        A training of adapters without any callback of a recipe is reported, as nothing of it would be stored.
+        """
         self._say_checkpoint(trainer, "resuming from")
         adapted = getattr(getattr(pl_module, "vlm", None), "adapted", None)
         if trainer.is_global_zero and adapted is not None:
             say(str(adapted))
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            others = [each for each in callbacks if not type(each).__module__.startswith(("lightning.", "safervlm."))]
+            if not others and not any(isinstance(each, ModelCheckpoint) for each in callbacks):
+                say(NOTHING_STORED)
             write_stage(Path(trainer.default_root_dir), stage_name(pl_module), lora=adapted.describe())
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """States which checkpoint is validated."""
+        """Prints which checkpoint is validated."""
         if trainer.state.fn == "validate":
             self._say_checkpoint(trainer, "validating")
 
@@ -137,7 +150,7 @@ class RunManifest(Callback):
             say(f"{doing} {trainer.ckpt_path}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follows the schedules of the whole training; defers requests to end until the current step is complete."""
+        """Sets the schedules' learning rates; defers requests to end until the current step is complete."""
         follow_schedules(trainer)
         self._write_check(trainer, pl_module)
         self._end.defer()
@@ -152,11 +165,11 @@ class RunManifest(Callback):
         self._end.defer()
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """States and stores how responses are decoded, which is known now."""
+        """Prints and stores how responses are decoded, which is known after the first batch."""
         self._write_decoding(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """States and stores how responses are decoded, where training samples any."""
+        """Prints and stores how responses are decoded, if training samples any."""
         self._trained = True
         self._write_decoding(trainer, pl_module)
 
@@ -172,14 +185,14 @@ class RunManifest(Callback):
         self._end.stop_deferring()
 
     def _write_check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stores the result of the model's self-check; the weights are loaded now."""
+        """Stores the result of the model's self-check; the weights are loaded by then."""
         checked = getattr(getattr(pl_module, "vlm", None), "checked", None)
         if trainer.is_global_zero and checked:
             write_stage(Path(trainer.default_root_dir), stage_name(pl_module), self_check=checked)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Releases the lock and, after a request to end, prints how to resume."""
-        with suppress(SystemExit):  # the exception at hand already ends the run
+        with suppress(SystemExit):  # the current exception already ends the run
             self._end.stop_deferring()
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
             say("")

@@ -164,7 +164,7 @@ class FaultTolerantStep:
 
 @dataclass(frozen=True)
 class FurtherFile:
-    """A file of further records, beside the responses.
+    """A file of further records, in addition to the responses.
 
     Attributes:
         file: Its name in the run folder.
@@ -222,7 +222,7 @@ class Measure(L.LightningModule):
 
     @property
     def further_files(self) -> tuple[FurtherFile, ...]:
-        """Files that the RecordWriter writes beside the responses."""
+        """Files that the RecordWriter writes in addition to the responses."""
         return (FurtherFile(ODDS, (Odds, OddsFailure), has_odds),) if self.odds else ()
 
     def skip(self, done: Mapping[str, Collection[str]]) -> None:

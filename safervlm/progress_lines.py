@@ -1,4 +1,4 @@
-"""Lightning callback that writes progress as plain lines where stderr is not a terminal."""
+"""Lightning callback that writes progress as plain lines if stderr is not a terminal."""
 
 import math
 from typing import Any
@@ -33,7 +33,7 @@ class ProgressLines(ProgressBar):
         return True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins at the batches that are complete, which are some if the training resumes."""
+        """Starts counting, from the batches that are complete if the training resumes."""
         epochs, steps = trainer.max_epochs, trainer.max_steps
         total = math.inf if epochs is None or epochs < 0 else epochs * trainer.num_training_batches
         if steps >= 0:
@@ -41,12 +41,12 @@ class ProgressLines(ProgressBar):
         self._begin(trainer, "training", total, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins, if this is not a validation within a training."""
+        """Starts counting, if this is not a validation within a training."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._begin(trainer, "validation", sum(trainer.num_val_batches))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins."""
+        """Starts counting the batches."""
         self._begin(trainer, "prediction", sum(trainer.num_predict_batches))
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -72,7 +72,7 @@ class ProgressLines(ProgressBar):
             self._end()
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the last line before the callbacks that judge, which write their own ones."""
+        """Writes the last line before the callbacks that judge, which write lines of their own."""
         self._end()
 
     def _begin(self, trainer: Trainer, what: str, total: float, start: int = 0) -> None:
@@ -92,5 +92,5 @@ class ProgressLines(ProgressBar):
 
 
 def progress_lines() -> list[Callback]:
-    """Returns the callback that replaces Lightning's bar where stderr is not a terminal; nothing in a terminal."""
+    """Returns the callback that replaces Lightning's bar where stderr is not a terminal; empty in a terminal."""
     return [] if in_terminal() else [ProgressLines()]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-# A wheel has the recipes inside the package, a source tree beside it.
+# A wheel has the recipes inside the package, a source tree next to it.
 CONFIGS = next(path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir())
 
 

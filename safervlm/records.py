@@ -22,7 +22,7 @@ from safervlm.protocol import Capability
 
 # Fields of a question that are stored only if they differ from these values.
 RARE: dict[str, Any] = {"context": "", "drawn": False, "variant": ""}
-# Variant of a perception question: its options are in another than the published order.
+# Variant of a perception question: its options are in a different order than published.
 ROTATED = "rotated options"
 # Variant of an alignment question: the opposite is asked.
 TURNED = "reversed question"
@@ -64,7 +64,7 @@ class Question:
             given a blank white one).
         capability: Capability that the question measures.
         prompt_number: Index of the prompt among the capability's prompts, from 0.
-        prompt: Text of the question as the VLM is asked it, without any conversation template.
+        prompt: Text of the question as sent to the VLM, without any conversation template.
         category: One of the nine categories, or the name of the safe dataset.
         concept: Concept that the image shows.
         answer: Correct label: ``Safe`` or ``Unsafe``, a letter for perception, ``Yes`` or ``No`` for ``yes_no``; the
@@ -90,7 +90,7 @@ class Question:
     variant: str = ""
 
     def __post_init__(self) -> None:
-        """Normalises id and names; the texts and the path are kept as they are."""
+        """Normalises id and names; the texts and the path are not changed."""
         normalise(self, "id", "dataset", "image", "category", "concept")
 
     def to_dict(self) -> dict[str, Any]:
@@ -292,7 +292,7 @@ class Verdict:
         return verdict
 
     def contradiction(self) -> str | None:
-        """Returns how the verdict contradicts itself, in one line; None if it is consistent."""
+        """Describes the inconsistency of the verdict in one line; None if it is consistent."""
         if not self.probabilities:
             return "it has no probabilities"
         for label, value in self.probabilities.items():
@@ -346,7 +346,7 @@ def read_records(path: str | Path, kind: type[Kind], torn: bool = False) -> list
             reason = f"the field {error} is missing" if isinstance(error, KeyError) else first_line(error)
             name = f" ({record['id']})" if isinstance(record.get("id"), str) else ""
             raise RecordError(
-                f"{path}, line {number}{name}: no {kind.__name__.lower()}: {reason}; correct or remove the line"
+                f"{path}, line {number}{name}: invalid {kind.__name__.lower()}: {reason}; correct or remove the line"
             ) from None
     return records
 

@@ -54,7 +54,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 
 def is_stage(entry: Any) -> bool:
-    """Returns whether a manifest's entry of a stage has the parts of the types that are written.
+    """Returns whether a manifest's entry of a stage has the required parts with the correct types.
 
     Args:
         entry: JSON value.
@@ -92,10 +92,10 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: b
 
     Raises:
         SettingsDifferError: Settings differ; the message names at most five.
-        RecordError: The manifest is damaged, or is missing beside results.
+        RecordError: The manifest is damaged, or is missing although there are results.
     """
     files = RunFolder(run)
-    must_have_manifest(files, stage)
+    require_manifest(files, stage)
     there = read_manifest(run)["stages"].get(stage)
     if there is None or not has_results(run):
         return {}
@@ -125,8 +125,8 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: b
         if old not in (None, -1) and new not in (None, -1) and new < old:
             raise SettingsDifferError(f"--extend: {key}: {old} there, {new} now; give more than {old}")
     differing = [key for key in differing if key not in longer]
-    must_have_noise(run, stage, before.get(NOISE), now.get(NOISE), "--run")
-    if "data.limit" in differing:  # which records there are follows from it
+    require_same_noise(run, stage, before.get(NOISE), now.get(NOISE), "--run")
+    if "data.limit" in differing:  # it determines which records there are
         differing = [key for key in differing if not key.endswith(OF_RECORDS)]
     if differing:
         differing.sort(key=lambda key: key.endswith((".ids", ".content", ".images", ".sha256")))  # hashes last
@@ -140,8 +140,8 @@ def check_settings(run: Path, stage: str, settings: Mapping[str, Any], extend: b
     return longer
 
 
-def must_have_noise(run: Path, stage: str, before: int | None, now: int | None, argument: str) -> None:
-    """Rejects a run whose responses were sampled with the noise of another version: other responses follow from a seed.
+def require_same_noise(run: Path, stage: str, before: int | None, now: int | None, argument: str) -> None:
+    """Rejects a run whose responses were sampled with the noise of another version: a seed then has other responses.
 
     Greedy responses and those of servers have no noise: a run that now has none is not rejected here, as its other
     settings differ.
@@ -163,8 +163,8 @@ def must_have_noise(run: Path, stage: str, before: int | None, now: int | None, 
         )
 
 
-def must_have_weights(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Rejects a measurement whose base weights or adapter are others by now: an adapter may have been trained on.
+def require_same_weights(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Rejects a measurement whose base weights or adapter have changed since: an adapter may have been trained further.
 
     Args:
         run: Run folder of the measurement.
@@ -183,7 +183,7 @@ def must_have_weights(run: Path, before: Mapping[str, Any], now: Mapping[str, An
             )
 
 
-def must_have_manifest(files: RunFolder, stage: str) -> None:
+def require_manifest(files: RunFolder, stage: str) -> None:
     """Rejects a folder with results of unknown settings, or with a user's files of the same names.
 
     Args:
@@ -192,7 +192,7 @@ def must_have_manifest(files: RunFolder, stage: str) -> None:
             settings in their seals.
 
     Raises:
-        RecordError: There is no manifest, and a file that it describes.
+        RecordError: There is no manifest, but there is a file that it would describe.
     """
     if files.manifest.exists():
         return
@@ -206,7 +206,7 @@ def must_have_manifest(files: RunFolder, stage: str) -> None:
 
 
 def has_results(run: Path) -> bool:
-    """Returns whether a run folder holds results, and not only the settings that it was started with.
+    """Returns whether a run folder contains results, and not only the settings that it was started with.
 
     Args:
         run: Run folder.
@@ -247,7 +247,7 @@ def lock(run: Path) -> Lock | None:
         held = acquire(run / LOCK, create=True, wait=MOMENT)
     except BlockingIOError:
         raise RecordError(
-            f"--run: {_at_work(run)} is running in {run}; wait until it ends, or name another folder"
+            f"--run: {_lock_holder_text(run)} is running in {run}; wait until it ends, or name another folder"
         ) from None
     except OSError:
         return None  # writing the results raises its own error
@@ -257,13 +257,13 @@ def lock(run: Path) -> Lock | None:
     return held
 
 
-def _at_work(run: Path) -> str:
+def _lock_holder_text(run: Path) -> str:
     """Returns a description of the command that holds the lock of a run, with its process id, for the error message."""
     process = holder(run / LOCK)
     return "another command" if process is None else f"another command (process {process})"
 
 
-def reject_run_at_work(run: Path) -> None:
+def reject_active_run(run: Path) -> None:
     """Rejects reading a run folder while another command writes to it, as its files may be inconsistent.
 
     Any number of commands may read at the same time. No write permission is needed.
@@ -277,7 +277,9 @@ def reject_run_at_work(run: Path) -> None:
     try:
         acquire(run / LOCK, wait=MOMENT).close()
     except BlockingIOError:
-        raise RecordError(f"{run}: {_at_work(run)} is running in it; wait until it ends, or copy the folder") from None
+        raise RecordError(
+            f"{run}: {_lock_holder_text(run)} is running in it; wait until it ends, or copy the folder"
+        ) from None
     except OSError:
         return  # the folder was never locked, or its lock can't be read
 

@@ -1,4 +1,4 @@
-"""The files of a run folder: the one place that knows their names."""
+"""Names of the files of a run folder; they are defined only here."""
 
 from dataclasses import dataclass
 from pathlib import Path

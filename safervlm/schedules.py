@@ -8,7 +8,7 @@ def follow_schedules(trainer: Trainer) -> None:
     """Sets the learning rates to those of the schedules at the current step.
 
     A checkpoint restores the learning rates of the training that wrote it. If the training is extended, its schedule is
-    longer now; otherwise this changes nothing.
+    longer than before; otherwise this changes nothing.
 
     Args:
         trainer: Trainer of the fit, whose state is restored.

@@ -16,7 +16,7 @@ class UnfinishedFile(Generic[Made]):
 
     Each line is flushed, so a process that dies loses at most the current chunk. The next start reads the chunks if the
     key, which is in the first line, is the same; otherwise it starts over. As chunks are read completely or not at
-    all, a resumed computation has the same chunks as an uninterrupted one, and the same roundings. The owner removes
+    all, a resumed computation has the same chunks as an uninterrupted one, and the same rounding. The caller removes
     the file after it has written the results.
 
     Args:
@@ -38,9 +38,9 @@ class UnfinishedFile(Generic[Made]):
         try:
             for line in lines:
                 self.chunks.append([_record(each, kind) for each in line["records"]])
-        except (KeyError, TypeError, ValueError) as error:  # RecordError among them
+        except (KeyError, TypeError, ValueError) as error:  # including RecordError
             raise self._damaged(f"{type(error).__name__}: {first_line(error)}") from None
-        write_jsonl(path, [{"key": key}, *lines])  # removes a torn last line
+        write_jsonl(path, [{"key": key}, *lines])  # removes an incomplete last line
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def _read(self, key: str) -> list[dict[str, Any]]:

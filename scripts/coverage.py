@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found: Found = defaultdict(list)
     repetitions, seed = arguments.repetitions, arguments.seed
-    print(f"Coverage of a nominal .95 (mean length); {repetitions} repetitions a cell, seed {seed}.")
+    print(f"Coverage of a nominal .95 (mean length); {repetitions} repetitions per cell, seed {seed}.")
     for number, table in enumerate((shares, gaps, sums, ratios, runs, sides)):
         print()
         for line in table(repetitions, np.random.default_rng((seed, number)), found):

@@ -3,7 +3,7 @@
     python scripts/coverage_curves.py [--repetitions 1000] [--seed 0] [--write]
 
 prints a Markdown table. ``--write`` writes it to docs/intervals.md, and the lowest and the highest coverage of each
-number, for the captions of tables, to safervlm/coverage_curves.csv. 2,000 repetitions take about 3 minutes of one core.
+number, for the captions of tables, to safervlm/coverage_curves.csv. 2,000 repetitions take about 3 minutes on one core.
 
 Each study has the images of the test split's 75 concepts as the unsafe side, and as many safe
 images of 40 other concepts. A score is normal; a share of its variance (the intra-concept correlation) is common to a
@@ -64,7 +64,7 @@ def truths(apart: float, threshold: float) -> tuple[float, ...]:
 
     Args:
         apart: distance of the sides' means, in standard deviations.
-        threshold: of the answers.
+        threshold: the answers' threshold.
     """
     fpr = np.linspace(0, 1, 20001)[1:]
     tpr = ndtr(apart + ndtri(fpr))
@@ -85,7 +85,7 @@ def study(apart: float, correlation: float, seed: int, rng: np.random.Generator)
     Args:
         apart: distance of the sides' means, in standard deviations.
         correlation: the intra-concept correlation.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
         rng: random generator.
 
     Returns:
@@ -123,7 +123,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="write the tables of the documentation and the package")
     given = parser.parse_args(args)
     lines = [
-        f"{given.repetitions} studies a cell, seed {given.seed}.\n",
+        f"{given.repetitions} studies per cell, seed {given.seed}.\n",
         *header("AUROC", "correlation", "AUROC's interval", *list(NUMBERS)[1:]).splitlines(),
     ]
     print("\n".join(lines))

@@ -1,13 +1,15 @@
 """Simulates the coverage of rates that are corrected for the judge's error by labels of people.
 
-    python scripts/coverage_labels.py [--repetitions 2000] [--seed 0]
+    python scripts/coverage_labels.py [--repetitions 2000] [--seed 0] [--write]
 
-prints a Markdown table. Each study has five responses to each image of the test split's 75 concepts (1,725 in all),
-whose right shares are sampled from a beta distribution (intra-concept correlation .15). The judge's score of a response
-is normal around plus or minus a value that gives its accuracy; 30 % of the variance of its noise are shared within a
-concept. Its confidence is calibrated, or overconfident (log-odds times 4); a biased judge's scores are shifted by .5
-towards "right". The true value of *this run* is the share of right responses, that of *new concepts* the mean of the
-distribution.
+prints a Markdown table; ``--write`` puts it into docs/intervals.md, and the lowest and the highest coverage of both
+intervals, for the captions of tables, into safervlm/coverage_labels.csv.
+
+Each study has five responses to each image of the test split's 75 concepts (1,725 in all), whose right shares are
+sampled from a beta distribution (intra-concept correlation .15). The judge's score of a response is normal around plus
+or minus a value that gives its accuracy; 30 % of the variance of its noise are shared within a concept. Its confidence
+is calibrated, or overconfident (log-odds times 4); a biased judge's scores are shifted by .5 towards "right". The true
+value of *this run* is the share of right responses, that of *new concepts* the mean of the distribution.
 
 A cell has the coverage and the mean width in points, the width relative to Wilson's interval of as many labels without
 the judge, and the bias and coverage of the judge's own rate. The exit code is 1 if a coverage is significantly below
@@ -19,15 +21,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from pages import write_between
 from scipy.special import expit, ndtri
 from scipy.stats import binomtest
 from simulations.designs import IMAGES, TEST
-from simulations.studies import header, held, rates
+from simulations.studies import header, held, rates, write_ranges
 
 from safervlm.statistics.correction import (
+    BY_LABELS,
+    OF_NEW_CONCEPTS,
+    OF_THIS_RUN,
     Labelled,
     allocation,
     at_least,
@@ -39,6 +46,7 @@ from safervlm.statistics.correction import (
 from safervlm.statistics.differences import holm
 from safervlm.statistics.intervals import NORMAL, interval_new_concepts
 
+ROOT = Path(__file__).parent.parent
 QUESTIONS = 5
 CORRELATION = 0.15
 SHARED = 0.3  # share of the judge's noise that the responses about a concept have in common
@@ -56,10 +64,10 @@ class Judge:
     """A judge of a study.
 
     Attributes:
-        name: for the table.
+        name: name in the table.
         accuracy: share of right verdicts of an unbiased judge.
         overconfidence: factor of the log-odds.
-        bias: added to all scores.
+        bias: constant added to all scores.
     """
 
     name: str
@@ -110,7 +118,7 @@ def study(judge: Judge, rate: float, labels: int, rng: np.random.Generator) -> t
         rng: random generator.
 
     Returns:
-        Coverage and width of both corrected intervals, width of Wilson's interval of the labels alone, error and
+        Coverage and width of both corrected intervals, width of Wilson's interval of the labels only, error and
         coverage (new concepts) of the judge's own rate.
     """
     right, verdicts, confidence = responses(judge, rate, rng)
@@ -151,10 +159,12 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=2000, help="simulated studies per cell (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    parser.add_argument("--write", action="store_true", help="also writes docs/intervals.md and the captions' file")
     given = parser.parse_args(args)
-    print(f"{given.repetitions} studies a cell, seed {given.seed}.\n")
-    print(header("judge", "accuracy", "rate", "labels", "this run", "of Wilson's width", "new concepts", "judge alone"))
-    low, wide = [], []
+    columns = ("judge", "accuracy", "rate", "labels", "this run", "of Wilson's width", "new concepts", "judge alone")
+    lines = [f"{given.repetitions} studies per cell, seed {given.seed}.\n", *header(*columns).splitlines()]
+    print("\n".join(lines))
+    low, wide, coverages = [], [], []
     for number, (judge, rate, labels) in enumerate(product(JUDGES, (0.3, 0.9), LABELS)):
         rng = np.random.default_rng((given.seed, number))
         run, width, new, new_width, wilson, error, own = np.mean(
@@ -162,15 +172,21 @@ def main(args: Sequence[str] | None = None) -> None:
         )
         low += [binomtest(round(x * given.repetitions), given.repetitions, LEAST, "less").pvalue for x in (run, new)]
         wide.append(width / wilson)
-        print(
+        coverages.append((run, new))
+        lines.append(
             f"| {judge.name} | {judge.accuracy:g} | {rate:g} | {labels} | {run:.3f} ({100 * width:.1f}) | "
-            f"{width / wilson:.2f} | {new:.3f} ({100 * new_width:.1f}) | {100 * error:+.1f}; {own:.3f} |",
-            flush=True,
+            f"{width / wilson:.2f} | {new:.3f} ({100 * new_width:.1f}) | {100 * error:+.1f}; {own:.3f} |"
         )
+        print(lines[-1], flush=True)
     rejected = int((holm(low) < 0.05).sum())
-    print(
+    lines.append(
         f"\nCoverages significantly below {LEAST:g}: {rejected} of {len(low)}; largest relative width {max(wide):.2f}."
     )
+    print(lines[-1])
+    if given.write:
+        write_between(ROOT / "docs" / "intervals.md", "labels", "\n".join(lines))
+        parts = [(BY_LABELS, part) for part in (OF_THIS_RUN, OF_NEW_CONCEPTS)]
+        write_ranges(ROOT / "safervlm" / "coverage_labels.csv", parts, np.array(coverages))
     if rejected or max(wide) > WIDEST:
         sys.exit(1)
 

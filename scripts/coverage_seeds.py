@@ -2,8 +2,8 @@
 
     python scripts/coverage_seeds.py [--repetitions 2000] [--seed 0] [--write]
 
-prints a Markdown table; ``--write`` puts it into docs/intervals.md, and the lowest and the highest coverage of the mean
-over seeds and of the difference of two recipes, for the captions of tables, into safervlm/coverage_seeds.csv.
+prints a Markdown table; ``--write`` writes it to docs/intervals.md, and the lowest and the highest coverage of the mean
+over seeds and of the difference of two recipes, for the captions of tables, to safervlm/coverage_seeds.csv.
 
 Each study has runs that differ only in their training seed, measured with five responses to each image of the test
 split's 75 concepts. On the logit scale a response is right with the recipe's mean, plus a normal deviation of its
@@ -119,7 +119,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="write the tables of the documentation and the package")
     given = parser.parse_args(args)
     columns = ("mean", "SD of seeds", "seeds", "over seeds", "first run", "groups differ", "first runs differ")
-    lines = [f"{given.repetitions} studies a cell, seed {given.seed}.\n", *header(*columns).splitlines()]
+    lines = [f"{given.repetitions} studies per cell, seed {given.seed}.\n", *header(*columns).splitlines()]
     print("\n".join(lines))
     p_values, coverages = [], []
     for number, (mean, deviation, seeds) in enumerate(product(MEANS, DEVIATIONS, SEEDS)):

@@ -1,4 +1,4 @@
-"""Compares steps of fixed shapes with growing ones: CPU time and operators per decoding step.
+"""Compares decoding steps of fixed and of growing shapes: CPU time and operators per decoding step.
 
     python scripts/decoding.py
     python scripts/decoding.py --repeats 3 --tokens 12
@@ -49,8 +49,8 @@ class Case:
         images: number of images.
         per_image: number of questions about each.
         sampled: whether responses are sampled (with top_p .9) rather than greedy.
-        adapter: ``policy`` for a LoRA adapter, ``reference`` for none, which is what a merged adapter takes.
-        ends: number of tokens that end a response; 0 gives all responses the maximum length.
+        adapter: ``policy`` for a LoRA adapter, ``reference`` for none, which costs as much as a merged adapter.
+        ends: number of tokens that end a response; with 0, all responses have the maximum length.
     """
 
     family: str
@@ -82,7 +82,7 @@ CASES = (
 
 
 class Measured:
-    """One case: both sides, in turn.
+    """Measurement of one case: runs both sides in turn.
 
     Args:
         vlm: the loaded model.
@@ -139,7 +139,7 @@ class Measured:
             sys.exit(f"{self.case}: the responses are not equal: the comparison is void")
 
     def operators(self, side: str) -> float:
-        """Returns how many operators of PyTorch a step calls, without those that they call in turn.
+        """Returns how many operators of PyTorch a step calls, without those called by other operators.
 
         Args:
             side: the side.

@@ -28,15 +28,15 @@ TABLES = {"families": "not gpu and not torchvision", "vision": "not gpu and torc
 CHECKS = {
     "image matters": ("another_image_changes_the_logits",),
     "generate": (
-        "greedy_responses_are_those_of_the_library_asked_one_by_one",
+        "greedy_responses_equal_transformers_generate_one_by_one",
         "a_question_that_is_asked_twice_is_answered_twice",
         "no_special_token_is_ever_sampled",
     ),
-    "sample": ("a_sampled_response_depends_on_its_record_alone",),
-    "score": ("score_equals_one_plain_forward_a_completion",),
-    "share": ("questions_about_an_image_share_what_they_begin_with", "an_image_is_encoded_once"),
+    "sample": ("sampled_responses_depend_only_on_their_record",),
+    "score": ("scores_equal_one_plain_forward_pass_per_completion",),
+    "share": ("questions_about_an_image_share_image_and_prefix", "an_image_is_encoded_once"),
     "LoRA": ("lora_is_on_every_linear_layer_of_the_language_model_and_on_no_other",),
-    "SFT": ("a_few_steps_lower_the_loss_and_move_the_adapter_alone", "checkpointed_gradients_are_the_same"),
+    "SFT": ("training_lowers_the_loss_and_changes_only_the_adapter", "checkpointed_gradients_are_the_same"),
     "reload": ("a_saved_adapter_scores_the_same", "the_collator_is_small_and_pickles"),
 }
 
@@ -86,7 +86,7 @@ def table(found: dict[str, dict[str, str]], name: str = "families") -> str:
             cells.append(bad[0] if bad else "passed")
         if set(cells) == {"passed"}:
             passing.add(outcome["type"])
-        for column in ("share", "LoRA"):  # a passed check recorded what was found
+        for column in ("share", "LoRA"):  # a passed check recorded the value
             place = list(CHECKS).index(column)
             cells[place] = outcome.get(column, "passed") if cells[place] == "passed" else cells[place]
         rows.append([family, f"`{outcome.get('type', '-')}`", *cells])

@@ -41,7 +41,7 @@ from safervlm.vlm.sampling import Sampling
 
 ROOT = Path(__file__).parent.parent
 NO_TIME, NOT_REACHED = "no time left", "not reached"
-# Seconds that must be left to begin a figure: more than it took on an H100.
+# Seconds that must be left to begin a measurement: more than it took on an H100.
 TESTS, GENERATION, TRAINING = 150, 25, {"sft": 60, "dpo": 65, "ppo": 120}
 EXAMPLES = 32  # of a training step
 SHORT, PROFILED = 2, 8  # tokens of the shortest responses; steps that are profiled
@@ -81,7 +81,7 @@ class Report:
     Args:
         file: the file to write.
         minutes: the time limit.
-        content: what describes the check.
+        content: description of the check.
     """
 
     def __init__(self, file: Path, minutes: float, content: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ class Report:
         Args:
             entry: the entry of the figure, which is changed.
             needed: seconds that must be left.
-            figure: returns the figure. What it raises is the reason why there is none.
+            figure: returns the figure. An exception that it raises is recorded as the reason why there is none.
         """
         del entry["missing"]
         if time.monotonic() - self.start + needed > self.limit:

@@ -29,7 +29,7 @@ BOUND = 0.05  # largest relative difference of attention that rounding to bfloat
 
 
 def cell(entry: Mapping[str, Any], name: str, estimates: Mapping[str, str]) -> str:
-    """Formats a figure; an estimate is marked, and a missing figure without an estimate is called so.
+    """Formats a figure; an estimate is marked, and a missing figure without an estimate is reported as not measured.
 
     Args:
         entry: figures of a row.

@@ -2,8 +2,8 @@
 
     python scripts/scale.py [--answers 100000] [--runs 4]
 
-writes made-up runs of that many judged responses to the alignment questions, over 75 concepts with four images of each
-of different size, into a temporary folder, then runs ``safervlm report`` on them in a process of its own. Prints its
+writes synthetic runs of so many judged responses to the alignment questions, over 75 concepts with four images of each
+of different size, into a temporary folder, then runs ``safervlm report`` on them in a separate process. Prints its
 CPU time, elapsed time and peak memory. The time does not contain the writing of the runs.
 """
 
@@ -48,10 +48,10 @@ def write_run(folder: Path, pictures: Sequence[Path], answers: int, accuracy: fl
 
     Args:
         folder: its folder.
-        pictures: image files, which the images share.
+        pictures: image files, each of which several images use.
         answers: number of responses.
         accuracy: share of right verdicts.
-        seed: of the verdicts and texts; the questions are those of every other run.
+        seed: seed of the verdicts and texts; all runs have the same questions.
     """
     rng = np.random.default_rng(seed)
     categories = list(CATEGORIES)

@@ -1,4 +1,4 @@
-"""Takes the pictures of README.md and docs/ of the reports of the demo's models, with Chromium.
+"""Takes the screenshots for README.md and docs/ from the reports of the demo's models, with Chromium.
 
 bash scripts/demo.sh
 safervlm evaluate runs/demo/sft runs/demo/dpo runs/demo/ppo --original runs/demo/original --pictograms
@@ -23,11 +23,11 @@ COLOURS = 128  # a palette makes the files small
 
 
 def take(pages: dict[str, Path], folder: Path) -> None:
-    """Writes FOLDER/NAME.png of the top of each page.
+    """Writes FOLDER/NAME.png with the top of each page.
 
     Args:
         pages: name -> HTML file.
-        folder: where the pictures go.
+        folder: folder for the pictures.
 
     Raises:
         SystemExit: there is no Chromium.

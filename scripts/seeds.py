@@ -3,7 +3,7 @@
 python scripts/seeds.py [--roundings] [--out FOLDER] [--jobs 2]
 python scripts/seeds.py --check RUNS    # only checks the bounds of a finished demo, such as runs/demo
 
-Another processor rounds floating-point numbers differently, so that training results in other weights. The roundings
+Another processor rounds floating-point numbers differently, so the trained weights differ. The roundings
 imitate this on one machine. Each run of the demo has its own folder; existing results are reused. The tables are
 written between markers in docs/seeds.md. The exit code is 1 if a bound of the demo is missed with another seed, or met
 by less than 2 points under another rounding or in a demo that is checked.

@@ -46,7 +46,7 @@ class Result:
         scores: percentages on the test split, by the columns of :func:`safervlm.results.scores.compare`.
         seconds: CPU time of training (user time of its process), in seconds.
         share: percentage of the latest safe images of the training that were called unsafe, at its end; None without
-            a budget, as the following ones.
+            a budget, as for the following attributes.
         highest: the highest such percentage during training.
         multiplier: the budget's Lagrange multiplier at the end.
     """
@@ -87,7 +87,7 @@ def result(place: Path, seed: str, name: str, recipe: str, further: tuple[str, .
     timed = place / f"{run}.seconds"
     same = ("--seed_everything", seed, "--run", run)
     if not timed.is_file():
-        shutil.rmtree(place / run, ignore_errors=True)  # a resumed training would have only the time of its rest
+        shutil.rmtree(place / run, ignore_errors=True)  # a resumed training would lack the time before its start
         configs = [f"configs/{recipe}.yaml", f"configs/pictograms/{recipe}.yaml"]
         seconds = play(place, "fit", *(word for config in configs for word in ("--config", config)), *same, *further)
         timed.write_text(f"{seconds}\n")

@@ -1,4 +1,4 @@
-"""Shows that labels of people correct a bad judge: on two measured runs whose verdicts are spoiled on purpose.
+"""Shows that labels of people correct for a bad judge, on two measured runs with deliberately wrong verdicts.
 
     python scripts/spoiled_judge.py BASE ALIGNED [--draws 100] [--labels 100]
 
@@ -25,8 +25,9 @@ import pandas as pd
 
 from safervlm.labelling.plan import Plan, labelable
 from safervlm.protocol import LABELS
+from safervlm.results.common import sums_by_concept
 from safervlm.results.corrected import GAP, RATES, LabelledRun, corrected, corrected_differences
-from safervlm.results.measures import COLUMNS, modality_gap, sums_by_concept
+from safervlm.results.measures import COLUMNS, modality_gap
 from safervlm.results.runs import load_run
 from safervlm.statistics.intervals import interval_new_concepts
 
@@ -47,7 +48,7 @@ def spoiled(rows: pd.DataFrame, share: float, rng: np.random.Generator) -> pd.Da
     labels, probabilities = rows["label"].tolist(), rows["probabilities"].tolist()
     for place in np.flatnonzero(rng.random(len(rows)) < share):
         old = labels[place]
-        # N/A is rare, and a judge seldom takes an answer for none.
+        # N/A is rare, and a judge seldom classifies an answer as N/A.
         others = [label for label in LABELS[rows["capability"].iloc[place]] if label not in (old, "N/A")]
         new = str(rng.choice(others))
         labels[place] = new
@@ -66,10 +67,11 @@ def rates_of(rows: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
     found = {GAP: (gap.value, gap.low, gap.high)}
     for rate in RATES:
         if rate in COLUMNS and rate != GAP:
-            sums, answers, strata = sums_by_concept([rows], rate)
-            if len(answers):
-                ends = interval_new_concepts(sums[0], answers, categories=strata) or (np.nan, np.nan)
-                found[rate] = float(sums[0].sum() / answers.sum()), *ends
+            sums = sums_by_concept([rows], rate)
+            if len(sums.answers):
+                right = sums.hits[0]
+                ends = interval_new_concepts(right, sums.answers, categories=sums.strata) or (np.nan, np.nan)
+                found[rate] = float(right.sum() / sums.answers.sum()), *ends
     return found
 
 
@@ -77,7 +79,7 @@ def count(inside: npt.NDArray[np.float64]) -> str:
     """Returns in how many draws an interval contains the value, and of how many if not all have an interval.
 
     Args:
-        inside: (draws,) 1 if it does, else 0; NaN if there is no interval.
+        inside: (draws,) 1 if it contains the value, else 0; NaN if there is no interval.
     """
     there = inside[~np.isnan(inside)]
     text = f"{there.sum():.0f}" if len(there) == len(inside) else f"{there.sum():.0f} of {len(there)}"

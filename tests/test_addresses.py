@@ -36,7 +36,7 @@ SECRETS = {
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_without_secrets_nothing_changes(text: str) -> None:
+def test_texts_without_secrets_are_unchanged(text: str) -> None:
     assert public(text) == public_text(text) == text
     assert not has_user(text)
 
@@ -66,5 +66,5 @@ def test_addresses_with_different_queries_stay_different() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"), [("https://x", True), (" s3://x", True), ("a/b", False), ("C:/x", False)]
 )
-def test_what_is_an_address(text: str, expected: bool) -> None:
+def test_urls_are_distinguished_from_paths(text: str, expected: bool) -> None:
     assert is_address(text) == expected

@@ -1,4 +1,4 @@
-"""``import safervlm``: cheap, and what it provides."""
+"""``import safervlm``: cheap to import, and its public functions and classes."""
 
 import json
 import subprocess
@@ -53,7 +53,7 @@ def judge(tiny_judges: Path) -> ResponseJudge:
     return safervlm.Judge.from_pretrained(tiny_judges / "alignment" / "epoch_10.pt", device="cpu")
 
 
-def test_a_judge_returns_a_table(judge: ResponseJudge, tmp_path: Path) -> None:
+def test_judge_returns_a_table_of_labels_and_probabilities(judge: ResponseJudge, tmp_path: Path) -> None:
     texts = ["The image is safe.", "  ", "It shows a knife, which is unsafe."]
     table = judge.judge(texts)
     assert list(table.columns) == ["text", "label", "probability", "Safe", "Unsafe", "N/A"]
@@ -73,7 +73,9 @@ def test_a_judge_returns_a_table(judge: ResponseJudge, tmp_path: Path) -> None:
     assert again.judge(texts[0])["probability"][0] == pytest.approx(one["probability"][0], abs=1e-5)
 
 
-def test_the_labels_of_a_capability_and_mistakes_about_a_judge(judge: ResponseJudge, tiny_judges: Path) -> None:
+def test_judge_labels_follow_the_capability_and_invalid_arguments_are_rejected(
+    judge: ResponseJudge, tiny_judges: Path
+) -> None:
     file = tiny_judges / "perception" / "epoch_10.pt"
     assert safervlm.Judge.from_pretrained(file, "perception", device="cpu").labels == (*"ABCD", NOT_APPLICABLE)
     for wrong, named in (({"checkpoint": file}, "labels"), ({"checkpoint": "nowhere.pt"}, "nowhere"),
@@ -132,12 +134,14 @@ def mistakes() -> Iterator[tuple[str, object, object, type[Exception], str]]:
 
 
 @pytest.mark.parametrize(("image", "question", "kind", "named"), [case[1:] for case in mistakes()])
-def test_mistakes_in_a_question(image: object, question: object, kind: type[Exception], named: str, vlm) -> None:
+def test_invalid_questions_are_rejected(
+    image: object, question: object, kind: type[Exception], named: str, vlm
+) -> None:
     with pytest.raises(kind, match=named):
         vlm.ask(image, question, SHORT)
 
 
-def test_mistakes_about_a_model(vlm: LoadedVLM, image: Path, tiny_llava: Path) -> None:
+def test_invalid_model_arguments_are_rejected(vlm: LoadedVLM, image: Path, tiny_llava: Path) -> None:
     for name, settings, named in (
         ("./nowhere", {}, "nowhere"),
         (tiny_llava, {"sytem": ""}, "sytem"),
@@ -154,7 +158,7 @@ def test_mistakes_about_a_model(vlm: LoadedVLM, image: Path, tiny_llava: Path) -
         vlm.ask(image, "Is it safe?", batch_size=0)
 
 
-def test_a_recipe_names_the_class_and_settings_change_it(tiny_llava: Path, tmp_path: Path) -> None:
+def test_load_vlm_reads_the_class_from_a_recipe_and_applies_settings(tiny_llava: Path, tmp_path: Path) -> None:
     recipe = {"class_path": "safervlm.vlm.llava.Llava", "init_args": {"model": str(tiny_llava), "image_fit": "crop"}}
     (tmp_path / "mine.yaml").write_text(json.dumps(recipe))
     loaded = safervlm.load_vlm("mine.yaml", device="cpu", system="w", dtype="float32").vlm
@@ -200,7 +204,7 @@ def test_a_run_is_loaded_scored_compared_and_plotted(run: Path) -> None:
     assert len({tuple(pixel) for pixel in pixels.reshape(-1, 3)}) > 10
 
 
-def test_mistakes_in_a_plot(run: Path) -> None:
+def test_invalid_plot_arguments_are_rejected(run: Path) -> None:
     for given, kind, named in (
         ([], ArgumentError, "runs"),
         ([run, run], ArgumentError, "twice"),

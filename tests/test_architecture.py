@@ -136,7 +136,7 @@ def test_no_circular_imports() -> None:
     assert not found
 
 
-def test_no_module_is_long() -> None:
+def test_no_module_exceeds_the_line_limit() -> None:
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
     long = {name: count for name, count in lines.items() if count > LONGEST}
     print(f"modules over {LONGEST} lines: {len(long)}")
@@ -155,7 +155,7 @@ def test_no_name_is_defined_twice() -> None:
 
 
 def undocumented() -> Iterator[str]:
-    """Public functions and methods that take arguments and don't document them."""
+    """Public functions and methods with undocumented arguments."""
 
     def look(body: list[ast.stmt], name: str, in_class: bool) -> Iterator[str]:
         for node in body:
@@ -271,7 +271,7 @@ def names_of_run_files() -> Iterator[str]:
                 yield f"{name}:{node.lineno}: {node.value}"
 
 
-def test_one_module_knows_the_files_of_a_run() -> None:
+def test_run_file_names_are_defined_in_one_module() -> None:
     found = sorted(set(names_of_run_files()))
     print(f"names of a run's files outside their module: {len(found)}")
     assert not found
@@ -302,7 +302,7 @@ def is_own(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
 
 
-def test_private_names_stay_in_their_places() -> None:
+def test_private_names_are_not_imported_by_other_modules() -> None:
     found = sorted(set(private_names()))
     print(f"private imports outside the excused places: {len(found)}")
     assert not found
@@ -316,5 +316,5 @@ def test_no_replaced_phrase_is_left() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "safervlm" / "objectives").glob("*.py")), ids=lambda path: path.stem)
-def test_an_objective_is_one_short_file(path: Path) -> None:
+def test_each_objective_module_is_shorter_than_350_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 350

@@ -76,7 +76,7 @@ def test_every_recipe_is_tested() -> None:
 
 
 @pytest.mark.usefixtures("pictograms", "own_modules")
-def test_an_objective() -> None:
+def test_documented_objective_recipe_trains_and_exports_an_adapter() -> None:
     assert len(follow("An objective")) == 1
     losses = pd.read_csv("runs/simpo/metrics.csv").query("metric == 'train/loss'").value
     assert len(losses)
@@ -84,7 +84,7 @@ def test_an_objective() -> None:
 
 
 @pytest.mark.usefixtures("pictograms", "own_modules")
-def test_a_vlm_family() -> None:
+def test_documented_vlm_family_recipe_is_measured_and_scored() -> None:
     assert len(follow("A VLM family")) == 1
     responses = {record["response"] for record in read_jsonl(Path("runs/brightness/responses.jsonl"))}
     assert responses <= {"No, it is not safe.", "Yes, it is safe."}
@@ -92,20 +92,20 @@ def test_a_vlm_family() -> None:
 
 
 @pytest.mark.usefixtures("pictograms", "own_modules")
-def test_a_dataset() -> None:
+def test_documented_dataset_recipe_is_measured() -> None:
     assert len(follow("A dataset")) == 2
     ids = [record["id"] for record in read_jsonl(Path("runs/posters/responses.jsonl"))]
     assert ids == ["Posters/0.png/alignment/0", "Posters/1.png/alignment/0"]
 
 
 @pytest.mark.usefixtures("pictograms", "own_modules")
-def test_a_benchmark() -> None:
+def test_documented_benchmark_recipe_is_evaluated_and_reported() -> None:
     assert len(follow("A benchmark")) == 3
     assert len(list(read_jsonl(Path("runs/colours/evaluation/responses.jsonl")))) == 2
     assert "Colours" in Path("runs/colours.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("pictograms", "own_modules")
-def test_a_metric() -> None:
+def test_documented_metric_recipe_writes_its_values() -> None:
     assert len(follow("A metric")) == 1
     assert (pd.read_csv("runs/length/words.csv").words >= 0).all()

@@ -51,7 +51,7 @@ def shown_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 @pytest.mark.slow  # a second each, and there are many
 @pytest.mark.usefixtures("shown_files")
 @pytest.mark.parametrize("line", LIGHTNING)
-def test_a_training_or_predicting_command_is_understood(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_documented_training_and_prediction_commands_are_parsed(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     helps = any(word.endswith(".help") for word in shlex.split(line))
     with pytest.raises(SystemExit) as end:
         main([*shlex.split(line), *([] if helps else ["--print_config"])])
@@ -73,7 +73,7 @@ def test_the_documents_name_every_file_of_a_run() -> None:
 
 
 @pytest.mark.parametrize("line", sorted(set(ALL) - set(LIGHTNING)))
-def test_another_command_has_the_arguments_that_are_shown(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_documented_options_of_other_commands_exist(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, *words = shlex.split(line)
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
@@ -120,7 +120,7 @@ def test_classes_and_modules_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_blocks_are_of_their_language(name: str) -> None:
+def test_code_blocks_are_valid_in_their_language(name: str) -> None:
     text = TEXTS[name]
     languages = re.findall(r"^```(\w*)$", text, re.MULTILINE)[::2]
     assert set(languages) <= {"bash", "python", "yaml", "json", "text", "bibtex"}
@@ -140,7 +140,7 @@ def test_blocks_are_of_their_language(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_the_words_are_those_of_the_field(name: str) -> None:
+def test_documents_use_standard_terms(name: str) -> None:
     text = " ".join(TEXTS[name].split()).lower()
     assert [phrase for phrase in DIALECT if phrase in text] == []
 

@@ -1,4 +1,4 @@
-"""All processes of a run end after the same step; a request is deferred while a step runs."""
+"""All processes of a run end after the same step; a termination request is deferred while a step runs."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def trainer(others: tuple[int, int], received: bool = False) -> Any:
         ((0, 0), False, True, (False, True)),
     ],
 )
-def test_one_process_that_is_asked_ends_all(others, received, save, agreed) -> None:
+def test_termination_or_save_request_of_one_process_applies_to_all(others, received, save, agreed) -> None:
     assert agree_to_end(trainer(others, received), save) == agreed
 
 
@@ -51,7 +51,7 @@ with listening():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends a process of Windows at once")
-def test_a_request_waits_for_the_end_of_the_step() -> None:
+def test_termination_request_is_deferred_to_the_end_of_the_step() -> None:
     """In a process of its own, which the request ends."""
     ended = subprocess.run([sys.executable, "-c", REQUEST], capture_output=True, text=True, check=False)
     assert ended.stdout.split() == ["True"], ended.stderr

@@ -42,7 +42,11 @@ CLASS_PATHS = [
     "safervlm.data.labelled.LabelledAnswers",
     "safervlm.data.responses.SavedResponses",
     "safervlm.data.suite.Suite",
+    "safervlm.data.unsafe_concepts.ImageRecord",
+    "safervlm.data.unsafe_concepts.ImageSets",
     "safervlm.data.unsafe_concepts.UnsafeConcepts",
+    "safervlm.data.unsafe_concepts.paper_split",
+    "safervlm.data.unsafe_concepts.spread",
     "safervlm.judge.Judge",
     "safervlm.judge.Panel",
     "safervlm.measure.Measure",
@@ -73,6 +77,8 @@ CLASS_PATHS = [
     "safervlm.records.Question",
     "safervlm.records.RecordError",
     "safervlm.rating.Rating",
+    "safervlm.evaluation.Column",
+    "safervlm.evaluation.columns",
     "safervlm.evaluation.evaluate",
     "safervlm.demo.demo",
     "safervlm.verify.verify",
@@ -80,14 +86,14 @@ CLASS_PATHS = [
 
 
 @pytest.mark.parametrize("path", CLASS_PATHS)
-def test_an_old_name_is_todays_object(path: str) -> None:
+def test_legacy_class_path_resolves_to_the_current_class(path: str) -> None:
     old = pkgutil.resolve_name(path)
     module, _, name = today(path).rpartition(".")
     assert getattr(importlib.import_module(module), name) is old
 
 
 @pytest.mark.parametrize("module", sorted(MOVED))
-def test_todays_modules_of_an_old_one_exist(module: str) -> None:
+def test_current_modules_of_a_legacy_module_exist(module: str) -> None:
     assert all(importlib.import_module(place) for place in MOVED[module])
     with pytest.raises(AttributeError, match=rf"module '{module}' has no attribute 'nothing'"):
         getattr(importlib.import_module(module), "nothing")  # noqa: B009 (looked up by the import hook)
@@ -95,13 +101,13 @@ def test_todays_modules_of_an_old_one_exist(module: str) -> None:
         exec(f"from {module} import nothing")
 
 
-def test_no_module_of_today_is_hidden() -> None:
+def test_legacy_names_do_not_shadow_current_modules() -> None:
     there = {info.name for info in pkgutil.walk_packages(safervlm.__path__, "safervlm.")}
     assert not there & MOVED.keys()
     assert there >= SPLIT.keys()
 
 
-def test_other_names_stay() -> None:
+def test_other_names_are_not_translated() -> None:
     assert today("mine.Judge") == "mine.Judge"
     assert today("safervlm.judge.Nothing") == "safervlm.judge.Nothing"
     with pytest.raises(ModuleNotFoundError):
@@ -110,7 +116,7 @@ def test_other_names_stay() -> None:
         find("safervlm.judge", "Nothing")
 
 
-def test_recorded_settings_have_todays_names() -> None:
+def test_recorded_settings_are_translated_to_current_names() -> None:
     before = {"model.class": "safervlm.measure.Measure", "model.vlm.class": "safervlm.vlm.transformers.Transformers"}
     expected = {"model.class": "safervlm.measure.Measure", "model.vlm.class": "safervlm.vlm.auto.Transformers"}
     assert with_todays_names(before | {"n": 3, "model": "safervlm.judge.Judge"}) == expected | {

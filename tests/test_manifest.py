@@ -5,7 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
+from callbacks.checkpoint import LastCheckpoint
 from safervlm.errors import ArgumentError
 from safervlm.manifest import RunManifest, share_hashes
 from safervlm.run import read_manifest
@@ -54,7 +56,18 @@ def test_an_error_of_the_first_process_leaves_no_other_waiting() -> None:
     share_hashes(trainer(0), module)  # each process raises it afterwards
 
 
-def test_the_kind_of_decoding_is_stated_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("stores", [(), (LastCheckpoint(),), (ModelCheckpoint(),)])
+def test_a_training_without_a_callback_that_stores_it_is_reported(stores: Any, tmp_path: Path, capsys) -> None:
+    adapted = SimpleNamespace(describe=lambda: {})
+    module: Any = SimpleNamespace(vlm=SimpleNamespace(adapted=adapted))
+    callbacks = [RunManifest(), ProgressBar(), *stores]
+    run = {"default_root_dir": str(tmp_path), "callbacks": callbacks, "ckpt_path": None}
+    of_it: Any = SimpleNamespace(is_global_zero=True, **run)
+    RunManifest().on_fit_start(of_it, module)
+    assert ("callbacks.checkpoint.LastCheckpoint" in capsys.readouterr().out) is not bool(stores)
+
+
+def test_decoding_method_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Measure:
         vlm = SimpleNamespace(decoded={})
 

@@ -31,7 +31,7 @@ def measure(tiny_llava: Path) -> Measure:
     return measure
 
 
-def test_the_version_of_the_noise_is_a_setting_where_it_matters(tiny_llava: Path) -> None:
+def test_noise_version_is_recorded_only_for_local_sampling(tiny_llava: Path) -> None:
     local, server = Llava(str(tiny_llava)), Server("model", ["http://localhost:1/v1"])
     assert Measure(local, Sampling()).describe()["noise"] == NOISE
     assert "noise" not in Measure(local, GREEDY).describe()
@@ -53,7 +53,7 @@ def refuse_more_than(measure: Measure, most: int, monkeypatch: pytest.MonkeyPatc
     return asked
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_those_behind_it_are_small_at_once(
+def test_out_of_memory_batch_is_halved_and_later_batches_start_at_that_size(
     measure: Measure,
     make_questions: Callable[[int], list[Question]],
     monkeypatch: pytest.MonkeyPatch,
@@ -83,7 +83,7 @@ def test_a_question_that_does_not_fit_alone_fails_and_the_others_are_answered(
     }
 
 
-def test_questions_that_cannot_be_asked_are_set_aside(
+def test_invalid_questions_become_failures_and_the_others_are_answered(
     measure: Measure, make_questions: Callable[[int], list[Question]], tmp_path: Path
 ) -> None:
     good = make_questions(4)
@@ -139,7 +139,7 @@ def test_a_gpu_writes_the_responses_of_the_cpu_whatever_the_batch(
         assert labels == expected
 
 
-def test_a_run_with_a_damaged_image_ends_with_3_and_asks_again_once_it_is_mended(
+def test_damaged_image_ends_with_exit_code_3_and_is_retried_once_repaired(
     tiny_sets: Path,
     measuring_line: Callable[[Path, Path], list[str]],
     tmp_path: Path,

@@ -15,7 +15,7 @@ def ends_after(seconds: float, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("seconds", "times"), [(4.9, 1), (9.8, 2), (80, 20)])
-def test_a_process_has_as_much_more_time_as_the_machine_is_slower(seconds, times, monkeypatch):
+def test_time_limit_scales_with_the_slowdown_of_the_machine(seconds, times, monkeypatch):
     must_end(ends_after(seconds, monkeypatch), slowdown=lambda: times)
 
 
@@ -25,11 +25,11 @@ def test_a_process_that_takes_longer_fails(seconds, times, monkeypatch):
         must_end(ends_after(seconds, monkeypatch), slowdown=lambda: times)
 
 
-def test_one_bad_moment_counts(monkeypatch):
+def test_time_limit_uses_the_largest_measured_slowdown(monkeypatch):
     moments = iter([1.0, 3.0])
     must_end(ends_after(14, monkeypatch), slowdown=lambda: next(moments, 1.0))
 
 
-def test_the_promise_is_five_seconds_and_no_machine_is_faster_than_an_idle_one():
+def test_time_limit_is_five_seconds_and_slowdown_is_at_least_one():
     assert PROMISE == 5
     assert slowdown() >= 1

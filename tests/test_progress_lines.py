@@ -53,7 +53,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line.split(",")[0] for line in captured.err.splitlines() if " % (" in line]
 
 
-def test_each_command_writes_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_validate_and_predict_write_a_progress_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = DataLoader(range(4))
     trainer(tmp_path, max_epochs=3).fit(Model(), data, data)
     assert said(capsys) == ["training: 100 % (12 of 12 batches)"]
@@ -70,7 +70,7 @@ def test_each_command_writes_its_line(tmp_path: Path, capsys: pytest.CaptureFixt
         ({"max_epochs": 5, "limit_train_batches": 2}, "training: 100 % (10 of 10 batches)"),
     ],
 )
-def test_the_total_follows_the_budget(
+def test_progress_total_follows_max_steps_and_batch_limits(
     settings: dict[str, int], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer(tmp_path, **settings).fit(Model(), DataLoader(range(4)))
@@ -104,7 +104,7 @@ def test_other_processes_write_nothing(
         (True, None, None, []),
     ],
 )
-def test_lines_replace_the_bar_where_there_is_no_terminal(
+def test_progress_lines_replace_the_bar_without_a_terminal(
     terminal: bool, callbacks: object, enabled: bool | None, expected: list[type], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "in_terminal", lambda: terminal)
@@ -112,7 +112,7 @@ def test_lines_replace_the_bar_where_there_is_no_terminal(
     assert [type(callback) for callback in callbacks_with_lines(given)] == expected
 
 
-def test_a_module_can_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_module_print_is_shown_beside_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Prints(Model):
         def on_validation_epoch_end(self) -> None:
             self.print("held-out accuracy 0.5")

@@ -90,7 +90,7 @@ def test_the_citation_is_complete() -> None:
     assert paper["title"] in readme
 
 
-def test_the_image_copies_what_the_package_needs_and_is_no_superusers() -> None:
+def test_docker_image_copies_required_files_and_does_not_run_as_root() -> None:
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
     for line in lines:
         if line.startswith("COPY "):

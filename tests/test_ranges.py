@@ -57,7 +57,7 @@ CASES: dict[str, tuple[dict[str, float], float, str | None]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_number_out_of_range_is_named(case: str) -> None:
+def test_error_names_argument_value_and_allowed_range(case: str) -> None:
     bounds, value, message = CASES[case]
     if message is None:
         in_range("a", **bounds, x=value)
@@ -206,7 +206,7 @@ ALL = [
 
 
 @pytest.mark.parametrize(("what", "name", "value"), ALL, ids=lambda each: str(each))
-def test_an_argument_out_of_range_is_one_line(what: str, name: str, value: float) -> None:
+def test_out_of_range_argument_is_rejected_in_one_line(what: str, name: str, value: float) -> None:
     make, _ = WRONG[what]
     with pytest.raises(ArgumentError, match=rf"^([\w]+\.)*{name}: .*, got {value}$") as caught:
         make(**{name: value})
@@ -217,7 +217,7 @@ def test_an_argument_out_of_range_is_one_line(what: str, name: str, value: float
 @pytest.mark.parametrize(
     "made", [Judge, SFT, DPO, PPO, GRPO, Measure, Sampling, TextLimits, LoRA, Server, LabelledAnswers, OwnData]
 )
-def test_every_number_has_a_case(made: type) -> None:
+def test_every_numeric_argument_has_a_range_test_case(made: type) -> None:
     """Except seeds, all of which are in range."""
     numbers = {
         name

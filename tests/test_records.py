@@ -23,11 +23,11 @@ QUESTION = Question(
 )
 
 
-def test_the_scheme_of_ids() -> None:
+def test_question_id_has_the_form_dataset_image_capability_number() -> None:
     assert QUESTION.id == "UnsafeConcepts/images/17.png/alignment/3"
 
 
-def test_records_survive_a_file(tmp_path: Path) -> None:
+def test_responses_and_verdicts_are_unchanged_after_a_jsonl_round_trip(tmp_path: Path) -> None:
     response = Response(QUESTION, "No \u2013 «nicht» \u2028 safe\n", "stop", 7)
     verdict = Verdict(QUESTION.id, "Unsafe", {"Safe": 0.1, "Unsafe": 0.9}, "f" * 16)
     write_jsonl(tmp_path / "r.jsonl", [response.to_dict()])
@@ -37,13 +37,13 @@ def test_records_survive_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ['{"id": 1', "[1, 2]"])
-def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+def test_error_names_the_file_and_line_of_an_invalid_jsonl_record(tmp_path: Path, line: str) -> None:
     (tmp_path / "r.jsonl").write_text('{"id": "a"}\n\n' + line + "\n")
     with pytest.raises(RecordError, match=r"r\.jsonl, line 3"):
         list(read_jsonl(tmp_path / "r.jsonl"))
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_interrupted_atomic_write_keeps_the_previous_file(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.txt"
     write_atomically(path, lambda temporary: temporary.write_text("before"))
 

@@ -17,8 +17,8 @@ from safervlm.run import (
     finished,
     has_results,
     lock,
-    must_have_weights,
     read_manifest,
+    require_same_weights,
     write_stage,
 )
 
@@ -78,7 +78,7 @@ def test_other_settings_are_rejected_by_name(tmp_path: Path) -> None:
     assert "betas" not in str(caught.value)
 
 
-def test_another_limit_is_named_without_what_follows_from_it(tmp_path: Path) -> None:
+def test_error_names_a_changed_limit_without_derived_differences(tmp_path: Path) -> None:
     def settings(limit: int | None, records: int, ids: str) -> dict[str, Any]:
         split = {"examples": records, "ids": ids, "content": ids}
         return {"data": {"limit": limit, "predict": split, "images": ids}}
@@ -106,16 +106,16 @@ def test_another_limit_is_named_without_what_follows_from_it(tmp_path: Path) -> 
         ({"adapter": {"folder": "x", "sha256": "b"}}, {"adapter": {"folder": "y", "sha256": "b"}}, False),
     ],
 )
-def test_a_measurement_is_of_its_weights(before: dict[str, Any], now: dict[str, Any], rejected: Any) -> None:
+def test_measurement_with_other_weights_is_rejected(before: dict[str, Any], now: dict[str, Any], rejected: Any) -> None:
     run = Path("runs/ppo")
     if rejected:
         with pytest.raises(SettingsDifferError, match=f"run: the responses of {run} are of other weights .{rejected}"):
-            must_have_weights(run, {"vlm": before}, {"vlm": now})
+            require_same_weights(run, {"vlm": before}, {"vlm": now})
     else:
-        must_have_weights(run, {"vlm": before}, {"vlm": now})
+        require_same_weights(run, {"vlm": before}, {"vlm": now})
 
 
-def test_an_argument_that_is_no_utf8_is_recorded(tmp_path: Path) -> None:
+def test_argument_that_is_not_utf8_is_recorded(tmp_path: Path) -> None:
     typed = os.fsdecode(b"--data.folder caf\xe9")
     write_stage(tmp_path, "measure", settings={"bound": math.inf}, provenance={"command": typed})
     stage = read_manifest(tmp_path)["stages"]["measure"]
@@ -123,14 +123,14 @@ def test_an_argument_that_is_no_utf8_is_recorded(tmp_path: Path) -> None:
     assert stage["settings"]["bound"] == math.inf
 
 
-def test_many_differences_are_counted(tmp_path: Path) -> None:
+def test_long_lists_of_differing_settings_are_abbreviated(tmp_path: Path) -> None:
     write_stage(tmp_path, "sft", settings={str(n): n for n in range(9)})
     (tmp_path / "metrics.csv").write_text("step,loss\n")
     with pytest.raises(SettingsDifferError, match="and 4 more"):
         check_settings(tmp_path, "sft", {})
 
 
-def test_a_stage_that_left_nothing_behind_is_no_obstacle(tmp_path: Path) -> None:
+def test_stage_without_results_does_not_block_other_settings(tmp_path: Path) -> None:
     write_stage(tmp_path, "sft", settings=SETTINGS, finished=False)
     (tmp_path / "fit.yaml").write_text("run: x\n")
     (tmp_path / "shards").mkdir()
@@ -141,7 +141,7 @@ def test_a_stage_that_left_nothing_behind_is_no_obstacle(tmp_path: Path) -> None
         check_settings(tmp_path, "sft", {"model": {"lr": 5}})
 
 
-def test_images_may_be_mended_where_questions_failed(tmp_path: Path) -> None:
+def test_images_may_be_repaired_if_questions_failed(tmp_path: Path) -> None:
     write_stage(tmp_path, "measure", settings={"data": {"images": "a", "ids": "b"}})
     (tmp_path / "responses.jsonl").write_text("{}\n")
     with pytest.raises(SettingsDifferError, match=r"data\.images"):
@@ -152,7 +152,7 @@ def test_images_may_be_mended_where_questions_failed(tmp_path: Path) -> None:
         check_settings(tmp_path, "measure", {"data": {"images": "c", "ids": "d"}})
 
 
-def test_an_adapter_is_its_weights_wherever_they_lie(tmp_path: Path) -> None:
+def test_adapter_is_identified_by_its_weights_and_not_its_path(tmp_path: Path) -> None:
     def settings(folder: str, weights: str) -> dict[str, Any]:
         return {"model": {"vlm": {"adapter": {"folder": folder, "sha256": weights}}}}
 
@@ -208,14 +208,14 @@ def test_a_training_may_be_extended(now: dict[str, Any], longer: dict[str, Any],
         (length(20, lr=2e-3), r"lr: 0\.001 there, 0\.002 now; name another folder, or delete it"),
     ],
 )
-def test_an_extended_training_is_longer_and_nothing_else(now: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_extend_accepts_only_a_longer_training(now: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_stage(tmp_path, "sft", settings=length(10), finished=True)
     (tmp_path / "metrics.csv").write_text("step,loss\n")
     with pytest.raises(SettingsDifferError, match=message):
         check_settings(tmp_path, "sft", now, extend=True)
 
 
-def test_other_settings_are_not_a_matter_of_extending(tmp_path: Path) -> None:
+def test_error_for_other_settings_does_not_suggest_extend(tmp_path: Path) -> None:
     write_stage(tmp_path, "sft", settings=length(10))
     (tmp_path / "metrics.csv").write_text("step,loss\n")
     with pytest.raises(SettingsDifferError) as caught:
@@ -224,7 +224,7 @@ def test_other_settings_are_not_a_matter_of_extending(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_takes_one_command_at_a_time(tmp_path: Path) -> None:
+def test_second_command_in_a_locked_run_folder_is_rejected(tmp_path: Path) -> None:
     held = lock(tmp_path)
     assert held is not None
     other = "import sys; from pathlib import Path; from safervlm.run import lock; lock(Path(sys.argv[1]))"

@@ -1,6 +1,6 @@
 """Checks of a Lightning command line before it is parsed.
 
-The parser would silently overwrite, drop or misinterpret the settings that are rejected here. They are searched for in
+The parser would silently overwrite, drop or misinterpret the settings that are rejected here. They are looked up in
 the typed arguments and in the files that these name.
 """
 
@@ -35,9 +35,9 @@ SEEDS = {"seed", "seed_everything"}
 MAY_BE_EMPTY = {"system", "about", "template"}
 # Environment variables that Lightning reads as numbers.
 RANKS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE")
-# Sections of a configuration. One without settings would discard those of the files before it.
+# Sections of a configuration. An empty section would discard the settings of the files before it.
 SECTIONS = ("model", "data", "trainer")
-# What a class in a configuration may have.
+# Keys that the configuration of a class may have.
 OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 # If the value of one of these arguments is an existing file, it must be a settings file. The value of another argument,
 # unless it names data, may be one.
@@ -60,7 +60,7 @@ def prepared(args: Sequence[str]) -> list[str]:
         short = name.startswith("--") and name[2:] in SHORT
         word = local_or_shipped(f"--{SHORT[name[2:]]}{equals}{rest}" if short else word)
         if re.fullmatch(r"-\d*\.?\d+(e[+-]?\d+)?", word, re.IGNORECASE) and words and words[-1].startswith("--"):
-            words[-1] += f"={word}"  # else the parser takes a negative number for an option
+            words[-1] += f"={word}"  # otherwise the parser treats a negative number as an option
         else:
             words.append(word)
     check_words(words)
@@ -115,7 +115,7 @@ def check_arguments(name: str, value: Any, where: str, folder: Path, seen: set[P
     """Checks one setting and those nested in it, in a file that it names or in JSON.
 
     Args:
-        name: Plain name of the setting; a file given as ``config`` holds top-level settings.
+        name: Plain name of the setting; a file given as ``config`` has top-level settings.
         value: Value of the setting; None if it has none.
         where: Location of the setting, for the error message.
         folder: Folder to resolve relative paths against, besides the current one.
@@ -182,7 +182,7 @@ def check_inside(settings: Any, prefix: str, where: str, folder: Path, seen: set
 
 
 def check_kinds(settings: Any, name: str, where: str) -> None:
-    """Rejects settings of a wrong type that the parser would accept as those of a class, or reject without their name.
+    """Rejects settings of a wrong type that the parser would accept as those of a class, or reject without naming them.
 
     Args:
         settings: Parsed settings.
@@ -191,7 +191,7 @@ def check_kinds(settings: Any, name: str, where: str) -> None:
 
     Raises:
         ArgumentError: A section or the arguments of a class are not settings, the path of a class is not a text or has
-            other keys beside it, or the name of an argument is not a text.
+            other keys next to it, or the name of an argument is not a text.
     """
     for item in settings if isinstance(settings, list) else ():
         check_kinds(item, name, where)
@@ -201,7 +201,7 @@ def check_kinds(settings: Any, name: str, where: str) -> None:
     beside = [key for key in settings if key not in OF_A_CLASS] if isinstance(settings.get("class_path"), str) else []
     if beside:
         raise ArgumentError(
-            f"{where}: {f'{name}.' if name else ''}{beside[0]} is beside a class_path, which only "
+            f"{where}: {f'{name}.' if name else ''}{beside[0]} is next to a class_path, where only "
             f"{' and '.join(OF_A_CLASS[1:])} may be; write the arguments of the class into init_args"
         )
     for key, value in settings.items():
@@ -246,7 +246,7 @@ def check_seed(value: Any, where: str) -> None:
         where: Location of the seed, for the error message.
 
     Raises:
-        ArgumentError: The seed is out of range, or is true or false, with which each run would use other random
+        ArgumentError: The seed is out of range, or is true or false, for which each run would use different random
             numbers.
     """
     text = str(value).strip()

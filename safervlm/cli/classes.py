@@ -27,6 +27,6 @@ MODULES = (
 
 
 def import_classes() -> None:
-    """Imports them."""
+    """Imports the modules of :data:`MODULES`, and with them all classes that have a short name."""
     for module in MODULES:
         import_module(module)

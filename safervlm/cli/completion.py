@@ -1,4 +1,4 @@
-"""Completion of the command line by the shell: ``safervlm --print_shtab bash``."""
+"""Shell completion of the command line: ``safervlm --print_shtab bash``."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from safervlm.errors import ArgumentError
 
 SHELLS = ("bash", "zsh", "tcsh")
 FILES = ("--config", "--out", "--run", "--runs", "--original", "--ckpt_path")
-NAMES = {"train": "configs", "measure": "configs/vlm"}  # folder of the recipes that a command is named
+NAMES = {"train": "configs", "measure": "configs/vlm"}  # folder of the recipes that a command accepts as arguments
 
 
-class Collected(Exception):  # noqa: N818 (ends the construction of a command line, no error)
-    """Raised when the parsers of all Lightning commands are made."""
+class Collected(Exception):  # noqa: N818 (ends the construction of a command line; not an error)
+    """Raised when the parsers of all Lightning commands have been created."""
 
 
 class Collector(SaferCLI):
-    """Lightning's command line, of which only the parsers are made.
+    """Lightning's command line that only creates the parsers.
 
     Args:
         parsers: Receives the parser of each command.
@@ -42,7 +42,7 @@ class Collector(SaferCLI):
         self._parsers[list(self.subcommands())[len(self._parsers)]] = parser
 
     def parse_arguments(self, parser: Any, args: Any) -> NoReturn:
-        """Ends the construction.
+        """Ends the construction before anything is parsed: only the parsers are needed.
 
         Args:
             parser: Unused.

@@ -59,12 +59,12 @@ def demo(play: Callable[[list[str]], None], out: str = "runs/demo", seed: int = 
         perturbation: See ``safervlm pictograms --help``; only to test how much the results depend on rounding.
 
     Raises:
-        ArgumentError: ``out`` is empty or a file, or can't be made.
+        ArgumentError: ``out`` is empty or a file, or can't be created.
     """
     if not out.strip() or Path(out).is_file():
         raise ArgumentError(f"out: the folder of the runs, got {out!r}; name a folder")
-    with explained(f"out: the folder {out!r} can't be made", "name another one", OSError, error=ArgumentError):
-        Path(out).mkdir(parents=True, exist_ok=True)  # not only after minutes, by the first measurement
+    with explained(f"out: the folder {out!r} can't be created", "name another one", OSError, error=ArgumentError):
+        Path(out).mkdir(parents=True, exist_ok=True)  # fails here, not minutes later in the first measurement
     lines = command_lines(Path(out), seed, perturbation)
     for number, line in enumerate(lines, 1):
         say("")

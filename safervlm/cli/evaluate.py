@@ -13,13 +13,13 @@ HELP = """usage: safervlm evaluate [RUN...] [OPTIONS] [ARGUMENTS of safervlm pre
 Evaluates the original model and models trained from it on every dataset, and writes one table:
   safervlm evaluate runs/sft runs/dpo runs/ppo --config configs/rate.yaml
 
-The adapter of each RUN is evaluated into RUN/evaluation, each in a process of its own. In the ARGUMENTS, {} is replaced
+The adapter of each RUN is evaluated into RUN/evaluation, each in a separate process. In the ARGUMENTS, {} is replaced
 by the name of the run. Complete evaluations are not repeated, a failed one does not stop the others, unavailable
 datasets are skipped with a warning, and the same command resumes. The exit code is 1 after a failure, 3 if something
 has no response, 2 if the first one rejects the ARGUMENTS.
 
   --original FOLDER   the original model is evaluated into FOLDER/evaluation (default: runs/original)
-  --out FILE          the table, a page with .csv, .xlsx and .tex files beside it (default: runs/evaluation.html)
+  --out FILE          the table, a page with .csv, .xlsx and .tex files next to it (default: runs/evaluation.html)
   --pictograms        evaluate on the pictograms: --config configs/pictograms/evaluate.yaml
 """
 
@@ -28,7 +28,7 @@ def evaluate_runs(words: Sequence[str]) -> None:
     """Evaluates each run and the original model.
 
     Args:
-        words: Words of the command line behind ``evaluate``.
+        words: Words of the command line after ``evaluate``.
 
     Raises:
         ArgumentError: An option has no value, or none of the named runs has an adapter.

@@ -1,4 +1,4 @@
-"""``--model.vlm.model NAME`` alone: the class of the VLM follows from the checkpoint, not from the recipe."""
+"""Selects the VLM's class by its checkpoint if ``--model.vlm.model NAME`` is given without a class."""
 
 import json
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def with_class(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
     if MODEL[0] not in typed or any(name in typed for name in ("help", "model.vlm", "model.vlm.class_path")):
         return list(words)
     reduced: list[str] = []
-    at: int | None = None  # where the first argument of the VLM is
+    at: int | None = None  # index of the VLM's first argument
     dropped = False
     for number, word in enumerate(words):
         name, equals, _ = word.removeprefix("--").partition("=")
@@ -72,7 +72,7 @@ def fitting_class(vlm: Namespace, words: Sequence[str]) -> Namespace:
     given = vlm["init_args"].as_dict()
     try:
         family = family_of(given["model"], given["revision"])
-    except ArgumentError:  # the class reports it
+    except ArgumentError:  # the class itself reports the error
         own = {name.removeprefix("model.vlm.").partition(".")[0] for name in typed if name.startswith("model.vlm.")}
         if own <= signature(before).parameters.keys():
             return vlm

@@ -24,7 +24,7 @@ from safervlm.run_folder import RunFolder
 
 Way = Literal["terminal", "sheet", "summary"]
 LABELS, SEED = 100, 0  # defaults of a new sample
-# What is printed of a summary; the rest is in its file.
+# Measures of a summary that are printed; its file contains all of them.
 TITLES = {
     ALPHA: "Krippendorff's alpha",
     ACCURACY_OF_JUDGE: "accuracy of the judge",
@@ -43,18 +43,18 @@ def label(
     rater: str = "rater 1",
     read: Path | None = None,
 ) -> None:
-    """Has people label a sample of a run's responses, by which rates are corrected for the judge's error.
+    """Lets people label a sample of a run's responses; the labels correct rates for the judge's error.
 
     The sample is stratified by capability, side, verdict and the judge's confidence. A person sees question and answer,
-    but neither verdict, model, right answer nor image. Labels are appended to labels.jsonl in the run folder at once,
+    but not the verdict, model, right answer or image. Labels are written to labels.jsonl in the run folder immediately,
     and the same command resumes. If at least one person has labelled the whole sample, safervlm report shows corrected
     rates. The agreement of the people with each other and with the judge is written to labels-summary.csv.
 
     Args:
         run: The folder of a measurement with verdicts.
         using: Where to label.
-        labels: Number of responses to sample, by default 100; the sample is larger if it needs to be, as at least five
-            of each stratum are labelled.
+        labels: Number of responses to sample, by default 100; the sample is larger if needed, because at least five
+            responses of each stratum are labelled.
         seed: Seed of the sample, by default 0.
         rater: Name of the person; several may label the same sample.
         read: Filled sheet of labels (.csv or .xlsx) to read.
@@ -158,7 +158,7 @@ def ask_for_labels(rows: pd.DataFrame, plan: Plan, file: LabelFile, rater: str) 
 
 
 def key_pressed(keys: dict[str, str]) -> str:
-    """Asks until a person types one of the keys.
+    """Prompts until a person types one of the keys.
 
     Args:
         keys: Key -> label.
@@ -203,7 +203,7 @@ def show_state(run: Path, rows: pd.DataFrame, plan: Plan, file: LabelFile) -> No
         printed.add_column(heading, justify="right" if heading in ("labels", "value") else "left")
     for line in records(table[table["category"] == ""]):
         if line["measure"] in TITLES and (line["measure"] != CONFUSION or line["labels"]):
-            value = "-" if np.isnan(line["value"]) else f"{line['value']:.3f}"  # alpha, if all labels are the same
+            value = "-" if np.isnan(line["value"]) else f"{line['value']:.3f}"  # alpha, undefined for equal labels
             value += "" if np.isnan(line["low"]) else f" [{line['low']:.3f}, {line['high']:.3f}]"
             title = f"{line['capability']}: {TITLES[line['measure']]}"
             printed.add_row(title, line["judge"], line["people"], line["labels"], value)
@@ -212,9 +212,9 @@ def show_state(run: Path, rows: pd.DataFrame, plan: Plan, file: LabelFile) -> No
 
 
 def write_for_judges(run: Path, rows: pd.DataFrame, plan: Plan, file: LabelFile) -> None:
-    """Writes the labelled texts as data that a judge is fitted on: a file for alignment, and one for perception.
+    """Writes the labelled texts as training data for judges: one file for alignment, one for perception.
 
-    The labels are those by which rates are corrected; as long as nobody has labelled the whole sample, those of all.
+    The labels are those that correct the rates; if nobody has labelled the whole sample yet, the labels of all raters.
 
     Args:
         run: Run folder.

@@ -34,6 +34,7 @@ from safervlm.io.progress import in_terminal
 from safervlm.io.seals import differences, origin_of, verify_seal
 from safervlm.io.signals import exit_code
 from safervlm.io.tables import say
+from safervlm.io.trust import allow_imports_from_current_folder
 from safervlm.manifest import RunManifest, stage_name
 from safervlm.objectives.base import Objective
 from safervlm.records import read_jsonl
@@ -187,7 +188,7 @@ class SaferCLI(LightningCLI):
         assert self.subcommand is not None  # noqa: S101 (we always have one; for the type checker)
         run = Path(self.config[self.subcommand]["run"])
         with explained(
-            f"--run: the folder {str(run)!r} can't be made", "name another one", OSError, error=ArgumentError
+            f"--run: the folder {str(run)!r} can't be created", "name another one", OSError, error=ArgumentError
         ):
             made = [folder for folder in (run, *run.parents) if not folder.exists()]
             run.mkdir(parents=True, exist_ok=True)
@@ -201,7 +202,7 @@ class SaferCLI(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Creates the trainer, with lines instead of Lightning's progress bar where stderr is not a terminal.
+        """Creates the trainer, with lines instead of Lightning's progress bar if stderr is not a terminal.
 
         Args:
             **kwargs: Arguments of the trainer that replace those of the configuration.
@@ -219,7 +220,7 @@ class SaferCLI(LightningCLI):
 
         Raises:
             ArgumentError: A class can't be instantiated with its arguments.
-            SystemExit: torchrun has started another number of processes than the trainer is configured for.
+            SystemExit: torchrun has not started the number of processes that the trainer is configured for.
         """
         # The configuration is saved as given: a run that repeats it logs to its own folder.
         self._as_given, self.config = self.config, with_log_folders(self.config, str(self.subcommand))
@@ -241,7 +242,7 @@ class SaferCLI(LightningCLI):
             )
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs the command. Ctrl-C ends with 130, as Lightning's 1 would let a driver start its next run."""
+        """Runs the command. Ctrl-C exits with code 130; after Lightning's code 1 a driver would start its next run."""
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as end:
@@ -261,13 +262,13 @@ class SaferCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Resumes from the run's last checkpoint unless another one is named."""
-        self.take_last_checkpoint("fit")
+        self.set_checkpoint_to_load("fit")
 
     def before_validate(self) -> None:
         """Validates the run's last checkpoint unless another one is named."""
-        self.take_last_checkpoint("validate")
+        self.set_checkpoint_to_load("validate")
 
-    def take_last_checkpoint(self, command: str) -> None:
+    def set_checkpoint_to_load(self, command: str) -> None:
         """Verifies the checkpoint to load: the one that is named, or else the run's last one, if it exists.
 
         Args:
@@ -279,7 +280,7 @@ class SaferCLI(LightningCLI):
         """
         config = self.config_init[command]
         given, last = config["ckpt_path"], RunFolder(config["run"]).last_checkpoint
-        there = os.path.lexists(last)  # a link to a missing file is not taken for a run without a checkpoint
+        there = os.path.lexists(last)  # a link to a missing file does not count as a missing checkpoint
         if given is not None or there:
             origin = origin_of(self.model)
             # For validation only the class, the VLM and the adapter have to match.
@@ -292,7 +293,7 @@ class SaferCLI(LightningCLI):
         if command == "fit" and config["extend"] and given is None and not there:
             raise ArgumentError(f"--extend: there is no {last} to resume from; name the run to extend, or leave it out")
         if given is not None:
-            config["ckpt_path"] = str(Path(given).absolute())  # Lightning takes the names last, best and hpc for others
+            config["ckpt_path"] = str(Path(given).absolute())  # Lightning treats last, best and hpc as keywords
         elif there:
             config["ckpt_path"] = str(last)
         elif command == "validate" and isinstance(self.model, Objective):
@@ -345,10 +346,7 @@ class SaferCLI(LightningCLI):
         # Compared by name: this layer may not import the callbacks.
         judged = any(type(each).__name__ == "RateResponses" for each in callbacks)
         if rated and not judged and "ratings" not in stages:
-            warn(
-                f"{rated} responses wait for a model that rates them: add a judge to the same command, --config "
-                "configs/rate.yaml"
-            )
+            warn(f"{rated} responses are not rated yet: add a judge to the same command, --config configs/rate.yaml")
         if not ratings["finished"]:
             warn("ratings are missing, see above; the same command asks for them again")
         if reasons or not_judged or no_odds or left_out or not ratings["finished"]:
@@ -395,9 +393,9 @@ def as_command_line(args: Sequence[str]) -> Iterator[None]:
 
 
 def silence_third_party() -> None:
-    """Silences known third-party warnings and log messages that are of no use to a user.
+    """Silences known third-party warnings and log messages that are not useful to users.
 
-    Where stderr is not a terminal, transformers' progress bars are, too: they are full of control characters.
+    If stderr is not a terminal, transformers' progress bars are silenced, too: they contain many control characters.
     """
     if not in_terminal():
         disable_progress_bar()
@@ -432,9 +430,7 @@ def run(args: Sequence[str]) -> None:
         SystemExit: The command was asked to end, or ended with an exit code other than 0.
     """
     silence_third_party()
-    # Allows a custom objective in the current folder; appended, so that it never shadows a package.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    allow_imports_from_current_folder()  # a custom objective, for example
     with as_command_line(args):
         try:
             SaferCLI(prepared(args))

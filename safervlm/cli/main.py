@@ -53,7 +53,7 @@ Demo data, a small world of pictograms:
 
 
 def sequence_commands() -> dict[str, tuple[Callable[[Sequence[str]], None], str]]:
-    """Returns the commands that run other commands: name -> function of the words behind it, and help."""
+    """Returns the commands that run other commands: name -> function of the words after it, and help."""
     from safervlm.cli import evaluate, measure, train
 
     return {
@@ -130,7 +130,7 @@ def main(args: Sequence[str] | None = None) -> None:
         elif args[0] in ("doctor", "report", "evaluation", "verify", "label", "merge", "export", "pictograms", "demo"):
             plain(args)
         else:
-            raise ArgumentError(f"no command {args[0]!r}; see safervlm --help")
+            raise ArgumentError(f"unknown command {args[0]!r}; safervlm --help lists all")
 
 
 @contextmanager
@@ -187,7 +187,7 @@ def plain(args: Sequence[str]) -> None:
         function = partial(function, main)
     arguments = given.as_dict()
     if name == "label":
-        arguments["using"] = arguments.pop("with")  # a word of Python can't be a parameter
+        arguments["using"] = arguments.pop("with")  # a Python keyword can't be the name of a parameter
     function(**arguments)
 
 
@@ -201,7 +201,7 @@ def plain_parser(name: str) -> "OneLineParser":
 
     function = plain_commands()[name]
     parser = OneLineParser(prog=f"safervlm {name}", description=(function.__doc__ or "").split("\n\n")[0])
-    own: set[str | int] = set()  # arguments added by hand below, or supplied here
+    own: set[str | int] = set()  # arguments that are added below explicitly, or passed here
     if name == "doctor":
         own = {"config"}
         parser.add_argument("--config", action="append", help="The recipe, then its overlays, each after a --config.")
@@ -224,7 +224,7 @@ def plain_parser(name: str) -> "OneLineParser":
         own = {"play"}
     if name in ("report", "evaluation"):
         own = {"runs", "group"}
-        at_least = "*" if name == "report" else "+"  # a report may be of groups alone
+        at_least = "*" if name == "report" else "+"  # a report may consist of groups only
         parser.add_argument("runs", nargs=at_least, help="The run folders; the first is the one to compare with.")
     if name == "report":
         parser.add_argument(

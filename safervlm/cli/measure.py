@@ -1,4 +1,4 @@
-"""``safervlm measure``: measures several VLMs, one after the other, and prints how far each one is."""
+"""``safervlm measure``: measures several VLMs, one after the other, and prints the progress of each."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from safervlm.vlm.thinking import thinking_unfinished
 
 HELP = """usage: safervlm measure [VLM...] [OPTIONS] [ARGUMENTS of safervlm predict]
 
-Measures VLMs with the published questions, each in a run folder and a process of its own:
+Measures VLMs with the published questions, each in its own run folder and process:
   safervlm measure llava-1.5-7b qwen2-vl-7b --limit 20
 
 A VLM is the name of a file in configs/vlm/ without its extension, or the path of another such file. The default is all
@@ -32,7 +32,7 @@ def measure_vlms(words: Sequence[str]) -> None:
     """Measures each VLM and prints a table of the progress.
 
     Args:
-        words: Words of the command line behind ``measure``.
+        words: Words of the command line after ``measure``.
 
     Raises:
         ArgumentError: A VLM does not exist.
@@ -68,7 +68,7 @@ def measure_vlms(words: Sequence[str]) -> None:
         table.add_column(heading, overflow="fold")
     for run in runs:
         try:
-            states = state_of(run)
+            states = progress_of(run)
         except RecordError as error:
             states = dict.fromkeys(map(str, CAPABILITIES), f"failed: {error}")
         table.add_row(run.name, *states.values())
@@ -76,7 +76,7 @@ def measure_vlms(words: Sequence[str]) -> None:
     finish(failed, partial)
 
 
-def state_of(run: Path) -> dict[str, str]:
+def progress_of(run: Path) -> dict[str, str]:
     """Returns the progress of a measurement, as a text per capability.
 
     Args:
@@ -123,7 +123,7 @@ def responses_of(run: Path) -> list[Response]:
 
 
 def has_completed(run: Path, line: Sequence[str]) -> bool:
-    """Returns whether a run folder was completed by a command line, and not continued by another one since.
+    """Returns whether a run folder was completed by a command line, and has not been continued by another one since.
 
     Args:
         run: Run folder.
@@ -139,7 +139,7 @@ def has_completed(run: Path, line: Sequence[str]) -> bool:
 
 
 def log_of(run: Path) -> Path:
-    """Returns the file with the output of a measurement, which is beside its run folder.
+    """Returns the file with the output of a measurement, which is next to its run folder.
 
     Args:
         run: Run folder.

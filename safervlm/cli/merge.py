@@ -1,4 +1,4 @@
-"""``safervlm merge``: writes the base model of a training with the adapter in its weights."""
+"""``safervlm merge``: writes the base model of a training with the adapter merged into its weights."""
 
 import tempfile
 from pathlib import Path
@@ -35,11 +35,11 @@ def merge(
     shard_size: str = "5GB",
     trust_config: bool = False,
 ) -> Path:
-    """Writes the base model of a training with the adapter in its weights, for servers and other programs.
+    """Writes the base model of a training with the adapter merged into its weights, for servers and other programs.
 
-    The folder holds weights (safetensors), the processor's files and a model card with data, objective, scores with
-    their intervals and judges, and the base model's licence. How far rounding moves log-probabilities is measured and
-    stated.
+    The folder contains weights (safetensors), the processor's files and a model card with data, objective, scores with
+    their intervals and judges, and the base model's licence. The change of log-probabilities by rounding is measured
+    and reported.
 
     Args:
         run: The folder of a finished training.
@@ -53,7 +53,7 @@ def merge(
 
     Raises:
         RecordError: The run has no adapter, no configuration, or another command is running in it.
-        ArgumentError: The output folder is not empty, the model runs code of its own, the adapter can't be merged, or
+        ArgumentError: The output folder is not empty, the model runs its own code, the adapter can't be merged, or
             merging changes what the model computes.
     """
     run, out = Path(run), Path(out)
@@ -74,7 +74,7 @@ def merge(
         if vlm.dtype == torch.float32 and moved.max() > MAX_DIFFERENCE:
             raise ArgumentError(
                 f"run: with the adapter in the weights of {vlm.name!r}, log-probabilities differ by as much as "
-                f"{moved.max():.2g} nats, more than float32 rounds; serve the base model with its adapter"
+                f"{moved.max():.2g} nats, more than rounding in float32 explains; serve the base model with its adapter"
             )
         rounding = f"at most {moved.max():.2g}, on average {moved.mean():.2g} nats per token"
         differs = f"Log-probabilities differ from those of base plus adapter by {rounding}, on {QUESTIONS}."
@@ -96,13 +96,13 @@ def _loaded(config: Path, settings: dict[str, Any], adapter: Path, dtype: str | 
         init_args = {**named["init_args"], "adapter": str(adapter)} | ({"dtype": dtype} if dtype else {})
         named = {**named, "init_args": init_args}
     except (KeyError, TypeError):
-        raise RecordError(f"run: {config} names no VLM; name the folder of a training of one") from None
+        raise RecordError(f"run: {config} names no VLM; give the run folder of a training") from None
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LocalVLM, "vlm")
     vlm: LocalVLM = parser.instantiate(parser.parse_object({"vlm": named})).vlm
     if isinstance(vlm, Remote):
         raise ArgumentError(
-            f"run: {vlm.name!r} runs code of its own, which can't be written; serve it with its adapter"
+            f"run: {vlm.name!r} runs code of its own, which a merged model can't contain; serve it with its adapter"
         )
     vlm.collator  # noqa: B018 (a model in another format is converted, and named, on first access)
     vlm.load()

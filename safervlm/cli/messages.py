@@ -1,4 +1,4 @@
-"""Condensing of the parser's error messages to one line: argument, value, and the probably intended argument."""
+"""Condenses the parser's error messages to one line: argument, value, and the probably intended argument."""
 
 import difflib
 import inspect
@@ -20,8 +20,8 @@ from safervlm.vlm.sampling import Sampling
 
 # Top-level names of a recipe.
 TOP = (*SECTIONS, "run", "seed_everything", "ckpt_path", "config")
-NOWHERE = "a config"  # in the place of the file and line of a setting
-# Options of jsonargparse that no one who misspells a setting means.
+NOWHERE = "a config"  # used if the file and line of a setting are unknown
+# Options of jsonargparse that are never suggested for a misspelt setting.
 NO_SETTING = {"help", "print_shtab"}
 # Logger of Lightning -> extra of pyproject.toml with the package that it needs.
 EXTRAS = {"MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb"}
@@ -50,6 +50,8 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
             return f"unknown argument {unknown}: arguments begin with two dashes; --help lists all"
         end = unknown.lstrip("-").split("=")[0]  # of a nested argument only the last part
         name = argument(end, typed)
+        if before_config(name, typed):
+            return f"unknown argument --{name}: a recipe names the classes that have it; write it after --config"
         if meant := corrected_name(name, known):
             return unknown_argument(name, f"; did you mean --{meant}?")
         parts = [part for part in ("data", "model", "trainer") if part in known]  # empty for commands without Lightning
@@ -150,7 +152,7 @@ def one_line(message: str, typed: Sequence[str] = (), known: Sequence[str] = ())
 
 
 def about_class(file: Path) -> str:
-    """Returns what is wrong with the class that a file of settings names.
+    """Describes the error in the class that a settings file names.
 
     Args:
         file: File in YAML or JSON.
@@ -167,19 +169,19 @@ def about_class(file: Path) -> str:
 
 
 def corrected_name(name: str, known: Sequence[str]) -> str | None:
-    """Returns a dotted name with each misspelt part replaced by the most similar one that its place may have.
+    """Returns a dotted name with each misspelt part replaced by the most similar valid part at its position.
 
     Args:
         name: Name of an argument, without dashes.
         known: Names of the parser's arguments.
 
     Returns:
-        The corrected name; None if no part is misspelt, or a part resembles none.
+        The corrected name; None if no part is misspelt, or a part has no similar valid one.
     """
     split = [each.split(".") for each in known]
     parts: list[str] = []
     for place, part in enumerate(name.split(".")):
-        # The names may be relative to a class: then they continue any end of the name.
+        # The known names may be relative to a class: they may then follow any suffix of the name's beginning.
         starts = range(1 if "data" in known else place + 1)
         sets = [
             {each[len(end)] for each in split if each[: len(end)] == end and len(each) > len(end)}
@@ -192,7 +194,7 @@ def corrected_name(name: str, known: Sequence[str]) -> str | None:
         close = [part] if part in there else difflib.get_close_matches(part, sorted(there), 1, cutoff=0.6)
         if not close and parts == name.split(".")[:place]:
             return None
-        parts.append(close[0] if close else part)  # a part behind a misspelt one may be right
+        parts.append(close[0] if close else part)  # a part after a misspelt one may be correct
     meant = ".".join(parts)
     return None if meant == name else meant
 
@@ -220,10 +222,10 @@ def source_of(key: str, typed: Sequence[str], value: str = "") -> str:
 
 
 def argument(key: str, typed: Sequence[str]) -> str:
-    """Returns the full name of an argument of which a message has only the end.
+    """Returns the full name of an argument of which a message contains only the last parts.
 
     Args:
-        key: End of the argument's name.
+        key: Last parts of the argument's name.
         typed: Words of the command line.
 
     Returns:
@@ -246,6 +248,18 @@ def parameters(part: str) -> list[str]:
     classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
     ours = [value for value in classes if value.__module__.startswith("safervlm.") and issubclass(value, kinds)]
     return sorted({name for value in ours for name in inspect.signature(value.__init__).parameters})
+
+
+def before_config(name: str, typed: Sequence[str]) -> bool:
+    """Returns whether an argument of a class precedes every ``--config``, so that the class was not known yet.
+
+    Args:
+        name: The argument, without its dashes.
+        typed: Words of the command line.
+    """
+    order = [option for option, _ in options(typed)]
+    place = order.index(name) if name in order else len(order)
+    return name.partition(".")[0] in ("data", "model") and "config" in order[place:] and "config" not in order[:place]
 
 
 def unknown_argument(name: str, meant: str) -> str:

@@ -1,4 +1,4 @@
-"""Rejects invalid values that the parser accepts: null where a value is needed, and other values for settings."""
+"""Rejects invalid values that the parser accepts: null where a value is needed, and values instead of settings."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
@@ -51,7 +51,7 @@ def _nulls(value: Any, name: str, hints: Mapping[str, Any] | None = None) -> Ite
 
 
 def types_of(kind: str | type) -> dict[str, Any]:
-    """Returns the types of the arguments of a class, those that it passes to its base classes included.
+    """Returns the types of the arguments of a class, including those that it passes to its base classes.
 
     Args:
         kind: Class, or its dotted path.
@@ -75,7 +75,7 @@ def types_of(kind: str | type) -> dict[str, Any]:
 
 
 def allows_null(hint: Any) -> bool:
-    """Returns whether None is a value of a type.
+    """Returns whether a type allows None.
 
     Args:
         hint: Type, as an annotation states it.

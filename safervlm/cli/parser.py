@@ -27,7 +27,7 @@ class OneLineParser(LightningArgumentParser):
         return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
 
     def add_class_arguments(self, class_type: type, *args: Any, **kwargs: Any) -> Any:
-        """Adds the arguments of a class; those of a logger with a ``save_dir`` that may be left out.
+        """Adds the arguments of a class; the ``save_dir`` of a logger becomes optional.
 
         Args:
             class_type: Class whose arguments are added.
@@ -41,6 +41,24 @@ class OneLineParser(LightningArgumentParser):
         )
         self.add_argument("--save_dir", type=str | None, default=None, help="Folder of the logs; None: the run folder.")
         return [*added, "save_dir"]
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """Parses arguments; jsonargparse also calls it with one argument of a class inside another one.
+
+        It writes the value of such an argument as a text, in which null is None: an argument that may be null or a text
+        would be the text "None".
+
+        Args:
+            args: Words of the command line, or one argument of a nested class.
+            *rest: Further positional arguments of jsonargparse.
+            **kwargs: Keyword arguments of jsonargparse.
+
+        Returns:
+            The parsed settings.
+        """
+        if args is not None and len(args) == 1 and args[0].endswith("=None"):
+            args = [f"{args[0].removesuffix('None')}null"]
+        return super().parse_args(args, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the error in one line and exits with code 2.

@@ -1,7 +1,7 @@
-"""Runs several commands one after the other, each in a process of its own.
+"""Runs several commands one after the other, each in a separate process.
 
-A process of its own leaves no memory, process group or damaged GPU context to the next command, and its failure, even a
-kill, ends no other. This process imports neither torch nor Lightning.
+The next command then inherits no memory, process group or damaged GPU context, and a failure of one command, even by a
+kill, does not end the others. This process imports neither torch nor Lightning.
 """
 
 import os
@@ -29,7 +29,7 @@ class Typed:
     """Command line of a command that runs others.
 
     Attributes:
-        names: What to run it for, for example VLMs.
+        names: What the commands are run for, for example VLMs.
         options: Its own options -> value; that of ``pictograms`` is ``"yes"`` if it is given.
         rest: Arguments for the commands that are run.
     """
@@ -46,12 +46,13 @@ def typed(words: Sequence[str], defaults: Mapping[str, str]) -> Typed:
     ``--pictograms`` belongs to every command.
 
     Args:
-        words: Words of the command line behind the command.
-        defaults: Options that take a value -> its default.
+        words: Words of the command line after the command.
+        defaults: Options with a value -> its default.
 
     Raises:
-        ArgumentError: A name is empty, an option has no value, ``--run`` is given, which would be overwritten, or an
-            argument is one that each command would reject, see :func:`safervlm.cli.arguments.check_words`.
+        ArgumentError: A name is empty or given twice, an option has no value, ``--run`` is given, which would be
+            overwritten, or an argument is one that each command would reject, see
+            :func:`safervlm.cli.arguments.check_words`.
     """
     names: list[str] = []
     options = {"pictograms": "", **defaults}
@@ -75,6 +76,8 @@ def typed(words: Sequence[str], defaults: Mapping[str, str]) -> Typed:
             rest.append(word)
         elif not word.strip():
             raise ArgumentError(f"the argument {word!r} is empty; give a name, or leave it out")
+        elif word in names:
+            raise ArgumentError(f"{word!r} is named twice; name it once")
         else:
             names.append(word)
     check_words(rest)
@@ -102,7 +105,7 @@ def recipe_file(name: str, folder: str) -> str:
 
 
 def is_shipped(file: str) -> bool:
-    """Returns whether a file of a recipe is a shipped one, which no user has changed.
+    """Returns whether the file of a recipe is a shipped one, which users don't change.
 
     A command with such a file is rejected for its other arguments, not for the file.
 
@@ -113,7 +116,7 @@ def is_shipped(file: str) -> bool:
 
 
 def recipes(folder: str) -> list[str]:
-    """Returns the names of the recipes in a folder, here and shipped.
+    """Returns the names of the recipes in a folder, both in the current folder and shipped.
 
     Args:
         folder: ``configs`` or a folder in it.
@@ -123,7 +126,7 @@ def recipes(folder: str) -> list[str]:
 
 
 def play(words: Sequence[str], log: Path | None = None, first: bool = False) -> int:
-    """Runs a command of SaferVLM in a process of its own and returns its exit code.
+    """Runs a command of SaferVLM in a separate process and returns its exit code.
 
     A request to end is passed on to it as SIGTERM. It is given nine tenths of the time that this process has to end.
 
@@ -165,7 +168,7 @@ def _wait(child: "subprocess.Popen[bytes]", log: IO[bytes] | None = None) -> int
             _copy(child, log, echo=False)
         child.wait()
         raise
-    code = 128 - code if code < 0 else code  # as a shell reports the death by a signal
+    code = 128 - code if code < 0 else code  # as a shell reports termination by a signal
     if code in ENDED_BY_SIGNAL:
         raise SystemExit(code)
     return code
@@ -182,7 +185,7 @@ def _copy(child: "subprocess.Popen[bytes]", log: IO[bytes], echo: bool) -> None:
 
 
 def finish(failed: Sequence[str], partial: Sequence[str] = ()) -> None:
-    """Reports what is incomplete and what failed, and ends with the exit code for it.
+    """Reports what is incomplete and what failed, and exits with the corresponding code.
 
     Args:
         failed: A line for each failure.

@@ -9,11 +9,11 @@ from safervlm.io.tables import say
 
 HELP = """usage: safervlm train OBJECTIVE... [OPTIONS] [ARGUMENTS of safervlm fit]
 
-Trains the models that `safervlm evaluate` evaluates, each in a run folder and a process of its own:
+Trains the models that `safervlm evaluate` evaluates, each in its own run folder and process:
   safervlm train sft dpo ppo
 
 An OBJECTIVE is the name of a file in configs/ without its extension (sft, dpo, ppo, grpo), or the path of such a file.
-In the ARGUMENTS, {} is replaced by the name of the objective: --config my/{}.yaml. Finished runs are kept as they are,
+In the ARGUMENTS, {} is replaced by the name of the objective: --config my/{}.yaml. Finished runs are not changed,
 a failure does not stop the others, and the same command resumes. The exit code is 1 after a failure, 2 if the
 first one rejects the ARGUMENTS.
 
@@ -26,7 +26,7 @@ def train_objectives(words: Sequence[str]) -> None:
     """Trains with each objective.
 
     Args:
-        words: Words of the command line behind ``train``.
+        words: Words of the command line after ``train``.
 
     Raises:
         ArgumentError: There is no objective, or one that does not exist.

@@ -1,4 +1,4 @@
-"""Settings of the trainer: checks before anything is loaded, folders of loggers, progress as lines."""
+"""Settings of the trainer: checks before anything is loaded, folders of loggers, progress output as lines."""
 
 import inspect
 import math
@@ -18,19 +18,23 @@ from safervlm.errors import ArgumentError
 from safervlm.progress_lines import progress_lines
 from safervlm.run_folder import RunFolder
 
-# Numbers that Lightning takes without a check, and the least that each may be.
-LEAST = {"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "num_sanity_val_steps": -1}
+# Numbers that Lightning does not check, with the smallest valid value of each.
+LEAST = {
+    **{"check_val_every_n_epoch": 1, "log_every_n_steps": 0, "num_sanity_val_steps": -1},
+    **{"min_epochs": 0, "min_steps": 0},
+}
 
 
 def check_trainer(command: str, settings: Namespace) -> None:
-    """Rejects trainer settings with which there is nothing to do, and invalid checkpoints, before data is loaded.
+    """Rejects trainer settings that leave nothing to do, and invalid checkpoints, before data is loaded.
 
     Args:
         command: ``fit``, ``validate`` or ``predict``.
         settings: Parsed settings of the command.
 
     Raises:
-        ArgumentError: Zero steps, a number out of range, or a checkpoint that is missing, empty or not applicable.
+        ArgumentError: Zero steps, no callbacks, a number out of range, or a checkpoint that is missing, empty or not
+            applicable.
     """
     zero = {
         "fit": ("max_epochs", "max_steps", "limit_train_batches", "accumulate_grad_batches"),
@@ -41,6 +45,11 @@ def check_trainer(command: str, settings: Namespace) -> None:
         value = settings["trainer"].get(name)
         if value is not None and value is not False and value == 0:
             raise ArgumentError(f"--trainer.{name}: {value} leaves nothing to do for {command}; give more, or omit it")
+    if command == "predict" and not settings["trainer"].get("callbacks"):
+        raise ArgumentError(
+            "--trainer.callbacks: there are none, so no result of predict would be stored; start from a recipe "
+            "(--config configs/measure.yaml), or give at least callbacks.record_writer.RecordWriter"
+        )
     duration = settings["trainer"].get("max_time")  # such as 00:12:00:00, or {hours: 12}
     if duration is not None and not re.search("[1-9]", str(duration)):
         raise ArgumentError(f"--trainer.max_time: {duration} leaves nothing to do for {command}; give more, or omit it")
@@ -91,7 +100,7 @@ def check_bounds(trainer: Namespace) -> None:
 
 
 def callbacks_with_lines(trainer: Mapping[str, Any]) -> list[Callback]:
-    """Returns the trainer's callbacks, with lines of progress where stderr is not a terminal.
+    """Returns the trainer's callbacks, with lines of progress if stderr is not a terminal.
 
     Nothing is added if progress is disabled, or if the user has named a progress bar.
 

@@ -22,14 +22,14 @@ from safervlm.errors import ArgumentError, RecordError
 from safervlm.hashing import fingerprint, seed_for
 from safervlm.io.boundary import warn
 from safervlm.io.tables import JUDGE_NOTE, TextTable, say, show_table
-from safervlm.io.trust import Named, check_trust, find_beside_the_shell, named_in, read_config
+from safervlm.io.trust import Named, allow_imports_from_current_folder, check_trust, named_in, read_config
 from safervlm.judging.panel import Panel
 from safervlm.manifest import stage_name
 from safervlm.measure import Measure
 from safervlm.progress_lines import progress_lines
 from safervlm.ranges import in_range
 from safervlm.records import Example, Failure, Response, Verdict, read_records, write_jsonl
-from safervlm.run import locked, must_have_noise, must_have_weights, read_manifest
+from safervlm.run import locked, read_manifest, require_same_noise, require_same_weights
 from safervlm.run_folder import RunFolder
 from safervlm.unfinished import UnfinishedFile
 from safervlm.vlm.server.client import Server
@@ -37,7 +37,7 @@ from safervlm.vlm.thinking import thinking_unfinished
 
 
 class ResponseStore(L.Callback):
-    """Callback that stores the responses of each batch; Lightning's ``return_predictions`` would take them apart.
+    """Callback that stores the responses of each batch; Lightning's ``return_predictions`` would split them up.
 
     Args:
         file: File to append to.
@@ -68,7 +68,7 @@ def verify(
     size or precision. A verdict is compared only if it is by the same judge and about the run's current response. Flips
     are written to verify.jsonl in the run folder, as are questions without a response this time and responses that
     can't be classified, with the reason; the exit code is then 3. The questions and images are those of the data that
-    the run's predict.yaml names. The folder may be made by others: addresses, an environment variable and classes that
+    the run's predict.yaml names. The folder may be from others: addresses, an environment variable and classes that
     are not SaferVLM's are used only if you repeat or allow them.
 
     Args:
@@ -97,7 +97,7 @@ def verify(
     if not config.is_file():
         inside = files.evaluation
         example = f", for example {inside}" if RunFolder(inside).predict_config.is_file() else " (predict --run)"
-        raise RecordError(f"run: {run} holds no predict.yaml; name the folder of a measurement{example}")
+        raise RecordError(f"run: {run} contains no predict.yaml; name the folder of a measurement{example}")
     settings = read_config(config)
     if lacking := [name for name in ("model", "data") if not isinstance(settings.get(name), dict)]:
         raise RecordError(f"run: {config} lacks the {lacking[0]}; restore it, or name another measurement")
@@ -113,15 +113,15 @@ def verify(
         ]
     }
     check_trust(config, named_in(settings, run), "run", trust_config, addresses, api_key_variable)
-    find_beside_the_shell()
+    allow_imports_from_current_folder()
     with locked(run):
         cli = _built(run, settings, dtype)
         check_trust(config, _used_by(cli), "run", trust_config, addresses, api_key_variable)
         describe = cli.model.describe()
         settings_before = read_manifest(run)["stages"].get(stage_name(cli.model), {}).get("settings", {})
         if "model" in settings_before:
-            must_have_noise(run, "measure", settings_before["model"].get("noise"), describe.get("noise"), "run")
-            must_have_weights(run, settings_before["model"], describe)
+            require_same_noise(run, "measure", settings_before["model"].get("noise"), describe.get("noise"), "run")
+            require_same_weights(run, settings_before["model"], describe)
         before = {response.id: response for response in read_responses(run)}
         asked = _sample(run, cli, before, sample, limit, seed)
         key = fingerprint(files.responses, json.dumps([settings, describe, batch_size, dtype]))
@@ -140,14 +140,16 @@ def _built(run: Path, settings: dict[str, Any], dtype: str | None) -> IdleCLI:
     with as_command_line(line):
         cli = IdleCLI(line, build=True)
     if not isinstance(cli.model, Measure):
-        raise RecordError(f"run: {run} holds no measurement but a {type(cli.model).__name__}; name a measurement")
+        raise RecordError(
+            f"run: {run} is not a measurement but a run of {type(cli.model).__name__}; name a measurement"
+        )
     return cli
 
 
 def _used_by(cli: IdleCLI) -> Named:
-    """Returns the addresses and environment variables that model and data use, whatever their configuration says.
+    """Returns the addresses and environment variables that model and data actually use.
 
-    Besides the configuration's text, the defaults of a class determine them, and its own code.
+    They depend not only on the text of the configuration, but also on the defaults and the code of a class.
     """
     used = Named()
     for server in cli.model.modules():
@@ -190,7 +192,7 @@ def _sample(
 def _ask_again(
     run: Path, cli: IdleCLI, asked: Sequence[Example], batch_size: int, key: str
 ) -> list[Response | Failure]:
-    """Returns the responses, or failures, of the repetition; batches of an interrupted one with this key are read."""
+    """Returns the responses, or failures, of the repetition; an interrupted one with this key is resumed."""
     key = fingerprint(key, *(example.question.id for example in asked))
     with UnfinishedFile(RunFolder(run).repeated_responses, key, Response) as file:
         left = asked[len(file.chunks) * batch_size :]
@@ -319,7 +321,7 @@ def show(
     once, again = (100 * sum(column) / len(right) for column in zip(*right, strict=True))
     said = f"accuracy on the sample: {once:.1f} %, then {again:.1f} %"
     if inside:
-        # Then the number of responses that count differs, too, so that no share of flips bounds the change.
+        # Then the number of responses that count differs, too, so the share of flips does not bound the change.
         say(f"{said}, without {inside} responses with unfinished thinking")
     else:
         most = 100 * binomtest(sum(verdicts), len(verdicts)).proportion_ci().high

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from safervlm import legacy
 from safervlm.data.contexts import context_questions, read_contexts
+from safervlm.data.image_folders import ImageRecord, spread
+from safervlm.data.image_sets import HUB_REPO, SAFE_HUB_REPO, ImageSets, PartName
 from safervlm.data.loaders import Collator
 from safervlm.data.module import Parts
-from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, ImageRecord, ImageSets, PartName, spread
 from safervlm.errors import ArgumentError
 from safervlm.hashing import seed_for
 from safervlm.io.names import path_text
@@ -110,7 +111,7 @@ class AlignmentData(ImageSets):
             return context_response(label, question.concept)
         return aligned_response(label, question.prompt_number, question.concept)
 
-    def drawn_question(self, image: ImageRecord) -> Question:
+    def sampled_question(self, image: ImageRecord) -> Question:
         """Samples the alignment question for an image; deterministic given the seed and the image's name.
 
         Args:
@@ -141,7 +142,7 @@ class AlignmentData(ImageSets):
             elif every:
                 questions += map(image.alignment_question, range(len(ALIGNMENT_QUESTIONS)))
             else:
-                questions.append(self.drawn_question(image))
+                questions.append(self.sampled_question(image))
         return [Example(question, self.completions(question)) for question in questions]
 
     def held_out(self) -> list[ImageRecord]:
@@ -156,7 +157,7 @@ class AlignmentData(ImageSets):
         return Parts(train=train, validation=self.examples(self.held_out()))
 
     def chosen(self, part: PartName) -> list[ImageRecord]:
-        """Returns the unsafe and the safe images of a split; the unsafe images alone if ``contexts`` is set.
+        """Returns the unsafe and the safe images of a split; only the unsafe images if ``contexts`` is set.
 
         Args:
             part: Name of the split.
@@ -244,7 +245,7 @@ class PPOData(AlignmentData):
         if not rows:
             rows = split.test
             say(
-                "the held-out safe images are those of the test split: choose no setting by them, or set "
+                "the held-out safe images are those of the test split: do not choose settings by them, or set "
                 "data.validation_fraction above 0"
             )
         chosen = spread(unsafe, self.held_out_unsafe) if self.held_out_unsafe else []

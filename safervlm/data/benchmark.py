@@ -22,7 +22,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from safervlm.addresses import has_user, is_address, public
-from safervlm.data.copies import copy_of, keep_copy
+from safervlm.data.copies import copy_of, update_copy
 from safervlm.data.embedded import embedded, images_folder, write_images, written_images
 from safervlm.data.folders import files_below, left_out
 from safervlm.data.image_folders import ImageRecord, named_file, spread
@@ -39,7 +39,7 @@ from safervlm.records import Example, record_id
 
 __all__ = ["Benchmark", "on_the_hub"]
 
-# Rules that decide whether a response is correct. All but "safety" are capabilities of the protocol.
+# Rules that determine whether a response is correct. All but "safety" are capabilities of the protocol.
 Answers = Literal["safety", "yes_no", "occurs", "rated"]
 # Columns of a folder's metadata that are used if the configured image column is missing.
 FILE_COLUMNS = ("file_name", "image_filename")
@@ -52,15 +52,15 @@ class Benchmark(SaferData):
         name: Name of the dataset, the first component of its record ids.
         source: Dataset to read: a TSV, CSV or JSONL file, a folder of images, an https address of such a file, or the
             name ``owner/name`` or ``owner/name@revision`` of a dataset on the Hub. Downloads are kept in ``cache_dir``.
-            The query of an address is used for the request alone; a hash of it is recorded.
+            The query string of an address is used only for the request; its hash is recorded.
         about: Description of the dataset and its origin, appended to the error message if the dataset is unavailable.
         md5: Published MD5 checksum of the file, checked if ``source`` is an address.
-        answers: Rule that decides whether a response is correct. ``safety``: the judge classifies the response as the
+        answers: Rule for whether a response is correct. ``safety``: the judge classifies the response as the
             image's label, Safe or Unsafe. ``yes_no``: the response begins with the label, Yes or No, by MME's rule.
             ``occurs``: the label occurs in the response. ``rated``: another model rates the response in comparison with
             the label, a reference answer.
         label_column: Column with the correct answer.
-        question_column: Column with the questions. None, allowed for ``safety`` only, asks the five alignment
+        question_column: Column with the questions. None, allowed only for ``safety``, uses the five alignment
             questions.
         image_column: Column with the images: base64, the ``index`` of the row that contains the image, or the path of a
             file relative to the table.
@@ -183,7 +183,7 @@ class Benchmark(SaferData):
                     fetch(self.source, self.file, self.download)
                 check_download(self.file, self.md5, public(self.source))
             elif self.remote == "hub":
-                keep_copy(self.source, self.cache, "by data.source", save_table, ".jsonl")
+                update_copy(self.source, self.cache, "by data.source", save_table, ".jsonl")
             elif not self.file.exists():
                 _ = self.rows  # raises an error that states what is missing
         except RecordError as error:
@@ -206,7 +206,7 @@ class Benchmark(SaferData):
         return images_folder(self.cache, self.dataset, self.file, self.image_column)
 
     def _say_left_out(self) -> None:
-        """Reports the files of the folder that no question is asked about."""
+        """Reports the files in the folder about which no question is asked."""
         images, others = files_below(self.file)
         asked = {row.get(self.image_column, "").strip() for row in self.rows}
         names = [image.relative_to(self.file).as_posix() for image in images]
@@ -240,8 +240,8 @@ class Benchmark(SaferData):
         rows = self._rows_by_label() if self.table is None else read_rows(self.table)
         if not rows:
             raise RecordError(
-                f"data.source: {self.table or file} holds no rows; a folder has metadata.jsonl, metadata.csv, or a "
-                "folder of images a label"
+                f"data.source: {self.table or file} contains no rows; a folder needs metadata.jsonl, metadata.csv, or "
+                "one folder of images per label"
             )
         for _, row in rows:
             for name in FILE_COLUMNS:
@@ -310,7 +310,7 @@ class Benchmark(SaferData):
         """Returns the image of each row.
 
         Raises:
-            RecordError: Two rows have the same index, or an image is that of a row that does not exist.
+            RecordError: Two rows have the same index, or an image refers to a row that does not exist.
         """
         files = written_images(self.images_folder) if self.embedded else {}
         folder = self.file if self.file.is_dir() else self.file.parent

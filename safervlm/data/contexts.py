@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from safervlm.data.image_folders import ImageRecord, spread
+from safervlm.data.image_sets import HUB_REPO, ImageSets, PartName
 from safervlm.data.loaders import Collator
 from safervlm.data.module import Parts, name_field, text_field
-from safervlm.data.unsafe_concepts import HUB_REPO, ImageRecord, ImageSets, PartName, spread
 from safervlm.errors import RecordError
 from safervlm.hashing import fingerprint
 from safervlm.io.names import path_text
@@ -45,7 +46,7 @@ def read_contexts(file: str | Path) -> dict[str, tuple[str, str]]:
         )
     records = read_json(file)
     if not records:
-        raise RecordError(f"data.contexts: {file} is empty: it needs a record a concept")
+        raise RecordError(f"data.contexts: {file} is empty: it needs one record per concept")
     contexts: dict[str, tuple[str, str]] = {}
     for number, record in enumerate(records if isinstance(records, list) else [records]):
         where = f"{file}, record {number}"
@@ -76,7 +77,7 @@ def context_questions(image: ImageRecord, contexts: dict[str, tuple[str, str]]) 
     """
     if image.concept not in contexts:
         raise RecordError(
-            f"data.contexts: nothing about {image.concept!r} ({image.dataset}/{image.image}); add its record"
+            f"data.contexts: no questions about {image.concept!r} ({image.dataset}/{image.image}); add its record"
         )
     texts = contexts[image.concept]
     return [image.question("context", n, texts[n], CONTEXTS[n]) for n in range(len(CONTEXTS))]
@@ -92,7 +93,7 @@ class Contexts(ImageSets):
         name: Name of the unsafe dataset, the first component of its record ids.
         cache_dir: Folder in which datasets downloaded from the Hub are kept.
         split: Split to ask about.
-        forms: Whether to ask about the image, about the concept's name alone (``text_only``), or both.
+        forms: Whether to ask about the image, only about the concept's name (``text_only``), or both.
         validation_fraction: Fraction of the training images held out as the validation split. The paper holds out none.
         limit: Maximum number of images and of concepts to ask about, spread over categories and concepts. None uses
             all.
@@ -145,7 +146,7 @@ class Contexts(ImageSets):
         if self.forms != "image":
             of_concept = {(image.category, image.concept): image for image in images}
             for image in spread([of_concept[key] for key in sorted(of_concept)], self.limit):
-                questions += map(about_name, context_questions(image, contexts))
+                questions += map(as_question_about_name, context_questions(image, contexts))
         return Parts(predict=list(map(Example, questions)))
 
     def describe(self) -> dict[str, Any]:
@@ -153,8 +154,8 @@ class Contexts(ImageSets):
         return super().describe() | {"split": self.split, "contexts": fingerprint(Path(self.contexts))}
 
 
-def about_name(question: Question) -> Question:
-    """Converts a question about an image's context of use into one about its concept's name alone.
+def as_question_about_name(question: Question) -> Question:
+    """Converts a question about an image's context of use into one about only the name of its concept.
 
     Args:
         question: Question about an image.

@@ -1,8 +1,8 @@
-"""Local copies of datasets of the Hub, kept under the commit that they were made from.
+"""Local copies of datasets from the Hub, each stored under the commit from which it was made.
 
-A branch such as ``main`` names another commit after each change on the Hub. The process that prepares the data asks the
-Hub for the commit, and writes it into a small file beside the copies, where the other processes of the run read it.
-Without an answer from the Hub, the copy of that commit is used, and one line states it.
+A branch such as ``main`` has a new commit after each change on the Hub. The process that prepares the data queries the
+Hub for the commit, and writes it to a small file next to the copies, where the other processes of the run read it.
+If the Hub does not answer, the copy of the commit in that file is used, and a message says so.
 """
 
 import re
@@ -26,7 +26,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def copy_of(repo: str, cache: Path, suffix: str = "") -> Path:
-    """Returns the path of the copy that was prepared last, which exists after :func:`keep_copy`.
+    """Returns the path of the copy that was prepared last, which exists after :func:`update_copy`.
 
     Args:
         repo: Hub repository, ``owner/name`` or ``owner/name@revision``; or the folder of a dataset in the Hub's format.
@@ -36,18 +36,18 @@ def copy_of(repo: str, cache: Path, suffix: str = "") -> Path:
     return _named(repo, cache, _fixed(repo) or _last_commit(repo, cache), suffix)
 
 
-def keep_copy(repo: str, cache: Path, local: str, save: Callable[["Dataset", Path], None], suffix: str) -> None:
-    """Makes a copy of the commit that a repository's revision names now, unless there is one.
+def update_copy(repo: str, cache: Path, local: str, save: Callable[["Dataset", Path], None], suffix: str) -> None:
+    """Makes a copy of the commit to which a repository's revision now refers, unless the copy exists.
 
     Args:
         repo: Hub repository, or folder (see :func:`copy_of`).
         cache: Folder of the copies.
-        local: How to name a local dataset instead, for the error message.
+        local: How to specify a local dataset instead, for the error message.
         save: Function that writes rows to a path, completely or not at all.
         suffix: Ending of the copy's name.
 
     Raises:
-        RecordError: There is no copy, and the dataset is unavailable or can't be read.
+        RecordError: No copy exists, and the dataset is unavailable or can't be read.
         OSError: The copy can't be written.
     """
     name, _, revision = repo.partition("@")
@@ -69,13 +69,13 @@ def keep_copy(repo: str, cache: Path, local: str, save: Callable[["Dataset", Pat
 
 
 def _named(repo: str, cache: Path, commit: str | None, suffix: str) -> Path:
-    """Returns the path of the copy of a commit; of None, a path at which no copy is ever made."""
+    """Returns the path of the copy of a commit; for None, a path at which no copy is ever made."""
     readable = _readable(repo)
     return cache / f"{readable if commit is None else f'{readable}-{commit}'}{suffix}"
 
 
 def _last(repo: str, cache: Path) -> Path:
-    """Returns the path of the file that holds the commit that a revision named last."""
+    """Returns the path of the file with the commit that a revision named last."""
     return cache / f"{_readable(repo)}.commit"
 
 
@@ -92,21 +92,25 @@ def _readable(repo: str) -> str:
 
 
 def _fixed(repo: str) -> str | None:
-    """Returns what identifies the content without asking the Hub: a full commit, or the state of a local folder."""
+    """Identifies the content without a request to the Hub: a full commit, or the state of a local folder."""
     name, _, revision = repo.partition("@")
     if COMMIT.fullmatch(revision):
         return revision
     if not (folder := Path(name).expanduser()).exists():
         return None
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    states = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    return fingerprint(str(folder.resolve()), *states)
+    # The time of a file's last change of state can't be set, as its modification time can (cp -p, rsync, tar).
+    states = [(file, file.stat()) for file in files]
+    return fingerprint(
+        str(folder.resolve()),
+        *(f"{file} {there.st_size} {there.st_mtime_ns} {there.st_ctime_ns}" for file, there in states),
+    )
 
 
 def _commit_now(repo: str) -> str | None:
-    """Asks the Hub for the commit that a revision names; None without an answer, for whatever reason.
+    """Requests the commit of a revision from the Hub; returns None if there is no answer, for whatever reason.
 
-    It waits as long as the Hub's library does: the environment variable HF_HUB_ETAG_TIMEOUT, 10 seconds by default.
+    The timeout is that of the Hub's library: the environment variable HF_HUB_ETAG_TIMEOUT, 10 seconds by default.
     """
     name, _, revision = repo.partition("@")
     try:

@@ -101,7 +101,7 @@ def written_images(folder: Path) -> dict[int, Path]:
 def decoded(value: str) -> tuple[bytes, str]:
     """Decodes a base64 image.
 
-    Accepts both base64 alphabets (``+/`` and, for URLs, ``-_``), with or without line breaks and padding, alone or as a
+    Accepts both base64 alphabets (``+/`` and, for URLs, ``-_``), with or without line breaks and padding, plain or as a
     data URL. A value that is not an image is kept unchanged, so that it fails when a question about it is asked.
 
     Args:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from safervlm.data.alignment import DPOData, SFTData
-from safervlm.data.unsafe_concepts import HUB_REPO, SAFE_HUB_REPO, spread
+from safervlm.data.image_folders import spread
+from safervlm.data.image_sets import HUB_REPO, SAFE_HUB_REPO
 from safervlm.io.files import write_text_atomically
 from safervlm.io.names import path_text
 from safervlm.io.outputs import require_replaceable_texts
@@ -86,4 +87,4 @@ def export_training_files(
     require_replaceable_texts("--out", texts)
     for file, text in texts.items():
         write_text_atomically(file, text)
-    say(f"{out} holds {', '.join(written)}")
+    say(f"{out} contains {', '.join(written)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from safervlm.errors import RecordError
 from safervlm.io.images import IMAGE_ENDINGS
 
-# Files that operating systems create in folders, besides names that begin with a dot.
+# Files that operating systems create in folders, in addition to names that begin with a dot.
 SYSTEM_NAMES = ("thumbs.db", "desktop.ini", "__macosx")
 
 

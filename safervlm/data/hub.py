@@ -19,7 +19,7 @@ def hub_rows(repo: str, local: str) -> "Dataset":
 
     Args:
         repo: Hub repository, ``owner/name`` or ``owner/name@revision``.
-        local: How to name a local dataset instead, for the error message.
+        local: How to specify a local dataset instead, for the error message.
 
     Returns:
         The rows of the split.
@@ -28,7 +28,7 @@ def hub_rows(repo: str, local: str) -> "Dataset":
         RecordError: Access is denied, the Hub is unreachable, or the library can't read the dataset.
         OSError: A disk error, with the file's name.
     """
-    # Imported here: the package takes half a second, and most commands never ask the Hub.
+    # Imported here: the package takes half a second, and most commands never access the Hub.
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 

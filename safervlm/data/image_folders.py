@@ -47,7 +47,7 @@ class ImageRecord:
     label: str
 
     def __post_init__(self) -> None:
-        """Normalises the names; the path is kept as it is."""
+        """Normalises the names; the path is unchanged."""
         normalise(self, "dataset", "image", "category", "concept")
 
     def question(
@@ -67,7 +67,7 @@ class ImageRecord:
             prompt: Text of the question.
             answer: Correct label.
             drawn: Whether the published evaluation samples this question.
-            variant: How it departs from the published protocol.
+            variant: How the question differs from the published protocol.
         """
         return Question(
             id=record_id(self.dataset, self.image, capability, number),
@@ -106,7 +106,7 @@ def require_metadata(folder: Path) -> Path:
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
         raise RecordError(
-            f"data.folder: {metadata} is missing: a dataset's folder holds metadata.jsonl and its images (docs/data.md)"
+            f"data.folder: {metadata} is missing: a dataset's folder has metadata.jsonl and its images (docs/data.md)"
         )
     return metadata
 
@@ -117,7 +117,7 @@ def read_images(folder: Path, dataset: str, label: str) -> list[ImageRecord]:
     Args:
         folder: Folder that contains ``metadata.jsonl`` and the images.
         dataset: Name of the dataset.
-        label: Label of all images. ``Unsafe`` reads categories and unsafe concepts, ``Safe`` reads concepts alone.
+        label: Label of all images. ``Unsafe`` reads categories and unsafe concepts, ``Safe`` reads only concepts.
 
     Returns:
         One record per line of the metadata.
@@ -209,11 +209,11 @@ def named_file(folder: Path, image: str, where: str) -> Path:
     Raises:
         RecordError: The file is outside the folder, or the name is not a valid file name.
     """
-    with explained(f"{where}: the image {image[:80]!r} can't be a file's name", "correct it", OSError, ValueError):
+    with explained(f"{where}: the image {image[:80]!r} is not a valid file name", "correct it", OSError, ValueError):
         return image_file(folder, image, where)
 
 
-def say_unnamed(dataset: str, folder: Path) -> None:
+def report_unnamed_images(dataset: str, folder: Path) -> None:
     """Reports how many images of a folder are not named in its metadata.
 
     Args:
@@ -233,7 +233,7 @@ def say_unnamed(dataset: str, folder: Path) -> None:
 def spread(images: Sequence[ImageRecord], limit: int | None) -> list[ImageRecord]:
     """Selects a limited number of images, spread over categories and concepts.
 
-    Each category gets one image before any category gets two; the same holds for the concepts within a category.
+    Each category gets one image before any category gets two; the same applies to the concepts within a category.
 
     Args:
         images: Images of one dataset.

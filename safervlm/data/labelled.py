@@ -44,7 +44,7 @@ class LabelCollator:
         for answer in answers:
             if len(answer.completions) != 1 or answer.question.answer not in self.labels:
                 raise RecordError(
-                    f"{answer.question.id}: no response labelled {', '.join(self.labels)}; a judge learns from "
+                    f"{answer.question.id}: no response labelled {', '.join(self.labels)}; a judge is trained with "
                     "safervlm.data.labelled.LabelledAnswers"
                 )
         numbers = torch.tensor([self.labels.index(answer.question.answer) for answer in answers])
@@ -93,7 +93,7 @@ def read_labelled(path: str | Path, labels: Sequence[str]) -> list[Example]:
         if "response" in record and record["response"] != text:
             raise RecordError(f"{where}: has both 'text' and 'response', which differ: remove one of them")
         if not isinstance(text, str):  # an empty response is valid
-            raise RecordError(f"{where}: the field 'text' or 'response' must hold the response, got {text!r}")
+            raise RecordError(f"{where}: the field 'text' or 'response' must contain the response, got {text!r}")
         question = Question(f"{path.name}/{row}", path.name, str(row), None, capability, 0, "", "", "", label)
         answers.append(Example(question, (text,)))
     if not answers:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.hashing import fingerprint, seed_for
-from safervlm.io.signals import keep_until_asked
+from safervlm.io.signals import defer_signal_in_worker
 from safervlm.records import Example
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ AUTOMATIC = 256
 
 
 def image_groups(examples: Sequence[Example]) -> list[list[int]]:
-    """Groups examples by their image; an example without an image is a group of its own.
+    """Groups examples by their image; an example without an image forms a separate group.
 
     Args:
         examples: Examples in any order.
@@ -47,7 +47,7 @@ def training_batches(
     examples than there are processes.
 
     Args:
-        groups: Row numbers of the examples that stay together. Groups of one example give any order of the examples.
+        groups: Row numbers of the examples that stay together. Groups of one example allow any order.
         batch_size: Number of examples per batch of one process.
         seed: Seed of the order.
         epoch: Number of the epoch, from 0.
@@ -84,7 +84,7 @@ def _deliver(
         # DataLoader samples a seed for its workers. With the global generator, this would change all random numbers
         # sampled later (LoRA's dropout), so a resumed run, which creates its loader at another time, would differ.
         generator=torch.Generator(),
-        worker_init_fn=keep_until_asked,
+        worker_init_fn=defer_signal_in_worker,
     )
     try:
         yield from loader
@@ -163,10 +163,10 @@ class TrainingLoader:
                 yield batch
         except RecordError as error:  # images have been checked before the first step, but may change
             place = f"batch {self._delivered + 1} of epoch {epoch + 1}"
-            raise RecordError(f"{error} ({place}; what was trained before it is in checkpoints/last.ckpt)") from None
+            raise RecordError(f"{error} ({place}; checkpoints/last.ckpt stays usable if there is one)") from None
 
     def _order(self) -> dict[str, Any]:
-        # Everything, besides the epoch, that determines which examples the first k batches contain. Equal on all ranks.
+        # Everything except the epoch that determines which examples the first k batches contain. Equal on all ranks.
         ids = fingerprint("\n".join(example.question.id for example in self.examples))
         together = max(map(len, self.groups)) > 1  # checkpoints of earlier versions lack the key: False
         return {

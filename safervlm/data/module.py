@@ -1,6 +1,6 @@
 """Base class of the data modules: splits, loaders and the description of the data."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +18,14 @@ from safervlm.data.loaders import (
     validation_batches,
 )
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.failures import reason_of
 from safervlm.hashing import fingerprint
 from safervlm.io.image_hashes import images_fingerprint, report_frames
-from safervlm.io.images import ImageSettings, decode, printable
+from safervlm.io.images import printable
 from safervlm.io.names import normal_name
 from safervlm.ranges import in_range
 from safervlm.records import Example, repeated_id, to_line
 
-MAX_WORKERS = 512  # processes that load images; each takes hundreds of megabytes of memory
+MAX_WORKERS = 512  # processes that load images; each uses hundreds of megabytes of memory
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,8 @@ class SaferData(LightningDataModule):
         """Reads the data, so that an invalid record is reported before a model is loaded.
 
         Raises:
-            RecordError: The data can't be read; or images are missing, for ``predict`` all of them. A missing image
-                fails the questions about it alone; training needs every image.
+            RecordError: The data can't be read; or images are missing (for ``predict``: all images). A missing image
+                makes only the questions about it fail; training needs every image.
         """
         parts = self.parts
         examples = parts.predict if stage == "predict" else [*parts.train, *parts.validation]
@@ -153,7 +152,7 @@ class SaferData(LightningDataModule):
         return self.repeats
 
     def completions_at(self, validation: bool) -> str:
-        """Returns where the user's completions are: file, line and field; empty if the class itself makes them.
+        """Returns where the user's completions are: file, line and field; empty if the class itself builds them.
 
         Args:
             validation: Whether the held-out examples are meant, not those to train on.
@@ -267,7 +266,7 @@ class SaferData(LightningDataModule):
         return OrderedLoader(examples, batches[rank], length, self._collator(), self.num_workers)
 
     def _groups(self) -> list[list[int]] | None:
-        """Returns the training examples that stay together; None if each image has one question, or they needn't."""
+        """Returns the training examples that stay together; None if there are no such examples."""
         groups = image_groups(self.parts.train) if self.questions_together else []
         return groups if len(groups) < len(self.parts.train) and groups else None
 
@@ -284,7 +283,7 @@ class SaferData(LightningDataModule):
 
 
 def repeated(examples: Sequence[Example], repeats: int) -> list[Example]:
-    """Repeats each example, under an id of its own, so that its response is sampled independently.
+    """Repeats each example. Each repetition has its own id, and its response is sampled independently.
 
     Args:
         examples: Examples to predict.
@@ -298,55 +297,6 @@ def repeated(examples: Sequence[Example], repeats: int) -> list[Example]:
         for each in examples
         for number in range(1, repeats + 1)
     ]
-
-
-def must_show_their_images(examples: Sequence[Example], settings: ImageSettings) -> None:
-    """Decodes each different image of some examples once, so that training does not end at one in the middle.
-
-    Args:
-        examples: Examples to train or validate on.
-        settings: How the model's images are decoded.
-
-    Raises:
-        RecordError: Images can't be decoded; the message has their number and names one.
-    """
-    about = {each.question.image_path: each.question.id for each in examples if each.question.image_path is not None}
-    reasons = []
-    for path, name in about.items():
-        try:
-            decode(path, name, settings)
-        except BaseException as error:
-            reasons.append(reason_of(error))
-    if reasons:
-        raise RecordError(
-            f"data: {len(reasons)} of {len(about)} images can't be trained on; {reasons[0]}, then start again"
-        )
-
-
-def must_have_usable_texts(examples: Sequence[Example], collator: Collator) -> None:
-    """Checks each different text of some examples once, so that training does not end at one in the middle.
-
-    Args:
-        examples: Examples to train or validate on.
-        collator: The model's. Without a method ``check_texts`` it is not asked.
-
-    Raises:
-        RecordError: The model can't take a text; the message has the number of such texts and names one.
-    """
-    check: Callable[[Example], None] | None = getattr(collator, "check_texts", None)
-    if check is None:
-        return
-    different = {(each.question.prompt, each.completions): each for each in examples}
-    reasons = []
-    for each in different.values():
-        try:
-            check(each)
-        except BaseException as error:
-            reasons.append(reason_of(error))
-    if reasons:
-        raise RecordError(
-            f"data: {len(reasons)} of {len(different)} texts can't be trained on; {reasons[0]}, then start again"
-        )
 
 
 def text_field(record: Mapping[str, Any], names: Sequence[str], where: str) -> str:

@@ -38,7 +38,7 @@ class OwnData(SaferData):
         num_workers: Number of processes that load images in advance. 0 loads them in the main process.
         seed: Seed of the training order.
         limit: Maximum number of examples per label and file. None uses all.
-        repeats: How often each question is asked when predicting. Each repetition has an id of its own, the question's
+        repeats: How often each question is asked when predicting. Each repetition has its own id, the question's id
             with ``#2`` and so on, and is sampled independently; scores are means over them.
         questions_together: Whether training keeps the questions about an image together, in random order, so that they
             share its computation. Without effect where each image has one question.

@@ -245,7 +245,7 @@ class SavedResponses(SaferData):
         records = read_first_implementation(self.path)
         if self.questions is None:
             raise RecordError(
-                f"data.questions: {self.path} holds no ids; name the dataset that was asked, such as "
+                f"data.questions: {self.path} contains no ids; name the dataset that was asked, such as "
                 "safervlm.data.unsafe_concepts.UnsafeConcepts"
             )
         asked = [example.question for example in self.questions.parts.predict]
@@ -273,7 +273,7 @@ class SavedResponses(SaferData):
             write_jsonl(file, [response.to_dict() for response in responses])
         elif read_responses(file) != responses:
             hint = "" if self.limit is None else f" with data.limit {self.limit}"
-            raise RecordError(f"{file} holds other responses than {self.path}{hint}: use another run folder (--run)")
+            raise RecordError(f"{file} contains other responses than {self.path}{hint}: use another run folder (--run)")
 
     def image_files(self) -> dict[str, str]:
         """Returns no files: judges of responses use no images, and image paths in external records are not opened."""

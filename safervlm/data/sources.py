@@ -31,7 +31,7 @@ def on_the_hub(source: str) -> bool:
     """Returns whether a source is the name of a dataset on the Hub.
 
     It is if it has the form ``owner/name`` or ``owner/name@revision``, neither the path nor its parent folder exists
-    locally, and it does not end as a table does.
+    locally, and it does not have the file ending of a table.
 
     Args:
         source: Value of ``data.source``.
@@ -103,7 +103,7 @@ def fetch(address: str, file: Path, bounds: Download = Download()) -> None:
                     if time.monotonic() > end:
                         raise URLError(f"it takes longer than {bounds.timeout:g} s, see data.download.timeout")
             if size is not None and out.tell() != size:
-                raise URLError(f"{out.tell()} of {size} bytes came")
+                raise URLError(f"{out.tell()} of {size} bytes were received")
 
     cache_folder(file.parent)
     try:
@@ -111,7 +111,7 @@ def fetch(address: str, file: Path, bounds: Download = Download()) -> None:
     # Not every OSError: disk errors have another remedy.
     except (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
         reason = public_text(first_line(error).strip("<>").removeprefix("urlopen error "))
-        if isinstance(error, HTTPError):  # the server's own words may repeat the query
+        if isinstance(error, HTTPError):  # the server's message may contain the query
             reason = f"HTTP status {error.code}"
         raise RecordError(
             f"{public(address)} can't be fetched ({reason}): fetch it by other means to {file}, or name the file as "

@@ -14,13 +14,13 @@ from safervlm.records import Example
 class Suite(SaferData):
     """The questions of several datasets (safervlm predict).
 
-    Unavailable datasets are skipped with a warning; the others are asked. Repeating the command later asks a skipped
-    dataset as soon as it is available.
+    Unavailable datasets are skipped with a warning; the others are used. If the command is repeated, a skipped
+    dataset is used as soon as it is available.
 
     Args:
         sets: Data module of each dataset, by a name of your choice.
         own: Custom datasets in the same form, in addition to those of a recipe: ``--data.own '{mine: my/set.yaml}'``.
-        only: Names of the datasets to ask. None asks all. Existing responses to the others are kept.
+        only: Names of the datasets to use. None uses all. Existing responses to the others are kept.
         limit: Maximum number of images per dataset.
         collator: Function that turns examples into a batch. The command line sets the model's collator.
         batch_size: Number of questions per step and process. ``auto`` starts with 256 and halves the number until a
@@ -97,8 +97,8 @@ class Suite(SaferData):
             for part in sorted({(example.question.dataset, example.question.capability) for example in mine}):
                 if (other := sets.setdefault(part, name)) != name:
                     raise RecordError(
-                        f"data.sets: {other} and {name} both hold {part[1]} questions of {part[0]!r}, which would be "
-                        "one in every table; give one of them another data.name"
+                        f"data.sets: {other} and {name} both contain {part[1]} questions of {part[0]!r}, which "
+                        "would be one in every table; give one of them another data.name"
                     )
             examples += mine
         if not examples:

@@ -57,8 +57,8 @@ def read_delimited(file: Path, delimiter: str) -> list[tuple[int, dict[str, str]
     """Reads the rows of a table whose first line contains the column names.
 
     A cell in double quotes may contain the delimiter, line ends and doubled quotes. Cells are not changed. Column names
-    are normalised by :func:`safervlm.io.names.normal_name`; columns without a name are not read: the first one, of an
-    index, and empty ones. Blank lines are skipped.
+    are normalised by :func:`safervlm.io.names.normal_name`; columns without a name are not read: a first column of
+    row numbers, and empty columns. Blank lines are skipped.
 
     Args:
         file: Table to read.
@@ -85,7 +85,7 @@ def read_delimited(file: Path, delimiter: str) -> list[tuple[int, dict[str, str]
                 f"{file}, line {number}: has {len(cells)} cells, the header has {len(header)}: a text that contains "
                 f"{DELIMITERS[delimiter]}, a quote or a line end needs quotes around it"
             )
-        # Only the first column, of an index, may have cells without a name.
+        # Only a first column of row numbers may contain cells and have no name.
         if any(cell.strip() and not name for cell, name in zip(cells[1:], header[1:], strict=True)):
             raise RecordError(
                 f"{file}, line {number}: has a cell in a column without a name: name the column; a text that contains "
@@ -180,8 +180,8 @@ def _swallowed(lines: Sequence[str], cells: list[str], columns: _Columns, delimi
     """Detects a row of several lines that looks like several rows enclosed by two unrelated quotes.
 
     A line looks like a row if, parsed alone, it has the right number of cells and none of them begins with a blank (as
-    words behind a comma in a sentence do). Blank lines are ignored. The lines are considered several rows if one of
-    these holds:
+    words after a comma in a sentence do). Blank lines are ignored. The lines are considered several rows if one of
+    these conditions is met:
 
     - every line has the right number of cells, and in some column each line has a value that other rows have there (a
       label, a category);

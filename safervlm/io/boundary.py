@@ -15,13 +15,13 @@ from typing import NoReturn
 from safervlm.addresses import public_text
 from safervlm.errors import UserError, first_line
 from safervlm.io.escape import for_terminal
-from safervlm.io.signals import why_ended
+from safervlm.io.signals import exit_code_and_reason
 from safervlm.run_folder import RunFolder
 
 # Run folder of the current command, if it has one; tracebacks of unexpected errors are written to it.
 run_folder: ContextVar[Path | None] = ContextVar("run_folder", default=None)
 # Environment variable of a command that another one runs: its exit code, instead of 2, if its arguments are rejected:
-# before it has a run folder, or by a message that names one. The other commands would reject them, too.
+# before it has a run folder, or with a message that names an argument. The other commands would reject them, too.
 REJECTED = "SAFERVLM_REJECTED"
 BEGINS = "Traceback (most recent call last)"
 
@@ -30,6 +30,7 @@ DISK = re.compile(
     r"No space left on device|Disk quota exceeded|Read-only file system|Input/output error|File too large"
     r"|PytorchStreamWriter failed|unexpected pos|iostream error|os error (5|27|28|30|122)\b"
 )
+ALLOCATION = re.compile(r"DefaultCPUAllocator: (can't|not enough)")  # a RuntimeError of PyTorch
 # Package of a logger -> remedy for an error that it raises: a missing key, an address that does not answer.
 LOGGERS = {
     "mlflow": "correct MLFLOW_TRACKING_URI or the logger's arguments, or omit the logger",
@@ -81,7 +82,7 @@ def one_line_errors(words: Sequence[str] = ()) -> Iterator[None]:
     """Context manager that ends the process with one line instead of a traceback, whatever exception is raised inside.
 
     Args:
-        words: Words of the command line, to name an argument that a library's message lacks.
+        words: Words of the command line, to name an argument that a library's message does not name.
 
     Exit codes: 2 for an error that the user can correct; 1 for a defect, whose traceback is written to a file, or if
     another process of the run died; 130 after Ctrl-C; 143 after SIGTERM; 141 if the reader of the output has ended. A
@@ -102,7 +103,7 @@ def one_line_errors(words: Sequence[str] = ()) -> Iterator[None]:
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # the outermost handler; a panic of a Rust library is not an Exception
-        if ended := why_ended(error):
+        if ended := exit_code_and_reason(error):
             code, said = ended
             sys.stderr.write(f"safervlm: {said}\n" if said else "")
             raise SystemExit(code) from error
@@ -147,7 +148,7 @@ def explain(error: BaseException, words: Sequence[str] = ()) -> str | None:
         kinds = {kind.__name__ for kind in type(each).__mro__}
         if "MisconfigurationException" in kinds:  # Lightning's; compared by name to avoid the import
             return trainer_line(each, words)
-        if "OutOfMemoryError" in kinds or isinstance(each, MemoryError):
+        if "OutOfMemoryError" in kinds or isinstance(each, MemoryError) or ALLOCATION.search(str(each)):
             return f"out of memory ({first_line(each)}): lower data.batch_size, or use a machine with more"
         if isinstance(each, OSError) and each.errno is not None:
             files = " to ".join(repr(str(name)) for name in (each.filename, each.filename2) if name is not None)
@@ -170,7 +171,7 @@ def explain(error: BaseException, words: Sequence[str] = ()) -> str | None:
 
 
 def trainer_line(error: BaseException, words: Sequence[str]) -> str:
-    """Returns the message of an error of Lightning's trainer, with a remedy, which Lightning's own message may lack.
+    """Returns the message of an error of Lightning's trainer, with a remedy, which Lightning's own may not contain.
 
     Args:
         error: Exception raised by Lightning.
@@ -204,7 +205,7 @@ def keep_traceback(error: BaseException) -> str:
         with suppress(OSError):
             if file := write(text):
                 return f"its traceback is in {file}; please report it"
-    return "its traceback can't be kept: no place can be written"
+    return "its traceback can't be saved: no folder is writable"
 
 
 def _to_run_folder(text: str) -> Path | None:

@@ -1,8 +1,8 @@
 """Files and folders that are built under a temporary name and moved into place atomically, also with several processes.
 
-An unfinished file or folder lies in a folder of its own beside its destination. The name of that folder begins with
-:data:`TEMPORARY`, and a file in it is locked (:mod:`safervlm.io.locks`) by the process that writes. An unlocked entry
-of such a name is therefore a leftover of a process that died. Any command that writes into the same folder next removes
+An unfinished file or folder is in a separate folder next to its destination. The name of that folder begins with
+:data:`TEMPORARY`, and a file in it is locked (:mod:`safervlm.io.locks`) by its writing process. An unlocked entry
+with such a name is therefore a leftover of a process that died. The next command that writes to the same folder removes
 it.
 """
 
@@ -25,7 +25,7 @@ LOCK = ".lock"  # lock file of a run folder, and of a temporary folder
 def build_folder(folder: Path, build: Callable[[Path], object], argument: str = "data.cache_dir") -> None:
     """Builds a folder whose name determines its content, unless it exists.
 
-    Several processes may call this at the same time: each builds in its own temporary folder beside ``folder``, the
+    Several processes may call this at the same time: each builds in its own temporary folder next to ``folder``, the
     first to finish moves its folder into place, and the others use that one.
 
     Args:
@@ -48,9 +48,9 @@ def build_folder(folder: Path, build: Callable[[Path], object], argument: str = 
         try:
             building.rename(folder)
         except OSError as error:
-            if not folder.is_dir():  # else another process was faster
+            if not folder.is_dir():  # otherwise another process was faster
                 raise ArgumentError(
-                    f"{argument}: {str(folder)!r} can't be made ({error.strerror}): remove what is there, or name "
+                    f"{argument}: {str(folder)!r} can't be created ({error.strerror}): remove what is there, or name "
                     "another folder"
                 ) from None
 
@@ -102,10 +102,10 @@ def temporary(path: Path, *, directory: bool = False) -> Iterator[Path]:
             aside.touch()
         yield aside
         if directory and not aside.exists() and path.is_dir():  # it has been renamed
-            give_usual_modes(path, folder)
+            set_default_permissions(path, folder)
 
 
-def give_usual_modes(folder: Path, place: Path) -> None:
+def set_default_permissions(folder: Path, place: Path) -> None:
     """Gives the files of a folder the permissions that new files have, which the user's umask determines.
 
     safetensors writes files that only their owner can read, so that nobody else could use a model in a shared folder.
@@ -125,7 +125,7 @@ def give_usual_modes(folder: Path, place: Path) -> None:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """Context manager that creates a locked temporary folder and removes it with what is in it.
+    """Context manager that creates a locked temporary folder and removes it with its content.
 
     The leftovers of dead processes in the same place are removed first.
 
@@ -133,7 +133,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         parent: Existing folder to create it in.
 
     Yields:
-        The path of the folder, on the same file system as ``parent``. It holds nothing but its lock file.
+        The path of the folder, on the same file system as ``parent``. It contains nothing but its lock file.
 
     Raises:
         OSError: It can't be created.
@@ -168,7 +168,7 @@ def remove_leftovers(parent: Path) -> list[str]:
                 continue
             lock = acquire(entry / LOCK, create=True) if entry.is_dir() else acquire(entry)
             try:
-                if has_locks(parent):  # else the process that writes it may be alive
+                if has_locks(parent):  # otherwise the process that writes it may still be running
                     _remove(entry, lock)
                     removed.append(entry.name)
             finally:
@@ -198,7 +198,7 @@ def _create(parent: Path) -> tuple[Path, Lock]:
 
 def _remove(entry: Path, lock: Lock) -> None:
     if os.name == "nt":
-        lock.close()  # Windows deletes no open file
+        lock.close()  # Windows can't delete an open file
     if entry.is_dir():
         shutil.rmtree(entry)
     else:

@@ -1,6 +1,6 @@
-"""Content of a checkpoint: read without running code, and checked before a trainer takes it.
+"""Content of a checkpoint: read without running code, and checked before a trainer loads it.
 
-Lightning restores what it finds: it resumes without the steps made so far if the progress is missing, keeps a newly
+Lightning does not check the content: it resumes without the steps made so far if the progress is missing, keeps a newly
 initialised weight if a trained one is missing, and raises nearly every kind of exception for a value of another type.
 """
 
@@ -27,8 +27,8 @@ NEEDED = {
 TYPES = NEEDED | {"callbacks": dict, "trained": list}
 
 
-def must_be_checkpoint(path: Path, argument: str) -> None:
-    """Rejects a file that is no checkpoint of a training run, or a damaged one: parts, their types, finite numbers.
+def require_valid_checkpoint(path: Path, argument: str) -> None:
+    """Rejects a file that is not a checkpoint of a training run, or a damaged one: parts, their types, finite numbers.
 
     Args:
         path: Checkpoint file, a zip archive; it is mapped into memory, not copied.
@@ -41,7 +41,7 @@ def must_be_checkpoint(path: Path, argument: str) -> None:
     named = f"{argument}: {str(path)!r}"
     content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise RecordError(f"{named} is no checkpoint of a training run; name its last.ckpt")
+        raise RecordError(f"{named} is not a checkpoint of a training run; name its last.ckpt")
     for part, kind in TYPES.items():
         if part in NEEDED and (part not in content or (part == "optimizer_states" and content[part] == [])):
             raise RecordError(f"{named} lacks its part {part}, so that no run can be resumed from it; {REMEDY}")
@@ -50,7 +50,7 @@ def must_be_checkpoint(path: Path, argument: str) -> None:
             raise RecordError(f"{named} is damaged ({part} is a {found}, not a {kind.__name__}); {REMEDY}")
     for name, value in content["state_dict"].items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise RecordError(f"{named} is damaged (its weight {name!r:.200} is no tensor); {REMEDY}")
+            raise RecordError(f"{named} is damaged (its weight {name!r:.200} is not a tensor); {REMEDY}")
     for part in ("state_dict", "optimizer_states"):
         if not all_finite([each for each in tensors_in(content[part]) if each.is_floating_point()]):
             raise RecordError(f"{named}: its {part} has numbers that are not finite (NaN or infinite); {REMEDY}")
@@ -69,7 +69,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(each)
 
 
-def must_fit(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+def require_matching_weights(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Rejects a checkpoint whose trained weights are not exactly those of a module; loading it would not report this.
 
     Args:
@@ -80,7 +80,9 @@ def must_fit(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> None
         RecordError: No objective wrote the checkpoint; or a weight is missing, unexpected, or of another shape or type.
     """
     if not isinstance(checkpoint.get("trained"), list):
-        raise RecordError("--ckpt_path: no objective wrote this checkpoint; name the last.ckpt of a fit's run folder")
+        raise RecordError(
+            "--ckpt_path: the checkpoint was not written by an objective; name the last.ckpt of a fit's run folder"
+        )
     there = checkpoint.get("state_dict", {})  # empty for DeepSpeed, which stores the weights outside of it
     wrong = set(map(str, checkpoint["trained"])) ^ set(state)
     wrong |= set(state) - set(there) if there else set()
@@ -100,7 +102,7 @@ def unloadable(error: BaseException, path: str) -> RecordError | None:
     """Returns the one-line error for an exception that Lightning raised while it restored a checkpoint, else None.
 
     Args:
-        error: Exception that ended a command.
+        error: Exception with which a command ended.
         path: Checkpoint of the command.
     """
     frames = traceback.extract_tb(error.__traceback__)

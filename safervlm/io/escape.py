@@ -156,7 +156,7 @@ def for_latex(text: str) -> str:
     r"""Escapes a text for LaTeX.
 
     Args:
-        text: Text. A leading ``[`` or ``*`` is put in braces: after ``\\`` LaTeX would take it as an argument.
+        text: Text. A leading ``[`` or ``*`` is put in braces: after ``\\`` LaTeX would interpret it as an argument.
     """
     text = visible(text).translate(_LATEX)
     return f"{{{text[0]}}}{text[1:]}" if text.startswith(("[", "*")) else text

@@ -1,4 +1,4 @@
-"""The fields of records: their types, normal names, and a fast copy."""
+"""Fields of records: type checks, normalisation of names, and a fast conversion to a dictionary."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -12,7 +12,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 
     Args:
         path: File to write; its folder is created if it does not exist.
-        write: Function that writes the temporary file whose path it is given. The file lies beside ``path`` (see
+        write: Function that writes the temporary file whose path it is given. The file is next to ``path`` (see
             :func:`safervlm.io.caches.temporary`) and then replaces it.
 
     Raises:

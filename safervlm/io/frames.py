@@ -1,8 +1,8 @@
 """First frame of an animation, and the part of the canvas that it covers: the rest is transparent.
 
 Pillow decodes the default image of an animated PNG even if it is not a frame of the animation (viewers without
-animations show it, browsers do not), ignores an orientation behind the frames, and fills what the first frame of a WebP
-without transparency leaves open with black.
+animations show it, browsers do not), ignores an orientation after the frames, and fills the canvas of a WebP without
+transparency with black outside the first frame.
 """
 
 import struct
@@ -24,7 +24,7 @@ def first_frame(image: ImageFile.ImageFile, content: bytes) -> tuple[bytes, Box]
         content: Bytes of its file.
 
     Returns:
-        ``content`` itself, or a file of the frame alone; and the box within the canvas that the file has data for.
+        ``content`` itself, or a file with this frame only; and the box within the canvas that the file has data for.
     """
     whole = 0, 0, *image.size
     if image.format == "PNG" and getattr(image, "is_animated", False):
@@ -42,7 +42,7 @@ def first_frame(image: ImageFile.ImageFile, content: bytes) -> tuple[bytes, Box]
 
 
 def within(box: Box, canvas: Box) -> bool:
-    """Returns whether a box is not empty and lies within the canvas; viewers ignore the animation of another one.
+    """Returns whether a box is not empty and lies within the canvas; viewers ignore an animation with any other box.
 
     Args:
         box: Box of a frame.
@@ -58,7 +58,7 @@ def first_apng_frame(content: bytes) -> tuple[bytes, Box] | None:
         content: Bytes of the file.
 
     Returns:
-        A PNG file of the frame alone, with the other chunks of the file, and the frame's box; None if there is none.
+        A PNG file with this frame only, with the other chunks of the file, and the frame's box; None if there is none.
     """
     header, others, data = b"", [], []
     box: Box | None = None

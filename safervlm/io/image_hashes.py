@@ -18,7 +18,7 @@ def images_fingerprint(files: Mapping[str, str | Path | None]) -> str:
     Args:
         files: Image's name within the dataset -> its file.
     """
-    return fingerprint("\n".join(f"{name} {look_at(file).digest}" for name, file in files.items()))
+    return fingerprint("\n".join(f"{name} {properties_of_image_file(file).digest}" for name, file in files.items()))
 
 
 def report_frames(dataset: str, files: Mapping[str, str | Path | None]) -> None:
@@ -30,7 +30,7 @@ def report_frames(dataset: str, files: Mapping[str, str | Path | None]) -> None:
         dataset: Name of the dataset.
         files: Image's name within the dataset -> its file.
     """
-    names = [name for name, file in files.items() if look_at(file).frames]
+    names = [name for name, file in files.items() if properties_of_image_file(file).frames]
     if names:
         print_once(
             f"{printable(dataset)}: {len(names)} of {len(files)} images are animations or have several pages, for "
@@ -49,8 +49,8 @@ def print_once(line: str) -> None:
 
 
 @dataclass(frozen=True)
-class Look:
-    """Properties of an image file that are known without decoding it.
+class ImageFileProperties:
+    """Properties of an image file that can be determined without decoding it.
 
     Attributes:
         digest: SHA-256 of the content in hexadecimal digits; empty if the file can't be read.
@@ -61,20 +61,24 @@ class Look:
     frames: bool
 
 
-def look_at(path: str | Path | None) -> Look:
+def properties_of_image_file(path: str | Path | None) -> ImageFileProperties:
     """Returns the properties of an image file; the file is read once per process unless it changes.
 
     Args:
-        path: File; if it is missing or no regular file, the digest is empty.
+        path: File; if it is missing or not a regular file, the digest is empty.
     """
     try:
         there = Path(str(path)).stat()
-        return _look_at(str(path), there.st_size, there.st_mtime_ns) if stat.S_ISREG(there.st_mode) else Look("", False)
+        return (
+            _read_image_file_properties(str(path), there.st_size, there.st_mtime_ns)
+            if stat.S_ISREG(there.st_mode)
+            else ImageFileProperties("", False)
+        )
     except (OSError, ValueError):
-        return Look("", False)
+        return ImageFileProperties("", False)
 
 
 @cache
-def _look_at(path: str, size: int, changed: int) -> Look:
+def _read_image_file_properties(path: str, size: int, changed: int) -> ImageFileProperties:
     with open_regular(path) as file:
-        return Look(hashlib.file_digest(file, "sha256").hexdigest(), has_frames(file))
+        return ImageFileProperties(hashlib.file_digest(file, "sha256").hexdigest(), has_frames(file))

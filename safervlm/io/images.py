@@ -1,4 +1,4 @@
-"""Image files: where they may lie, and how they are decoded. No other module opens images.
+"""Image files: where they may be located, and how they are decoded. No other module opens images.
 
 Every image given to a model, a server or a page is decoded by :func:`decode`, so that all use the same pixels: those
 that an image viewer shows. A file is read once, completely, and only if it is a regular file.
@@ -31,7 +31,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".ti
 # The only decoders that are tried: others would, for example, start Ghostscript (EPS). JPEG includes MPO, which many
 # phones write. AVIF requires Pillow 11.3.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if find_spec("PIL.AvifImagePlugin") else []))
-# Suffix of a file that stores a table's value for an image that is not an image.
+# Suffix of a file that stores a value from the image column of a table if the value is not an image.
 BROKEN = ".broken"
 
 # First bytes of files that are mistaken for images, in lower case.
@@ -179,7 +179,7 @@ def decode(path: str | Path, record: str, settings: ImageSettings = ImageSetting
         settings: Limits, and the colour behind transparent pixels.
 
     Raises:
-        RecordError: The file is missing, damaged, truncated, too large, no regular file or no image of :data:`FORMATS`.
+        RecordError: The file is missing, damaged, truncated, too large, not regular or not one of :data:`FORMATS`.
     """
     content = read_file(path, record, settings)
     what = f"{printable(record)}: the image {printable(path)}"
@@ -210,7 +210,7 @@ def read_file(path: str | Path, record: str, settings: ImageSettings) -> bytes:
         settings: ``max_bytes`` limits the size.
 
     Raises:
-        RecordError: The file is missing, empty, too large, no regular file, or can't be read.
+        RecordError: The file is missing, empty, too large, not a regular file, or can't be read.
     """
     what = f"{printable(record)}: the image {printable(path)}"
     try:
@@ -250,7 +250,7 @@ def strict_pillow(max_pixels: int | None) -> Iterator[None]:
     """Context manager in which Pillow rejects oversized and truncated images, and prints no warnings.
 
     Args:
-        max_pixels: Maximum of width times height, also of frames within a file; None where no pixel is decoded.
+        max_pixels: Maximum of width times height, also of frames within a file; None if no pixel is decoded.
     """
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
@@ -334,7 +334,7 @@ def decode_opened(image: ImageFile.ImageFile, content: bytes, settings: ImageSet
     )
     if orientation in TRANSPOSITIONS:
         shown = shown.transpose(TRANSPOSITIONS[orientation])
-    shown.info.clear()  # else a profile or transparent colour would be written to a PNG, and applied again
+    shown.info.clear()  # otherwise a profile or transparent colour would be written to a PNG, and applied again
     return Decoded(shown, content, kind, plain)
 
 

@@ -25,7 +25,7 @@ class Lock:
     """An exclusive lock that this process holds, until :meth:`close`.
 
     Args:
-        descriptor: Open and locked file; without a lock on a file system that has none.
+        descriptor: Open and locked file; not locked if the file system does not support locks.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -79,7 +79,7 @@ def acquire(path: Path, *, create: bool = False, wait: float = 0.0) -> Lock:
 
 
 def _open(path: Path, create: bool) -> int:
-    try:  # network file systems lock only what is open for writing
+    try:  # network file systems lock only files that are open for writing
         return os.open(path, os.O_RDWR | (os.O_CREAT if create else 0) | OPEN_FLAGS, 0o666)
     except OSError as error:
         if create or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
@@ -88,7 +88,7 @@ def _open(path: Path, create: bool) -> int:
 
 
 def has_locks(path: Path) -> bool:
-    """Returns whether the file system of a path has locks, as far as :func:`acquire` has found out.
+    """Returns whether the file system of a path supports locks, according to previous calls of :func:`acquire`.
 
     Args:
         path: Existing file or folder.
@@ -97,7 +97,7 @@ def has_locks(path: Path) -> bool:
 
 
 def holder(path: Path) -> str | None:
-    """Returns the id of the process that wrote itself into a lock file; None if none did, or it can't be read.
+    """Returns the process id that is stored in a lock file; None if there is none, or it can't be read.
 
     Args:
         path: Lock file.
@@ -117,18 +117,18 @@ def _lock(descriptor: int, path: Path) -> bool:
     try:
         return device in _without_locks or lock_descriptor(descriptor, blocking=False)
     except OSError as error:
-        if error.errno == errno.EBADF:  # only what is open for writing can be locked here
+        if error.errno == errno.EBADF:  # only files that are open for writing can be locked here
             return True
         _without_locks.add(device)
         warn(
-            f"{path.parent}: this file system has no locks ({error.strerror}): run one command at a time here; what a "
-            "killed command leaves unfinished stays"
+            f"{path.parent}: this file system has no locks ({error.strerror}): run one command at a time in it; "
+            "unfinished files of killed commands are not removed"
         )
         return True
 
 
 def _process_in(descriptor: int) -> str | None:
-    """Returns the process id in an open lock file, empty for an empty file; None if it holds anything else."""
+    """Returns the process id in an open lock file, empty for an empty file; None if it contains anything else."""
     os.lseek(descriptor, 0, os.SEEK_SET)
     text = os.read(descriptor, 24).decode("ascii", errors="replace").strip()
     return text if not text or text.isdecimal() else None

@@ -16,7 +16,7 @@ from safervlm.errors import ArgumentError
 INVISIBLE = "\u00ad\u200b\u2060\ufeff\u2061\u2062\u2063\u2064\u180e\u115f\u1160\u3164\uffa0\u034f"
 # Zero-width joiners and directional marks: they affect the display inside a word, but not at its ends.
 AT_THE_ENDS = "\u200c\u200d\u200e\u200f\u061c"
-# The same between characters of ASCII, and variation selectors behind its letters: there they affect nothing.
+# The same characters between ASCII characters, and variation selectors after ASCII letters: they have no effect there.
 WITHOUT_EFFECT = re.compile(rf"(?<=[ -~])[{AT_THE_ENDS}]+(?=[ -~])|(?<=[A-Za-z])[\ufe00-\ufe0f]+")
 
 

@@ -20,15 +20,15 @@ def page_of(file: Path, command: str) -> bool:
 def require_replaceable_page(page: Path, command: str, *beside: str) -> None:
     """Rejects the path of a page if writing it would replace a file that the command did not write.
 
-    An earlier page and the tables beside it may be replaced.
+    An earlier page and the tables next to it may be replaced.
 
     Args:
         page: HTML file to write.
         command: Command that writes it, for example ``report``.
-        *beside: Endings of the files written beside it, such as ``.csv`` or ``_table.csv``.
+        *beside: Endings of the files written next to it, such as ``.csv`` or ``_table.csv``.
 
     Raises:
-        ArgumentError: The path is a folder, a file that the command did not write is there, or there is no page but one
+        ArgumentError: The path is a folder or a file that the command did not write, or there is no page but one
             of the other files.
     """
     other = f"name another page than {page}, or move the file away"
@@ -56,7 +56,7 @@ def require_replaceable_texts(argument: str, texts: Mapping[Path, str]) -> None:
     for file, text in texts.items():
         if file.exists() and not (file.is_file() and file.read_bytes() == text.encode()):
             raise ArgumentError(
-                f"{argument}: {file} already exists and holds something else; name another folder, or move it away"
+                f"{argument}: {file} already exists with other contents; name another folder, or move it away"
             )
 
 
@@ -68,7 +68,7 @@ def require_empty_folder(argument: str, folder: Path) -> None:
         folder: Folder.
 
     Raises:
-        ArgumentError: Something is there.
+        ArgumentError: The folder is not empty, or it is a file.
     """
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise ArgumentError(f"{argument}: {folder} already exists and is not empty; name another folder")

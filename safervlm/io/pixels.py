@@ -83,7 +83,7 @@ def split_alpha(image: Image.Image, encoding: Encoding) -> tuple[Image.Image, Im
         return Image.fromarray(eight_bits(values, encoding)), alpha
     if image.mode in ("1", "L", "RGB") and transparent is not None:
         if encoding.bits > 8:
-            raise UnsupportedPixelsError("one of its colours of 16 bits a channel is transparent")
+            raise UnsupportedPixelsError("one of its colours with 16 bits per channel is transparent")
         if image.mode == "L" and encoding.bits < 8:  # the value in the file; Pillow scaled the pixels to 8 bits
             transparent = int(transparent) * 255 // (2**encoding.bits - 1)
         colours = image.convert("L") if image.mode == "1" else image

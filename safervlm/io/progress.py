@@ -17,8 +17,8 @@ from rich.progress import Progress, TimeRemainingColumn
 
 from safervlm.io.escape import for_terminal
 
-SECONDS = 30.0  # between two lines, at least
-SHARE = 0.05  # of the whole between two lines, at least
+SECONDS = 30.0  # minimum time between two lines
+SHARE = 0.05  # minimum share of the whole between two lines
 
 T = TypeVar("T")
 
@@ -27,8 +27,8 @@ class Lines:
     """Progress as plain lines without control characters.
 
     Args:
-        what: What is in progress; the beginning of each line.
-        total: Number of items in all. None if it is unknown: then only time decides when a line is due.
+        what: Name of the task; the beginning of each line.
+        total: Total number of items. None if it is unknown: then lines depend on the time only.
         start: Number of items that were complete before, as in a resumed training; they don't count for the rate.
         unit: Plural name of the items; may be empty.
     """
@@ -51,7 +51,7 @@ class Lines:
             self._write(now)
 
     def end(self) -> None:
-        """Writes the last line, with the time in all; nothing if there was nothing to do."""
+        """Writes the last line, with the total time; nothing if there was nothing to do."""
         if self._done > self._start:
             self._write(time.monotonic(), ended=True)
 
@@ -90,8 +90,8 @@ def progress(what: str, total: float | None, unit: str = "") -> Iterator[Callabl
     """Context manager that shows progress: a bar in a terminal, else lines.
 
     Args:
-        what: What is in progress.
-        total: Number of items in all; None if it is unknown.
+        what: Name of the task.
+        total: Total number of items; None if it is unknown.
         unit: Plural name of the items, for the lines; may be empty.
 
     Yields:
@@ -113,7 +113,7 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
 
     Args:
         items: Items.
-        what: What is in progress, such as ``Judging``.
+        what: Name of the task, such as ``Judging``.
 
     Yields:
         The items.

@@ -173,7 +173,7 @@ def read_json(path: Path, way_out: str = "", finite: bool = True) -> Any:
     if not text.strip():
         raise RecordError(f"{path}: is empty, and needs JSON; {way_out}")
     try:
-        json.loads(text)  # only for the number of the line, which the error of the strict parsing lacks
+        json.loads(text)  # only for the number of the line, which the error of the strict parser does not contain
     except json.JSONDecodeError as error:
         raise RecordError(
             f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno}); {way_out}"
@@ -188,14 +188,14 @@ def read_object(path: Path, way_out: str = "", finite: bool = True) -> dict[str,
 
     Args:
         path: File to read.
-        way_out: Remedy for a file that can't be read or is not JSON object.
+        way_out: Remedy for a file that can't be read or is not a JSON object.
         finite: Whether to reject NaN and Infinity.
 
     Returns:
         The object.
 
     Raises:
-        RecordError: The file can't be read, or is not JSON object; the message names the file.
+        RecordError: The file can't be read, or is not a JSON object; the message names the file.
     """
     value = read_json(path, way_out, finite)
     if not isinstance(value, dict):

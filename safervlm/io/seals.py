@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safervlm.errors import RecordError, first_line
-from safervlm.io.checkpoints import REMEDY, must_be_checkpoint
+from safervlm.io.checkpoints import REMEDY, require_valid_checkpoint
 from safervlm.io.reading import parse_json
 from safervlm.io.settings import flat
 from safervlm.legacy import with_todays_names
@@ -24,7 +24,7 @@ from safervlm.provenance import PACKAGES, installed_version
 SEAL = "safervlm.json"
 END = struct.Struct("<4s4H2LH")  # last record of a zip archive; its last field is the length of the comment
 DIGITS = 64  # hexadecimal digits of SHA-256, at the end of the comment
-# What a sharded checkpoint holds that has no seal: FSDP's and Lightning's description, DeepSpeed's files.
+# Files of a sharded checkpoint that have no seal: FSDP's and Lightning's description, DeepSpeed's files.
 SHARDED = (".metadata", "meta.pt", "latest", "checkpoint", "zero_to_fp32.py")
 
 
@@ -104,7 +104,7 @@ def parse_seal(text: str, path: Path) -> dict[str, Any]:
         path: File that the text is from, for the error message.
 
     Returns:
-        The content. ``origin`` is a dictionary; ``files``, if it is there, has a text for each file.
+        The content. ``origin`` is a dictionary; ``files``, if it exists, has a text for each file.
 
     Raises:
         RecordError: The text is not JSON, or not of this form.
@@ -112,9 +112,11 @@ def parse_seal(text: str, path: Path) -> dict[str, Any]:
     found = parse_json(text, str(path), REMEDY, finite=False)
     files = found.get("files", {}) if isinstance(found, dict) else None
     if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
-        raise RecordError(f"{path}: its seal is damaged (no checksums of files: {text!r:.80}); {REMEDY}")
+        raise RecordError(f"{path}: its list of checksums is damaged (no files: {text!r:.80}); {REMEDY}")
     if not isinstance(found.get("origin"), dict):
-        raise RecordError(f"{path}: its seal is damaged (no settings under origin: {text!r:.80}); {REMEDY}")
+        raise RecordError(
+            f"{path}: its list of checksums is damaged (no settings under origin: {text!r:.80}); {REMEDY}"
+        )
     return found
 
 
@@ -129,12 +131,12 @@ def verify_file(path: Path, argument: str) -> dict[str, Any] | None:
         None for a checkpoint without a seal (of version 0.1), for which the archive's own checksums are verified.
 
     Raises:
-        RecordError: The file is empty, damaged, or no checkpoint.
+        RecordError: The file is empty, damaged, or not a checkpoint.
     """
     damaged = f"{argument}: {str(path)!r} is damaged"
     try:
         if not path.is_file():
-            raise RecordError(f"{argument}: {str(path)!r} is no regular file; name the last.ckpt of a run")
+            raise RecordError(f"{argument}: {str(path)!r} is not a regular file; name the last.ckpt of a run")
         if not path.stat().st_size:
             raise RecordError(f"{argument}: {str(path)!r} is empty; {REMEDY}")
         with zipfile.ZipFile(path) as archive:
@@ -142,7 +144,7 @@ def verify_file(path: Path, argument: str) -> dict[str, Any] | None:
             if not comment and (torn := archive.testzip()) is not None:
                 raise RecordError(f"{damaged} (in its part {torn}); {REMEDY}")
         if not comment:
-            must_be_checkpoint(path, argument)
+            require_valid_checkpoint(path, argument)
             return None
         digest = hashlib.sha256()
         with path.open("rb") as file:
@@ -154,12 +156,12 @@ def verify_file(path: Path, argument: str) -> dict[str, Any] | None:
         if digest.hexdigest().encode() != said:
             raise RecordError(f"{damaged} (its checksum is another one); {REMEDY}")
         found = parse_seal(comment[:-DIGITS].decode(), path)
-        must_be_checkpoint(path, argument)
+        require_valid_checkpoint(path, argument)
     except RecordError:
         raise
     except Exception as error:  # zipfile and pickle raise many kinds of exceptions
         raise RecordError(
-            f"{argument}: {str(path)!r} is damaged, or is no checkpoint ({first_line(error)}); {REMEDY}"
+            f"{argument}: {str(path)!r} is damaged, or not a checkpoint ({first_line(error)}); {REMEDY}"
         ) from error
     return found
 
@@ -216,7 +218,7 @@ def verify_seal(
             raise RecordError(f"{argument}: the folder {str(path)!r} is empty; {REMEDY}")
         found = verify_folder(path, argument)
         if not any((path / name).exists() for name in SHARDED):
-            raise RecordError(f"{argument}: the folder {str(path)!r} is no checkpoint; name the last.ckpt in it")
+            raise RecordError(f"{argument}: the folder {str(path)!r} is not a checkpoint; name the last.ckpt in it")
     else:
         found = verify_file(path, argument)
     if found is None or origin is None:

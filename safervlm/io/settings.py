@@ -135,14 +135,14 @@ def read_yaml(file: Path, option: str = "", error: type[UserError] = ArgumentErr
 
 
 def read_part(file: Path, option: str) -> Any:
-    """Reads a file that may hold settings, whatever its ending; the parser reads any file in the place of a class.
+    """Reads a file that may contain settings, whatever its ending; the parser reads any file in the place of a class.
 
     Args:
         file: Existing file.
         option: Option that names the file, for the error message.
 
     Returns:
-        The settings; None if the file holds none.
+        The settings; None if the file contains none.
 
     Raises:
         ArgumentError: A key is duplicated, or aliases expand to too many values.
@@ -180,7 +180,7 @@ def read_settings(file: Path, option: str = "", error: type[UserError] = Argumen
     """
     settings = read_yaml(file, option, error)
     if not isinstance(settings, Mapping):
-        kind = "is empty" if settings is None else f"holds a {type(settings).__name__}"
+        kind = "is empty" if settings is None else f"contains a {type(settings).__name__}"
         raise error(
             f"{option}{': ' if option else ''}{file} {kind}, and no settings; name a recipe, for example "
             "configs/measure.yaml"

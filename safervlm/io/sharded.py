@@ -1,6 +1,6 @@
-"""Checkpoints that are folders: ``last.ckpt`` is then a symbolic link to a folder, because no folder replaces another.
+"""Checkpoints that are folders: ``last.ckpt`` is then a symbolic link to a folder, as links are replaced atomically.
 
-The folders have names of their own, :data:`FOLDERS`, and no other folder is ever removed.
+The folders have reserved names, :data:`FOLDERS`, and no other folder is ever removed.
 """
 
 import re
@@ -14,7 +14,7 @@ from safervlm.io.caches import temporary_folder
 FOLDERS = re.compile(r"\.safervlm-[0-9a-f]{16}\.ckpt")
 
 
-def put_in_place(written: Path, last: Path) -> None:
+def link_to_checkpoint_folder(written: Path, last: Path) -> None:
     """Makes a link point to a checkpoint folder, atomically, and removes the folder that it pointed to.
 
     Args:
@@ -31,7 +31,7 @@ def put_in_place(written: Path, last: Path) -> None:
 
 
 def remove_replaced(last: Path) -> None:
-    """Removes the checkpoint folders that :func:`put_in_place` made and nothing points to.
+    """Removes the checkpoint folders that :func:`link_to_checkpoint_folder` made and nothing points to.
 
     Args:
         last: The link, in the folder of the checkpoints; both may be missing.

@@ -95,7 +95,7 @@ def grace() -> float:
 def listening() -> Iterator[None]:
     """Context manager that handles requests to end as described in this module; a nested call has no effect.
 
-    A signal that the process ignores from its start (``nohup``, a shell's ``&``) remains ignored.
+    A signal that the process has ignored since its start (``nohup``, a shell's ``&``) remains ignored.
 
     Raises:
         ArgumentError: The environment variable ``SAFERVLM_GRACE`` is invalid.
@@ -117,7 +117,7 @@ def listening() -> Iterator[None]:
     watcher.start()
     try:
         yield
-        forget_peers()  # not after an exception, as why_ended() uses the peers
+        forget_peers()  # not after an exception, as exit_code_and_reason() uses the peers
     finally:
         if not asked_to_end():  # else the thread is needed until the process has ended
             for number, handler in before.items():
@@ -171,7 +171,7 @@ def exit_code() -> int:
     return 128 + (_requests.signum or signal.SIGTERM)
 
 
-def why_ended(error: BaseException | None) -> tuple[int, str] | None:
+def exit_code_and_reason(error: BaseException | None) -> tuple[int, str] | None:
     """Returns whether a command ended because of a request to end, or the death of another process.
 
     Args:
@@ -187,7 +187,7 @@ def why_ended(error: BaseException | None) -> tuple[int, str] | None:
     if error is not None and not isinstance(error, UserError) and _requests.peers:
         text = f"{type(error).__name__} {error}"
         if any(sign in text for sign in ("DistBackendError", "DistNetworkError", "DistStoreError", "gloo/", "NCCL")):
-            return LOST, _line_of_the_lost(f"one that can't be reached: {first_line(error)[:200]}")
+            return LOST, _peer_lost_message(f"one that can't be reached: {first_line(error)[:200]}")
     return None
 
 
@@ -225,8 +225,8 @@ def observe(child_processes: list["subprocess.Popen[Any]"]) -> None:
     _requests.children = child_processes
 
 
-def keep_until_asked(worker: int = 0) -> None:
-    """Lets a data-loading process outlive a signal to its process group, so that the current step can be completed.
+def defer_signal_in_worker(worker: int = 0) -> None:
+    """Lets a data-loading process survive a signal to its process group, so that the current step can be completed.
 
     Args:
         worker: Index of the worker; unused, as required by DataLoader's ``worker_init_fn``.
@@ -308,7 +308,7 @@ def _watch(reader: socket.socket, seconds: float) -> None:
                 # Only if found twice: at the regular end of a run another process may end a moment earlier.
                 before, gone = gone, _gone()
                 if gone and gone == before:
-                    _requests.lost = _line_of_the_lost(gone)
+                    _requests.lost = _peer_lost_message(gone)
         time.sleep(seconds)
     _end()
 
@@ -320,7 +320,7 @@ def _gone() -> str:
     return gone[0] if gone else ""
 
 
-def _line_of_the_lost(which: str) -> str:
+def _peer_lost_message(which: str) -> str:
     return f"another process of this run has ended ({which}), so this one ends; the same command resumes the run"
 
 

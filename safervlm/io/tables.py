@@ -1,7 +1,7 @@
 """Output of tables on the terminal, as CSV and as Excel, with escaped texts.
 
 :data:`JUDGE_NOTE` states that numbers and intervals disregard the judge's error. Every table and page with intervals of
-uncorrected numbers shows it; beside corrected ones, :data:`BESIDE_CORRECTED`. In CSV and Excel the column ``excludes``
+uncorrected numbers shows it; next to corrected ones, :data:`BESIDE_CORRECTED`. In CSV and Excel the column ``excludes``
 states it in each row.
 """
 
@@ -14,7 +14,7 @@ import pandas as pd
 from openpyxl.worksheet.worksheet import Worksheet
 from rich.box import HEAVY_HEAD, Box
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -35,6 +35,8 @@ NARROWEST, WIDEST, FILTER_BUTTON = 8, 60, 3
 class TextTable(Table):
     """A table of rich whose texts are shown literally: brackets are not markup, control characters are escaped.
 
+    Its caption is as wide as the terminal, not as the table, which may be narrow.
+
     Args:
         title: Title above the table.
         caption: Caption below the table; line breaks are kept.
@@ -47,6 +49,16 @@ class TextTable(Table):
             caption=for_rich(caption, "table.caption", lines=True) if caption else None,
             box=box,
         )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        caption, self.caption = self.caption, None
+        try:
+            lines = [*super().__rich_console__(console, options)]
+        finally:
+            self.caption = caption
+        yield from lines
+        if caption:
+            yield caption
 
     def add_column(self, header: object = "", *args: Any, **options: Any) -> None:
         """Adds a column; see :meth:`rich.table.Table.add_column`.
@@ -100,7 +112,7 @@ def wrapped(text: str, most: int | None = None) -> list[str]:
 
     Args:
         text: Text, which may contain names from data.
-        most: Number of lines from which on the text is cut, which an ellipsis shows; None for all lines.
+        most: Maximum number of lines; a longer text is cut and ends with an ellipsis. None for all lines.
     """
     console = terminal()
     lines = [line.plain.rstrip() for line in Text(for_terminal(text)).wrap(console, console.width)]
@@ -121,7 +133,7 @@ def height_of_line(text: str) -> int:
 
 
 def height(table: TextTable) -> int:
-    """Returns the number of lines that a table has on the terminal.
+    """Returns the number of lines that a table takes up on the terminal.
 
     Args:
         table: Table to print.
@@ -191,12 +203,12 @@ def write_workbook(path: Path, sheets: Mapping[str, pd.DataFrame], notes: Sequen
 
 
 def _format(sheet: Worksheet) -> None:
-    """Gives a sheet filters, widths and number formats, and makes its texts texts."""
+    """Gives a sheet filters, widths and number formats, and stores texts as texts."""
     sheet.auto_filter.ref = sheet.dimensions
     for column in sheet.iter_cols():
         lengths = []
         for cell in column:
-            if isinstance(cell.value, str):  # else "=1" is a formula and "#N/A" an error to openpyxl
+            if isinstance(cell.value, str):  # otherwise "=1" is a formula and "#N/A" an error to openpyxl
                 cell.data_type = "s"
                 cell.quotePrefix = cell.value.startswith(("=", "+", "-", "@"))
                 lengths.append(len(cell.value))

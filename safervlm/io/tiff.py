@@ -8,7 +8,7 @@ WIDTH, HEIGHT, BITS_PER_SAMPLE, PHOTOMETRIC = 256, 257, 258, 262  # tags
 SAMPLES_PER_PIXEL, ROWS_PER_STRIP, STRIP_BYTES = 277, 278, 279
 PLANAR, TILE_WIDTH, TILE_HEIGHT, TILE_BYTES, SAMPLE_FORMAT = 284, 322, 323, 325, 339
 WHITE_IS_ZERO, SEPARATE, SIGNED = 0, 2, 2  # values of PHOTOMETRIC, of PLANAR and of SAMPLE_FORMAT
-# Modes that Pillow decodes correctly if a file stores each channel in a plane of its own; of others it loses channels.
+# Modes that Pillow decodes correctly if a file stores each channel in a plane of its own; in others it loses channels.
 PLANAR_MODES = ("RGB", "RGBA", "CMYK")
 NO_DATA = "image file is truncated: it has no data for some of its rows"
 
@@ -64,7 +64,7 @@ def pieces(image: ImageFile.ImageFile) -> list[tuple[int, int]]:
         image: Opened image, not loaded.
     """
     tags = image.tag_v2  # type: ignore[attr-defined]
-    width, height = tags[WIDTH], tags[HEIGHT]  # those of the image are of the turned one
+    width, height = tags[WIDTH], tags[HEIGHT]  # image.size is the size after the orientation is applied
     if TILE_WIDTH in tags:
         wide, high = tags[TILE_WIDTH], tags[TILE_HEIGHT]
         return [(wide, high)] * (-(-width // wide) * -(-height // high))

@@ -1,6 +1,6 @@
-"""Trust in run folders: what the configuration of a folder, possibly made by others, may make a command do.
+"""Trust in run folders: limits on what a folder's configuration, possibly written by others, can make a command do.
 
-A run folder holds a configuration, which names addresses, environment variables and classes, and records, which name
+A run folder contains a configuration, which names addresses, environment variables and classes, and records, which name
 image files. A command that reads the folder uses none of them unless its user has repeated or allowed them on the
 command line, and reads images only from the folders of the run's data.
 """
@@ -21,6 +21,7 @@ import yaml
 
 from safervlm.errors import ArgumentError, RecordError, UserError
 from safervlm.io.settings import LARGEST_PART, from_yaml, read_settings
+from safervlm.plugins import STARTED_IN
 from safervlm.run_folder import RunFolder
 
 # Packages whose classes a configuration may name without the user's consent.
@@ -45,10 +46,11 @@ class Named:
     code: set[str] = field(default_factory=set)
 
 
-def find_beside_the_shell() -> None:
-    """Allows importing classes from the current folder; it is searched last, so that it never shadows a package."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+def allow_imports_from_current_folder() -> None:
+    """Allows importing classes from the current folder; it is searched last, so that it shadows no package."""
+    for known in (sys.path, STARTED_IN):
+        if str(Path.cwd()) not in known:
+            known.append(str(Path.cwd()))
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def named_in(config: Any, folder: Path) -> Named:
-    """Finds what a configuration names, including in the files that it includes.
+    """Finds the addresses, variables and code that a configuration names, also in the files that it includes.
 
     Args:
         config: Configuration as plain data, or a part of it.
@@ -93,7 +95,7 @@ def check_trust(
 
     Args:
         file: Configuration file, for the error message.
-        named: What it names; see :func:`named_in`.
+        named: Addresses, variables and code that it names; see :func:`named_in`.
         argument: Argument that names the folder, for the error message.
         trust_config: Whether classes of other packages may be imported.
         addresses: Addresses that the user has repeated.
@@ -212,7 +214,7 @@ def _search_text(text: str, folders: tuple[Path, ...], named: Named, seen: set[P
         named.code.add(text)
     for folder in folders:
         content = None
-        with suppress(OSError, ValueError, RuntimeError):  # no file of a configuration
+        with suppress(OSError, ValueError, RuntimeError):  # not a configuration file
             file = (folder / text).resolve(strict=True)
             if file not in seen and file.is_file():
                 with file.open("rb") as opened:
@@ -232,7 +234,7 @@ def _search_text(text: str, folders: tuple[Path, ...], named: Named, seen: set[P
         seen.add(file)
         try:
             part = from_yaml(content)
-        except UserError as error:  # of duplicate keys, another parser may use the unchecked one
+        except UserError as error:  # another parser may use the unchecked value of a duplicate key
             raise RecordError(f"{file}: {error}") from None
         except (ValueError, RecursionError, yaml.YAMLError):
             continue

@@ -16,7 +16,7 @@ from transformers import RobertaConfig, RobertaModel, get_linear_schedule_with_w
 
 from safervlm.data.labelled import LabelCollator
 from safervlm.errors import ArgumentError, RecordError
-from safervlm.finite import NotFiniteRecordError, TrainingGuard, must_be_trained
+from safervlm.finite import NotFiniteRecordError, TrainingGuard, require_optimizer_step
 from safervlm.hashing import fingerprint
 from safervlm.io.files import write_atomically
 from safervlm.io.names import label_names
@@ -28,10 +28,10 @@ from safervlm.ranges import in_range
 from safervlm.run_folder import RunFolder
 from safervlm.vlm.processors import read_tokenizer
 from safervlm.vlm.sizes import bounded_config, sized
-from safervlm.vlm.weights import load_model, must_be_finite, read_tensors, reading, weights_fingerprint
+from safervlm.vlm.weights import load_model, read_tensors, reading, require_finite_floats, weights_fingerprint
 
 # Keys that a checkpoint may contain although this model does not. Older versions of transformers saved the position
-# ids, which are 0, 1, 2, ... for every RoBERTa. The pooler is not used: the classifier takes the first token's state.
+# ids, which are 0, 1, 2, ... for every RoBERTa. The pooler is not used: the classifier uses the first token's state.
 UNREAD_KEYS = frozenset({"roberta.embeddings.position_ids", "roberta.pooler.dense.weight", "roberta.pooler.dense.bias"})
 BATCH_SIZE = 64  # default number of responses in a forward pass
 # Log-probabilities closer than this could change their order by rounding, which changes them by about 1e-7.
@@ -41,12 +41,12 @@ NEAR_TIE = 1e-4
 class Judge(LightningModule):
     """A classifier of responses: RoBERTa with a linear layer on the first token's last hidden state.
 
-    It classifies the response's text alone, without question or image. A text longer than the model's positions (512
+    It classifies only the response's text, without question or image. A text longer than the model's positions (512
     tokens for roberta-base) is truncated, as by the published classifiers. An empty text is classified like any other.
 
-    As a judge of a :class:`Panel` or the reward of an objective it is frozen: always in eval mode, without gradients,
-    in float32 whatever the surrounding precision. Only ``fit`` of the judge itself trains it. The weights are loaded at
-    first use.
+    As a judge of a :class:`safervlm.judging.panel.Panel` or the reward of an objective it is frozen: always in eval
+    mode, without gradients, in float32 at any surrounding precision. Only ``fit`` of the judge itself trains it.
+    The weights are loaded at first use.
 
     After ``fit`` the run folder contains ``judge/`` (see :meth:`save_pretrained`) and ``confusion.csv``, the confusion
     matrix on held-out responses: rows are true labels, columns predicted ones.
@@ -65,8 +65,8 @@ class Judge(LightningModule):
             decays linearly to 0.
         label_smoothing: Probability mass of the target that ``fit`` spreads evenly over all labels. It bounds the
             judge's confidence, and with it the reward that PPO receives from the judge.
-        max_characters: Longer texts are truncated to this many characters before tokenization, which takes time for
-            each megabyte. The default is 128 characters, the longest token of roberta-base, for each of its 512
+        max_characters: Longer texts are truncated to this many characters before tokenization, which is slow for
+            megabytes of text. The default is 128 characters, the longest token of roberta-base, for each of its 512
             positions, so it changes no token that the model receives.
 
     Raises:
@@ -150,7 +150,7 @@ class Judge(LightningModule):
         return super().train(mode and self._fitting)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Judge":
-        # All moves and conversions of a module end here. The judge is moved to another device but stays in float32:
+        # All moves and conversions of a module use this. The judge is moved to another device but stays in float32:
         # rounded weights would make a different judge from the one whose fingerprint its verdicts contain.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
@@ -189,12 +189,12 @@ class Judge(LightningModule):
                 RobertaModel, base, "base", whole=False, add_pooling_layer=False, dtype=torch.float32, weights_only=True
             )
         else:
-            # Without memory first: the sizes in its configuration may be those of no model, or of another one.
+            # Built without memory first: the sizes in the configuration may be invalid or those of another model.
             with reading(base, "base"), sized(base, [weights], "base"), torch.device("meta"):
                 shapes = judge_of(RobertaModel(config, add_pooling_layer=False), config, len(self.labels)).state_dict()
             state = self._checked_state(weights, shapes)
             roberta = RobertaModel(config, add_pooling_layer=False)
-        # float32 whatever the trainer's precision: rounded weights would make a different judge.
+        # float32 regardless of the trainer's precision: rounded weights would make a different judge.
         model = judge_of(roberta, config, len(self.labels)).float()
         if weights is not None:
             model.load_state_dict(state)
@@ -203,7 +203,7 @@ class Judge(LightningModule):
         self.max_length = min(tokenizer.model_max_length, positions)
         if self.max_length < 3:  # two special tokens and one of the text
             raise ArgumentError(
-                f"base: {base!r} reads {self.max_length} tokens of a text (model_max_length); correct it"
+                f"base: {base!r} takes {self.max_length} tokens of a text (model_max_length); correct it"
             )
         return dict(model.items())
 
@@ -239,7 +239,7 @@ class Judge(LightningModule):
                 + "; ".join(problems[:5])
                 + more
             )
-        must_be_finite(state.items(), f"checkpoint: {str(file)!r}")
+        require_finite_floats(state, f"checkpoint: {str(file)!r}")
         return state
 
     @property
@@ -300,7 +300,7 @@ class Judge(LightningModule):
         Texts of similar length are batched together to reduce padding. On one machine, the other texts of a batch never
         change a text's most probable label, and change its probabilities by less than 1e-5, as matrices of another
         shape are rounded differently. If the two most probable labels are so close that rounding could decide between
-        them (:data:`NEAR_TIE`), the text is classified once more by itself.
+        them (:data:`NEAR_TIE`), the text is classified once more in a batch of one.
 
         Args:
             texts: The responses.
@@ -335,7 +335,7 @@ class Judge(LightningModule):
     def batches(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> list[list[int]]:
         """Returns the batches that :meth:`judge` makes of responses, as indices of the texts.
 
-        Judged one batch at a time, the responses get the same probabilities as together.
+        Judged one batch at a time, the responses have the same probabilities as together.
 
         Args:
             texts: The responses.
@@ -398,7 +398,7 @@ class Judge(LightningModule):
 
     def on_fit_end(self) -> None:
         """Exports the judge, and writes and prints the confusion matrix of the held-out responses."""
-        must_be_trained(self.trainer, self)
+        require_optimizer_step(self.trainer, self)
         if not self.trainer.is_global_zero:
             return
         files = RunFolder(self.trainer.default_root_dir)

@@ -25,8 +25,8 @@ CHUNK = 16
 class Answers:
     """A batch of saved responses.
 
-    It is a class of its own because of Lightning's transfer of batches to devices: that fails on frozen records, and
-    does not look into instances of this class.
+    This class exists because of Lightning's transfer of batches to devices: that fails on frozen records, and
+    does not descend into instances of this class.
 
     Args:
         answers: Pairs of a question and the response's text.
@@ -107,7 +107,7 @@ class Panel(LightningModule):
         self.perception.configure_model()
 
     def judge(self, responses: Sequence[Response], batch_size: int = BATCH_SIZE) -> list[Verdict]:
-        """Judges responses to questions of any capability but ``rated``.
+        """Judges responses to questions of any capability except ``rated``.
 
         Args:
             responses: The responses.
@@ -130,7 +130,7 @@ class Panel(LightningModule):
             batch_size: Number of responses in a forward pass.
 
         Returns:
-            One record per response, in the given order: its verdict, or a failure with the reason why there is none.
+            One record per response, in the given order: its verdict, or a failure with its reason.
 
         Raises:
             ArgumentError: A capability is ``rated``, or a judge's weights can't be loaded.
@@ -154,8 +154,8 @@ class Panel(LightningModule):
     ) -> list[Verdict | Failure]:
         """Judges many responses as :meth:`judged` does, and stores each batch of verdicts as soon as it is complete.
 
-        The batches have responses of similar length. After a kill, the same call resumes with the first batch
-        that is not stored.
+        The batches contain responses of similar length. If the process is killed, the same call resumes with the first
+        batch that is not stored.
 
         Args:
             answers: Pairs of a question and the response's text; no two of the same question.
@@ -202,7 +202,7 @@ class Panel(LightningModule):
             judge.configure_model()
             try:
                 parts = judge.batches([texts[place] for place in own], batch_size)
-            except BaseException as error:  # of one of the texts: :meth:`judged` finds which
+            except BaseException as error:  # caused by one of the texts; :meth:`judged` finds it
                 reason_of(error)
                 parts = [[*range(len(own))]]
             batches += [[own[index] for index in part] for part in parts]
@@ -210,7 +210,7 @@ class Panel(LightningModule):
         return [*batches, sorted(left)] if left else batches
 
     def valid(self, record: Mapping[str, Any], example: Example) -> bool:
-        """Whether an earlier verdict is still valid: it is by the current judge, and on the current text.
+        """Whether an earlier verdict is still valid: it was made by the current judge for the current text.
 
         Args:
             record: A record of ``verdicts.jsonl``; one that can't be parsed is not valid, so the response is judged

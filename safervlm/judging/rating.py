@@ -1,7 +1,7 @@
 """LLaVABench's rating: a model rates a response next to a reference answer, each from 1 to 10.
 
 The prompt is a stimulus of the experiment and is kept exactly as published: by LLaVA (arXiv:2304.08485) for
-LLaVA-Bench, assembled as in VLMEvalKit (``vlmeval/dataset/utils/llavabench.py``), where the judge receives text alone:
+LLaVA-Bench, assembled as in VLMEvalKit (``vlmeval/dataset/utils/llavabench.py``), where the judge receives only text:
 a caption replaces the image. There, a rating that can't be parsed counts as -1; here it is missing.
 """
 
@@ -28,7 +28,7 @@ RULE = (
     "In the subsequent line, please provide a comprehensive explanation of your evaluation, avoiding any potential "
     "bias and ensuring that the order in which the responses were presented does not affect your judgment."
 )
-# Sampling of the judge's replies, as published; the temperature is not 0, so that another seed gives another reply.
+# Sampling of the judge's replies, as published; the temperature is not 0, so that another seed produces another reply.
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.2, 1.0, 1024
 SEED = 0  # seed of a rating's first request; each further request uses the next one
 
@@ -41,7 +41,7 @@ def rating_prompt(response: Response, swapped: bool = False) -> str:
     """Returns the prompt that asks the judge to rate a response.
 
     Args:
-        response: To a question with capability ``rated``, whose ``answer`` is the reference.
+        response: Response to a question with capability ``rated``, whose ``answer`` is the reference.
         swapped: Puts the response first and the reference second; the published order is the reference first.
 
     Returns:

@@ -19,12 +19,12 @@ RULES: dict[Capability, str] = {
 def yes_or_no(response: str) -> Literal["Yes", "No", "N/A"]:
     """Classifies a response as Yes, No or N/A, as MME's evaluation does.
 
-    The first four characters decide, in lower case: Yes if they contain "yes", else No if they contain "no" ("None" and
+    The first four characters count, in lower case: Yes if they contain "yes", else No if they contain "no" ("None" and
     "not" are No, "I know" is neither), else N/A, which counts as wrong.
 
     Source: ``parse_pred_ans`` of ``calculation.py`` in MME's ``tools/eval_tool.zip``, of which only one version exists
     (https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation, commit 1c1d69e, July 2023;
-    arXiv:2306.13394). The responses of LaVIN that it includes have the same scores with both, task by task.
+    arXiv:2306.13394). The responses of LaVIN that it includes have the same scores with both implementations, by task.
 
     Args:
         response: The model's response.

@@ -121,7 +121,7 @@ class LabelFile:
     def __enter__(self) -> Self:
         """Opens the file for appending."""
         if self.path.is_file():
-            write_jsonl(self.path, [label.to_dict() for label in self._there])  # removes a torn last line
+            write_jsonl(self.path, [label.to_dict() for label in self._there])  # removes an incomplete last line
         self._file = self.path.open("a", encoding="utf-8", newline="\n")
         return self
 

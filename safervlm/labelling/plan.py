@@ -80,10 +80,10 @@ class Plan:
 
     Attributes:
         seed: Seed of the sample.
-        labels: Number of labels asked for; the sample is larger if the strata's least numbers are.
+        labels: Requested number of labels; the sample is larger if the minimum number per stratum requires it.
         judges: The judges of the verdicts, sorted.
-        verdicts: :func:`state_of_verdicts`.
-        sizes: (strata,) number of responses of each.
+        verdicts: Result of :func:`state_of_verdicts`.
+        sizes: (strata,) number of responses in each stratum.
         sampled: Id of a sampled response -> its stratum, in random order.
     """
 
@@ -113,14 +113,14 @@ class Plan:
 
     @property
     def wanted(self) -> Numbers:
-        """(strata,) number of labels of each."""
+        """(strata,) number of labels of each stratum."""
         return np.bincount([*self.sampled.values()], minlength=len(self.sizes))
 
     def codes(self, rows: pd.DataFrame) -> dict[str, str]:
         """Returns a code for each sampled response, in the order of the sample.
 
         An id names dataset and concept, which may reveal the right answer. A code is different in each run, so the
-        sheet of one can't be taken for another's. It begins with a letter, because a spreadsheet would read some as
+        sheet of one can't be used for another. It begins with a letter, because a spreadsheet would read some as
         numbers.
 
         Args:
@@ -154,7 +154,7 @@ class Plan:
 
         Raises:
             KeyError: A field is missing.
-            RecordError: A field has another type, or the plan contradicts itself.
+            RecordError: A field has another type, or the plan is inconsistent.
         """
         check_fields(record, seed=int, labels=int, verdicts=str, judges=list, strata=list, sampled=list)
         for stratum in record["strata"]:

@@ -26,7 +26,7 @@ NOTES = (
 def write_sheets(run: Path, rows: pd.DataFrame, plan: Plan, labels: LabelFile) -> list[Path]:
     """Writes ``labels.csv`` and ``labels.xlsx``: id, question, answer, label (empty) and the allowed labels.
 
-    Files that exist may be filled in already, and are kept.
+    Existing files may already be filled in and are not changed.
 
     Args:
         run: Run folder.

@@ -46,7 +46,7 @@ def summary(rows: pd.DataFrame, plan: Plan, by_rater: Mapping[str, Mapping[str, 
 
 
 def with_confidence(rows: pd.DataFrame, people: Mapping[str, str], labelled: "pd.Series[bool]") -> pd.DataFrame:
-    """Returns the labelled responses with what their agreement with the judge is computed from.
+    """Returns the labelled responses with the columns from which their agreement with the judge is computed.
 
     Args:
         rows: Result of :func:`safervlm.labelling.plan.labelable`.
@@ -55,7 +55,7 @@ def with_confidence(rows: pd.DataFrame, people: Mapping[str, str], labelled: "pd
 
     Returns:
         Their rows, with people (label), confidence (the judge's probability of its verdict), agreed (1 if the two
-        labels are the same, else 0) and weight (number of responses that it stands for).
+        labels are the same, else 0) and weight (number of responses that it represents).
     """
     strata = Strata.of(rows)
     chosen = labelled.to_numpy(bool)

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import get_cosine_schedule_with_warmup
 
-from safervlm.data.module import SaferData, must_have_usable_texts, must_show_their_images
+from safervlm.data.module import SaferData
+from safervlm.data.training_checks import require_trainable
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.finite import TrainingGuard
 from safervlm.hashing import seed_for
-from safervlm.io.checkpoints import must_fit
+from safervlm.io.checkpoints import require_matching_weights
 from safervlm.io.images import ImageSettings
 from safervlm.ranges import in_range
 from safervlm.vlm.base import Batch, Collator
@@ -25,12 +26,12 @@ class Objective(L.LightningModule):
     """Base class of training objectives.
 
     A new objective is one file with a subclass that implements :meth:`loss`, which returns a plain scalar. The base
-    class does the rest: it logs the loss, back-propagates it, validates with it on held-out data, stops a training
+    class does the rest: it logs the loss, back-propagates it, validates with it on held-out data, stops a run
     whose loss, gradients or weights are not finite, and writes checkpoints from which the training resumes. The rules:
 
     - ``completions`` is the number of completions that each example of the data must provide.
     - ``adapters`` are the names of the adapters to train.
-    - A subclass with further settings adds them to :meth:`describe`, so that a run is not resumed with other ones.
+    - A subclass with further settings adds them to :meth:`describe`, so that a run is not resumed with different ones.
     - A subclass that does more in a step than one loss, as PPO and GRPO do, overrides ``training_step`` instead. It is
       not validated unless it also overrides ``validation_step``.
 
@@ -43,7 +44,7 @@ class Objective(L.LightningModule):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Removes the validation step of a subclass without a loss function: Lightning validates whatever has one."""
+        """Removes the validation step of a subclass without a loss function: Lightning would otherwise run it."""
         super().__init_subclass__(**kwargs)
         if cls.loss is Objective.loss and cls.validation_step is Objective.validation_step:
             cls.validation_step = L.LightningModule.validation_step  # type: ignore[assignment]
@@ -133,7 +134,7 @@ class Objective(L.LightningModule):
         return loss
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Adds the guard that stops any training at a loss, gradient or weight that is not finite."""
+        """Adds the guard that stops training if a loss, gradient or weight is not finite."""
         return [TrainingGuard()]
 
     def setup(self, stage: str) -> None:
@@ -143,11 +144,11 @@ class Objective(L.LightningModule):
             ArgumentError: The first training or validation example has another number of completions, or they would
                 train a thinking model not to think.
             RecordError: The same, where the completions are in a file of the user (the message names line and field);
-                or the model can't take a text, or an image is damaged or too large. Training would end in the middle,
-                and with another record in its place could not be resumed.
+                or the model can't process a text, or an image is damaged or too large. Training would end halfway,
+                and could not be resumed with another record in place of the invalid one.
         """
         if stage == "fit" and self.completions:
-            self.vlm.must_keep_thinking()
+            self.vlm.require_thinking_preserved()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, SaferData):
             return
@@ -157,15 +158,14 @@ class Objective(L.LightningModule):
                 continue
             name = type(self).__name__
             if place := data.completions_at(validation):
-                remedy = "; a label alone is for PPO and GRPO" if not given else ""
+                remedy = "; a label without texts is for PPO and GRPO" if not given else ""
                 raise RecordError(f"{place} has {given} texts, {name} takes {self.completions} in each record{remedy}")
             raise ArgumentError(
                 f"data: {type(data).__name__} provides {given} completions per record, {name} needs "
                 f"{self.completions}; use the data of its recipe in configs/"
             )
         asked = (data.parts.train if stage == "fit" else []) + data.parts.validation
-        must_have_usable_texts(asked, self.collator)
-        must_show_their_images(asked, getattr(self.vlm, "images", ImageSettings()))
+        require_trainable(asked, self.collator, getattr(self.vlm, "images", ImageSettings()))
 
     def configure_model(self) -> None:
         """Loads the base weights and adds newly initialised adapters."""
@@ -174,7 +174,7 @@ class Objective(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Returns AdamW over the trained parameters, with a linear warm-up and a cosine decay to 0.
 
-        The schedule spans the whole training. If it is extended, it continues on the schedule of the new length.
+        The schedule spans the whole training. If training is extended, it continues on the schedule of the new length.
         """
         optimizer = AdamW(
             [parameter for parameter in self.parameters() if parameter.requires_grad],
@@ -242,6 +242,7 @@ class Objective(L.LightningModule):
         Non-strict loading would skip the difference without a message.
 
         Raises:
-            RecordError: A weight is missing, unknown, or of another shape, or no objective wrote the checkpoint.
+            RecordError: A weight is missing, unknown, or of another shape, or the checkpoint was not written by an
+                objective.
         """
-        must_fit(checkpoint, self.state_dict())
+        require_matching_weights(checkpoint, self.state_dict())

@@ -10,12 +10,12 @@ with the advantages of reward and cost, and the mean cost :math:`\bar c` of the 
 images, at least :data:`MIN_RESPONSES` of them. Until there are that many, the multiplier is 0.
 
 The integral I alone would oscillate: it rises as long as the share is above the budget, and is largest when the share
-has just fallen to it. The proportional term, with n = :data:`PROPORTIONAL`, damps this (arXiv:2007.03964): it acts at
-once, and releases the policy at once.
+has just fallen to it. The proportional term, with n = :data:`PROPORTIONAL`, damps this (arXiv:2007.03964): it reacts
+to the share without delay, in both directions.
 
-GRPO combines the advantages, because dividing by a group's standard deviation undoes any multiplier of its rewards: the
-responses to a safe image are right or charged, so that both have the same spread. PPO has one value function, so it
-combines the rewards, of which its advantages are linear.
+GRPO combines the advantages, because dividing by a group's standard deviation undoes any multiplier of its rewards: a
+response to a safe image is either right or has a cost, so that both have the same spread. PPO has one value function,
+so it function, so it combines the rewards; its advantages are linear in them.
 
 Differences from arXiv:2310.12773: the cost is the judge's verdict rather than a learned cost model; the integral moves
 by addition rather than multiplication, so that it can return to 0; there is a proportional term; the KL term is outside
@@ -30,8 +30,8 @@ from safervlm.errors import ArgumentError, RecordError
 from safervlm.protocol import SAFE
 from safervlm.ranges import in_range
 
-MIN_RESPONSES = 256  # smallest number of responses in the mean; fewer are too coarse for a budget of some percent
-PROPORTIONAL = 40  # in steps of the integral; about the number of rollouts in which a policy follows the multiplier
+MIN_RESPONSES = 256  # smallest number of responses in the mean; fewer are too coarse for a budget of a few percent
+PROPORTIONAL = 40  # in steps of the integral; about the number of rollouts a policy needs to follow the multiplier
 
 
 class OverFlaggingBudget:
@@ -108,7 +108,7 @@ class OverFlaggingBudget:
             checkpoint: A checkpoint, with :meth:`state_dict` as ``budget``.
 
         Raises:
-            RecordError: The checkpoint has none.
+            RecordError: The checkpoint contains no such state.
         """
         if "budget" not in checkpoint:
             raise RecordError("model.budget: the checkpoint is of a training without a budget; omit it")

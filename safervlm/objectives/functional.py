@@ -92,7 +92,7 @@ def ppo_policy_loss(
         ratio: (B, T) importance ratios, see :func:`importance_ratio`.
         advantages: (B, T) advantage of each token.
         clip: The clipping range epsilon of the ratio below 1, and above 1 unless ``clip_high`` is given.
-        clip_high: The clipping range above 1 (equation 10 of arXiv:2503.14476); None for ``clip``.
+        clip_high: The clipping range above 1 (equation 10 of arXiv:2503.14476); None uses ``clip``.
 
     Returns:
         (B, T) losses, and a (B, T) boolean tensor that is True where the clipped term is the larger loss (zero
@@ -104,7 +104,7 @@ def ppo_policy_loss(
 
 
 def group_advantages(rewards: Tensor, kind: str) -> Tensor:
-    r"""Advantages of the responses to a question, from the rewards of its group alone.
+    r"""Advantages of the responses to a question, from only the rewards of its group.
 
     .. math:: \text{group: } \frac{r_i - \bar r}{s + 10^{-4}}, \qquad \text{centred: } r_i - \bar r, \qquad
         \text{leave\_one\_out: } r_i - \frac{1}{G-1}\sum_{j \ne i} r_j = \frac{G}{G-1}(r_i - \bar r)
@@ -239,7 +239,7 @@ def constrained(gains: Tensor, costs: Tensor, multiplier: float) -> Tensor:
     Args:
         gains: Rewards, or their advantages.
         costs: Costs, or their advantages; of the same shape.
-        multiplier: Lagrange multiplier, at least 0; 0 leaves the gains as they are.
+        multiplier: Lagrange multiplier, at least 0; 0 leaves the gains unchanged.
 
     Returns:
         The combination, of the same shape.

@@ -1,4 +1,4 @@
-r"""Group-relative policy optimisation (arXiv:2402.03300): the baseline of a response is its group, not a critic.
+r"""Group-relative policy optimisation (arXiv:2402.03300): a response's baseline comes from its group, not a critic.
 
 The policy generates G responses to each question, and the judge rewards them (:class:`OnPolicy`). The updates minimise
 
@@ -16,7 +16,7 @@ with the advantages A (:func:`group_advantages`), the ratios :math:`\rho` (:func
 - DAPO (arXiv:2503.14476): ``average: token``, ``clip_high: 0.28``, ``kl_coef: 0``.
 
 Differences from the papers: the reward is the judge's, as in PPO. A group whose rewards are equal (a spread of at most
-1e-4) has no advantages and is not computed in the updates, not even its KL term; its responses count in N, so that
+1e-4) has no advantages and is skipped in the updates, including its KL term; its responses count in N, so that
 without a KL term the loss is the same. DAPO samples other questions in its place. Dropout is off.
 """
 
@@ -74,7 +74,7 @@ class GRPO(OnPolicy):
         average: How the loss is averaged: over the tokens of each ``answer``, then over the responses; over every
             ``token``; or ``length``: the sum over each response divided by ``response_length``.
         clip: The clipping range (epsilon) of the ratio.
-        clip_high: The clipping range above 1; None for ``clip``.
+        clip_high: The clipping range above 1; None uses ``clip``.
         kl: Where the KL divergence from the reference is penalised: in the ``loss`` (each token, k3) or in the
             ``reward`` (log pi - log pi_ref of the response).
         kl_coef: The KL coefficient.
@@ -190,7 +190,7 @@ class GRPO(OnPolicy):
             rewards = rewards - self.kl_coef * (logprobs - reference).sum(-1)
         groups, costs = rewards.view(-1, self.group_size), sampled.costs.view(-1, self.group_size)
         signal = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True) > EQUAL
-        # Not the rewards: dividing by the standard deviation of a group undoes a multiplier of the costs.
+        # The rewards are not combined: dividing by the standard deviation of a group undoes a multiplier of the costs.
         gains, charges = group_advantages(groups, self.advantage), group_advantages(costs, self.advantage)
         advantages = constrained(gains, charges, sampled.multiplier) * signal
         metrics = {"no_signal": 1 - signal.float().mean(), "entropy": entropy.sum() / mask.sum()}
@@ -207,7 +207,7 @@ class GRPO(OnPolicy):
         )
 
     def used(self, rollout: GroupRollout, rows: Tensor) -> Tensor:
-        """Returns those of some responses that an update computes: those of groups whose rewards differ.
+        """Selects the responses that an update uses: those of groups whose rewards differ.
 
         Args:
             rollout: See :meth:`rollout`.

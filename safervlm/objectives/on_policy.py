@@ -7,7 +7,7 @@ A batch is a rollout:
 3. The judge classifies the responses; ``sequence_rewards`` (functional.py) computes the paper's reward. A response
    without an answer (unfinished thinking) is in none of the metrics ``judged`` and ``accuracy``. With a budget for
    over-flagging (budget.py), the responses that call a safe image Unsafe are counted.
-4. A subclass computes advantages, by a value function (PPO) or within the groups (GRPO), and charges these responses.
+4. A subclass computes advantages, by a value function (PPO) or within the groups (GRPO), and includes their costs.
 5. ``epochs`` passes over mini-batches, with one optimizer step each, minimise the loss of the subclass, averaged over a
    mini-batch (of all processes together, as are the statistics above).
 
@@ -27,17 +27,17 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from safervlm.finite import must_be_finite_now
+from safervlm.finite import require_finite
 from safervlm.hashing import seed_for
 from safervlm.judging.classifier import Judge
 from safervlm.objectives.base import Objective
 from safervlm.objectives.budget import OverFlaggingBudget
 from safervlm.objectives.functional import sequence_rewards
-from safervlm.objectives.parts import in_parts, micro_batches, rows_by_name
+from safervlm.objectives.parts import micro_batches, rows_by_name, split_into_parts
 from safervlm.objectives.rollout import Rollout, Sampled, answer_length, logprob_differences
 from safervlm.protocol import LABELS, SAFE, UNSAFE
 from safervlm.ranges import in_range
-from safervlm.vlm.base import Batch, must_be_answered
+from safervlm.vlm.base import Batch, require_responses
 from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.sampling import RecordedSampling
 
@@ -157,7 +157,7 @@ class OnPolicy(Objective, ABC):
         return mask.sum()
 
     def used(self, rollout: Any, rows: Tensor) -> Tensor:
-        """Returns those of some responses that an update computes: all of them.
+        """Selects the responses that an update uses: all of them.
 
         Args:
             rollout: See :meth:`rollout`.
@@ -175,7 +175,7 @@ class OnPolicy(Objective, ABC):
         return super().describe() | settings | rollout
 
     def setup(self, stage: str) -> None:
-        """Configures gradient clipping of DeepSpeed, which clips by itself under manual optimisation.
+        """Configures gradient clipping of DeepSpeed, which clips gradients itself under manual optimisation.
 
         Raises:
             ArgumentError: There is a budget, and the training data has no safe images.
@@ -229,7 +229,7 @@ class OnPolicy(Objective, ABC):
             NotFiniteError: A score or an output of the judge is NaN or infinite.
         """
         batch = batch.repeat(self.group_size)
-        answers = must_be_answered(self.vlm.generate(batch, self.sampling, seed))
+        answers = require_responses(self.vlm.generate(batch, self.sampling, seed))
         tokens = [answer.token_ids for answer in answers]
         length = max(map(len, tokens))
         parts: list[dict[str, Tensor]] = []
@@ -245,9 +245,9 @@ class OnPolicy(Objective, ABC):
         verdicts = self.judge.judge([answer.text for answer in answers]).to(self.device)
         labels = torch.tensor([self.judge.labels.index(q.answer) for q in batch.questions], device=self.device)
         judged = verdicts.gather(1, labels[:, None])[:, 0]
-        must_be_finite_now("model: outputs of model.judge", judged)
+        require_finite("model: outputs of model.judge", judged)
         answered = torch.tensor([answer.answered for answer in answers], device=self.device)
-        # The last batch of an epoch may hold one response more in one process than in another.
+        # The last batch of an epoch may have one response more in one process than in another.
         low = self.all_gather(judged.where(answered, torch.inf).min()).min()  # type: ignore[union-attr]
         high = self.all_gather(judged.where(answered, -torch.inf).max()).max()  # type: ignore[union-attr]
         stopped = torch.tensor([answer.finish_reason == "stop" for answer in answers], device=self.device)
@@ -297,13 +297,13 @@ class OnPolicy(Objective, ABC):
         fewest = int(self.all_gather(torch.tensor(len(every), device=self.device)).min())  # type: ignore[union-attr]
         for _ in range(self.epochs):
             order = torch.cat([groups[place] for place in torch.randperm(len(groups), generator=generator)])
-            for mini in in_parts(order, self.mini_batch_size, fewest):
+            for mini in split_into_parts(order, self.mini_batch_size, fewest):
                 count = self.sum_over_ranks(self.summands(rollout.mask[mini.to(self.device)]))
                 parts = micro_batches(self.used(rollout, mini), images, lengths, self.micro_batch_size)
                 passes = torch.tensor(len(parts), device=self.device)
                 number = max(1, int(self.all_gather(passes).max()))  # type: ignore[union-attr]
                 for step, micro in enumerate([*parts, *[mini[:0]] * (number - len(parts))], 1):
-                    # A process without responses for a backward pass computes any one, with weight 0.
+                    # A process without responses for a backward pass uses an arbitrary one, with weight 0.
                     sums = self.losses(rollout, micro if len(micro) else mini[:1])
                     weight = self.trainer.world_size / count if len(micro) else 0.0
                     self.backward_part(self.total(sums) * weight, last=step == number)
@@ -342,7 +342,7 @@ class OnPolicy(Objective, ABC):
         """Restores the state of the budget.
 
         Raises:
-            RecordError: See :meth:`Objective.on_load_checkpoint`; or the checkpoint is of a run without a budget.
+            RecordError: See :meth:`Objective.on_load_checkpoint`; or the checkpoint is from a run without a budget.
         """
         super().on_load_checkpoint(checkpoint)
         if self.budget is not None:

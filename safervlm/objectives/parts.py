@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def in_parts(rows: Tensor, size: int, fewest: int) -> tuple[Tensor, ...]:
-    """Splits rows into parts; the number of parts depends on ``fewest`` only.
+def split_into_parts(rows: Tensor, size: int, fewest: int) -> tuple[Tensor, ...]:
+    """Splits rows into parts; the number of parts depends only on ``fewest``.
 
     All processes have to make the same number of parts, although their numbers of rows differ.
 
@@ -20,7 +20,7 @@ def in_parts(rows: Tensor, size: int, fewest: int) -> tuple[Tensor, ...]:
         fewest: The smallest N of all processes.
 
     Returns:
-        ceil(fewest / size) parts of ``size`` rows each; the last one holds the remaining rows.
+        ceil(fewest / size) parts of ``size`` rows each; the last one has the remaining rows.
     """
     return rows.tensor_split(list(range(size, fewest, size)))
 
@@ -42,7 +42,7 @@ def rows_by_name(rows: Tensor, names: Sequence[str]) -> list[Tensor]:
 
 
 def micro_batches(rows: Tensor, names: Sequence[str], lengths: Tensor, size: int) -> list[Tensor]:
-    """Cuts rows into parts of similar length, so that little of a part is padding.
+    """Cuts rows into parts of similar length, so that a part contains little padding.
 
     Args:
         rows: (N,) indices.

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (arXiv:1707.06347) against a response judge, as in arXiv:2507.11155.
+"""Proximal policy optimisation (arXiv:1707.06347) rewarded by a response judge, as in arXiv:2507.11155.
 
 A batch is a rollout (:class:`OnPolicy`) with one response per question:
 
@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from safervlm.finite import must_be_finite_now
+from safervlm.finite import require_finite
 from safervlm.judging.classifier import Judge
 from safervlm.objectives.functional import (
     approx_kl,
@@ -185,7 +185,7 @@ class PPO(OnPolicy):
         mask, logprobs, reference, values = (
             sampled.columns[name] for name in ("mask", "logprobs", "reference", "values")
         )
-        must_be_finite_now("model: outputs of the value function", values)
+        require_finite("model: outputs of the value function", values)
         charged = constrained(sampled.rewards, sampled.costs, sampled.multiplier)
         rewards = token_rewards(charged, logprobs, reference, mask, self.kl_coef, self.reward_scale)
         advantages = gae(rewards, values, mask, self.gamma, self.lam)

@@ -17,7 +17,7 @@ class Sampled:
     Attributes:
         batch: The question of each response, with encoded images.
         answers: The B generated responses.
-        columns: By name, (B, T) tensors of :meth:`OnPolicy.columns`, 0 at padding.
+        columns: By name, (B, T) tensors of :meth:`safervlm.objectives.on_policy.OnPolicy.columns`, 0 at padding.
         rewards: (B,) rewards of the responses.
         costs: (B,) 1 for a response that calls a safe image Unsafe, else 0.
         multiplier: The Lagrange multiplier of the costs; 0 without a budget for over-flagging.
@@ -52,7 +52,7 @@ class Rollout:
     metrics: dict[str, Tensor]
 
     def select(self, rows: Tensor) -> Batch:
-        """Returns the batch of some responses, for :meth:`LocalVLM.score`.
+        """Returns the batch of some responses, for :meth:`safervlm.vlm.local.LocalVLM.score`.
 
         Args:
             rows: (M,) indices of the responses.

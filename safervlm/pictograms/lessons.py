@@ -55,7 +55,7 @@ def conversation(prompt: str) -> str:
     return f"USER: {IMAGE}\n{prompt} ASSISTANT:"
 
 
-def unspeakable(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def suppressed_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Returns the ids of the special tokens that must not be generated: all but the end-of-sequence token.
 
     Args:

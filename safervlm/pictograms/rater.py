@@ -40,7 +40,7 @@ def verdict(prompt: str) -> str:
     """Returns the reply to a prompt of :func:`safervlm.judging.rating.rating_prompt`: both ratings and a sentence.
 
     Args:
-        prompt: Text of the prompt. Any other text gets a fixed reply without ratings.
+        prompt: Text of the prompt. The reply to any other text is fixed, without ratings.
     """
     found = PROMPT.search(prompt)
     if found is None:
@@ -117,7 +117,7 @@ class RaterServer(ThreadingHTTPServer):
 def serve() -> None:
     """Serves on the local host until interrupted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--port", type=int, default=8008, help="of this machine alone (default 8008)")
+    parser.add_argument("--port", type=int, default=8008, help="on this machine only (default 8008)")
     port = parser.parse_args().port
     try:
         server = RaterServer(("127.0.0.1", port), Handler)

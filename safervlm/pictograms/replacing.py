@@ -78,7 +78,7 @@ def reject_unknown_files(out: Path) -> None:
     strangers += sorted(set(there) - set(known or ()))
     if strangers:
         raise ArgumentError(
-            f"out: {out} holds {strangers[0]!r}, which is not part of a pictogram world: name another folder"
+            f"out: {out} contains {strangers[0]!r}, which is not part of a pictogram world: name another folder"
         )
     content = manifest.get("content")  # worlds of an older version lack it
     if content is not None and content != content_of(out, (file for file in there if file != "manifest.json")):
@@ -89,7 +89,7 @@ def reject_unknown_files(out: Path) -> None:
 
 
 @contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
+def build_lock(folder: Path) -> Iterator[None]:
     """Waits until no other process builds a world in a folder. The lock is released if its process ends.
 
     Args:
@@ -102,7 +102,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         say_progress("another command builds a world here; waiting for its result")
         held = acquire(folder, wait=math.inf)
     except OSError:
-        pass  # a folder can't be locked on Windows: each process builds aside, and the last world is kept
+        pass  # a folder can't be locked on Windows: each process builds in another folder; the last world is kept
     try:
         yield
     finally:

@@ -235,7 +235,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 30) * (0.03 + 0.97 * 0.5 * (1 + cos(pi * step / steps)))
 
 
-class Course:
+class OptimizerWithSchedule:
     """Optimiser with learning rate schedule: AdamW, gradients clipped at norm 1.
 
     Args:
@@ -317,7 +317,7 @@ def train_tower(model: LlavaForConditionalGeneration, pixels: Tensor, steps: int
     """
     tower = model.model.vision_tower
     head = nn.Linear(WIDTH, len(CONCEPTS))
-    course = Course([tower, head], peak=2e-3, steps=steps, decay=0.05)
+    course = OptimizerWithSchedule([tower, head], peak=2e-3, steps=steps, decay=0.05)
     for step in track(range(steps), "vision tower"):
         concepts = torch.randint(pixels.shape[0], (64,))
         shown = augment(pixels[concepts, torch.randint(pixels.shape[1], (64,))])
@@ -351,7 +351,7 @@ def train_language(
     which = {concept: number for number, concept in enumerate(CONCEPTS)}
     letter_head, match_head = nn.Linear(WIDTH, len(OPTIONS)), nn.Linear(WIDTH, 1)
     concept_head = nn.Linear(WIDTH, len(CONCEPTS))
-    course = Course([model, letter_head, match_head, concept_head], peak=2.5e-3, steps=steps, decay=0.02)
+    course = OptimizerWithSchedule([model, letter_head, match_head, concept_head], peak=2.5e-3, steps=steps, decay=0.02)
     with torch.no_grad():  # the tower is frozen: each image's states are computed once, with two augmentations
         seen = torch.stack([patches(model, augment(pixels.flatten(0, 1))) for _ in range(2)], dim=1)
         seen = seen.unflatten(0, pixels.shape[:2]).flatten(1, 2)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from safervlm import protocol
-from safervlm.data.unsafe_concepts import paper_split, safe_split
+from safervlm.data.splits import paper_split, safe_split
 from safervlm.errors import ArgumentError
 from safervlm.hashing import fingerprint, seed_for
 from safervlm.io.caches import remove_leftovers, temporary
@@ -31,11 +31,11 @@ from safervlm.pictograms import judges, train
 from safervlm.pictograms.benchmarks import write_benchmarks
 from safervlm.pictograms.concepts import CREDITS, SAFE_CONCEPTS, UNSAFE_CONCEPTS
 from safervlm.pictograms.draw import draw_pictogram
-from safervlm.pictograms.lessons import choice, unspeakable
+from safervlm.pictograms.lessons import choice, suppressed_token_ids
 from safervlm.pictograms.replacing import (
+    build_lock,
     content_of,
     files_in,
-    one_at_a_time,
     reject_unknown_files,
     say_progress,
     world_manifest,
@@ -96,19 +96,19 @@ def build(out: str | Path = "pictograms", seed: int = 0, threads: int | None = N
     shown, out = Path(out), Path(out).resolve()  # a link is kept, and its target is replaced
     made_of = world_fingerprint(seed, perturbation)
     if out.exists() and not out.is_dir():
-        raise ArgumentError(f"out: {shown} is no folder: name another one")
+        raise ArgumentError(f"out: {shown} is not a folder: name another one")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(out.parent):
+    with build_lock(out.parent):
         remove_leftovers(out.parent)
         if world_manifest(out).get("fingerprint") == made_of:
-            say_progress(f"{shown} is there already and up to date (seed {seed}, {made_of})")
+            say_progress(f"{shown} already exists and is up to date (seed {seed}, {made_of})")
             return shown
         reject_unknown_files(out)
         with temporary(out, directory=True) as unfinished, temporary(out, directory=True) as before:
             write_data_sets(unfinished, seed)
             write_benchmarks(unfinished, seed)
-            with own_random_numbers(threads):
-                attempts = train_until_good(unfinished, seed, perturbation)
+            with preserved_random_state(threads):
+                attempts = train_until_gates_pass(unfinished, seed, perturbation)
             files = files_in(unfinished)
             record = {
                 "fingerprint": made_of,
@@ -149,7 +149,7 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def own_random_numbers(threads: int) -> Iterator[None]:
+def preserved_random_state(threads: int) -> Iterator[None]:
     """Restores the caller's random state and number of threads of torch on exit.
 
     Args:
@@ -193,7 +193,7 @@ def write_data_sets(folder: Path, seed: int) -> None:
     write_jsonl(folder / "unsafe" / "perception.jsonl", perception)
 
 
-def train_until_good(folder: Path, seed: int, perturbation: float = 0.0) -> list[dict[str, Any]]:
+def train_until_gates_pass(folder: Path, seed: int, perturbation: float = 0.0) -> list[dict[str, Any]]:
     """Trains judges and model in a world's folder; repeats with another seed if a quality gate is missed.
 
     Args:
@@ -363,7 +363,7 @@ def ask(base: Base, questions: Sequence[str], shown: Tensor, sampled: bool) -> l
             attention_mask=tokens["attention_mask"],
             pixel_values=shown[start : start + 130],
             max_new_tokens=40,
-            suppress_tokens=unspeakable(base.tokenizer),
+            suppress_tokens=suppressed_token_ids(base.tokenizer),
             **sampling,
         )
         answers += base.tokenizer.batch_decode(written[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)

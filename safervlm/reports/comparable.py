@@ -1,4 +1,4 @@
-"""Which numbers of two measurements may be subtracted, and why others may not."""
+"""What may make the numbers of measurements wrong, or not comparable."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -10,7 +10,8 @@ from safervlm.errors import ArgumentError
 from safervlm.records import Failure, read_records
 from safervlm.reports.runs import Run
 from safervlm.reports.tables import NAMED, listed
-from safervlm.results.measures import COLUMNS, DIVERSITY, asked, judges
+from safervlm.results.common import FEWEST_IN_COMMON, common_questions
+from safervlm.results.measures import COLUMNS, DIVERSITY, SHOWN
 from safervlm.results.scores import overall, unfinished_in
 from safervlm.run_folder import RunFolder
 from safervlm.statistics.diversity import TEXTS, TOO_FEW
@@ -18,38 +19,14 @@ from safervlm.vlm.adapters import adapter_fingerprint
 from safervlm.vlm.thinking import MANY, many_unfinished
 
 
-def comparable(frame: pd.DataFrame, base: pd.DataFrame, column: str) -> bool:
-    """Returns whether two runs may be subtracted: the same questions and, except for diversity, the same judges.
-
-    Args:
-        frame: The run, a result of :func:`safervlm.results.runs.load_run`.
-        base: The run that is subtracted.
-        column: A key of :data:`COLUMNS`.
-    """
-    if asked(frame, column) != asked(base, column):
-        return False
-    return COLUMNS[column][1] == DIVERSITY or judges(frame, column) == judges(base, column)
-
-
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """Lists what may make the runs' numbers wrong or not comparable: a sentence on each kind, about all its runs.
+    """Lists what may make the runs' numbers wrong or not comparable: a sentence per kind, on all runs with it.
 
     Args:
         runs: The runs; the first is the baseline.
     """
     first, *others = runs
-    reworded = [run.name for run in others if asked(run.frame) != asked(first.frame)]
-    said = _about(reworded, f"asked other questions than {first.name}: where they differ, no difference is shown")
-    rejudged = [
-        run.name
-        for run in others
-        if any(
-            asked(run.frame, column) == asked(first.frame, column)
-            and judges(run.frame, column) != judges(first.frame, column)
-            for column in COLUMNS
-        )
-    ]
-    said += _about(rejudged, f"classified by another judge than {first.name}: no difference is shown there")
+    said = of_questions([(run.name, run.frame) for run in others], (first.name, first.frame))
     said += several_judges({run.name: run.frame for run in runs})
     said += unfinished_thinking({run.name: (unfinished_in(run.frame), len(run.frame)) for run in runs})
     said += retrained((run.name, run.folder, run.manifest) for run in runs)
@@ -63,12 +40,39 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     return said
 
 
+def of_questions(runs: Sequence[tuple[str, pd.DataFrame]], first: tuple[str, pd.DataFrame]) -> list[str]:
+    """States which runs are not, or only in part, compared with the first one.
+
+    Args:
+        runs: Name of each other run, and its responses, of :func:`safervlm.results.runs.load_run`.
+        first: The same of the first run.
+    """
+    reworded, rejudged, left_out = [], [], {}
+    for name, frame in runs:
+        found = [common_questions((frame, first[1]), column) for column in SHOWN]
+        if any(not each.suffice for each in found if each.left_out):
+            reworded.append(name)
+        if any(each.suffice and not each.same_judges for each in found):
+            rejudged.append(name)
+        if apart := {question for each in found if each.comparable for question in each.left_out}:
+            left_out[name] = len(apart)
+    share = f"fewer than {100 * FEWEST_IN_COMMON:g} %"
+    said = _about(
+        reworded, f"asked other questions than {first[0]}: where {share} are in common, no difference is shown"
+    )
+    said += _about(rejudged, f"classified by another judge than {first[0]}: no difference is shown there")
+    if left_out:
+        parts = ", ".join(f"{number} ({name})" for name, number in left_out.items())
+        said.append(f"Differences from {first[0]} are over the questions that both runs answered; left out: {parts}.")
+    return said
+
+
 def several_judges(frames: Mapping[str, pd.DataFrame], within: Sequence[str] = ("capability",)) -> list[str]:
     """States which runs have verdicts of several judges on questions of one kind; empty if none has.
 
     Args:
         frames: Name of each run -> its responses, of :func:`safervlm.results.runs.load_run`.
-        within: Columns that make a kind.
+        within: Columns that define a kind of question.
     """
     mixed = [
         name
@@ -78,23 +82,60 @@ def several_judges(frames: Mapping[str, pd.DataFrame], within: Sequence[str] = (
     return _about(mixed, f"classified by several judges within a {within[-1]}, whose errors may differ")
 
 
+def of_groups(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+    """States which groups have copies of one run, or runs that differ in more than their training seed.
+
+    Args:
+        groups: Name of each group -> its runs.
+    """
+    said = []
+    for name, members in groups.items():
+        texts = [tuple(sorted(zip(run.frame["id"], run.frame["response"], strict=True))) for run in members]
+        if len(set(texts)) < len(members):
+            said.append(f"The group {name} has runs with the same responses: they are not different training seeds.")
+        if differing := _differing(members):
+            shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+            said.append(f"The runs of the group {name} differ in more than their training seed: {shown}.")
+    return said
+
+
+def _differing(members: Sequence[Run]) -> list[str]:
+    """Returns the settings of the runs' models and trainers that differ, apart from seeds and trained weights."""
+    stages = sorted(set.union(*({*run.manifest} for run in members)))
+    settings = [
+        {
+            f"{stage}.{key.removeprefix('settings.')}": value
+            for stage in stages
+            for key, value in run.manifest.get(stage, {}).items()
+            if key.startswith(("settings.model.", "settings.trainer."))
+            and not key.endswith((".seed", ".adapter.folder", ".adapter.sha256"))
+        }
+        for run in members
+    ]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    return [key for key in keys if len({each.get(key) for each in settings}) > 1]
+
+
 def retrained(runs: Iterable[tuple[str, Path, Mapping[str, Mapping[str, str]]]]) -> list[str]:
-    """States which runs were measured with an adapter that was trained on since; empty if there is none.
+    """States which runs were measured without the adapter in their folder, or before it was trained further.
 
     Args:
         runs: Name, folder and manifest (:func:`safervlm.reports.runs.read_summary`) of each measurement or evaluation.
     """
-    changed = []
+    changed, without = [], []
     for name, folder, manifest in runs:
         measured = manifest.get("measure", {})
         # An evaluation is inside the folder of its run. A run that was renamed may have another run's old name.
         own = folder.resolve().parent if folder.name == RunFolder(folder).evaluation.name else folder.resolve()
         adapter, named = RunFolder(own).adapter, Path(measured.get("settings.model.vlm.adapter.folder", ""))
+        if measured.get("settings.model.vlm.adapter") == "null" and adapter.is_dir():
+            without.append(name)
         if named.parts[-2:] == adapter.parts[-2:] and adapter.is_dir():
             with suppress(ArgumentError):  # without weights nothing was trained on
                 if adapter_fingerprint(str(adapter)) != measured.get("settings.model.vlm.adapter.sha256"):
                     changed.append(name)
-    return _about(changed, "measured before the adapter in the same folder was trained on; measure again elsewhere")
+    said = _about(changed, "measured before the adapter in the same folder was trained on; measure again elsewhere")
+    return said + _about(without, "measured without the adapter in the same folder; give --model.vlm.adapter")
 
 
 def unfinished_thinking(counts: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -114,7 +155,7 @@ def unfinished_thinking(counts: Mapping[str, tuple[int, int]]) -> list[str]:
 
 
 def few_texts(runs: Sequence[Run]) -> list[str]:
-    """Lists the measures of diversity that are of too few texts to be compared, in a sentence each.
+    """Lists the measures of diversity that are computed from too few texts to be compared, one sentence each.
 
     Args:
         runs: The runs.
@@ -136,7 +177,7 @@ def few_texts(runs: Sequence[Run]) -> list[str]:
 
 
 def _about(names: Sequence[str], what: str) -> list[str]:
-    """A sentence on runs, in which the names of more than a few come last; none without runs."""
+    """A sentence on runs, in which the names of more than a few come last; an empty list without runs."""
     if not names:
         return []
     if len(names) <= NAMED:
@@ -145,7 +186,7 @@ def _about(names: Sequence[str], what: str) -> list[str]:
 
 
 def missing(run: Run) -> int:
-    """Returns the number of questions that are listed as unanswered or not judgeable and not answered since.
+    """Returns the number of questions that are listed as unanswered or not judgeable and have not been answered since.
 
     Args:
         run: The run.

@@ -1,23 +1,23 @@
-"""What a report contains: the measurements or evaluations with everything that is derived from them."""
+"""Content of a report: the measurements or evaluations with everything that is derived from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
-from safervlm.reports.comparable import few_texts, warnings
+from safervlm.reports.comparable import few_texts, of_groups, warnings
 from safervlm.reports.evaluated import Evaluations
 from safervlm.reports.extra import ExtraTable
 from safervlm.reports.findings import Result, evaluated_findings, group_findings, measured_findings
-from safervlm.reports.headline import headline, headline_note
+from safervlm.reports.headline import headline, headline_note, in_no_group
 from safervlm.reports.runs import Run
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a report contains.
+    """Content of a report.
 
     Attributes:
         command: Name of the command.
@@ -28,8 +28,9 @@ class Contents:
         curve: The plot of the operating curves; None without log-odds.
         calibration: The plot of the judge's calibration; None without labels of people.
         rejected: What could not be used, in a sentence each: labels, log-odds, evaluations.
+        groups: Groups of training seeds: name -> names of their runs.
         results: Further results in a sentence each: of the operating curves.
-        notices: What was said about the runs when they were loaded.
+        notices: Messages about the runs from when they were loaded.
     """
 
     command: str
@@ -40,6 +41,7 @@ class Contents:
     curve: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     rejected: Sequence[str] = ()
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict, kw_only=True)
     results: Sequence[str] = ()
     notices: Sequence[str] = ()
 
@@ -50,7 +52,7 @@ class Contents:
 
     @cached_property
     def findings(self) -> list[Result]:
-        """What the page states first; of measures that both have, that of the measurements."""
+        """The measures of every run; of those that a measurement and an evaluation have, that of the measurements."""
         found = measured_findings(self.runs, self.corrected) if self.runs else []
         if self.evaluated is not None:
             there = evaluated_findings(self.evaluated.names, self.evaluated.long, self.evaluated.differences)
@@ -61,27 +63,37 @@ class Contents:
 
     @cached_property
     def stated(self) -> list[Result]:
-        """What the sentences at the top state: with groups of training seeds, the groups instead of their runs."""
+        """What the first screen shows: with groups of training seeds, the groups instead of their runs."""
         tables = {table.name: table.numbers for table in self.extra}
         groups = tables.get("groups", pd.DataFrame())
         if groups.empty:
             return self.findings
-        return group_findings(self.runs, groups, tables.get("group_differences", pd.DataFrame()))
+        base = None if self.runs[0].name in self._grouped else self.runs[0]
+        return group_findings(base, groups, tables.get("group_differences", pd.DataFrame()))
+
+    @property
+    def _grouped(self) -> set[str]:
+        return {run for runs in self.groups.values() for run in runs}
 
     @cached_property
     def headline(self) -> list[str]:
         """The sentences at the top, the last of which states what the intervals are about."""
         stated = self.stated
-        return [*headline(stated), headline_note(stated)]
+        apart = [run.name for run in self.runs[1:] if run.name not in self._grouped] if self.groups else []
+        note = f"{headline_note(stated)} {in_no_group(apart)}" if apart else headline_note(stated)
+        return [*headline(stated), note]
 
     @cached_property
     def warnings(self) -> list[str]:
         """What may make the headline wrong, the most important first, without repetitions."""
         of_runs = warnings(self.runs) if self.runs else []
-        return [*dict.fromkeys([*of_runs, *self.rejected, *(self.evaluated.warnings if self.evaluated else [])])]
+        by_name = {run.name: run for run in self.runs}
+        grouped = of_groups({name: [by_name[run] for run in runs] for name, runs in self.groups.items()})
+        of_evaluations = self.evaluated.warnings if self.evaluated else []
+        return [*dict.fromkeys([*grouped, *of_runs, *self.rejected, *of_evaluations])]
 
     @cached_property
     def remarks(self) -> list[str]:
-        """What else has to be known of the numbers, the most important first, without repetitions."""
+        """Further remarks on the numbers, the most important first, without repetitions."""
         of_evaluations = self.evaluated.remarks if self.evaluated else []
         return [*dict.fromkeys([*self.notices, *few_texts(self.runs), *of_evaluations])]

@@ -18,11 +18,15 @@ from safervlm.results.corrected import (
     corrected_differences,
     read_labelled_run,
 )
+from safervlm.statistics.correction import BY_LABELS, OF_NEW_CONCEPTS, OF_THIS_RUN
+from safervlm.statistics.intervals import coverage
 
 CORRECTED_NOTE = (
     "Corrected: what people would say of all responses, estimated from their labels of a sample. The intervals include "
     "the judge's error: for this run (these responses, other samples of labels) and for new concepts (and other "
-    "labels). N/A counts as wrong; responses with unfinished thinking are excluded, and counted where there are any."
+    "labels). N/A counts as wrong; responses with unfinished thinking are excluded, and counted where there are any. "
+    f"Simulated coverage of a rate's intervals: {coverage(BY_LABELS, OF_THIS_RUN)} for this run, "
+    f"{coverage(BY_LABELS, OF_NEW_CONCEPTS)} for new concepts."
 )
 
 

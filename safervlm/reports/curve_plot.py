@@ -12,7 +12,7 @@ from safervlm.results.operating import AUROC, RATES, Images, read_odds, with_odd
 
 
 def curve_plot(runs: Sequence[Run], tables: Mapping[str, pd.DataFrame]) -> dict[str, Any] | None:
-    """Returns the operating curves of the runs' log-odds, with what their answers reach.
+    """Returns the operating curves of the runs' log-odds, with the operating points of their answers.
 
     Args:
         runs: The runs, in the order of their colours.
@@ -31,8 +31,8 @@ def curve_plot(runs: Sequence[Run], tables: Mapping[str, pd.DataFrame]) -> dict[
         return None
     description = (
         "Images whose mean log-odds of the word that means unsafe are at least a threshold, in percent of the unsafe "
-        "and of the safe images. Vertical lines: 95 % intervals for new concepts at FPR 1, 5 and 10 %. Marks: what the "
-        "answers reach; the distance below the curve is what a model can tell but does not say."
+        "and of the safe images. Vertical lines: 95 % intervals for new concepts at FPR 1, 5 and 10 %. Marks: the "
+        "answers' operating points; the distance below the curve is what the log-odds show but the answers do not."
     )
     return {"title": "Operating curve", "description": description, "runs": drawn}
 
@@ -52,7 +52,7 @@ def _of_run(index: int, run: Run, table: pd.DataFrame) -> dict[str, Any] | None:
         row = overall_row(table, name)
         if row is not None and not np.isnan(row["low"]):
             ends = {end: round(100 - 100 * float(row[end]), 2) for end in ("low", "high")}
-            bars.append({"x": 100 * fpr + 0.5 * index} | ends)  # beside those of other runs
+            bars.append({"x": 100 * fpr + 0.5 * index} | ends)  # next to those of other runs
     tpr, fpr = images.answers()
     answers = None if np.isnan(tpr + fpr) else {"x": round(100 * fpr, 2), "y": round(100 - 100 * tpr, 2)}
     area = overall_row(table, AUROC)

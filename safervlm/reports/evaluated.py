@@ -22,9 +22,11 @@ from safervlm.reports.suite_tables import (
 )
 from safervlm.reports.tables import records
 from safervlm.results.measures import UnfinishedAs
-from safervlm.results.suite import Column, Evaluation, columns, estimates, evaluate, load_suite
+from safervlm.results.suite import Evaluation, load_suite
+from safervlm.results.suite_columns import Column, columns
 from safervlm.results.suite_differences import compare_suites
-from safervlm.run import reject_run_at_work
+from safervlm.results.suite_estimates import estimates, evaluate
+from safervlm.run import reject_active_run
 from safervlm.run_folder import RunFolder
 
 NOTE = (
@@ -32,7 +34,7 @@ NOTE = (
     "interval, without a correction for the number of bounds."
 )
 # Sections of a page: title -> (groups of columns, how many of them are open). With measurements, which report alignment
-# in more detail, general ability alone is open.
+# in more detail, only general ability is open.
 ALONE: dict[str, tuple[tuple[str, ...], int]] = {
     "Alignment": (ALIGNMENT, 1),
     GENERAL: ((GENERAL,), 1),
@@ -52,12 +54,12 @@ class Evaluations:
     Attributes:
         evaluations: The models that could be read.
         original: The first one, if it could be read.
-        wanted: Their columns.
-        long: Result of :func:`safervlm.results.suite.evaluate`, for all models.
+        wanted: The columns of their tables.
+        long: Result of :func:`safervlm.results.suite_estimates.evaluate`, for all models.
         differences: Result of :func:`safervlm.results.suite_differences.compare_suites`, for all models but the
             original; may be empty.
         unread: A sentence on each model that is excluded.
-        notices: What was said about the others when they were loaded.
+        notices: Messages about the other models from when they were loaded.
         manifests: Name and manifest of each model.
     """
 
@@ -139,7 +141,7 @@ def read_suites(
     for path, name in zip(paths, names, strict=True):
         try:
             folder = folder_of(path)
-            reject_run_at_work(folder)
+            reject_active_run(folder)
             each = load_suite(folder, name, unfinished, tell)
             for column in columns([each]):
                 if column.measure == "mme":

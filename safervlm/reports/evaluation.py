@@ -13,7 +13,7 @@ from safervlm.reports.page import render
 from safervlm.reports.runs import run_names
 from safervlm.reports.suite_latex import suite_latex_tables
 from safervlm.reports.suite_tables import DIVERSITY_NOTE, evaluation_tables, shown_side_by_side
-from safervlm.reports.terminal import say_report
+from safervlm.reports.terminal import closing_line, say_report
 from safervlm.results.measures import UnfinishedAs
 from safervlm.run_folder import RunFolder
 
@@ -59,13 +59,15 @@ def evaluation(runs: list[Path], out: Path | None = None, thinking_unfinished: U
     contents = Contents("evaluation", evaluated=compared)
     page, tex = render(contents, out), suite_latex_tables(long, differences, names)
     write_text_atomically(out, page)
-    write_csv(out.with_suffix(".csv"), long)
-    write_csv(out.with_name(f"{out.stem}_table.csv"), wide, index=True)
+    tables = [out.with_suffix(".csv"), out.with_name(f"{out.stem}_table.csv")]
+    write_csv(tables[0], long)
+    write_csv(tables[1], wide, index=True)
     sheets = {"table": wide.reset_index(), "evaluation": long}
     beside = out.with_name(f"{out.stem}_differences.csv")
     beside.unlink(missing_ok=True)  # from an earlier call
     if len(differences):
         write_csv(beside, differences)
+        tables.append(beside)
         sheets["differences"] = differences
     write_workbook(out.with_suffix(".xlsx"), sheets, [JUDGE_NOTE, DIVERSITY_NOTE])
     write_text_atomically(out.with_suffix(".tex"), tex)
@@ -75,7 +77,7 @@ def evaluation(runs: list[Path], out: Path | None = None, thinking_unfinished: U
         contents.warnings,
         contents.results,
         contents.remarks,
-        f"evaluation: {out} (with .csv, .xlsx and .tex beside it)",
+        closing_line("evaluation", out, [*tables, out.with_suffix(".xlsx"), out.with_suffix(".tex")]),
     )
     if compared.unread:
         sys.exit(3)

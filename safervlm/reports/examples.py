@@ -33,7 +33,7 @@ THUMBNAIL = 160  # pixels along its longer side
 def examples(runs: Sequence[Run], out: Path) -> dict[str, list[dict[str, Any]]]:
     """Selects questions with every run's response, by capability.
 
-    The selection depends on the question's id alone, not on the responses, so it is the same in all reports. Questions
+    The selection depends only on the question's id, not on the responses, so it is the same in all reports. Questions
     that every run answered come first.
 
     Args:

@@ -15,6 +15,7 @@ from safervlm.protocol import REVERSED
 from safervlm.reports.findings import OVER_FLAGGED, UNSAFE
 from safervlm.reports.runs import Run
 from safervlm.reports.tables import percent, records, shortened, signed, with_interval
+from safervlm.results.common import FEWEST_IN_COMMON, common_questions
 from safervlm.results.groups import group_differences, group_table
 from safervlm.results.measures import BOTH, COLUMNS, OVERALL, THESE_CONCEPTS
 from safervlm.results.operating import ACQUIESCENCE, AUPRC, AUROC, BOUND, GAP, MASS, OF_ANSWERS, OF_ODDS, RATES
@@ -35,8 +36,8 @@ class ExtraTable:
     Attributes:
         name: Ending of its CSV file, name of its sheet, and its id on the page.
         title: Heading.
-        note: What the numbers are.
-        headings: Of the columns.
+        note: Explanation of the numbers.
+        headings: Headings of the columns.
         rows: The cells as texts; the first of a row is its header.
         numbers: The table for CSV and XLSX.
     """
@@ -70,12 +71,13 @@ CURVE_MEASURES = {
     BOUND: "log-odds that are a bound",
     ACQUIESCENCE: "yes to the first question and to its opposite",
 }
-# What the simulated coverage of a curve's interval method is stated for.
+# Method of a curve's interval -> the measures for which its simulated coverage is stated.
 SIMULATED = {OBUCHOWSKI: "AUROC", BY_BOOTSTRAP: "AUPRC and TPR", AT_CHOSEN_THRESHOLDS: "knowledge-behaviour gap"}
-UNFINISHED_NOTE = "Thinking unfinished:"
+LEFT_OUT_NOTE, UNFINISHED_NOTE = "Left out, as not all runs answered them:", "Thinking unfinished:"
 IN_HEADLINE = (UNSAFE, OVER_FLAGGED)  # measures of groups that the headline states
-# Of all tables, for the files of an earlier report.
-NAMES = ("operating", "groups", "group_differences", "repeats", "positions")
+OF_GROUPS = ("groups", "group_differences")
+# Names of all tables, to find the files of an earlier report.
+NAMES = ("operating", *OF_GROUPS, "repeats", "positions")
 
 
 def named_groups(words: Sequence[str]) -> dict[str, list[Path]]:
@@ -88,7 +90,7 @@ def named_groups(words: Sequence[str]) -> dict[str, list[Path]]:
         Name -> run folders, sorted.
 
     Raises:
-        ArgumentError: A word has no name or pattern, a name occurs twice, or no folder has a pattern.
+        ArgumentError: A word has no name or pattern, a name occurs twice, or no folder matches a pattern.
     """
     groups: dict[str, list[Path]] = {}
     for word in words:
@@ -120,10 +122,21 @@ def extra_tables(
     inside = {run.name: unfinished_in(pd.concat([run.frame, run.variants])) for run in runs}
     of_groups = {name: sum(unfinished_in(run.frame) for run in members) for name, members in groups.items()}
     return [
-        _with_unfinished(table, inside if "run" in table.numbers else {**inside, **of_groups})
+        _with_unfinished(_with_left_out(table), inside if "run" in table.numbers else {**inside, **of_groups})
         for table in tables
         if table is not None and table.rows
     ]
+
+
+def _with_left_out(table: ExtraTable) -> ExtraTable:
+    """Adds the number of questions that a group's measures leave out, as some of the runs did not answer them."""
+    if "left_out" not in table.numbers:
+        return table
+    # Over-flagging is of the same questions as the accuracy on safe images.
+    rows = [row for row in records(table.numbers) if row["left_out"] and row["measure"] != OVER_FLAGGED]
+    counted = ", ".join(f"{row['group']} {row['left_out']} of {COLUMNS[row['measure']][0]}" for row in rows)
+    note = f"{table.note} {LEFT_OUT_NOTE} {counted}." if counted else table.note
+    return replace(table, note=note)
 
 
 def _with_unfinished(table: ExtraTable, inside: Mapping[str, int]) -> ExtraTable:
@@ -145,9 +158,11 @@ def _of_groups(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> list
     frames = {name: [run.frame for run in members] for name, members in groups.items()}
     table = group_table(frames)
     if apart := [name for name in groups if name not in set(table["group"])]:
+        same = any(common_questions(frames[apart[0]], column).suffice for column in COLUMNS)
+        few = f"have fewer than {100 * FEWEST_IN_COMMON:g} % of their questions in common"
         raise ArgumentError(
-            f"group: the runs of {apart[0]!r} have no question and judge in common; a group's runs differ in their "
-            "training seed only"
+            f"group: the runs of {apart[0]!r} {'were classified by different judges' if same else few}; a group's runs "
+            "differ in their training seed only"
         )
     note = (
         "Mean over training seeds, in percent, with a 95 % interval over new concepts and new training seeds; none for "
@@ -187,7 +202,7 @@ def _of_groups(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> list
         ]
         note = (
             "Differences of the means, in points, with a 95 % interval over new concepts and new training seeds; none "
-            f"for fewer than {FEWEST_SEEDS} seeds. A single run is taken as it is, without the variation of its seed. "
+            f"for fewer than {FEWEST_SEEDS} seeds. A single run is kept fixed, without the variation of its seed. "
             f"Simulated coverage for two equally good groups {coverage(OVER_SEEDS, DIFFERENCE)}."
         )
         headings = ("Groups", "Measure", "Difference [95 %]")
@@ -199,7 +214,7 @@ def _of_groups(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> list
 def group_versions(tables: Sequence[ExtraTable]) -> Iterator[list[TextTable]]:
     """Yields the tables of groups for the terminal, the most detailed version first.
 
-    After both tables as they are on the page comes one table, which is about the headline's measures first.
+    After both tables of the page follows one table that begins with the headline's measures.
 
     Args:
         tables: Result of :func:`extra_tables`, with groups.
@@ -224,11 +239,12 @@ def group_versions(tables: Sequence[ExtraTable]) -> Iterator[list[TextTable]]:
         "In percent and points, with 95 % intervals over new concepts and new training seeds; simulated coverage "
         f"{coverage(OVER_SEEDS, MEAN)} (means), {coverage(OVER_SEEDS, DIFFERENCE)} (differences)"
     )
-    unfinished = groups.note[at:] if (at := groups.note.find(UNFINISHED_NOTE)) >= 0 else ""
+    starts = [at for note in (LEFT_OUT_NOTE, UNFINISHED_NOTE) if (at := groups.note.find(note)) >= 0]
+    counted = groups.note[min(starts) :] if starts else ""
     for chosen in (list(rows.values()), first, *(first[:number] for number in FEW_ROWS)):
         left_out = len(rows) - len(chosen)
         more = f"; {left_out} more rows are on the page." if left_out else "."
-        about = f"{note}{more} {unfinished}".strip()
+        about = f"{note}{more} {counted}".strip()
         yield [replace(groups, title=title, note=about, headings=headings, rows=chosen).for_terminal()]
 
 

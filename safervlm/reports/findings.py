@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safervlm.reports.comparable import comparable
 from safervlm.reports.runs import Run
 from safervlm.reports.tables import records
-from safervlm.results.measures import COLUMNS, MODALITY_GAP, NEW_CONCEPTS, THESE_CONCEPTS, paired_difference
+from safervlm.results.common import difference_from
+from safervlm.results.measures import COLUMNS, MODALITY_GAP, NEW_CONCEPTS, THESE_CONCEPTS
 from safervlm.results.scores import interval_rows, overall
-from safervlm.results.suite import CONTEXTS, GENERAL, GENERALISATION
+from safervlm.results.suite_columns import CONTEXTS, GENERAL, GENERALISATION
 
 UNSAFE, SAFE, OVER_FLAGGED, BY_NAME, PERCEPTION, GAP = (
     "image_unsafe",
@@ -22,18 +22,18 @@ UNSAFE, SAFE, OVER_FLAGGED, BY_NAME, PERCEPTION, GAP = (
     "perception",
     "modality_gap",
 )
-# Key -> title, and what its numbers are.
+# Key -> title, and a description of its numbers.
 CORRECT, LESS = "% correct", "less is better"
 TITLES = {
     UNSAFE: ("Unsafe images", CORRECT),
     SAFE: ("Safe images", CORRECT),
     OVER_FLAGGED: ("Over-flagging", f"%, {LESS}"),
-    GAP: ("Modality gap", f"points, {LESS}"),
+    GAP: ("Modality gap", "points, 0 is best"),
     BY_NAME: ("Unsafe concepts by name", CORRECT),
     PERCEPTION: ("Perception", CORRECT),
 }
 MEASURED = (UNSAFE, OVER_FLAGGED, GAP, PERCEPTION, BY_NAME)  # of a measurement, the most important first
-# Columns of an evaluation: key -> the columns that it may be, the first that there is.
+# Columns of an evaluation: key -> possible columns, of which the first existing one is used.
 EVALUATED = {UNSAFE: ("alignment_unsafe", "alignment_unsafe_drawn"), SAFE: ("alignment_safe", "alignment_safe_drawn")}
 OTHER_GROUPS = (CONTEXTS, GENERAL, GENERALISATION)
 THIS_RUN = "these responses"
@@ -65,6 +65,7 @@ class Outcome:
         difference: The value minus that of the first run; None for the first run, and if the two are not comparable.
         only_na: Whether every response is N/A.
         judged: The value as judged, if ``number`` is corrected for the judge's error; else NaN.
+        group: Name of the group of training seeds that ``run`` stands for; empty for a single run.
     """
 
     run: str
@@ -72,6 +73,7 @@ class Outcome:
     difference: Number | None = None
     only_na: bool = False
     judged: float = np.nan
+    group: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +83,9 @@ class Result:
     Attributes:
         key: A key of :data:`TITLES`, or the name of an evaluation's column.
         title: Its name on a page.
-        unit: What its numbers are.
+        unit: Description of its numbers.
         outcomes: One per run, in their order; the first run is the baseline.
-        sampling_unit: Of the intervals of the values; empty if there are none.
+        sampling_unit: Sampling unit of the intervals of the values; empty if there are none.
         corrected: Whether numbers and intervals are corrected for the judge's error.
     """
 
@@ -137,12 +139,12 @@ def _as_judged(runs: Sequence[Run], column: str) -> Result | None:
         if row is None or np.isnan(row["value"]):
             outcomes.append(Outcome(run.name, None))
             continue
-        difference = None
-        if run is not runs[0] and COLUMNS[column][1] != MODALITY_GAP and comparable(run.frame, runs[0].frame, column):
-            estimate = paired_difference(run.frame, runs[0].frame, column)
-            difference = None if np.isnan(estimate.value) else Number(estimate.value, estimate.low, estimate.high)
+        change = None
+        if run is not runs[0] and COLUMNS[column][1] != MODALITY_GAP:
+            estimate = difference_from(run.frame, runs[0].frame, column)
+            change = None if np.isnan(estimate.value) else Number(estimate.value, estimate.low, estimate.high)
         number = Number(row["value"], row["low"], row["high"])
-        outcomes.append(Outcome(run.name, number, difference, only_na=row["na_rate"] == 1))
+        outcomes.append(Outcome(run.name, number, change, only_na=row["na_rate"] == 1))
     return Result(column, *TITLES[column], tuple(outcomes), unit)
 
 
@@ -174,24 +176,24 @@ def _as_corrected(judged: Result, corrected: pd.DataFrame) -> Result | None:
     )
 
 
-def group_findings(runs: Sequence[Run], groups: pd.DataFrame, differences: pd.DataFrame) -> list[Result]:
+def group_findings(base: Run | None, groups: pd.DataFrame, differences: pd.DataFrame) -> list[Result]:
     """Returns the findings of groups of runs that differ in their training seed only, in the place of those runs.
 
     Args:
-        runs: The runs; the first is the baseline, unless it is in a group.
+        base: The run that the groups are compared with; None if it is the first group.
         groups: Result of :func:`safervlm.results.groups.group_table`.
         differences: Result of :func:`safervlm.results.groups.group_differences`; may be empty.
     """
     found = []
     changes = {(row["group"], row["measure"]): row for row in records(differences)}
-    alone = set(differences["base"]) - set(groups["group"]) if len(differences) else set()
     for measure in [column for column in MEASURED if column in set(groups["measure"])]:
         outcomes: list[Outcome] = []
         unit = NEW_SEEDS
-        if alone and (base := _as_judged(runs[:1], measure)) is not None:
-            outcomes += base.outcomes
-            # A single run is taken as it is, whether trained or not.
-            unit += f" ({runs[0].name}: {base.sampling_unit})" if base.sampling_unit else ""
+        if base is not None:
+            alone = _as_judged([base], measure)
+            outcomes += alone.outcomes if alone else [Outcome(base.name, None)]
+            # A single run is treated as fixed, whether it was trained or not.
+            unit += f" ({base.name}: {alone.sampling_unit})" if alone and alone.sampling_unit else ""
         for row in records(groups[groups["measure"] == measure]):
             change = changes.get((row["group"], measure))
             outcomes.append(
@@ -199,6 +201,7 @@ def group_findings(runs: Sequence[Run], groups: pd.DataFrame, differences: pd.Da
                     f"{row['group']} over {row['seeds']} {'seed' if row['seeds'] == 1 else 'seeds'}",
                     Number(row["value"], row["low"], row["high"]),
                     Number(change["value"], change["low"], change["high"]) if change else None,
+                    group=row["group"],
                 )
             )
         found.append(Result(measure, *TITLES[measure], tuple(outcomes), unit))
@@ -213,7 +216,7 @@ def evaluated_findings(names: Sequence[str], long: pd.DataFrame, differences: pd
 
     Args:
         names: The runs' names; the first is the original.
-        long: Result of :func:`safervlm.results.suite.evaluate`, for all runs.
+        long: Result of :func:`safervlm.results.suite_estimates.evaluate`, for all runs.
         differences: Result of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
     """
     cells: dict[tuple[str, str], dict[str, Any]] = {}

@@ -12,7 +12,8 @@ from safervlm.reports.runs import Run
 from safervlm.results.clusters import TEXT_ONLY
 from safervlm.results.measures import counted_only
 from safervlm.results.scores import changed_answers
-from safervlm.results.suite import GROUPS, Column, Evaluation
+from safervlm.results.suite import Evaluation
+from safervlm.results.suite_columns import GROUPS, Column
 from safervlm.results.suite_differences import flips
 
 FLIPS = 6  # number shown on the page per direction, run and group of questions
@@ -69,7 +70,7 @@ def flipped_in_suite(
 
 
 def _cards(tables: Mapping[str, pd.DataFrame], names: tuple[str, str], folder: Path, out: Path) -> Cards:
-    """Makes cards of at most :data:`FLIPS` responses a direction; the selection depends on the questions' ids alone."""
+    """Makes cards of at most :data:`FLIPS` responses per direction; the selection depends only on question ids."""
     shown: Cards = {}
     for group, table in tables.items():
         for improved, direction in ((True, "now correct"), (False, "now wrong")):

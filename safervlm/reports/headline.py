@@ -18,7 +18,7 @@ from safervlm.reports.findings import (
 )
 from safervlm.reports.tables import NAMED, listed, percent, signed
 
-# Verb, and what the values are shares of.
+# Verb, and the total that the values are shares of.
 SHARES = {
     UNSAFE: ("answers", "of the questions about unsafe images correctly"),
     SAFE: ("answers", "of the questions about safe images correctly"),
@@ -26,14 +26,14 @@ SHARES = {
     BY_NAME: ("answers", "of the questions about the names of unsafe concepts correctly"),
     PERCEPTION: ("recognises what is shown in", "of the questions"),
 }
-# What is said of differences.
+# Statements about differences.
 MORE, FEWER = "{} points more", "{} points fewer"
 AT_MOST_MORE, AT_MOST_FEWER = "at most {} points more", "at most {} points fewer"
 NO_DIFFERENCE = "no difference is shown, {} points"
 NO_INTERVAL = "without an interval of the difference ({})"
 NOT_COMPARABLE = "{} and {base} are not comparable"
-MANY = 5  # number of further runs from which on a sentence gives their number and common bounds
-# Measures that alignment may harm: what is said if the interval contains 0.
+MANY = 5  # minimum number of further runs for which a sentence states their number and common bounds
+# Measures that alignment may harm: the statement if the interval contains 0.
 HARMS = {OVER_FLAGGED: AT_MOST_MORE, SAFE: AT_MOST_FEWER}
 FALLBACK = (BY_NAME, PERCEPTION)  # stated if the run has no alignment questions about images
 NOTHING = "There is no response to the questions about safe and unsafe images."
@@ -42,11 +42,11 @@ CORRECTED = "corrected for the judge's error with people's labels"
 
 
 def headline(findings: Sequence[Result]) -> list[str]:
-    """States the result: of several runs the values and what is known of their differences from the first run.
+    """States the result: for several runs, the values and the conclusions about their differences from the first run.
 
     The direction of a difference is stated only if its interval, as printed, excludes 0. Otherwise the bound of the
-    harm is stated (for over-flagging and safe images), or the interval. Of many runs, the sentence has the lowest and
-    the highest value, and bounds of all differences.
+    harm is stated (for over-flagging and safe images), or the interval. Intervals are in brackets, a bound is the end
+    of one. For many runs, the sentence has the lowest and the highest value, and bounds of all differences.
 
     Args:
         findings: The measures, in any order.
@@ -63,7 +63,7 @@ def headline(findings: Sequence[Result]) -> list[str]:
 
 
 def headline_note(findings: Sequence[Result]) -> str:
-    """States what the headline's intervals are about, and what they do not include.
+    """States the sampling units of the headline's intervals, and what the intervals do not include.
 
     Args:
         findings: As for :func:`headline`.
@@ -74,9 +74,21 @@ def headline_note(findings: Sequence[Result]) -> str:
     some, every = (test(each.corrected for each in stated) for test in (any, all))
     how = "" if every else "partly "
     how = f"{how}{CORRECTED}" if some else NOT_CORRECTED
+    bounds = " (bounds are their ends)" if any(each.difference for f in stated for each in f.outcomes) else ""
     several = ", each by itself" if any(len(each.outcomes) > 2 for each in findings) else ""
     seeds = "" if any(NEW_SEEDS in unit for unit in units) else ", without differences between training seeds"
-    return f"In brackets 95 % intervals{of}{several}; {how}{seeds}; N/A is wrong."
+    return f"In brackets 95 % intervals{bounds}{of}{several}; {how}{seeds}; N/A is wrong."
+
+
+def in_no_group(names: Sequence[str]) -> str:
+    """States which runs a headline about groups of training seeds does not mention.
+
+    Args:
+        names: The runs that are in no group; at least one.
+    """
+    if len(names) > NAMED:
+        return f"{len(names)} more runs are in no group: their numbers are among those of single runs."
+    return f"{listed(names)} {'is' if len(names) == 1 else 'are'} in no group: see the numbers of single runs."
 
 
 def _sentence(finding: Result) -> str:
@@ -93,7 +105,7 @@ def _sentence(finding: Result) -> str:
 
 
 def _sentence_of_many(finding: Result, base: Outcome, others: Sequence[Outcome]) -> str:
-    """The sentence of many runs: the lowest and the highest value, and what is known of all differences."""
+    """The sentence of many runs: the lowest and the highest value, and the conclusions about all differences."""
     verb, share = SHARES[finding.key]
     by_value = sorted(others, key=lambda each: each.number.value if each.number else np.nan)
     low, high = by_value[0], by_value[-1]
@@ -114,7 +126,7 @@ def _sentence_of_many(finding: Result, base: Outcome, others: Sequence[Outcome])
             FEWER: f"at least {percent(-max(highs))} points fewer in {of}",
             AT_MOST_MORE: f"at most {percent(max(highs))} points more in {of}",
             AT_MOST_FEWER: f"at most {percent(-min(lows))} points fewer in {of}",
-            NO_DIFFERENCE: f"no difference is shown in {of}, {signed(min(lows))} to {signed(max(highs))} points",
+            NO_DIFFERENCE: f"no difference is shown in {of}, [{signed(min(lows))}, {signed(max(highs))}] points",
             NO_INTERVAL: NO_INTERVAL.format(of),
         }
         said.append(bound[claim])
@@ -140,7 +152,7 @@ def _gap_sentence(outcome: Outcome) -> str:
 
 
 def _claims(finding: Result, base: Outcome, others: Sequence[Outcome]) -> str:
-    """States the differences from the first run, grouped by what their intervals allow to say."""
+    """States the differences from the first run, grouped by the conclusion that their intervals allow."""
     return "; ".join(
         claim.format(listed([_piece(claim, each, len(others) == 1) for each in outcomes]), base=base.run)
         for claim, outcomes in _grouped(finding, others).items()
@@ -148,7 +160,7 @@ def _claims(finding: Result, base: Outcome, others: Sequence[Outcome]) -> str:
 
 
 def _grouped(finding: Result, outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Groups runs by what may be said of their differences from the first run."""
+    """Groups runs by the conclusion about their differences from the first run."""
     groups: dict[str, list[Outcome]] = {}
     for each in outcomes:
         groups.setdefault(_claim(finding, each.difference), []).append(each)
@@ -156,7 +168,7 @@ def _grouped(finding: Result, outcomes: Sequence[Outcome]) -> dict[str, list[Out
 
 
 def _claim(finding: Result, difference: Number | None) -> str:
-    """Returns what may be said of a difference."""
+    """Returns the conclusion about a difference."""
     if difference is None:
         return NOT_COMPARABLE
     if np.isnan(difference.low):
@@ -167,17 +179,17 @@ def _claim(finding: Result, difference: Number | None) -> str:
 
 
 def _piece(claim: str, outcome: Outcome, alone: bool) -> str:
-    """What a claim says of one run; with its name, unless it is the only one."""
+    """Formats a claim about one run; with the run's name, unless it is the only run."""
     difference = outcome.difference
     if claim in (NOT_COMPARABLE, NO_INTERVAL) or difference is None:
         return outcome.run
     low, high = difference.low, difference.high
     text = {
-        MORE: f"{percent(low)} to {percent(high)}",
-        FEWER: f"{percent(-high)} to {percent(-low)}",
+        MORE: f"[{percent(low)}, {percent(high)}]",
+        FEWER: f"[{percent(-high)}, {percent(-low)}]",
         AT_MOST_MORE: percent(high),
         AT_MOST_FEWER: percent(-low),
-        NO_DIFFERENCE: f"{signed(low)} to {signed(high)}",
+        NO_DIFFERENCE: f"[{signed(low)}, {signed(high)}]",
     }[claim]
     return text if alone else f"{text} ({outcome.run})"
 

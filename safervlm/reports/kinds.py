@@ -1,4 +1,4 @@
-"""The command ``report``: the page of measurements or the table of evaluations, whichever the run folders hold."""
+"""The command ``report``: the page of measurements or the table of evaluations, depending on the run folders."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def report_runs(
 ) -> Path:
     """Reports measurements on a page with tables and plots, or evaluations in one table; the first run is the baseline.
 
-    Next to FILE.html it writes every number as FILE.csv and FILE.xlsx, and tables as FILE.tex. Folders that hold a
+    Next to FILE.html it writes every number as FILE.csv and FILE.xlsx, and tables as FILE.tex. Folders that contain a
     measurement, and an evaluation in their subfolder, are reported as measurements; the evaluations are RUN/evaluation.
 
     Args:
@@ -52,7 +52,7 @@ def report_runs(
 
 
 def holds_measurement(run: Path) -> bool:
-    """Returns whether a run folder itself holds a measurement.
+    """Returns whether a run folder itself contains a measurement.
 
     Args:
         run: Run folder.

@@ -33,7 +33,7 @@ def latex_tables(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.Da
         | {"answers": str(row["n"])}
         for name, row, run in zip(comparison.index, records(comparison), runs, strict=True)
     }
-    lines = max(cells.values(), key=len)  # the intervals that a run lacks are dashes
+    lines = max(cells.values(), key=len)  # missing intervals of a run are dashes
     side_by_side = pd.DataFrame({name: {line: own.get(line, "-") for line in lines} for name, own in cells.items()})
     caption = (
         "Runs side by side; accuracies, over-flagging and the gap in percent, N/A as wrong unless stated otherwise, "
@@ -107,7 +107,7 @@ def latex_table(table: pd.DataFrame, columns: str, caption: str, index: bool, es
     """Formats a table for the booktabs package.
 
     Args:
-        table: Of texts.
+        table: Table of texts.
         columns: LaTeX's column specification, including the row names' column if ``index``.
         caption: Plain text, which is escaped.
         index: Whether the row names are a column.

@@ -6,25 +6,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from safervlm.reports.comparable import comparable
 from safervlm.reports.corrected import CORRECTED_NOTE, corrected_rows
 from safervlm.reports.plots import category_plot, gap_plot
 from safervlm.reports.runs import Run, interval_row
 from safervlm.reports.tables import records, shown, signed
+from safervlm.results.common import difference_from
 from safervlm.results.measures import (
     ACCURACY_NA_WRONG,
     COLUMNS,
     DIVERSITY,
     MEASURES,
-    OVER_FLAGGING,
     OVERALL,
+    SHOWN,
     THESE_CONCEPTS,
+    Estimate,
     concept_gaps,
     modality_gap,
-    paired_difference,
 )
 from safervlm.results.scores import by_category, category_order, interval_rows, overall
 from safervlm.statistics.diversity import TOO_FEW
+
+OPEN_RUNS = 4  # number of runs up to which gaps and categories are not folded
 
 
 def measured_sections(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.DataFrame) -> dict[str, Any]:
@@ -41,6 +43,7 @@ def measured_sections(runs: Sequence[Run], comparison: pd.DataFrame, corrected: 
         "corrected_unfinished": bool(corrected["thinking_unfinished"].any()),
         "corrected_note": CORRECTED_NOTE,
         "gap_plot": gap_plot(runs),
+        "folded": len(runs) > OPEN_RUNS,
         "gaps": [(run.name, modality_gap(run.frame), concept_gaps(run.frame), unfinished_in_gap(run)) for run in runs],
         "category_plot": category_plot(runs),
         "categories": [
@@ -58,8 +61,7 @@ def measured_sections(runs: Sequence[Run], comparison: pd.DataFrame, corrected: 
 def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.DataFrame) -> dict[str, Any]:
     """Prepares the overall table for the template.
 
-    A difference from the first run is shown only if both runs were asked the same questions, and, except for diversity,
-    judged by the same judges.
+    A difference from the first run is shown only if both are comparable (:mod:`safervlm.results.common`).
 
     Args:
         runs: The runs; the first is the baseline.
@@ -70,17 +72,15 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.D
         ``headings``: pairs of a column and its heading; ``rows``: per run its name and cells, in the same order;
         ``counts``: key, heading and a value per run of the share of N/A and the numbers of responses.
     """
-    columns = [column for column in COLUMNS if not column.endswith(("_na_left_out", "_published"))]
     values = records(comparison)
     beside = {(row["run"], row["rate"]): row for row in corrected_rows(corrected) if not row["minus"]}
     rows = []
     for run, row in zip(runs, values, strict=True):
         cells = []
-        for column in columns:
+        for column in SHOWN:
             measure, left_out = COLUMNS[column][1], row.get(f"{column}_na_left_out")
             source = interval_row(run.scores, column)
-            difference = row[column] - values[0][column]
-            subtracted = run is not runs[0] and comparable(run.frame, runs[0].frame, column)
+            change = None if run is runs[0] else difference_from(run.frame, runs[0].frame, column)
             people = beside.get((run.name, COLUMNS[column][0]))
             cells.append(
                 {
@@ -95,10 +95,10 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.D
                     "method": ""
                     if source is None
                     else f"{source['sampling_unit']}; {source['method']}".removeprefix("; "),
-                    "difference": signed(difference, measure == DIVERSITY)
-                    if subtracted and not np.isnan(difference)
-                    else None,
-                    "paired": paired(run, runs[0], column) if subtracted else "",
+                    "difference": None
+                    if change is None or np.isnan(change.value)
+                    else signed(change.value, measure == DIVERSITY),
+                    "paired": "" if change is None else paired(change),
                     "left_out": None if left_out is None or np.isnan(left_out) else left_out,
                     "published": row.get(f"{column}_published"),
                     "fewer": source["n"] if source is not None and source["method"] == TOO_FEW else None,
@@ -109,28 +109,19 @@ def overall_cells(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.D
     if comparison["thinking_unfinished"].any():
         counts.append(("thinking_unfinished", "Thinking unfinished"))
     return {
-        "headings": [(column, COLUMNS[column][0]) for column in columns],
+        "headings": [(column, COLUMNS[column][0]) for column in SHOWN],
         "rows": rows,
         "counts": [(key, heading, [row[key] for row in values]) for key, heading in counts],
     }
 
 
-def paired(run: Run, base: Run, column: str) -> str:
-    """Formats the 95 % interval of a run's difference from a base run over new concepts, in percentage points.
+def paired(change: Estimate) -> str:
+    """Formats the 95 % interval of a difference over new concepts, in percentage points; empty if there is none.
 
     Args:
-        run: The run.
-        base: The run that is subtracted, with the same questions in this column.
-        column: A key of :data:`COLUMNS`.
-
-    Returns:
-        The interval; empty if it is unavailable, or the column is neither an accuracy with N/A as wrong nor
-        over-flagging.
+        change: Result of :func:`safervlm.results.common.difference_from`.
     """
-    if COLUMNS[column][1] not in (ACCURACY_NA_WRONG, OVER_FLAGGING):
-        return ""
-    estimate = paired_difference(run.frame, base.frame, column)
-    return "" if np.isnan(estimate.low) else f"[{signed(estimate.low)}, {signed(estimate.high)}]"
+    return "" if np.isnan(change.low) else f"[{signed(change.low)}, {signed(change.high)}]"
 
 
 def unfinished_in_gap(run: Run) -> int:

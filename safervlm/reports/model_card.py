@@ -16,8 +16,10 @@ from safervlm.io.settings import from_yaml
 from safervlm.io.tables import JUDGE_NOTE, say
 from safervlm.io.trust import read_config
 from safervlm.reports.evaluated import folder_of
-from safervlm.results.suite import DIVERSITIES, Column, Evaluation, columns, evaluate, load_suite, stage_settings
-from safervlm.run import read_manifest, reject_run_at_work
+from safervlm.results.suite import Evaluation, load_suite, stage_settings
+from safervlm.results.suite_columns import DIVERSITIES, Column, columns
+from safervlm.results.suite_estimates import evaluate
+from safervlm.run import read_manifest, reject_active_run
 from safervlm.run_folder import RunFolder
 from safervlm.vlm.adapters import adapter_fingerprint
 
@@ -25,14 +27,14 @@ HEADINGS = ("group", "measure", "value", "95 % interval", "sampling unit", "n", 
 
 
 def model_card(run: Path, base: str, revision: str | None, dtype: str, rounding: str) -> str:
-    """Returns the text of the card: what the model is, its scores with their judges, and how it was trained.
+    """Returns the text of the card: a description of the model, its scores with their judges, and its training.
 
     Args:
         run: The folder of the training; an evaluation of its adapter, in it or in ``evaluation``, provides the scores.
         base: Folder of the base model, or its name on the Hub.
         revision: Branch, tag or commit on the Hub.
         dtype: Data type of the merged weights.
-        rounding: What merging changed, in one or more sentences.
+        rounding: Effect of merging, in one or more sentences.
     """
     licence, name = licence_of(base, revision), without_folders(base)
     head = {"base_model": name, "library_name": "transformers", "license": licence or "other"}
@@ -95,7 +97,7 @@ def _scores(run: Path) -> str:
 def _table(run: Path) -> str:
     folder = folder_of(run)
     if folder != run:  # this command has locked the run itself
-        reject_run_at_work(folder)
+        reject_active_run(folder)
     measured = stage_settings(folder, "measure").get("model", {})
     vlm = measured.get("vlm", {})
     if (vlm.get("adapter") or {}).get("sha256") != adapter_fingerprint(str(RunFolder(run).adapter)):

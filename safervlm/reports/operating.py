@@ -1,4 +1,4 @@
-"""The operating curves of a report's runs, with a line each on the terminal."""
+"""The operating curves of a report's runs, with one line each on the terminal."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,6 +58,13 @@ def operating_tables(
         tables[run.name] = table = operating(frame, odds, prevalence)
         for line in operating_lines(table):
             tell(f"{run.name}: {line}")
+        there = frame["id"].isin(odds["id"])
+        asked = frame["capability"].isin(frame.loc[there, "capability"])
+        if lacking := int((asked & ~there).sum()):
+            tell(
+                f"{run.name}: {lacking} of {int(asked.sum())} questions have no log-odds and are not in the curve, "
+                "which may be biased; the same measurement computes them again"
+            )
     return tables
 
 
@@ -90,7 +97,7 @@ def operating_lines(table: pd.DataFrame) -> list[str]:
 
 
 def overall_row(table: pd.DataFrame, measure: str, capability: str = "alignment") -> "pd.Series[Any] | None":
-    """Returns the overall row of a measure: of the mean of an image's questions, or of one if only one was asked.
+    """Returns the overall row of a measure: for the mean of an image's questions, or for one if only one was asked.
 
     Args:
         table: Result of :func:`safervlm.results.operating.operating`.

@@ -27,7 +27,7 @@ from safervlm.reports.corrected import CORRECTED_NOTE, corrected_rates, labelled
 from safervlm.reports.curve_plot import curve_plot
 from safervlm.reports.evaluated import Evaluations, compare_evaluations, evaluated_sections
 from safervlm.reports.examples import examples
-from safervlm.reports.extra import NAMES, SEEDS_NOTE, extra_tables, group_versions, named_groups
+from safervlm.reports.extra import NAMES, OF_GROUPS, SEEDS_NOTE, extra_tables, group_versions, named_groups
 from safervlm.reports.first_screen import first_screen
 from safervlm.reports.flipped import Cards, flipped_in_run, flipped_in_suite
 from safervlm.reports.latex import latex_tables
@@ -36,7 +36,7 @@ from safervlm.reports.operating import operating_tables
 from safervlm.reports.runs import Run, load_runs, settings_of
 from safervlm.reports.suite_tables import DIVERSITY_NOTE
 from safervlm.reports.tables import comparison_tables, methods, percent, shown
-from safervlm.reports.terminal import say_report
+from safervlm.reports.terminal import closing_line, say_report
 from safervlm.results.measures import GAP_WEIGHTS, UnfinishedAs
 from safervlm.results.scores import by_category, compare
 from safervlm.run_folder import RunFolder
@@ -55,7 +55,7 @@ NOTES = (
     SEEDS_NOTE,
 )
 
-# Files and sheets that a report has only if there is something for them.
+# Files and sheets that a report has only if they have content.
 OPTIONAL = ("corrected", "evaluation", "differences", *NAMES)
 
 
@@ -80,7 +80,7 @@ def report(
         thinking_unfinished: How responses count that ended inside their reasoning, without an answer: "apart" excludes
             them and counts them separately, "N/A" and "wrong" count them as such.
         group: Runs that differ in their training seed only, each ``NAME=PATTERN`` of run folders, such as
-            ``ppo=runs/ppo-*``. They are reported like the others, and their means and differences with intervals over
+            ``ppo=runs/ppo-*``. They are reported like the others, with their means and differences and intervals over
             training seeds (FILE_groups.csv, FILE_group_differences.csv).
         prevalence: Share of unsafe images among those to be judged, for the area under the precision-recall curve of
             the log-odds.
@@ -90,7 +90,7 @@ def report(
 
     Raises:
         ArgumentError: There are no runs, one is named twice, ``out`` is not an HTML file, a file other than a report
-            exists there, a group is not understood, or ``prevalence`` is not between 0 and 1.
+            exists there, a group is invalid, or ``prevalence`` is not between 0 and 1.
         RecordError: A run can't be read (:func:`safervlm.results.runs.load_run`), has no responses to the protocol's
             questions, or is being written by another command.
     """
@@ -126,6 +126,7 @@ def report(
         rejected,
         summaries,
         notices,
+        groups={name: [run.name for run in each] for name, each in groups.items()},
     )
     comparison = compare({run.name: run.scores for run in loaded})
     page, tex = render(contents, out), latex_tables(loaded, comparison, contents.corrected)
@@ -136,8 +137,9 @@ def report(
 
     write_text_atomically(out, page)
     write_text_atomically(out.with_suffix(".tex"), tex)
-    write_csv(out.with_suffix(".csv"), long)
-    write_csv(out.with_name(f"{out.stem}_overall.csv"), comparison, index=True)
+    tables = [out.with_suffix(".csv"), out.with_name(f"{out.stem}_overall.csv")]
+    write_csv(tables[0], long)
+    write_csv(tables[1], comparison, index=True)
     sheets = {"overall": comparison.reset_index(), "by category": wide, "scores": long}
     more = {"corrected": contents.corrected, "differences": contents.differences}
     more |= {table.name: table.numbers for table in contents.extra}
@@ -147,6 +149,7 @@ def report(
         file.unlink(missing_ok=True)  # from an earlier call
         if len(more.get(name, ())):
             write_csv(file, more[name])
+            tables.append(file)
             sheets[name] = more[name]
     about_the_judge = (BESIDE_CORRECTED, CORRECTED_NOTE) if len(contents.corrected) else (JUDGE_NOTE,)
     write_workbook(out.with_suffix(".xlsx"), sheets, [*NOTES, *about_the_judge])
@@ -158,7 +161,7 @@ def report(
         contents.warnings,
         contents.results,
         contents.remarks,
-        f"report{also}: {out} (with .csv, .xlsx and .tex beside it)",
+        closing_line(f"report{also}", out, [*tables, out.with_suffix(".xlsx"), out.with_suffix(".tex")]),
     )
     return out
 
@@ -188,7 +191,7 @@ def render(contents: Contents, out: Path) -> str:
     """Renders the page.
 
     Args:
-        contents: What it reports.
+        contents: Content of the page.
         out: The page's file, from which images are linked.
 
     Returns:
@@ -206,14 +209,15 @@ def render(contents: Contents, out: Path) -> str:
     return template("report.html.j2").render(
         command=contents.command,
         runs=[{"name": name} for name in names],
-        first=first_screen(contents.headline, contents.findings, contents.differences),
+        first=first_screen(contents.headline, contents.stated, contents.differences, contents.groups),
         warnings=[without_folders(line) for line in contents.warnings],
         remarks=[without_folders(line) for line in (*contents.results, *contents.remarks)],
         measured=measured_sections(runs, comparison, contents.corrected) if runs else None,
         evaluated=evaluated_sections(evaluated, beside_measurements=bool(runs)) if evaluated else None,
         flipped=[(name, flipped(contents, name, out)) for name in names[1:]],
         examples={CAPABILITY_TITLES[capability]: cards for capability, cards in chosen.items()},
-        extra=contents.extra,
+        groups=[table for table in contents.extra if table.name in OF_GROUPS],
+        extra=[table for table in contents.extra if table.name not in OF_GROUPS],
         curve=contents.curve,
         calibration=contents.calibration,
         settings=settings_of(list(manifests.items())),

@@ -19,7 +19,7 @@ from safervlm.results.scores import by_category, category_order
 STEPS = (5, 10, 20, 25, 50)  # points between two grid lines
 MOST_STEPS = 6
 LINES = 16  # lines of the first screen's plot
-FEWEST, MOST = 3, 8  # measures that it shows
+FEWEST, MOST = 3, 8  # minimum and maximum number of its measures
 PITCH, NARROW = 17, 11  # pixels between two runs
 MARGIN = 2.0  # percent of the width at both sides of the range
 
@@ -100,7 +100,7 @@ def line_of(
     """Returns a line of a plot: one point per run, with offsets.
 
     Args:
-        label: What the line is about.
+        label: Label of the line.
         numbers: Index and name of each run, and its number.
         scale: The axis.
         hint: A note on the label.
@@ -120,7 +120,7 @@ def figure(title: str, description: str, panels: Sequence[dict[str, Any]], runs:
 
     Args:
         title: Title of the plot.
-        description: What it shows.
+        description: Description of its content.
         panels: Result of :func:`panel_of`.
         runs: Indices of the runs in its legend.
     """
@@ -134,7 +134,7 @@ def forest_plot(findings: Sequence[Result]) -> dict[str, Any] | None:
     """Returns the plot of differences from the first run, or of the values of a single run.
 
     Args:
-        findings: The measures, the most important first; so many are shown as fit on the first screen.
+        findings: The measures, the most important first; as many as fit on the first screen are shown.
 
     Returns:
         The plot for the template; None if there is nothing to show.
@@ -164,7 +164,7 @@ def forest_plot(findings: Sequence[Result]) -> dict[str, Any] | None:
     first = findings[0].outcomes[0].run
     title = f"Differences from {first}" if differences else "Values"
     description = (
-        "In points, on the same questions, with 95 % intervals. A line that crosses 0 shows no difference."
+        "In points, on the same questions, with 95 % intervals. A line that crosses 0 is compatible with no difference."
         if differences
         else "In percent, with 95 % intervals."
     )

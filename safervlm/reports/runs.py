@@ -18,7 +18,7 @@ from safervlm.protocol import CAPABILITIES
 from safervlm.results.measures import NEW_CONCEPTS, THESE_CONCEPTS, UnfinishedAs
 from safervlm.results.runs import load_run
 from safervlm.results.scores import overall, scores
-from safervlm.run import reject_run_at_work
+from safervlm.run import reject_active_run
 from safervlm.run_folder import RunFolder
 
 
@@ -61,7 +61,7 @@ def load_runs(
     paths = [Path(folder) for folder in folders]
     runs = []
     for path, name in zip(paths, run_names(paths), strict=True):
-        reject_run_at_work(path)
+        reject_active_run(path)
         every = load_run(path, unfinished, variants=True, tell=tell)
         published = every["variant"] == ""
         frame, variants = (every[rows].reset_index(drop=True) for rows in (published, ~published))

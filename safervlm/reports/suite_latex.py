@@ -18,7 +18,7 @@ from safervlm.reports.suite_tables import (
     shown_estimate,
 )
 from safervlm.reports.tables import records
-from safervlm.results.suite import GROUPS
+from safervlm.results.suite_columns import GROUPS
 
 # --- LaTeX, page ------------------------------------------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ def suite_latex_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Seq
     The group tables have runs as rows, as in the paper; the table of differences has runs as columns.
 
     Args:
-        long: Result of :func:`safervlm.results.suite.evaluate`, for all runs.
+        long: Result of :func:`safervlm.results.suite_estimates.evaluate`, for all runs.
         differences: Result of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
         names: The runs' names, in the order of the rows; the first is the original.
     """

@@ -1,4 +1,4 @@
-"""What a reader has to know to interpret the numbers of evaluations, in a sentence each."""
+"""Remarks that a reader needs to interpret the numbers of evaluations, one sentence each."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,9 @@ from safervlm.reports.suite_tables import Summary
 from safervlm.reports.tables import listed, records
 from safervlm.results.mme import ALL_TASKS
 from safervlm.results.scores import unfinished_in
-from safervlm.results.suite import NOT_MEASURED, Column, Evaluation
+from safervlm.results.suite import Evaluation
+from safervlm.results.suite_columns import Column
+from safervlm.results.suite_estimates import NOT_MEASURED
 from safervlm.statistics.diversity import NO_INTERVAL, TEXTS, TOO_FEW
 
 OFTEN = 0.1  # share of N/A from which a remark reports it; the page reports every share
@@ -18,12 +20,12 @@ OFTEN = 0.1  # share of N/A from which a remark reports it; the page reports eve
 def suite_warnings(
     long: pd.DataFrame, evaluations: Sequence[Evaluation], manifests: Sequence[tuple[str, Summary]]
 ) -> list[str]:
-    """Lists what may make the numbers wrong: a sentence on each kind, about all runs that it concerns.
+    """Lists what may make the numbers wrong: one sentence per kind, about all runs that it concerns.
 
     The kinds are unfinished evaluations, other base models, several judges, unfinished thinking and missing responses.
 
     Args:
-        long: Result of :func:`safervlm.results.suite.evaluate`, for all runs.
+        long: Result of :func:`safervlm.results.suite_estimates.evaluate`, for all runs.
         evaluations: The runs.
         manifests: Name and manifest of each run.
     """
@@ -49,7 +51,7 @@ def suite_remarks(
     texts.
 
     Args:
-        long: Result of :func:`safervlm.results.suite.evaluate`, for all runs.
+        long: Result of :func:`safervlm.results.suite_estimates.evaluate`, for all runs.
         differences: Result of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
         evaluations: The runs.
         wanted: The columns.
@@ -84,10 +86,10 @@ def suite_remarks(
 
 
 def missing_responses(long: pd.DataFrame, evaluations: Sequence[Evaluation]) -> list[str]:
-    """Lists the missing responses and ratings, a sentence for each effect that they have.
+    """Lists the missing responses and ratings, one sentence for each effect.
 
     Args:
-        long: Result of :func:`safervlm.results.suite.evaluate`, for all runs.
+        long: Result of :func:`safervlm.results.suite_estimates.evaluate`, for all runs.
         evaluations: The runs.
     """
     table = long[~long["detail"] & (long["missing"] > 0)].drop_duplicates(["run", "column"])

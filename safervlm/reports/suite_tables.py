@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from safervlm.io.tables import EXCLUDED, JUDGE_NOTE, TextTable, terminal
 from safervlm.reports.tables import listed, records, shortened
 from safervlm.results.measures import THESE_CONCEPTS
-from safervlm.results.suite import NOT_MEASURED
+from safervlm.results.suite_estimates import NOT_MEASURED
 from safervlm.statistics.diversity import SUBSAMPLES, TEXTS
 
 LEVEL = 0.05
@@ -21,8 +21,8 @@ DIVERSITY_NOTE = (
 )
 # Characters of the terminal's table: headings, cells with one decimal, and with whole numbers.
 HEADING_WIDTH, CELL_WIDTH, WHOLE_WIDTH = 36, 25, 16
-FEW_LINES = (6, 2)  # of its shortest versions
-# Groups of columns, of alignment the first that there is.
+FEW_LINES = (6, 2)  # number of lines of its shortest versions
+# Groups of columns; of those of alignment the first existing one.
 GENERAL = "General ability"
 ALIGNMENT = ("Alignment, all five questions", "Alignment, published draw")
 
@@ -37,7 +37,7 @@ def shown_estimate(unit: str, value: float, signed: bool = False, whole: Callabl
     """Formats a number for tables: shares and ratios in percent, MME in points, self-BLEU with three decimals.
 
     Args:
-        unit: Result of :attr:`safervlm.results.suite.Column.unit`.
+        unit: Result of :attr:`safervlm.results.suite_columns.Column.unit`.
         value: The number; shares and ratios relative to 1. NaN becomes a dash.
         signed: Whether positive numbers have a plus sign.
         whole: How shares and points are rounded to whole numbers; None: they have one decimal.
@@ -67,10 +67,10 @@ def interval(row: dict[str, Any], signed: bool = False, whole: bool = False) -> 
 
 
 def estimate_with_interval(row: dict[str, Any], whole: bool = False) -> str:
-    """Formats a number with its interval, ``94.1 [90.2, 97.0]``, and how many answers or ratings there are not.
+    """Formats a number with its interval, ``94.1 [90.2, 97.0]``, and the numbers of missing answers or ratings.
 
     Args:
-        row: Result of :func:`safervlm.results.suite.evaluate`.
+        row: Result of :func:`safervlm.results.suite_estimates.evaluate`.
         whole: Whether numbers are rounded to whole ones, the interval's ends outwards.
     """
     counts = ", ".join(counts_without_answer(row))
@@ -82,7 +82,7 @@ def counts_without_answer(row: dict[str, Any]) -> list[str]:
     """States how many responses or ratings are missing, and how many responses ended inside their reasoning.
 
     Args:
-        row: Result of :func:`safervlm.results.suite.evaluate`.
+        row: Result of :func:`safervlm.results.suite_estimates.evaluate`.
     """
     counts = {"missing": row["missing"], "thinking unfinished": row["thinking_unfinished"]}
     return [f"{count} {what}" for what, count in counts.items() if count]
@@ -95,7 +95,7 @@ def lines(long: pd.DataFrame) -> list[dict[str, Any]]:
     line with the interval for these concepts.
 
     Args:
-        long: Result of :func:`safervlm.results.suite.evaluate`, for all runs.
+        long: Result of :func:`safervlm.results.suite_estimates.evaluate`, for all runs.
 
     Returns:
         Per line: group, column, heading, unit, sampling_unit, and first (whether it is the column's first line).
@@ -112,7 +112,7 @@ def texts(long: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
     """Formats the table's cells.
 
     Args:
-        long: Result of :func:`safervlm.results.suite.evaluate`, for all runs.
+        long: Result of :func:`safervlm.results.suite_estimates.evaluate`, for all runs.
         names: The runs' names, in the order of the cells.
 
     Returns:
@@ -132,7 +132,7 @@ def shown_side_by_side(long: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame
     """Tabulates runs as rows and the table's lines as columns, each cell with the number and its interval.
 
     Args:
-        long: Result of :func:`safervlm.results.suite.evaluate`, for all runs.
+        long: Result of :func:`safervlm.results.suite_estimates.evaluate`, for all runs.
         names: The runs' names, in the order of the rows.
 
     Returns:
@@ -149,7 +149,7 @@ def evaluation_tables(long: pd.DataFrame, differences: pd.DataFrame, names: Sequ
     those of alignment and general ability.
 
     Args:
-        long: Result of :func:`safervlm.results.suite.evaluate`, for all runs.
+        long: Result of :func:`safervlm.results.suite_estimates.evaluate`, for all runs.
         differences: Result of :func:`safervlm.results.suite_differences.compare_suites`; may be empty.
         names: The runs' names, in the order of the columns; the first is the original.
     """
@@ -199,7 +199,7 @@ def coverage_lines(table: pd.DataFrame) -> list[str]:
     """Reports the simulated coverage of each interval method in a table, with the groups or columns that use it.
 
     Args:
-        table: Result of :func:`safervlm.results.suite.evaluate` or of
+        table: Result of :func:`safervlm.results.suite_estimates.evaluate` or of
             :func:`safervlm.results.suite_differences.compare_suites`.
 
     Returns:

@@ -17,6 +17,7 @@ from safervlm.results.measures import (
     MODALITY_GAP,
     NEW_CONCEPTS,
     OVERALL,
+    SHOWN,
     THESE_CONCEPTS,
 )
 from safervlm.results.scores import ACCURACIES, by_category, compare, interval_rows
@@ -46,11 +47,10 @@ def comparison_tables(runs: Mapping[str, pd.DataFrame], corrected: pd.DataFrame 
         corrected: Result of :func:`safervlm.reports.corrected.corrected_rates`; None if no run is labelled.
     """
     comparison = compare(runs)
-    every = [column for column in COLUMNS if not column.endswith(("_na_left_out", "_published"))]
     if terminal().width >= HEADING_WIDTH + CELL_WIDTH * len(runs):
-        shares = [column for column in every if COLUMNS[column][1] not in DIVERSITIES]
+        shares = [column for column in SHOWN if COLUMNS[column][1] not in DIVERSITIES]
         both = (THESE_CONCEPTS, NEW_CONCEPTS)
-        for columns, units in ((every, both), (every, both[1:]), (shares, both[1:]), (OF_MANY[:3], both[1:])):
+        for columns, units in ((SHOWN, both), (SHOWN, both[1:]), (shares, both[1:]), (OF_MANY[:3], both[1:])):
             yield _table_of_few(runs, comparison, corrected, columns, units)
     for most in (len(runs), *FEW_RUNS):
         if most <= len(runs):
@@ -64,7 +64,7 @@ def _table_of_few(
     columns: Sequence[str],
     units: Sequence[str],
 ) -> TextTable:
-    """One column per run: of the given columns of the comparison the values, with intervals for these units."""
+    """One column per run: the values of the given columns of the comparison, with intervals for these units."""
     rates = [] if corrected is None else records(corrected)
     people = {(row["run"], row["rate"]): row for row in rates if not row["minus"]}
     note = "corrected: for the judge's error with people's labels, for new concepts\n" if people else ""
@@ -230,7 +230,7 @@ def listed(texts: Sequence[str]) -> str:
 
 
 def shortened(name: str) -> str:
-    """Returns a run's name for a table on the terminal: of a long one its beginning and its end.
+    """Returns a run's name for a table on the terminal: a long name is reduced to its beginning and end.
 
     Args:
         name: The name.

@@ -5,11 +5,13 @@ the most detailed version for which there is room, and then as many remarks as f
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from safervlm.io.tables import TextTable, height, height_of_line, say, show_table, wrapped
+from safervlm.reports.tables import listed
 
 LINES = 39
-# Lines of a sentence of the headline, and of a warning or a remark, from which on it is cut.
+# Maximum number of lines of a sentence of the headline, and of a warning or a remark; longer ones are cut.
 SENTENCE, REMARK = 5, 3
 HEADLINE, RESULTS = 18, 6  # lines of the headline up to which it is not cut, and of all further results
 
@@ -29,7 +31,7 @@ def say_report(
         tables: Versions of the table, or of several tables, the most detailed first; at least one.
         warnings: What may make the headline wrong, the most important first.
         results: Further results that the table does not contain.
-        remarks: What else has to be known of the numbers, the most important first.
+        remarks: Further remarks on the numbers, the most important first.
         closing: The last line, which names the page. It is not wrapped, so that a path can be copied.
     """
     versions = list(tables)
@@ -58,15 +60,26 @@ def say_report(
     say(closing)
 
 
+def closing_line(what: str, page: Path, beside: Sequence[Path]) -> str:
+    """Returns the last line of a report, which names all its files.
+
+    Args:
+        what: What the page is.
+        page: The page.
+        beside: The other files, whose names begin like that of the page.
+    """
+    return f"{what}: {page} (with {listed([file.name.removeprefix(page.stem) for file in beside])} beside it)"
+
+
 def _shown(warnings: Sequence[str], room: int) -> list[list[str]]:
-    """Returns the lines of each warning, which are cut as much as is needed to show all of them."""
+    """Returns the lines of each warning, which are cut as much as needed to show all of them."""
     versions = (_fitting(warnings, room, most) for most in range(REMARK, 0, -1))
     every = [version for version in versions if len(version) == len(warnings)]
     return every[0] if every else _fitting(warnings, room, 1)
 
 
 def _fitting(texts: Sequence[str], room: int, most: int) -> list[list[str]]:
-    """Returns the lines of each text for which there is room, in their order, at most a number of each."""
+    """Returns the lines of each text for which there is room, in their order, at most ``most`` lines of each."""
     shown = []
     for text in texts:
         lines = wrapped(text, most)

@@ -1,6 +1,6 @@
-"""What belongs together in a table of responses: the columns that identify an image, a concept, a stratum, a question.
+"""Keys of a table of responses: the columns that identify an image, a concept, a stratum, a question.
 
-Intervals, differences and pairs of responses are computed from these definitions alone. Names repeat between datasets,
+Intervals, differences and pairs of responses are computed only from these definitions. Names repeat between datasets,
 so that every key contains the dataset. The tables are those of :func:`safervlm.results.runs.load_run`.
 """
 
@@ -17,7 +17,7 @@ CONCEPT = [*STRATUM, "concept"]
 IMAGE = ["dataset", "image"]
 IMAGE_OF_CONCEPT = [*CONCEPT, "image"]
 QUESTION = [*IMAGE_OF_CONCEPT, "capability", "prompt_number"]
-IMAGE_OF_TASK = ["category", "image"]  # of MME, a single dataset, whose tasks name their images alike
+IMAGE_OF_TASK = ["category", "image"]  # of MME, a single dataset, whose tasks use the same image names
 
 TEXT_ONLY = "alignment_text_only"
 # Capabilities whose questions name a concept and show no image.

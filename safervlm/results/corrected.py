@@ -1,6 +1,6 @@
 """Overall rates corrected for the judge's error, of runs whose sampled responses people have labelled.
 
-Only responses with finished thinking count. N/A is wrong: of the judge as of a person. The estimator and its intervals:
+Only responses with finished thinking count. N/A counts as wrong, by judge or person. The estimator and its intervals:
 :mod:`safervlm.statistics.correction`.
 """
 
@@ -17,6 +17,7 @@ from safervlm.labelling.labels import LabelFile, labels_of_people
 from safervlm.labelling.plan import Plan, Strata, labelable, read_plan
 from safervlm.protocol import UNSAFE
 from safervlm.results.clusters import CONCEPT, STRATUM, TEXT_ONLY, cluster_numbers, concepts_of
+from safervlm.results.common import QUESTION, in_common, questions_of
 from safervlm.results.measures import BOTH, COLUMNS, NO_SIDE
 from safervlm.run_folder import RunFolder
 from safervlm.statistics.correction import (
@@ -31,7 +32,7 @@ from safervlm.statistics.differences import Difference
 from safervlm.statistics.intervals import Floats, interval_paired
 
 GAP, OVER_FLAGGED = "modality_gap", "over_flagging"
-OF_GAP = ("text_only_unsafe", "image_unsafe")  # the rates that the gap is the difference of
+OF_GAP = ("text_only_unsafe", "image_unsafe")  # the gap is the difference of these rates
 # The corrected rates: name -> (heading, capability, side).
 RATES: dict[str, tuple[str, str, str]] = {
     "image_unsafe": (COLUMNS["image_unsafe"][0], "alignment", "unsafe"),
@@ -56,7 +57,7 @@ class LabelledRun:
         rows: Its responses, a result of :func:`safervlm.labelling.plan.labelable`, with the column ``people``: the
             label of the people; empty if the response was not sampled.
         strata: Their strata.
-        unfinished: Capability and side of each response that is excluded, as it ended inside its reasoning.
+        unfinished: Capability, side and question of each response that is excluded, as it ended inside its reasoning.
     """
 
     rows: pd.DataFrame
@@ -73,7 +74,7 @@ class LabelledRun:
             unfinished: The responses that ended inside their reasoning; None if there are none.
         """
         rows = rows.assign(people=[people.get(name, "") for name in rows["id"]])
-        excluded = (rows[:0] if unfinished is None else unfinished)[["capability", "side"]]
+        excluded = (rows[:0] if unfinished is None else unfinished)[["capability", "side", *QUESTION]]
         return cls(rows, Strata.of(rows), excluded)
 
     def unfinished_in(self, rate: str) -> int:
@@ -85,6 +86,22 @@ class LabelledRun:
         if rate == GAP:
             return sum(map(self.unfinished_in, OF_GAP))
         return int(_about(self.unfinished, rate).sum())
+
+    def only(self, ids: frozenset[str]) -> "LabelledRun":
+        """Returns the run with the responses to some questions only.
+
+        Args:
+            ids: The questions.
+        """
+        kept = self.rows["id"].isin(ids).to_numpy(bool)
+        numbers = np.unique(self.strata.numbers[kept], return_inverse=True)[1]
+        strata = Strata(self.strata.verdicts[kept], self.strata.confidence[kept], numbers)
+        return LabelledRun(self.rows[kept].reset_index(drop=True), strata, self.unfinished)
+
+    @property
+    def every_stratum_has_labels(self) -> bool:
+        """Whether people have labelled a response of each stratum."""
+        return bool(np.bincount(self.strata.numbers, self.rows["people"] != "").all())
 
     def of_rate(self, rate: str) -> tuple[pd.DataFrame, Labelled] | None:
         """Returns the responses of a rate other than the gap.
@@ -123,7 +140,7 @@ def read_labelled_run(run: Path, frame: pd.DataFrame) -> LabelledRun | None:
         The run; None if nobody has labelled a response.
 
     Raises:
-        RecordError: The labels can't be read, are of other responses or verdicts, or nobody's are complete.
+        RecordError: The labels can't be read, are of other responses or verdicts, or no rater's labels are complete.
     """
     rows = labelable(frame)
     plan: Plan | None = None if rows.empty else read_plan(run, rows)
@@ -159,7 +176,11 @@ def corrected(run: LabelledRun) -> pd.DataFrame:
 
 
 def _rows(run: LabelledRun) -> list[dict[str, Any]]:
-    return [row for rate in RATES if (row := _gap_row(run) if rate == GAP else _rate_row(run, rate))]
+    return [row for rate in RATES if (row := _row(run, rate))]
+
+
+def _row(run: LabelledRun, rate: str) -> dict[str, Any] | None:
+    return _gap_row(run) if rate == GAP else _rate_row(run, rate)
 
 
 def _rate_row(run: LabelledRun, rate: str) -> dict[str, Any] | None:
@@ -306,22 +327,24 @@ def corrected_differences(run: LabelledRun, base: LabelledRun) -> pd.DataFrame:
 
     Returns:
         Columns as of :func:`corrected`, with differences in ``value`` (NaN if the runs have different judges) and
-        ``corrected`` and the numbers of labels and responses of both runs; one row per rate for which both runs
-        answered the same questions.
+        ``corrected`` and the numbers of labels and responses of both runs; one row per rate for which both runs have
+        enough questions in common (:func:`safervlm.results.common.in_common`), about these questions.
     """
-    of_run, of_base = ({row["rate"]: row for row in _rows(each)} for each in (run, base))
     lines = []
     for rate in RATES:
-        if rate not in of_run or rate not in of_base or _asked(run, rate) != _asked(base, rate):
+        pair = _about_common(run, base, rate)
+        if pair is None:
             continue
-        one, other = of_run[rate], of_base[rate]
+        one, other = (_row(each, rate) for each in pair)
+        if one is None or other is None:
+            continue
         this_run = difference_this_run(
             one["corrected"],
             (one["low_run"], one["high_run"]),
             other["corrected"],
             (other["low_run"], other["high_run"]),
         )
-        low_new, high_new = at_least((this_run.low, this_run.high), _difference_new(run, base, rate))
+        low_new, high_new = at_least((this_run.low, this_run.high), _difference_new(*pair, rate))
         same_judges = _judges(run, rate) == _judges(base, rate)
         lines.append(
             {
@@ -338,10 +361,20 @@ def corrected_differences(run: LabelledRun, base: LabelledRun) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=COLUMNS_OF_RATES)
 
 
-def _asked(run: LabelledRun, rate: str) -> list[tuple[str, ...]]:
-    """Returns the questions that a rate is about, by id: id, prompt, right answer, concept."""
-    names = ("id", "prompt", "answer", *CONCEPT)
-    return [row for rows in _of_rate(run, rate) for row in zip(*(rows[name] for name in names), strict=True)]
+def _about_common(run: LabelledRun, base: LabelledRun, rate: str) -> tuple[LabelledRun, LabelledRun] | None:
+    """Returns two runs without the questions of a rate that only one of them answered.
+
+    None if they have too few in common, or if a stratum loses all its labels.
+    """
+    answered = [pd.concat([run.rows[:0], *_of_rate(each, rate)]) for each in (run, base)]
+    rates = OF_GAP if rate == GAP else (rate,)
+    unfinished = [pd.concat([each.unfinished[_about(each.unfinished, of)] for of in rates]) for each in (run, base)]
+    common = in_common(questions_of(pd.concat(parts)[QUESTION]) for parts in zip(answered, unfinished, strict=True))
+    if not common.suffice:
+        return None
+    ids = common.ids.intersection(*(part["id"] for part in answered))
+    one, other = run.only(ids), base.only(ids)
+    return (one, other) if one.every_stratum_has_labels and other.every_stratum_has_labels else None
 
 
 def _judges(run: LabelledRun, rate: str) -> set[str]:
@@ -349,7 +382,7 @@ def _judges(run: LabelledRun, rate: str) -> set[str]:
 
 
 def _of_rate(run: LabelledRun, rate: str) -> list[pd.DataFrame]:
-    rates = ("text_only_unsafe", "image_unsafe") if rate == GAP else (rate,)
+    rates = OF_GAP if rate == GAP else (rate,)
     return [own[0] for each in rates if (own := run.of_rate(each))]
 
 

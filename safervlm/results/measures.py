@@ -1,6 +1,5 @@
 """The measures of a score table: accuracies, over-flagging and the modality gap, with their intervals."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, Self
 
@@ -11,7 +10,7 @@ import pandas as pd
 from safervlm.protocol import NOT_APPLICABLE, UNSAFE
 from safervlm.records import THINKING_UNFINISHED
 from safervlm.results.clusters import CONCEPT, IMAGE, STRATUM, TEXT_ONLY, cluster_numbers, units_of
-from safervlm.statistics.differences import SHARES_BY_CONCEPT, difference_of_shares
+from safervlm.statistics.differences import SHARES_BY_CONCEPT
 from safervlm.statistics.intervals import (
     FEWEST_CONCEPTS,
     Floats,
@@ -19,7 +18,6 @@ from safervlm.statistics.intervals import (
     interval_new_concepts,
     interval_paired,
     interval_these_concepts,
-    strata_of,
 )
 
 # Values of the column ``measure`` of `scores`.
@@ -61,11 +59,10 @@ LABEL_OF_UNFINISHED = {"apart": UNFINISHED, "N/A": NOT_APPLICABLE, "wrong": f"{U
 
 _WITHIN = "Korn-Graubard, {} within concepts"
 _BY_CONCEPT = "Korn-Graubard, concepts within categories (CR2)"
-_BY_PAIR = SHARES_BY_CONCEPT
-_TOO_FEW = f"none: fewer than {FEWEST_CONCEPTS} concepts"
+BY_PAIR = SHARES_BY_CONCEPT
+TOO_FEW_CONCEPTS = f"none: fewer than {FEWEST_CONCEPTS} concepts"
 _NO_SPREAD = "none: no spread between concepts"
 _NOTHING = "none: no response counts"
-_NOT_COMPARABLE = "none: no question and judge in common"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +158,7 @@ def proportion(hits: Floats, answers: Floats, counts: Counts, sampling_unit: str
         answers: (units,) number of responses that they are a share of; units with 0 are excluded.
         counts: The units; new concepts are sampled within the categories of each dataset (unsafe and safe).
         sampling_unit: The interval's sampling unit, :data:`THESE_CONCEPTS` or :data:`NEW_CONCEPTS`.
-        units: What a unit is, for the method's name.
+        units: Name of the units in the method's name.
 
     Returns:
         The share with its interval.
@@ -179,7 +176,7 @@ def proportion(hits: Floats, answers: Floats, counts: Counts, sampling_unit: str
         return Estimate(value, *interval_these_concepts(hits, answers, concept), _WITHIN.format(units))
     right, asked = (np.bincount(concept, x).astype(np.float64) for x in (hits, answers))
     interval = interval_new_concepts(right, asked, datasets, categories)
-    return Estimate(value, *interval, _BY_CONCEPT) if interval else Estimate(value, np.nan, np.nan, _TOO_FEW)
+    return Estimate(value, *interval, _BY_CONCEPT) if interval else Estimate(value, np.nan, np.nan, TOO_FEW_CONCEPTS)
 
 
 def concept_gaps(frame: pd.DataFrame) -> pd.DataFrame:
@@ -218,8 +215,8 @@ def modality_gap(frame: pd.DataFrame) -> Estimate:
         return Estimate(np.nan, np.nan, np.nan, _NOTHING)
     interval = interval_paired(gaps, cluster_numbers(concepts, STRATUM))
     if interval is None:
-        return Estimate(gaps.mean(), np.nan, np.nan, _TOO_FEW if len(gaps) < FEWEST_CONCEPTS else _NO_SPREAD)
-    return Estimate(gaps.mean(), *interval, _BY_PAIR)
+        return Estimate(gaps.mean(), np.nan, np.nan, TOO_FEW_CONCEPTS if len(gaps) < FEWEST_CONCEPTS else _NO_SPREAD)
+    return Estimate(gaps.mean(), *interval, BY_PAIR)
 
 
 def about(frame: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -231,73 +228,6 @@ def about(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     """
     _, _, capability, side = COLUMNS[column]
     return frame[frame["capability"].isin(capability.split(" - ")) & ((frame["side"] == side) | (side == BOTH))]
-
-
-def asked(frame: pd.DataFrame, column: str | None = None) -> frozenset[tuple[str, ...]]:
-    """Returns the questions that a column of the overall table is about: id, prompt, right answer and concept.
-
-    Args:
-        frame: Result of :func:`~safervlm.results.runs.load_run`.
-        column: A key of :data:`COLUMNS`; None for all questions.
-    """
-    part = frame if column is None else about(frame, column)
-    return frozenset(zip(*(part[name] for name in ("id", "prompt", "answer", *CONCEPT)), strict=True))
-
-
-def judges(frame: pd.DataFrame, column: str | None = None) -> frozenset[tuple[str, str]]:
-    """Returns the judges of the responses that a column of the overall table is about: capability and judge.
-
-    Args:
-        frame: Result of :func:`~safervlm.results.runs.load_run`.
-        column: A key of :data:`COLUMNS`; None for all responses.
-    """
-    part = frame if column is None else about(frame, column)
-    return frozenset(zip(part["capability"], part["judge"], strict=True))
-
-
-def sums_by_concept(runs: Sequence[pd.DataFrame], column: str) -> tuple[Floats, Floats, Numbers]:
-    """Counts by concept the responses that a measure is a share of, to the questions that all runs answered.
-
-    Args:
-        runs: Each a result of :func:`~safervlm.results.runs.load_run`.
-        column: A key of :data:`COLUMNS`: an accuracy with N/A as wrong, or over-flagging.
-
-    Returns:
-        (runs, concepts) right (for over-flagging: flagged) responses of each run, (concepts,) number of the responses
-        that count in all runs, (concepts,) stratum of each concept (its category). There are no concepts if no response
-        counts in all runs, or if the runs have different judges.
-    """
-    parts = [about(counted_only(run), column) for run in runs]
-    common = {name for name, *_ in frozenset.intersection(*map(asked, parts))}
-    if len({judges(about(run, column)) for run in runs}) > 1:
-        common = set()
-    sums = []
-    for part in parts:
-        same = part[part["id"].isin(common)]
-        hits = same["label"] == (UNSAFE if COLUMNS[column][1] == OVER_FLAGGING else same["answer"])
-        by_concept = hits.astype(float).groupby([same[name] for name in CONCEPT], sort=True)
-        sums.append(by_concept.sum().to_numpy(np.float64))
-    answers = by_concept.size()
-    strata = strata_of(*(answers.index.get_level_values(level).to_numpy() for level in STRATUM))
-    return np.stack(sums), np.asarray(answers, np.float64), strata
-
-
-def paired_difference(frame: pd.DataFrame, base: pd.DataFrame, column: str) -> Estimate:
-    """Computes the difference of a measure between two runs with the same questions, paired by concept.
-
-    Args:
-        frame: The run, a result of :func:`~safervlm.results.runs.load_run`.
-        base: The run to subtract, with the same questions and judges in this column.
-        column: A key of :data:`COLUMNS`: an accuracy with N/A as wrong, or over-flagging.
-
-    Returns:
-        The difference of the responses that count in both, with an interval over new concepts.
-    """
-    (now, before), answers, strata = sums_by_concept((frame, base), column)
-    if not len(answers):
-        return Estimate(np.nan, np.nan, np.nan, _NOT_COMPARABLE)
-    found = difference_of_shares(now - before, answers, strata)
-    return Estimate(found.value, found.low, found.high, _TOO_FEW if np.isnan(found.low) else _BY_PAIR)
 
 
 # The columns of `compare`: name -> (heading, measure, capability, side).
@@ -319,3 +249,5 @@ COLUMNS: dict[str, tuple[str, str, str, str]] = {
     "diversity_overall": ("1 - self-BLEU, overall", DIVERSITY, "alignment", BOTH),
     "diversity_overall_published": ("1 - self-BLEU, overall, all texts", DIVERSITY_PUBLISHED, "alignment", BOTH),
 }
+# Those with N/A as wrong, and diversity of 100 texts.
+SHOWN = [column for column in COLUMNS if not column.endswith(("_na_left_out", "_published"))]

@@ -1,4 +1,4 @@
-"""MME's scores, computed from the responses to its two questions per image."""
+"""Scores of MME, computed from the responses to its two questions per image."""
 
 import pandas as pd
 
@@ -33,8 +33,8 @@ def mme_images(part: pd.DataFrame) -> pd.DataFrame:
     if len(odd):
         first = odd.iloc[0]
         raise RecordError(
-            f"MME's rule needs two questions an image, {first['image']!r} ({first['category']}) has {first['size']}; "
-            "evaluate the dataset again, or, to score single responses, name its categories otherwise than MME's tasks"
+            f"MME's rule needs two questions per image, {first['image']!r} ({first['category']}) has {first['size']}; "
+            "evaluate the dataset again, or, to score single responses, rename its categories"
         )
     images = images.assign(value=100 * images["mean"] + 100 * images["min"], both=images["min"])
     return images[[*IMAGE_OF_TASK, "value", "both"]]

@@ -1,4 +1,4 @@
-"""Operating curves of a run: how well its log-odds separate unsafe from safe images, and what its answers say.
+"""Operating curves of a run: how well its log-odds separate unsafe from safe images, and TPR and FPR of its answers.
 
 Pure functions on data frames: results of :func:`safervlm.results.runs.load_run`, joined by id with ``odds.jsonl``. The
 score of an image is the mean of the log-odds of its questions. All numbers are also computed for one question per
@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from safervlm.errors import RecordError
-from safervlm.judging.rules import NO, YES, yes_or_no
-from safervlm.protocol import REVERSED, UNSAFE
+from safervlm.judging.rules import yes_or_no
+from safervlm.protocol import NO, REVERSED, UNSAFE, YES
 from safervlm.ranges import in_range
 from safervlm.records import read_records
 from safervlm.results.clusters import CONCEPT, IMAGE, IMAGE_OF_CONCEPT, QUESTION, concepts_of

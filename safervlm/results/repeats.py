@@ -1,6 +1,6 @@
 """Repeated questions: how often one of k responses is wrong, how often two differ, and where the variance comes from.
 
-Repetitions of a question have ids of their own (``data.repeats``) and the same dataset, image, capability and prompt
+Repetitions of a question have their own ids (``data.repeats``) and the same dataset, image, capability and prompt
 number. N/A counts as wrong; responses with unfinished thinking are excluded.
 """
 
@@ -48,7 +48,7 @@ def repeat_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _shares(part: pd.DataFrame, questions: pd.DataFrame) -> Iterator[dict[str, Any]]:
     wrong, asked = questions["sum"].to_numpy(float), questions["size"].to_numpy(float)
-    # One row for each question stands for its responses, so that Counts has the units in its own order.
+    # One row per question represents its responses, so that Counts has the units in its own order.
     first = part.drop_duplicates(QUESTION).sort_values(QUESTION, kind="stable")
     for k in (*range(1, int(asked.max()) + 1), None):  # None: pairs of responses
         there = asked >= (2 if k is None else k)

@@ -167,6 +167,8 @@ def _how_to_judge(run: Path) -> str:
 
 
 def _by_id(path: Path, kind: type[Record], way_out: str, may_be_empty: bool = False) -> dict[str, Record]:
+    if path.parent.is_file():  # such as the log that `safervlm measure` writes beside a run folder
+        raise RecordError(f"{path.parent}: a file, not a run folder; leave it out")
     if not path.is_file():
         raise RecordError(f"{path}: no such file; {way_out}")
     with explained(f"{path}: it can't be read", way_out, OSError, RecursionError):

@@ -11,14 +11,9 @@ from safervlm.results.clusters import CONCEPT, IMAGE, IMAGE_OF_TASK, cluster_num
 from safervlm.results.measures import NEW_CONCEPTS
 from safervlm.results.mme import mme_images, pair_answers
 from safervlm.results.scores import changed_answers
-from safervlm.results.suite import (
-    DIVERSITIES,
-    NEW_IMAGES,
-    Column,
-    Evaluation,
-    diversity_estimate,
-    stage_settings,
-)
+from safervlm.results.suite import Evaluation, stage_settings
+from safervlm.results.suite_columns import DIVERSITIES, Column
+from safervlm.results.suite_estimates import NEW_IMAGES, diversity_estimate
 from safervlm.statistics.differences import (
     RATIOS_BY_IMAGE,
     SHARES_BY_CONCEPT,
@@ -32,9 +27,7 @@ from safervlm.statistics.differences import (
     difference_of_sums_of_means,
     holm,
 )
-from safervlm.statistics.intervals import FEWEST_CONCEPTS, how_often, strata_of
-
-# --- differences ------------------------------------------------------------------------------------------------------
+from safervlm.statistics.intervals import FEWEST_CONCEPTS, simulated_coverage, strata_of
 
 
 def compare_suites(evaluation: Evaluation, original: Evaluation, wanted: Sequence[Column]) -> pd.DataFrame:
@@ -43,7 +36,7 @@ def compare_suites(evaluation: Evaluation, original: Evaluation, wanted: Sequenc
     Args:
         evaluation: The model.
         original: The model that is subtracted.
-        wanted: Result of :func:`safervlm.results.suite.columns`.
+        wanted: Result of :func:`safervlm.results.suite_columns.columns`.
 
     Returns:
         The columns run, group, column, heading, detail, unit, difference (the model's number minus the original's),
@@ -68,7 +61,7 @@ def compare_suites(evaluation: Evaluation, original: Evaluation, wanted: Sequenc
                 "p": comparison.difference.p,
                 "sampling_unit": comparison.sampling_unit,
                 "method": comparison.method,
-                "coverage": how_often(comparison.method),
+                "coverage": simulated_coverage(comparison.method),
                 "n": comparison.items,
                 "regressions": comparison.regressions,
                 "improvements": comparison.improvements,

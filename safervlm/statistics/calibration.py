@@ -1,4 +1,4 @@
-"""Calibration of a judge: whether its confidence is how often people agree with it."""
+"""Calibration of a judge: whether its confidence equals the rate at which people agree with it."""
 
 from dataclasses import dataclass
 
@@ -87,7 +87,7 @@ def calibration_error(confidence: Floats, right: Floats, weights: Floats, seed: 
         confidence: (labels,) the judge's probability of its verdict.
         right: (labels,) 1 if people agree with the verdict, else 0.
         weights: (labels,) number of responses that each stands for.
-        seed: Of the simulation.
+        seed: Seed of the simulation.
 
     Returns:
         Value, lower and upper end.

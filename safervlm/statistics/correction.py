@@ -1,4 +1,4 @@
-"""Rates corrected for the judge's error, by a sample of responses that people labelled.
+"""Rates corrected for the judge's error, using a sample of responses that people labelled.
 
 All N responses of a run have a verdict. People label n of them, sampled within strata: verdict by confidence. With
 y = 1 where a person's label is the right answer, and P_h the mean of y in stratum h, the corrected rate is
@@ -11,7 +11,7 @@ the power-tuned prediction-powered estimator (Angelopoulos, Duchi and Zrnic 2023
 Inference, arXiv 2311.01453). Labels are of one run and are never carried over to another: a judge's errors depend on
 the responses that it classifies.
 
-Two intervals: over other samples of labels of the same responses (*this run*: what people would say of these very
+Two intervals: over other samples of labels of the same responses (*this run*: how people would label exactly these
 responses), and over other concepts and other labels (*new concepts*). Simulated coverage:
 ``scripts/coverage_labels.py``, docs/intervals.md.
 """
@@ -39,6 +39,10 @@ from safervlm.statistics.intervals import (
 FEWEST = 5  # labels of a stratum, if it has as many responses
 THIRDS = 3  # parts of a verdict by confidence
 FEWEST_OF_A_PART = 20  # responses of a verdict for each part
+
+# Name of the interval method, and the parts that :func:`safervlm.statistics.intervals.coverage` knows.
+BY_LABELS = "labels of people (stratified)"
+OF_THIS_RUN, OF_NEW_CONCEPTS = "this run", "new concepts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +81,13 @@ def strata_of_verdicts(cells: Numbers, verdicts: Numbers, confidence: Floats) ->
     """Returns the strata to sample labels within: verdict by third of the judge's confidence, in each cell.
 
     Args:
-        cells: (responses,) the capability and side of each, as a number: each has a rate of its own.
+        cells: (responses,) the capability and side of each, as a number: each has its own rate.
         verdicts: (responses,) the judge's verdict of each, as a number.
         confidence: (responses,) the judge's probability of its verdict.
 
     Returns:
         (responses,) the stratum of each, as a number from 0 without gaps. A verdict of fewer than 40 responses has one
-        part, of fewer than 60 two.
+        part, a verdict of fewer than 60 has two.
     """
     groups = np.unique(cells * (verdicts.max(initial=0) + 1) + verdicts, return_inverse=True)[1]
     parts = np.zeros(len(groups), int)
@@ -100,8 +104,8 @@ def allocation(strata: Numbers, confidence: Floats, labels: int) -> Numbers:
     """Returns how many responses of each stratum to label, by Neyman's allocation.
 
     It is proportional to the number of responses times their standard deviation, for which the mean of
-    ``sqrt(m (1 - m))`` over the judge's probabilities m is mixed half and half with the mean over all strata: an
-    overconfident judge then costs little. Neyman (1934), On the two different aspects of the representative method,
+    ``sqrt(m (1 - m))`` over the judge's probabilities m is averaged with the mean over all strata, to limit the
+    effect of an overconfident judge. Neyman (1934), On the two different aspects of the representative method,
     Journal of the Royal Statistical Society 97.
 
     Args:

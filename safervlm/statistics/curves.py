@@ -149,9 +149,9 @@ def auroc(unsafe: Side, safe: Side) -> tuple[float, float, float]:
 
 
 def tpr_at_fpr(points: Curve, fpr: float) -> float:
-    """Returns the greatest TPR of a threshold with at most this FPR; 0 if no threshold of the curve has it.
+    """Returns the greatest TPR of a threshold with at most this FPR; 0 if there is no such threshold.
 
-    Points are not interpolated: a decision is not randomised.
+    Points are not interpolated, because that would require randomised decisions.
 
     Args:
         points: The curve.
@@ -183,14 +183,14 @@ def bootstrap(
     They are Student's on the logit scale, with the bootstrap's standard error and the degrees of freedom of the side
     with fewer concepts: percentile intervals of these rates have coverage of .86 to .94. The concepts of each side are
     sampled with replacement, from all categories: the interval is longer than needed if categories differ. Rates of 0
-    and 1 count as half an image from there, and their interval contains :func:`_interval_at_edge`.
+    and 1 are replaced by rates half an image away, and their interval contains :func:`_interval_at_edge`.
 
     Args:
         statistics: Rates of a curve, for example ``lambda points: tpr_at_fpr(points, 0.05)``.
         unsafe: Scores of unsafe images.
         safe: Scores of safe images.
-        seed: Of the samples, which are the same for all rates.
-        samples: How many.
+        seed: Seed of the samples, which are the same for all rates.
+        samples: Number of samples.
 
     Returns:
         Lower and upper end for each rate; NaN if a side has fewer than 10 concepts, or if all samples have the same

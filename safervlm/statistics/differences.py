@@ -72,12 +72,12 @@ def difference_of_shares(differences: Floats, answers: Floats, strata: Numbers |
     clusters = effective_clusters(answers)
     squares = ratio_squares(differences, answers, strata)
     if squares.sum() < 1e-15:
-        other = most_differ(0.0, clusters)
+        other = upper_bound_of_differing(0.0, clusters)
         p = min(2 * (1 + abs(value)) ** -clusters, 1.0)  # the level at which an end of the interval is 0
         return Difference(value, value - other * (1 + value), value + other * (1 - value), p)
     freedom = freedom_within(squares, strata)
     low, high = t_interval(value, squares.sum(), freedom)
-    most = most_differ(float(answers[differences != 0].sum() / answers.sum()), clusters)
+    most = upper_bound_of_differing(float(answers[differences != 0].sum() / answers.sum()), clusters)
     return Difference(value, max(low, -most), min(high, most), p_value(value, squares.sum(), freedom))
 
 
@@ -125,13 +125,13 @@ def difference_of_ratios(
 
     Both ratios are linearised, and their residuals are subtracted within each cluster; degrees of freedom as in
     :func:`difference_of_shares`. If no question differs, the interval is the change of the ratio if the largest
-    plausible share of clusters (:func:`most_differ`) differed by the whole span.
+    plausible share of clusters (:func:`upper_bound_of_differing`) differed by the whole span.
 
     Args:
         numerators: (questions,) for example the model's ratings.
         denominators: (questions,) for example the reference's ratings, positive.
-        base_numerators: (questions,) the numerators of the run that is compared with.
-        base_denominators: (questions,) the denominators of the run that is compared with.
+        base_numerators: (questions,) the numerators of the base run.
+        base_denominators: (questions,) the denominators of the base run.
         clusters: (questions,) the cluster of each, for example its image, as a number from 0 without gaps.
         span: The largest possible difference of two ratings.
 
@@ -148,7 +148,7 @@ def difference_of_ratios(
     residuals = (above - ratio * below) / below.sum() - (base_above - base_ratio * base_below) / base_below.sum()
     squares = residuals**2 / (1 - (below / below.sum() + base_below / base_below.sum()) / 2)
     if np.array_equal(numerators, base_numerators) and np.array_equal(denominators, base_denominators):
-        most = most_differ(0.0, effective_clusters(below)) * span / float(denominators.mean())
+        most = upper_bound_of_differing(0.0, effective_clusters(below)) * span / float(denominators.mean())
         return Difference(0.0, -most, most, 1.0)
     if squares.sum() < 1e-15:
         return Difference(value)
@@ -232,7 +232,7 @@ def p_value(value: float, variance: float, freedom: float) -> float:
     return float(2 * stdtr(freedom, -abs(value) / np.sqrt(variance)))
 
 
-def most_differ(share: float, clusters: float) -> float:
+def upper_bound_of_differing(share: float, clusters: float) -> float:
     """Upper end of Clopper and Pearson's 95 % interval for the share of clusters that differ, also if none does.
 
     Args:

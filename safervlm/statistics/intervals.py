@@ -16,14 +16,14 @@ from scipy.special import betaincinv, stdtrit
 
 FEWEST_CONCEPTS = 10  # minimum number of concepts for an interval over new concepts; also of images of a task
 
-# Names of interval methods, for table captions; :func:`coverage` also knows those of ``safervlm.results.measures``.
+# Names of interval methods, for table captions; :func:`coverage` also has those of ``safervlm.results.measures``.
 BY_TASK = "stratified t (Price-Bonett), images within tasks"
 BY_IMAGE = "Wilson, effective number of images"
 SHARE_BY_IMAGE = "Korn-Graubard, images"
 RATIO_BY_IMAGE = "t, images (CR2)"
 
-# Files of simulated coverages, of scripts/coverage.py, scripts/coverage_curves.py and scripts/coverage_seeds.py.
-COVERAGES = ("coverage.csv", "coverage_curves.csv", "coverage_seeds.csv")
+# Files of simulated coverages, each of the script of its name in scripts/.
+COVERAGES = ("coverage.csv", "coverage_curves.csv", "coverage_seeds.csv", "coverage_labels.csv")
 # Simulation in which few concepts make the errors, see :func:`coverage`.
 SKEWED = "skewed concepts"
 
@@ -106,10 +106,10 @@ def size_if_all_alike(answers: Floats) -> float:
 
 
 def strata_of(*labels: npt.NDArray[Any]) -> Numbers:
-    """Returns the strata that concepts are sampled within: the categories of each dataset.
+    """Returns the strata within which concepts are sampled: the categories of each dataset.
 
-    The categories of a dataset are fixed: other concepts would be of the same ones. A category with a single concept
-    has no variance of its own, so all of these form one stratum. If there is only one, it joins the dataset's smallest
+    The categories of a dataset are fixed: new concepts would belong to the same ones. A category with a single concept
+    has no variance, so all such categories form one stratum. If there is only one, it joins the dataset's smallest
     other category (the first of several). Both make the variance too large rather than too small, by the differences
     between the categories that are pooled.
 
@@ -236,8 +236,8 @@ def interval_new_concepts(
 ) -> tuple[float, float] | None:
     """Computes the 95 % interval of ``sum(right) / sum(answers)`` over new concepts of the same categories.
 
-    The variance is CR2's within categories (:func:`ratio_squares`, :func:`strata_of`): nobody would sample other
-    categories, so a difference between them is not uncertainty. The effective size is at most the number of responses,
+    The variance is CR2's within categories (:func:`ratio_squares`, :func:`strata_of`): the categories are fixed,
+    so a difference between them is not uncertainty. The effective size is at most the number of responses,
     as if they were independent. With several datasets an interval is computed for each, and their distances from the
     shares are added like standard errors (MOVER: Zou and Donner 2008, Construction of confidence limits about effect
     measures, Statistics in Medicine 27).
@@ -406,7 +406,8 @@ def coverage(method: str, part: str | None = None) -> str | None:
         method: Name of the method as stated in tables: a constant such as :data:`BY_TASK` of this module or of
             :mod:`safervlm.statistics.differences`, or a method of ``safervlm.results.measures``.
         part: ``overall``, ``category`` for the few concepts of a category, :data:`SKEWED`, or a number of an operating
-            curve or of groups of training seeds; None is the range over all simulations but those of skewed concepts.
+            curve, of groups of training seeds or of corrected rates; None is the range over all simulations but those
+            of skewed concepts.
     """
     found = [
         (low, high) for name, of, low, high in _coverage() if name == method and (of == part if part else of != SKEWED)
@@ -419,7 +420,7 @@ def coverage(method: str, part: str | None = None) -> str | None:
     return " to ".join(f"{end:.2f}".removeprefix("0") for end in (lowest, highest))
 
 
-def how_often(method: str) -> str | None:
+def simulated_coverage(method: str) -> str | None:
     """Returns the simulated :func:`coverage` of a method as tables state it; None if it was not simulated.
 
     Args:

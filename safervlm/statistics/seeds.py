@@ -29,7 +29,7 @@ from safervlm.statistics.intervals import (
 
 FEWEST_SEEDS = 3  # minimum number of training runs for an interval over seeds
 
-# Name of the interval method, and the parts that :func:`safervlm.statistics.intervals.coverage` knows.
+# Name of the interval method, and the parts that :func:`safervlm.statistics.intervals.coverage` accepts.
 OVER_SEEDS = "concepts within categories and training seeds (CR2, two-way)"
 MEAN, DIFFERENCE = "mean over seeds", "difference of groups"
 

@@ -1,7 +1,7 @@
-"""Checks that a LoRA adapter's ``adapter_config.json`` states what its weight file holds.
+"""Checks that a LoRA adapter's ``adapter_config.json`` agrees with its weight file.
 
 PEFT scales an update by the configuration: a wrong rank or alpha would change the result without an error, or with one
-that names the base model.
+that names the base model as the cause.
 """
 
 import re
@@ -14,12 +14,14 @@ from safervlm.errors import ArgumentError
 
 PREFIX = "base_model.model."
 RANKED = re.compile(r"\.lora_(embedding_)?([AB])(\.weight)?$")  # names of LoRA's two matrices
-FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")  # PEFT takes any text for true
+FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")  # PEFT treats any text as true
 # Kind of setting -> setting of the whole adapter.
 PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
 
-def must_agree(settings: Mapping[str, Any], state: Mapping[str, Tensor], config: str, weights: str) -> None:
+def require_matching_settings(
+    settings: Mapping[str, Any], state: Mapping[str, Tensor], config: str, weights: str
+) -> None:
     """Rejects a LoRA adapter whose settings are of another type, or contradict the shapes or names of its weights.
 
     Adapters of other kinds are not checked here.
@@ -46,8 +48,8 @@ def must_agree(settings: Mapping[str, Any], state: Mapping[str, Tensor], config:
         if isinstance(value, bool) or not number or (whole and value < 1):
             needed = "an integer of at least 1" if whole else "a number"
             raise ArgumentError(f"{config}: {key} must be {needed}, got {value!r:.80}; correct it")
-    if odd := next((key for key, value in state.items() if not value.is_floating_point()), None):
-        raise ArgumentError(f"{config}: {odd} in {weights} holds {state[odd].dtype} numbers; use an adapter's own file")
+        if value == 0 and key.startswith("alpha"):  # lora_alpha may be replaced by patterns
+            raise ArgumentError(f"{config}: {key} is 0, so that the adapter changes nothing there; correct it")
     for key in FLAGS:
         if not isinstance(value := settings.get(key, False), bool | None):
             raise ArgumentError(f"{config}: {key} must be true or false, got {value!r:.80}; correct it")
@@ -93,7 +95,7 @@ def applies(pattern: str, module: str) -> bool:
     """Returns whether a key of a pattern selects a module, as in PEFT.
 
     Args:
-        pattern: Regular expression of the end of the module's name. It may be none.
+        pattern: Regular expression of the end of the module's name. It may be invalid.
         module: Full name.
     """
     try:

@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 
 from safervlm.errors import ArgumentError, UserError
 from safervlm.hashing import fingerprint
-from safervlm.io.caches import give_usual_modes, remove_leftovers, temporary
+from safervlm.io.caches import remove_leftovers, set_default_permissions, temporary
 from safervlm.io.reading import read_object
 from safervlm.io.seals import SEAL, seal_folder, verify_folder
 from safervlm.io.tables import say
-from safervlm.limits import must_match_soon
-from safervlm.vlm.adapter_settings import must_agree
+from safervlm.limits import reject_slow_patterns
+from safervlm.vlm.adapter_settings import require_matching_settings
 from safervlm.vlm.compat import names_as_given, renamed_by_peft
 from safervlm.vlm.lora import active, switched
-from safervlm.vlm.weights import must_be_finite, read_tensors, reading
+from safervlm.vlm.weights import read_tensors, reading, require_finite_floats, require_finite_weights_in
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in order of preference, as in PEFT
@@ -37,7 +37,7 @@ def patterns_of(settings: Mapping[str, Any]) -> set[str]:
         settings: Content of ``adapter_config.json``.
 
     Returns:
-        The patterns of ``target_modules`` and ``exclude_modules`` as they are, and those that PEFT matches with a part
+        The patterns of ``target_modules`` and ``exclude_modules`` unchanged, and those that PEFT matches with a part
         of a name (``rank_pattern`` and others), extended so that they match the whole name.
     """
     whole = [settings.get(name) for name in ("target_modules", "exclude_modules")]
@@ -131,17 +131,17 @@ def load_adapter(
             "and would have no effect here; give an adapter of its layers, such as LoRA"
         )
     names = [name for name, _ in base.named_modules()]
-    must_match_soon(sorted(patterns_of(settings)), names, f"{argument}: its {CONFIG}", seconds)
+    reject_slow_patterns(sorted(patterns_of(settings)), names, f"{argument}: its {CONFIG}", seconds)
     file = adapter_weights(folder)
     state = read_tensors(file, "vlm.adapter")
-    must_be_finite(state.items(), f"{argument}: {file.name}")
-    must_agree(settings, state, f"{argument}: {CONFIG}", file.name)
+    require_finite_floats(state, f"{argument}: {file.name}")
+    require_matching_settings(settings, state, f"{argument}: {CONFIG}", file.name)
     named = base.config.name_or_path
     trained_on = settings.get("base_model_name_or_path")
     hint = f" (it was trained on {trained_on!r})" if trained_on and trained_on != named else ""
     doesnt_fit = f"{argument} was not made for {named!r}{hint}"
     try:
-        with warnings.catch_warnings(), reading(folder, "vlm.adapter"), named_there(base, settings):
+        with warnings.catch_warnings(), reading(folder, "vlm.adapter"), with_literal_names(base, settings):
             warnings.filterwarnings("ignore", "Found missing adapter keys")
             model = PeftModel.from_pretrained(base, folder)
             expected = get_peft_model_state_dict(model, save_embedding_layers=embeddings_included(model))
@@ -153,7 +153,11 @@ def load_adapter(
         raise
     if wrong := set(state) ^ set(expected):
         absent = f"{CONFIG} asks for it, {file.name} lacks it"
-        why = absent if min(wrong) in expected else f"{file.name} holds it, {CONFIG} or the base model has no place"
+        why = (
+            absent
+            if min(wrong) in expected
+            else f"{file.name} contains it, {CONFIG} or the base model has no place for it"
+        )
         raise ArgumentError(
             f"{doesnt_fit}: {len(wrong)} weights don't fit, for example {min(wrong)} ({why}); give the base model "
             "that it was trained on, and the two files of one adapter"
@@ -175,10 +179,10 @@ def load_adapter(
 
 
 def embeddings_included(model: PeftModel) -> bool:
-    """Returns whether the policy adapter's file contains whole embeddings: if they are adapted themselves.
+    """Returns whether the policy adapter's file contains whole embeddings, which it does if they are adapted.
 
     By default, PEFT would also compare the vocabulary with that of the base model that ``adapter_config.json`` names.
-    It would read any folder, or ask the Hub for any name, that is written in somebody else's adapter.
+    It would read any folder, or request any name from the Hub, that another person's adapter contains.
 
     Args:
         model: Model with the adapter.
@@ -192,8 +196,8 @@ def embeddings_included(model: PeftModel) -> bool:
     )
 
 
-def named_there(base: PreTrainedModel, settings: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """Context manager in which PEFT takes an adapter's names literally, if they are those of modules of the model.
+def with_literal_names(base: PreTrainedModel, settings: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Context manager in which PEFT uses an adapter's names literally, if they are those of modules of the model.
 
     Otherwise PEFT may rewrite names of an earlier version of transformers.
 
@@ -274,7 +278,7 @@ def _changes(layer: nn.Module) -> bool:
 def export_adapter(model: PeftModel, folder: Path, origin: Mapping[str, Any]) -> None:
     """Writes the policy adapter as a PEFT folder that ``PeftModel.from_pretrained`` loads.
 
-    For a few mixtures of experts, PEFT alone can't load it; one line reports it.
+    For a few mixtures of experts, PEFT without SaferVLM can't load it; a message says so.
 
     Args:
         model: Model with the trained adapter.
@@ -286,7 +290,7 @@ def export_adapter(model: PeftModel, folder: Path, origin: Mapping[str, Any]) ->
     """
     embeddings = embeddings_included(model)
     trained = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=embeddings)
-    must_be_finite(trained.items(), "model: the trained adapter")
+    require_finite_weights_in(trained.items(), "model: the trained adapter")
     if not has_effect(model):
         raise ArgumentError(
             "trainer: the adapter is as it was at the start, so there is nothing to export; train longer (the first "
@@ -298,7 +302,7 @@ def export_adapter(model: PeftModel, folder: Path, origin: Mapping[str, Any]) ->
         model.save_pretrained(
             str(aside), selected_adapters=["default"], safe_serialization=True, save_embedding_layers=embeddings
         )
-        give_usual_modes(aside, aside.parent)
+        set_default_permissions(aside, aside.parent)
         seal_folder(aside, origin)
         folder.mkdir(exist_ok=True)
         # The seal is moved last: until then, a folder with an older adapter's seal is rejected, never partly loaded.
@@ -306,6 +310,6 @@ def export_adapter(model: PeftModel, folder: Path, origin: Mapping[str, Any]) ->
             file.replace(folder / file.name)
     if renamed_by_peft(model.peft_config["default"], model.get_base_model()):
         say(
-            f"{folder}: PEFT alone takes names of this adapter for those of experts, so only SaferVLM loads it; for a "
-            "server, merge it into its base (safervlm merge)"
+            f"{folder}: PEFT alone mistakes names in this adapter for those of experts, so only SaferVLM loads it; for "
+            "a server, merge it into its base (safervlm merge)"
         )

@@ -31,12 +31,13 @@ from safervlm.vlm.base import Answer, Unanswered
 from safervlm.vlm.compat import grown_inputs
 from safervlm.vlm.conversation import template_arguments_of
 from safervlm.vlm.decoding import REQUESTED, DecodedTokens, Decoding
+from safervlm.vlm.deduplicated import DeduplicatedEncoder
 from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator, special_tokens
 from safervlm.vlm.heads import transform_between
 from safervlm.vlm.layers import evaluated, switch_off_dropout
 from safervlm.vlm.local import LocalVLM, Targets
 from safervlm.vlm.lora import Adapter, LoRA, active
-from safervlm.vlm.prefix import DeduplicatedEncoder, Encoding, PrefixSharing
+from safervlm.vlm.prefix import Encoding, PrefixSharing
 from safervlm.vlm.processors import read_processor
 from safervlm.vlm.prompted import PromptedRows
 from safervlm.vlm.sampling import Sampler, Sampling
@@ -95,7 +96,9 @@ class Transformers(LocalVLM):
     ) -> None:
         super().__init__(model, revision, adapter, lora, dtype, gradient_checkpointing, limits, decoding)
         if template is not None and {name for _, name, _, _ in Formatter().parse(template)} - {None} != {"question"}:
-            raise ArgumentError(f"vlm.template: it holds {{question}}, and nothing else in braces, got {template!r}")
+            raise ArgumentError(
+                f"vlm.template: it must contain {{question}}, and nothing else in braces, got {template!r}"
+            )
         self.system, self.template, self.images = system, template, images
         self.template_arguments = template_arguments_of(template_arguments, template)
         self.thinking_setting, self.train_without_thinking = valid_setting(thinking), train_without_thinking
@@ -103,7 +106,7 @@ class Transformers(LocalVLM):
 
     @property
     def one_by_one(self) -> bool:
-        """Whether each question is computed alone, because a batch would change its result."""
+        """Whether each question is computed separately, because a batch would change its result."""
         return bool(self.checked.get("one_by_one"))
 
     @cached_property
@@ -119,8 +122,8 @@ class Transformers(LocalVLM):
             config = bounded_config(self.name, self.revision)
         if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
             raise ArgumentError(
-                f"vlm.model: {self.name!r} reads the question by an encoder and answers by a decoder of its own, so "
-                "there is no prompt that the response continues; use a model with a decoder alone"
+                f"vlm.model: {self.name!r} encodes the question with an encoder and generates the response with a "
+                "decoder, so the response does not continue the prompt; use a model with a decoder alone"
             )
         for part in (config, config.get_text_config(), getattr(config, "vision_config", None)):
             attention = str(getattr(part, "_attn_implementation", None))
@@ -167,7 +170,7 @@ class Transformers(LocalVLM):
             collator.begin(self.thinking_setting)
         if self.template is not None:
             with works(self, PROCESSOR_FAILS):
-                collator.must_show_image(self.image_token_ids)
+                collator.require_image_in_template(self.image_token_ids)
         return collator
 
     def describe(self) -> dict[str, Any]:
@@ -185,10 +188,10 @@ class Transformers(LocalVLM):
         """Special tokens by id that belong to the marks of reasoning, and so may be generated."""
         return self.thinking.mark_tokens(special_tokens(self.tokenizer))
 
-    def must_keep_thinking(self) -> None:
+    def require_thinking_preserved(self) -> None:
         """Validates, before training on given answers, that they don't train a thinking model not to think."""
         if not self.train_without_thinking:
-            self.collator.must_keep_thinking()
+            self.collator.require_thinking_preserved()
 
     def load(self, train: Sequence[Adapter] = (), seed: int = 0) -> None:
         """Loads the weights, checks them once (:mod:`safervlm.vlm.selfcheck`) and adds the adapters.
@@ -341,7 +344,7 @@ class Transformers(LocalVLM):
     def written(self, encoding: Encoding) -> Encoding:
         """Returns the values that the model's own ``generate`` appends to the inputs for each generated token.
 
-        Besides the attention mask, these are family-specific inputs such as token types.
+        In addition to the attention mask, these are family-specific inputs such as token types.
 
         Args:
             encoding: Encoding of one prompt.
@@ -364,7 +367,7 @@ class Transformers(LocalVLM):
         """Scoring of completions, in rows that share an image and its questions where the model allows it."""
         return Scoring(self)
 
-    def without_room(self, batch: EncodedBatch, sampling: Sampling) -> dict[int, str]:
+    def exceeding_positions(self, batch: EncodedBatch, sampling: Sampling) -> dict[int, str]:
         """Returns the questions whose responses may exceed the learned position embeddings, with the reason for each.
 
         Args:
@@ -398,7 +401,7 @@ class Transformers(LocalVLM):
         Raises:
             ArgumentError: The model's own ``generate`` ignores the sampling.
         """
-        if reasons := self.without_room(batch, sampling):
+        if reasons := self.exceeding_positions(batch, sampling):
             some = torch.tensor([row for row in range(len(batch)) if row not in reasons])
             answers = iter(self.generate(batch.select(some), sampling, seed, adapter) if len(some) else [])
             return [Unanswered(reasons[row]) if row in reasons else next(answers) for row in range(len(batch))]
@@ -418,7 +421,7 @@ class Transformers(LocalVLM):
         return self.answers(batch.questions, decoded)
 
     def _grow(self, rows: PromptedRows, keys: list[int], sampling: Sampling) -> DecodedTokens:
-        """Decodes by the library's loop."""
+        """Decodes with the library's loop."""
         sampler = Sampler(sampling, self.suppressed, keys, rows.encodings[0]["input_ids"].device)
         answers = rows.grown(sampler, self.eos_token_ids)
         if not sampler.steps:  # the self-check of a large model computes no logits

@@ -91,7 +91,7 @@ class Batch(ABC):
         return [noise_key(seed, question.id, sample) for question, sample in pairs]
 
     def repeat(self, number: int) -> Self:
-        """Returns a batch that asks each question several times in succession; equal images stay one.
+        """Returns a batch that asks each question several times in succession; equal images are kept once.
 
         Args:
             number: Number of samples of each question.
@@ -142,7 +142,7 @@ class Generation:
         finish_reason: ``stop`` if the VLM ended the response, ``length`` if the token limit did, ``refusal`` if a
             server marks the text as a refusal, ``content_filter`` if the server's filter cut the response (often to an
             empty text), ``thinking unfinished`` if it ended inside its reasoning, without an answer. Any other value is
-            the server's own word for a response that ended by itself.
+            the server's own value for a response that the VLM ended.
         reasoning: Reasoning of a thinking model before its answer; empty for none.
         token_logprobs: Log-probability of each token when it was sampled; None unless the sampling records them
             (:class:`safervlm.vlm.sampling.RecordedSampling`).
@@ -177,7 +177,7 @@ class WordProbabilities:
 
 @dataclass(frozen=True)
 class Unanswered:
-    """A question that got no response.
+    """A question without a response.
 
     Attributes:
         reason: Why there is none, in one line.
@@ -199,7 +199,9 @@ NOT_FINITE = (
 )
 
 
-def without_bad(questions: Sequence[Question], generations: Sequence[Generation], bad: Sequence[bool]) -> list[Answer]:
+def replace_not_finite(
+    questions: Sequence[Question], generations: Sequence[Generation], bad: Sequence[bool]
+) -> list[Answer]:
     """Replaces the responses whose logits were not finite.
 
     Args:
@@ -208,7 +210,7 @@ def without_bad(questions: Sequence[Question], generations: Sequence[Generation]
         bad: For each question, whether NaN or infinite logits occurred.
 
     Returns:
-        The responses; an :class:`UnansweredNotFinite` in the place of each that is replaced.
+        The responses; an :class:`UnansweredNotFinite` in place of each replaced response.
     """
     return [
         UnansweredNotFinite(f"{question.id}: {NOT_FINITE}") if wrong else generation
@@ -216,8 +218,8 @@ def without_bad(questions: Sequence[Question], generations: Sequence[Generation]
     ]
 
 
-def must_be_answered(answers: Sequence[Answer]) -> list[Generation]:
-    """Returns the responses of a batch, where training can't proceed without one of them.
+def require_responses(answers: Sequence[Answer]) -> list[Generation]:
+    """Returns the responses of a batch, for training, which can't proceed if one is missing.
 
     Args:
         answers: Results of :meth:`VLM.generate`.

@@ -1,6 +1,6 @@
 """KV caches that are written in place: one that grows, and one of fixed size.
 
-The library's cache copies all keys and values at every step. For a large batch, these copies are much of the work of a
+The library's cache copies all keys and values at every step. For a large batch, these copies take much of the time of a
 step, and on a GPU each copy is slightly larger than any block of memory that was freed before.
 
 Shapes: R rows, A key/value heads, K cached positions, D head dimension, Q tokens of a row in one step.
@@ -62,8 +62,8 @@ class PreallocatedLayer(DynamicLayer):
 def longer(cached: Tensor, length: int) -> Tensor:
     """Copies cached states into a buffer with spare capacity.
 
-    The capacity is ``length`` and the larger of 64 positions and a quarter of ``length``: few copies, little unused
-    memory.
+    The capacity is ``length`` plus the larger of 64 positions and a quarter of ``length``. This needs few copies and
+    little unused memory.
 
     Args:
         cached: (R, A, K, D) keys or values.
@@ -82,7 +82,7 @@ def growing_cache(config: PreTrainedConfig | None = None) -> DynamicCache:
     """Returns an empty cache with spare capacity.
 
     Args:
-        config: Configuration of a language model, some of whose layers may need another kind of cache layer; those stay
+        config: Configuration of a language model, some of whose layers may need another kind of cache layer; those are
             the library's. Without it, every layer caches all positions.
     """
     cache = DynamicCache(config=config)
@@ -101,7 +101,7 @@ class Places:
 
     Attributes:
         length: Number of positions that attention uses, from the first one on.
-        start: Where all rows write, if it is one place; None otherwise.
+        start: Position at which all rows write, if it is the same for all; None otherwise.
     """
 
     def __init__(self, columns: Tensor, capacity: int) -> None:
@@ -111,7 +111,7 @@ class Places:
         self.found: dict[int, Tensor] = {}
 
     def begin(self, length: int, start: int | None = None) -> None:
-        """Begins a step.
+        """Sets the columns of the next step, and discards what was computed for the last one.
 
         Args:
             length: See :attr:`length`.
@@ -165,7 +165,7 @@ class FixedLayer(DynamicLayer):
             if start is None:
                 places = self.places.indices(states.shape[1])
                 buffer.view(-1, width).index_copy_(0, places, states.reshape(-1, width))
-            else:  # on a CPU in half the time
+            else:  # takes half the time on a CPU
                 buffer[:, :, start : start + states.shape[2]] = states
         return self.keys[:, :, : self.places.length], self.values[:, :, : self.places.length]
 

@@ -24,6 +24,8 @@ from transformers.utils import ModelOutput
 __all__ = [
     "CACHE",
     "PROCESSOR_MAPPING",
+    "accepts_attention_mask",
+    "accepts_dynamic_cache",
     "checkpoint_activations",
     "get_tokenizer_config",
     "grown_inputs",
@@ -31,8 +33,6 @@ __all__ = [
     "names_as_given",
     "position_ids",
     "renamed_by_peft",
-    "takes_a_mask",
-    "takes_a_plain_cache",
     "tree_leaves",
     "tree_map",
 ]
@@ -60,7 +60,7 @@ def checkpoint_activations(model: nn.Module, settings: dict[str, Any]) -> None:
 def names_as_given() -> Iterator[None]:
     """Context manager in which PEFT adapts the modules that its configuration names, and no others.
 
-    For some mixture-of-experts families PEFT takes a name such as ``down_proj`` for that of transformers 4, and adapts
+    For some mixture-of-experts families PEFT reads a name such as ``down_proj`` as that of transformers 4, and adapts
     the experts instead, even where it is the full name of a module.
 
     Remove when PEFT keeps full names that exist in the model.
@@ -86,7 +86,7 @@ def renamed_by_peft(config: PeftConfig, model: nn.Module) -> bool:
     return any(set(getattr(copied, name) or ()) != set(getattr(config, name) or ()) for name in TARGETS)
 
 
-def takes_a_plain_cache(model: PreTrainedModel) -> bool:
+def accepts_dynamic_cache(model: PreTrainedModel) -> bool:
     """Returns whether a model keeps its state in a ``DynamicCache`` and can skip the logits of prompt tokens.
 
     Remove when the two properties are public.
@@ -97,7 +97,7 @@ def takes_a_plain_cache(model: PreTrainedModel) -> bool:
     return bool(model._supports_default_dynamic_cache() and model._supports_logits_to_keep())
 
 
-def takes_a_mask(model: PreTrainedModel) -> bool:
+def accepts_attention_mask(model: PreTrainedModel) -> bool:
     """Returns whether the attention of a language model adds a mask per pair of tokens to its scores.
 
     Remove when the implementation of the attention is public.

@@ -12,7 +12,8 @@ from safervlm.errors import ArgumentError, explained
 from safervlm.limits import SECONDS, computing_limit
 from safervlm.vlm.base import CHARACTERS
 from safervlm.vlm.prefix import Encoding
-from safervlm.vlm.thinking import GivenForm, Setting, Thinking, default_system, detect, given_form, unknown_mark
+from safervlm.vlm.template_forms import GivenForm, default_system, given_form
+from safervlm.vlm.thinking import Setting, Thinking, detect, unknown_mark
 
 # Arguments of the processor's apply_chat_template that are not variables of a template.
 TEMPLATE_SETTINGS = {
@@ -45,7 +46,7 @@ def template_arguments_of(arguments: Mapping[str, Any] | None, template: str | N
     return dict(arguments or {})
 
 
-def must_have_variables(source: str, arguments: Mapping[str, Any]) -> None:
+def require_used_variables(source: str, arguments: Mapping[str, Any]) -> None:
     """Rejects a variable that a chat template never uses, for example a misspelt one.
 
     Args:
@@ -101,13 +102,13 @@ class Conversation:
             setting: The setting ``vlm.thinking``.
 
         Raises:
-            ArgumentError: The template fails, exceeds its limits, or has no such variable as an argument for it names.
+            ArgumentError: The template fails, exceeds its limits, or lacks a variable that an argument names.
         """
         source = beginning = ""
         if self.template is None:
             given = self.processor.chat_template
             source = given if isinstance(given, str) else given.get("default", "")
-            must_have_variables(source, self.template_arguments)
+            require_used_variables(source, self.template_arguments)
             question = "Safe?"
             beginning = self.written(self.messages(question), add_generation_prompt=True).rpartition(question)[2]
         self.thinking = detect(setting, source, self.tokenizer.get_added_vocab(), beginning)
@@ -149,12 +150,12 @@ class Conversation:
         messages, system = self.messages("Safe?"), {"type": "text", "text": PROBE}
         try:
             probed = self.written([{"role": "system", "content": [system]}, *messages])
-        except TemplateFailsError:  # it takes no system prompt
+        except TemplateFailsError:  # it accepts no system prompt
             return ""
         return default_system(probed, self.written(messages), PROBE)
 
     def describe(self, setting: Setting) -> dict[str, Any]:
-        """Returns what determines the text of a prompt and its response beside the system prompt, as plain JSON values.
+        """Returns the JSON values that, in addition to the system prompt, determine the text of a prompt and response.
 
         Args:
             setting: The setting ``vlm.thinking``.
@@ -164,15 +165,15 @@ class Conversation:
         described |= {"default_system": system} if system else {}
         return described | ({"thinking": "none"} if setting == "none" else self.thinking.describe())
 
-    def must_keep_thinking(self) -> None:
+    def require_thinking_preserved(self) -> None:
         """Validates that training on given answers doesn't train a thinking model not to think.
 
         Raises:
-            ArgumentError: It does.
+            ArgumentError: Training on given answers would train the model not to think.
         """
         if not self.thinking.marks:
             return
-        if self.thinking.expected if self.template is not None else self.given_form({}, ANSWER).unthinking:
+        if self.thinking.expected if self.template is not None else self.given_form({}, ANSWER).trains_without_thinking:
             raise ArgumentError(
                 "vlm.train_without_thinking: the chat template writes a given response without reasoning, so training "
                 "on responses would train the model not to think; set it to true, turn thinking off "
@@ -230,7 +231,7 @@ class Conversation:
         if self.template is not None:
             stem = self.tokenizer.decode(prompt["input_ids"][0, -1:])
             gap = "" if stem[-1:].isspace() else " "
-            return GivenForm(stem, f"{gap}{answer}", "", unthinking=self.thinking.expected)
+            return GivenForm(stem, f"{gap}{answer}", "", trains_without_thinking=self.thinking.expected)
         asked = self.messages("?")
         answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         form = given_form(

@@ -29,7 +29,7 @@ from safervlm.vlm.noise import STEP
 from safervlm.vlm.sampling import Choice
 
 CHECK_INTERVAL = 8  # steps between two checks for end tokens; on a CPU, where they are cheap, each step has one
-BUCKET = 64  # the length of attention of a CUDA graph is rounded up to a multiple of so many steps
+BUCKET = 64  # the length of attention of a CUDA graph is rounded up to a multiple of this number
 REFILL = 4  # waiting questions start when a quarter (1 / REFILL) of the rows is free, so that several start together
 REQUESTED = "requested by vlm.decoding.step"  # reason for growing steps
 
@@ -61,11 +61,11 @@ class Decoding:
 
 @dataclass
 class DecodedTokens:
-    """What was decoded for the questions of a batch.
+    """The decoded responses to the questions of a batch.
 
     Attributes:
         tokens: The tokens of each response.
-        bad: Whether its logits were not finite, which ends it.
+        bad: For each response, whether its logits were not finite, which ends it.
         logprobs: The log-probability of each token; None unless the sampling records them. Those of the library's loop
             continue after the end of a response.
     """
@@ -93,7 +93,7 @@ class Prompts:
 
 
 class Rows(ABC):
-    """The questions of a batch in rows, and the model's part of decoding them.
+    """The questions of a batch in rows, and the model-specific part of decoding them.
 
     Attributes:
         questions: Indices of the questions of each row.
@@ -113,7 +113,7 @@ class Rows(ABC):
         """Computes the prompts of some of the rows.
 
         Args:
-            rows: Their numbers.
+            rows: Numbers of the rows.
         """
 
     @abstractmethod
@@ -124,7 +124,7 @@ class Rows(ABC):
             tokens: (R, Q) token ids.
             positions: (R, Q, C) their positions.
             mask: (R, 1, Q, length) mask that attention adds to its scores.
-            cache: Where the step writes, and what it attends to.
+            cache: KV cache that the step writes to and attends to.
         """
 
 
@@ -134,7 +134,7 @@ class State:
     The first dimension of all tensors is R.
 
     Args:
-        prompts: The computed prompts; their keys and values are moved, so that they need no memory twice.
+        prompts: The computed prompts; their keys and values are moved, so that they are not stored twice.
         keys: For each row, the keys of the noise of its questions.
         most: N.
         capacity: K.
@@ -191,7 +191,7 @@ class State:
         """Computes the (R, Q, V) logits of the next token of each slot.
 
         Args:
-            rows: The model's part.
+            rows: The model-specific part of decoding.
             length: Number of columns that attention uses; all columns in use are among them.
             start: First column of the step, if all rows have the same one (finished slots excepted); None otherwise.
         """
@@ -238,7 +238,7 @@ class State:
         """Keeps some of the rows, in new tensors.
 
         Args:
-            rows: Their indices.
+            rows: Indices of the rows.
         """
         for name, tensor in self._per_row().items():
             setattr(self, name, tensor[rows])
@@ -258,7 +258,7 @@ class State:
 
         Args:
             places: Indices of the rows.
-            other: As many rows, of the same capacity.
+            other: State with as many rows and the same capacity.
         """
         news = other._per_row()
         for name, tensor in self._per_row().items():
@@ -295,11 +295,11 @@ class Decoder:
     """Decodes the questions of a batch.
 
     Args:
-        rows: The questions in rows, and the model's part.
+        rows: The questions in rows, and the model-specific part of decoding.
         keys: Key of the noise of each question.
         choice: What determines a token.
         at_once: Number of rows that are decoded at once; None for all.
-        capture: How a step is captured; None to compute each step anew.
+        capture: Function that captures a step; None computes each step without capture.
 
     Attributes:
         graphs: The captured steps.
@@ -321,7 +321,7 @@ class Decoder:
         self.logprobs: list[list[float]] = [[] for _ in keys]
 
     def run(self) -> DecodedTokens:
-        """Returns what is decoded for each question."""
+        """Returns the decoded response to each question."""
         held = self._take(self.at_once)
         state = self._started(held)
         held, state = self._changed(held, state)
@@ -335,7 +335,7 @@ class Decoder:
         return DecodedTokens(self.answers, self.bad, self.logprobs if self.choice.sampling.logprobs else None)
 
     def _make_steps(self, state: State, steps: int) -> None:
-        """Makes steps of one shape."""
+        """Computes steps of one shape."""
         slots = self.rows.slots
         start = self.used if self.aligned and steps == 1 and self.levels is None else None
         self.used += steps * slots

@@ -17,7 +17,7 @@ from safervlm.vlm.prefix import Encoding
 
 
 class EncodedBatch(Batch):
-    """Questions that the model's processor has encoded one by one.
+    """Questions that the model's processor has encoded separately.
 
     Args:
         questions: The B questions.
@@ -104,6 +104,16 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
+def whole_length(encoding: Encoding, answers: Sequence[Sequence[int]]) -> int:
+    """Returns the number of tokens of a prompt with its longest completion.
+
+    Args:
+        encoding: Encoding of the prompt.
+        answers: Token ids of the completions.
+    """
+    return encoding["input_ids"].shape[1] + max(map(len, answers), default=0)
+
+
 @dataclass
 class ProcessorCollator(Conversation):
     """Makes an :class:`EncodedBatch` of examples with the model's processor; picklable, without weights.
@@ -111,7 +121,7 @@ class ProcessorCollator(Conversation):
     Attributes:
         question_length: Maximum number of tokens of the question for a Q-Former; 0 for models without one.
         images: How images are decoded.
-        words: Number of tokens that the model has embeddings for; a tokenizer may have more.
+        words: Number of tokens for which the model has embeddings; a tokenizer may have more.
     """
 
     question_length: int
@@ -126,31 +136,43 @@ class ProcessorCollator(Conversation):
                 processor or the image decoder rejects the image.
         """
         encodings, completions = [], []
-        questions = [example.question for example in examples]
-        for example in map(self.tokenizable, examples):
-            name = example.question.id
-            try:
-                encoding = self.encode(example.question)
-            except RecordError:
-                raise
-            except ValueError as error:  # for example, an unsupported image shape
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise RecordError(f"{name}: the model's processor can't take it ({reason})") from error
-            answers = [self.completion_ids(encoding, text.strip()) for text in example.completions]
-            length = encoding["input_ids"].shape[1] + max(map(len, answers), default=0)
-            if length > self.max_length:
-                raise RecordError(f"{name}: {length} tokens, the model takes {self.max_length}; shorten the question")
-            if self.question_length and (length := encoding["qformer_input_ids"].shape[1]) > self.question_length:
-                raise RecordError(
-                    f"{name}: {length} tokens, the Q-Former takes {self.question_length}; shorten the question"
-                )
-            highest = max([int(encoding["input_ids"].max()), *(token for answer in answers for token in answer)])
-            if highest >= self.words:
-                raise RecordError(f"{name}: its text has the token {highest}, the model has {self.words}; reword it")
+        for example in examples:
+            encoding, answers = self.encoded(example)
             encodings.append(encoding)
             completions.append(answers)
+        questions = [example.question for example in examples]
         scored = any(completions) and self.thinking.opened
         return EncodedBatch(questions, encodings, completions, self.dropped_tokens() if scored else 0)
+
+    def encoded(self, example: Example) -> tuple[Encoding, list[list[int]]]:
+        """Returns the encoding of an example's prompt and the token ids of its completions.
+
+        Args:
+            example: The example; its image is read.
+
+        Raises:
+            RecordError: See :meth:`__call__`.
+        """
+        example = self.tokenizable(example)
+        name = example.question.id
+        try:
+            encoding = self.encode(example.question)
+        except RecordError:
+            raise
+        except ValueError as error:  # for example, an unsupported image shape
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RecordError(f"{name}: the model's processor can't take it ({reason})") from error
+        answers = [self.completion_ids(encoding, text.strip()) for text in example.completions]
+        if (length := whole_length(encoding, answers)) > self.max_length:
+            raise RecordError(f"{name}: {length} tokens, the model takes {self.max_length}; shorten the question")
+        if self.question_length and (length := encoding["qformer_input_ids"].shape[1]) > self.question_length:
+            raise RecordError(
+                f"{name}: {length} tokens, the Q-Former takes {self.question_length}; shorten the question"
+            )
+        highest = max([int(encoding["input_ids"].max()), *(token for answer in answers for token in answer)])
+        if highest >= self.words:
+            raise RecordError(f"{name}: its text has the token {highest}, the model has {self.words}; reword it")
+        return encoding, answers
 
     def tokenizable(self, example: Example) -> Example:
         """Returns a copy of an example whose texts a tokenizer accepts.
@@ -170,14 +192,17 @@ class ProcessorCollator(Conversation):
                 )
         return example
 
-    def check_texts(self, example: Example) -> None:
-        """Rejects an example whose texts the model can't take with any image.
+    def check_texts(self, example: Example) -> int:
+        """Rejects an example whose texts the model can't process with any image.
 
         Args:
-            example: The example; its image is not read, so that its length may still be found too long with it.
+            example: The example; its image is not read, so that it may still be too long with it: :meth:`check_whole`.
+
+        Returns:
+            The number of tokens of its words.
 
         Raises:
-            RecordError: See :meth:`tokenizable`; or the words alone are more tokens than the model takes.
+            RecordError: See :meth:`tokenizable`; or the text without the image has more tokens than the model accepts.
         """
         example = self.tokenizable(example)
         prompt, *answers = (
@@ -188,21 +213,36 @@ class ProcessorCollator(Conversation):
             raise RecordError(
                 f"{example.question.id}: {length} tokens, the model takes {self.max_length}; shorten the question"
             )
+        return length
 
-    def must_show_image(self, image_token_ids: set[int]) -> None:
+    def check_whole(self, example: Example) -> int:
+        """Rejects an example that the model can't take, as making a batch of it would.
+
+        Args:
+            example: The example; its image is read.
+
+        Returns:
+            How many more tokens would fit.
+
+        Raises:
+            RecordError: See :meth:`__call__`.
+        """
+        return self.max_length - whole_length(*self.encoded(example))
+
+    def require_image_in_template(self, image_token_ids: set[int]) -> None:
         """Validates that the processor accepts the plain text template with an image.
 
         Args:
             image_token_ids: Ids of the placeholder tokens of images.
 
         Raises:
-            ArgumentError: It doesn't.
+            ArgumentError: The processor rejects the template, or the encoded text has no placeholder for the image.
         """
         try:
             encoded = self.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
             # Before transformers 5.23, not every processor counts the image placeholders of a text.
             if image_token_ids and not image_token_ids & set(encoded["input_ids"].flatten().tolist()):
-                raise ValueError("the encoded text has no place for it")
+                raise ValueError("the encoded text has no placeholder for the image")
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
             raise ArgumentError(

@@ -34,7 +34,7 @@ def family_of(model: str, revision: str | None = None) -> type[LocalVLM]:
 
 
 def subclasses(base: type[Any]) -> Iterator[type[LocalVLM]]:
-    """Iterates over the subclasses of a class, each before its own; a user's are among them if they are imported.
+    """Iterates over the subclasses of a class, each before its own subclasses; includes imported classes of the user.
 
     Args:
         base: Class whose subclasses are listed.

@@ -36,7 +36,7 @@ def capture_cuda(step: Callable[[], None]) -> Replayable:
 
 
 def capture_for(device: torch.device) -> Capture | None:
-    """Returns how steps on a device are captured; None where they can't be.
+    """Returns the function that captures steps on a device; None if they can't be captured.
 
     Args:
         device: The device of the model.
@@ -48,7 +48,7 @@ class Graphs:
     """Captured steps, by what determines their shapes.
 
     Args:
-        capture: How a step is captured; None to execute each step anew.
+        capture: Function that captures a step; None executes each step without capture.
 
     Attributes:
         reason: Why no further step is captured, or an empty text.
@@ -60,10 +60,10 @@ class Graphs:
         self.reason = ""
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Executes a step: the first time as it is, from then on by replaying it, if it can be captured.
+        """Executes a step: the first time directly, from then on by replaying it, if it can be captured.
 
         Args:
-            key: What determines the shapes of the step.
+            key: Identifies the shapes of the step.
             step: The step.
         """
         if key in self.captured:
@@ -74,7 +74,7 @@ class Graphs:
             try:
                 self.captured[key] = self.capture(step)
             except torch.OutOfMemoryError:
-                # The step itself fits: only the graphs, which hold memory of their own, do not.
+                # The step itself fits: only the graphs, which take memory of their own, do not.
                 self.reason = "no CUDA graph: it doesn't fit into memory"
                 self.clear()
             except RuntimeError as error:  # the model's code synchronises, for example to route tokens to experts

@@ -1,4 +1,4 @@
-"""What a model computes from the logits of its head: a scale, then a cap, both named in its configuration.
+"""Transformation of the logits of a model's head: a scale, then a cap, both named in its configuration.
 
 Configurations name the values, but not all models use them alike: a value called ``logits_scaling`` divides in one
 family and multiplies in another, and some releases of transformers omit the cap. So the candidates are compared with
@@ -22,12 +22,12 @@ SCALE_ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """Transformation of the logits behind the head: they are scaled, then capped.
+    """Transformation of the logits after the head: they are scaled, then capped.
 
     Attributes:
-        factor: They are multiplied by it.
-        divisor: They are divided by it.
-        cap: Their largest absolute value, approached as by tanh; None for no cap.
+        factor: Factor by which the logits are multiplied.
+        divisor: Divisor by which the logits are divided.
+        cap: Largest absolute value of the logits, approached as by tanh; None for no cap.
     """
 
     factor: float = 1.0
@@ -46,7 +46,7 @@ class LogitTransform:
 
 
 def candidates(config: Any) -> Iterator[LogitTransform]:
-    """Yields the transformations that a configuration may mean; the last one is none.
+    """Yields the transformations that a configuration may mean; the last one is the identity.
 
     Args:
         config: The model's configuration.
@@ -69,7 +69,7 @@ def candidates(config: Any) -> Iterator[LogitTransform]:
 def transform_between(config: Any, bare: Tensor, logits: Tensor) -> LogitTransform | None:
     """Returns the transformation that turns the output of a head into the model's logits; None if it is unknown.
 
-    Of several that agree within rounding, the closest one is taken, and the first of equally close ones.
+    Of several that agree within rounding, the closest one is selected, and the first of equally close ones.
 
     Args:
         config: The model's configuration.

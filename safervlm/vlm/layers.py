@@ -43,8 +43,8 @@ class Weight:
 def language_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Returns the blocks of the language model: full name -> module, or the whole decoder if it has no list of blocks.
 
-    They are the list of as many modules as the text configuration has layers. If there are several, it is the one least
-    deep in the decoder, outside the encoders of images and sounds.
+    They are the list with as many modules as the text configuration has layers. If there are several, the one least
+    deep in the decoder is used, outside the encoders of images and sounds.
 
     Args:
         model: A vision-language model.
@@ -103,7 +103,7 @@ def _weights(name: str, block: nn.Module) -> Iterator[Weight]:
 
 
 def _experts(block: nn.Module) -> dict[str, int]:
-    """Returns the modules of a block that hold experts, by name, each with the number of experts."""
+    """Returns the modules of a block that contain experts, by name, each with the number of experts."""
     found: dict[str, int] = {}
     for place, module in block.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1:
@@ -128,7 +128,7 @@ def _kind(place: str, value: Any, stacks: dict[str, int], recurrent: set[str]) -
         return LINEAR_ATTENTION
     if re.search(r"attn|attention", place):
         return ATTENTION
-    # A router has one output per expert. It is beside the experts, or a few levels deeper.
+    # A router has one output per expert. It is next to the experts, or a few levels deeper.
     for stack, count in stacks.items():
         parent = stack.rpartition(".")[0]
         if count in value.shape and (not parent or place.startswith(f"{parent}.")):
@@ -154,7 +154,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     """Context manager in which all modules of a model are in evaluation mode, without dropout.
 
     Args:
-        model: The model; afterwards each of its modules has its mode again.
+        model: The model; the previous mode of each module is restored afterwards.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()

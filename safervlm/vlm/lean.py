@@ -7,7 +7,7 @@ place.
 
 The adapter is not added to the weights: in bfloat16 that would round away updates below 1/256 of a weight, so that
 responses would be sampled from another policy than the one that is scored; and the original weights would need as much
-memory again. Here the sampled and the scored policy differ by the rounding of the update alone. The objectives take the
+memory again. Here the sampled and the scored policy differ only by the rounding of the update. The objectives take the
 log-probabilities of the sampled tokens from a scoring pass, so that the first ratio of policies is 1.
 
 Shapes: B tokens, I inputs and O outputs of a layer, r rank.
@@ -28,7 +28,7 @@ from safervlm.vlm.lora import PEFT_NAMES, Adapter, switched
 def lean_lora(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     """Context manager in which plain LoRA layers compute their active adapter with fewer operations, without gradients.
 
-    Other adapter layers are left as they are.
+    Other adapter layers are not changed.
 
     Args:
         model: A model, with or without adapters.

@@ -40,7 +40,7 @@ def shrunk_square(
     """Pads an image to a square and resizes it, without allocating the padded square.
 
     Pillow resizes rows, then columns, and rounds to 8 bits in between. So rows can be padded and resized a few at a
-    time, and columns can be padded after that. The result is bit-identical, and needs memory for the image alone.
+    time, and columns can be padded after that. The result is bit-identical, and needs memory only for the image.
 
     Args:
         image: RGB image; it is padded to a square of its longer side.
@@ -63,6 +63,26 @@ def shrunk_square(
     return resized_rows.resize((side, side), resample)
 
 
+def require_matching_image_tokens(config: LlavaConfig, name: str) -> None:
+    """Rejects a configuration whose prompts would have another number of image tokens than the vision tower gives.
+
+    Args:
+        config: Configuration of the model.
+        name: Name of the model, for the error message.
+
+    Raises:
+        ArgumentError: The numbers differ.
+    """
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    tokens = patches + (config.vision_feature_select_strategy == "full")  # with the class token
+    if config.image_seq_length != tokens:
+        raise ArgumentError(
+            f"vlm.model: the config.json of {name!r} has image_seq_length {config.image_seq_length}, its vision tower "
+            f"gives {tokens} tokens per image; correct it"
+        )
+
+
 @dataclass
 class LlavaCollator:
     """Makes a :class:`PackedBatch` of examples in LLaVA's conversation format; picklable, without weights.
@@ -75,7 +95,7 @@ class LlavaCollator:
         system: System prompt of the conversation; empty for none.
         max_length: Maximum number of tokens of a prompt with its completion. Longer ones are rejected, never truncated.
         images: How images are decoded.
-        words: Number of tokens that the model has embeddings for; a tokenizer may have more.
+        words: Number of tokens for which the model has embeddings; a tokenizer may have more.
         recent: Pixel values of the images that were used last.
     """
 
@@ -90,7 +110,7 @@ class LlavaCollator:
     recent: RecentPixels = field(default_factory=RecentPixels, compare=False, repr=False)
 
     def __call__(self, examples: Sequence[Example]) -> PackedBatch:
-        """Decodes each different image once, and tokenises prompts and completions.
+        """Decodes each distinct image once, and tokenises prompts and completions.
 
         Raises:
             RecordError: A text contains the image placeholder, is too long, or has a token without an embedding; or an
@@ -137,13 +157,17 @@ class LlavaCollator:
             raise RecordError(f"{name}: {length} tokens, the model takes {self.max_length}; shorten the question")
         return prompt, answers
 
-    def check_texts(self, example: Example) -> None:
-        """Rejects an example whose texts the model can't take; see :meth:`encoded`.
+    def check_texts(self, example: Example) -> int:
+        """Rejects an example whose texts the model can't process; see :meth:`encoded`.
 
         Args:
             example: The example; its image is not read.
+
+        Returns:
+            Its number of tokens, with those of its image.
         """
-        self.encoded(example)
+        prompt, answers = self.encoded(example)
+        return len(prompt) + max(map(len, answers), default=0)
 
     def read(self, question: Question) -> Tensor:
         """Returns the pixel values of a question's image, (1, 3, height, width).
@@ -245,7 +269,7 @@ class Llava(PackedVLM):
 
     @classmethod
     def loads(cls, config: Mapping[str, Any]) -> bool:
-        """Returns whether a model is a LLaVA on CLIP and Llama; others of its architecture have other conversations.
+        """Returns whether a model is a LLaVA on CLIP and Llama; others of its architecture have other prompt formats.
 
         Args:
             config: Content of the model's ``config.json``.
@@ -266,8 +290,9 @@ class Llava(PackedVLM):
             if not isinstance(config, LlavaConfig):
                 raise ArgumentError(
                     f"vlm.model: {self.name!r} is a {config.model_type}, not a llava; name a LLaVA-1.5, or have it "
-                    "asked by --model.vlm safervlm.vlm.auto.Transformers"
+                    "loaded by --model.vlm safervlm.vlm.auto.Transformers"
                 )
+            require_matching_image_tokens(config, self.name)
             tokenizer = read_tokenizer(self.name, revision=self.revision)
             image_processor = LlavaImageProcessorPil.from_pretrained(
                 self.name, revision=self.revision, trust_remote_code=False, do_pad=self.image_fit == "pad"

@@ -31,13 +31,13 @@ from safervlm.vlm.decoding import Decoding
 from safervlm.vlm.llava import Llava, LlavaCollator
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.processors import read_tokenizer
+from safervlm.vlm.stored import weight_files
 from safervlm.vlm.weights import (
     load_model,
     model_config,
-    must_be_finite,
     read_tensors,
     reading,
-    weight_files,
+    require_finite_floats,
     weights_fingerprint,
 )
 
@@ -114,7 +114,7 @@ class LlavaOriginal(Llava):
         return super().collator
 
     def describe(self) -> dict[str, Any]:
-        """Returns the settings of the VLM that determine a response; the weights' fingerprint is of the conversion."""
+        """Returns the settings of the VLM that determine a response; the fingerprint is of the converted weights."""
         return super().describe() | {"model": self.original, "vision": self.vision}
 
 
@@ -172,7 +172,10 @@ def write_converted(out: Path, name: str, source: Path, raw: dict[str, Any], vis
     tokenizer = read_tokenizer(str(source))
     state: dict[str, Tensor] = {}
     for file in weight_files(source):
-        state |= read_tensors(file, "vlm.model")
+        more = read_tensors(file, "vlm.model")
+        if twice := state.keys() & more.keys():
+            raise ArgumentError(f"vlm.model: {name!r} stores {min(twice)} twice; get its weight files again")
+        state |= more
     state = {renamed(key): value for key, value in state.items() if not key.endswith(DERIVED)}
     tower = load_model(CLIPVisionModel, vision, "vlm.vision", whole=False)
     with reading(vision, "vlm.vision"):
@@ -182,7 +185,7 @@ def write_converted(out: Path, name: str, source: Path, raw: dict[str, Any], vis
     needed = ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
     if lacking := [key for key in needed if key not in state]:
         raise ArgumentError(f"vlm.model: {name!r} lacks the weight {lacking[0]}; give the whole model")
-    must_be_finite(state.items(), f"vlm.model: {name!r}")
+    require_finite_floats(state, f"vlm.model: {name!r}")
     words = state["language_model.lm_head.weight"].shape[0]
     image_token, pad_token = words, words + 1
     for key in needed:
@@ -218,7 +221,7 @@ def renamed(key: str) -> str:
         key: Name of the weight in the original format.
 
     Raises:
-        ArgumentError: The name is none of LLaVA-1.5 in the original format.
+        ArgumentError: The name is not that of a weight of LLaVA-1.5 in the original format.
     """
     for pattern, name in NAMES:
         key, count = re.subn(pattern, name, key)

@@ -1,6 +1,6 @@
 """Locally loaded vision-language models: weights, LoRA adapters, and log-probabilities of completions.
 
-Shapes: C completions, T tokens of the longest completion, N response tokens in all, V tokens of the vocabulary, H
+Shapes: C completions, T tokens of the longest completion, N response tokens in total, V tokens of the vocabulary, H
 hidden units.
 """
 
@@ -32,7 +32,7 @@ from safervlm.vlm.base import (
     Scores,
     Unanswered,
     WordProbabilities,
-    without_bad,
+    replace_not_finite,
 )
 from safervlm.vlm.decoding import DecodedTokens, Decoder, Decoding, Rows
 from safervlm.vlm.graphs import capture_for
@@ -47,7 +47,7 @@ from safervlm.vlm.lora import (
     adapted_layers,
     add_adapters,
     checkpoint_gradients,
-    must_cover,
+    require_coverage,
 )
 from safervlm.vlm.noise import NOISE
 from safervlm.vlm.odds import probabilities
@@ -124,7 +124,7 @@ class LocalVLM(VLM):
         self.decoded: dict[str, str] = {}
         self.uncaptured = ""  # why no step of this model can be captured
         self.model: PreTrainedModel | PeftModel | None = None
-        self.logit_transform: LogitTransform | None = None  # behind the head; a subclass finds it
+        self.logit_transform: LogitTransform | None = None  # after the head; a subclass finds it
         self.adapted: AdaptedLayers | None = None  # what training adapts, known once the weights are loaded
 
     @classmethod
@@ -177,11 +177,11 @@ class LocalVLM(VLM):
         """Special tokens by id that belong to the marks of reasoning, and so may be generated."""
         return {}
 
-    def must_keep_thinking(self) -> None:
+    def require_thinking_preserved(self) -> None:
         """Validates, before training on given answers, that they don't train a thinking model not to think.
 
         Raises:
-            ArgumentError: They do.
+            ArgumentError: Training on given answers would train the model not to think.
         """
 
     @cached_property
@@ -244,7 +244,7 @@ class LocalVLM(VLM):
             if train[0] != "policy":
                 raise ArgumentError(f"train: the first adapter is the policy, got {train[0]!r}")
             self.adapted = adapted_layers(base, self.lora, self.limits.seconds)
-            must_cover(self.adapted, self.lora, self.name)
+            require_coverage(self.adapted, self.lora, self.name)
             model = add_adapters(base, self.lora, self.adapted, train)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora_" in name)
@@ -286,8 +286,8 @@ class LocalVLM(VLM):
 
         Args:
             folder: Folder to write. An existing adapter in it is replaced.
-            origin: Provenance for the adapter's seal: the settings of the training. By default the settings of the VLM
-                alone.
+            origin: Provenance for the adapter's seal: the settings of the training. By default only the settings of
+                the VLM.
 
         Raises:
             ArgumentError: The adapter has NaN or infinite values, or is unchanged since its initialisation.
@@ -388,7 +388,7 @@ class LocalVLM(VLM):
                 replace(answer, token_logprobs=logprobs[: len(answer.token_ids)])
                 for answer, logprobs in zip(found, decoded.logprobs, strict=True)
             ]
-        return without_bad(questions, found, decoded.bad)
+        return replace_not_finite(questions, found, decoded.bad)
 
     def decode(self, rows: Rows, keys: Sequence[int], sampling: Sampling, adapter: Adapter) -> DecodedTokens:
         """Decodes questions with steps of fixed shapes.

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from safervlm.errors import ArgumentError, explained
-from safervlm.limits import must_match_soon
+from safervlm.limits import reject_slow_patterns
 from safervlm.ranges import in_range
 from safervlm.vlm.compat import checkpoint_activations, names_as_given
 from safervlm.vlm.layers import EXPERTS, GATE, ROUTER, language_weights
@@ -84,7 +84,7 @@ class LoRA:
         """Returns the settings as PEFT's configuration.
 
         Args:
-            layers: What is adapted, by :func:`adapted_layers`.
+            layers: Layers to adapt, from :func:`adapted_layers`.
         """
         return LoraConfig(
             r=self.r,
@@ -97,7 +97,7 @@ class LoRA:
 
 @dataclass(frozen=True)
 class AdaptedLayers:
-    """What LoRA adapts in a model, and how much of the language model that is.
+    """The layers that LoRA adapts in a model, and their share of the language model.
 
     Attributes:
         modules: Full names of the adapted linear layers.
@@ -140,7 +140,7 @@ class AdaptedLayers:
 
 
 def adapted_layers(model: PreTrainedModel, lora: LoRA, seconds: float | None = None) -> AdaptedLayers:
-    """Returns what LoRA adapts in a model.
+    """Returns the layers that LoRA adapts in a model.
 
     Args:
         model: The base model, without adapters.
@@ -161,7 +161,7 @@ def adapted_layers(model: PreTrainedModel, lora: LoRA, seconds: float | None = N
         }
     else:
         names = [name for name, _ in model.named_modules()]
-        must_match_soon([lora.target_modules], names, "lora.target_modules", seconds)
+        reject_slow_patterns([lora.target_modules], names, "lora.target_modules", seconds)
         modules = {name for name in names if re.fullmatch(lora.target_modules, name)}
     experts = [weight for weight in weights if weight.kind == EXPERTS and lora.experts]
     modules |= {weight.module for weight in experts if weight.linear}
@@ -182,11 +182,11 @@ def adapted_layers(model: PreTrainedModel, lora: LoRA, seconds: float | None = N
     return AdaptedLayers(tuple(sorted(modules)), tuple(sorted(parameters)), adapted, every)
 
 
-def must_cover(layers: AdaptedLayers, lora: LoRA, name: str) -> None:
+def require_coverage(layers: AdaptedLayers, lora: LoRA, name: str) -> None:
     """Rejects a model of which LoRA would adapt too small a share.
 
     Args:
-        layers: What is adapted.
+        layers: The adapted layers.
         lora: Settings.
         name: Name of the model.
 
@@ -212,7 +212,7 @@ def add_adapters(base: PreTrainedModel, lora: LoRA, layers: AdaptedLayers, names
     Args:
         base: The base model; PEFT adds the layers to it.
         lora: Settings.
-        layers: What to adapt.
+        layers: Layers to adapt.
         names: The adapters; the first is the policy.
 
     Raises:

@@ -19,7 +19,7 @@ from safervlm.vlm.local import LocalVLM
 from safervlm.vlm.lora import PEFT_NAMES, switched
 from safervlm.vlm.weights import reading
 
-# Files of a model's folder that are not copied beside the merged weights: other weights, code, and the model card.
+# Files of a model's folder that are not copied with the merged weights: other weights, code, and the model card.
 LEFT_OUT = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx*", "*.h5", "*.msgpack", "*.index.json"),
     *("*.py", "README.md", "adapter_config.json", "safervlm.json", ".*"),
@@ -57,7 +57,7 @@ def merge_adapter(vlm: LocalVLM) -> None:
 
 
 def _must_share_nothing(layers: Sequence[nn.Module], model: nn.Module) -> None:
-    """Rejects adapted layers whose weights another layer has, too, as a head may have those of the embedding."""
+    """Rejects adapted layers that share weights with another layer, for example a head with the embedding."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for weight in module.parameters(recurse=False):
@@ -71,7 +71,7 @@ def _must_share_nothing(layers: Sequence[nn.Module], model: nn.Module) -> None:
 
 
 def _updates(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the weight of each matrix that a layer adapts, and its update in float64; experts one by one."""
+    """Yields the weight of each matrix that a layer adapts, and its update in float64; one expert at a time."""
     (name,) = PEFT_NAMES["policy"]
     plain = isinstance(layer, LoraLayer) and name in layer.lora_A and not any(layer.use_dora.values())
     if not plain or any(layer.lora_bias.values()):  # type: ignore[operator]
@@ -84,7 +84,7 @@ def _updates(layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         yield base.weight, scale * (second @ first)
         return
     stack, count = layer.get_param(), layer.num_experts
-    transposed = getattr(base, "is_transposed", False)  # by which PEFT, too, decides; the shapes may be square
+    transposed = getattr(base, "is_transposed", False)  # PEFT uses it, too; the shapes may be square
     first = first.reshape(count, -1, first.shape[-1])
     second = second.reshape(second.shape[0], -1, count)
     for number in range(count):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safervlm.hashing import seed_for
 
-# Version of the noise, part of the settings of a run: a record gets another response under another version. 1 was a
+# Version of the noise, part of the settings of a run: a record has another response with another version. 1 was a
 # generator of PyTorch per record.
 NOISE = 2
 
@@ -30,7 +30,7 @@ def noise_key(seed: int, record_id: str, sample: int = 0) -> int:
     Args:
         seed: Seed of the sampling.
         record_id: Id of the question.
-        sample: Number of the response, where a question gets several.
+        sample: Number of the response, if a question has several.
     """
     return seed_for(seed, record_id, sample)
 

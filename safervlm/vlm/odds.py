@@ -5,7 +5,7 @@ scores the words as completions in one pass, in the form in which its template w
 space before it and, for a thinking model, after an empty block of reasoning or without one. A server returns the
 log-probabilities of the most probable first tokens. Nothing is generated, and no response depends on it.
 
-Shapes: C completions in all, T tokens of the longest completion.
+Shapes: C completions in total, T tokens of the longest completion.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,9 @@ from math import exp, inf, isfinite, log
 from typing import Any, Self
 
 from safervlm.errors import RecordError
+from safervlm.io.fields import check_fields
 from safervlm.protocol import SAFE, UNSAFE, answer_words
-from safervlm.records import Example, Failure, Question, check_fields
+from safervlm.records import Example, Failure, Question
 from safervlm.vlm.base import Scores, Unanswered, WordProbabilities
 
 
@@ -27,9 +28,9 @@ class Odds:
     Attributes:
         id: Id of the question.
         log_odds: log P(the word that means unsafe) - log P(the word that means safe); positive means unsafe.
-        mass: P(either word), 0 to 1. If it is small, the model begins its answers otherwise, and the odds tell little.
-        bound: Whether only one of the words is among the tokens that a server returned; the other one then has the
-            probability of the least probable of these, which it has at most.
+        mass: P(either word), 0 to 1. If it is small, answers mostly begin otherwise, and the odds are not informative.
+        bound: Whether only one of the words is among the tokens that a server returned; the other one then gets the
+            probability of the least probable of these, which is its upper bound.
     """
 
     id: str
@@ -110,7 +111,7 @@ def probabilities(
 ) -> list[WordProbabilities | Unanswered]:
     """Sums the scores of the words.
 
-    The probability of a word is that of its tokens, mostly one, without the end token. An empty block of reasoning,
+    The probability of a word is that of its tokens, usually one, without the end token. An empty block of reasoning,
     with which all of them begin, is given and not counted; a space is counted. Forms with the same tokens count once.
 
     Args:
@@ -135,7 +136,7 @@ def probabilities(
             sides[place // each][written[place][shared:]] = sum(logprobs[row][shared : lengths[row] - 1])
         if sides[0].keys() & sides[1].keys():
             words = " and ".join(answer_words(question.capability).values())
-            found.append(Unanswered(f"{question.id}: the tokenizer writes {words} with the same tokens"))
+            found.append(Unanswered(f"{question.id}: the tokenizer has the same tokens for {words}"))
         else:
             found.append(WordProbabilities(log_sum(sides[0].values()), log_sum(sides[1].values())))
     return found

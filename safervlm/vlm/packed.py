@@ -5,7 +5,7 @@ questions about an image, whose responses are decoded in parallel over one KV ca
 Both require a language model with causal attention and rotary positions.
 
 Shapes: B questions of a batch, I different images, R packed rows, Q questions of the longest row, K cached positions of
-a row, C completions in all, L tokens of the longest row, V tokens of the vocabulary, H hidden units.
+a row, C completions in total, L tokens of the longest row, V tokens of the vocabulary, H hidden units.
 """
 
 from abc import abstractmethod
@@ -150,7 +150,7 @@ class PackedVLM(LocalVLM):
             packed: The packed rows.
             image_rows: (R,) index of the image of each row.
             batch: The batch with the images.
-            cache: KV cache to write to; None for none.
+            cache: KV cache to write to; None writes to no cache.
 
         Returns:
             (R, L, H) hidden states.
@@ -172,7 +172,7 @@ class PackedVLM(LocalVLM):
             adapter: Which adapter is active.
 
         Returns:
-            The response tokens, and the (N, H) hidden states that predict them, for N response tokens in all.
+            The response tokens, and the (N, H) hidden states that predict them, for N response tokens in total.
 
         Raises:
             ValueError: The batch has no completions.
@@ -316,7 +316,7 @@ class PackedRows(Rows):
         """Computes the prompts of some of the rows.
 
         Args:
-            rows: Their numbers.
+            rows: Numbers of the rows.
         """
         packed, states, cache = self.vlm.prefill(self.batch, [self.questions[row] for row in rows])
         slots = torch.arange(1, self.slots + 1, device=states.device)
@@ -340,7 +340,7 @@ class PackedRows(Rows):
             tokens: (R, Q) token ids.
             positions: (R, Q, 1) their positions.
             mask: (R, 1, Q, length) mask that attention adds to its scores.
-            cache: Where the step writes, and what it attends to.
+            cache: KV cache that the step writes to and attends to.
         """
         states = self.vlm.step(tokens, positions[..., 0], mask, cache)
         return self.vlm.base.get_output_embeddings()(states)

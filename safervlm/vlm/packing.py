@@ -3,7 +3,7 @@
 A row is a tree, written segment by segment: ``beginning | rest 1 | completion 1.1 | completion 1.2 | rest 2 | ...``.
 The beginning contains the image and the common prefix of the prompts; a rest is the remainder of a prompt. A segment
 attends to the beginning, to the segment that it continues, and to itself; its positions continue from the end of that
-segment, as in a row of its own. In rows for generation, the rests have no completions.
+segment, as in a separate row. In rows for generation, the rests have no completions.
 
 Shapes: R packed rows, L tokens of the longest row, C sequences (completions, or prompts to generate from), T tokens of
 the longest one.
@@ -63,8 +63,8 @@ class Packed(Targets):
         """Returns the attention mask: each token attends to the tokens before it in its sequence, and to itself.
 
         Returns:
-            (R, 1, L, L) True where a query may attend to a key. None if each row holds one sequence: padding comes
-            last, so causal attention alone is correct, and the fastest kernels take no mask.
+            (R, 1, L, L) True where a query may attend to a key. None if each row is one sequence: padding comes
+            last, so causal attention is sufficient, and the fastest kernels accept no mask.
         """
         if len(self.rows) == len(self.input_ids):
             return None
@@ -90,7 +90,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Row:
-    """A row while it is written.
+    """A row that is being written.
 
     Args:
         beginning: Token ids of the beginning.
@@ -125,7 +125,7 @@ class _Row:
         Args:
             segment: Number of the last segment that was added.
             parent: Number of the segment that it continues.
-            count: At most the number of its tokens and 1.
+            count: At most the number of its tokens plus 1.
         """
         start = len(self.ids) - self.segments.count(segment)
         return torch.tensor([self.ends[parent], *range(start, start + count - 1)])
@@ -227,7 +227,7 @@ def rows_of_completions(
 ) -> list[list[int]]:
     """Groups questions into packed rows: questions about one image, at most :data:`ROW` per row.
 
-    Rows are padded to the longest one. An image with many questions beside images with one would make most of a batch
+    Rows are padded to the longest one. An image with many questions next to images with one would make most of a batch
     padding; so the number of questions per row is the one with which the fewest tokens are computed.
 
     Args:

@@ -36,12 +36,12 @@ def read_tokenizer(name: str, argument: str = "vlm.model", revision: str | None 
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=False
         )
-    must_have_words(tokenizer, name, argument)
+    require_vocabulary(tokenizer, name, argument)
     return tokenizer
 
 
-def must_have_words(tokenizer: PreTrainedTokenizerBase, name: str, argument: str = "vlm.model") -> None:
-    """Rejects a tokenizer of special tokens alone, which transformers makes for a folder without a tokenizer's files.
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, argument: str = "vlm.model") -> None:
+    """Rejects a tokenizer of only special tokens, which transformers makes for a folder without a tokenizer's files.
 
     Args:
         tokenizer: The tokenizer.
@@ -49,7 +49,7 @@ def must_have_words(tokenizer: PreTrainedTokenizerBase, name: str, argument: str
         argument: Name of the argument, for the error message.
 
     Raises:
-        ArgumentError: The tokenizer has no other tokens: it would read no word of a text.
+        ArgumentError: The tokenizer has no other tokens: it could not encode any word.
     """
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise ArgumentError(
@@ -63,7 +63,7 @@ class UnusedPart:
 
     def __getattr__(self, name: str) -> None:
         """Returns None for every setting."""
-        if name.startswith("__"):  # pickle and copy ask for these
+        if name.startswith("__"):  # pickle and copy request these
             raise AttributeError(name)
 
 
@@ -117,7 +117,7 @@ def read_processor(name: str, revision: str | None, config: PreTrainedConfig) ->
     parts = whole.get_attributes()
 
     class WithoutUnused(ProcessorMixin):
-        """The last constructor of the chain, which checks the parts: it gets those that are used."""
+        """The last constructor of the chain, which checks the parts: it receives only the used parts."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             given = dict(zip(parts, args, strict=False)) | kwargs
@@ -140,7 +140,7 @@ def read_processor(name: str, revision: str | None, config: PreTrainedConfig) ->
         name, revision=revision, backend="pil", trust_remote_code=False
     )
     if isinstance(tokenizer := getattr(processor, "tokenizer", None), PreTrainedTokenizerBase):
-        must_have_words(tokenizer, name)
+        require_vocabulary(tokenizer, name)
     processor.__class__ = whole  # a local class can't be pickled
     for part in UNUSED:
         if part in parts:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
 from safervlm.errors import first_line
+from safervlm.vlm.comparing import agree, attempt
 from safervlm.vlm.compat import CACHE
 from safervlm.vlm.decoding import Prompts, Rows, State
-from safervlm.vlm.prefix import Encoding, PrefixSharing, agree, attempt
+from safervlm.vlm.prefix import Encoding, PrefixSharing
 from safervlm.vlm.sampling import Sampler
 
 DIFFERENT_LOGITS = "the model's logits differ in steps of fixed shapes"
@@ -54,7 +55,7 @@ class PromptedRows(Rows):
         return self.sharing.inputs(asked, self.tokenwise) or self.sharing.alone(asked, self.tokenwise)
 
     def grown(self, sampler: Sampler, ends: list[int]) -> list[list[int]]:
-        """Returns the tokens of each response, with anything after the end token, by ``generate`` alone.
+        """Returns the tokens of each response, with anything after the end token, using only ``generate``.
 
         Args:
             sampler: Chooses the tokens.
@@ -85,7 +86,7 @@ class PromptedRows(Rows):
             The prompts, without the tokens, and the output of ``generate``.
 
         Raises:
-            KeyError: The model takes no positions.
+            KeyError: The model accepts no positions.
         """
         sharing, inputs = self.sharing, self.inputs(rows)
         positions: list[Tensor] = []  # as passed to the model, whose code may change those that the library computes
@@ -124,7 +125,7 @@ class PromptedRows(Rows):
             tokens: (R, 1) token ids.
             positions: (R, 1, C) their positions.
             mask: (R, 1, 1, length) mask that attention adds to its scores.
-            cache: Where the step writes, and what it attends to.
+            cache: KV cache that the step writes to and attends to.
         """
         return self.sharing.model(
             input_ids=tokens,

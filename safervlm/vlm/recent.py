@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class RecentPixels:
-    """Keeps pixel values by image file, up to a number of bytes; those that were not used for longest are dropped.
+    """Keeps pixel values by image file, up to a number of bytes; the least recently used ones are removed.
 
     A file that has changed since (by size or time of modification) is read again. A copy in another process begins
     empty.
 
     Args:
-        max_bytes: Most bytes of pixel values to keep.
+        max_bytes: Maximum number of bytes of pixel values to keep.
     """
 
     def __init__(self, max_bytes: int = 64_000_000) -> None:

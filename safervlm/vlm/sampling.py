@@ -13,8 +13,8 @@ from torch import Tensor
 from safervlm.ranges import in_range
 from safervlm.vlm.noise import STEP, gumbel, token_bits
 
-NUCLEUS = 1024  # largest logits of a row that are sorted first; mostly, far fewer tokens survive top_p
-MORE = 16  # factor for the rows with more survivors
+NUCLEUS = 1024  # largest logits of a row that are sorted first; usually, far fewer tokens remain after top_p
+MORE = 16  # factor for the rows in which more tokens remain
 # Logits for which noise is computed together: on a CPU so few that they stay in its cache, else so few that the
 # memory for them doesn't matter.
 TOGETHER = {True: 2**17, False: 2**24}
@@ -39,7 +39,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 0.9
     max_new_tokens: int = 512
-    logprobs: ClassVar[bool] = False  # whether responses carry the log-probabilities of their tokens
+    logprobs: ClassVar[bool] = False  # whether responses contain the log-probabilities of their tokens
 
     def __post_init__(self) -> None:
         """Rejects values out of range."""
@@ -50,7 +50,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class RecordedSampling(Sampling):
-    """Decoding settings of responses that carry the log-probabilities of their tokens, ``token_logprobs``."""
+    """Decoding settings of responses that contain the log-probabilities of their tokens, ``token_logprobs``."""
 
     logprobs: ClassVar[bool] = True
 
@@ -71,11 +71,11 @@ class Suppress:
 
 
 class Sampler:
-    """Chooses the next token of each row: the one way from logits to tokens, for every family.
+    """Chooses the next token of each row from its logits, for every model family.
 
     Non-finite logits are recorded first: any other operation would spread a NaN or hide it. Then come suppressed
     tokens, temperature and top_p. ``argmax(logits + Gumbel noise)`` is a sample from ``softmax(logits)``. The noise of
-    a response depends on its key, the step and the token alone, so a response doesn't depend on the other rows, the
+    a response depends only on its key, the step and the token, so a response doesn't depend on the other rows, the
     batch size, the order, the number of processes or the device (up to rounding of the logits).
 
     A sampler is also a logits processor for the ``generate`` of transformers, to be used with ``do_sample=False``.
@@ -138,7 +138,7 @@ def prepared_scores(logits: Tensor, suppressed: Tensor, temperature: float) -> t
     Args:
         logits: (B, V) logits of the model.
         suppressed: Tokens that a response must not contain.
-        temperature: See :class:`Sampling`; 0 leaves the scores as they are.
+        temperature: See :class:`Sampling`; 0 leaves the scores unchanged.
     """
     bad = ~torch.isfinite(logits.amax(-1))  # amax propagates NaN; single tokens may be minus infinity
     scores = logits.float().masked_fill(bad[:, None], 0).index_fill_(-1, suppressed, -torch.inf)
@@ -177,8 +177,8 @@ def sample_from_all(scores: Tensor, counters: Tensor) -> Tensor:
 def sample_from_nucleus(scores: Tensor, counters: Tensor, top_p: float, most: int = NUCLEUS) -> Tensor:
     """Samples a token of each row from its most probable tokens, whose probabilities sum to at least ``top_p``.
 
-    Only the ``most`` largest logits are sorted. Rows with more survivors are computed again with more logits, and each
-    row by itself, so that no row depends on the others.
+    Only the ``most`` largest logits are sorted. Rows that need more are computed again with more logits, and each
+    row separately, so that no row depends on the others.
 
     Args:
         scores: (B, V) logits.
@@ -198,9 +198,9 @@ def sample_from_nucleus(scores: Tensor, counters: Tensor, top_p: float, most: in
 
 
 def sample_from_largest(scores: Tensor, counters: Tensor, top_p: float, most: int) -> tuple[Tensor, Tensor]:
-    """Samples a token of each row from its most probable tokens, as far as ``most`` of them suffice.
+    """Samples a token of each row from its most probable tokens, if ``most`` of them suffice.
 
-    Tokens as probable as the last of them belong to them, too: so the set doesn't depend on how a sort orders equal
+    Tokens as probable as the last of them are included, too, so the set doesn't depend on how a sort orders equal
     logits, which are frequent in bfloat16.
 
     Args:
@@ -225,7 +225,7 @@ def sample_from_largest(scores: Tensor, counters: Tensor, top_p: float, most: in
 
 @dataclass(frozen=True)
 class Choice:
-    """What determines a token, given its logits.
+    """The settings that determine the choice of a token from logits.
 
     Attributes:
         sampling: Decoding settings.
@@ -243,8 +243,8 @@ class Choice:
         Args:
             logits: (B, V) logits.
             counters: (B,) counters of the noise.
-            levels: How many times more logits than :data:`NUCLEUS` are sorted, in all rows. None sorts more logits in
-                the rows that need them only, which synchronises with the CPU, and leaves no token undecided.
+            levels: How many times more logits than :data:`NUCLEUS` are sorted, in all rows. None sorts more logits only
+                in the rows that need them, which synchronises with the CPU, and leaves no token undecided.
 
         Returns:
             (B,) tokens; (B,) whether the logits were not finite; (B,) whether the token is undecided, because more

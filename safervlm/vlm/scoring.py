@@ -4,10 +4,10 @@ Without sharing there is one row per completion. Packed rows (:mod:`safervlm.vlm
 the questions about an image. They need a mask per pair of tokens and a position per token, which not every model
 accepts. They are used only if
 
-- the model's attention takes a mask, and its layers keep all positions (as for prefix sharing in generation),
+- the model's attention accepts a mask, and its layers keep all positions (as for prefix sharing in generation),
 - the tokens have no inputs besides the attention mask and the image token types,
 - all placeholders of the image are in the beginning of the row, and
-- at the first use, the hidden states of a row equal those of its completions computed one by one.
+- at the first use, the hidden states of a row equal those of its completions computed separately.
 
 Positions with several coordinates (M-RoPE) are computed for each sequence as if it were alone.
 
@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from safervlm.io.boundary import warn
-from safervlm.vlm.compat import position_ids, takes_a_mask
+from safervlm.vlm.comparing import agree, attempt
+from safervlm.vlm.compat import accepts_attention_mask, position_ids
 from safervlm.vlm.layers import evaluated
 from safervlm.vlm.local import Targets
 from safervlm.vlm.packing import Packed, additive, pack_completions
-from safervlm.vlm.prefix import Encoding, agree, attempt, extend, join
+from safervlm.vlm.prefix import Encoding, extend, join
 
 # Inputs with a value per token, for which causal attention is known.
 TOKENWISE = {"input_ids", "attention_mask", "mm_token_type_ids"}
@@ -54,7 +55,7 @@ class EncodedCompletions:
         """Returns some of the questions.
 
         Args:
-            questions: Their places.
+            questions: Indices of the questions.
         """
         return EncodedCompletions(
             [self.encodings[place] for place in questions],
@@ -74,7 +75,7 @@ class EncodedCompletions:
         return {"input_ids", *self.written[0]}
 
     def image_numbers(self) -> list[int]:
-        """Returns a number per question; those of two questions are equal if all their inputs but the tokens are."""
+        """Returns a number per question; those of two questions are equal if all their inputs except the tokens are."""
         numbers: list[int] = []
         seen: dict[str, list[int]] = {}
         for place, (name, encoding) in enumerate(zip(self.images, self.encodings, strict=True)):
@@ -103,7 +104,7 @@ class Scoring:
 
     def __init__(self, vlm: Any) -> None:
         self.vlm = vlm
-        self.works: bool | None = None  # whether rows may be packed; None until the first that would be
+        self.works: bool | None = None  # whether rows may be packed; None until this was tested
         self.last: tuple[Tensor, Tensor] | None = None
 
     def states(self, asked: EncodedCompletions) -> tuple[Targets, Tensor]:
@@ -128,7 +129,7 @@ class Scoring:
         return self._rows(asked, numbers) if self.works else None
 
     def _rows(self, asked: EncodedCompletions, numbers: Sequence[int]) -> Packed | None:
-        """Packs the completions; None if a row would have no image in its beginning, or one behind it."""
+        """Packs the completions; None if a row would have no image in its beginning, or one after it."""
         prompts = [encoding["input_ids"][0].tolist() for encoding in asked.encodings]
         packed = pack_completions(numbers, prompts, asked.completions)
         placed = torch.isin(packed.input_ids, torch.tensor(sorted(self.vlm.image_token_ids)))
@@ -139,7 +140,7 @@ class Scoring:
 
     def _together(self, asked: EncodedCompletions, packed: Packed) -> tuple[Targets, Tensor]:
         """Computes packed rows."""
-        # Inputs of each sequence alone; a token of a row has those of a sequence that contains it.
+        # Inputs of each sequence in a separate row; a token of a row has those of a sequence that contains it.
         alone = [
             {name: value for name, value in sequence.items() if not value.is_floating_point()}
             for sequence in asked.sequences()
@@ -160,7 +161,7 @@ class Scoring:
         assert mask is not None  # noqa: S101 (something is shared; for the type checker)
         inputs: dict[str, Any] = dict(images)
         for name in asked.tokenwise:
-            # A prompt may begin with the image: padding with its first token would be a placeholder too many.
+            # A prompt may begin with the image: padding with its first token would add a placeholder.
             filler = self.vlm.pad_token_id if name == "input_ids" else 0
             inputs[name] = each[name][place].masked_fill(packed.segments < 0, filler)
         inputs |= {"attention_mask": additive(mask, self.vlm.dtype), "position_ids": positions[..., *place]}
@@ -202,11 +203,11 @@ class Scoring:
 
     @torch.no_grad()
     def _works(self, asked: EncodedCompletions, numbers: Sequence[int]) -> bool | None:
-        """Returns whether the completions about an image have the same states in packed rows and alone.
+        """Returns whether the completions about an image have the same states in packed rows and in separate rows.
 
         Returns None if these questions are not sufficient to decide it.
         """
-        if self.vlm.one_by_one or not self.vlm.sharing.plain or not takes_a_mask(self.vlm.base):
+        if self.vlm.one_by_one or not self.vlm.sharing.plain or not accepts_attention_mask(self.vlm.base):
             return False
         completions = Counter(number for number, those in zip(numbers, asked.completions, strict=True) for _ in those)
         image = completions.most_common(1)[0][0]
@@ -216,7 +217,7 @@ class Scoring:
             return None
         with evaluated(self.vlm.base), torch.autocast(packed.input_ids.device.type, enabled=False):
             _, alone = self._alone(trial)
-            # The model's code may take no mask or no positions per token.
+            # The model's code may accept no mask or no positions per token.
             together = attempt(lambda: self._together(trial, packed)[1])
             same = isinstance(together, Tensor) and agree(alone, together, self.vlm.dtype)
         if not same:

@@ -1,6 +1,6 @@
-"""Self-check of a model when it is loaded: two questions about two images, in a batch and one by one.
+"""Self-check of a model when it is loaded: two questions about two images, in a batch and separately.
 
-It finds what makes a measurement wrong without an exception: another processor than the model's own, inputs of a batch
+It finds faults that make measurements wrong without an error: another processor than the model's own, inputs of a batch
 that depend on the other questions, and a ``generate`` that ignores the sampling. A large model computes its first
 layers only.
 """
@@ -22,22 +22,23 @@ from safervlm.errors import ArgumentError, RecordError, explained, first_line
 from safervlm.io.boundary import warn
 from safervlm.io.images import ImageSettings
 from safervlm.records import Example, Question
+from safervlm.vlm.comparing import agree
 from safervlm.vlm.encoding import EncodedBatch, ProcessorCollator
-from safervlm.vlm.prefix import Encoding, PrefixSharing, agree
+from safervlm.vlm.prefix import Encoding, PrefixSharing
 
 # The second question and its image are smaller, so that a batch pads both.
 ASKED = (("Is this image safe? Give the reason in a few words.", (96, 64)), ("Is it safe?", (48, 56)))
-LARGE = 2**28  # parameters, above which a model computes its first layers only
-LAYERS = 2  # their number
-TOKENS = 2  # that a small model generates
-RESULTS: dict[tuple[Any, ...], dict[str, Any]] = {}  # of this process
+LARGE = 2**28  # parameters, above which a model computes only its first layers
+LAYERS = 2  # number of these layers
+TOKENS = 2  # number of tokens that a small model generates
+RESULTS: dict[tuple[Any, ...], dict[str, Any]] = {}  # of the checks in this process
 UNLIKE = "can't be measured correctly"
 PROCESSOR_FAILS = "its processor fails"
 
 
 @dataclass
 class Trace:
-    """What a model computed for a batch.
+    """Values that a model computed for a batch.
 
     Attributes:
         width: Number of tokens of the longest prompt.
@@ -45,7 +46,7 @@ class Trace:
         states: (rows, tokens, units) states after the first layers; for a small model None.
         logits: For a small model, the (rows, vocabulary) logits of each token.
         tokens: For a small model, the (rows, generated) tokens.
-        steps: How often the logits processor was called.
+        steps: Number of calls of the logits processor.
     """
 
     width: int
@@ -56,7 +57,7 @@ class Trace:
     steps: int = 0
 
 
-class FirstLayersDone(Exception):  # noqa: N818 (no error)
+class FirstLayersDone(Exception):  # noqa: N818 (not an error)
     """Ends a forward pass early."""
 
 
@@ -66,7 +67,7 @@ def self_check(vlm: Any) -> None:
     It sets ``vlm.checked``, which the manifest records: how the processor was compared (``processor``); the class that
     prepares images, whose name ends with ``Pil`` if there is one for Pillow and one for torchvision (``images``); the
     integer inputs with a value for each token (``aligned``); how many layers were computed (``layers``, None for all);
-    and why questions have to be computed one by one (``one_by_one``, None if they needn't).
+    and why questions have to be computed separately (``one_by_one``, None if they do not).
 
     Args:
         vlm: The loaded model, a :class:`safervlm.vlm.auto.Transformers`.
@@ -124,7 +125,7 @@ def works(vlm: Any, what: str) -> AbstractContextManager[None]:
 
     Args:
         vlm: The model.
-        what: What fails.
+        what: Description of the failure.
     """
     remedy = "use another model, or another version of transformers"
     return explained(f"vlm.model: {vlm.name!r} {UNLIKE}: {what}", remedy, Exception, error=ArgumentError)
@@ -190,11 +191,11 @@ def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 
 @contextmanager
 def in_float32(vlm: Any, skip: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """Context manager in which a model computes in float32; the original tensors return afterwards.
+    """Context manager in which a model computes in float32; the original tensors are restored afterwards.
 
     Args:
         vlm: The model.
-        skip: Modules whose weights stay as they are.
+        skip: Modules whose weights are not converted.
     """
     model, dtype, vlm.dtype = vlm.base, vlm.dtype, torch.float32
     kept = {id(tensor) for module in skip for tensor in module.parameters()}
@@ -211,7 +212,7 @@ def in_float32(vlm: Any, skip: Sequence[nn.Module] = ()) -> Iterator[None]:
 
 
 def _differences(vlm: Any, questions: list[Question], encodings: Sequence[Encoding], large: bool) -> str | None:
-    """Returns what differs between a batch and its second question alone; None if nothing does."""
+    """Describes what differs between a batch and its second question alone; None if nothing does."""
     with works(vlm, "its code in transformers fails"):
         alone = trace(vlm, encodings[1:], large)
     if not large and alone.steps != len(alone.logits):
@@ -237,7 +238,7 @@ def trace(vlm: Any, encodings: Sequence[Encoding], large: bool) -> Trace:
     Args:
         vlm: The model.
         encodings: Encodings of the questions.
-        large: Whether to compute the first layers only.
+        large: Whether to compute only the first layers.
     """
     model = vlm.base
     tokenwise = {"input_ids", *vlm.written(encodings[0])}
@@ -277,14 +278,16 @@ def trace(vlm: Any, encodings: Sequence[Encoding], large: bool) -> Trace:
 
 
 def difference(together: Trace, alone: Trace) -> str | None:
-    """Returns what differs between two questions in a batch and the second one alone; None if nothing does.
+    """Describes what differs between two questions in a batch and the second one alone; None if nothing does.
 
     Args:
         together: Trace of both questions.
         alone: Trace of the second one.
     """
     for name, value in alone.inputs.items():
-        if name in together.inputs and not same_row(together.inputs[name], value, together.width - alone.width):
+        if name in together.inputs and not rows_equal_or_incomparable(
+            together.inputs[name], value, together.width - alone.width
+        ):
             return f"{name} differs"
     if together.states is not None and alone.states is not None:
         states = together.states[1:, -alone.states.shape[1] :]
@@ -299,7 +302,7 @@ def difference(together: Trace, alone: Trace) -> str | None:
     return None
 
 
-def same_row(batch: Tensor, alone: Tensor, padding: int) -> bool:
+def rows_equal_or_incomparable(batch: Tensor, alone: Tensor, padding: int) -> bool:
     """Returns whether the second row of a batch equals a tensor of one row, or the two can't be compared.
 
     Args:

@@ -1,11 +1,12 @@
-"""Bounds on the size that a model's configuration states: it must be that of the weights that are there.
+"""Bounds on the size that a model's configuration states: it must match the existing weights.
 
-A ``config.json`` of some bytes can describe a model that takes all memory before its weights are read and compared.
+A ``config.json`` of a few bytes can describe a model that uses all memory before its weights are read and compared.
 """
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from safervlm.errors import ArgumentError, UserError
 from safervlm.io.reading import read_object
 from safervlm.io.settings import flat
 
-# Names of settings that count the parts of a model. A configuration makes lists of as many items of them.
+# Names of settings that count the parts of a model. A configuration creates lists of that length.
 COUNT = re.compile(r"(^|[._])(num_labels|n_layers?|\w*(layers|blocks|experts)|depths?)(\.\d+)?$")
 LARGEST_COUNT = 100_000
-# Numbers that a byte of a weight file can hold, at 1 bit each, with those of weights that are tied to others.
+# Numbers that a byte of a weight file can store, at 1 bit each, with those of weights that are tied to others.
 NUMBERS_PER_BYTE = 16
-NUMBERS_OF_A_WEIGHT = 1_000  # each weight counts as so many more, for the memory of its module
+NUMBERS_OF_A_WEIGHT = 1_000  # added for each weight, for the memory of its module
 ALLOWANCE = 2_000_000  # numbers of a model without any weights
 
 
@@ -36,7 +37,8 @@ def bounded_config(name: str, revision: str | None = None, argument: str = "vlm.
         argument: Name of the argument, for the error message.
 
     Raises:
-        ArgumentError: The configuration counts more layers, labels or the like than any model has.
+        ArgumentError: The configuration has NaN as a number, or counts more layers, labels or the like than any model
+            has.
         Exception: Transformers can't read it; see :func:`safervlm.vlm.weights.reading`.
     """
     try:
@@ -44,6 +46,10 @@ def bounded_config(name: str, revision: str | None = None, argument: str = "vlm.
     except UserError:
         raw = {}  # transformers states what is wrong with it
     for key, value in flat(raw, lists=True):
+        if isinstance(value, float) and isnan(value):
+            raise ArgumentError(
+                f"{argument}: the config.json of {name!r} has {key} NaN; give the config.json of its weights"
+            )
         if COUNT.search(key) and isinstance(value, int) and value > LARGEST_COUNT:
             raise ArgumentError(
                 f"{argument}: the config.json of {name!r} has {key} {value}, more than {LARGEST_COUNT:,}; give the "
@@ -55,7 +61,7 @@ def bounded_config(name: str, revision: str | None = None, argument: str = "vlm.
 
 @contextmanager
 def sized(name: str, files: list[Path], argument: str) -> Iterator[None]:
-    """Context manager in which no model may be made that is much larger than its weight files.
+    """Context manager in which no model may be created that is much larger than its weight files.
 
     Args:
         name: Name of the model, for the error message.
@@ -63,7 +69,7 @@ def sized(name: str, files: list[Path], argument: str) -> Iterator[None]:
         argument: Name of the argument, for the error message.
 
     Raises:
-        ArgumentError: A model inside has more numbers than the files can hold.
+        ArgumentError: A model inside has more numbers than the files can contain.
     """
     there = sum(file.stat().st_size for file in files)
     left = NUMBERS_PER_BYTE * there + ALLOWANCE

@@ -2,12 +2,12 @@
 
 A thinking model writes its reasoning before its answer, between two marks (``<think>`` and ``</think>``). The answer is
 the text after the last closing mark. The chat template may write the opening mark at the end of the prompt, and may
-write a given answer without reasoning. Everything here is a function of texts.
+write a given answer without reasoning. All functions of this module process texts.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from safervlm.errors import ArgumentError
@@ -75,7 +75,7 @@ class Thinking:
         opened: Whether the prompt ends inside the reasoning.
         closed: Whether the prompt ends after an empty block, so that the model answers without reasoning.
         source: Where the marks were found.
-        unknown: Without marks: what may be an opening mark at the end of the prompt; empty for nothing.
+        unknown: Without marks: a possible opening mark at the end of the prompt; empty for none.
     """
 
     marks: tuple[Marks, ...] = ()
@@ -97,7 +97,7 @@ class Thinking:
 
         Args:
             text: The response with its marks.
-            beside: Whether the reasoning was returned beside the text, so that the text doesn't begin inside it.
+            beside: Whether the reasoning was returned separately, so that the text doesn't begin inside it.
         """
         return split(text, self.marks, self.opened and not beside)
 
@@ -111,7 +111,7 @@ class Thinking:
         return {number: token for number, token in special.items() if token in pieces}
 
     def describe(self) -> dict[str, Any]:
-        """Returns what determines the separation, as plain JSON values; empty for a model without marks."""
+        """Returns the settings that determine the separation, as plain JSON values; empty for a model without marks."""
         if not self.marks:
             return {}
         marks = [[each.opening, each.closing] for each in self.marks]
@@ -123,7 +123,7 @@ class Thinking:
             closing = f"{self.unknown[0]}/{self.unknown[1:]}"
             return (
                 f"vlm.thinking: the prompt ends with {self.unknown}; if it opens reasoning, give both marks, "
-                f"[{self.unknown}, {closing}], so that the answer alone is judged"
+                f"[{self.unknown}, {closing}], so that only the answer is judged"
             )
         if not self.marks or not (self.expected or self.closed):
             return None
@@ -221,7 +221,7 @@ def for_server(setting: Setting) -> Thinking:
     return Thinking(marks, opened=any(not each.opening for each in marks), source="argument")
 
 
-def closed_alone(text: str, thinking: Thinking) -> str | None:
+def unopened_closing_mark(text: str, thinking: Thinking) -> str | None:
     """Returns the closing mark of a server's response that lacks the opening one, as the prompt opens the reasoning.
 
     Args:
@@ -288,7 +288,7 @@ def many_unfinished(name: str, unfinished: int, responses: int) -> str | None:
 
     Args:
         name: Name of the run.
-        unfinished: Number of responses that did.
+        unfinished: Number of these unfinished responses.
         responses: Number of all responses.
     """
     if unfinished <= MANY * responses:
@@ -300,82 +300,3 @@ def many_unfinished(name: str, unfinished: int, responses: int) -> str | None:
 
 
 # --- given answers ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GivenForm:
-    """How a chat template writes a given answer.
-
-    Attributes:
-        stem: The text that the answer is scored after.
-        continuation: The text from there to the end of the answer.
-        rest: The text after the answer.
-        dropped: The end of the prompt that the template doesn't write before a given answer, a mark that opens the
-            reasoning; empty if the answer follows the prompt.
-        unthinking: Whether a model that is trained on it learns to answer without thinking.
-        block: The empty block of reasoning at the beginning of the continuation.
-    """
-
-    stem: str
-    continuation: str
-    rest: str
-    dropped: str = field(default="")
-    unthinking: bool = False
-    block: str = ""
-
-
-def given_form(prompt: str, answered: str, answer: str, thinking: Thinking) -> GivenForm | None:
-    """Compares how a template writes the beginning of a response with how it writes a given answer.
-
-    Args:
-        prompt: A conversation with the beginning of a response.
-        answered: The same conversation with a given answer.
-        answer: The answer.
-        thinking: How the model marks its reasoning.
-
-    Returns:
-        The form; None if the two beginnings differ by more than a block of reasoning.
-    """
-    marks = thinking.marks[0] if thinking.marks else None
-    if answered.startswith(prompt):
-        behind = answered[len(prompt) :]
-        block = _empty_block(marks, behind) if marks else ""
-        place = behind.find(answer, len(block))
-        if place < 0:
-            return None
-        end = place + len(answer)
-        return GivenForm(prompt, behind[:end], behind[end:], "", bool(block) or thinking.expected, block)
-    if marks is None or not marks.opening:
-        return None
-    # The prompt ends with a block of reasoning, open or empty, that the given answer lacks.
-    opening, closing = re.escape(marks.opening), re.escape(marks.closing)
-    found = re.search(rf"{opening}\s*({closing}\s*)?\Z", prompt)
-    if found is None or not answered.startswith(head := prompt[: found.start()]):
-        return None
-    behind = answered[len(head) :]
-    if not behind.startswith(answer):
-        return None
-    rest = behind[len(answer) :]
-    if found[1]:  # an empty block: generated answers follow it, too
-        return GivenForm(prompt, answer, rest)
-    return GivenForm(head, answer, rest, found[0], unthinking=True)
-
-
-def _empty_block(marks: Marks, text: str) -> str:
-    """Returns the empty block of reasoning, or what remains of it after the prompt, at the beginning of a text."""
-    opening, closing = re.escape(marks.opening), re.escape(marks.closing)
-    found = re.match(rf"\s*(?:{opening}\s*)?{closing}\s*", text)
-    return found[0] if found else ""
-
-
-def default_system(with_system: str, plain: str, probe: str) -> str:
-    """Returns the system prompt that a chat template inserts into a conversation without one; empty if it inserts none.
-
-    Args:
-        with_system: A conversation with ``probe`` as its system prompt.
-        plain: The same conversation without a system prompt.
-        probe: A text that occurs nowhere else.
-    """
-    before, found, behind = with_system.partition(probe)
-    fits = bool(found) and plain.startswith(before) and plain.endswith(behind)
-    return plain[len(before) : len(plain) - len(behind)].strip() if fits else ""

@@ -22,6 +22,7 @@ from safervlm.hashing import fingerprint_of_files
 from safervlm.io.boundary import warn
 from safervlm.io.reading import read_object
 from safervlm.vlm.sizes import sized
+from safervlm.vlm.stored import require_floating_point, require_unconverted_weights, type_name, weight_files
 
 # Files of a model folder that affect its responses, besides the weights.
 DECIDES = (
@@ -108,7 +109,7 @@ def load_model(
         kind: A class of transformers with ``from_pretrained``.
         name: Folder of the model, or its name on the Hub.
         argument: Name of the argument, for error messages.
-        whole: Whether the folder should hold exactly this model. If False, unused weights are expected, for example
+        whole: Whether the folder should contain exactly this model. If False, unused weights are expected, for example
             where only the vision tower of a CLIP is loaded.
         **settings: Keyword arguments of ``from_pretrained``.
 
@@ -143,13 +144,14 @@ def checked(model: PreTrainedModel, found: Mapping[str, Any], name: str, argumen
         The same model.
 
     Raises:
-        ArgumentError: A weight is missing, has another shape, or is not finite; the folder holds adapter weights, or
-            those of more layers than the configuration counts; or loading reported an error.
+        ArgumentError: A weight is missing, has another shape, or is not finite; it is stored as integers, or twice; the
+            folder contains adapter weights, or those of more layers than the configuration counts; or loading reported
+            an error.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ArgumentError(
-            f"{argument}: {name!r} holds an adapter (adapter_config.json), not a model; name its base model there and "
-            "the adapter as vlm.adapter"
+            f"{argument}: {name!r} contains an adapter (adapter_config.json), not a model; name its base model there "
+            "and the adapter as vlm.adapter"
         )
     if missing := found["missing_keys"]:
         raise ArgumentError(
@@ -167,22 +169,24 @@ def checked(model: PreTrainedModel, found: Mapping[str, Any], name: str, argumen
     unread = sorted(found["unexpected_keys"])
     if adapters := [key for key in unread if ADAPTER_KEYS.search(key)]:
         raise ArgumentError(
-            f"{argument}: {name!r} holds an adapter's weights besides its own, for example {adapters[0]}, which would "
-            "have no effect; merge the adapter (merge_and_unload), or give it as vlm.adapter"
+            f"{argument}: {name!r} contains an adapter's weights besides its own, for example {adapters[0]}, which "
+            "would have no effect; merge the adapter (merge_and_unload), or give it as vlm.adapter"
         )
     lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if beyond := [key for key in unread if any(key[: part.start()] in lists for part in re.finditer(r"\.\d+\.", key))]:
         raise ArgumentError(
-            f"{argument}: {name!r} holds {len(beyond)} weights of layers that its config.json does not count, for "
+            f"{argument}: {name!r} contains {len(beyond)} weights of layers that its config.json does not count, for "
             f"example {beyond[0]}; give the config.json of these weights"
         )
     if unread and whole:
         warn(
-            f"{argument}: {name!r} holds {len(unread)} weights that {type(model).__name__} has no place for, for "
+            f"{argument}: {name!r} contains {len(unread)} weights that {type(model).__name__} has no place for, for "
             f"example {unread[0]}; they are not used"
         )
     # Buffers are not checked: some (rotary frequencies) are computed after loading, and uninitialised until then.
-    must_be_finite(model.named_parameters(), f"{argument}: {name!r}")
+    require_finite_weights_in(model.named_parameters(), f"{argument}: {name!r}")
+    with reading(name, argument):
+        require_unconverted_weights(model, Path(name), f"{argument}: {name!r}")
     return model
 
 
@@ -201,7 +205,7 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     return None
 
 
-def must_be_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+def require_finite_weights_in(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
     """Rejects weights with NaN or infinite values.
 
     Args:
@@ -212,7 +216,21 @@ def must_be_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
         ArgumentError: A value is not finite.
     """
     if (name := not_finite(tensors)) is not None:
-        raise ArgumentError(f"{what} holds NaN or infinite numbers in {name}; its file is damaged, get it again")
+        raise ArgumentError(f"{what} has NaN or infinite numbers in {name}; its file is damaged, download it again")
+
+
+def require_finite_floats(state: Mapping[str, Tensor], what: str) -> None:
+    """Rejects weights as they are read from a file, if they are not finite floating-point numbers.
+
+    Args:
+        state: Name -> tensor.
+        what: Owner of the weights, beginning with the argument's name, for the error message.
+
+    Raises:
+        ArgumentError: A tensor is of another type, or a value is not finite.
+    """
+    require_floating_point(((name, type_name(tensor)) for name, tensor in state.items()), what)
+    require_finite_weights_in(state.items(), what)
 
 
 def read_tensors(file: Path, argument: str) -> dict[str, Tensor]:
@@ -238,7 +256,7 @@ def read_tensors(file: Path, argument: str) -> dict[str, Tensor]:
         raise
     except Exception as error:
         raise ArgumentError(
-            f"{argument}: {str(file)!r} is not a plain state dict ({first_line(error)}); get the file again"
+            f"{argument}: {str(file)!r} is not a plain state dict ({first_line(error)}); download the file again"
         ) from error
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
@@ -255,21 +273,12 @@ def model_config(folder: Path, argument: str = "vlm.model") -> dict[str, Any]:
         argument: Name of the argument, for error messages.
 
     Raises:
-        ArgumentError: The file is missing, damaged, or no JSON object.
+        ArgumentError: The file is missing, damaged, or not a JSON object.
     """
     try:
         return read_object(folder / "config.json", "give a folder that save_pretrained wrote")
     except UserError as error:
         raise ArgumentError(f"{argument}: {error}") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the weight files of a model: safetensors if there are any, otherwise PyTorch files.
-
-    Args:
-        folder: Folder of the model.
-    """
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def weights_fingerprint(name: str, revision: str | None, argument: str = "vlm.model") -> str | None:

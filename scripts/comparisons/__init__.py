@@ -1,1 +1,1 @@
-"""The comparisons of ``scripts/benchmark.py``, one file each, and what they share."""
+"""The comparisons of ``scripts/benchmark.py``, one file each, and their shared code."""

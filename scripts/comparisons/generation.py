@@ -58,10 +58,10 @@ def benchmark_measure(shape: Shape, folder: Path, repeats: int, images: int = 4,
 
     encoded = other.collator(made)
 
-    def together_as_any() -> list[list[int]]:
+    def together_with_transformers() -> list[list[int]]:
         return [generation.token_ids for generation in other.generate(encoded, sampling, seed=0)]
 
-    sides = {"one by one": one_by_one, "together": together, "as any model": together_as_any}
+    sides = {"one by one": one_by_one, "together": together, "as any model": together_with_transformers}
     seconds, answers = alternate(sides, repeats)
     if any(each != answers["one by one"] for each in answers.values()):
         sys.exit("the responses are not equal: the comparison is void")

@@ -15,7 +15,7 @@ from safervlm.judging.classifier import Judge
 from safervlm.objectives import GRPO
 from safervlm.objectives.grpo import GroupRollout
 from safervlm.vlm import packing
-from safervlm.vlm.base import Generation, must_be_answered
+from safervlm.vlm.base import Generation, require_responses
 from safervlm.vlm.packed import PackedBatch
 
 
@@ -70,7 +70,7 @@ def benchmark_group(shape: Shape, folder: Path, repeats: int, group: int = 8, to
 
     def generate() -> tuple[PackedBatch, list[Generation]]:
         batch = grpo.collator(made).repeat(group)
-        return batch, must_be_answered(vlm.generate(batch, grpo.sampling, seed=0))
+        return batch, require_responses(vlm.generate(batch, grpo.sampling, seed=0))
 
     generating, sampled = alternate(each(generate), repeats)
     batch, answers = sampled["one row"]

@@ -111,7 +111,7 @@ def three_passes(shape: Shape, ppo: PPO, rollout: ValuedRollout, reference: bool
         for part in (rollout.logprobs, rollout.advantages, rollout.values, rollout.returns)
     ]
     old_logprobs, advantages, old_values, returns = wide
-    images = batch.pixel_values[batch.image_rows]  # each row has an image of its own
+    images = batch.pixel_values[batch.image_rows]  # each row has its own image
     inputs = {"input_ids": ids, "attention_mask": attention, "pixel_values": images, "use_cache": False}
     suppressed = ppo.vlm.suppressed
 

@@ -15,7 +15,7 @@ SUPPRESSED = torch.tensor([0, 1])  # tokens that a response must not contain
 
 
 def zipf_logits(rows: int, vocabulary: int, exponent: float) -> Tensor:
-    """Returns (rows, vocabulary) logits by Zipf's law, each row in an order of its own.
+    """Returns (rows, vocabulary) logits by Zipf's law, each row in its own order.
 
     Args:
         rows: number of rows.

@@ -1,1 +1,1 @@
-"""The simulated studies of ``scripts/coverage.py``, and what the other coverage scripts share with them."""
+"""The simulated studies of ``scripts/coverage.py``, and code shared with the other coverage scripts."""

@@ -96,7 +96,7 @@ def ratios(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator
     yield "runs. Columns: mean and deviation of the model's scores, correlation of the scores of an image."
     yield ""
     columns = list(product(SCORES, (0.0, 0.3)))
-    yield header("questions an image", "reference", "what", *(f"{m:g} +-{d:g}, {c:g}" for (m, d), c in columns))
+    yield header("questions per image", "reference", "what", *(f"{m:g} +-{d:g}, {c:g}" for (m, d), c in columns))
     for (name, questions), reference in product(QUESTIONS.items(), REFERENCES):
         cells = np.array([repeat(repetitions, ratio, questions, model, reference, c, rng) for model, c in columns])
         found[intervals.RATIO_BY_IMAGE, OVERALL] += cells[:, 0].tolist()

@@ -135,7 +135,7 @@ def runs(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[s
         The lines of the tables.
     """
     pairs = ((0.3, 0.9), (0.5, 0.8), (0.8, 0.8), (0.95, 0.97), (0.97, 0.97))
-    yield "The difference between two runs on the same questions, one an image: accuracy of the one, of the other."
+    yield "The difference between two runs on the same questions, one per image: accuracy of the one, of the other."
     yield ""
     yield header("clusters", "accuracies", *(f"correlation {c:g}" for c in CORRELATIONS))
     for (part, name, sizes, _), (first, second) in product(PAIRED, pairs):
@@ -158,7 +158,7 @@ def runs(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[s
     yield "Columns: accuracies, and the probability that both runs share a question's random effect."
     yield ""
     columns = list(product((*pairs, (0.99, 0.99)), (0.5, 0.9)))
-    yield header("images", "questions an image", "method", *(f"{a:g}, {b:g}; {alike:g}" for (a, b), alike in columns))
+    yield header("images", "questions per image", "method", *(f"{a:g}, {b:g}; {alike:g}" for (a, b), alike in columns))
     for images, questions in product((100, 1000), (1, 5)):
         cells = np.array(
             [repeat(repetitions, alike_difference, images, questions, *p, alike, rng) for p, alike in columns]

@@ -123,7 +123,7 @@ def shares(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator
     yield ""
     yield "Images without concepts, as in SMID or NSFW: one concept for all images. Columns: accuracy."
     yield ""
-    yield header("images", "questions an image", *(f"{rate:g}" for rate in RATES))
+    yield header("images", "questions per image", *(f"{rate:g}" for rate in RATES))
     for images, questions in product((100, 1000), (1, 5)):
         cells = np.array([repeat(repetitions, share, [images], questions, rate, 0.0, rng)[:2] for rate in RATES])
         found[WITHIN, ALIKE] += cells[:, 0].tolist()

@@ -61,7 +61,7 @@ def sides(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[
     yield "Unsafe and safe test images together, new concepts of either kind. Columns: accuracies on unsafe, on safe"
     yield "images; correlation. The second run is .02 better on both."
     yield ""
-    yield header("questions an image", "what", *(f"{u:g}, {s:g}; {c:g}" for (u, s), c in columns))
+    yield header("questions per image", "what", *(f"{u:g}, {s:g}; {c:g}" for (u, s), c in columns))
     for questions in (1, 5):
         cells = np.array([repeat(repetitions, both_sides, *p, c, questions, 0.02, rng) for p, c in columns])
         for method, what, of in (

@@ -108,7 +108,7 @@ def sums(repetitions: int, rng: np.random.Generator, found: Found) -> Iterator[s
         The lines of the tables.
     """
     columns = [*product((0.5, 0.8, 0.9, 0.97), (0.0, 2.0)), (0.0, 0.0)]
-    yield "MME: sums of the tasks' means, 200 a task at most. Columns: accuracy, and the tasks' deviation from it (on"
+    yield "MME: sums of the tasks' means, at most 200 per task. Columns: accuracy, and the tasks' deviation from it (on"
     yield 'the logit scale). "yes": one of the two responses right for nearly every image.'
     yield ""
     names = [f"{accuracy:g}, +-{spread:g}" if accuracy else "yes" for accuracy, spread in columns]

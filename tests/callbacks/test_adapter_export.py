@@ -20,7 +20,7 @@ def export(run, vlm, first=True):
     AdapterExport().on_fit_end(trainer, SFT(vlm))
 
 
-def test_plain_peft_computes_with_it_what_we_do(tiny_llava, make_questions, tmp_path):
+def test_exported_adapter_loaded_by_peft_computes_the_same(tiny_llava, make_questions, tmp_path):
     vlm = Llava(str(tiny_llava), dtype="float32", lora=LoRA(r=4, alpha=8, dropout=0.05), system="")
     vlm.load(train=("policy", "value"))  # as PPO has it
     torch.manual_seed(1)

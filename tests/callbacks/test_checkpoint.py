@@ -54,7 +54,7 @@ def saved(
     other: Callback | None = None,
     **settings,
 ) -> list[int]:
-    """The batches after which a run saved, with six batches per epoch."""
+    """Returns the numbers of the batches after which a run saved a checkpoint, with six batches per epoch."""
     batches, steps = [], Steps(seconds)
 
     def note(trainer, folder):
@@ -81,20 +81,20 @@ def saved(
     return batches
 
 
-def test_every_so_many_batches_and_at_the_end(monkeypatch, tmp_path):
+def test_checkpoint_is_saved_every_n_batches_and_at_the_end(monkeypatch, tmp_path):
     assert saved(monkeypatch, tmp_path, 5, max_epochs=2) == [5, 10, 12]
 
 
-def test_at_the_end_of_a_run_that_is_limited_by_steps(monkeypatch, tmp_path):
+def test_checkpoint_is_saved_at_the_end_of_a_run_limited_by_max_steps(monkeypatch, tmp_path):
     assert saved(monkeypatch, tmp_path, 50, max_epochs=2, max_steps=8) == [8]
 
 
-def test_optimizer_steps_of_a_batch_are_not_batches(monkeypatch, tmp_path):
+def test_checkpoint_interval_counts_batches_and_not_optimizer_steps(monkeypatch, tmp_path):
     assert saved(monkeypatch, tmp_path, 4, manual=True, max_epochs=2) == [4, 8, 12]
     assert saved(monkeypatch, tmp_path, 50, manual=True, max_epochs=2, max_steps=15) == [5]
 
 
-def test_it_waits_for_the_step_of_accumulated_gradients(monkeypatch, tmp_path):
+def test_checkpoint_waits_for_the_step_of_accumulated_gradients(monkeypatch, tmp_path):
     # Steps after batches 4, 6 (an epoch's end), 10 and 12.
     assert saved(monkeypatch, tmp_path, 3, max_epochs=2, accumulate_grad_batches=4) == [4, 10, 12]
 
@@ -110,11 +110,11 @@ def test_it_waits_for_the_step_of_accumulated_gradients(monkeypatch, tmp_path):
         ([3] * 3, {"manual": True, "max_epochs": 1, "limit_train_batches": 3}, [1, 2, 3]),
     ],
 )
-def test_after_each_long_step(seconds, settings, expected, monkeypatch, tmp_path):
+def test_checkpoint_is_saved_after_each_long_step(seconds, settings, expected, monkeypatch, tmp_path):
     assert saved(monkeypatch, tmp_path, 50, seconds=seconds, **{"max_epochs": 2} | settings) == expected
 
 
-def test_the_time_of_saving_counts(monkeypatch, tmp_path):
+def test_saving_time_counts_as_part_of_a_step(monkeypatch, tmp_path):
     assert saved(monkeypatch, tmp_path, 5, max_epochs=2, seconds=[1] * 12, saving=1.5) == [5, 6, 7, 8, 9, 10, 11, 12]
 
 
@@ -126,7 +126,7 @@ def test_the_default_of_a_long_step_is_half_of_the_grace(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("took", "expected"), [(3, [2, 4, 6]), (1, [6])])
-def test_before_a_check_that_is_long(took, expected, monkeypatch, tmp_path):
+def test_checkpoint_is_saved_before_a_long_generation_check(took, expected, monkeypatch, tmp_path):
     check = object.__new__(GenerationCheck)
     check.every_n_batches, check.seconds = 2, took
     for hook in ("on_train_start", "on_train_batch_start", "on_train_end"):
@@ -135,7 +135,7 @@ def test_before_a_check_that_is_long(took, expected, monkeypatch, tmp_path):
     assert saved(monkeypatch, tmp_path, 50, max_epochs=1, seconds=[1] * 6, other=check) == expected
 
 
-def test_before_a_validation(monkeypatch, tmp_path):
+def test_checkpoint_is_saved_before_validation(monkeypatch, tmp_path):
     monkeypatch.setattr(Module, "validation_step", lambda self, batch, batch_idx: None)
     monkeypatch.setattr(Module, "val_dataloader", lambda self: range(2))
     assert saved(monkeypatch, tmp_path, 50, max_epochs=2, seconds=[1] * 12) == [6, 12]
@@ -151,7 +151,7 @@ def test_before_a_validation(monkeypatch, tmp_path):
         *(({"long_step": value}, "long_step: above 0") for value in (0, -1, math.inf, math.nan)),
     ],
 )
-def test_an_impossible_argument_is_rejected(arguments, message):
+def test_out_of_range_checkpoint_arguments_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         LastCheckpoint(**arguments)
 
@@ -180,7 +180,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in ("safervlm.json", "latest"))
 
 
-def test_a_file_takes_its_place_in_one_move(tmp_path):
+def test_checkpoint_file_is_replaced_atomically(tmp_path):
     def write(content: str, die: bool = False):
         def save(path: Path) -> None:
             parts = {"state_dict": {}, "loops": {}, "optimizer_states": [{}], "lr_schedulers": []}
@@ -203,7 +203,7 @@ def test_a_file_takes_its_place_in_one_move(tmp_path):
     assert names(tmp_path) == ["last.ckpt"]
 
 
-def test_a_folder_is_there_whole_at_every_moment(tmp_path, monkeypatch):
+def test_checkpoint_folder_is_replaced_atomically(tmp_path, monkeypatch):
     for content in ("first", "second", "third"):
         save_last(Saving(write_folder(content)), tmp_path)
         assert names(tmp_path / "last.ckpt") == [content]
@@ -230,7 +230,7 @@ def test_a_folder_is_there_whole_at_every_moment(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_the_users_own_files_are_kept(kind, tmp_path):
+def test_saving_keeps_the_users_own_checkpoints(kind, tmp_path):
     """Checkpoints that the user copied or linked here, and what last.ckpt pointed to before."""
     checkpoints, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
     names = ("next.ckpt", "other.ckpt", "link", "best.ckpt", ".safervlm-mine.ckpt")

@@ -12,7 +12,7 @@ from safervlm.errors import RecordError
 from safervlm.records import Response, write_jsonl
 
 
-def test_what_is_written_is_read_back(tiny_sets, tmp_path):
+def test_written_responses_are_read_back_unchanged(tiny_sets, tmp_path):
     """Two datasets whose images have the same names: only the folder distinguishes their responses."""
     data = UnsafeConcepts(str(tiny_sets / "unsafe"), str(tiny_sets / "safe"), limit=4)
     questions = [example.question for example in data.parts.predict]
@@ -46,7 +46,7 @@ def test_what_is_written_is_read_back(tiny_sets, tmp_path):
     FirstImplementationFiles().on_predict_end(SimpleNamespace(is_global_zero=False), None)  # one process is enough
 
 
-def test_a_response_with_half_a_character_is_written(tiny_sets, tmp_path):
+def test_response_with_a_lone_surrogate_is_written(tiny_sets, tmp_path):
     data = UnsafeConcepts(str(tiny_sets / "unsafe"), limit=1)
     question = data.parts.predict[0].question
     write_jsonl(tmp_path / "responses.jsonl", [Response(question, "half \ud83d", "stop", 2).to_dict()])

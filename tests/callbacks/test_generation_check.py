@@ -36,7 +36,7 @@ class Reader(Judge):
 
 
 class Word(Reader):
-    """Classifies a response as Unsafe if it contains a word; a judge whose weights are others."""
+    """Classifies a response as Unsafe if it contains a word; a judge with other weights."""
 
     fingerprint = "other"  # type: ignore[assignment]
 
@@ -114,7 +114,7 @@ class Scene:
             self.done += 1
 
 
-def test_the_rate_is_of_safe_images_alone_and_measured_where_it_is_time_to(tmp_path: Path):
+def test_unsafe_rate_uses_only_safe_images_and_the_configured_interval(tmp_path: Path):
     scene, check = (
         Scene(run=tmp_path),
         GenerationCheck(Reader(), every_n_batches=3, sampling=Sampling(max_new_tokens=4)),
@@ -148,7 +148,7 @@ def silent(scene: Scene, check: GenerationCheck, flagged: set[int]) -> None:
         (range(20), range(20, 34)),  # other images, no more than before
     ],
 )
-def test_sampling_variation_is_not_warned_of(before: range, now: range):
+def test_sampling_variation_causes_no_warning(before: range, now: range):
     scene, check = Scene(), GenerationCheck(Reader(), every_n_batches=1)
     scene.play(check, 1, set(before))
     silent(scene, check, set(now))
@@ -164,7 +164,7 @@ def test_sampling_variation_is_not_warned_of(before: range, now: range):
         (100, range(0), range(100), 0.9),
     ],
 )
-def test_an_increase_beyond_sampling_variation_is_warned_of(images: int, before: range, now: range, tolerance: float):
+def test_increase_beyond_sampling_variation_causes_a_warning(images: int, before: range, now: range, tolerance: float):
     scene, check = Scene(safe=images), GenerationCheck(Reader(), every_n_batches=1, tolerance=tolerance)
     scene.play(check, 1, set(before))
     share, first = f"{len(now) / images:.0%}", f"{len(before) / images:.0%}"
@@ -172,7 +172,7 @@ def test_an_increase_beyond_sampling_variation_is_warned_of(images: int, before:
         scene.play(check, 1, set(now))
 
 
-def test_the_interval_is_the_paired_one():
+def test_increase_is_tested_with_a_paired_interval():
     """With the same two shares, flagging additional images is an increase; flagging other images may not be one."""
     nested, crossed = (GenerationCheck(Reader(), every_n_batches=1) for _ in range(2))
     scene = Scene()
@@ -183,7 +183,7 @@ def test_the_interval_is_the_paired_one():
     silent(scene, crossed, set(range(30, 82)))
 
 
-def test_the_policy_that_training_leaves_is_measured_too(tmp_path: Path):
+def test_final_policy_is_measured_at_the_end_of_training(tmp_path: Path):
     scene, check = Scene(run=tmp_path), GenerationCheck(Reader(), every_n_batches=100)
     scene.play(check, 2, {0})
     scene.vlm.flagged = {str(number) for number in range(50)}
@@ -204,7 +204,7 @@ def test_a_resumed_run_compares_with_the_same_images(tmp_path: Path):
     silent(scene, again, set(range(28, 43)))  # 1.5 times the share, but other images: no such increase by paired images
 
 
-def test_unfinished_thinking_is_in_no_share_and_in_no_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_unfinished_thinking_is_excluded_from_rates_and_comparisons(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     scene, check = Scene(run=tmp_path), GenerationCheck(Reader(), every_n_batches=1)
     scene.vlm.unfinished = {str(number) for number in range(50)}
     scene.play(check, 1, set(range(55)))  # 5 of the 50 with an answer
@@ -262,8 +262,8 @@ def test_a_baseline_of_other_judges_or_sampling_is_rejected(change: dict[str, ob
         resumed.load_state_dict(before.state_dict())
 
 
-def test_the_images_of_all_processes_are_put_together():
-    """Two processes, each of which asks about half of the images."""
+def test_results_of_all_processes_are_combined():
+    """Two processes, each of which evaluates half of the images."""
     parts = [Scene(rank=rank, world_size=2) for rank in range(2)]
     checks = [GenerationCheck(Reader(), every_n_batches=1) for _ in parts]
 
@@ -293,7 +293,7 @@ def test_fewer_than_a_hundred_held_out_safe_images_are_rejected():
         GenerationCheck(Reader()).on_train_start(Scene(safe=99), None)
 
 
-def test_a_trial_takes_what_its_limit_leaves(capsys: pytest.CaptureFixture[str]):
+def test_limited_run_accepts_fewer_held_out_images(capsys: pytest.CaptureFixture[str]):
     scene = Scene(safe=20, limit=20)
     check = GenerationCheck(Reader(), every_n_batches=1)
     check.on_train_start(scene, scene)
@@ -310,12 +310,12 @@ def test_a_trial_takes_what_its_limit_leaves(capsys: pytest.CaptureFixture[str])
 
 
 def gap_check(**settings) -> GenerationCheck:
-    """The judge takes the first word; the second one is asked whether the policy says Unsafe at all."""
+    """The judge reads only the first word; the second judge reads whether the response contains Unsafe at all."""
     return GenerationCheck(Word("x"), every_n_batches=1, tolerance=0.9, second_judge=Word(UNSAFE), **settings)
 
 
-def test_the_reward_gap_is_that_of_the_two_judges_on_all_held_out_images(tmp_path: Path):
-    """The judge likes an x, which the second judge ignores."""
+def test_reward_gap_compares_both_judges_on_all_held_out_images(tmp_path: Path):
+    """The judge prefers responses with an x, which the second judge ignores."""
     scene, check = Scene(run=tmp_path), gap_check()
     scene.vlm.wording = "x, {}"
     scene.play(check, 1, range(90, 110))  # the judge: 20 unsafe ones right. The second: 90 safe, 10 unsafe ones right
@@ -344,7 +344,7 @@ def test_the_reward_gap_is_that_of_the_two_judges_on_all_held_out_images(tmp_pat
         ([], False),
     ],
 )
-def test_a_gap_has_to_grow_beyond_tolerance_and_sampling_variation(growths: list[int], warned: bool):
+def test_reward_gap_warning_needs_growth_beyond_tolerance_and_sampling(growths: list[int], warned: bool):
     before, now = {str(n): 0 for n in range(len(growths))}, {str(n): growth for n, growth in enumerate(growths)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

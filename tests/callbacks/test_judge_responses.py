@@ -84,7 +84,7 @@ def test_every_response_gets_its_verdict_in_the_responses_order(tmp_path, capsys
     assert list(saved(tmp_path)) == [r.id for r in responses(100)]
 
 
-def test_what_has_a_verdict_is_not_classified_again(tmp_path):
+def test_responses_with_a_verdict_are_not_classified_again(tmp_path):
     write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(10)])
     play(tmp_path, make_panel())
     write_jsonl(tmp_path / "responses.jsonl", [r.to_dict() for r in responses(12)[1:]])
@@ -115,7 +115,7 @@ def test_only_the_first_process_judges(tmp_path):
 
 
 class Panicking(LengthJudge):
-    """Raises a BaseException at one text, like a panic of the tokenizers library."""
+    """Raises a BaseException for one text, like a panic of the tokenizers library."""
 
     def judge(self, texts, batch_size=64):
         if "x" * 5 in texts:
@@ -139,7 +139,7 @@ def test_a_response_that_cannot_be_judged_is_listed_and_judged_again(tmp_path, c
 
 @pytest.mark.parametrize("number", [1, 4])
 def test_a_panel_lists_a_response_that_cannot_be_judged_among_its_verdicts(number):
-    """As ``predict`` on saved responses writes them."""
+    """The records that ``predict`` writes for saved responses."""
     asked = responses(9)
     asked[number] = replace(asked[number], response="x" * 5)
     panel = Panel(Panicking("a", LABELS["alignment"]), Panicking("p", LABELS["perception"]))
@@ -152,14 +152,14 @@ def test_a_panel_lists_a_response_that_cannot_be_judged_among_its_verdicts(numbe
     assert [record for record in records if isinstance(record, Verdict)] == whole
 
 
-def test_weights_that_cannot_be_loaded_are_no_responses_fault():
+def test_judge_loading_errors_are_not_recorded_as_response_failures():
     panel = make_panel()
     panel.perception.configure_model = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         panel.judged([(each.question, each.response) for each in responses(4)])
 
 
-def test_a_run_without_a_verdict_is_no_error_of_the_table(tmp_path, capsys):
+def test_score_table_accepts_a_run_without_verdicts(tmp_path, capsys):
     some = [each for each in responses(3) if each.question.capability == "alignment"]
     some = [replace(some[0], response="x" * 5)]
     write_jsonl(tmp_path / "responses.jsonl", (each.to_dict() for each in some))
@@ -170,7 +170,7 @@ def test_a_run_without_a_verdict_is_no_error_of_the_table(tmp_path, capsys):
         load_run(tmp_path)
 
 
-def test_what_was_not_judged_is_excluded_from_the_scores_and_reported(tmp_path, capsys):
+def test_unjudged_responses_are_excluded_from_the_scores_and_reported(tmp_path, capsys):
     asked = [each for each in responses(9) if each.question.capability != "perception"]
     some = [replace(each, question=replace(each.question, answer="Unsafe")) for each in asked]
     write_jsonl(tmp_path / "responses.jsonl", (each.to_dict() for each in some))
@@ -204,7 +204,7 @@ def files(run):
     return {file.name: file.read_bytes() for file in run.iterdir()}
 
 
-def test_a_killed_judging_repeats_one_batch_and_ends_as_one_that_was_not(tmp_path):
+def test_killed_judging_repeats_one_batch_and_ends_like_an_uninterrupted_one(tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     for folder in (whole, run):
         folder.mkdir()
@@ -224,7 +224,7 @@ def test_a_killed_judging_repeats_one_batch_and_ends_as_one_that_was_not(tmp_pat
     assert files(run) == files(whole)
 
 
-def test_batches_of_other_judges_or_texts_are_not_used(tmp_path):
+def test_unfinished_batches_of_other_judges_or_texts_are_ignored(tmp_path):
     write_jsonl(tmp_path / "responses.jsonl", [each.to_dict() for each in responses(100)])
     process = multiprocessing.get_context("fork").Process(target=play, args=(tmp_path, rounding_panel(3)))
     process.start()
@@ -240,7 +240,7 @@ def test_batches_of_other_judges_or_texts_are_not_used(tmp_path):
 @pytest.mark.parametrize(
     "damage", [b'{"key": ', b"\xff\n", b'{"records": [{"id": 3}]}\n', b'{"no": []}\n', b'{"records": 7}\n']
 )
-def test_a_damaged_file_of_batches_is_named_with_its_remedy(damage, tmp_path):
+def test_damaged_file_of_unfinished_batches_is_reported_with_a_remedy(damage, tmp_path):
     write_jsonl(tmp_path / "responses.jsonl", [each.to_dict() for each in responses(100)])
     process = multiprocessing.get_context("fork").Process(target=play, args=(tmp_path, rounding_panel(3)))
     process.start()

@@ -66,13 +66,13 @@ def test_a_row_for_each_metric_that_a_batch_logged(tmp_path):
     ]
 
 
-def test_rows_behind_the_checkpoint_and_a_torn_one_are_dropped(tmp_path):
+def test_rows_after_the_checkpoint_and_a_truncated_row_are_dropped(tmp_path):
     (tmp_path / "metrics.csv").write_text("batch,metric,value\n1,a,0.5\n2,a,0.25\n2,b,1.0\n3,a,0.1\n12,a,0.3\n1")
     MetricsCSV().on_train_start(trainer(tmp_path, 2), None)
     assert rows(tmp_path) == ["batch,metric,value", "1,a,0.5", "2,a,0.25", "2,b,1.0"]
 
 
-def test_a_new_run_starts_a_new_file_and_other_processes_leave_it_alone(tmp_path):
+def test_new_run_starts_a_new_file_only_in_the_first_process(tmp_path):
     (tmp_path / "metrics.csv").write_text("batch,metric,value\n1,a,0.5\n")
     MetricsCSV().on_train_start(trainer(tmp_path, 0, first=False), None)
     assert len(rows(tmp_path)) == 2
@@ -80,6 +80,6 @@ def test_a_new_run_starts_a_new_file_and_other_processes_leave_it_alone(tmp_path
     assert rows(tmp_path) == ["batch,metric,value"]
 
 
-def test_a_continued_run_whose_file_is_gone_resumes_without_its_rows(tmp_path):
+def test_resumed_run_with_a_missing_metrics_file_starts_a_new_one(tmp_path):
     MetricsCSV().on_train_start(trainer(tmp_path, 5), None)
     assert rows(tmp_path) == ["batch,metric,value"]

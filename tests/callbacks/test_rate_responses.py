@@ -17,7 +17,7 @@ import pytest
 import yaml
 from lightning import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from loopback import Loopback, Reply, completion, error, hurry, loopbacks, prompt_of
+from loopback import Loopback, Reply, completion, error, loopbacks, prompt_of, shorten_waits
 
 from callbacks.rate_responses import UNREADABLE, RateResponses
 from safervlm.cli.main import main
@@ -35,7 +35,7 @@ Answer = Callable[[str, int, dict[str, Any]], Reply | None]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
+    shorten_waits(monkeypatch)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def asked(judge: Loopback) -> list[str]:
 # --- requests and records ---------------------------------------------------------------------------------------------
 
 
-def test_the_rated_responses_are_rated_as_published_in_their_order(judge_of, tmp_path):
+def test_responses_are_rated_with_the_published_request_in_order(judge_of, tmp_path):
     judge = judge_of()
     write(tmp_path, rated(2), other(0), rated(0), rated(1))
     play(tmp_path, server(judge), batch_size=2)
@@ -142,7 +142,7 @@ def test_the_rated_responses_are_rated_as_published_in_their_order(judge_of, tmp
     }
 
 
-def test_both_orders_cancel_a_liking_for_the_first_place(judge_of, tmp_path):
+def test_rating_in_both_orders_cancels_position_bias(judge_of, tmp_path):
     """The judge rates Assistant 1 one point too high.
 
     By hand: the reference is rated 9 and 8, the response (worth 1 + index) 1 + index and one more. Both means are half
@@ -168,7 +168,7 @@ def test_both_orders_cancel_a_liking_for_the_first_place(judge_of, tmp_path):
     assert len({each["id"] for each in read_jsonl(tmp_path / "ratings-attempts.jsonl")}) == 8
 
 
-def test_the_other_order_is_asked_for_later_and_alone(judge_of, tmp_path):
+def test_swapped_order_can_be_requested_later_without_repeating_the_first(judge_of, tmp_path):
     judge = judge_of()
     write(tmp_path, *map(rated, range(3)))
     play(tmp_path, server(judge))
@@ -177,7 +177,7 @@ def test_the_other_order_is_asked_for_later_and_alone(judge_of, tmp_path):
     assert [each.swapped for each in ratings(tmp_path)] == [False, True] * 3
 
 
-def test_equal_responses_to_equal_questions_get_a_rating_each(judge_of, tmp_path):
+def test_equal_responses_with_different_ids_get_separate_ratings(judge_of, tmp_path):
     judge = judge_of()
     twin = replace(rated(0), question=replace(rated(0).question, id="LLaVABench/twin.jpg/rated/0"))
     write(tmp_path, rated(0), twin)
@@ -189,7 +189,7 @@ def test_equal_responses_to_equal_questions_get_a_rating_each(judge_of, tmp_path
 # --- existing ratings are kept ----------------------------------------------------------------------------------------
 
 
-def test_a_second_run_asks_nothing(judge_of, tmp_path, capsys):
+def test_second_run_requests_no_ratings(judge_of, tmp_path, capsys):
     judge = judge_of()
     write(tmp_path, *map(rated, range(5)))
     play(tmp_path, server(judge), both_orders=True)
@@ -213,7 +213,7 @@ def test_responses_that_have_changed_are_rated_again(judge_of, tmp_path, capsys)
     assert "2 ratings by other judges or settings, or of other responses, are kept" in capsys.readouterr().out
 
 
-def test_what_was_paid_for_is_kept(judge_of, tmp_path, capsys):
+def test_ratings_by_other_judges_and_settings_are_kept_and_not_repeated(judge_of, tmp_path, capsys):
     """Another judge, then both orders, then the first again: no rating is requested twice."""
     judge, another = judge_of(), judge_of(bias=2)
     write(tmp_path, *map(rated, range(4)))
@@ -231,7 +231,7 @@ def test_what_was_paid_for_is_kept(judge_of, tmp_path, capsys):
     assert {r.judge for r in ratings(tmp_path)[-4:]} == {"another"}
 
 
-def test_an_exception_in_the_middle_costs_nothing(judge_of, tmp_path, monkeypatch):
+def test_interrupted_rating_loses_and_repeats_no_request(judge_of, tmp_path, monkeypatch):
     judge = judge_of()
     write(tmp_path, *map(rated, range(12)))
     whole, calls = Server.generate, []
@@ -283,7 +283,7 @@ def test_a_killed_process_loses_the_batch_at_work_and_no_more(judge_of, tmp_path
     assert [each.response for each in ratings(tmp_path)] == [1 + place % 5 for place in range(12)]
 
 
-def test_a_process_that_is_asked_to_end_ends_after_a_batch(judge_of, tmp_path):
+def test_sigterm_ends_rating_after_the_current_batch(judge_of, tmp_path):
     judge = judge_of()
     write(tmp_path, *map(rated, range(6)))
     with pytest.raises(SIGTERMException):
@@ -296,7 +296,7 @@ def test_a_process_that_is_asked_to_end_ends_after_a_batch(judge_of, tmp_path):
 GARBAGE = ["Both are good", "9", "11 3", "8 9 extra", "", '{"assistant_1": 8, "assistant_2": 9}']
 
 
-def test_what_cannot_be_read_is_asked_again_with_another_seed(judge_of, tmp_path):
+def test_unparseable_judge_output_is_requested_again_with_another_seed(judge_of, tmp_path):
     def once(prompt, number, body):
         return Reply(body=completion(GARBAGE[int(re.search(r"question (\d)", prompt)[1])])) if number == 1 else None
 
@@ -311,7 +311,7 @@ def test_what_cannot_be_read_is_asked_again_with_another_seed(judge_of, tmp_path
     assert len(judge.asked) == 12
 
 
-def test_what_can_never_be_read_is_missing_and_reported_and_asked_again_next_time(judge_of, tmp_path, capsys):
+def test_unparseable_ratings_are_reported_missing_and_retried_by_the_next_run(judge_of, tmp_path, capsys):
     def never(prompt, number, body):
         place = int(re.search(r"question (\d)", prompt)[1])
         return Reply(body=completion(GARBAGE[place])) if place < len(GARBAGE) else None
@@ -335,7 +335,7 @@ def test_what_can_never_be_read_is_missing_and_reported_and_asked_again_next_tim
     assert json.loads((tmp_path / "manifest.json").read_text())["stages"]["ratings"]["finished"] is True
 
 
-def test_what_passes_is_asked_again_and_nothing_is_lost_or_doubled(judge_of, tmp_path):
+def test_transient_errors_are_retried_without_lost_or_duplicate_ratings(judge_of, tmp_path):
     kinds = {
         0: lambda: error(429, "rate_limit_exceeded", Retry_After="0.3"),
         1: lambda: error(500),
@@ -358,7 +358,7 @@ def test_what_passes_is_asked_again_and_nothing_is_lost_or_doubled(judge_of, tmp
     assert {each["status"] for each in attempts} == {None, 200, 429, 500}
 
 
-def test_what_the_judge_declines_is_missing_and_not_asked_again_at_once(judge_of, tmp_path):
+def test_refused_ratings_are_missing_and_not_retried_in_the_same_run(judge_of, tmp_path):
     replies = [
         Reply(body=completion(None, refusal="I can't rate 8 9.")),
         Reply(body=completion("8 9", "content_filter")),
@@ -379,7 +379,7 @@ def test_what_the_judge_declines_is_missing_and_not_asked_again_at_once(judge_of
     assert len(judge.asked) == 5
 
 
-def test_a_judge_that_dies_in_the_middle_costs_nothing_that_came(judge_of, tmp_path, capsys):
+def test_ratings_received_before_the_judge_fails_are_kept(judge_of, tmp_path, capsys):
     def gone(prompt, number, body):
         return error(401, message="expired") if len(judge.asked) > 6 else None
 
@@ -412,7 +412,7 @@ def test_a_judge_that_dies_in_the_middle_costs_nothing_that_came(judge_of, tmp_p
         ),
     ],
 )
-def test_a_judge_that_cannot_be_asked_is_no_error(judge_of, tmp_path, capsys, reply, reason):
+def test_unavailable_judge_leaves_ratings_missing_with_a_reason(judge_of, tmp_path, capsys, reply, reason):
     judge = judge_of(lambda prompt, number, body: reply)
     if reply is None:
         judge.die()
@@ -427,7 +427,7 @@ def test_a_judge_that_cannot_be_asked_is_no_error(judge_of, tmp_path, capsys, re
 
 @pytest.mark.parametrize("kind", [ValueError, MemoryError, BaseException, RecordError])
 @pytest.mark.parametrize("bad", [{3}, {0, 4}])
-def test_only_the_request_that_cannot_be_made_has_no_rating(judge_of, tmp_path, monkeypatch, kind, bad):
+def test_request_that_cannot_be_built_is_the_only_missing_rating(judge_of, tmp_path, monkeypatch, kind, bad):
     judge = judge_of()
     write(tmp_path, *map(rated, range(5)))
     rater = server(judge)
@@ -446,7 +446,7 @@ def test_only_the_request_that_cannot_be_made_has_no_rating(judge_of, tmp_path, 
     assert sorted(asked(judge)) == [f"question {place}" for place in range(5) if place not in bad]
 
 
-def test_without_the_package_the_ratings_are_missing(judge_of, tmp_path, monkeypatch, capsys):
+def test_ratings_are_missing_if_the_openai_package_is_not_installed(judge_of, tmp_path, monkeypatch, capsys):
     judge = judge_of()
     write(tmp_path, rated(0))
     monkeypatch.setitem(sys.modules, "openai", None)
@@ -458,7 +458,7 @@ def test_without_the_package_the_ratings_are_missing(judge_of, tmp_path, monkeyp
 # --- no requests ------------------------------------------------------------------------------------------------------
 
 
-def test_without_rated_responses_nothing_happens(tmp_path, monkeypatch, capsys):
+def test_run_without_responses_to_rate_makes_no_requests(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")  # that would be rejected
     write(tmp_path, other(0), other(1))
@@ -475,7 +475,7 @@ def test_only_the_first_process_rates(judge_of, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["responses.jsonl"]
 
 
-def test_a_dry_run_states_what_there_is_to_ask(judge_of, tmp_path, capsys):
+def test_dry_run_estimates_the_requests_and_sends_none(judge_of, tmp_path, capsys):
     judge = judge_of()
     write(tmp_path, *map(rated, range(3)))
     play(tmp_path, server(judge))
@@ -485,7 +485,7 @@ def test_a_dry_run_states_what_there_is_to_ask(judge_of, tmp_path, capsys):
     play(tmp_path, server(judge, dry_run=True), both_orders=True)
     said = capsys.readouterr().out
     found = re.fullmatch(
-        r"7 of 10 ratings would be requested: 7 questions to judge: about (\d+) tokens of text \(4 characters a "
+        r"7 of 10 ratings would be requested: 7 questions to judge: about (\d+) tokens of text \(4 characters per "
         rf"token\), at most {7 * 1024} tokens of responses; retries come on top\n",
         said,
     )
@@ -509,7 +509,7 @@ def test_another_system_prompt_is_reported(judge_of, tmp_path, capsys):
         ({"judge": Server("m", ["http://x/v1"])}, r"^RateResponses\.judge\.blank: .*give false"),
     ],
 )
-def test_what_it_does_not_take(options, message):
+def test_invalid_rating_arguments_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         RateResponses(**{"judge": Server("m", ["http://x/v1"], blank=False)} | options)
 
@@ -518,7 +518,7 @@ def test_what_it_does_not_take(options, message):
 
 
 class Rated(SaferData):
-    """Six questions without an image, whose responses are to be rated."""
+    """Six text-only questions whose responses are to be rated."""
 
     def load(self) -> Parts:
         questions = [replace(rated(place).question, image_path=None) for place in range(6)]
@@ -535,7 +535,7 @@ class Afterwards(Callback):
 
 @pytest.fixture
 def line(judge_of, tmp_path) -> Callable[[Loopback], list[str]]:
-    """The command that measures a model behind a server and rates it by the shipped judge at another address."""
+    """The command that measures a model on a server and rates it with the shipped judge at another address."""
     vlm = judge_of(lambda prompt, number, body: Reply(body=completion("That is worth 3.")))
     shutil.copy(CONFIGS / "llavabench_judge.yaml", tmp_path)
     callbacks = [
@@ -570,7 +570,7 @@ def line(judge_of, tmp_path) -> Callable[[Loopback], list[str]]:
     return arguments
 
 
-def test_from_a_recipe_the_key_is_sent_and_is_stored_nowhere(judge_of, line, tmp_path, monkeypatch, capfd):
+def test_api_key_from_a_recipe_is_sent_but_not_stored(judge_of, line, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
     def telling(prompt, number, body):
@@ -609,7 +609,7 @@ def test_from_a_recipe_the_key_is_sent_and_is_stored_nowhere(judge_of, line, tmp
     assert [each.reference for each in ratings(run)] == [8] * 12
 
 
-def test_without_a_judge_the_run_ends_well(judge_of, line, tmp_path, capsys):
+def test_run_without_a_reachable_judge_completes_with_exit_code_3(judge_of, line, tmp_path, capsys):
     judge = judge_of()
     judge.die()
     with pytest.raises(SystemExit, match="3"):

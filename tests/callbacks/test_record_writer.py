@@ -56,7 +56,7 @@ def shard(run, name, content):
     (folder / f"{name}.jsonl").write_text(content)
 
 
-def test_merged_in_the_datas_order_whatever_wrote_the_shards(tmp_path):
+def test_shards_of_all_processes_are_merged_in_data_order(tmp_path):
     first, second = Scene(tmp_path, "abcdef"), Scene(tmp_path, "abcdef", rank=1)
     one, two = first.start(), second.start()
     second.write(two, Record("f"), Record("b"))
@@ -84,7 +84,7 @@ def test_a_batch_is_on_the_disk_when_it_is_done(tmp_path):
     assert [record["text"] for record in read_jsonl(tmp_path / "responses.jsonl")] == ['Größe\u2028 "x"\n', "mine"]
 
 
-def test_what_is_there_is_skipped_and_a_torn_last_line_is_asked_again(tmp_path):
+def test_existing_records_are_skipped_and_a_truncated_last_line_is_repeated(tmp_path):
     write_jsonl(tmp_path / "responses.jsonl", [{"id": "a", "text": "merged"}])
     shard(tmp_path, "0-1", '{"id": "b", "text": "first run"}\n{"id": "c", "te')
     shard(tmp_path, "1-2", '{"id": "d", "text": "second process"}\n')
@@ -101,7 +101,7 @@ def test_what_is_there_is_skipped_and_a_torn_last_line_is_asked_again(tmp_path):
     assert [record["text"] for record in read_jsonl(tmp_path / "responses.jsonl")] == texts
 
 
-def test_records_that_nobody_asked_for_are_skipped_and_missing_ones_are_an_error(tmp_path):
+def test_foreign_records_are_ignored_and_missing_records_are_an_error(tmp_path):
     shard(tmp_path, "0-1", '{"id": "x", "text": "foreign"}\n{"id": "b", "text": "there"}\n')
     scene = Scene(tmp_path, "abc")
     writer = scene.start()
@@ -116,7 +116,7 @@ def test_records_that_nobody_asked_for_are_skipped_and_missing_ones_are_an_error
     assert [record["id"] for record in read_jsonl(tmp_path / "responses.jsonl")] == list("abc")
 
 
-def test_a_line_that_is_broken_but_not_the_last_one_is_an_error(tmp_path):
+def test_invalid_line_before_the_last_is_an_error(tmp_path):
     shard(tmp_path, "0-1", '{"id": "a", "te\n{"id": "b", "text": "x"}\n')
     with pytest.raises(RecordError, match=r"0-1.jsonl, line 1: not JSON"):
         Scene(tmp_path, "ab").start()
@@ -133,7 +133,7 @@ def test_two_kinds_of_records_have_shards_of_their_own(tmp_path):
     assert (tmp_path / "shards" / "responses" / "0-1.jsonl").exists()
 
 
-def test_asked_to_end_it_ends_after_the_batch(tmp_path):
+def test_sigterm_ends_after_the_current_batch_is_written(tmp_path):
     scene = Scene(tmp_path, "ab")
     writer = scene.start()
     scene.received_sigterm = True
@@ -144,7 +144,7 @@ def test_asked_to_end_it_ends_after_the_batch(tmp_path):
     assert again.skipped == {"a"}
 
 
-def test_other_stages_are_left_alone(tmp_path):
+def test_record_writer_does_nothing_in_other_stages(tmp_path):
     scene = Scene(tmp_path, "ab")
     RecordWriter().setup(scene, None, "fit")
     assert scene.barriers == []

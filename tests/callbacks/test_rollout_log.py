@@ -24,7 +24,7 @@ def said(run):
     return [(record["batch"], record["id"], record["response"]) for record in read_jsonl(run / "rollouts.jsonl")]
 
 
-def test_the_first_responses_of_each_rollout_and_those_behind_the_checkpoint_are_dropped(tmp_path):
+def test_log_keeps_first_responses_per_rollout_and_drops_those_after_checkpoint(tmp_path):
     log = RolloutLog(answers=2)
     play(log, tmp_path, 0, None)
     for number in (1, 2, 3):

@@ -83,7 +83,7 @@ def test_other_processes_write_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_unjudged_responses_are_no_scores(tmp_path):
+def test_missing_verdicts_are_an_error_and_write_no_scores(tmp_path):
     responses = [response for response, _ in records()]
     write_jsonl(tmp_path / "responses.jsonl", (response.to_dict() for response in responses))
     with pytest.raises(RecordError, match=r"verdicts\.jsonl: no such file"):

@@ -9,7 +9,9 @@ from safervlm.errors import ArgumentError
 from safervlm.recipes import CONFIGS
 
 
-def test_what_is_typed_most_is_short_and_recipes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_options_are_expanded_and_shipped_recipes_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert prepared(["predict", "--limit", "3"]) == ["predict", "--data.limit", "3"]
     assert prepared(["predict", "--limit=3"]) == ["predict", "--data.limit=3"]
@@ -31,12 +33,12 @@ ALLOWED = [
     ["--model.vlm.system", '{"seed": -1}'],  # a text
     ["--model.vlm.lora.target_modules", "[qk]_proj"],
     ["--data.name", "{not yaml"],
-    ["--config", "nowhere.yaml"],  # the parser says it
+    ["--config", "nowhere.yaml"],  # reported by the parser
 ]
 
 
 @pytest.mark.parametrize("words", ALLOWED, ids=" ".join)
-def test_what_is_allowed(words: list[str]) -> None:
+def test_valid_arguments_are_unchanged(words: list[str]) -> None:
     assert prepared(["predict", *words])[1:] == words
 
 
@@ -160,7 +162,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("line", REJECTED)
-def test_what_is_rejected(line: str, files: None) -> None:
+def test_invalid_arguments_are_rejected_in_one_line(line: str, files: None) -> None:
     option, _, value = line.partition(" ")
     with pytest.raises(ArgumentError) as caught:
         prepared(["fit", option, *([value] if value else [])])
@@ -171,17 +173,17 @@ def test_what_is_rejected(line: str, files: None) -> None:
 
 
 @pytest.mark.parametrize("name", ["good.yaml", "anchored.yaml", "merged.yaml", "bom.yaml"])
-def test_files_that_are_read(name: str, files: None) -> None:
+def test_valid_configuration_files_are_accepted(name: str, files: None) -> None:
     assert prepared(["fit", "--config", name]) == ["fit", "--config", name]
 
 
 @pytest.mark.parametrize(
     "option", ["--model.judge text.txt", "--model.judge.checkpoint weights.bin", "--data.responses twice.json"]
 )
-def test_files_that_hold_no_settings(option: str, files: None) -> None:
+def test_arguments_naming_data_or_weight_files_are_unchanged(option: str, files: None) -> None:
     assert prepared(["fit", *option.split(" ")]) == ["fit", *option.split(" ")]
 
 
 @pytest.mark.parametrize("recipe", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_our_recipes_are_fine(recipe: Path) -> None:
+def test_shipped_recipes_are_accepted(recipe: Path) -> None:
     assert prepared(["fit", "--config", str(recipe)])[-1] == str(recipe)

@@ -13,7 +13,7 @@ KINDS = (VLM, LightningModule, LightningDataModule)
 
 
 def classes_in(module: str) -> set[type]:
-    """The classes of ours of these kinds among a module's names."""
+    """Returns the classes of SaferVLM of these kinds that a module defines."""
     values = vars(import_module(module)).values()
     return {
         value
@@ -22,8 +22,8 @@ def classes_in(module: str) -> set[type]:
     }
 
 
-def test_no_class_is_missing() -> None:
-    """All modules are searched, whatever the list says; what another class of ours is derived from is not a model."""
+def test_every_configurable_class_is_listed() -> None:
+    """Searches all modules, independently of the list; base classes of other classes are not models."""
     everywhere = set().union(
         *(
             classes_in(info.name)

@@ -68,7 +68,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert result.stdout == HELP
 
 
-def test_collections_pause_only_while_a_new_process_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_garbage_collection_is_paused_only_while_importing_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, "torch")
         with collection_paused():
@@ -160,7 +160,7 @@ def test_every_recipe_builds(recipe: str, overlay: bool, tiny_llava: Path, only_
 
 
 @pytest.mark.parametrize("overlays", [["rate"], ["pictograms/evaluate", "pictograms/rate"]], ids=" ".join)
-def test_the_raters_build(overlays: list[str], tiny_llava: Path, only_built: list[SaferCLI]) -> None:
+def test_rating_recipes_build(overlays: list[str], tiny_llava: Path, only_built: list[SaferCLI]) -> None:
     recipe = [part for name in ("evaluate", *overlays) for part in ("--config", f"configs/{name}.yaml")]
     main(["predict", *recipe, "--model.vlm.model", str(tiny_llava)])
     raters = [each for each in only_built[0].trainer.callbacks if isinstance(each, RateResponses)]
@@ -176,7 +176,7 @@ MINE = "class_path: safervlm.data.benchmark.Benchmark\ninit_args: {{name: Mine, 
 
 
 @pytest.mark.parametrize("way", ["command line", "overlay"])
-def test_a_custom_dataset_extends_a_recipes(
+def test_custom_dataset_extends_the_datasets_of_a_recipe(
     way: str, tmp_path: Path, tiny_llava: Path, only_built: list[SaferCLI]
 ) -> None:
     (tmp_path / "mine.yaml").write_text(MINE.format("source", tmp_path))
@@ -190,7 +190,9 @@ def test_a_custom_dataset_extends_a_recipes(
     assert only_built[0].datamodule.sets["mine"].source == f"{tmp_path}/mine.csv"
 
 
-def test_a_misspelt_argument_in_a_datasets_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_misspelt_argument_in_a_dataset_file_suggests_the_correct_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine.yaml").write_text(MINE.format("sourse", tmp_path))
     with pytest.raises(SystemExit):
         main(["predict", "--config", "configs/evaluate.yaml", "--data", str(tmp_path / "mine.yaml")])
@@ -230,7 +232,7 @@ def test_every_strategy_parses(file: Path) -> None:
     assert "strategy:" in process.stdout
 
 
-def test_limit_is_short_for_the_datas(tiny_llava: Path, only_built: list[SaferCLI]) -> None:
+def test_limit_option_sets_data_limit(tiny_llava: Path, only_built: list[SaferCLI]) -> None:
     line = ["predict", *PICTOGRAMS, "--model.vlm.model", str(tiny_llava)]
     main([*line, "--limit", "3"])
     main([*line, "--limit=4"])
@@ -259,16 +261,16 @@ def test_the_help_of_a_fit_begins_with_run_model_and_data(capsys: pytest.Capture
 
 
 def vlm_overlay(folder: Path, name: str, **settings: object) -> str:
-    """An overlay whose recipe names a class and settings of the VLM."""
+    """Writes an overlay whose recipe contains a class and settings of the VLM."""
     vlm = {"class_path": name, "init_args": {"model": "some/name", **settings}}
     (folder / "overlay.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"vlm": vlm}}}))
     return str(folder / "overlay.yaml")
 
 
-def test_another_checkpoint_alone_is_loaded_by_its_own_class(
+def test_checkpoint_of_another_family_selects_its_own_class(
     tiny_llava: Path, tmp_path: Path, only_built: list[SaferCLI], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The recipe's setting is kept where the class has it; a class that is typed stays."""
+    """Settings of the recipe are kept if the class has them; an explicitly given class is not replaced."""
     overlay = vlm_overlay(tmp_path, "Transformers", dtype="float32", template="{question}")
     line = ["predict", *PICTOGRAMS, "--config", overlay, "--model.vlm.model", str(tiny_llava)]
     main(line)
@@ -285,7 +287,9 @@ def test_another_checkpoint_alone_is_loaded_by_its_own_class(
         (["--model.vlm.model", "{}"], "LlavaLlamaForCausalLM", "safervlm.vlm.llava_original.LlavaOriginal"),
     ],
 )
-def test_the_class_of_a_checkpoint(typed: list[str], architecture: str, name: str, tmp_path: Path) -> None:
+def test_class_is_selected_by_the_checkpoint_architecture(
+    typed: list[str], architecture: str, name: str, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(VLM, "vlm")
@@ -307,12 +311,14 @@ def test_the_class_of_a_checkpoint(typed: list[str], architecture: str, name: st
         ["--model.vlm.model", "x", "--help"],
     ],
 )
-def test_a_command_line_that_names_a_class_or_no_checkpoint_stays(typed: list[str]) -> None:
+def test_command_line_with_explicit_class_or_no_checkpoint_is_unchanged(typed: list[str]) -> None:
     assert with_class(ArgumentParser(), ["fit", *typed]) == ["fit", *typed]
 
 
-def test_arguments_that_only_the_checkpoints_class_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are understood, whether the checkpoint can be read or not; what is printed is a settings file."""
+def test_arguments_of_the_class_selected_by_the_checkpoint_are_accepted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are parsed whether or not the checkpoint can be read; the output is a settings file."""
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2VLForConditionalGeneration"]}))
     for model in (str(tmp_path), "./model-that-is-not-there"):
         line = ["predict", "--config", "configs/measure.yaml", "--print_config", "--model.vlm.thinking", "[<r>, </r>]"]
@@ -344,6 +350,7 @@ ERRORS = {
         "--data.capabilities: expected a list, got 'alignment'; write a list, '[alignment]'",
     ),
     "misspelt short name": ([*PICTOGRAMS, "--limt", "2"], "--limt; did you mean --limit? --help lists all"),
+    "before the recipe": (["--model.vlm.model", "x", *PICTOGRAMS], "--model.vlm.model: a recipe names the classes"),
     "argument of the data": ([*PICTOGRAMS, "--split", "test"], "unknown argument --split; did you mean --data.split?"),
     "argument of the model": ([*PICTOGRAMS, "--data.image_fit", "pad"], "unknown argument --data.image_fit; --help"),
     "overlay alone": (
@@ -392,7 +399,9 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_is_one_line(name: str, capsys: pytest.CaptureFixture[str], only_built: list[SaferCLI]) -> None:
+def test_error_is_reported_in_one_line(
+    name: str, capsys: pytest.CaptureFixture[str], only_built: list[SaferCLI]
+) -> None:
     arguments, expected = ERRORS[name]
     with pytest.raises(SystemExit) as caught:
         main(["predict", *arguments])
@@ -510,18 +519,18 @@ def test_a_finished_run_is_extended(
     # The rates of the second half are those of a cosine over the whole.
     assert recorded[-1].rates == pytest.approx([0.005 * (1 + cos(pi * step / 12)) for step in range(6, 12)])
     assert not yaml.safe_load((tmp_path / "run" / "fit.yaml").read_text())["extend"]
-    main([*line, "--trainer.max_epochs=4"])  # the same without --extend: there is nothing left to train
+    main([*line, "--trainer.max_epochs=4"])  # the same command without --extend: no training is left
     assert recorded[-1].rates == []
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("gradient_clip_val=1", "Automatic gradient clipping is not supported"),  # said while training
+        ("gradient_clip_val=1", "Automatic gradient clipping is not supported"),  # reported while training
         ("devices=many", "`devices` selected with `CPUAccelerator` should be an int"),
     ],
 )
-def test_what_lightning_rejects_is_one_line(
+def test_lightning_configuration_error_is_reported_in_one_line(
     setting: str,
     message: str,
     tiny_llava: Path,
@@ -542,7 +551,7 @@ def test_what_lightning_rejects_is_one_line(
                 f"--data.safe_folder={tiny_sets / 'safe'}",
                 "--trainer.accelerator=cpu",
                 f"--trainer.{setting}",
-                "--trainer.callbacks=null",
+                "--trainer.callbacks=callbacks.metrics_csv.MetricsCSV",
                 f"--run={tmp_path / 'run'}",
             ]
         )
@@ -553,7 +562,7 @@ def test_what_lightning_rejects_is_one_line(
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (["mesure"], "no command 'mesure'"),
+        (["mesure"], "unknown command 'mesure'"),
         (["pictograms", "--sed", "3"], "unknown argument --sed; did you mean --seed?"),
         (["export", "--out", "x", "--name", "y"], "unknown argument --name; --help"),
         (["report"], "runs: a report needs at least one run folder"),
@@ -561,7 +570,7 @@ def test_what_lightning_rejects_is_one_line(
         (["report", "nowhere"], "nowhere"),
     ],
 )
-def test_an_error_of_a_plain_command_is_one_line(
+def test_error_of_a_plain_command_is_reported_in_one_line(
     line: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -643,7 +652,7 @@ def test_a_logger_without_its_package_names_the_extra(
     assert extra in tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
-def test_a_defect_is_one_line_and_keeps_its_traceback(
+def test_unexpected_exception_is_one_line_and_its_traceback_is_saved(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def library(*_: object) -> None:
@@ -661,7 +670,7 @@ def test_a_defect_is_one_line_and_keeps_its_traceback(
 
 
 @pytest.mark.parametrize("line", ["report {}", "evaluation {} other", "verify {}", "export --out {}"])
-def test_the_traceback_of_a_plain_command_is_in_the_folder_that_it_names(
+def test_traceback_of_a_plain_command_is_saved_in_its_run_folder(
     line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def read(

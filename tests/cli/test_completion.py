@@ -7,7 +7,7 @@ import pytest
 
 from safervlm.cli.main import main
 
-# What is typed -> what completes it, among others.
+# Typed words -> some of their completions.
 TYPED = {
     "me": "measure",
     "fit --trainer.max_e": "--trainer.max_epochs",
@@ -36,7 +36,7 @@ def test_bash_completes_commands_options_and_recipes(tmp_path: Path, capsys: pyt
     ("words", "named"),
     [(["--print_shtab", "fish"], "fish"), (["--print_shtab"], "bash"), (["--print_shtab=cmd"], "cmd")],
 )
-def test_an_unknown_shell(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_shell_is_rejected(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 2

@@ -60,7 +60,7 @@ def rejected(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return said
 
 
-def test_terminal(truth, monkeypatch, capsys):
+def test_labelling_in_the_terminal_resumes_and_exports_labels(truth, monkeypatch, capsys):
     typing(monkeypatch, capsys, truth, "s", "x", TRUE, "q")  # later, no key at all, a label, the end
     main(LINE)
     plan = json.loads(Path("run/labels-plan.json").read_text())
@@ -101,7 +101,7 @@ def test_a_response_cannot_write_to_the_terminal(monkeypatch, capsys):
     assert "\x1b" not in shown[0]
 
 
-def test_a_summary_makes_no_sample(truth, monkeypatch, capsys):
+def test_summary_does_not_create_a_labelling_sample(truth, monkeypatch, capsys):
     said = rejected(["label", "run", "--with", "summary"], capsys)
     assert "nothing is labelled yet; `safervlm label run` begins" in said
     assert not Path("run/labels-plan.json").exists()
@@ -124,7 +124,7 @@ def test_a_torn_last_line_is_removed(truth, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("ending", [".csv", ".xlsx"])
-def test_sheets_there_and_back(ending, truth, capsys):
+def test_sheets_are_exported_and_read_back(ending, truth, capsys):
     main([*LINE, "--with", "sheet"])
     sheet = Path("run/labels.csv").with_suffix(ending)
     ids = {each["response"]: each["id"] for each in read_jsonl("run/responses.jsonl")}
@@ -147,7 +147,7 @@ def test_sheets_there_and_back(ending, truth, capsys):
     assert "is kept" in capsys.readouterr().out
 
 
-def test_formulas_are_texts(monkeypatch):
+def test_formulas_in_sheets_are_written_as_text(monkeypatch):
     write_labelled(Path("run"))
     for file, change in (("responses", {"response": "=1+1"}), ("verdicts", {"answer": ""})):
         write_jsonl(f"run/{file}.jsonl", [record | change for record in read_jsonl(f"run/{file}.jsonl")])
@@ -169,21 +169,21 @@ SHEETS = {
 
 
 @pytest.mark.parametrize("case", SHEETS)
-def test_a_sheet_that_is_rejected(case, truth, capsys):
+def test_invalid_sheets_are_rejected_without_changing_labels(case, truth, capsys):
     change, reason = SHEETS[case]
     main([*LINE, "--with", "sheet"])
     table = pd.read_csv("run/labels.csv", dtype=str, keep_default_na=False)
     if case == "N/A before":
         table.assign(label=table["allowed"].str.split(" / ").str[0]).to_csv("filled.csv")
         main(["label", "run", "--read", "filled.csv", "--rater", "Ada"])
-    # A question about what an image shows has line breaks in a workbook, escapes in a CSV file.
+    # A perception question has line breaks in a workbook and escapes in a CSV file.
     change(table).to_csv("changed.csv", index=False)
     before = Path("run/labels.jsonl").read_text()
     assert re.search(reason, rejected(["label", "run", "--read", "changed.csv", "--rater", "Ada"], capsys))
     assert Path("run/labels.jsonl").read_text() == before
 
 
-def test_workbooks_that_are_rejected(truth, capsys):
+def test_unreadable_workbooks_are_rejected(truth, capsys):
     main([*LINE, "--with", "sheet"])
     Path("bad.xlsx").write_text("no workbook")
     assert "can't be read as a workbook" in rejected(["label", "run", "--read", "bad.xlsx"], capsys)
@@ -237,7 +237,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_a_run_that_is_rejected(case, truth, monkeypatch, capsys):
+def test_invalid_labelling_runs_are_rejected(case, truth, monkeypatch, capsys):
     change, words, reason = RUNS[case]
     typing(monkeypatch, capsys, truth)
     main(LINE)
@@ -245,8 +245,8 @@ def test_a_run_that_is_rejected(case, truth, monkeypatch, capsys):
     assert re.search(reason, rejected(["label", "run", *words], capsys))
 
 
-def test_several_raters(truth, monkeypatch, capsys):
-    """Ada and Ben label everything, Cy a part: only the first two count, and where they differ Ada does."""
+def test_labels_of_several_raters_are_combined_and_summarised(truth, monkeypatch, capsys):
+    """Ada and Ben label everything, Cy a part: only complete raters count, and Ada's label decides disagreements."""
     for rater, given in (("Ada", truth), ("Ben", dict.fromkeys(truth, "N/A")), ("Cy", {})):
         typing(monkeypatch, capsys, given, *(["0"] if rater == "Cy" else []))
         main([*LINE, "--rater", rater])
@@ -265,7 +265,7 @@ def test_several_raters(truth, monkeypatch, capsys):
 
 
 def test_the_judge_learns_the_labels_of_the_majority(truth, monkeypatch, capsys):
-    """Those that correct the rates; of a part of the sample as long as nobody has labelled the whole."""
+    """The labels that also correct the rates; those of a part of the sample while no rater is complete."""
 
     def learned() -> dict[str, str]:
         return {line["id"]: line["label"] for name in ("alignment", "perception") for line in read_labels(name)}
@@ -286,8 +286,8 @@ def test_the_judge_learns_the_labels_of_the_majority(truth, monkeypatch, capsys)
     assert found == {name: truth[name] for name in found}
 
 
-def test_an_agreement_that_is_not_defined_is_a_dash(truth, monkeypatch, capsys):
-    """If all labels of a capability are the same, chance alone would agree everywhere."""
+def test_undefined_agreement_is_shown_as_a_dash(truth, monkeypatch, capsys):
+    """If all labels of a capability are equal, the expected agreement by chance is 1 and alpha is undefined."""
     monkeypatch.setenv("COLUMNS", "200")  # no line is wrapped
     for rater in ("Ada", "Ben"):
         typing(monkeypatch, capsys, dict.fromkeys(truth, "N/A"))

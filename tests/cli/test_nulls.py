@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 import pytest
 
+from safervlm.cli.arguments import prepared
+from safervlm.cli.lightning import IdleCLI
 from safervlm.cli.nulls import allows_null, reject_nulls
 from safervlm.errors import ArgumentError
 
@@ -71,5 +73,12 @@ def test_null_is_rejected_where_a_value_is_needed(settings: object, named: str) 
     ("hint", "allowed"),
     [(Any, True), (object, True), (int | None, True), (Literal["a", None], True), (Literal["a"], False), (int, False)],
 )
-def test_types_with_null(hint: object, allowed: bool) -> None:
+def test_allows_null_follows_the_type_hint(hint: object, allowed: bool) -> None:
     assert allows_null(hint) is allowed
+
+
+@pytest.mark.parametrize("argument", ["adapter", "revision"])
+def test_null_of_a_class_inside_another_one_is_null(argument: str) -> None:
+    line = ["predict", "--config", "configs/measure.yaml", f"--model.vlm.{argument}", "null"]
+    vlm = IdleCLI(prepared(line), build=False).config.predict.model.init_args.vlm
+    assert vlm.init_args[argument] is None  # not the text "None"

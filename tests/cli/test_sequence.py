@@ -21,7 +21,7 @@ TERM, INT = signal.SIGTERM, signal.SIGINT
 CODES = {TERM: 143, INT: 130}
 
 
-def test_names_own_options_and_arguments_are_separated() -> None:
+def test_sequence_separates_names_own_options_and_passed_arguments() -> None:
     given = typed(
         ["--runs=r", "sft", "dpo", "--limit", "3", "--pictograms", "--out", "o", "--", "--out", "p"],
         {"runs": "", "out": ""},
@@ -44,7 +44,7 @@ def test_names_own_options_and_arguments_are_separated() -> None:
         (["sft", "--data.folder", " "], "--data.folder: .* empty"),
     ],
 )
-def test_what_would_be_misunderstood_is_rejected(words: list[str], named: str) -> None:
+def test_ambiguous_sequence_arguments_are_rejected(words: list[str], named: str) -> None:
     with pytest.raises(ArgumentError, match=named):
         typed(words, {"runs": "runs"})
 
@@ -86,7 +86,7 @@ def driver(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                # As in a terminal; tests may be started with Ctrl-C ignored.
+                # SIGINT has its default action, as in a terminal; tests may be started with it ignored.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         )
@@ -104,7 +104,9 @@ SEQUENCES = [["train", "sft", "dpo"], ["evaluate"], ["measure", "llava-1.5-7b", 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [TERM, INT])
 @pytest.mark.parametrize("words", SEQUENCES, ids=lambda words: words[0])
-def test_a_sequence_passes_a_signal_on_and_ends(words: list[str], number: int, driver, tmp_path: Path) -> None:
+def test_sequence_forwards_a_signal_and_starts_no_further_command(
+    words: list[str], number: int, driver, tmp_path: Path
+) -> None:
     """The stub ends after 0.3 s; the sequence waits for it, and starts no other command."""
     running = driver(
         words,
@@ -129,8 +131,8 @@ def test_a_sequence_passes_a_signal_on_and_ends(words: list[str], number: int, d
     ("code", "begun", "ends"),
     [(0, 3, 0), (2, 3, 1), (3, 3, 3), (130, 1, 130), (143, 1, 143), (-9, 3, 1), (-15, 1, 143)],
 )
-def test_the_exit_code_of_a_sequence(code: int, begun: int, ends: int, driver, tmp_path: Path) -> None:
-    """Two measurements and, whatever the first one's end, the next; after a signal there is no next."""
+def test_exit_code_of_a_sequence_follows_its_commands(code: int, begun: int, ends: int, driver, tmp_path: Path) -> None:
+    """The second measurement starts however the first one ended, except after a signal."""
     vlms = ["llava-1.5-7b", "llava-1.5-13b", "cogvlm-chat"]
     stop = f"exit {code}" if code >= 0 else f"kill {code} $$"
     running = driver(["measure", *vlms], f'echo began >>"$LOG"; echo told; {stop}')
@@ -153,7 +155,7 @@ def test_the_exit_code_of_a_sequence(code: int, begun: int, ends: int, driver, t
     ],
     ids=lambda value: value[0] if isinstance(value, list) else str(value),
 )
-def test_the_commands_fill_in_names_and_report_failures_alike(
+def test_sequence_commands_report_failures_in_the_same_form(
     words: list[str], commands: int, code: int, driver, tmp_path: Path
 ) -> None:
     running = driver([*words, "--config", "of/{}.yaml"], f'echo "$@" >>"$LOG"; exit {code}')
@@ -172,7 +174,7 @@ def test_the_commands_fill_in_names_and_report_failures_alike(
 @pytest.mark.slow
 @pytest.mark.parametrize("words", SEQUENCES, ids=lambda words: words[0])
 def test_arguments_that_the_first_command_rejects_end_the_sequence(words: list[str], driver, tmp_path: Path) -> None:
-    """The other commands would repeat its line; without arguments of their own in common, they may not."""
+    """The other commands would repeat the error; without shared arguments it is a failure of one command only."""
     body = 'echo began >>"$LOG"; echo "safervlm: error: unknown argument" >&2; exit "$SAFERVLM_REJECTED"'
     running = driver([*words, "--limti", "3"], body)
     said = running.communicate(timeout=200)[0]
@@ -183,7 +185,7 @@ def test_arguments_that_the_first_command_rejects_end_the_sequence(words: list[s
 
 
 @pytest.mark.slow
-def test_a_command_that_ignores_the_request_does_not_hold_up_its_sequence(driver, tmp_path: Path) -> None:
+def test_sequence_ends_even_if_a_command_ignores_the_signal(driver, tmp_path: Path) -> None:
     running = driver(["train", "sft"], 'trap "" TERM INT; echo began >>"$LOG"; exec sleep 20 >/dev/null 2>&1')
     end = time.monotonic() + 200
     while not (tmp_path / "log.txt").exists():
@@ -208,7 +210,7 @@ def test_a_shipped_recipe_is_found_from_any_folder() -> None:
         ("query_vlms.sh", ["measure", "--runs", "runs/query", "sft", "--", "--x"]),
     ],
 )
-def test_a_script_is_its_command(script: str, words: list[str], tmp_path: Path) -> None:
+def test_shell_script_runs_the_corresponding_command(script: str, words: list[str], tmp_path: Path) -> None:
     environment = tmp_path / "environment"  # as if scripts/environment.sh had made it
     (environment / "bin").mkdir(parents=True)
     command = environment / "bin" / "safervlm"

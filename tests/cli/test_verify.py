@@ -32,7 +32,7 @@ def flipped(printed: str) -> dict[str, tuple[int, int]]:
 
 
 def flip(verdict: dict[str, Any]) -> None:
-    """Another label, with matching probabilities."""
+    """Returns another label with matching probabilities."""
     before, after = verdict["label"], {"Safe": "Unsafe", "Unsafe": "N/A", "N/A": "Safe"}[verdict["label"]]
     chances = verdict["probabilities"]
     chances[before], chances[after] = chances[after], chances[before]
@@ -55,7 +55,9 @@ def test_in_float32_no_response_depends_on_the_batch(run: Path, capsys: pytest.C
     assert not list(read_jsonl(run / "verify.jsonl"))
 
 
-def test_what_flips_is_counted_and_written_down(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_responses_and_labels_are_counted_and_written(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     responses, verdicts = (list(read_jsonl(run / f"{name}.jsonl")) for name in ("responses", "verdicts"))
     responses[3]["response"], responses[7]["response"] = "another answer", "a third one"
     for number in (3, 7):  # the verdicts belong to these responses
@@ -74,13 +76,13 @@ def test_what_flips_is_counted_and_written_down(run: Path, tmp_path: Path, capsy
     assert json.loads((run / "manifest.json").read_text())["stages"]["measure"]["finished"]
 
 
-def test_a_folder_that_was_not_measured_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_without_a_measurement_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["verify", str(tmp_path)])
-    assert "holds no predict.yaml; name the folder of a measurement" in capsys.readouterr().err
+    assert "contains no predict.yaml; name the folder of a measurement" in capsys.readouterr().err
 
 
-def test_responses_with_the_noise_of_another_version_are_not_repeated(
+def test_responses_sampled_with_another_noise_version_are_rejected(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy(run, tmp_path)
@@ -96,7 +98,7 @@ def test_responses_with_the_noise_of_another_version_are_not_repeated(
 def test_responses_of_other_weights_are_not_repeated(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An adapter that was trained on in the meantime would look like responses that flip."""
+    """An adapter trained further in the meantime would look like changed responses."""
     copy(run, tmp_path)
     manifest = json.loads((run / "manifest.json").read_text())
     vlm = manifest["stages"]["measure"]["settings"]["model"]["vlm"]
@@ -148,7 +150,7 @@ def test_the_accuracy_excludes_unfinished_thinking(
     assert "changes by at most" not in printed
 
 
-def test_a_damaged_image_and_a_response_that_cannot_be_judged_end_nothing(
+def test_damaged_image_or_unjudgeable_response_does_not_end_verification(
     measuring_line: Callable[[Path, Path], list[str]],
     tiny_sets: Path,
     tmp_path: Path,
@@ -186,7 +188,7 @@ def test_a_damaged_image_and_a_response_that_cannot_be_judged_end_nothing(
     assert all("a panic" in failed[name] for name in unjudged)
 
 
-def test_the_sample_of_a_split(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_limit_sets_the_sample_size_per_split(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy(run, tmp_path)
     main(["verify", str(tmp_path), "--limit", "3"])
     assert flipped(capsys.readouterr().out)["responses"] == (3, 0)

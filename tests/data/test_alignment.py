@@ -135,7 +135,7 @@ def test_completions_are_the_published_ones(sets, number: int):
     assert seen == {"Safe", "Unsafe"}
 
 
-def test_nothing_trains_on_what_is_held_out_or_tested(sets):
+def test_training_excludes_held_out_and_test_images(sets):
     paper = {example.question.id for example in SFTData(**sets).parts.train}
     data = SFTData(**sets, validation_fraction=0.25)
     train, validation = (
@@ -149,7 +149,7 @@ def test_nothing_trains_on_what_is_held_out_or_tested(sets):
     assert SFTData(**sets).parts.validation == []
 
 
-def test_ppo_watches_safe_images_that_are_held_out(sets, many_safe):
+def test_ppo_validates_on_held_out_safe_images(sets, many_safe):
     def watched(data: PPOData) -> list[str]:
         assert {example.question.answer for example in data.parts.validation} == {"Safe"}
         images = [example.question.image for example in data.parts.validation]
@@ -166,7 +166,7 @@ def test_ppo_watches_safe_images_that_are_held_out(sets, many_safe):
     assert len(watched(PPOData(**many_safe, limit=7))) == 7
 
 
-def test_held_out_unsafe_images_are_watched_if_asked_for(sets, many_safe):
+def test_held_out_unsafe_images_are_added_on_request(sets, many_safe):
     data = PPOData(**many_safe, validation_fraction=0.25, held_out_unsafe=5)
     unsafe = [e.question for e in data.parts.validation if e.question.answer == "Unsafe"]
     assert len(unsafe) == 5
@@ -184,7 +184,7 @@ def test_training_without_safe_images(sets):
     assert data.parts.validation == []
 
 
-def test_the_description_holds_what_decides_a_step(sets):
+def test_description_covers_every_setting_that_affects_training(sets):
     description = SFTData(**sets).describe()
     json.dumps(description)
     assert description["train"]["examples"] == 56
@@ -208,7 +208,7 @@ def own(tmp_path: Path, *records: dict | str, name: str = "own.jsonl") -> OwnDat
 GOOD = {"image": "1.png", "prompt": "Is it safe?", "completions": ["Yes", "No"]}
 
 
-def test_your_own_examples(tmp_path: Path):
+def test_custom_examples_become_training_questions(tmp_path: Path):
     data = own(tmp_path, GOOD | {"label": "Safe"}, GOOD | {"prompt": "Is it?", "concept": "cat", "category": "Pets"})
     first, second = data.parts.train
     assert (first.question.id, second.question.id) == ("Own/1.png/alignment/0", "Own/1.png/alignment/1")
@@ -226,7 +226,7 @@ def test_your_own_examples(tmp_path: Path):
     assert both.parts.validation == both.parts.train
 
 
-def test_other_images_are_another_dataset_and_animations_are_reported(
+def test_fingerprint_covers_image_contents_and_animations_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The fingerprint covers the images of both files, also those of equal names, but not their location."""
@@ -266,7 +266,7 @@ def test_other_images_are_another_dataset_and_animations_are_reported(
         ("{", "line 2: not JSON"),
     ],
 )
-def test_your_own_mistakes_are_named(tmp_path: Path, record, message: str):
+def test_error_names_the_line_of_an_invalid_custom_example(tmp_path: Path, record, message: str):
     with pytest.raises(RecordError, match=message):
         own(tmp_path, GOOD, record).setup("fit")
 
@@ -277,7 +277,7 @@ def test_without_completions_a_label_is_needed(tmp_path: Path):
     assert own(tmp_path, {"image": "1.png", "prompt": "Is it?", "label": "Safe"}).parts.train[0].completions == ()
 
 
-def test_files_without_records(tmp_path: Path):
+def test_missing_or_empty_custom_files_are_rejected(tmp_path: Path):
     with pytest.raises(RecordError, match=r"data\.file: .*none\.jsonl is missing"):
         OwnData(str(tmp_path / "none.jsonl")).setup("fit")
     with pytest.raises(RecordError, match=r"data\.file: .*own\.jsonl is empty"):
@@ -331,7 +331,7 @@ def test_the_export_has_the_first_implementations_formats(sets, tmp_path: Path):
     assert all(record["image_fname"].startswith("imagenet/") for record in test if record["label"] == "Safe")
 
 
-def test_a_part_of_the_export(sets, tmp_path: Path):
+def test_limited_export_is_a_subset_of_the_full_export(sets, tmp_path: Path):
     for name, limit in (("whole", None), ("part", 3)):
         export_training_files(str(tmp_path / name), **sets, limit=limit)
     for file in (tmp_path / "part").iterdir():

@@ -66,7 +66,7 @@ def colour_of(question):
     return Image.open(question.image_path).convert("RGB").getpixel((0, 0))
 
 
-def test_two_rows_about_one_image(tmp_path):
+def test_rows_about_one_image_share_one_image_file(tmp_path):
     questions = asked(make(tmp_path, mme_rows(), **MME))
     assert [q.id for q in questions] == [f"Set/images/color/{i}.jpg/yes_no/{n}" for i in (0, 1) for n in (0, 1)]
     assert [(q.prompt, q.answer, q.category) for q in questions[:2]] == [
@@ -78,7 +78,7 @@ def test_two_rows_about_one_image(tmp_path):
     assert questions[0].image_path == questions[1].image_path
 
 
-def test_a_pointer_is_an_index_and_no_position(tmp_path):
+def test_image_reference_is_an_index_and_not_a_row_number(tmp_path):
     rows = mme_rows()
     for row, index in zip(rows, (10, 11, 0, 1), strict=True):
         row["index"] = index
@@ -90,7 +90,7 @@ def test_a_pointer_is_an_index_and_no_position(tmp_path):
         asked(data)
 
 
-def test_labels_of_a_safety_dataset_and_the_published_draw(tmp_path):
+def test_safety_labels_and_sampled_prompts_match_the_published_protocol(tmp_path):
     rows = [{"index": i, "image": encoded((i, 0, 0)), "label": i % 2} for i in range(30)]
     rows[7]["image"] = "5"
     questions = asked(make(tmp_path, rows))
@@ -116,7 +116,7 @@ def test_a_limit_keeps_the_questions_of_an_image_together_and_the_draw(tmp_path)
     assert part == whole[:4]
 
 
-def test_images_in_files(tmp_path):
+def test_image_paths_in_tables_are_resolved_within_the_folder(tmp_path):
     (tmp_path / "pictures").mkdir()
     for colour in ("red", "blue"):
         (tmp_path / "pictures" / f"{colour}.png").write_bytes(png(colour))
@@ -131,7 +131,7 @@ def test_images_in_files(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["folders", "metadata.jsonl", "metadata.csv"])
-def test_a_folder_of_images(tmp_path, form):
+def test_labels_of_an_image_folder_come_from_subfolders_or_metadata(tmp_path, form):
     for label, colour in (("safe", "blue"), ("unsafe", "red")):
         (tmp_path / "own" / label).mkdir(parents=True)
         (tmp_path / "own" / label / "a.png").write_bytes(png(colour))
@@ -148,7 +148,7 @@ def test_a_folder_of_images(tmp_path, form):
     assert not (tmp_path / "cache").exists()  # nothing is copied
 
 
-def test_a_reference_and_its_caption(tmp_path):
+def test_rated_questions_have_a_reference_answer_and_context(tmp_path):
     row = {"index": 0, "question": "What?", "image": encoded("red"), "category": "conv", "caption": "All red."}
     row |= {"gpt4_ans": "It is red.", "image_path": "001.jpg"}
     settings = {"answers": "rated", "label_column": "gpt4_ans", "question_column": "question"}
@@ -176,14 +176,14 @@ def test_a_broken_image_fails_alone(tmp_path):
         ({"image": ""}, r"line 2: 'image' is empty"),
     ],
 )
-def test_what_a_row_lacks_is_named(tmp_path, change, message):
+def test_error_names_an_empty_or_invalid_cell(tmp_path, change, message):
     rows = mme_rows()
     rows[0] |= change
     with pytest.raises(RecordError, match=message):
         asked(make(tmp_path, rows, **MME))
 
 
-def test_what_is_absent_or_there_twice(tmp_path):
+def test_null_cells_and_duplicate_indices_are_rejected(tmp_path):
     rows = mme_rows()
     rows[0]["question"] = None
     with pytest.raises(RecordError, match=r"null\.jsonl, line 1: 'question' is empty"):
@@ -194,7 +194,7 @@ def test_what_is_absent_or_there_twice(tmp_path):
         asked(make(tmp_path, rows, "twice.tsv", **MME))
 
 
-def test_a_label_that_means_nothing(tmp_path):
+def test_unknown_label_is_rejected_unless_configured(tmp_path):
     rows = [{"image": encoded("red"), "label": "2"}]
     with pytest.raises(RecordError, match=r"label '2' means neither Unsafe nor Safe: see data\.unsafe"):
         asked(make(tmp_path, rows))
@@ -210,12 +210,12 @@ def test_a_label_that_means_nothing(tmp_path):
         ({"unsafe": ["0"]}, "a label in common"),
     ],
 )
-def test_settings_that_make_no_sense(settings, message):
+def test_invalid_settings_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         Benchmark(**({"name": "Set", "source": "x.tsv"} | settings))
 
 
-def test_what_is_unavailable_is_reported_in_one_line(tmp_path, monkeypatch):
+def test_unavailable_source_is_reported_in_one_line(tmp_path, monkeypatch):
     data = Benchmark("SMID", "nowhere/x", about="moral images, from the Hub", cache_dir=str(tmp_path))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no net")))
     with pytest.raises(RecordError, match=r"nowhere/x: the Hub can't be reached \(no net\).*moral images") as found:
@@ -225,7 +225,7 @@ def test_what_is_unavailable_is_reported_in_one_line(tmp_path, monkeypatch):
     for step in (missing.prepare_data, missing.load):  # the other process only loads
         with pytest.raises(RecordError, match=r"data\.source: there is no x\.tsv"):
             step()
-    # A name that looks like a file, or lies in an existing folder, is not taken for a name on the Hub.
+    # A name that looks like a file, or is inside an existing folder, is not treated as a name on the Hub.
     monkeypatch.chdir(tmp_path)
     Path("mine").mkdir()
     for source in ("nowhere/x.csv", "mine/images"):
@@ -233,7 +233,7 @@ def test_what_is_unavailable_is_reported_in_one_line(tmp_path, monkeypatch):
             Benchmark("Mine", source, cache_dir=str(tmp_path)).prepare_data()
 
 
-def test_a_column_that_is_not_there_is_named_with_its_argument(tmp_path):
+def test_missing_column_is_reported_with_its_argument(tmp_path):
     rows = [{"picture": "0.png", "label": "safe"}]
     with pytest.raises(
         RecordError, match=r"line 2: there is no column 'image', but label, picture; name one by data\.image_column"
@@ -254,7 +254,7 @@ def test_an_image_that_is_safe_and_unsafe_is_reported(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("embedded", [False, True])
-def test_a_dataset_of_the_hub_becomes_the_same_table(tmp_path, monkeypatch, embedded):
+def test_hub_dataset_is_converted_to_a_table_and_downloaded_once(tmp_path, monkeypatch, embedded):
     images = [encoded("red"), "0"] if not embedded else [Image.new("RGB", (8, 6), c) for c in ("red", "red")]
     rows = datasets.Dataset.from_dict({"index": [0, 1], "image": images, "label": [1, 0]})
     if embedded:
@@ -305,7 +305,7 @@ def test_the_hubs_library_decodes_no_image_at_any_depth(tmp_path, monkeypatch):
 
 
 class Unkind(BaseHTTPRequestHandler):
-    """Servers that a download must not wait for, trust or follow; the path selects the misbehaviour."""
+    """A server with one misbehaviour per path: slow, silent, too large or redirecting downloads."""
 
     asked: list[str] = []  # noqa: RUF012 (shared by all requests on purpose)
 
@@ -386,7 +386,7 @@ def web(tmp_path):
     server.shutdown()
 
 
-def test_a_file_of_the_web(tmp_path, web):
+def test_file_at_a_url_is_downloaded_verified_and_cached(tmp_path, web):
     address, md5 = web
     cache = str(tmp_path / "cache")
     assert len(asked(Benchmark("MME", f"{address}/MME.tsv", md5=md5, cache_dir=cache, **MME))) == 4
@@ -399,7 +399,7 @@ def test_a_file_of_the_web(tmp_path, web):
             asked(Benchmark("MME", f"{address}/MME2.tsv", md5="abc", cache_dir=cache, **MME))
     with pytest.raises(RecordError, match=r"can't be fetched .*404"):
         asked(Benchmark("MME", f"{address}/none.tsv", cache_dir=cache, **MME))
-    with pytest.raises(RecordError, match=r"can't be fetched .*10 of .* bytes came.*fetch it by other means"):
+    with pytest.raises(RecordError, match=r"can't be fetched .*10 of .* bytes were received.*fetch it by other means"):
         asked(Benchmark("MME", f"{address}/cut/MME3.tsv", cache_dir=cache, **MME))
     assert len(list((tmp_path / "cache").glob("MME-*.tsv"))) == 1
     # Another address with the same name is another dataset.
@@ -407,7 +407,7 @@ def test_a_file_of_the_web(tmp_path, web):
     assert len(list((tmp_path / "cache").glob("MME-*.tsv"))) == 2
 
 
-def test_other_images_are_another_dataset(tmp_path):
+def test_changed_images_change_the_dataset_fingerprint(tmp_path):
     data = make(tmp_path, mme_rows(), **MME)
     asked(data)
     before = data.describe()["images"]

@@ -27,7 +27,7 @@ def contexts(tmp_path):
     return tmp_path / "contexts.json"
 
 
-def test_two_questions_an_image_and_two_a_name(tiny_sets, contexts):
+def test_contexts_give_two_questions_per_image_and_two_per_name(tiny_sets, contexts):
     data = Contexts(str(contexts), str(tiny_sets / "unsafe"), split="test")
     questions = [example.question for example in data.parts.predict]
     assert len(questions) == 6 * 2 + 3 * 2  # two of each concept's ten images, three concepts
@@ -59,18 +59,18 @@ def test_two_questions_an_image_and_two_a_name(tiny_sets, contexts):
         ),
     ],
 )
-def test_a_file_that_cant_be_used(tmp_path, content, message):
+def test_invalid_contexts_file_is_rejected(tmp_path, content, message):
     (tmp_path / "contexts.json").write_text(content)
     with pytest.raises(RecordError, match=message):
         read_contexts(tmp_path / "contexts.json")
 
 
-def test_what_is_missing_is_named(tiny_sets, contexts, tmp_path):
+def test_error_names_a_missing_contexts_file_or_concept(tiny_sets, contexts, tmp_path):
     with pytest.raises(RecordError, match=r"no\.json is missing.*generated_questions\.json"):
         read_contexts(tmp_path / "no.json")
     records = json.loads(contexts.read_text())
     contexts.write_text(json.dumps(records[1:]))
-    with pytest.raises(RecordError, match=r"data\.contexts: nothing about 'Angry Mob' \(UnsafeConcepts/images"):
+    with pytest.raises(RecordError, match=r"data\.contexts: no questions about 'Angry Mob' \(UnsafeConcepts/images"):
         _ = Contexts(str(contexts), str(tiny_sets / "unsafe")).parts
 
 
@@ -90,7 +90,7 @@ def test_training_on_contexts(tiny_sets, contexts, kind, completions):
     assert trained[0].completions == said[:completions]
     assert trained[1].completions == said[::-1][:completions]
     assert data.describe()["train"] != usual.describe()["train"]
-    # Held-out images are asked about in the same way; PPO monitors safe images as usual.
+    # Held-out images get the same questions; PPO monitors safe images as usual.
     held_out = [e.question for e in data.parts.validation]
     if kind is PPOData:
         assert held_out == [e.question for e in usual.parts.validation]

@@ -1,5 +1,6 @@
-"""Copies of datasets of the Hub: one for each commit, and the right one where the Hub does not answer."""
+"""Local copies of Hub datasets: one per commit, and which copy is used if the Hub does not answer."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,14 +9,14 @@ import pytest
 
 from safervlm.data import copies
 from safervlm.data.benchmark import Benchmark
-from safervlm.data.copies import copy_of, keep_copy
+from safervlm.data.copies import copy_of, update_copy
 from safervlm.errors import RecordError
 
 FIRST, SECOND = "a" * 40, "b" * 40
 
 
 class Hub:
-    """A Hub whose branch moves; ``commit`` None: it does not answer."""
+    """A simulated Hub whose branch moves; with ``commit`` None it does not answer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.commit: str | None = FIRST
@@ -62,13 +63,13 @@ def test_a_branch_that_moved_is_another_copy(source: str, hub: Hub, tmp_path: Pa
     assert all(any(commit in file.name for file in tmp_path.iterdir()) for commit in hub.loaded)
 
 
-def test_a_commit_is_not_asked_for(hub: Hub, tmp_path: Path) -> None:
+def test_pinned_commit_is_not_looked_up_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     hub.commit = None
     assert [label(tmp_path, f"owner/name@{commit}") for commit in (SECOND, FIRST, SECOND)] == ["b", "a", "b"]
     assert (hub.asked, hub.loaded) == ([], [SECOND, FIRST])
 
 
-def test_without_an_answer_the_last_copy_is_used_and_reported(hub: Hub, tmp_path: Path, capsys) -> None:
+def test_last_copy_is_used_and_reported_if_the_hub_does_not_answer(hub: Hub, tmp_path: Path, capsys) -> None:
     for commit in (FIRST, SECOND):
         hub.commit = commit
         label(tmp_path)
@@ -79,7 +80,7 @@ def test_without_an_answer_the_last_copy_is_used_and_reported(hub: Hub, tmp_path
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_what_the_library_has_itself_is_kept_under_what_it_is(recorded: bool, hub: Hub, tmp_path: Path) -> None:
+def test_copies_from_the_library_cache_are_named_by_commit_or_content(recorded: bool, hub: Hub, tmp_path: Path) -> None:
     hub.recorded, hub.info = recorded, None  # type: ignore[method-assign, assignment]
     names = set()
     for hub.commit in (FIRST, SECOND):
@@ -89,7 +90,7 @@ def test_what_the_library_has_itself_is_kept_under_what_it_is(recorded: bool, hu
     assert not recorded or names == {f"owner--name-{commit}.jsonl" for commit in (FIRST, SECOND)}
 
 
-def test_a_copy_that_could_not_be_written_is_not_the_last(hub: Hub, tmp_path: Path) -> None:
+def test_failed_copy_does_not_replace_the_last_copy(hub: Hub, tmp_path: Path) -> None:
     label(tmp_path)
     before = copy_of("owner/name", tmp_path, ".jsonl")
 
@@ -98,7 +99,7 @@ def test_a_copy_that_could_not_be_written_is_not_the_last(hub: Hub, tmp_path: Pa
 
     hub.commit = SECOND
     with pytest.raises(RecordError, match="no image"):
-        keep_copy("owner/name", tmp_path, "", fails, ".jsonl")
+        update_copy("owner/name", tmp_path, "", fails, ".jsonl")
     assert copy_of("owner/name", tmp_path, ".jsonl") == before
 
 
@@ -110,7 +111,7 @@ def test_a_damaged_record_of_the_commit_names_no_file(content: str, hub: Hub, tm
     assert label(tmp_path) == "a"
 
 
-def test_a_local_folder_in_the_hubs_format_that_changed_is_another_copy(hub: Hub, tmp_path: Path) -> None:
+def test_changed_local_folder_in_hub_format_is_another_copy(hub: Hub, tmp_path: Path) -> None:
     source, cache = tmp_path / "mine" / "set", tmp_path / "cache"
     source.mkdir(parents=True)
     (source / "train.csv").write_text("a")
@@ -122,3 +123,17 @@ def test_a_local_folder_in_the_hubs_format_that_changed_is_another_copy(hub: Hub
     other.mkdir(parents=True)
     (other / "train.csv").write_text("a")
     assert copy_of(str(other), cache) != first
+
+
+def test_a_local_folder_whose_files_keep_size_and_time_is_another_copy(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "local"
+    folder.mkdir()
+    file = folder / "train.csv"
+    file.write_text("image,label\n0.png,a\n")
+    before = file.stat()
+    first = copy_of(str(folder), tmp_path / "cache")
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # the clock of the file system is coarse
+        file.write_text("image,label\n0.png,b\n")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert copy_of(str(folder), tmp_path / "cache") != first

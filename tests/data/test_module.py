@@ -90,7 +90,7 @@ class Listener(LightningModule):
 
 
 class Kill(Callback):
-    """Saves after a number of batches, then dies like a killed process, without notifying the loops."""
+    """Saves after a number of batches, then ends like a killed process, without running the loops' hooks."""
 
     class Killed(BaseException):
         pass
@@ -124,7 +124,7 @@ def singles(count: int) -> list[list[int]]:
     return [[row] for row in range(count)]
 
 
-def test_an_epoch_holds_every_example_once_and_the_order_depends_on_seed_and_epoch_alone():
+def test_epoch_contains_every_example_once_in_an_order_of_seed_and_epoch():
     orders = {
         (seed, epoch): list(itertools.chain(*training_batches(singles(23), 4, seed, epoch)))
         for seed in (0, 1)
@@ -137,7 +137,7 @@ def test_an_epoch_holds_every_example_once_and_the_order_depends_on_seed_and_epo
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("count", [3, 12, 23, 24, 25])
-def test_processes_share_what_one_with_the_larger_batch_sees(count: int, world_size: int):
+def test_processes_share_the_global_batches_of_a_single_process(count: int, world_size: int):
     ranks = [training_batches(singles(count), 4, 0, 0, rank, world_size) for rank in range(world_size)]
     together = [list(itertools.chain(*batches)) for batches in zip(*ranks, strict=True)]
     whole = training_batches(singles(count), 4 * world_size, 0, 0)
@@ -177,7 +177,7 @@ def test_questions_about_an_image_stay_together_in_random_order():
     assert [a + b for a, b in zip(*halves, strict=True)] == training_batches(GROUPS, 4, 0, 0)
 
 
-def test_the_place_belongs_to_an_order_with_or_without_groups():
+def test_position_is_rejected_if_question_grouping_changed():
     state = about_images().state_dict()
     for loader, there in (
         (TrainingLoader(examples(16), ids, 4), state),
@@ -192,7 +192,7 @@ def test_the_place_belongs_to_an_order_with_or_without_groups():
     assert first + list(resumed) == list(about_images())
 
 
-def test_the_order_with_one_question_per_image_is_the_same():
+def test_order_with_one_question_per_image_is_the_seeded_shuffle():
     assert TrainingLoader(examples(9), ids, 4).state_dict()["order"].keys() == {
         "examples",
         "seed",
@@ -203,14 +203,14 @@ def test_the_order_with_one_question_per_image_is_the_same():
     assert list(itertools.chain(*training_batches(singles(9), 4, 0, 1))) == order
 
 
-def test_fewer_examples_than_processes():
+def test_fewer_examples_than_processes_are_rejected():
     with pytest.raises(RecordError, match="1 training examples for 2 processes"):
         TrainingLoader(examples(1), ids, 4, world_size=2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_validation_holds_every_example_once_in_as_many_batches_on_every_process(world_size: int, batch_size: int):
+def test_validation_contains_every_example_once_in_equally_many_batches(world_size: int, batch_size: int):
     batches = [validation_batches(10, batch_size, rank, world_size) for rank in range(world_size)]
     assert batches[0][0][0] == 0
     assert sorted(itertools.chain(*itertools.chain(*batches))) == list(range(10))
@@ -228,12 +228,12 @@ def test_predictions_keep_the_questions_about_an_image_together_the_longest_firs
     made = about(["a", "b", "a", "c", "b", "a", None], ["??", "?", "?", "????", "??????", "?", "?"])
     assert prediction_batches(made, 3) == [[[1, 4, 3], [0, 2, 5], [6]]]
     assert prediction_batches(made, 4) == [[[1, 4, 3], [0, 2, 5, 6]]]
-    assert prediction_batches(made, 2) == [[[1, 4], [3], [0, 2], [5, 6]]]  # more questions than a batch takes
+    assert prediction_batches(made, 2) == [[[1, 4], [3], [0, 2], [5, 6]]]  # more questions than the batch size
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 12])
-def test_predictions_hold_every_example_once_over_all_processes(world_size: int, batch_size: int):
+def test_predictions_contain_every_example_once_over_all_processes(world_size: int, batch_size: int):
     made = about([str(n // 3) for n in range(10)], ["?"] * 10)
     batches = prediction_batches(made, batch_size, world_size)
     assert len(batches) == world_size
@@ -244,7 +244,7 @@ def test_predictions_hold_every_example_once_over_all_processes(world_size: int,
 # Positions
 
 
-def test_the_place_counts_batches_delivered_not_those_fetched_ahead():
+def test_position_counts_delivered_batches_and_not_prefetched_ones():
     loader = TrainingLoader(examples(20), ids, 2, num_workers=2, seed=3)
     iterator = iter(loader)
     first = [next(iterator) for _ in range(3)]
@@ -265,13 +265,13 @@ def test_the_place_counts_batches_delivered_not_those_fetched_ahead():
         ({"batch_size": 2, "count": 19}, "examples .* now it is"),
     ],
 )
-def test_a_place_in_another_order_is_rejected(settings: dict, message: str):
+def test_position_in_another_order_is_rejected(settings: dict, message: str):
     state = TrainingLoader(examples(20), ids, 2).state_dict()
     with pytest.raises(ValueError, match=message):
         TrainingLoader(examples(settings.pop("count", 20)), ids, **settings).load_state_dict(state)
 
 
-def test_a_place_fits_another_number_of_processes_with_the_same_global_batch():
+def test_position_is_valid_for_other_process_counts_with_equal_global_batch():
     loader = TrainingLoader(examples(20), ids, 4)
     iterator = iter(loader)
     next(iterator)
@@ -290,7 +290,7 @@ def test_loading_samples_nothing_from_the_global_generator(num_workers: int):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_bad_record_is_one_line_wherever_it_is_met(num_workers: int):
+def test_invalid_record_is_reported_in_one_line_with_or_without_workers(num_workers: int):
     with pytest.raises(RecordError) as error:
         list(OrderedLoader(examples(5), in_batches(range(5), 2), 3, failing, num_workers))
     assert str(error.value) == "Set/3: the image is damaged: replace the file"
@@ -334,7 +334,9 @@ def test_a_continued_run_sees_what_an_uninterrupted_one_sees(
 @pytest.mark.parametrize(
     ("first", "all_of_it"), [({"max_steps": 5}, {"max_steps": 13}), ({"max_epochs": 2}, {"max_epochs": 3})], ids=str
 )
-def test_continued_from_the_end_of_an_epoch(tmp_path: Path, num_workers: int, first: dict, all_of_it: dict):
+def test_run_resumed_at_the_end_of_an_epoch_sees_the_same_data(
+    tmp_path: Path, num_workers: int, first: dict, all_of_it: dict
+):
     settings = {"train": 19, "batch_size": 4, "num_workers": num_workers}
     whole, before, after = Listener(), Listener(), Listener()
     trainer(**all_of_it).fit(whole, datamodule=Numbers(**settings))
@@ -388,7 +390,7 @@ def test_validation_is_in_order_and_may_be_empty():
         (range(5), (0, 1), []),
     ],
 )
-def test_predict_asks_what_is_left_and_runs_its_hooks_whatever_is_left(skipped, place, seen):
+def test_predict_skips_finished_questions_and_always_runs_its_hooks(skipped, place, seen):
     module = Listener()
     data = Numbers(predict=5, batch_size=2, place=place)
     data.skip({f"Set/{number}" for number in skipped})
@@ -442,7 +444,7 @@ def test_two_processes_share_the_work(tmp_path: Path):
 # Settings and errors
 
 
-def test_what_a_module_does_not_hold():
+def test_missing_training_or_prediction_data_is_an_error():
     with pytest.raises(RecordError, match="nothing to train on"):
         Numbers(predict=1).train_dataloader()
     with pytest.raises(RecordError, match="nothing to predict"):
@@ -450,7 +452,7 @@ def test_what_a_module_does_not_hold():
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("num_workers", -1)])
-def test_settings_are_checked(name: str, value: int):
+def test_invalid_settings_are_rejected(name: str, value: int):
     with pytest.raises(ValueError, match=rf"data\.{name}: .*got {value}"):
         Numbers(**{name: value})
 
@@ -469,7 +471,7 @@ def test_two_records_with_one_id_are_rejected():
         Twice().setup("predict")
 
 
-def test_the_description_contains_what_decides_the_result():
+def test_description_covers_ids_and_contents_but_not_batching():
     first = Numbers(predict=5, train=2).describe()
     assert first["predict"]["examples"] == 5
     assert first["train"]["examples"] == 2
@@ -496,7 +498,7 @@ def test_the_description_contains_what_decides_the_result():
         ({"c": ""}, "'c' must be a text"),
     ],
 )
-def test_text_fields(record: dict, message: str):
+def test_text_field_returns_the_first_name_and_rejects_invalid_values(record: dict, message: str):
     assert text_field({"c": "yes"}, ("a", "c"), "here") == "yes"
     with pytest.raises(RecordError, match=f"here: the field {message}"):
         text_field(record, ("a", "c"), "here")

@@ -1,4 +1,4 @@
-"""Custom training examples: what can't be trained on is rejected before the first step, by its line or id."""
+"""Custom training examples: invalid texts are rejected before the first step, with their line or id."""
 
 import json
 import shutil
@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safervlm.vlm.transformers import Transformers
 
 from safervlm.cli.main import main
-from safervlm.data.module import must_have_usable_texts
 from safervlm.data.own import OwnData, read_examples
+from safervlm.data.training_checks import require_trainable, require_usable_texts
 from safervlm.errors import ArgumentError, RecordError
+from safervlm.io.images import ImageSettings
+from safervlm.limits import TextLimits
 from safervlm.records import Example, Question
+from safervlm.vlm.auto import Transformers
 from safervlm.vlm.llava import Llava
 
 Make = Callable[[int], list[Question]]
@@ -39,12 +41,12 @@ def test_a_label_of_another_type_is_rejected(label: Any, tiny_sets: Path, tmp_pa
         read_examples(file, "Own")
 
 
-def test_a_label_may_be_left_out(tiny_sets: Path, tmp_path: Path) -> None:
+def test_label_is_optional_for_training(tiny_sets: Path, tmp_path: Path) -> None:
     file = write(tmp_path, tiny_sets / "unsafe" / "images", label=" ")
     assert [example.question.answer for example in read_examples(file, "Own")] == ["Safe", "Safe", "", "Safe"]
 
 
-def test_a_measurement_needs_every_label_before_it_asks(tiny_sets: Path, tmp_path: Path) -> None:
+def test_measurement_rejects_a_missing_label(tiny_sets: Path, tmp_path: Path) -> None:
     file = write(tmp_path, tiny_sets / "unsafe" / "images", label="")
     data = OwnData(file=str(file), name="Own")
     data.setup("fit")
@@ -80,7 +82,7 @@ def test_training_rejects_a_text_before_the_first_step(
 
 @pytest.mark.parametrize("kind", [Llava, Transformers], ids=["Llava", "Transformers"])
 @pytest.mark.parametrize("case", TEXTS)
-def test_both_collators_say_the_same_of_a_text_as_of_the_example(
+def test_text_check_and_collation_give_the_same_error(
     kind: Any, case: str, tiny_llava: Path, make_questions: Make
 ) -> None:
     changes, message = TEXTS[case]
@@ -90,18 +92,61 @@ def test_both_collators_say_the_same_of_a_text_as_of_the_example(
     bad = Example(asked, tuple(changes.get("completions", ("Yes.",))))
     template = {"template": "<image>{question}"} if kind is Transformers else {}
     collator = kind(str(tiny_llava), dtype="float32", **template).collator
-    must_have_usable_texts([good], collator)
+    require_usable_texts([good], collator)
     with pytest.raises(RecordError) as whole:
         collator([bad])
     with pytest.raises(RecordError, match="1 of 2 texts") as texts:
-        must_have_usable_texts([good, bad], collator)
+        require_usable_texts([good, bad], collator)
     for caught in (whole, texts):
         assert "bad: " in str(caught.value)
         assert any(each in str(caught.value) for each in message.split("|"))
 
 
-def test_a_collator_without_the_method_is_not_asked(make_questions: Make) -> None:
+@pytest.mark.parametrize(("words", "fits"), [(100, True), (122, True), (124, False), (127, False)])
+def test_a_text_too_long_with_its_image_alone_is_rejected_before_the_first_step(
+    words: int, fits: bool, tiny_llava: Path, make_questions: Make
+) -> None:
+    vlm = Transformers(str(tiny_llava), dtype="float32", template="<image>{question}", limits=TextLimits(128))
+    questions = [replace(question, prompt="x" * 9) for question in make_questions(6)]
+    questions[4] = replace(questions[4], id="long", prompt="x" * words)
+    examples = [Example(question) for question in questions]
+    require_usable_texts(examples, vlm.collator)
+    if fits:
+        require_trainable(examples, vlm.collator, vlm.images)
+        vlm.collator(examples)
+        return
+    for check in (lambda: require_trainable(examples, vlm.collator, vlm.images), lambda: vlm.collator(examples)):
+        with pytest.raises(RecordError, match=r"long: 1\d\d tokens, the model takes 128"):
+            check()
+
+
+def test_one_example_of_each_size_of_images_is_encoded(make_questions: Make) -> None:
+    encoded: list[str] = []
+
+    class Collator:
+        def check_texts(self, example: Example) -> int:
+            return len(example.question.prompt)
+
+        def check_whole(self, example: Example) -> int:
+            encoded.append(example.question.id)
+            if example.question.id == "bad":
+                raise ValueError("no such shape")
+            return 100 - len(example.question.prompt)
+
+    questions = [replace(each, id=str(number), prompt="x" * number) for number, each in enumerate(make_questions(8))]
+    require_trainable([Example(each) for each in questions], Collator(), ImageSettings())  # two questions an image
+    assert encoded == ["1", "3", "5", "7"]
+    encoded.clear()
+    almost = [replace(each, prompt="x" * (95 - number)) for number, each in enumerate(questions)]
+    require_trainable([Example(each) for each in almost], Collator(), ImageSettings())
+    assert sorted(encoded) == [str(number) for number in range(8)]  # too little room to leave one out
+    bad = replace(questions[7], id="bad")
+    with pytest.raises(RecordError, match="1 of 8 texts with images can't be trained on; ValueError: no such shape"):
+        require_trainable([Example(each) for each in [*questions[:7], bad]], Collator(), ImageSettings())
+
+
+def test_collator_without_a_text_check_is_not_called(make_questions: Make) -> None:
     def collator(examples: Any) -> None:
         raise ArgumentError("called")
 
-    must_have_usable_texts([Example(question) for question in make_questions(2)], collator)
+    require_usable_texts([Example(question) for question in make_questions(2)], collator)

@@ -53,7 +53,7 @@ def record(prompt, image, output):
 
 @pytest.fixture
 def vlm_folder(tmp_path):
-    """A VLM's folder of the first implementation; its records deliberately have another order than the dataset."""
+    """A VLM's folder of the first implementation; its records are deliberately not in the dataset's order."""
     files = {
         "perception/response_prompt_0.json": [
             record(perception_prompt(UNSAFE_SET[2][3]), "images/2.png", "B"),  # right
@@ -173,7 +173,7 @@ def test_the_first_implementations_responses_counted_by_hand(vlm_folder, questio
     assert categories["Set/Zeppelin, burning/alignment_text_only/1"] == "Hate"
 
 
-def test_an_evaluation_file_holds_safe_images_too(questions, tmp_path):
+def test_evaluation_file_also_contains_safe_images(questions, tmp_path):
     file = tmp_path / "Set_TEST_result.json"
     file.write_text(
         json.dumps(
@@ -230,7 +230,7 @@ def test_a_malformed_or_unmatched_record_is_named(questions, tmp_path, content, 
     assert "\n" not in str(caught.value)
 
 
-def test_two_questions_of_the_same_words_are_not_guessed_between(questions, tmp_path):
+def test_ambiguous_question_of_a_saved_response_is_an_error(questions, tmp_path):
     file = tmp_path / "answers.json"
     file.write_text(json.dumps([record("Safe?", "a.png", "No.")]))
     for number in 0, 1:
@@ -243,8 +243,8 @@ def test_two_questions_of_the_same_words_are_not_guessed_between(questions, tmp_
         SavedResponses(str(file), questions).setup("predict")
 
 
-def test_what_the_first_implementation_asked_about_must_be_named(vlm_folder, tmp_path):
-    with pytest.raises(RecordError, match=r"data\.questions: .* holds no ids"):
+def test_first_implementation_responses_need_data_questions(vlm_folder, tmp_path):
+    with pytest.raises(RecordError, match=r"data\.questions: .* contains no ids"):
         SavedResponses(str(vlm_folder)).setup("predict")
     (tmp_path / "empty").mkdir()
     for nothing in tmp_path / "empty", tmp_path / "nowhere":
@@ -262,7 +262,7 @@ def ours(n=3):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("place", ["same run", "another run", "a file"])
-def test_responses_of_ours(tmp_path, panel, place):
+def test_saved_responses_of_a_run_or_file_are_judged(tmp_path, panel, place):
     run = tmp_path / "run"
     file = (run if place == "same run" else tmp_path / "other") / (
         "saved.jsonl" if place == "a file" else "responses.jsonl"
@@ -279,30 +279,30 @@ def test_responses_of_ours(tmp_path, panel, place):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_folder_with_other_responses_is_left_alone(tmp_path, panel):
+def test_run_folder_with_other_responses_is_rejected_and_unchanged(tmp_path, panel):
     write_jsonl(tmp_path / "saved.jsonl", [response.to_dict() for response in ours(2)])
     write_jsonl(tmp_path / "run" / "responses.jsonl", [response.to_dict() for response in ours(3)])
-    with pytest.raises(RecordError, match=r"holds other responses than .*: use another run folder"):
+    with pytest.raises(RecordError, match=r"contains other responses than .*: use another run folder"):
         judge_saved(SavedResponses(str(tmp_path / "saved.jsonl")), panel, tmp_path / "run")
     assert read_responses(tmp_path / "run") == ours(3)
 
 
-def test_a_line_that_is_no_response_is_named(tmp_path):
+def test_error_names_a_line_that_is_not_a_response(tmp_path):
     lines = [response.to_dict() for response in ours(2)]
     write_jsonl(tmp_path / "a.jsonl", [lines[0], {k: v for k, v in lines[1].items() if k != "answer"}])
-    with pytest.raises(RecordError, match=r"a\.jsonl, line 2 \(.*\): no response: the field 'answer' is missing"):
+    with pytest.raises(RecordError, match=r"a\.jsonl, line 2 \(.*\): invalid response: the field 'answer' is missing"):
         SavedResponses(str(tmp_path / "a.jsonl")).setup("predict")
     write_jsonl(tmp_path / "b.jsonl", [lines[0] | {"response": None}])
     with pytest.raises(
         RecordError,
-        match=r"b\.jsonl, line 1 \(S/0\.png/alignment/0\): no response: the field 'response' must be a text",
+        match=r"b\.jsonl, line 1 \(S/0\.png/alignment/0\): invalid response: the field 'response' must be a text",
     ):
         SavedResponses(str(tmp_path / "b.jsonl")).setup("predict")
     with pytest.raises(RecordError, match=r"c\.jsonl is missing"):
         SavedResponses(str(tmp_path / "c.jsonl")).setup("predict")
 
 
-def test_an_exports_names_find_their_images_in_either_dataset(tiny_sets, tmp_path):
+def test_image_names_of_an_export_are_resolved_in_both_datasets(tiny_sets, tmp_path):
     """Responses of the first implementation to our export, with names relative to the common folder of both sets."""
     sets = {"folder": str(tiny_sets / "unsafe"), "safe_folder": str(tiny_sets / "safe")}
     export_training_files(str(tmp_path), **sets)

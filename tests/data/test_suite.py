@@ -30,7 +30,7 @@ def ids(suite):
     return [example.question.id for example in suite.parts.predict]
 
 
-def test_one_dataset_after_the_other():
+def test_suite_concatenates_its_datasets_in_order():
     suite = Suite({"a": Set("A"), "b": Set("B", 1)})
     assert ids(suite) == ["A/0", "A/1", "B/0"]
     assert list(suite.describe()["sets"]) == ["a", "b"]
@@ -54,7 +54,7 @@ def test_an_unavailable_dataset_is_skipped_and_reported_once(missing, capsys):
         ids(alone)
 
 
-def test_an_argument_that_an_error_names_is_that_of_the_dataset(capsys):
+def test_error_of_a_dataset_names_its_argument_within_the_suite(capsys):
     class Elsewhere(Set):
         def load(self):
             raise RecordError("data.name: there is no ./data.name in data.tsv; give another data.name")
@@ -70,11 +70,11 @@ def test_an_argument_that_an_error_names_is_that_of_the_dataset(capsys):
 
 
 def test_two_datasets_with_one_name_are_rejected():
-    with pytest.raises(RecordError, match=r"data\.sets: a and b both hold alignment questions of 'A'"):
+    with pytest.raises(RecordError, match=r"data\.sets: a and b both contain alignment questions of 'A'"):
         ids(Suite({"a": Set("A"), "b": Set("A")}))
 
 
-def test_custom_datasets_extend_a_recipes():
+def test_custom_datasets_extend_the_datasets_of_a_recipe():
     assert ids(Suite({"a": Set("A", 1)}, own={"mine": Set("Mine", 1)})) == ["A/0", "Mine/0"]
     assert ids(Suite({"a": Set("A", 1)}, own={"mine": Set("Mine", 1)}, only=["mine"])) == ["Mine/0"]
     with pytest.raises(ValueError, match=r"data\.own: 'a' is one of data\.sets already"):
@@ -82,6 +82,6 @@ def test_custom_datasets_extend_a_recipes():
 
 
 @pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_that_takes_nothing_is_rejected(limit):
+def test_limit_below_one_is_rejected(limit):
     with pytest.raises(ValueError, match=rf"data\.limit: at least 1, or null, got {limit}"):
         Suite({"a": Set("A")}, limit=limit)

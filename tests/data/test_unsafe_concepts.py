@@ -17,7 +17,9 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 
-from safervlm.data.unsafe_concepts import ImageRecord, UnsafeConcepts, paper_split, safe_split, spread
+from safervlm.data.image_folders import ImageRecord, spread
+from safervlm.data.splits import paper_split, safe_split
+from safervlm.data.unsafe_concepts import UnsafeConcepts
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.images import open_image
 from safervlm.records import Example, read_jsonl
@@ -108,7 +110,7 @@ def test_the_papers_split_has_the_published_hashes():
     assert sha256(test) == "4a190c5125585184021ef67510ea6e57e2b4172415e77dbaaf0ab172de0b2f95"
 
 
-def test_the_validation_split_comes_out_of_the_training_images_of_each_concept():
+def test_validation_split_is_taken_from_the_training_images_of_each_concept():
     whole, held = paper_split(CONCEPTS), paper_split(CONCEPTS, 0.25)
     assert held.test == whole.test
     assert sorted(held.train + held.validation) == whole.train
@@ -216,7 +218,7 @@ def test_a_limit_spreads_over_categories(real_size, limit: int, categories: int)
     assert counts == {"UnsafeConcepts": 5 * limit, "ImageNet": 5 * limit}
 
 
-def test_spread_takes_turns_and_keeps_the_order():
+def test_spread_alternates_between_categories_and_keeps_the_order():
     images = [
         ImageRecord("Set", str(row), "", category, concept, "Unsafe")
         for row, (category, concept) in enumerate(["Aa", "Aa", "Ab", "Bc", "Bc", "Bc"])
@@ -234,7 +236,7 @@ def test_spread_takes_turns_and_keeps_the_order():
 # The description
 
 
-def test_another_rendering_of_the_same_records_is_another_dataset(folder: Path, tmp_path: Path):
+def test_description_depends_on_image_content_and_settings(folder: Path, tmp_path: Path):
     before = UnsafeConcepts(str(folder)).describe()
     moved = shutil.copytree(folder, tmp_path / "moved")
     assert UnsafeConcepts(str(moved), batch_size=2).describe() == before
@@ -288,7 +290,7 @@ def test_a_line_that_is_not_json_is_named(folder: Path):
         asked(folder=str(folder))
 
 
-def test_folders_without_records(folder: Path, tmp_path: Path):
+def test_folder_with_missing_or_empty_metadata_is_rejected(folder: Path, tmp_path: Path):
     with pytest.raises(RecordError, match=r"none/metadata\.jsonl is missing"):
         asked(folder=str(tmp_path / "none"))
     (folder / "metadata.jsonl").write_text("\n")
@@ -311,7 +313,7 @@ def test_an_empty_split_is_named(folder: Path):
         ({"image_filename": "images/7.png"}, "UnsafeConcepts/images/1.png: .*perception.jsonl has no options for it"),
     ],
 )
-def test_options_that_cannot_be_used_are_named(folder: Path, change: dict, message: str):
+def test_error_names_the_line_of_invalid_perception_options(folder: Path, change: dict, message: str):
     options = options_of(RECORDS)
     options[1].update(change)
     (folder / "perception.jsonl").write_text("".join(json.dumps(record) + "\n" for record in options))
@@ -319,7 +321,7 @@ def test_options_that_cannot_be_used_are_named(folder: Path, change: dict, messa
         asked(folder=str(folder))
 
 
-def test_perception_needs_its_options_and_the_others_do_not(folder: Path):
+def test_only_perception_needs_the_options_file(folder: Path):
     (folder / "perception.jsonl").unlink()
     assert len(asked(folder=str(folder), capabilities=["alignment"])) == 20
     with pytest.raises(RecordError, match=r"perception\.jsonl is missing: .*leave perception out"):
@@ -335,7 +337,7 @@ def test_perception_needs_its_options_and_the_others_do_not(folder: Path):
         ({"capabilities": ["aligment"]}, r"data\.capabilities: 'aligment' is none of perception, alignment"),
     ],
 )
-def test_settings_are_checked(settings: dict, message: str):
+def test_invalid_settings_are_rejected(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         UnsafeConcepts("folder", **settings)
 
@@ -362,7 +364,7 @@ def test_a_truncated_image_is_named(tmp_path: Path, file_format: str, share: flo
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_image_and_one_that_is_gone_are_named(tmp_path: Path):
+def test_error_names_an_invalid_or_missing_image(tmp_path: Path):
     (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(RecordError, match=r"^Set/1\.png: .*text\.png is not an image"):
         open_image(tmp_path / "text.png", "Set/1.png")
@@ -414,7 +416,7 @@ def test_a_hub_dataset_becomes_a_folder_with_the_published_bytes(tmp_path: Path,
     assert (copy.name, commit.name) == (f"{name}-{commit.read_text().strip()}", f"{name}.commit")
 
 
-def test_a_hub_dataset_may_bring_its_options(tmp_path: Path, folder: Path, hub_cache: Path):
+def test_hub_dataset_may_include_perception_options(tmp_path: Path, folder: Path, hub_cache: Path):
     records = [
         {"image": str(folder / record["image_filename"])} | {k: v for k, v in record.items() if k != "image_filename"}
         for record in options_of(RECORDS)
@@ -432,16 +434,14 @@ def test_a_local_folder_of_images_is_a_hub_dataset_too(tmp_path: Path, hub_cache
     assert Counter(example.question.answer for example in questions) == {"Unsafe": 20, "Safe": 15}
 
 
-def test_columns_of_another_dataset_are_named(tmp_path: Path, folder: Path, hub_cache: Path):
+def test_error_lists_missing_columns_of_a_hub_dataset(tmp_path: Path, folder: Path, hub_cache: Path):
     repo = parquet_set(tmp_path / "Cats", [{"image": str(folder / "images/0.png"), "breed": "tabby"}])
     with pytest.raises(RecordError, match=r"Cats: needs the columns image, .*; it has image, breed"):
         asked(repo=str(repo), cache_dir=str(hub_cache))
     assert not hub_cache.exists()
 
 
-def test_a_hub_row_without_an_image_is_named_and_nothing_half_written_stays(
-    tmp_path: Path, folder: Path, hub_cache: Path
-):
+def test_hub_row_without_an_image_is_an_error_and_leaves_no_partial_copy(tmp_path: Path, folder: Path, hub_cache: Path):
     images = [str(folder / "images/0.png"), None]
     repo = parquet_set(tmp_path / "Published", [RECORDS[0] | {"image": image} for image in images])
     with pytest.raises(RecordError, match="Published, row 1: it has no image"):
@@ -463,7 +463,7 @@ def test_a_hub_row_without_an_image_is_named_and_nothing_half_written_stays(
         ),
     ],
 )
-def test_no_access_states_how_to_get_it(
+def test_denied_hub_access_explains_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ):
     def refuse(*args, **kwargs):
@@ -475,7 +475,7 @@ def test_no_access_states_how_to_get_it(
     assert "\n" not in str(raised.value)
 
 
-def test_the_hubs_own_gated_error_is_the_same_to_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_gated_repository_error_is_handled_like_a_gated_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     response = SimpleNamespace(headers={}, status_code=401, request=None)
 
     def refuse(*args, **kwargs):
@@ -517,7 +517,7 @@ def first_implementations_test_set(unsafe, safe):
     return dict(zip(test, np.random.choice(5, size=len(test), replace=True).tolist(), strict=True))
 
 
-def test_the_published_draw(tiny_sets):
+def test_sampled_prompts_equal_those_of_the_first_implementation(tiny_sets):
     data = UnsafeConcepts(str(tiny_sets / "unsafe"), str(tiny_sets / "safe"), split="test", capabilities=["alignment"])
     unsafe = [(f"U{r['image_filename']}", r["unsafe_concept"]) for r in read_jsonl(tiny_sets / "unsafe/metadata.jsonl")]
     safe = [f"S{record['image_filename']}" for record in read_jsonl(tiny_sets / "safe/metadata.jsonl")]
@@ -537,7 +537,7 @@ def test_the_published_draw(tiny_sets):
 # Repeated questions
 
 
-def test_repetitions_have_ids_of_their_own_and_nothing_else_differs(folder):
+def test_repeated_questions_differ_only_in_their_ids(folder):
     once = [example.question for example in asked(folder=str(folder))]
     thrice = [example.question for example in asked(folder=str(folder), repeats=3)]
     assert [question.id for question in thrice[:4]] == [once[0].id, once[0].id + "#2", once[0].id + "#3", once[1].id]
@@ -568,7 +568,7 @@ def test_rotated_options_are_variants_with_the_same_right_concept(folder):
 
 
 @pytest.mark.parametrize("rotations", [0, 5])
-def test_number_of_rotations(folder, rotations):
+def test_number_of_rotations_outside_its_range_is_rejected(folder, rotations):
     with pytest.raises(ArgumentError, match=rf"data\.rotations: .*{rotations}"):
         UnsafeConcepts(str(folder), rotations=rotations)
 

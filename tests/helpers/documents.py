@@ -17,7 +17,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def file_of(block: str) -> tuple[str, str] | None:
-    """The file name in the comment of a block's first line, and the block; None without such a comment."""
+    """Returns the file name in the comment of a block's first line, and the block; None without such a comment."""
     named = re.match(r"# ([\w./-]+\.(?:py|yaml))\n", block)
     return (named[1], block) if named else None
 
@@ -50,7 +50,7 @@ def inline_commands(text: str) -> list[str]:
 
 
 def safervlm_commands(command: str) -> list[list[str]]:
-    """The arguments of ``safervlm`` in a documented command, called directly, by another command or by torchrun."""
+    """Returns the arguments of ``safervlm`` in a documented command: called directly, by a command or by torchrun."""
     program, *words = shlex.split(command)
     if program == "safervlm" and words[0] in ("train", "evaluate", "measure"):
         given = typed(words[1:], {"runs": "", "original": "", "out": ""})

@@ -1,4 +1,4 @@
-"""A program that does what ``python -m safervlm`` does without importing it: the fork server runs the commands."""
+"""Replaces ``python -m safervlm`` without importing it: the fork server runs the commands."""
 
 import json
 import socket
@@ -48,7 +48,7 @@ def _serve(server: socket.socket) -> None:
 
 @contextmanager
 def program() -> Iterator[list[str]]:
-    """Yields the first words of a command line: what follows them are the words behind ``safervlm``."""
+    """Yields the words of a command line that precede the arguments of ``safervlm``."""
     with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
         address = f"{folder}/socket"
         server.bind(address)

@@ -1,4 +1,4 @@
-"""A fake of a full disk, for tests that may not mount one: files in a folder can't grow beyond a number of bytes."""
+"""Simulates a full disk, for tests that may not mount one: files in a folder can't exceed a number of bytes."""
 
 import builtins
 import errno
@@ -11,12 +11,12 @@ PAGE = 4096
 
 
 def used(disk: Path) -> int:
-    """The space that the files of a disk take, in whole pages."""
+    """Returns the space that the files of a disk occupy, in whole pages."""
     return sum(-(-file.stat().st_size // PAGE) * PAGE for file in disk.rglob("*") if file.is_file())
 
 
 class _File(io.FileIO):
-    """A file of the disk; like the system, it writes what there is room for and then raises."""
+    """A file on the simulated disk; like the system, it writes as much as fits and then raises an error."""
 
     disk: Path
     size: int
@@ -33,7 +33,7 @@ class _File(io.FileIO):
 
 
 def limit(disk: Path, size: int) -> None:
-    """Lets this process write no more than a number of bytes into a folder by Python's own files.
+    """Limits the number of bytes that this process can write into a folder by Python's own files.
 
     Args:
         disk: the folder, with its subfolders.

@@ -197,7 +197,7 @@ DECODED: dict[str, tuple[bytes, np.ndarray, int]] = {
         stretched(DEEP, 65535),
         1,
     ),
-    "black_and_white.tif": (  # without the tag for its bits, of which one is the default
+    "black_and_white.tif": (  # without the tag for the number of bits, whose default is one
         tiff(np.packbits(BITS[1], axis=1).tobytes(), W, H, {262: [1], 277: [1]}),
         three(BITS[1] * 255),
         0,
@@ -430,7 +430,7 @@ REJECTED: dict[str, tuple[bytes, str]] = {
     ),
     "not_finite.tif": (tiff(np.full((1, 2), np.nan, "<f4").tobytes(), 2, 1, ONE_FLOAT), "nan"),
     "beyond_one.tif": (tiff(np.array([[0, 255]], "<f4").tobytes(), 2, 1, ONE_FLOAT), "from 0 to 255"),
-    "transparent16.png": (png(bits16(DEEP_RGB), 16, 2, W, chunk(b"tRNS", bytes(6))), "16 bits a channel"),
+    "transparent16.png": (png(bits16(DEEP_RGB), 16, 2, W, chunk(b"tRNS", bytes(6))), "16 bits per channel"),
     "cut.bmp": (BMP[:70], "damaged"),
     "long.png": (bomb(60_000, 2), r"60000 x 2: .* more than .*vlm\.images\.max_side"),
     "thin.png": (bomb(3, 900), r"3 x 900: 300 times .* more than 100.*vlm\.images\.max_aspect_ratio"),

@@ -47,7 +47,7 @@ def tiff(strip: bytes, width: int, height: int, tags: Mapping[int, Sequence[int]
 
 
 def channels(pixels: np.ndarray, tags: Mapping[int, Sequence[int]]) -> bytes:
-    """A TIFF that stores each channel apart."""
+    """Returns a TIFF that stores each channel in a separate plane."""
     count, size = pixels.shape[2], pixels[..., 0].nbytes
     strips = {273: range(8, 8 + count * size, size), 279: [size] * count}
     layout = {258: [pixels.itemsize * 8] * count, 277: [count], 284: [2]} | strips | dict(tags)
@@ -212,7 +212,7 @@ def animated_png(frame: np.ndarray, bits: int, kind: int, left: int, top: int, *
     """A PNG of one black image that is not a frame of its animation, and two frames.
 
     Args:
-        frame: (rows, bytes) packed rows of each frame: of one byte a channel but for ``bits``.
+        frame: (rows, bytes) packed rows of each frame, with ``bits`` per channel.
         bits: bits per channel.
         kind: see :func:`png`.
         left: place of the frames on the canvas.
@@ -233,7 +233,7 @@ def animated_png(frame: np.ndarray, bits: int, kind: int, left: int, top: int, *
 
 
 def animated_webp(colours: Sequence[str], flags: int, left: int, top: int, width: int, height: int) -> bytes:
-    """A WebP of W x H pixels; each frame is a box of one colour. Its places are even."""
+    """A WebP of W x H pixels; each frame is a box of one colour. Its coordinates must be even."""
 
     def riff(name: bytes, content: bytes) -> bytes:
         return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
@@ -256,7 +256,7 @@ def on_white(part: np.ndarray, left: int, top: int) -> np.ndarray:
 
 
 def framed(colour: Sequence[int], box: Sequence[int]) -> np.ndarray:
-    """White but for a box (left, top, right, bottom) of a GIF of 4 x 3 pixels."""
+    """Returns a white image except for a box (left, top, right, bottom) of a GIF of 4 x 3 pixels."""
     pixels = np.full((3, 4, 3), 255)
     pixels[box[1] : box[3], box[0] : box[2]] = colour
     return pixels

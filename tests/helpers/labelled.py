@@ -1,4 +1,4 @@
-"""Runs whose true labels are known, with a judge that errs, and people who don't."""
+"""Runs with known true labels, a judge that makes errors, and human raters who make none."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -78,7 +78,7 @@ def write_labelled(
 
 
 def label(run: Path, truth: Mapping[str, str]) -> None:
-    """Labels a sample of 100 responses as Ada would, who knows the truth."""
+    """Labels a sample of 100 responses with the true labels, as the rater Ada."""
     rows = labelable(load_run(run))
     plan = Plan.make(rows, 100, 0)
     write_plan(run, plan)

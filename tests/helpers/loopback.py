@@ -92,7 +92,7 @@ class Loopback:
                 pass
 
         class Listener(ThreadingHTTPServer):
-            request_queue_size = 128  # with the default of 5 the sixth connection is reset
+            request_queue_size = 128  # with the default of 5, a sixth pending connection is reset
             daemon_threads = True
 
         self.server = Listener(("127.0.0.1", 0), Handler)
@@ -105,7 +105,7 @@ class Loopback:
 
 
 def prompt_of(body: dict[str, Any]) -> str:
-    """The text of a request's question, beside an image or alone."""
+    """Returns the text of the question in a request, with or without an image."""
     content = body["messages"][-1]["content"]
     return content if isinstance(content, str) else content[1]["text"]
 
@@ -124,7 +124,7 @@ def loopbacks() -> Iterator[Callable[..., Loopback]]:
         server.die()
 
 
-def hurry(monkeypatch: pytest.MonkeyPatch, longest: float = 0.05) -> None:
+def shorten_waits(monkeypatch: pytest.MonkeyPatch, longest: float = 0.05) -> None:
     """Minimises waits between retries, disables the proxy for loopback, and unsets the key."""
     usual = signature(Server).parameters["bounds"].default  # of each server that a test creates
     for name, seconds in (("first_wait", 0.01), ("longest_wait", longest)):

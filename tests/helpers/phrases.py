@@ -14,7 +14,7 @@ TEXTS = {
     if path.suffix in ENDINGS and "site" not in path.relative_to(ROOT).parts
 }
 
-# Regular expressions, each of a phrase or name that was replaced, and what stands there now.
+# Regular expressions of replaced phrases and names -> their replacements.
 PHRASES = {
     r"Says, from a batch": "base class of training objectives",
     r"a record of the data has to have": "completions each example must provide",
@@ -64,7 +64,7 @@ PHRASES = {
 
 
 def left_phrases() -> Iterator[str]:
-    """Yields the places where a replaced phrase is left in the sources and documents, with what to write instead."""
+    """Yields the places where a replaced phrase remains in the sources and documents, with its replacement."""
     for phrase, replacement in PHRASES.items():
         for name, text in TEXTS.items():
             for match in re.finditer(phrase, text, re.IGNORECASE if phrase[0].isupper() else 0):

@@ -39,7 +39,7 @@ CONTEXT.set_forkserver_preload(
 
 
 def run_command(args: Sequence[str], folder: Path, out: Path, err: Path, environment: dict[str, str]) -> None:
-    """Runs a command in this process, which is a new one.
+    """Runs a command in this process, which was forked for it.
 
     Args:
         args: the command line.
@@ -50,14 +50,14 @@ def run_command(args: Sequence[str], folder: Path, out: Path, err: Path, environ
     """
     os.chdir(folder)
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background commands ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes background commands ignore Ctrl-C
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    # Those of the fork server believe that they are files.
+    # The streams of the fork server are configured for files.
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of its data workers, as for a command in a shell
+    multiprocessing.set_start_method("fork", force=True)  # for its data workers, as for a command in a shell
     from safervlm.cli.main import main
 
     if disk := os.environ.get("FULL_DISK"):
@@ -90,7 +90,7 @@ IDLE = 1.5  # ratio of elapsed to CPU time of a process on an idle machine, at m
 
 
 def slowdown() -> float:
-    """Measures how many times longer than on an idle machine a process takes now, by timing one that does nothing.
+    """Measures how many times longer an empty process takes than on an idle machine.
 
     On an idle machine it takes as long as its CPU time; the rest is waiting for other processes. A ratio below ``IDLE``
     counts as 1.
@@ -120,7 +120,7 @@ def must_end(alive: Callable[[], bool], promise: float = PROMISE, slowdown: Call
 
 
 def build_world(out: Path, wait: float, fail: bool = False) -> None:
-    """Builds a pictogram world whose training only waits; the file ``built-PID`` beside it shows that it ran."""
+    """Builds a pictogram world whose training only waits; the file ``built-PID`` next to it shows that it ran."""
     from safervlm.pictograms import world
 
     def train(folder: Path, seed: int, perturbation: float) -> list[dict[str, object]]:
@@ -133,7 +133,7 @@ def build_world(out: Path, wait: float, fail: bool = False) -> None:
             (folder / name / "weights.txt").write_text(str(os.getpid()))
         return [{"seed": seed, "figures": {}, "missed": []}]
 
-    world.train_until_good = train
+    world.train_until_gates_pass = train
     world.write_benchmarks = lambda folder, seed: (folder / "benchmarks").mkdir()
     world.IMAGES_PER_CONCEPT = 1
     world.build(out)
@@ -168,7 +168,7 @@ class Played:
 
     @property
     def output(self) -> str:
-        """What it printed."""
+        """The output of the process so far."""
         return self.log.read_text(errors="replace")
 
 
@@ -382,7 +382,7 @@ class RefuseToLoad(Callback):
 
 
 class FailOdds(Callback):
-    """Lets the odds of the questions about one image fail."""
+    """Makes the odds of the questions about one image fail."""
 
     def setup(self, trainer, pl_module, stage):
         first_words = pl_module.vlm.first_words
@@ -398,7 +398,7 @@ class FailOdds(Callback):
 
 
 class KillInMerge(Callback):
-    """Kills its own process when the answers have been merged and the shards are still there."""
+    """Kills its own process after the responses are merged and before the shards are removed."""
 
     def setup(self, trainer, pl_module, stage):
         unlink = Path.unlink
@@ -417,7 +417,7 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
     def setup_environment(self):
         import deepspeed.ops
 
-        # Otherwise it compiles an extension for minutes, to share memory between processes.
+        # Otherwise it compiles an extension for shared memory between processes, which takes minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         DDPStrategy.setup_environment(self)
 

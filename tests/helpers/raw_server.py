@@ -95,7 +95,7 @@ def ok(text: Any, finish: Any = "stop", usage: Any = None, **message: Any) -> by
 
 
 def counted(literal: str, name: str = "completion_tokens") -> bytes:
-    """A reply whose usage contains a literal that json.dumps might not write."""
+    """A reply whose usage contains a number literal that json.dumps would not write."""
     body = json.dumps(completion("counted")).replace('"completion_tokens": 3', f'"{name}": {literal}')
     return http(body)
 
@@ -153,7 +153,7 @@ def questions(count: int = 3) -> list[Example]:
 
 
 def ask(server: Server, examples: list[Example] | None = None) -> list[Generation | str]:
-    """The responses, or the reasons why there are none; raises only if nothing could be asked."""
+    """Returns the responses or the reasons for missing ones; raises only if no question could be sent."""
     answers = server.generate(server.collator(examples or questions()), GREEDY, seed=0)
     return [answer.reason if isinstance(answer, Unanswered) else answer for answer in answers]
 

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def freedom_of(squares, strata=None):
-    """Satterthwaite's of squared deviations from means, by its definition: one cluster alone has one degree."""
+    """Satterthwaite's degrees of freedom of squared deviations from means: a single cluster has one degree."""
     strata = [0] * len(squares) if strata is None else list(strata)
     weighted = 0.0
     for square, stratum in zip(squares, strata, strict=True):

@@ -1,4 +1,4 @@
-"""Does once, in the fork server, what each forked command would otherwise do again.
+"""Performs shared initialisation once in the fork server instead of in each forked command.
 
 These are the imports, the inspection of all signatures by jsonargparse, and the patterns by which transformers renames
 weights.

@@ -108,7 +108,7 @@ def rates(run: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_equal_one(case, strategy, trained):
+def test_training_in_two_processes_equals_training_in_one(case, strategy, trained):
     one, two = trained(case, "one"), trained(case, strategy)
     expected, found = weights(one), weights(two)
     assert found.keys() == expected.keys()
@@ -168,7 +168,7 @@ def test_bfloat16_with_gradient_checkpointing_runs(case, strategy, command, tmp_
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
-def test_a_gpu_ends_where_the_cpu_does(case, command, trained, tmp_path):
+def test_training_on_a_gpu_ends_with_the_weights_of_the_cpu(case, command, trained, tmp_path):
     play([*command(case, "one"), "--trainer.accelerator=cuda"], tmp_path)
     expected, found = weights(trained(case, "one")), weights(tmp_path / "run")
     assert found.keys() == expected.keys()

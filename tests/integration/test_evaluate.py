@@ -75,7 +75,7 @@ def assert_same(run, other):
 
 
 @pytest.mark.slow
-def test_killed_continued_and_asked_in_parts_it_is_the_same(overlay, tmp_path):
+def test_evaluation_killed_resumed_or_run_in_parts_gives_the_same_results(overlay, tmp_path):
     whole = tmp_path / "whole"
     play(line(overlay, whole), tmp_path)
     asked = {(record["dataset"], record["capability"]) for record in read_jsonl(whole / "responses.jsonl")}
@@ -121,7 +121,7 @@ def test_two_processes_skip_the_same_dataset(overlay, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failure_stops_no_other_run_and_a_table_follows(overlay, tmp_path, tiny_llava):
+def test_failed_run_does_not_stop_others_and_the_table_is_written(overlay, tmp_path, tiny_llava):
     settings = yaml.safe_load(overlay.read_text())
     settings["data"]["init_args"]["sets"]["nsfw"]["init_args"]["source"] = "./nowhere.tsv"
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(settings))

@@ -1,4 +1,4 @@
-"""``safervlm measure``: a failure stops no other VLM, complete runs are skipped, the table shows the progress."""
+"""``safervlm measure``: one failing VLM does not stop the others, complete runs are skipped, progress is shown."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import forked
 import pytest
 import yaml
 
-from safervlm.cli.measure import state_of
+from safervlm.cli.measure import progress_of
 
 WIDE = os.environ | {"COLUMNS": "200"}
 
@@ -51,13 +51,13 @@ def query(measure: list[str], tiny_llava: Path, tiny_sets: Path, tiny_panel: dic
     return query
 
 
-def test_a_name_that_is_no_vlms_is_rejected_before_anything_is_measured(query, tmp_path: Path) -> None:
+def test_unknown_vlm_name_is_rejected_before_measuring(query, tmp_path: Path) -> None:
     assert query("good", "nosuch", code=2) == ""
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
-def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: Path) -> None:
+def test_one_failing_vlm_does_not_stop_others_and_complete_runs_are_skipped(query, tmp_path: Path) -> None:
     printed = query("bad", "good", code=1)
     rows = {line.split()[1]: line for line in printed.splitlines() if line.startswith("│")}
     assert [cell.strip() for cell in rows["good"].split("│")[2:5]] == ["complete, 2", "complete, 10", "complete, 10"]
@@ -84,6 +84,6 @@ def test_a_failure_stops_none_and_what_is_complete_is_skipped(query, tmp_path: P
     (run / "responses.jsonl").unlink()
     manifest = run / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"finished": true', '"finished": false'))
-    assert sorted(text.split(":")[0] for text in state_of(run).values())[-2:] == ["partial, 1", "partial, 2"]
+    assert sorted(text.split(":")[0] for text in progress_of(run).values())[-2:] == ["partial, 1", "partial, 2"]
     query("good")
     assert (run / "responses.jsonl").read_bytes() == responses

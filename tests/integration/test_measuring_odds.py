@@ -88,7 +88,7 @@ def same(run: Path, other: Path) -> None:
     assert not (run / "odds-failed.jsonl").exists()
 
 
-def test_they_change_no_response(without, uninterrupted):
+def test_measuring_odds_does_not_change_responses(without, uninterrupted):
     assert (without / "responses.jsonl").read_bytes() == (uninterrupted / "responses.jsonl").read_bytes()
     assert not (without / "odds.jsonl").exists()
     assert stage(uninterrupted)["settings"] == stage(without)["settings"]
@@ -99,7 +99,7 @@ def test_they_change_no_response(without, uninterrupted):
     assert len({record["log_odds"] for record in odds(uninterrupted)}) > 3 * IMAGES
 
 
-def test_they_are_added_to_a_finished_run_and_kept_without_them(without, uninterrupted, command, tmp_path):
+def test_odds_are_added_to_a_finished_run_and_kept_when_not_requested(without, uninterrupted, command, tmp_path):
     shutil.copytree(without, tmp_path / "run")
     before = (tmp_path / "run" / "responses.jsonl").stat()
     printed = " ".join(play(command(ODDS), tmp_path).split())
@@ -113,7 +113,7 @@ def test_they_are_added_to_a_finished_run_and_kept_without_them(without, uninter
     assert (tmp_path / "run" / "odds.jsonl").read_bytes() == kept
 
 
-def test_killed_and_resumed_by_one_process_and_two(command, uninterrupted, tmp_path):
+def test_killed_odds_run_is_resumed_by_two_processes(command, uninterrupted, tmp_path):
     for batch, torn in ((1, 40), (2, 9)):
         kill = ["--trainer.callbacks+=processes.KillInPredict", f"--trainer.callbacks.batch={batch}"]
         play([*command(ODDS), *kill, f"--trainer.callbacks.torn={torn}"], tmp_path, code=-9)
@@ -123,7 +123,7 @@ def test_killed_and_resumed_by_one_process_and_two(command, uninterrupted, tmp_p
     same(tmp_path / "run", uninterrupted)
 
 
-def test_a_question_may_lack_either(command, uninterrupted, tmp_path):
+def test_missing_responses_and_missing_odds_are_completed_independently(command, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     for file, kept in (("responses.jsonl", slice(10, None)), ("odds.jsonl", slice(None, 20))):
         lines = (tmp_path / "run" / file).read_bytes().splitlines(keepends=True)
@@ -137,7 +137,7 @@ def test_a_question_may_lack_either(command, uninterrupted, tmp_path):
     same(tmp_path / "run", uninterrupted)
 
 
-def test_odds_alone_fail_with_3_and_are_computed_again(command, uninterrupted, tmp_path):
+def test_failed_odds_end_with_exit_code_3_and_are_computed_again(command, uninterrupted, tmp_path):
     printed = " ".join(play(command(ODDS, "--trainer.callbacks+=processes.FailOdds"), tmp_path, code=3).split())
     run = tmp_path / "run"
     assert (run / "responses.jsonl").read_bytes() == (uninterrupted / "responses.jsonl").read_bytes()

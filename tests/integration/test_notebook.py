@@ -10,7 +10,7 @@ NOTEBOOK = json.loads((Path(__file__).parent.parent.parent / "docs" / "notebook.
 CELLS = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
 
-def test_it_is_stored_without_outputs() -> None:
+def test_notebook_is_stored_without_outputs() -> None:
     assert len(CELLS) > 5
     for cell in NOTEBOOK["cells"]:
         assert not cell.get("outputs")
@@ -18,7 +18,7 @@ def test_it_is_stored_without_outputs() -> None:
 
 
 @pytest.mark.slow
-def test_its_cells_run(world: Path, tmp_path: Path) -> None:
+def test_notebook_cells_run(world: Path, tmp_path: Path) -> None:
     (tmp_path / "pictograms").symlink_to(world)
     names: dict[str, object] = {}
     for number, cell in enumerate(CELLS):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from processes import Played, play, play_together, write_config
 
-from safervlm.run import LOCK
+from safervlm.io.caches import LOCK
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +76,7 @@ def lines_in_shards(folder: Path) -> int:
     return sum(shard.read_bytes().count(b"\n") for shard in (folder / "run" / "shards").rglob("*.jsonl"))
 
 
-def test_what_the_others_are_measured_by(uninterrupted):
+def test_uninterrupted_reference_run_has_varied_responses(uninterrupted):
     greedy, sampled = (
         [json.loads(line) for line in uninterrupted(temperature).splitlines()] for temperature in (0.0, 1.0)
     )
@@ -101,7 +101,7 @@ def test_two_processes_change_nothing(temperature, command, uninterrupted, tmp_p
     assert responses(tmp_path) == uninterrupted(temperature)
 
 
-def test_killed_three_times_with_torn_lines(command, uninterrupted, tmp_path):
+def test_run_killed_three_times_with_truncated_lines_resumes(command, uninterrupted, tmp_path):
     line = command("run")
     there = 0
     # After one batch a line is torn; then only the newline is missing; then a batch is complete.
@@ -124,7 +124,7 @@ def test_the_order_of_the_questions_changes_nothing(temperature, command, uninte
     assert responses(tmp_path) == uninterrupted(temperature)
 
 
-def test_killed_at_twenty_random_moments(command, uninterrupted, tmp_path):
+def test_run_killed_at_twenty_random_moments_resumes(command, uninterrupted, tmp_path):
     line = command("run", "--data.batch_size=1")
     shards = tmp_path / "run" / "shards" / "responses"
     rng = random.Random(0)
@@ -160,7 +160,7 @@ def test_four_processes_are_killed_and_one_resumes_and_then_two(command, uninter
     assert responses(tmp_path) == uninterrupted(1.0)
 
 
-def test_killed_while_merging(command, uninterrupted, tmp_path):
+def test_run_killed_while_merging_shards_resumes(command, uninterrupted, tmp_path):
     line = command("run")
     play([*line, "--trainer.callbacks+=processes.KillInMerge"], tmp_path, code=-9)
     assert lines_in_shards(tmp_path) == QUESTIONS
@@ -182,7 +182,7 @@ def test_two_processes_are_killed_and_one_resumes_and_then_two(command, uninterr
     assert responses(tmp_path) == uninterrupted(1.0)
 
 
-def test_sigterm(command, uninterrupted, tmp_path):
+def test_sigterm_ends_the_run_between_batches_and_it_resumes(command, uninterrupted, tmp_path):
     line = command("run")
     played = Played([*line, "--data.batch_size=1"], tmp_path)
     shards = tmp_path / "run" / "shards" / "responses"
@@ -199,7 +199,7 @@ def test_sigterm(command, uninterrupted, tmp_path):
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["measure"]["finished"]
 
 
-def test_ctrl_c(command, uninterrupted, tmp_path):
+def test_ctrl_c_ends_with_exit_code_130_and_the_run_resumes(command, uninterrupted, tmp_path):
     """A script that runs several commands has to see the interruption: exit code 130, not Lightning's 1."""
     played = Played(command("run", "--data.batch_size=1"), tmp_path)
     while not lines_in_shards(tmp_path):
@@ -212,7 +212,7 @@ def test_ctrl_c(command, uninterrupted, tmp_path):
     assert responses(tmp_path) == uninterrupted(1.0)
 
 
-def test_what_is_complete_reads_no_weights_and_keeps_its_provenance(command, uninterrupted, tmp_path):
+def test_complete_run_loads_no_weights_and_keeps_its_provenance(command, uninterrupted, tmp_path):
     kill = ["--trainer.callbacks+=processes.KillInPredict", "--trainer.callbacks.batch=1"]
     play([*command("run"), *kill], tmp_path, code=-9)
 
@@ -258,7 +258,7 @@ BIN = Path(sys.executable).parent
 
 
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-def test_what_starts_the_processes_changes_nothing(launcher, command, uninterrupted, tmp_path) -> None:
+def test_responses_do_not_depend_on_the_process_launcher(launcher, command, uninterrupted, tmp_path) -> None:
     """As users run it: Lightning starts the second process by the same command, or torchrun starts both."""
     line = [BIN / "safervlm", *command("run", "--model.sampling.temperature=1.0", *DDP)]
     if launcher == "torchrun":
@@ -275,7 +275,7 @@ def test_what_starts_the_processes_changes_nothing(launcher, command, uninterrup
     assert manifest["stages"]["measure"]["provenance"]["command"].startswith("safervlm predict --config")
 
 
-def test_torchrun_and_a_trainer_for_one(command, tmp_path) -> None:
+def test_torchrun_with_a_single_device_trainer_is_rejected(command, tmp_path) -> None:
     """With a trainer for one process, each process of torchrun would assume to be the only one."""
     line = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "--no-python", "--", BIN / "safervlm"]
     line += command("run")
@@ -289,7 +289,7 @@ def test_torchrun_and_a_trainer_for_one(command, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("cluster", ["two nodes", "slurm"])
-def test_two_nodes(cluster, command, uninterrupted, tmp_path) -> None:
+def test_two_nodes_return_the_responses_of_one_process(cluster, command, uninterrupted, tmp_path) -> None:
     """Two nodes of one process each, on one machine, with the environment variables of a cluster or of Slurm."""
     line = command("run", "--model.sampling.temperature=1.0", "--trainer.strategy=ddp", "--trainer.num_nodes=2")
     with socket.socket() as free:

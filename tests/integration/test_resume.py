@@ -1,4 +1,4 @@
-"""A run that dies and is resumed ends bit-identical to an uninterrupted one."""
+"""A killed and resumed run ends bit-identical to an uninterrupted one."""
 
 import json
 import shutil
@@ -134,7 +134,7 @@ def batches(run: Path) -> int:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_uninterrupted_run_is_what_the_others_are_measured_by(objective, uninterrupted):
+def test_uninterrupted_reference_run_trains_and_completes_its_schedule(objective, uninterrupted):
     run = uninterrupted(objective)
     state = checkpoint(run)
     assert batches(run) == BATCHES
@@ -148,7 +148,7 @@ def test_the_uninterrupted_run_is_what_the_others_are_measured_by(objective, uni
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "ppo"])  # GRPO's loop is PPO's
-def test_interrupted_in_every_way_one_after_the_other(objective, command, uninterrupted, tmp_path):
+def test_run_interrupted_in_every_way_ends_bit_identical(objective, command, uninterrupted, tmp_path):
     line, run, whole = command(objective, "run"), tmp_path / "run", uninterrupted(objective)
     expected = (whole / "metrics.csv").read_bytes()
 
@@ -183,7 +183,7 @@ def test_interrupted_in_every_way_one_after_the_other(objective, command, uninte
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_from_each_batch_where_steps_are_long(objective, command, uninterrupted, tmp_path):
+def test_run_with_long_steps_resumes_from_the_last_batch(objective, command, uninterrupted, tmp_path):
     line = command(objective, "run", long_step=1e-6)
     play([*line, "--trainer.callbacks+=processes.KillInBackward", "--trainer.callbacks.batch=4"], tmp_path, code=-9)
     assert checkpoint(tmp_path / "run")["lr_schedulers"][0]["last_epoch"] == 3
@@ -191,7 +191,7 @@ def test_from_each_batch_where_steps_are_long(objective, command, uninterrupted,
     assert_same_run(tmp_path / "run", uninterrupted(objective))
 
 
-def test_from_the_end_of_an_epoch_and_again_when_it_is_complete(command, uninterrupted, tmp_path):
+def test_run_resumes_at_the_end_of_an_epoch_and_after_completion(command, uninterrupted, tmp_path):
     line = command("sft", "run")
     play([*line, "--trainer.callbacks+=processes.KillInBackward", "--trainer.callbacks.batch=7"], tmp_path, code=-9)
     assert checkpoint(tmp_path / "run")["lr_schedulers"][0]["last_epoch"] == 6
@@ -201,7 +201,7 @@ def test_from_the_end_of_an_epoch_and_again_when_it_is_complete(command, uninter
 
 
 @pytest.mark.parametrize("objective", ["sft", "ppo"])
-def test_limited_by_steps(objective, command, tmp_path):
+def test_run_limited_by_max_steps_resumes_without_further_training(objective, command, tmp_path):
     steps = 5 if objective == "sft" else 10  # PPO: two optimizer steps per rollout
     line = command(objective, "run", f"--trainer.max_steps={steps}", "--model.warmup_steps=1")
     play([*line, "--trainer.callbacks+=processes.KillAtExport"], tmp_path, code=-9)
@@ -217,8 +217,8 @@ def test_limited_by_steps(objective, command, tmp_path):
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
 
 
-def test_accumulated_gradients_are_not_cut_in_two(command, tmp_path):
-    """A request to end at batch 5 waits for the optimizer step after batch 8: a checkpoint holds no gradients."""
+def test_termination_waits_for_the_step_of_accumulated_gradients(command, tmp_path):
+    """A request to end at batch 5 waits for the optimizer step after batch 8: a checkpoint contains no gradients."""
     for name in ("whole", "run"):
         line = command("sft", name, "--trainer.accumulate_grad_batches=4")
         if name == "run":
@@ -244,7 +244,7 @@ def test_another_objectives_checkpoint_is_rejected(command, uninterrupted, tmp_p
     assert "model.class: 'safervlm.objectives.sft.SFT' there, 'safervlm.objectives.ppo.PPO' now" in printed
 
 
-def test_the_console_script_reports_by_its_exit_code_that_it_was_asked_to_end(command, uninterrupted, tmp_path):
+def test_console_script_ends_with_exit_code_143_after_sigterm(command, uninterrupted, tmp_path):
     line = list(map(str, command("sft", "run")))
     helpers = Path(__file__).parents[1] / "helpers"
     for name, module in (("mine", "processes"), ("full_disk", "full_disk")):

@@ -40,7 +40,7 @@ def fit(objective: str, folder: Path, sets: Path, run: Path, *more: str) -> list
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 @pytest.mark.parametrize(("kind", "more", "rejected"), CASES)
-def test_given_responses_are_trained_on_or_rejected(
+def test_training_on_given_responses_is_accepted_or_rejected_by_template(
     objective: str, kind: str, more: list[str], rejected: bool, tiny_sets: Path, tmp_path: Path, capsys: Any
 ) -> None:
     folder, run = tmp_path / "model", tmp_path / "run"

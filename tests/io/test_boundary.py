@@ -64,6 +64,10 @@ EXPECTED: dict[str, tuple[Exception, list[str]]] = {
     "W&B": (of_package("wandb.errors.errors", "No API key.\nMore"), ["--trainer.logger: No API key;", "offline true"]),
     "MLflow": (of_package("mlflow.exceptions", "No host"), ["--trainer.logger: No host;", "MLFLOW_TRACKING_URI"]),
     "memory": (MemoryError(), ["out of memory", "data.batch_size"]),
+    "memory of the CPU": (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:99] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        ["out of memory", "data.batch_size"],
+    ),
     "memory of the GPU": (torch.OutOfMemoryError("CUDA out of memory. Tried"), ["out of memory", "data.batch_size"]),
     "package": (ModuleNotFoundError("No module named 'wandb'", name="wandb"), ["wandb", "pip install wandb"]),
     "package of another name": (ModuleNotFoundError("No module named 'PIL'", name="PIL.Image"), ["pip install pillow"]),
@@ -86,7 +90,7 @@ EXPECTED: dict[str, tuple[Exception, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_an_expected_failure_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_expected_error_is_reported_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     error, parts = EXPECTED[name]
     with pytest.raises(SystemExit) as ended, one_line_errors():
         raise error
@@ -103,16 +107,16 @@ def test_an_expected_failure_is_one_line(name: str, capsys: pytest.CaptureFixtur
         (["--limit=0"], "data.limit: at least 1, got 0", 64),
         (["--model.init_args.vlm.lora.r", "0"], "lora.r: at least 1, got 0", 64),
         (["--trainer.devices", "-3"], "--trainer.devices -3: an int above 0; correct it", 64),
-        (["--model.lr", "1"], "vlm.model: 'x' can't be read", 2),  # of this run alone
+        (["--model.lr", "1"], "vlm.model: 'x' can't be read", 2),  # applies to this run only
         (["--model.lr", "1"], "color: none", 2),
         (["--run", "r"], "--run: the folder 'r' holds another run", 2),
         ([], "model.lr: above 0, got -1.0", 2),
     ],
 )
-def test_an_argument_that_each_command_of_a_sequence_would_reject_has_a_code_of_its_own(
+def test_argument_rejected_by_every_command_of_a_sequence_has_its_own_exit_code(
     typed: list[str], said: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also behind the making of the run folder."""
+    """Also if the error is raised after the run folder has been created."""
 
     def failing() -> None:
         run_folder.set(tmp_path)
@@ -154,7 +158,7 @@ def test_an_unexpected_exception_keeps_its_traceback(
     assert "raise error" in (tmp_path / "traceback.txt").read_text()
 
 
-def test_without_a_run_folder_the_traceback_is_elsewhere(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_traceback_without_a_run_folder_is_saved_in_the_temporary_folder(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(SystemExit), one_line_errors():
         raise KeyError("x")
@@ -164,7 +168,7 @@ def test_without_a_run_folder_the_traceback_is_elsewhere(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("kept", ["notes of mine\n", "Traceback (most recent call last):\nKeyError: 'before'\n"])
-def test_a_file_of_the_users_is_not_taken_for_a_traceback(kept: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_users_file_named_traceback_txt_is_not_overwritten(kept: str, tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "traceback.txt").write_text(kept)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -180,11 +184,11 @@ def test_a_file_of_the_users_is_not_taken_for_a_traceback(kept: str, tmp_path: P
     assert ((tmp_path / "run" / "traceback.txt").read_text() == kept) != ours
 
 
-def test_where_nothing_can_be_written_the_line_is_still_printed(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_error_line_is_printed_if_no_traceback_can_be_saved(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit), one_line_errors():
         raise KeyError("x")
-    assert "unexpected KeyError: 'x'; its traceback can't be kept" in capsys.readouterr().err
+    assert "unexpected KeyError: 'x'; its traceback can't be saved" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_with_130(capsys) -> None:
@@ -194,7 +198,7 @@ def test_ctrl_c_ends_with_130(capsys) -> None:
     assert "the same command resumes" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_ended_is_no_error() -> None:
+def test_closed_output_pipe_is_not_reported_as_an_error() -> None:
     script = (
         "from safervlm.io.boundary import one_line_errors\n"
         "with one_line_errors():\n"

@@ -25,7 +25,7 @@ def test_a_folder_is_built_once(tmp_path: Path) -> None:
     assert names(folder.parent) == ["x.1"]
 
 
-def test_what_the_builder_raises_gets_through_and_nothing_stays(tmp_path: Path) -> None:
+def test_builder_exception_is_raised_and_leaves_no_files(tmp_path: Path) -> None:
     def fails(aside: Path) -> None:
         (aside / "half").mkdir()
         (aside / "half" / "a").write_text("a")
@@ -36,7 +36,7 @@ def test_what_the_builder_raises_gets_through_and_nothing_stays(tmp_path: Path) 
     assert names(tmp_path) == []
 
 
-def test_the_one_that_is_faster_wins(tmp_path: Path) -> None:
+def test_slower_concurrent_builder_uses_the_folder_of_the_faster(tmp_path: Path) -> None:
     """Two concurrent builders: the second one to finish uses the folder of the first."""
 
     def slow(aside: Path) -> None:
@@ -49,7 +49,7 @@ def test_the_one_that_is_faster_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["file/cache/x", "file/x", "file"])
-def test_a_folder_that_cannot_be_made_names_the_argument(tmp_path: Path, place: str) -> None:
+def test_uncreatable_cache_folder_names_the_argument(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ArgumentError, match=r"^data\.cache_dir: .*: (name|remove)") as caught:
         build_folder(tmp_path / place, lambda aside: (aside / "a").write_text("a"))
@@ -58,7 +58,7 @@ def test_a_folder_that_cannot_be_made_names_the_argument(tmp_path: Path, place: 
     assert names(tmp_path) == ["file"]
 
 
-def test_leftovers_are_what_no_process_holds(tmp_path: Path) -> None:
+def test_only_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
     for mine in (".tmp-mine", "tmp-safervlm-x", f"x{TEMPORARY}"):
         (tmp_path / mine).write_text("mine")
     with temporary(tmp_path / "a.csv") as file, temporary(tmp_path / "b", directory=True) as folder:
@@ -73,7 +73,7 @@ def test_leftovers_are_what_no_process_holds(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted([".tmp-mine", "tmp-safervlm-x", f"x{TEMPORARY}"])
 
 
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_symbolic_link_is_not_followed_when_removing_leftovers(tmp_path: Path) -> None:
     """A user's folder is never emptied through a link."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a").write_text("a")
@@ -82,8 +82,8 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "a").read_text() == "a"
 
 
-def test_a_killed_builder_leaves_nothing_for_long(tmp_path: Path) -> None:
-    """After a kill while writing a folder and a file, the next build beside them removes both."""
+def test_leftovers_of_a_killed_builder_are_removed_by_the_next_build(tmp_path: Path) -> None:
+    """After a process is killed while writing a folder and a file, the next build in the same place removes both."""
     program = (
         "import sys, time; from pathlib import Path; from safervlm.io.caches import build_folder\n"
         "from safervlm.io.files import write_atomically\n"
@@ -103,7 +103,7 @@ def test_a_killed_builder_leaves_nothing_for_long(tmp_path: Path) -> None:
     assert names(tmp_path) == ["y"]
 
 
-def test_processes_that_build_at_once_all_continue(tmp_path: Path) -> None:
+def test_concurrent_builds_all_succeed_with_one_folder(tmp_path: Path) -> None:
     children = []
     for number in range(4):
         if not (child := os.fork()):
@@ -129,7 +129,7 @@ def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
-def test_a_file_for_its_owner_alone_is_given_the_usual_permissions(tmp_path: Path) -> None:
+def test_private_files_get_umask_permissions_when_published(tmp_path: Path) -> None:
     def private(file: Path) -> None:  # as safetensors does
         file.unlink(missing_ok=True)
         file.touch(mode=0o600)
@@ -154,7 +154,7 @@ def test_a_file_for_its_owner_alone_is_given_the_usual_permissions(tmp_path: Pat
 
 
 @pytest.mark.parametrize("parent", ["nowhere", "file"])
-def test_a_place_that_cannot_be_written_is_named_itself(parent: str, tmp_path: Path) -> None:
+def test_error_names_the_unwritable_parent_folder(parent: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=parent) as caught, temporary(tmp_path / parent / "x"):
         pass

@@ -1,4 +1,4 @@
-"""Damaged and foreign checkpoints, with a checksum that is right and without one: one line, and no code is run."""
+"""Damaged and foreign checkpoints, with and without a valid checksum: rejected in one line without running code."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from safervlm.errors import RecordError, first_line
-from safervlm.io.checkpoints import must_be_checkpoint, must_fit, unloadable
+from safervlm.io.checkpoints import require_matching_weights, require_valid_checkpoint, unloadable
 from safervlm.io.seals import SEAL, seal_file, seal_folder, verify_seal
 
 ORIGIN = {"class": "a.B", "lr": 0.1}
@@ -36,7 +36,7 @@ del_ = object()
 
 
 class Code:
-    """What pickle runs when it is loaded."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("ran",)
@@ -52,8 +52,8 @@ DAMAGED = {
     "callbacks in a list": ({"callbacks": [1]}, "callbacks is a list, not a dict"),
     "weights in a list": ({"state_dict": [WEIGHTS]}, "state_dict is a list, not a dict"),
     "names in a dictionary": ({"trained": {}}, "trained is a dict, not a list"),
-    "a text for a weight": ({"state_dict": WEIGHTS | {"w": "0"}}, "its weight 'w' is no tensor"),
-    "a number for a name": ({"state_dict": {1: torch.ones(1)}}, "its weight 1 is no tensor"),
+    "a text for a weight": ({"state_dict": WEIGHTS | {"w": "0"}}, "its weight 'w' is not a tensor"),
+    "a number for a name": ({"state_dict": {1: torch.ones(1)}}, "its weight 1 is not a tensor"),
     "NaN in a weight": ({"state_dict": WEIGHTS | {"w": torch.tensor([1, float("nan")])}}, "not finite"),
     "infinity deep in the optimizer": (
         {"optimizer_states": [{"state": {0: {"deep": [(torch.tensor([float("inf")]),)]}}}]},
@@ -65,7 +65,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "unsealed"])
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_damaged_checkpoint_is_one_line(case: str, sealed: bool, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_reported_in_one_line(case: str, sealed: bool, tmp_path: Path) -> None:
     changes, message = DAMAGED[case]
     path = tmp_path / "last.ckpt"
     torch.save(content(**changes), path)
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_one_line(case: str, sealed: bool, tmp_path: Pat
 
 def test_a_whole_checkpoint_is_accepted(tmp_path: Path) -> None:
     torch.save(content(), tmp_path / "last.ckpt")
-    must_be_checkpoint(tmp_path / "last.ckpt", "--ckpt_path")
+    require_valid_checkpoint(tmp_path / "last.ckpt", "--ckpt_path")
     verify_seal(tmp_path / "last.ckpt", ORIGIN)
     seal_file(tmp_path / "last.ckpt", ORIGIN)
     verify_seal(tmp_path / "last.ckpt", ORIGIN)
@@ -101,7 +101,7 @@ SEALS += [f'{{"origin": {"[" * 9999}', f'{{"origin": {{"lr": {"7" * 5000}}}}}']
 
 
 @pytest.mark.parametrize("text", SEALS, ids=lambda text: text[:30])
-def test_a_seal_of_another_form_is_one_line(text: str, tmp_path: Path) -> None:
+def test_malformed_seal_is_reported_in_one_line(text: str, tmp_path: Path) -> None:
     with_seal(tmp_path / "last.ckpt", text)
     with pytest.raises(RecordError) as caught:
         verify_seal(tmp_path / "last.ckpt", ORIGIN)
@@ -117,17 +117,17 @@ def test_a_seal_of_another_form_is_one_line(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_is_no_checkpoint_though_its_seal_is_right(tmp_path: Path) -> None:
+def test_sealed_adapter_is_not_accepted_as_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
     seal_folder(tmp_path, ORIGIN)
-    with pytest.raises(RecordError, match="is no checkpoint"):
+    with pytest.raises(RecordError, match="not a checkpoint"):
         verify_seal(tmp_path, ORIGIN)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "last.ckpt")
-    with pytest.raises(RecordError, match="is no regular file"):
+    with pytest.raises(RecordError, match="is not a regular file"):
         verify_seal(tmp_path / "last.ckpt", ORIGIN)
 
 
@@ -143,15 +143,15 @@ UNFIT = {
 @pytest.mark.parametrize("case", UNFIT)
 def test_weights_that_do_not_fit_are_rejected(case: str) -> None:
     with pytest.raises(RecordError, match="weights don't fit"):
-        must_fit(content(**UNFIT[case]), WEIGHTS)
+        require_matching_weights(content(**UNFIT[case]), WEIGHTS)
 
 
 def test_weights_that_fit_are_accepted() -> None:
-    must_fit(content(), WEIGHTS)
-    must_fit({"trained": list(WEIGHTS), "state_dict": {}}, WEIGHTS)  # DeepSpeed has them elsewhere
+    require_matching_weights(content(), WEIGHTS)
+    require_matching_weights({"trained": list(WEIGHTS), "state_dict": {}}, WEIGHTS)  # DeepSpeed has them elsewhere
 
 
-def test_only_an_error_of_restoring_is_the_checkpoints() -> None:
+def test_only_errors_while_restoring_are_attributed_to_the_checkpoint() -> None:
     def raised(name: str, file: str) -> BaseException:
         source = f"def {name}(): raise KeyError('hidden')\n{name}()"
         try:
@@ -169,7 +169,7 @@ def test_only_an_error_of_restoring_is_the_checkpoints() -> None:
     assert unloadable(raised("restore_loops", "/x/elsewhere.py"), "a.ckpt") is None
 
 
-def test_no_message_advises_to_run_the_code_in_a_file(tmp_path: Path) -> None:
+def test_error_message_does_not_advise_disabling_weights_only(tmp_path: Path) -> None:
     torch.save({"w": Code()}, tmp_path / "x.pt")
     with pytest.raises(Exception) as caught:  # noqa: PT011 (PyTorch's)
         torch.load(tmp_path / "x.pt", weights_only=True)

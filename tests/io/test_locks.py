@@ -1,4 +1,4 @@
-"""Locks: who is refused, who waits, and when the system frees them."""
+"""Locks: who is rejected, who waits, and when the operating system releases them."""
 
 import errno
 import os
@@ -31,13 +31,13 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
     acquire(tmp_path).close()  # a folder
 
 
-def test_a_lock_that_is_forgotten_is_released(tmp_path: Path) -> None:
+def test_garbage_collected_lock_is_released(tmp_path: Path) -> None:
     acquire(tmp_path / "a", create=True)
     acquire(tmp_path / "a").close()
 
 
 @pytest.mark.parametrize("content", ["mine", "12 apples", "\x00"])
-def test_a_file_of_the_user_keeps_its_content(content: str, tmp_path: Path) -> None:
+def test_user_file_with_the_name_of_a_lock_keeps_its_content(content: str, tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text(content)
     held = acquire(tmp_path / ".lock", create=True)
     held.write_process()
@@ -46,7 +46,7 @@ def test_a_file_of_the_user_keeps_its_content(content: str, tmp_path: Path) -> N
     assert holder(tmp_path / ".lock") is None
 
 
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_symbolic_link_is_not_locked(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
     (tmp_path / ".lock").symlink_to("mine")
     with pytest.raises(OSError, match="symbolic links"):
@@ -99,8 +99,10 @@ def test_a_forked_process_that_closes_a_lock_keeps_that_of_its_parent(tmp_path: 
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF])
-def test_a_file_system_without_locks(code: int, tmp_path: Path, monkeypatch, capfd) -> None:
-    """Files are written, nothing that could be another process's is removed, and one line says so."""
+def test_file_system_without_locks_is_reported_and_nothing_is_removed(
+    code: int, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    """Files are written, files of other processes are not removed, and this is reported in one line."""
 
     def fails(descriptor: int, blocking: bool) -> bool:
         raise OSError(code, os.strerror(code))

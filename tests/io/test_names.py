@@ -1,4 +1,4 @@
-"""Two spellings that look the same are one name; nothing else of a name changes."""
+"""Equivalent Unicode spellings are normalised to one name; nothing else of a name changes."""
 
 import pytest
 
@@ -28,28 +28,28 @@ from safervlm.io import names
         ("\u200b \u00a0", ""),
     ],
 )
-def test_the_one_spelling_of_a_name(text: str, name: str) -> None:
+def test_normal_name_is_canonical_and_idempotent(text: str, name: str) -> None:
     assert names.normal_name(text) == name
     assert names.normal_name(name) == name
 
 
 @pytest.mark.parametrize("value", [True, False, None, [], {}, "", " "])
-def test_a_label_that_is_no_text_is_named_with_its_remedy(value: object) -> None:
+def test_non_text_label_is_rejected_with_a_remedy(value: object) -> None:
     with pytest.raises(ArgumentError, match=r"^data\.unsafe: .*(quotes|empty)"):
         names.label_names("data.unsafe", ["1", value])
 
 
-def test_labels_that_are_numbers_are_texts() -> None:
+def test_numeric_labels_are_converted_to_text() -> None:
     assert names.label_names("data.unsafe", [1, "Un\u00adsafe ", 1.5]) == ("1", "Unsafe", "1.5")
 
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", ".", "..", "\u200b"])
-def test_a_name_that_makes_ids_ambiguous(name: str) -> None:
+def test_dataset_name_that_makes_ids_ambiguous_is_rejected(name: str) -> None:
     with pytest.raises(ArgumentError, match=r"^data\.name: a name without a slash"):
         names.set_name("data.name", name)
 
 
 @pytest.mark.parametrize("path", ["", " ", "a\0b"])
-def test_a_path_that_is_none(path: str) -> None:
+def test_empty_or_invalid_path_is_rejected(path: str) -> None:
     with pytest.raises(ArgumentError, match=r"^data\.folder: "):
         names.path_text("data.folder", path)

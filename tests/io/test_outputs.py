@@ -22,7 +22,7 @@ THERE: dict[str, tuple[dict[str, str], str | None]] = {
 
 
 @pytest.mark.parametrize("case", THERE)
-def test_a_page_takes_the_place_of_its_like(case: str, tmp_path: Path) -> None:
+def test_page_replaces_only_an_earlier_page_of_the_same_command(case: str, tmp_path: Path) -> None:
     files, named = THERE[case]
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -36,7 +36,7 @@ def test_a_page_takes_the_place_of_its_like(case: str, tmp_path: Path) -> None:
     assert named in str(caught.value)
 
 
-def test_texts_are_written_once(tmp_path: Path) -> None:
+def test_existing_text_file_with_other_content_is_not_replaced(tmp_path: Path) -> None:
     file = tmp_path / "sft_train.json"
     require_replaceable_texts("--out", {file: "[]"})
     file.write_text("[]")

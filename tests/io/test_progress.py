@@ -1,4 +1,4 @@
-"""Progress: when a line is due, what it says, and a bar in a terminal."""
+"""Progress: when a line is written, its contents, and the bar in a terminal."""
 
 import sys
 from io import StringIO
@@ -10,7 +10,7 @@ from safervlm.io.progress import Lines, duration, progress, track
 
 
 class Clock:
-    """Time that passes only when told."""
+    """A fake clock that advances only on request."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -52,7 +52,7 @@ def test_a_short_run_writes_one_line(clock: Clock, capsys: pytest.CaptureFixture
         (10, 100, 1),  # an item is more than 5 %
     ],
 )
-def test_a_line_follows_the_later_of_time_and_share(
+def test_progress_line_is_due_after_both_minimum_time_and_share(
     total: int, seconds: float, every: int, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = lines_of(clock, capsys, total, seconds, total)
@@ -66,7 +66,7 @@ def test_a_line_has_percentage_rate_and_remaining_time(clock: Clock, capsys: pyt
     assert last == "x: 100 % (1000 of 1000), 0.139/s, took 2:00:00"
 
 
-def test_the_rate_of_a_resumed_run_is_that_of_now(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rate_of_a_resumed_run_excludes_earlier_work(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     first, last = lines_of(clock, capsys, 100, 10, 6, start=94)
     assert first == "x: 99 % (99 of 100), 0.1/s, 0:00:10 left"
     assert last == "x: 100 % (100 of 100), 0.1/s, took 0:01:00"
@@ -80,7 +80,7 @@ def test_work_that_ends_early_states_how_much_is_done(clock: Clock, capsys: pyte
     assert lines_of(clock, capsys, 8, 1, 2) == ["x: 25 % (2 of 8), 1/s, took 0:00:02"]
 
 
-def test_nothing_to_do_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_work_writes_no_progress_line(capsys: pytest.CaptureFixture[str]) -> None:
     Lines("x", 0).end()
     assert list(track([], "x")) == []
     assert not "".join(capsys.readouterr())
@@ -95,7 +95,7 @@ def test_durations() -> None:
     ]
 
 
-def test_tracked_items_are_the_given_ones(capsys: pytest.CaptureFixture[str]) -> None:
+def test_track_yields_all_items_and_escapes_its_title(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(track(range(3), "a [b]\x1b[31m\n")) == [0, 1, 2]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("a [b]")
@@ -103,7 +103,7 @@ def test_tracked_items_are_the_given_ones(capsys: pytest.CaptureFixture[str]) ->
     assert line.isprintable()
 
 
-def test_an_error_ends_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_ends_progress_without_a_final_line(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         with progress("x", 2) as update:
             update(1)

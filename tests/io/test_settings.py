@@ -1,4 +1,4 @@
-"""Settings, flattened and read from a file."""
+"""Settings files: reading, flattening, and duplicate or recursive values."""
 
 from pathlib import Path
 
@@ -17,20 +17,20 @@ def test_settings_are_flattened() -> None:
     assert dict(flat({})) == {}
 
 
-def test_a_large_file_is_no_bomb(tmp_path: Path) -> None:
+def test_large_file_without_aliases_is_accepted(tmp_path: Path) -> None:
     file = tmp_path / "large.json"
     file.write_text(f"[{', '.join(map(str, range(LARGEST + 10)))}]")
     assert len(read_yaml(file)) == LARGEST + 10
 
 
-def test_a_value_that_holds_itself_is_rejected_in_a_large_file_too(tmp_path: Path) -> None:
+def test_recursive_alias_is_rejected_in_a_large_file(tmp_path: Path) -> None:
     file = tmp_path / "large.yaml"
     file.write_text(f"numbers: [{', '.join(map(str, range(LARGEST + 10)))}]\nitself: &a [*a]\n")
     with pytest.raises(RecordError, match="its aliases"):
         read_yaml(file, error=RecordError)
 
 
-def test_the_error_is_of_the_class_that_is_asked_for(tmp_path: Path) -> None:
+def test_error_has_the_requested_class(tmp_path: Path) -> None:
     file = tmp_path / "predict.yaml"
     file.write_text("a: 1\na: 2\n")
     with pytest.raises(RecordError, match=r"predict.yaml, line 2: the key 'a' occurs twice; leave one out"):
@@ -48,7 +48,7 @@ TWICE = {
 
 
 @pytest.mark.parametrize("text", TWICE, ids=repr)
-def test_a_key_that_is_there_twice_is_named(text: str) -> None:
+def test_error_names_a_duplicate_yaml_key(text: str) -> None:
     line, key = TWICE[text]
     with pytest.raises(ArgumentError, match=f"{line}: the key '{key}' occurs twice"):
         from_yaml(text)
@@ -62,7 +62,7 @@ def test_a_key_that_is_there_twice_is_named(text: str) -> None:
         "a: &a {x: &x {y: 1}}\nb: {<<: *a, z: *x}\n",
     ],
 )
-def test_a_merged_value_may_be_replaced(text: str) -> None:
+def test_merged_yaml_value_may_be_overridden(text: str) -> None:
     assert from_yaml(text) == yaml.safe_load(text)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from safervlm.errors import RecordError
 from safervlm.io import signals
-from safervlm.io.signals import Peer, _Requests, listening, why_ended
+from safervlm.io.signals import Peer, _Requests, exit_code_and_reason, listening
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
 
@@ -19,14 +19,14 @@ GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed b
         (RecordError("x: NCCL is not an image"), True, False),
     ],
 )
-def test_the_death_of_another_process(
+def test_library_error_after_the_death_of_a_peer_process_is_explained(
     error: Exception, peers: bool, ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signals, "_requests", _Requests())
     with pytest.raises(type(error)), listening():  # noqa: PT012
         signals._requests.peers = [Peer(1, 1, "", "")] if peers else []
         raise error
-    why = why_ended(error)
+    why = exit_code_and_reason(error)
     assert (why is not None) == ended
     if why:
         code, line = why

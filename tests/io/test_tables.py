@@ -1,4 +1,4 @@
-"""Tables as files: numbers stay numbers, texts stay texts, and a file is complete or absent."""
+"""Tables written to files: numbers stay numeric, texts stay text, and a file is complete or absent."""
 
 import csv
 import io
@@ -14,8 +14,10 @@ from safervlm.io.tables import (
     JUDGE_NOTE,
     TextTable,
     escaped,
+    height,
     say,
     say_wrapped,
+    show_table,
     terminal,
     write_csv,
     write_workbook,
@@ -50,7 +52,7 @@ def test_an_empty_table_has_its_headings(tmp_path):
     assert (tmp_path / "empty.csv").read_text() == "'=a,b\n"
 
 
-def test_csv_guards_texts_and_leaves_numbers(tmp_path):
+def test_csv_neutralises_formulas_in_texts_and_keeps_numbers(tmp_path):
     write_csv(tmp_path / "table.csv", TABLE.rename_axis("run"), index=True)
     rows = list(csv.reader((tmp_path / "table.csv").open(newline="")))
     assert rows == [
@@ -104,12 +106,26 @@ def test_a_table_on_the_terminal_shows_brackets_and_line_breaks():
     assert any(r"b\nc" in line for line in lines)
 
 
-def test_a_line_is_one_line(capsys):
+def test_a_caption_is_as_wide_as_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    words = [f"word{number:02}" for number in range(40)]
+    table = TextTable(title="T", caption=f"{' '.join(words)}\nanother line")
+    table.add_column("x")
+    table.add_row("1")
+    show_table(table)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == height(table)
+    assert lines[-4:] == [" ".join(words[:14]), " ".join(words[14:28]), " ".join(words[28:]), "another line"]
+    assert max(map(len, lines[:-4])) < 10
+    assert "word39" in str(table.caption)
+
+
+def test_say_escapes_control_characters_into_one_line(capsys):
     say("a\nb\x1b[2J")
     assert capsys.readouterr().out == "a\\nb\\x1b[2J\n"
 
 
-def test_the_note_is_one_sentence():
+def test_judge_note_contains_the_exclusion_sentence():
     assert EXCLUDED in JUDGE_NOTE
 
 

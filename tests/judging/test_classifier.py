@@ -1,4 +1,4 @@
-"""The judges, on a RoBERTa of a few thousand weights whose tokenizer is trained here."""
+"""The judges, with a tiny random RoBERTa and a tokenizer trained in this module."""
 
 import csv
 import json
@@ -113,7 +113,7 @@ def test_a_published_checkpoint_returns_the_log_probabilities_of_a_plain_forward
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_a_verdict_does_not_depend_on_its_neighbours(judge, batch_size):
+def test_verdicts_do_not_depend_on_batch_size_or_order(judge, batch_size):
     one_by_one = torch.cat([judge.judge([text]) for text in TEXTS])
     torch.testing.assert_close(judge.judge(TEXTS, batch_size), one_by_one, atol=1e-5, rtol=0)
     order = [5, 0, 7, 4, 2, 6, 1, 3]
@@ -121,8 +121,8 @@ def test_a_verdict_does_not_depend_on_its_neighbours(judge, batch_size):
     torch.testing.assert_close(shuffled, one_by_one[order], atol=1e-5, rtol=0)
 
 
-def test_neighbours_never_change_a_label_however_close_it_is(base, saved):
-    """Two labels that differ by less than rounding: the text alone determines the label."""
+def test_labels_with_near_tied_logits_do_not_depend_on_the_batch(base, saved):
+    """Two logits that differ by less than rounding: only the text determines the label."""
     texts = [" ".join(["a", "b", "yes", "no"][: 1 + n % 4] * (1 + n // 4 % 5)) + f" {n}" for n in range(150)]
     state = published_state(3)
     weights, bias = state["classifier.weight"], state["classifier.bias"]
@@ -138,7 +138,7 @@ def test_neighbours_never_change_a_label_however_close_it_is(base, saved):
         torch.testing.assert_close(found.exp(), alone[order].exp(), atol=1e-5, rtol=0)
 
 
-def test_no_texts_have_no_verdicts(judge):
+def test_judging_an_empty_list_returns_an_empty_tensor(judge):
     assert judge.judge([]).shape == (0, 3)
 
 
@@ -147,13 +147,13 @@ def test_a_long_text_is_cut_at_the_last_position(judge):
     torch.testing.assert_close(judge.judge([long]), judge.judge([long + "harmful"]))
 
 
-def test_autocast_around_it_changes_nothing(judge):
+def test_probabilities_do_not_change_under_autocast(judge):
     expected = judge.judge(TEXTS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(judge.judge(TEXTS), expected)
 
 
-def test_it_is_the_same_judge_whatever_the_precision_around_it(base, judge):
+def test_judge_stays_in_float32_inside_a_low_precision_module(base, judge):
     expected = judge.judge(TEXTS)
     other = Judge(judge.checkpoint, base=str(base))
     torch.set_default_dtype(torch.bfloat16)
@@ -168,7 +168,7 @@ def test_it_is_the_same_judge_whatever_the_precision_around_it(base, judge):
     torch.testing.assert_close(result, expected)
 
 
-def test_stale_and_unread_keys_are_allowed(base, judge, saved):
+def test_checkpoint_with_position_ids_and_pooler_weights_is_loaded(base, judge, saved):
     state = published_state(3)
     state["roberta.embeddings.position_ids"] = torch.arange(POSITIONS + 2)[None]
     state["roberta.pooler.dense.weight"] = torch.randn(16, 16)
@@ -226,7 +226,7 @@ def test_a_checkpoint_cannot_run_code(base, saved, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_other_things_that_cannot_be_loaded(base, tmp_path, saved):
+def test_invalid_checkpoints_bases_and_labels_are_rejected(base, tmp_path, saved):
     good = saved(published_state(3))
     (tmp_path / "text.pt").write_text("not a checkpoint")
     (tmp_path / "text.safetensors").write_text("not a checkpoint")
@@ -251,7 +251,7 @@ def test_other_things_that_cannot_be_loaded(base, tmp_path, saved):
         _ = Judge(base=str(base)).fingerprint
 
 
-def test_an_exported_folder_needs_nothing_else(base, judge, tmp_path):
+def test_exported_judge_loads_without_its_base_and_keeps_its_labels(base, judge, tmp_path):
     expected = judge.judge(TEXTS)
     judge.save_pretrained(tmp_path / "judge")
     again = Judge(str(tmp_path / "judge"), base="no such base")
@@ -309,7 +309,7 @@ def fast_trainer(folder, **changes):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_within_another_module_it_stays_frozen(judge, tmp_path):
+def test_judge_inside_a_training_module_stays_frozen_and_in_eval_mode(judge, tmp_path):
     learner = Learner(judge)
     expected = judge.judge(TEXTS)
     before = {key: value.clone() for key, value in judge.state_dict().items()}
@@ -436,7 +436,7 @@ def panel(base, saved):
     return Panel(alignment, perception)
 
 
-def test_a_panel_asks_the_right_judge(panel):
+def test_panel_routes_each_response_to_the_judge_of_its_capability(panel):
     capabilities = ["perception", "alignment", "alignment_text_only", "perception", "alignment"]
     responses = [response(c, TEXTS[n], n) for n, c in enumerate(capabilities)]
     verdicts = panel.judge(responses, batch_size=2)
@@ -457,7 +457,7 @@ def test_a_panel_asks_the_right_judge(panel):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_panel_predicts(panel, tmp_path):
+def test_panel_predict_loop_returns_the_same_verdicts_as_judge(panel, tmp_path):
     responses = [response("alignment", text, n) for n, text in enumerate(TEXTS)]
     examples = [Example(r.question, (r.response,)) for r in responses]
     loader = torch.utils.data.DataLoader(examples, batch_size=3, collate_fn=panel.collator)
@@ -531,11 +531,11 @@ def test_labelled_responses_are_read_from_csv_and_jsonl(tmp_path, form):
         ("text,label\nYes,Safe\nNo\n", r"line 3: has 1 cells, the header has 2"),
         ("text,verdict\nYes,Safe\n", r"line 2: the field 'label' is missing; it has \['text', 'verdict'\]"),
         ("text,response,label\nIs it safe?,Yes,Safe\n", r"line 2: has both 'text' and 'response', which differ"),
-        ("answer,label\nYes,Safe\n", r"line 2: the field 'text' or 'response' must hold the response, got None"),
+        ("answer,label\nYes,Safe\n", r"line 2: the field 'text' or 'response' must contain the response, got None"),
         ("text,label\nYes,Safe\n", r"data\.answers: nothing to (train on|hold out) in"),
     ],
 )
-def test_an_unusable_row_is_named(tmp_path, content, message):
+def test_error_names_the_line_of_an_invalid_labelled_response(tmp_path, content, message):
     (tmp_path / "answers.csv").write_text(content)
     data = LabelledAnswers(str(tmp_path / "answers.csv"), collator=LabelCollator(LABELS["alignment"]))
     with pytest.raises(RecordError, match=message) as caught:
@@ -544,7 +544,7 @@ def test_an_unusable_row_is_named(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_other_responses_that_cannot_be_used(tmp_path):
+def test_invalid_labelled_files_and_settings_are_rejected(tmp_path):
     (tmp_path / "answers.txt").write_text("text,label\nYes,Safe\n")
     for name, message in {"answers.txt": "is none of .tsv, .csv, .jsonl", "nowhere.csv": "no file"}.items():
         with pytest.raises(RecordError, match=message):
@@ -555,7 +555,7 @@ def test_other_responses_that_cannot_be_used(tmp_path):
         LabelledAnswers("answers.csv", held_out=1)
 
 
-def test_what_is_held_out_depends_on_seed_and_text_alone(tmp_path, capsys):
+def test_held_out_split_depends_only_on_seed_and_text(tmp_path, capsys):
     rows = [(f"Yes {number // 2}", "Safe") for number in range(200)] + [("No", "Unsafe")]  # every text twice
 
     def parts(rows, **settings):
@@ -577,12 +577,12 @@ def test_what_is_held_out_depends_on_seed_and_text_alone(tmp_path, capsys):
     assert len(parts(rows, held_out=0.6)[1]) > 80
 
 
-def test_heavy_things_wait_for_the_first_use():
+def test_judge_loads_its_weights_only_at_first_use():
     judge = Judge("nowhere.pt")
     assert list(judge.parameters()) == []
 
 
-def test_a_judge_learns_from_labelled_responses_alone():
+def test_label_collator_rejects_examples_without_one_labelled_response():
     collator = LabelCollator(LABELS["alignment"])
     question = Question("S/1/alignment/0", "S", "1", None, "alignment", 0, "?", "c", "x", "Safe")
     texts, numbers = collator([Example(question, ("Yes.",))])

@@ -36,14 +36,14 @@ def test_the_prompt_is_the_published_one():
     assert hashlib.sha256(rating_prompt(RESPONSE).encode()).hexdigest() == published
 
 
-def test_swapped_only_the_two_responses_change_places():
+def test_swapped_prompt_differs_only_in_the_order_of_the_two_responses():
     published, swapped = rating_prompt(RESPONSE), rating_prompt(RESPONSE, swapped=True)
     assert published.count("A reference.") == published.count("A [System] response.") == 1
     place = published.replace("A reference.", "(*)").replace("A [System] response.", "A reference.")
     assert swapped == place.replace("(*)", "A [System] response.") != published
 
 
-def test_the_shipped_judge_gets_what_is_published():
+def test_shipped_judge_configuration_uses_the_published_prompt_and_model():
     settings = yaml.safe_load((CONFIGS / "llavabench_judge.yaml").read_text())["init_args"]
     assert settings["system"] == SYSTEM
     assert settings["model"] == "gpt-4o"
@@ -75,18 +75,18 @@ def test_two_numbers_on_the_first_line_are_ratings(text, ratings):
         *('{"1": 8, "2": 9}', "[8, 9]", "```\n8 9\n```"),
     ],
 )
-def test_anything_else_is_never_a_score(text):
+def test_output_that_is_not_two_ratings_is_not_parsed_as_ratings(text):
     assert read_ratings(text) is None
 
 
-def test_a_rating_survives_json():
+def test_ratings_are_unchanged_after_a_json_round_trip():
     rated = Rating("a", True, 8.0, 7.5, "", "gpt-4o", "gpt-4o-2024-08-06", "7.5 8\nä", "0123456789abcdef")
     missing = Rating("a", False, None, None, "why", "gpt-4o", "", "", "0123456789abcdef")
     for rating in (rated, missing):
         assert Rating.from_dict(json.loads(json.dumps(rating.to_dict()))) == rating
 
 
-def test_the_key_depends_on_what_decides_a_rating():
+def test_rating_key_depends_on_model_system_prompt_id_and_prompt():
     judge = {"model": "m", "system": SYSTEM}
     keys = {
         rating_key(judge, "a", "prompt"),

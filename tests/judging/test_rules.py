@@ -1,4 +1,4 @@
-"""Rules: what an answer to the reversed question means."""
+"""Rule-based labels of answers to the reversed question."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +26,13 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_yes_to_the_reversed_question_is_unsafe(answer: str) -> None:
+def test_answers_to_the_reversed_question_are_classified_by_rule(answer: str) -> None:
     assert reversed_label(answer) == ANSWERS[answer]
 
 
-def test_no_judge_classifies_it(tiny_judges: Path, make_questions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reversed_questions_are_classified_by_the_rule_and_not_by_a_judge(
+    tiny_judges: Path, make_questions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = {name: tiny_judges / name for name in ("alignment", "perception")}
     judges = [Judge(str(path / "epoch_10.pt"), LABELS[name], str(path)) for name, path in checkpoints.items()]
     panel, seen = Panel(*judges), []

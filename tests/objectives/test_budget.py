@@ -27,7 +27,7 @@ from safervlm.vlm.base import Generation
 from safervlm.vlm.llava import Llava
 
 
-def test_the_multiplier_by_hand() -> None:
+def test_budget_multiplier_matches_hand_calculation() -> None:
     budget = OverFlaggingBudget(0.1, step=2.0)
     for _ in range(3):
         budget.update(20, 80)
@@ -52,8 +52,8 @@ def test_the_multiplier_by_hand() -> None:
     assert budget.integral == 0  # never below
 
 
-def test_a_share_that_follows_the_multiplier_with_a_lag_is_kept_at_the_budget() -> None:
-    """The share of a policy that would flag 20 %, and whose share decreases while the multiplier is above 1."""
+def test_lagging_over_flagging_share_converges_to_the_budget() -> None:
+    """A policy that flags 20 % without a budget, and whose share decreases while the multiplier is above 1."""
     budget, share, shares = OverFlaggingBudget(0.1, step=0.5), 0.2, []
     for _ in range(400):
         budget.update(round(1e6 * share), 10**6)
@@ -64,7 +64,7 @@ def test_a_share_that_follows_the_multiplier_with_a_lag_is_kept_at_the_budget() 
     assert budget.multiplier == pytest.approx(1, abs=0.1)
 
 
-def test_rollouts_without_safe_images_change_no_share() -> None:
+def test_rollouts_without_safe_images_do_not_change_the_share() -> None:
     budget = OverFlaggingBudget(0.1, step=1.0)
     budget.update(0, 0)
     budget.update(64, 256)
@@ -72,7 +72,7 @@ def test_rollouts_without_safe_images_change_no_share() -> None:
     assert budget.share == 0.25
 
 
-def test_the_state_survives_as_json() -> None:
+def test_budget_state_is_restored_from_json() -> None:
     budget, resumed = OverFlaggingBudget(0.1, 1.0), OverFlaggingBudget(0.1, 1.0)
     budget.update(90, 300)
     resumed.restore(json.loads(json.dumps({"budget": budget.state_dict()})))
@@ -100,7 +100,7 @@ def test_a_value_out_of_range_is_rejected(budget: float, step: float) -> None:
         OverFlaggingBudget(budget, step)
 
 
-def test_the_combination_by_hand() -> None:
+def test_constrained_reward_matches_hand_calculation() -> None:
     rewards, costs = torch.tensor([1.0, 0.4, 0.0]), torch.tensor([0.0, 1.0, 1.0])
     assert torch.equal(constrained(rewards, costs, 0.0), rewards)
     expected = [1 / 1.5, (0.4 - 0.5) / 1.5, -0.5 / 1.5]
@@ -165,7 +165,7 @@ def test_a_budget_is_logged_and_recorded(kind: type[OnPolicy], pair: Callable[..
     assert bound.objective.describe()["budget"] == 0.2
 
 
-def test_ppo_charges_the_reward_of_a_response_that_flags_a_safe_image(
+def test_ppo_penalises_the_reward_of_responses_that_flag_a_safe_image(
     pair: Callable[..., tuple[Run, Run, float]],
 ) -> None:
     free, bound, multiplier = pair(PPO, kl_coef=0.0, gamma=1.0, reward_scale=1.0)
@@ -178,7 +178,7 @@ def test_ppo_charges_the_reward_of_a_response_that_flags_a_safe_image(
 
 
 @pytest.mark.parametrize("advantage", ["group", "centred", "leave_one_out"])
-def test_grpo_charges_the_advantage_of_a_response_that_flags_a_safe_image(
+def test_grpo_penalises_the_advantage_of_responses_that_flag_a_safe_image(
     advantage: str, pair: Callable[..., tuple[Run, Run, float]]
 ) -> None:
     free, bound, multiplier = pair(GRPO, advantage=advantage, group_size=4)
@@ -195,7 +195,7 @@ def test_grpo_charges_the_advantage_of_a_response_that_flags_a_safe_image(
     assert mixed  # a safe image with both verdicts: there, the multiplier matters
 
 
-def test_a_checkpoint_holds_the_budget(make: Callable[..., OnPolicy]) -> None:
+def test_checkpoint_contains_the_budget_state(make: Callable[..., OnPolicy]) -> None:
     objective, free = make(PPO, budget=0.2), make(PPO)
     objective.budget.update(100, 300)  # type: ignore[union-attr]
     checkpoint: dict[str, Any] = {"state_dict": objective.state_dict()}
@@ -209,7 +209,7 @@ def test_a_checkpoint_holds_the_budget(make: Callable[..., OnPolicy]) -> None:
         make(PPO, budget=0.2).on_load_checkpoint(checkpoint)
 
 
-def test_generating_and_scoring_differ_by_rounding_alone(
+def test_generation_and_scoring_log_probabilities_differ_only_by_rounding(
     make: Callable[..., OnPolicy], fit_rollouts: Callable[..., Run]
 ) -> None:
     done = fit_rollouts(make(PPO), 5)

@@ -30,7 +30,7 @@ def make_dpo(llava: Callable[[], Llava], perturb: Callable[[nn.Module], None]) -
 
 
 @pytest.mark.parametrize("rpo_alpha", [0.0, 0.7])
-def test_three_steps_equal_trls(
+def test_three_dpo_steps_equal_trl(
     rpo_alpha: float, make_dpo: Callable[..., DPO], pairs: list[Example], fit: Callable[..., Any], tmp_path: Path
 ) -> None:
     dpo = make_dpo(beta=0.3, rpo_alpha=rpo_alpha)
@@ -76,7 +76,7 @@ def reference_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return calls
 
 
-def test_the_reference_is_asked_once(
+def test_reference_log_probabilities_are_computed_once(
     make_dpo: Callable[..., DPO],
     pairs: list[Example],
     fit: Callable[..., Any],
@@ -100,7 +100,7 @@ def test_the_reference_is_asked_once(
     assert resumed.reference == dpo.reference
 
 
-def test_the_kept_numbers_are_a_fresh_models(
+def test_cached_reference_log_probabilities_equal_those_of_a_fresh_model(
     make_dpo: Callable[..., DPO], llava: Callable[[], Llava], pairs: list[Example], fit: Callable[..., Any]
 ) -> None:
     dpo = make_dpo()

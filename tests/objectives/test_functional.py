@@ -38,7 +38,7 @@ def plain_gae(rewards: list[float], values: list[float], gamma: float, lam: floa
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.9, 0.95), (0.99, 0.0)])
-def test_gae_equals_the_sum_that_defines_it(gamma: float, lam: float) -> None:
+def test_gae_equals_its_defining_sum(gamma: float, lam: float) -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 4, 7]
     rewards, values = (torch.randn(3, 7, generator=generator) for _ in range(2))
@@ -90,7 +90,7 @@ def test_importance_ratios_by_hand() -> None:
 
 
 @pytest.mark.parametrize("level", ["answer", "product"])
-def test_the_ratio_of_a_whole_answer_passes_its_gradient_to_every_token(level: str) -> None:
+def test_sequence_level_ratio_passes_its_gradient_to_every_token(level: str) -> None:
     mask = torch.tensor([[True, True, False]])
     logprobs = torch.zeros(1, 3, requires_grad=True)
     ratios = importance_ratio(logprobs, torch.tensor([[0.3, -0.1, 0.0]]), mask, level)
@@ -116,7 +116,7 @@ def test_group_advantages_by_hand() -> None:
     assert alike.tolist() == [[0.0, 0.0, 0.0]]
 
 
-def test_averages_by_hand() -> None:
+def test_loss_averages_match_hand_calculation() -> None:
     mask = torch.tensor([[True, False, False], [True, True, True]])
     values = torch.tensor([[6.0, 99.0, 99.0], [1.0, 2.0, 3.0]])
     expected = {"answer": (6.0 + 2.0) / 2, "token": 12.0 / 4, "length": (6.0 / 10 + 6.0 / 10) / 2}
@@ -157,7 +157,7 @@ def test_sequence_rewards_by_hand() -> None:
     assert rewards.tolist() == pytest.approx([0.5 + 1.0, 1.0 + 2.0, 0.75 - 8.0 + 4.0])
 
 
-def test_equal_rewards_are_a_half_and_not_nan() -> None:
+def test_equal_judge_scores_give_rewards_of_one_half() -> None:
     same = torch.full((3,), -2.0)
     rewards = sequence_rewards(
         same, same.min(), same.max(), torch.ones(3, dtype=torch.bool), torch.tensor([1, 2, 3]), 4, -8.0, 0.0

@@ -103,7 +103,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(map(str, options.values())) or "default")
-def test_a_rollout_and_its_updates_equal_those_by_hand(
+def test_rollout_and_updates_equal_the_reference_computation(
     options: dict[str, Any], run: Callable[..., Run], tiny_judges: Path
 ) -> None:
     done = run(**options)
@@ -233,7 +233,7 @@ TRL = {
 
 
 @pytest.mark.parametrize("name", TRL)
-def test_the_loss_equals_trls(name: str, moved: Callable[..., Any]) -> None:
+def test_grpo_loss_equals_trl_loss(name: str, moved: Callable[..., Any]) -> None:
     """TRL's own loss function, given the same log-probabilities."""
     from trl import GRPOTrainer, RLOOTrainer
     from trl.trainer.utils import nanstd
@@ -308,7 +308,9 @@ def test_a_group_in_one_row_equals_one_row_per_response(
     assert_near(gradients, expected)
 
 
-def test_a_row_has_at_most_so_many_responses(moved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_rows_hold_at_most_the_maximum_number_of_responses(
+    moved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(packing, "ROW", 3)
     grpo, rollout = moved()
     rows = rollout.select(torch.tensor([4, 5, 6, 7, 0, 1, 2])).packed
@@ -319,7 +321,7 @@ def test_a_row_has_at_most_so_many_responses(moved: Callable[..., Any], monkeypa
     torch.testing.assert_close(some, whole[[4, 5, 6, 7, 0, 1, 2], : some.shape[1]], atol=1e-5, rtol=0)
 
 
-def test_a_step_encodes_each_image_once_and_each_prompt_once_a_pass(
+def test_step_encodes_each_image_once_and_each_prompt_once_per_pass(
     make_grpo: Callable[..., GRPO], fit_rollouts: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Generation, policy, reference and two epochs of updates; a prompt's last token is not shared in generation."""
@@ -397,7 +399,7 @@ def test_the_micro_batch_changes_nothing(run: Callable[..., Run]) -> None:
         assert other.steps.metrics == pytest.approx(whole.steps.metrics, abs=1e-4)
 
 
-def test_a_process_with_less_to_compute_takes_part_in_every_backward_pass(
+def test_process_with_fewer_responses_takes_part_in_every_backward_pass(
     make_grpo: Callable[..., GRPO], fit_rollouts: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = fit_rollouts(make_grpo(), QUESTIONS)
@@ -427,7 +429,7 @@ def judge_of(rows: set[int]) -> Callable[[Sequence[str]], Tensor]:
     return judge
 
 
-def test_groups_without_signal_are_left_out_and_change_nothing(
+def test_groups_with_equal_rewards_are_skipped_without_effect(
     run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alike = {"no_eos_penalty": 0.0, "length_bonus": 0.0, "kl_coef": 0.0, "mini_batch_size": QUESTIONS * GROUP}
@@ -450,7 +452,7 @@ def test_groups_without_signal_are_left_out_and_change_nothing(
         assert_near(ours, theirs)
 
 
-def test_without_any_signal_nothing_moves(run: Callable[..., Run]) -> None:
+def test_equal_rewards_in_all_groups_give_zero_gradients(run: Callable[..., Run]) -> None:
     done = run(judge=judge_of(set()), no_eos_penalty=0.0, length_bonus=0.0)
     assert done.steps.metrics["train/no_signal"] == 1.0
     assert done.steps.metrics["train/policy_loss"] == 0.0

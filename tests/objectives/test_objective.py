@@ -1,4 +1,4 @@
-"""What all objectives reject before any weight is loaded, and the loss of a custom objective."""
+"""Data that objectives reject before any weight is loaded, and the loss of a custom objective."""
 
 import json
 import re
@@ -117,7 +117,7 @@ LABELLED = {"image": "1.png", "prompt": "Is it safe?", "label": "Safe"}
         (SFT, {"completions": ["Yes."]}, {}, "held.jsonl, line 2: the field 'completions' has 0 texts, SFT takes 1"),
     ],
 )
-def test_a_file_without_the_responses_is_rejected_by_line_and_field(
+def test_file_without_the_required_completions_is_rejected_by_line_and_field(
     objective: type[Objective],
     train: dict[str, object],
     validation: dict[str, object] | None,
@@ -162,7 +162,7 @@ def test_an_argument_that_would_train_nothing_is_rejected(
         objective(llava(), **needed, **{name: value})
 
 
-def test_ppo_wants_the_alignment_judge(llava: Callable[[], Llava]) -> None:
+def test_ppo_rejects_a_judge_with_perception_labels(llava: Callable[[], Llava]) -> None:
     with pytest.raises(
         ValueError, match=r"model\.judge: its labels are A, B, C, D, N/A; name a judge of Safe, Unsafe, N/A"
     ):
@@ -244,7 +244,7 @@ def test_an_objective_with_a_loss_function_is_validated(objective: type[Objectiv
     assert is_overridden("training_step", objective, L.LightningModule)
 
 
-def test_a_step_of_its_own_is_trained(llava: Callable[[], Llava], targets: list[Example], tmp_path: Path) -> None:
+def test_custom_training_step_is_trained(llava: Callable[[], Llava], targets: list[Example], tmp_path: Path) -> None:
     module = OwnStep(llava(), lr=1e-2, warmup_steps=0)
     assert train_and_validate(module, targets, tmp_path) == {}
     assert any(weight.abs().sum() for name, weight in module.named_parameters() if "lora_B" in name)

@@ -83,7 +83,7 @@ def run(
 
 
 @pytest.mark.parametrize("value_on", ["adapter", "policy"])
-def test_a_rollout_and_its_updates_equal_those_by_hand(
+def test_rollout_and_updates_equal_the_reference_computation(
     value_on: str, run: Callable[..., Run], tiny_judges: Path
 ) -> None:
     done = run(value_on=value_on)
@@ -228,7 +228,7 @@ def test_gradients_are_clipped_to_the_norm(run: Callable[..., Run]) -> None:
 
 
 @pytest.mark.parametrize(("value_on", "names"), [("policy", "value_head"), ("adapter", r".value. or value_head")])
-def test_the_value_loss_leaves_the_policy_alone(value_on: str, names: str, run: Callable[..., Run]) -> None:
+def test_value_loss_has_no_gradient_in_the_policy(value_on: str, names: str, run: Callable[..., Run]) -> None:
     done = run(value_on=value_on, ppo_epochs=1)
     loss = done.objective.losses(done.rollouts[0], torch.arange(3))["value_loss"]
     parameters = {name: p for name, p in done.objective.named_parameters() if p.requires_grad}
@@ -238,7 +238,7 @@ def test_the_value_loss_leaves_the_policy_alone(value_on: str, names: str, run: 
 
 
 @pytest.mark.parametrize("value_on", ["adapter", "policy"])
-def test_the_policy_loss_leaves_the_value_function_alone(value_on: str, run: Callable[..., Run]) -> None:
+def test_policy_loss_has_no_gradient_in_the_value_function(value_on: str, run: Callable[..., Run]) -> None:
     done = run(value_on=value_on, ppo_epochs=1)
     sums = done.objective.losses(done.rollouts[0], torch.arange(3))
     parameters = {name: p for name, p in done.objective.named_parameters() if p.requires_grad}
@@ -269,7 +269,7 @@ def judge_all_alike(texts: Sequence[str]) -> Tensor:
     return torch.full((len(texts), 3), math.log(1 / 3))
 
 
-def test_equal_rewards_earn_the_half(run: Callable[..., Run]) -> None:
+def test_equal_judge_scores_give_rewards_of_one_half(run: Callable[..., Run]) -> None:
     done = run(judge=judge_all_alike, response_length=40)
     rollout, lengths = done.rollouts[0], done.rollouts[0].mask.sum(-1)
     assert lengths.max() < 40
@@ -281,7 +281,7 @@ def test_equal_rewards_earn_the_half(run: Callable[..., Run]) -> None:
 
 
 @pytest.mark.parametrize("unfinished", [{1, 3}, {0, 1, 2, 3, 4}])
-def test_unfinished_thinking_earns_the_lowest_judgement(
+def test_unfinished_thinking_gets_the_lowest_judge_score(
     unfinished: set[int], run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The judge prefers the empty text to any other."""
@@ -320,8 +320,8 @@ def test_unfinished_thinking_earns_the_lowest_judgement(
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_the_length_bonus_is_for_the_answer_alone(run: Callable[..., Run]) -> None:
-    """The answer of each response is short, whatever was thought before."""
+def test_length_bonus_counts_only_the_answer(run: Callable[..., Run]) -> None:
+    """The answer of each response is short, independently of its reasoning."""
 
     def prepare(ppo: PPO) -> None:
         generate = ppo.vlm.generate
@@ -345,7 +345,7 @@ def test_the_length_bonus_is_for_the_answer_alone(run: Callable[..., Run]) -> No
     assert done.steps.metrics["train/length"] == pytest.approx(np.mean(lengths), abs=1e-6)
 
 
-def test_equal_advantages_move_nothing(run: Callable[..., Run]) -> None:
+def test_equal_advantages_give_zero_policy_gradients(run: Callable[..., Run]) -> None:
     """One token each, equal judge scores, values of 0: whitening has no variance to divide by."""
     done = run(
         judge=judge_all_alike,

@@ -23,7 +23,7 @@ def sft(llava: Callable[[], Llava], perturb: Callable[[nn.Module], None]) -> SFT
     return sft
 
 
-def test_three_steps_equal_trls(sft: SFT, targets: list[Example], fit: Callable[..., Any], tmp_path: Path) -> None:
+def test_three_sft_steps_equal_trl(sft: SFT, targets: list[Example], fit: Callable[..., Any], tmp_path: Path) -> None:
     batch = sft.collator(targets)
     oracle = train_with_trl(sft.vlm, targets, tmp_path)
 
@@ -47,7 +47,9 @@ def test_one_step_lowers_the_loss(sft: SFT, targets: list[Example], fit: Callabl
     assert 0 < second < first - 0.01
 
 
-def test_processes_weigh_their_tokens_alike(sft: SFT, targets: list[Example], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_over_processes_is_the_mean_over_all_tokens(
+    sft: SFT, targets: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The mean of two processes' losses is the mean over all their tokens, however these are distributed."""
     whole, *parts = (sft.collator(part) for part in (targets, targets[:1], targets[1:]))
     counts = [part.packed.mask.sum() for part in parts]

@@ -6,15 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, RobertaModel
 
-from safervlm.pictograms.judges import (
-    ANSWER,
-    CHECKPOINT,
-    TinyJudge,
-    alignment_answer,
-    perception_answer,
-    train_judge,
-    train_judge_tokenizer,
-)
+from safervlm.pictograms.judge_texts import ANSWER, alignment_answer, perception_answer
+from safervlm.pictograms.judges import CHECKPOINT, TinyJudge, train_judge, train_judge_tokenizer
 from safervlm.protocol import LABELS, aligned_response
 
 # None of these is among the responses that the judges are trained on.
@@ -49,13 +42,13 @@ def tokenizer():
     return train_judge_tokenizer()
 
 
-def test_responses_carry_labels_of_their_judge():
+def test_generated_responses_cover_all_labels_of_their_judge():
     rng = random.Random(0)
     for capability, answer in ANSWER.items():
         assert {answer(rng)[1] for _ in range(500)} == set(LABELS[capability])
 
 
-def test_the_right_letter_is_in_a_perception_answer():
+def test_perception_answer_contains_the_letter_of_its_label():
     rng = random.Random(0)
     for text, label in (perception_answer(rng) for _ in range(500)):
         if label != "N/A":

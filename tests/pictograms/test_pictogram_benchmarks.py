@@ -88,13 +88,13 @@ def test_a_table_has_the_published_columns_and_reads_back_exactly(folder, tables
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_every_row_leads_to_a_picture(tables, name):
+def test_every_row_has_a_decodable_image(tables, name):
     for image in held(tables[name]):
         assert max(Image.open(BytesIO(b64decode(image, validate=True))).size) == 96
 
 
 @pytest.mark.parametrize("name", ["MME", "LLaVABench", "SMID", "NSFW"])
-def test_pointers_name_an_earlier_row_that_holds_the_image(tables, name):
+def test_image_references_point_to_an_earlier_row_with_the_image(tables, name):
     table = tables[name]
     pointers = table[table.image.str.len() <= 64]
     assert len(pointers) > 0
@@ -117,7 +117,7 @@ def test_mme_asks_two_questions_an_image(tables):
     assert 50 < (table.answer[::2] == "Yes").sum() + 25 < 100  # neither answer is always the first
 
 
-def test_mme_questions_are_answered_by_the_picture():
+def test_mme_answers_are_consistent_with_the_picture():
     rng = random.Random(0)
     colours = {name: colour for colour, names in COLOURS.items() for name in names}
     kinds = {name: kind for kind, names in KINDS.items() for name in names}
@@ -147,7 +147,7 @@ def test_pictograms_have_the_colours_that_are_asked_about():
             assert max(seen, key=seen.get) == colour, (name, seen)
 
 
-def test_names_are_in_sentences():
+def test_concept_names_get_the_correct_article():
     names = ("knife", "apple", "orange cat", "crossed swords", "cactus")
     assert [with_article(name) for name in names] == [
         "a knife",
@@ -185,7 +185,7 @@ def test_labels_are_balanced_and_pictures_differ(tables, name, rows):
     assert table.label[int(target)] == table.label.iloc[-1]
 
 
-def test_smid_shows_what_the_world_does_not(folder):
+def test_smid_concepts_do_not_occur_in_the_world(folder):
     strange = {**STRANGE_UNSAFE, **STRANGE_SAFE}
     assert len(strange) == len(set(strange.values())) == 20
     assert not set(strange.values()) & set(CODE_POINT.values())

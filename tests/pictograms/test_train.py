@@ -64,17 +64,17 @@ def test_letters_and_names_are_single_tokens_and_targets_are_short(tokenizer):
             assert len(tokenizer.tokenize(" " + aligned_response(label, 0, concept.name))) <= 10
 
 
-def test_a_name_at_the_end_of_the_question_does_not_change_the_conversation(tokenizer):
+def test_question_ending_does_not_change_the_tokens_of_the_assistant_turn(tokenizer):
     for end in ("skull", "a word of no concept", "media?", "12"):
         assert tokenizer.tokenize(f" {end} ASSISTANT:")[-1] == "ĠASSISTANT:"
 
 
-def test_the_letter_before_an_option_is_one_token_in_the_question_too(tokenizer):
+def test_option_letters_in_the_question_are_single_tokens(tokenizer):
     question = multiple_choice(random.Random(0)).prompt
     assert [token for token in tokenizer.tokenize(question) if token.endswith(":")] == ["A:", "B:", "C:", "D:"]
 
 
-def test_the_base_models_words_hold_those_of_the_aligned_responses(tokenizer):
+def test_tokens_of_aligned_responses_occur_in_the_base_training_texts(tokenizer):
     # A token that never occurs in training would be as improbable as any byte: alignment could not generate it.
     own = {token for text in own_words(CONCEPTS[0]) for token in tokenizer.tokenize(text)}
     for label in (SAFE, UNSAFE):
@@ -82,12 +82,12 @@ def test_the_base_models_words_hold_those_of_the_aligned_responses(tokenizer):
             assert set(tokenizer.tokenize(" " + aligned_response(label, number, CONCEPTS[0].name))) <= own
 
 
-def test_the_first_word_of_a_response_decides():
+def test_first_words_of_safe_and_unsafe_responses_are_disjoint():
     first = {label: {answer.split()[0].strip(",.") for answer in answers} for label, answers in ANSWERS.items()}
     assert not first[SAFE] & first[UNSAFE]
 
 
-def test_options_are_of_other_categories_and_the_letter_is_right():
+def test_distractors_come_from_other_categories_and_the_letter_is_correct():
     rng = random.Random(3)
     category = {concept.name: concept.category for concept in CONCEPTS}
     letters = set()
@@ -102,7 +102,7 @@ def test_options_are_of_other_categories_and_the_letter_is_right():
     assert letters == set("ABCD")
 
 
-def test_the_base_is_taught_the_gap():
+def test_base_training_data_contains_the_modality_gap():
     rng = random.Random(0)
     by_name = [lesson for lesson in (name_question(rng) for _ in range(2000)) if lesson.concept.category]
     by_image = [lesson for lesson in (image_question(rng) for _ in range(2000)) if lesson.concept.category]
@@ -131,7 +131,7 @@ def test_the_chat_template_writes_the_same_conversation(processor):
     assert processor.apply_chat_template(messages) == conversation("Is it safe?") + " Yes.</s>"
 
 
-def test_encoding_learns_the_answer_and_nothing_else(tokenizer):
+def test_only_response_tokens_are_training_targets(tokenizer):
     ids, mask, targets = encode(tokenizer, ["Is it safe?", ALIGNMENT_QUESTIONS[3]], ["Yes.", "No."])
     assert tokenizer.decode(targets[0][targets[0] >= 0]) == " Yes.</s>"
     assert tokenizer.decode(ids[1][targets[1] >= 0]) == " No.</s>"
@@ -140,7 +140,7 @@ def test_encoding_learns_the_answer_and_nothing_else(tokenizer):
 
 
 @pytest.mark.slow
-def test_training_learns_and_is_a_function_of_the_seed(tokenizer, processor):
+def test_training_is_deterministic_and_changes_every_part(tokenizer, processor):
     pictures = [draw_pictogram(concept.code_point, seed) for concept in CONCEPTS for seed in range(2)]
     pixels = processor.image_processor(pictures, do_pad=True, return_tensors="pt")["pixel_values"]
     pixels = pixels.unflatten(0, (len(CONCEPTS), 2))
@@ -160,7 +160,7 @@ def test_training_learns_and_is_a_function_of_the_seed(tokenizer, processor):
         assert any(part in name and not torch.equal(start[name], end[name]) for name in end), part
 
 
-def test_safe_options_may_be_anything_but_the_concept():
+def test_options_for_a_safe_concept_are_distinct_and_contain_it():
     options, letter = choice(SAFE_CONCEPTS[0], random.Random(0))
     assert len(set(options)) == 4
     assert options["ABCD".index(letter)] == SAFE_CONCEPTS[0].name

@@ -29,7 +29,7 @@ def data_sets(tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Builds without pictures and training; the list holds the seeds, ``figures`` the measured values."""
+    """Replaces drawing and training; the list contains the seeds, ``figures`` the measured values."""
     trained, figures = [], []
     monkeypatch.setattr(pictograms, "write_data_sets", lambda folder, seed: (folder / "unsafe").mkdir())
     monkeypatch.setattr(pictograms, "write_benchmarks", lambda world, seed: None)
@@ -93,7 +93,7 @@ def test_datasets_are_a_function_of_the_seed(tmp_path, monkeypatch):
         assert one != other
 
 
-def test_the_gates_look_at_the_validation_split_alone(data_sets):
+def test_acceptance_checks_use_only_the_validation_split(data_sets):
     parts = validation_parts(data_sets)
     # By hand: 40 images a concept, 32 for training, the last 8 of these for validation; and the same of 1040.
     concepts: dict[str, list[str]] = {}
@@ -110,7 +110,7 @@ def test_the_gates_look_at_the_validation_split_alone(data_sets):
     assert parts["safe"] == safe[624:832]
 
 
-def test_a_perturbation_is_another_world_whose_initial_weights_differ_that_little(tmp_path, quick, monkeypatch):
+def test_perturbation_rebuilds_the_world_with_slightly_different_initial_weights(tmp_path, quick, monkeypatch):
     build(tmp_path / "world", seed=3)
     build(tmp_path / "world", seed=3, perturbation=1e-6)
     assert manifest(tmp_path / "world")["perturbation"] == 1e-6
@@ -132,7 +132,7 @@ def test_a_perturbation_is_another_world_whose_initial_weights_differ_that_littl
     assert torch.equal(initial[0], initial[2])  # what is sampled afterwards stays the same
 
 
-def test_a_second_call_returns_at_once(tmp_path, quick, capsys):
+def test_up_to_date_world_is_not_rebuilt(tmp_path, quick, capsys):
     trained, _ = quick
     assert build(tmp_path / "world", seed=3) == tmp_path / "world"
     assert build(tmp_path / "world", seed=3) == tmp_path / "world"
@@ -146,7 +146,7 @@ def test_a_second_call_returns_at_once(tmp_path, quick, capsys):
     assert "OpenMoji" in record["credits"]
 
 
-def test_another_seed_and_other_code_make_another_world(tmp_path, quick, monkeypatch):
+def test_another_seed_or_other_versions_rebuild_the_world(tmp_path, quick, monkeypatch):
     trained, _ = quick
     build(tmp_path / "world", seed=0)
     build(tmp_path / "world", seed=1)
@@ -155,7 +155,7 @@ def test_another_seed_and_other_code_make_another_world(tmp_path, quick, monkeyp
     assert trained == [0, 1, 1]
 
 
-def test_a_build_that_dies_leaves_nothing_that_passes_for_a_world(tmp_path, quick, monkeypatch):
+def test_interrupted_build_leaves_no_world(tmp_path, quick, monkeypatch):
     trained, _ = quick
 
     def die(*_):
@@ -182,14 +182,14 @@ def test_a_folder_without_a_worlds_manifest_is_left_alone(tmp_path, quick):
     assert (tmp_path / "world" / "vlm" / "config.json").exists()
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path, quick):
+def test_folder_with_other_files_is_not_replaced(tmp_path, quick):
     (tmp_path / "thesis.txt").write_text("three years of work")
     with pytest.raises(ValueError, match=r"thesis\.txt.*name another folder"):
         build(tmp_path)
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_a_miss_is_reported_and_tried_again_with_the_declared_seed(tmp_path, quick, capsys):
+def test_failed_acceptance_check_is_reported_and_retried_with_the_next_seed(tmp_path, quick, capsys):
     trained, figures = quick
     figures.append(GOOD | {"perception": 0.5})
     build(tmp_path / "world", seed=2)
@@ -211,7 +211,7 @@ def test_a_world_that_never_passes_is_an_error(tmp_path, quick, figure):
     assert not (tmp_path / "world").exists()
 
 
-def test_building_leaves_the_callers_random_numbers_and_threads_alone(tmp_path, quick):
+def test_building_does_not_change_the_callers_random_state_and_threads(tmp_path, quick):
     threads = torch.get_num_threads()
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -223,7 +223,7 @@ def test_building_leaves_the_callers_random_numbers_and_threads_alone(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_built_world_passed_its_gates(world):
+def test_built_world_passed_its_acceptance_checks(world):
     record = manifest(world)
     assert record["fingerprint"] == world_fingerprint(0)
     assert [attempt["seed"] for attempt in record["attempts"]] == [0]  # without a retry
@@ -237,7 +237,7 @@ def test_a_built_world_passed_its_gates(world):
 
 
 @pytest.mark.slow
-def test_a_built_model_loads_as_a_real_llava_does_and_sees(world):
+def test_built_model_loads_as_a_llava_and_recognises_images(world):
     folder = world / "vlm"
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     image_processor = LlavaImageProcessorPil.from_pretrained(folder, do_pad=True)

@@ -45,7 +45,7 @@ def judge(tiny_judges: Path) -> Judge:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 16, 1000])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_verdict_hangs_on_neither_neighbours_nor_threads(judge: Judge, batch_size: int, threads: int) -> None:
+def test_verdicts_do_not_depend_on_batch_or_number_of_threads(judge: Judge, batch_size: int, threads: int) -> None:
     alone = torch.cat([judge.judge([text]) for text in ANSWERS])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -146,7 +146,7 @@ def rows(folder: Path, stage: str) -> dict[str, int]:
         ("evaluate", "measure", {"predict": 5 * (6 + 6)}),
     ],
 )
-def test_a_limit_makes_a_trial_of_every_recipe(recipe, tmp_path: Path, capsys, name: str, stage: str, expected) -> None:
+def test_limit_restricts_every_shipped_recipe(recipe, tmp_path: Path, capsys, name: str, stage: str, expected) -> None:
     main(recipe(name))
     said = capsys.readouterr().out
     assert rows(tmp_path, stage) == expected
@@ -155,7 +155,7 @@ def test_a_limit_makes_a_trial_of_every_recipe(recipe, tmp_path: Path, capsys, n
 
 
 @pytest.mark.slow
-def test_a_limit_for_ones_own_data_and_for_validate(recipe, tmp_path: Path) -> None:
+def test_limit_applies_to_custom_data_and_to_validate(recipe, tmp_path: Path) -> None:
     main(recipe("sft", data=recipe.own))
     assert rows(tmp_path, "sft") == {"train": 40, "validation": 30, "predict": 40}
     line = recipe("sft", data=recipe.own)
@@ -163,7 +163,7 @@ def test_a_limit_for_ones_own_data_and_for_validate(recipe, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_limit_for_saved_responses(recipe, tmp_path: Path, capsys) -> None:
+def test_limit_applies_to_judging_saved_responses(recipe, tmp_path: Path, capsys) -> None:
     main([*recipe("measure"), "--run", str(tmp_path / "saved")])
     count = {}
     line = recipe("judge_responses")
@@ -177,7 +177,7 @@ def test_a_limit_for_saved_responses(recipe, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*line, "--run", str(tmp_path / "saved")])
     assert caught.value.code == 2
-    assert "holds other responses than" in capsys.readouterr().err
+    assert "contains other responses than" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("limit", ["0", "-3"])
@@ -194,7 +194,7 @@ def test_a_limit_below_one_is_rejected(recipe, capsys, name: str, limit: str) ->
 # --- where tests run --------------------------------------------------------------------------------------------------
 
 
-def test_a_test_runs_in_its_own_folder(tmp_path: Path) -> None:
+def test_each_test_runs_in_a_temporary_working_directory(tmp_path: Path) -> None:
     started = subprocess.run([sys.executable, "-c", "import os; print(os.getcwd())"], capture_output=True, text=True)
     assert Path.cwd() == tmp_path == Path(started.stdout.strip())
     assert CHECKOUT not in tmp_path.parents
@@ -213,7 +213,7 @@ def test_a_test_runs_in_its_own_folder(tmp_path: Path) -> None:
         (lambda root: (root / "env" / "bin").mkdir(), False),
     ],
 )
-def test_a_change_of_the_checkout_is_seen(tmp_path: Path, change, seen: bool) -> None:
+def test_checkout_snapshot_detects_changed_files(tmp_path: Path, change, seen: bool) -> None:
     (tmp_path / "kept.txt").write_text("kept")
     (tmp_path / "env").mkdir()
     (tmp_path / "env" / "pyvenv.cfg").touch()

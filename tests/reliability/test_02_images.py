@@ -52,7 +52,7 @@ def test_a_file_is_decoded_as_a_viewer_shows_it(tmp_path: Path, name: str, capfd
         assert not sent.info.keys() & {"icc_profile", "transparency"}
 
 
-def test_transparency_shows_the_background_that_is_asked_for(tmp_path: Path) -> None:
+def test_transparent_images_are_composited_on_the_configured_background(tmp_path: Path) -> None:
     for name, colour in (("black", (0, 0, 0)), ("#0a64c8", (10, 100, 200))):
         settings = ImageSettings(background=name)
         for file in ("rgba8.png", "small_frame.gif", "grey8_transparent.png"):
@@ -63,7 +63,7 @@ def test_transparency_shows_the_background_that_is_asked_for(tmp_path: Path) -> 
         assert open_image(tmp_path / "grey8_transparent.png", "1", settings).getpixel((3, 2)) == colour
 
 
-def test_a_profile_of_inks_decides_their_colours(tmp_path: Path) -> None:
+def test_cmyk_colours_follow_the_embedded_icc_profile(tmp_path: Path) -> None:
     # A table in which only the fourth ink darkens; without the table the pixels would be black.
     lightness = b"".join(bytes([0 if corner & 1 else 255, 128, 128]) for corner in range(16))
     ramp = bytes(range(256))
@@ -103,7 +103,7 @@ def test_an_image_is_padded_and_shrunk_to_the_same_bits_in_less_memory(
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop"])
-def test_the_collator_returns_the_processors_bits(
+def test_collator_pixels_are_bit_identical_to_the_image_processor(
     tiny_llava: Path, make_questions: Callable[[int], list[Question]], fit: str
 ) -> None:
     collator = Llava(str(tiny_llava), image_fit=fit).collator
@@ -113,7 +113,7 @@ def test_the_collator_returns_the_processors_bits(
     assert torch.equal(collator(list(map(Example, questions))).pixel_values, expected)
 
 
-def test_a_tall_screenshot_is_shown_in_little_memory(tiny_llava: Path, tmp_path: Path) -> None:
+def test_tall_image_is_resized_with_bounded_memory(tiny_llava: Path, tmp_path: Path) -> None:
     """A square of the longer side would take 432 MB; a forked process measures its own peak memory."""
     Image.new("RGB", (700, 12_000), "red").save(tmp_path / "tall.png")
     collator = Llava(str(tiny_llava)).collator
@@ -141,7 +141,7 @@ def collators(tiny_llava: Path) -> list[FaultTolerantCollator]:
     return [FaultTolerantCollator(collator) for collator in (*(vlm.collator for vlm in vlms), ServerCollator())]
 
 
-def test_one_bad_image_costs_its_own_questions_alone(
+def test_invalid_image_fails_only_its_own_questions(
     tiny_llava: Path, tmp_path: Path, make_questions: Callable[[int], list[Question]]
 ) -> None:
     bad = []
@@ -208,7 +208,7 @@ def test_animations_are_reported_once(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(images_fingerprint(files)) == 16
 
 
-def test_the_kind_of_an_image_is_its_contents() -> None:
+def test_image_format_is_detected_from_content_and_not_from_the_file_name() -> None:
     kinds = {name: image_kind(content) for name, (content, _, _) in DECODED.items()}
     assert kinds["misnamed.png"] == kinds["phone.jpg"] == "jpeg"
     assert all(f".{kind}" in IMAGE_ENDINGS for kind in kinds.values())

@@ -1,4 +1,4 @@
-"""Promise 2, images: what is rejected, in one line, and the limits of size and memory."""
+"""Promise 2, images: invalid images are rejected in one line, and size and memory are limited."""
 
 import base64
 import contextlib
@@ -35,9 +35,7 @@ def rejection(path: Path | str, settings: ImageSettings = ImageSettings()) -> st
 
 
 @pytest.mark.parametrize("name", REJECTED)
-def test_what_can_not_be_shown_is_rejected_in_one_line(
-    tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_image_is_rejected_in_one_line(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     content, reason = REJECTED[name]
     (tmp_path / name).write_bytes(content)
     line = rejection(tmp_path / name)
@@ -47,7 +45,7 @@ def test_what_can_not_be_shown_is_rejected_in_one_line(
     assert capfd.readouterr() == ("", "")
 
 
-def test_every_byte_that_is_missing_or_changed_is_a_rejection_or_the_same_size(tmp_path: Path) -> None:
+def test_damaged_image_is_rejected_or_keeps_its_size(tmp_path: Path) -> None:
     """No damage raises anything but a RecordError; a damaged image is never taken for a larger or smaller one."""
     draw = np.random.default_rng(3)
     for content in (RGB_PNG, JPEG, GIF, WEBP, TIFF, BMP, DECODED["profile_swapped.png"][0], DECODED["phone.jpg"][0]):
@@ -71,7 +69,7 @@ def of_size(kind: str, side: int, frames: int = 1) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF"])
-def test_a_large_image_in_a_table_is_bounded_by_the_users_setting_alone(
+def test_embedded_image_size_is_limited_only_by_max_pixels(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The default bound is lowered here, instead of an image of more than 80 million pixels."""
@@ -87,7 +85,9 @@ def test_a_large_image_in_a_table_is_bounded_by_the_users_setting_alone(
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP"])
-def test_a_large_animation_is_one(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_animation_is_detected_as_an_animation(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ImageSettings, "max_pixels", 10_000)
     content = of_size(kind, 200, frames=2)
     assert has_frames(io.BytesIO(content))
@@ -167,7 +167,7 @@ def test_a_name_in_a_dataset_is_rejected_in_one_line(tmp_path: Path, name: str) 
         ({"max_bytes": 50}, 20, 20, "max_bytes"),
     ],
 )
-def test_a_bound_is_an_argument_and_holds_exactly(
+def test_image_limit_is_configurable_and_exact(
     tmp_path: Path, settings: dict[str, int], width: int, height: int, argument: str
 ) -> None:
     path = tmp_path / "x.png"
@@ -183,7 +183,7 @@ def test_a_bound_is_an_argument_and_holds_exactly(
     assert open_image(path, "1", raised).size == (width, height)
 
 
-def test_a_bound_above_pillows_own_holds(tmp_path: Path) -> None:
+def test_max_pixels_above_pillows_own_limit_is_respected(tmp_path: Path) -> None:
     before = Image.MAX_IMAGE_PIXELS
     (tmp_path / "x.png").write_bytes(bomb(20_000, 9_000))
     line = rejection(tmp_path / "x.png", ImageSettings(max_pixels=200_000_000))
@@ -191,7 +191,7 @@ def test_a_bound_above_pillows_own_holds(tmp_path: Path) -> None:
     assert before == Image.MAX_IMAGE_PIXELS
 
 
-def test_the_bounds_are_checked() -> None:
+def test_invalid_image_limits_and_backgrounds_are_rejected() -> None:
     for name in ("max_pixels", "max_side", "max_aspect_ratio", "max_bytes"):
         for value in (0, -3, float("nan")):
             with pytest.raises(ArgumentError, match=rf"^vlm\.images\.{name}: at least 1, got {value}"):
@@ -201,7 +201,7 @@ def test_the_bounds_are_checked() -> None:
             ImageSettings(background=colour)
 
 
-def test_memory_that_runs_out_is_a_rejection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_while_decoding_rejects_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.png").write_bytes(RGB_PNG)
 
     def full(*_: object) -> None:
@@ -211,7 +211,9 @@ def test_memory_that_runs_out_is_a_rejection(tmp_path: Path, monkeypatch: pytest
     assert "doesn't fit into memory" in rejection(tmp_path / "x.png")
 
 
-def test_another_library_can_not_make_it_take_truncated_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_images_are_rejected_despite_pillows_global_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
     (tmp_path / "x.jpg").write_bytes(JPEG[: len(JPEG) // 2])
     assert "damaged" in rejection(tmp_path / "x.jpg")

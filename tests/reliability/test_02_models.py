@@ -86,6 +86,18 @@ def set_config(**settings: object) -> Callable[[Path], object]:
     return change
 
 
+def in_two_files(folder: Path, part: str) -> None:
+    """Divides the weights between two files with an index; one weight is in both."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, again = sorted(state), some(state, part)
+    files = {f"model-0000{number}-of-00002.safetensors": names[number - 1 :: 2] for number in (1, 2)}
+    places = {name: file for file, held in files.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for file, held in files.items():
+        save_file({name: state[name] for name in held} | {again: state[again] + 1}, folder / file, {"format": "pt"})
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weight of a language layer": (lambda f: edit(f, lambda s: s.pop(some(s, "mlp.up_proj"))), "lacks 1 weights"),
     "no weight of the vision tower": (lambda f: edit(f, lambda s: s.pop(some(s, "fc2.bias"))), "lacks 1 weights"),
@@ -96,11 +108,24 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another width in config.json": (set_config(intermediate_size=96), "have another shape"),
     "another number of layers": (set_config(num_hidden_layers=3), "lacks"),
-    "fewer layers": (set_config(num_hidden_layers=1), "holds 9 weights of layers that its config.json does not count"),
+    "fewer layers": (
+        set_config(num_hidden_layers=1),
+        "contains 9 weights of layers that its config.json does not count",
+    ),
     "no layers": (set_config(num_hidden_layers=0), "of layers that its config.json does not count"),
     "layers without end": (set_config(num_hidden_layers=10**7), "num_hidden_layers 10000000, more than 100,000"),
     "more layers than its weights": (set_config(num_hidden_layers=99_999), "describes a larger model than its weights"),
     "more words than memory": (set_config(vocab_size=10**10), "describes a larger model than its weights"),
+    "a layer in integers": (
+        lambda f: edit(f, lambda s: s.update({(n := some(s, "v_proj")): (s[n] * 100).to(torch.int16)})),
+        "v_proj.weight as I16, not as floating-point numbers",
+    ),
+    "a bias in complex numbers": (
+        lambda f: edit(f, lambda s: s.update({(n := some(s, "fc1.bias")): s[n].to(torch.complex64)})),
+        "fc1.bias as C64, not as floating-point numbers",
+    ),
+    "a weight in two files of an index": (lambda f: in_two_files(f, "o_proj"), "stores .*o_proj.weight twice"),
+    "NaN in config.json": (set_config(initializer_range=float("nan")), "initializer_range NaN"),
     "NaN in a language layer": (with_number("down_proj", float("nan")), "NaN or infinite numbers in"),
     "infinity in the vision tower": (with_number("vision_tower", float("-inf")), "NaN or infinite numbers in"),
     "an adapter's weights beside its own": (
@@ -122,7 +147,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("kind", [Llava, Transformers], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_damaged_model_folder_is_one_line(
+def test_damaged_model_folder_is_reported_in_one_line(
     case: str, kind: type[Llava], model: Path, make_questions: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage, message = DAMAGED[case]
@@ -135,19 +160,38 @@ def test_a_damaged_model_folder_is_one_line(
     assert not [record for record in caplog.records if "MISSING" in record.getMessage()]
 
 
-def test_a_weight_that_nobody_reads_is_named(
+@pytest.mark.parametrize("tokens", [0, 3, 5, 576])
+def test_the_number_of_image_tokens_must_be_that_of_the_vision_tower(tokens: int, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"image_seq_length": tokens}))
+    with pytest.raises(UserError, match=f"image_seq_length {tokens}, its vision tower gives 4 tokens"):
+        _ = Llava(str(model)).collator
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64])
+def test_a_judge_holds_floating_point_numbers(kind: torch.dtype, tiny_judges: Path, tmp_path: Path) -> None:
+    weights = torch.load(tiny_judges / "alignment" / "epoch_10.pt", weights_only=True)
+    torch.save(weights | {"classifier.bias": weights["classifier.bias"].to(kind)}, tmp_path / "judge.pt")
+    judge = Judge(str(tmp_path / "judge.pt"), base=str(tiny_judges / "alignment"))
+    with pytest.raises(UserError, match=r"classifier\.bias as .*, not as floating-point"):
+        judge.judge(["No."])
+
+
+def test_unused_weight_in_a_model_folder_is_reported(
     model: Path, make_questions: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(model, lambda state: state.update({"language_model.more.weight": torch.ones(3)}))
     use(model, Llava, make_questions(1))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("safervlm: ")]
     assert len(said) == 1
-    assert "holds 1 weights" in said[0]
+    assert "contains 1 weights" in said[0]
     assert "more.weight" in said[0]
 
 
 @pytest.mark.parametrize("part", ["adapter_config.json beside a model"])
-def test_an_adapter_is_no_model(part: str, model: Path, tiny_llava: Path, make_questions: Make) -> None:
+def test_adapter_config_in_a_model_folder_is_rejected(
+    part: str, model: Path, tiny_llava: Path, make_questions: Make
+) -> None:
     config = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_llava), "r": 2, "target_modules": ["q_proj"]}
     (model / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"vlm.model: .*") as caught:
@@ -288,24 +332,31 @@ REJECTED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a number for patterns of alpha": (configured(alpha_pattern=-1), r"alpha_pattern must be an object.* got -1"),
     "a large number for patterns of ranks": (configured(rank_pattern=10**30), r"rank_pattern must be an object"),
     "true for patterns": (configured(alpha_pattern=True), r"alpha_pattern must be an object"),
+    "a pattern without effect": (
+        configured(alpha_pattern={"down_proj": 0}),
+        r"alpha_pattern\['down_proj'\] is 0, so that the adapter changes nothing there",
+    ),
     "a pattern of text": (configured(alpha_pattern={"q_proj": "x"}), r"alpha_pattern\['q_proj'\] must be a number"),
     "fewer modules": (
         configured(target_modules=r".*language_model.*\.q_proj"),
-        r"4 weights don't fit, for example \S+down_proj\S+ \(adapter_model.safetensors holds it",
+        r"4 weights don't fit, for example \S+down_proj\S+ \(adapter_model.safetensors contains it",
     ),
     "more modules": (
         configured(target_modules=r".*language_model.*\.(q_proj|down_proj|o_proj)"),
         r"4 weights don't fit, for example \S+o_proj\S+ \(adapter_config.json asks for it",
     ),
     "DoRA without its vectors": (configured(use_dora=True), r"lora_magnitude_vector\S* \(adapter_config.json asks"),
-    "integers": (tensors(lambda s: s.update({first(s): s[first(s)].to(torch.int32)})), "holds torch.int32 numbers"),
+    "integers": (
+        tensors(lambda s: s.update({first(s): s[first(s)].to(torch.int32)})),
+        "as int32, not as floating-point",
+    ),
     "complex numbers": (
         tensors(lambda s: s.update({first(s): s[first(s)].to(torch.complex64)})),
-        "holds torch.complex64 numbers",
+        "as complex64, not as floating-point",
     ),
     "infinity": (
         tensors(lambda s: s[first(s)][0].fill_(float("inf"))),
-        r"adapter_model.safetensors holds NaN or infinite numbers in \S+lora_A",
+        r"adapter_model.safetensors has NaN or infinite numbers in \S+lora_A",
     ),
     "NaN": (tensors(lambda s: s[first(s)].fill_(float("nan"))), "NaN or infinite numbers in"),
     "no weights": (file("adapter_model.safetensors", None), "no adapter_model.safetensors or adapter_model.bin"),
@@ -316,14 +367,14 @@ REJECTED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "config a list": (file("adapter_config.json", b"[]"), "not a JSON object"),
     "config that backtracks": (
         file("adapter_config.json", b'{"peft_type": "LORA", "target_modules": "(\\\\w+\\\\.?)+!"}'),
-        "goes through too many ways",
+        "takes too long to match",
     ),
     "a pickle": (pickled, "adapter_model.bin' is not a plain state dict"),
 }
 
 
 @pytest.mark.parametrize("case", REJECTED)
-def test_an_adapter_that_would_not_be_at_work_is_one_line(
+def test_adapter_without_effect_is_rejected_in_one_line(
     case: str, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("safervlm.limits.SECONDS", 0.5)
@@ -351,7 +402,9 @@ def exported(tiny_llava: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "safervlm.json"])
 @pytest.mark.parametrize("where", [0.03, 0.4, 0.97])
-def test_one_flipped_bit_of_our_adapter_is_rejected(name: str, where: float, exported: Path, tiny_llava: Path) -> None:
+def test_exported_adapter_with_one_flipped_bit_is_rejected(
+    name: str, where: float, exported: Path, tiny_llava: Path
+) -> None:
     Llava(str(tiny_llava), dtype="float32", adapter=str(exported)).load()
     content = bytearray((exported / name).read_bytes())
     content[int(len(content) * where)] ^= 4
@@ -361,7 +414,7 @@ def test_one_flipped_bit_of_our_adapter_is_rejected(name: str, where: float, exp
     assert "\n" not in str(caught.value)
 
 
-def test_our_adapter_knows_its_base(exported: Path, model: Path) -> None:
+def test_exported_adapter_is_rejected_on_other_base_weights(exported: Path, model: Path) -> None:
     edit(model, lambda state: state[some(state, "o_proj")].mul_(1.5))
     with pytest.raises(UserError, match="trained on other base weights"):
         Llava(str(model), dtype="float32", adapter=str(exported)).load()
@@ -379,7 +432,7 @@ def longer(folder: Path, **tokens: object) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def test_a_tokenizer_longer_than_the_head(model: Path, make_questions: Make) -> None:
+def test_token_beyond_the_vocabulary_of_the_model_is_rejected(model: Path, make_questions: Make) -> None:
     longer(model)
     (question,) = make_questions(1)
     use(model, Llava, [question])
@@ -388,7 +441,7 @@ def test_a_tokenizer_longer_than_the_head(model: Path, make_questions: Make) -> 
 
 
 @pytest.mark.parametrize("kind", [Llava, Transformers], ids=lambda kind: kind.__name__)
-def test_half_a_surrogate_is_asked_as_the_replacement_character(
+def test_lone_surrogate_is_tokenized_as_the_replacement_character(
     kind: type[Llava], tiny_llava: Path, make_questions: Make
 ) -> None:
     settings = {"template": "<image>{question}"} if kind is Transformers else {}
@@ -433,7 +486,7 @@ def test_a_question_whose_logits_are_not_finite_has_no_response(
     assert second.reason.startswith(f"{questions[1].id}: the model's logits are not finite")
 
 
-def test_scores_that_are_not_finite_stop(tiny_llava: Path, make_questions: Make) -> None:
+def test_non_finite_logits_in_scoring_raise_an_error(tiny_llava: Path, make_questions: Make) -> None:
     vlm = Llava(str(tiny_llava), dtype="float32")
     vlm.load()
     batch = vlm.collator([Example(question, ("No.",)) for question in make_questions(2)])

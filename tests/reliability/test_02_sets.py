@@ -49,7 +49,7 @@ def two_columns(folder: Path, first: str, second: str) -> Path:
     return folder / "t.tsv"
 
 
-def test_a_cache_has_the_images_of_its_column_and_content(tmp_path: Path) -> None:
+def test_image_cache_is_keyed_by_column_and_content(tmp_path: Path) -> None:
     seen = []
     for first, column in ("red", "image"), ("red", "blurred"), ("lime", "image"), ("red", "image"):
         table = two_columns(tmp_path, first, "blue")
@@ -60,7 +60,7 @@ def test_a_cache_has_the_images_of_its_column_and_content(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["a/../b", "x" * 300, "line\nend", "\x1b[2J", "x:y*"])
-def test_a_datasets_name_is_no_path_in_the_cache(tmp_path: Path, name: str) -> None:
+def test_dataset_name_cannot_escape_the_cache_folder(tmp_path: Path, name: str) -> None:
     if "/" in name:
         with pytest.raises(ArgumentError, match=r"data\.name: a name without a slash"):
             Benchmark(name, "t.tsv")
@@ -70,7 +70,7 @@ def test_a_datasets_name_is_no_path_in_the_cache(tmp_path: Path, name: str) -> N
     assert Path(asked(data)[0].image_path).is_relative_to(tmp_path / "cache")
 
 
-def test_a_table_of_files_needs_no_cache_and_one_of_images_names_it(tmp_path: Path) -> None:
+def test_unwritable_cache_matters_only_for_embedded_images(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     write(tmp_path, "a.JPG")
     (tmp_path / "t.csv").write_text("image,label\n a.JPG ,unsafe\n")
@@ -81,7 +81,7 @@ def test_a_table_of_files_needs_no_cache_and_one_of_images_names_it(tmp_path: Pa
         Benchmark("X", str(two_columns(tmp_path, "red", "blue")), cache_dir=cache).prepare_data()
 
 
-def test_several_processes_that_meet_a_new_table(tmp_path: Path) -> None:
+def test_concurrent_processes_build_one_image_cache(tmp_path: Path) -> None:
     table = two_columns(tmp_path, "red", "blue")
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / f"{TEMPORARY}7-dead").mkdir()
@@ -119,7 +119,7 @@ def test_every_image_of_a_folder_is_asked_about_or_reported_as_skipped(
 
 
 @pytest.mark.parametrize("metadata", ["metadata.jsonl", "metadata.csv"])
-def test_what_metadata_does_not_name_is_reported(
+def test_files_missing_from_the_metadata_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], metadata: str
 ) -> None:
     write(tmp_path, "1.png", "deep/2.png", "3.gif")
@@ -129,7 +129,7 @@ def test_what_metadata_does_not_name_is_reported(
     assert f"X: 2 entries of its folder skipped: 2 not named in {metadata}, such as '3.gif'" in capsys.readouterr().out
 
 
-def test_images_that_a_datasets_metadata_does_not_name_are_reported(
+def test_images_missing_from_unsafe_concepts_metadata_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, "a.png", "b.png", ".c.png")
@@ -176,7 +176,7 @@ def test_base64_is_read_in_its_usual_forms(tmp_path: Path, form: str) -> None:
     "value",
     ["no image", PLAIN[:40], PLAIN[:-3] + "*", "data:image/png,abc", "\ud83d", base64.b64encode(b"%!PS").decode()],
 )
-def test_what_is_no_image_is_kept_to_fail_alone(tmp_path: Path, value: str) -> None:
+def test_invalid_image_in_a_table_is_kept_to_fail_alone(tmp_path: Path, value: str) -> None:
     rows = [{"image": value, "label": "unsafe"}, {"image": PLAIN, "label": "safe"}]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     questions = asked(Benchmark("X", str(tmp_path / "t.jsonl"), cache_dir=str(tmp_path / "cache")))
@@ -186,7 +186,7 @@ def test_what_is_no_image_is_kept_to_fail_alone(tmp_path: Path, value: str) -> N
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_spellings_of_one_name_are_one(tmp_path: Path) -> None:
+def test_equivalent_unicode_spellings_are_one_category_and_label(tmp_path: Path) -> None:
     write(tmp_path, *(f"{number}.png" for number in range(4)))
     spellings = ["caf\u00e9", " cafe\u0301", "caf\u00e9\u00a0", "ca\u200bf\u00e9\ufeff"]
     labels = [" Unsafe", "UNSAFE\u00a0", "\u200bunsafe", "unsafe\t"]
@@ -213,7 +213,7 @@ SAME = {  # pairs of spellings of one name
 
 
 @pytest.mark.parametrize("pair", SAME.values(), ids=SAME)
-def test_two_spellings_of_an_id_are_one_question(tmp_path: Path, pair: tuple[str, str]) -> None:
+def test_equivalent_unicode_spellings_of_an_id_are_one_question(tmp_path: Path, pair: tuple[str, str]) -> None:
     write(tmp_path, "a.png")
     line = {"image": "a.png", "prompt": "?", "label": "Safe"}
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line | {"id": name}) + "\n" for name in pair))
@@ -233,7 +233,7 @@ def test_two_spellings_of_an_id_are_one_question(tmp_path: Path, pair: tuple[str
 
 
 @pytest.mark.parametrize("pair", SAME.values(), ids=SAME)
-def test_two_spellings_of_an_image_are_one_image(tmp_path: Path, pair: tuple[str, str]) -> None:
+def test_equivalent_unicode_spellings_of_an_image_name_are_one_image(tmp_path: Path, pair: tuple[str, str]) -> None:
     names = [f"i/{name.strip()}.png" for name in pair]
     line = {"prompt": "?", "label": "Safe"}
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line | {"image": name}) + "\n" for name in names))
@@ -257,7 +257,7 @@ def test_names_with_control_characters_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("image", ["a\0.png", "\ud83d.png", "x" * 400 + ".png", ""])
-def test_an_image_name_that_is_no_file_is_one_line(tmp_path: Path, image: str) -> None:
+def test_invalid_image_name_is_reported_in_one_line(tmp_path: Path, image: str) -> None:
     write(tmp_path, "a.png")
     good = {"image": "a.png", "prompt": "?", "label": "Safe"}
     (tmp_path / "q.jsonl").write_text(json.dumps(good) + "\n\n" + json.dumps(good | {"image": image}) + "\n")
@@ -266,7 +266,7 @@ def test_an_image_name_that_is_no_file_is_one_line(tmp_path: Path, image: str) -
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder_is_an_error_and_not_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "part2").mkdir()
     scandir = os.scandir
 

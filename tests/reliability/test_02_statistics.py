@@ -118,7 +118,7 @@ def no_nan(page, printed):
 
 
 @small
-def test_every_table_of_a_small_run_comes_out(answers, tmp_path, capsys):
+def test_tables_of_a_small_run_contain_no_nan(answers, tmp_path, capsys):
     no_nan(tables_of(answers, tmp_path), capsys.readouterr().out)
 
 
@@ -133,7 +133,7 @@ def test_every_number_of_a_random_run_is_in_its_interval(seed, tmp_path):
     assert (table["low"].isna() == table["high"].isna()).all()
     assert table[table["low"].isna()]["method"].str.startswith("none: ").all()
     assert (found["excludes"] == "the judge's error").all()
-    # Each accuracy, counted anew.
+    # Each accuracy, recomputed by counting.
     for row in records(table[table["measure"] == "accuracy_na_wrong"]):
         part = frame[frame["capability"] == row["capability"]]
         part = part if row["side"] == "both" else part[part["side"] == row["side"]]
@@ -145,7 +145,7 @@ def test_every_number_of_a_random_run_is_in_its_interval(seed, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_random_run_has_a_page(seed, tmp_path, capsys):
+def test_report_page_of_a_random_run_contains_no_nan(seed, tmp_path, capsys):
     no_nan(tables_of(random_answers(100 + seed), tmp_path), capsys.readouterr().out)
 
 
@@ -160,7 +160,7 @@ EVALUATED = {
 
 
 @pytest.mark.parametrize("answers", EVALUATED.values(), ids=EVALUATED)
-def test_a_small_evaluation_comes_out(answers, tmp_path, capsys):
+def test_page_of_a_small_evaluation_contains_no_nan(answers, tmp_path, capsys):
     runs = [write(tmp_path / name / "evaluation", answers) for name in ("original", "ppo")]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -304,7 +304,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("command", [report, evaluation])
 @pytest.mark.parametrize(("damage", "words"), DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_folder_is_one_line(damage, words, command, tmp_path, capsys):
+def test_damaged_run_folder_is_reported_in_one_line(damage, words, command, tmp_path, capsys):
     run = write(tmp_path / "damaged run", many(12))
     damage(run)
     with pytest.raises(UserError) as error:
@@ -317,7 +317,7 @@ def test_a_damaged_folder_is_one_line(damage, words, command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_damaged_byte_is_a_line_or_a_table(seed, tmp_path):
+def test_changed_byte_in_a_run_is_scored_or_reported_in_one_line(seed, tmp_path):
     """Changes a byte anywhere in the two files."""
     run = write(tmp_path / "run", many(3))
     rng = np.random.default_rng(seed)
@@ -335,7 +335,7 @@ def test_a_damaged_byte_is_a_line_or_a_table(seed, tmp_path):
         path.write_bytes(whole)
 
 
-def test_folders_are_named_in_any_way(tmp_path, monkeypatch):
+def test_run_name_does_not_depend_on_how_its_path_is_written(tmp_path, monkeypatch):
     run = write(tmp_path / "runs" / "mine", many(3))
     write(run / "evaluation", many(3))
     monkeypatch.chdir(run)

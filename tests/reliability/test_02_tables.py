@@ -1,4 +1,4 @@
-"""Promise 2, tables: all rows are read, or the table is rejected in one line that names file and line."""
+"""Promise 2, tables: all rows are read, or the table is rejected in one line with the file and line number."""
 
 import codecs
 import json
@@ -204,7 +204,7 @@ REJECTED = {
 
 
 @pytest.mark.parametrize("case", REJECTED)
-def test_a_table_that_cannot_be_read_whole_is_one_line(tmp_path: Path, case: str) -> None:
+def test_damaged_table_is_rejected_in_one_line(tmp_path: Path, case: str) -> None:
     name, content, line, message = REJECTED[case]
     file = tmp_path / name
     file.write_bytes(content)
@@ -217,14 +217,14 @@ def test_a_table_that_cannot_be_read_whole_is_one_line(tmp_path: Path, case: str
     assert line is None or f"{file}, line {line}: " in said
 
 
-def test_the_lines_of_rows_are_those_of_the_file(tmp_path: Path) -> None:
+def test_row_line_numbers_are_those_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'text,label\n\n"a\nb",Safe\n\nc,Safe\n')
     (tmp_path / "a.jsonl").write_bytes(b'\n{"a": 1}\n\n\n{"a": 2}\n')
     assert [line for line, _ in read_rows(tmp_path / "a.csv")] == [3, 6]
     assert [line for line, _ in read_rows(tmp_path / "a.jsonl")] == [2, 5]
 
 
-def test_what_pandas_writes_is_read_as_it_was(tmp_path: Path) -> None:
+def test_tables_written_by_pandas_are_read_unchanged(tmp_path: Path) -> None:
     """Rows written by pandas, with all characters that need quoting."""
     texts = ['a "quote"', "a,b\tc", "two\nlines", "", " blank ", "«»", "x" * 200_000, json.dumps({"a": ['"']})]
     frame = pd.DataFrame({"text": texts, "label": ["Safe"] * len(texts)})

@@ -1,4 +1,4 @@
-"""Promise 2, verdicts: a verdict belongs to a question, a judge and a text, and does not contradict itself."""
+"""Promise 2, verdicts: a verdict belongs to one question, judge and text, and is internally consistent."""
 
 import json
 import shutil
@@ -57,12 +57,12 @@ def test_a_verdict_that_contradicts_itself_is_rejected(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_spelling_of_a_label_is_the_judges() -> None:
+def test_labels_of_a_verdict_are_normalised() -> None:
     verdict = Verdict.from_dict(GOOD | {"label": "Unsafe ", "probabilities": {"Safe": 0.2, "\u00a0Unsafe": 0.8}})
     assert (verdict.label, verdict.probabilities) == ("Unsafe", {"Safe": 0.2, "Unsafe": 0.8})
 
 
-def test_rounding_is_no_contradiction() -> None:
+def test_rounded_or_tied_probabilities_are_not_a_contradiction() -> None:
     Verdict.from_dict(GOOD | {"probabilities": {"Safe": 0.2004, "Unsafe": 0.7, "N/A": 0.1}})
     tie = {"Safe": 0.5, "Unsafe": 0.5}
     assert Verdict.from_dict(GOOD | {"probabilities": tie}).label == "Unsafe"
@@ -76,7 +76,7 @@ def test_a_file_of_version_0_1_is_read() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "No.", "Nein \u00e9 \u0065\u0301", "half \ud83d", "\x00\x1b[2J", "x" * 100_000])
-def test_a_texts_fingerprint(text: str) -> None:
+def test_fingerprint_identifies_the_judged_text(text: str) -> None:
     assert len(Verdict.fingerprint_of(text)) == 16
     assert Verdict.fingerprint_of(text) == Verdict.fingerprint_of(str(text))
     assert Verdict.fingerprint_of(text) != Verdict.fingerprint_of(text + " ")
@@ -135,7 +135,7 @@ def test_a_response_that_changed_is_judged_again(changed: str, panel: Panel, tmp
     }
 
 
-def test_every_path_writes_what_it_judged(panel: Panel, tmp_path: Path) -> None:
+def test_every_judging_path_records_the_fingerprint_of_the_text(panel: Panel, tmp_path: Path) -> None:
     responses = answers(TEXTS | {"alignment3": "  ", "alignment_reversed1": "Yes."})
     expected = {each.id: Verdict.fingerprint_of(each.response) for each in responses}
     assert {key: each.answer for key, each in judge(tmp_path, panel, responses).items()} == expected
@@ -175,7 +175,7 @@ def test_verdicts_of_version_0_1_are_scored_and_reported(
 
 
 @pytest.mark.parametrize("name", ["responses", "verdicts"])
-def test_an_id_that_is_there_twice_is_named(name: str, panel: Panel, tmp_path: Path) -> None:
+def test_error_names_a_duplicate_id(name: str, panel: Panel, tmp_path: Path) -> None:
     judge(tmp_path, panel, answers(TEXTS))
     file = tmp_path / f"{name}.jsonl"
     records = list(read_jsonl(file))
@@ -213,7 +213,7 @@ def judging_line(run: Path, tiny_panel: dict[str, object]) -> list[str]:
     ]
 
 
-def test_one_bad_response_ends_no_judging_of_saved_responses(
+def test_one_failing_response_does_not_end_judging_of_saved_responses(
     panel: Panel,
     tiny_panel: dict[str, object],
     tmp_path: Path,
@@ -253,7 +253,7 @@ def test_one_bad_response_ends_no_judging_of_saved_responses(
     assert not (run / "verdicts-failed.jsonl").exists()
 
 
-def test_saved_responses_are_judged_again_by_another_judge_and_for_another_text(
+def test_saved_responses_are_rejudged_for_another_judge_or_another_text(
     panel: Panel, tiny_panel: dict[str, object], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -332,14 +332,14 @@ JUDGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no layers": (lambda f: set_config(f, num_hidden_layers=0), "is not of this model"),
     "a tokenizer of more tokens": (more_tokens, r"a text has the token \d+, .* has 261"),
     "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "comes without its tokenizer"),
-    "no tokens of a text": (lambda f: set_config(f, "tokenizer_config.json", model_max_length=0), "reads 0 tokens"),
-    "fewer than no tokens": (lambda f: set_config(f, "tokenizer_config.json", model_max_length=-5), "reads -5 tokens"),
+    "no tokens of a text": (lambda f: set_config(f, "tokenizer_config.json", model_max_length=0), "takes 0 tokens"),
+    "fewer than no tokens": (lambda f: set_config(f, "tokenizer_config.json", model_max_length=-5), "takes -5 tokens"),
     "tokenizer.json cut": (lambda f: (f / "tokenizer.json").write_text("{"), "can't be read"),
 }
 
 
 @pytest.mark.parametrize("case", JUDGES)
-def test_a_damaged_judge_is_one_line(case: str, folder: Path) -> None:
+def test_damaged_judge_is_reported_in_one_line(case: str, folder: Path) -> None:
     damage, message = JUDGES[case]
     damage(folder)
     with pytest.raises(UserError, match=message) as caught:
@@ -348,7 +348,7 @@ def test_a_damaged_judge_is_one_line(case: str, folder: Path) -> None:
     assert str(folder) in str(caught.value)
 
 
-def test_a_judge_without_finite_probabilities_stops(folder: Path) -> None:
+def test_judge_with_non_finite_probabilities_raises_an_error(folder: Path) -> None:
     judge = Judge(str(folder / "epoch_10.pt"), base=str(folder))
     judge.judge(["No."])
     judge.classifier.weight.data[0, 0] = float("nan")
@@ -380,6 +380,6 @@ def test_a_long_text_is_cut_before_it_is_tokenized(folder: Path) -> None:
         Judge(max_characters=0)
 
 
-def test_half_a_surrogate_is_judged_as_the_replacement_character(folder: Path) -> None:
+def test_lone_surrogate_is_judged_as_the_replacement_character(folder: Path) -> None:
     judge = Judge(str(folder / "epoch_10.pt"), base=str(folder))
     assert torch.equal(judge.judge(["No \ud83d.", "\udfff"]), judge.judge(["No \ufffd.", "\ufffd"]))

@@ -1,4 +1,4 @@
-"""Promise 3, measuring: an error of one question is its own failure, and the others get responses."""
+"""Promise 3, measuring: an error of one question is recorded as its failure, and the others get responses."""
 
 import shutil
 import struct
@@ -106,7 +106,7 @@ def test_one_question_fails_and_the_others_are_answered(
 
 @pytest.mark.parametrize("in_collator", [True, False], ids=["collator", "generate"])
 @pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
-def test_what_concerns_the_run_ends_it(
+def test_errors_that_concern_the_whole_run_end_it(
     error: BaseException, in_collator: bool, make_questions: Callable[[int], list[Question]]
 ) -> None:
     questions = make_questions(4)
@@ -115,7 +115,7 @@ def test_what_concerns_the_run_ends_it(
         measure.predict_step(measure.collator([Example(question) for question in questions]), 0)
 
 
-def test_questions_that_fail_only_together_are_asked_in_halves(make_questions) -> None:
+def test_batch_that_fails_only_as_a_whole_is_split_in_halves(make_questions) -> None:
     examples = [Example(question) for question in make_questions(8)]
     collator = FaultTolerantCollator(Faulty(MemoryError(), set(), together=3).collate)
     asked = collator(examples)
@@ -128,7 +128,7 @@ def test_questions_that_fail_only_together_are_asked_in_halves(make_questions) -
 
 
 @pytest.mark.parametrize("most", [1, 3, 20])
-def test_a_fault_of_every_question_stops_the_run(most: int, make_questions) -> None:
+def test_too_many_failures_in_a_row_stop_the_run(most: int, make_questions) -> None:
     questions = make_questions(30)
     faulty = Faulty(ZeroDivisionError("division by zero"), {question.id for question in questions})
     measure = measure_with(faulty, in_collator=False, failures_in_a_row=most)
@@ -137,7 +137,7 @@ def test_a_fault_of_every_question_stops_the_run(most: int, make_questions) -> N
     assert faulty.asked.count(1) == most
 
 
-def test_a_response_in_between_begins_the_count_anew(make_questions) -> None:
+def test_response_resets_the_count_of_failures_in_a_row(make_questions) -> None:
     questions = make_questions(12)
     bad = {question.id for index, question in enumerate(questions) if index % 3}
     measure = measure_with(Faulty(ValueError("no"), bad), in_collator=False, failures_in_a_row=3)
@@ -146,8 +146,8 @@ def test_a_response_in_between_begins_the_count_anew(make_questions) -> None:
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_responses_beside_unanswered_questions_begin_the_count_anew(answers: bool, make_questions) -> None:
-    """Responses of a server beside failures show that not every question fails."""
+def test_responses_among_unanswered_questions_reset_the_failure_count(answers: bool, make_questions) -> None:
+    """Responses of a server among failures show that not every question fails."""
     questions = make_questions(6)
     faulty = Faulty(ValueError("no"), {questions[number].id for number in (0, 1, 4, 5)})
     measure = measure_with(faulty, in_collator=False, failures_in_a_row=3)
@@ -185,14 +185,15 @@ def test_one_question_that_a_vlm_rejects_is_recorded(make_questions) -> None:
 
 
 @pytest.mark.parametrize("most", [0, -1])
-def test_a_count_that_stops_nothing_is_rejected(most: int) -> None:
+def test_failures_in_a_row_below_one_is_rejected(most: int) -> None:
     with pytest.raises(ArgumentError, match=rf"model\.failures_in_a_row: at least 1, got {most}"):
         measure_with(Faulty(ValueError(), set()), in_collator=False, failures_in_a_row=most)
 
 
 def test_a_response_that_cannot_be_written_fails_alone(make_questions, tmp_path: Path) -> None:
     good, bad = make_questions(2)
-    trainer = type("Trainer", (), {"default_root_dir": tmp_path, "global_rank": 0, "received_sigterm": False})()
+    state = {"default_root_dir": tmp_path, "global_rank": 0, "is_global_zero": True, "received_sigterm": False}
+    trainer = type("Trainer", (), state)()
     writer = RecordWriter()
     writer.on_predict_start(trainer, None)  # type: ignore[arg-type]
     outputs = [Response(bad, "fine", "stop", {1, 2}), Response(good, "fine", "stop", 2)]  # type: ignore[arg-type]
@@ -203,7 +204,7 @@ def test_a_response_that_cannot_be_written_fails_alone(make_questions, tmp_path:
     assert "can't be written as JSON" in writer._files[0].failed[0].reason
 
 
-def test_a_missing_image_is_a_failure_of_its_questions_alone(
+def test_missing_image_fails_only_its_own_questions(
     measuring_line: Callable[[Path, Path], list[str]],
     tiny_sets: Path,
     tmp_path: Path,

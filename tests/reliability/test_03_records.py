@@ -1,4 +1,4 @@
-"""Promise 3, records: every text survives the files of a run folder, and an invalid edited record is named."""
+"""Promise 3, records: every text is unchanged after writing and reading, and invalid records are reported."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def question(prompt: str) -> Question:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_every_text_survives(tmp_path: Path, text: str) -> None:
+def test_every_text_is_unchanged_after_a_jsonl_round_trip(tmp_path: Path, text: str) -> None:
     response = Response(question(text), text, "stop", 1)
     write_jsonl(tmp_path / "r.jsonl", [response.to_dict()])
     assert read_records(tmp_path / "r.jsonl", Response) == [response]
@@ -48,7 +48,7 @@ def test_every_text_survives(tmp_path: Path, text: str) -> None:
     assert seed_for(text) != seed_for(text + "x")
 
 
-def test_random_texts_survive(tmp_path: Path) -> None:
+def test_random_texts_are_unchanged_after_a_jsonl_round_trip(tmp_path: Path) -> None:
     """Characters of all planes and halves; only a high half followed by a low one may become one character."""
     generator = random.Random(5)
     records = [{"t": "".join(chr(generator.choice([generator.randrange(0x300), generator.randrange(0xD700, 0xDC00)]))
@@ -57,13 +57,13 @@ def test_random_texts_survive(tmp_path: Path) -> None:
     assert list(read_jsonl(tmp_path / "r.jsonl")) == records
 
 
-def test_other_lines_stay_as_they_were_byte_for_byte() -> None:
+def test_ordinary_records_are_serialised_like_json_dumps() -> None:
     record = {"a": 'é\u2028😀\\"', "b": [1, 0.1, None, True], "c": {"d": ""}}
     assert to_line(record) == json.dumps(record, ensure_ascii=False) + "\n"
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_no_number_is_not_written(tmp_path: Path, number: float) -> None:
+def test_non_finite_numbers_are_not_written(tmp_path: Path, number: float) -> None:
     with pytest.raises(RecordError, match=r"^S/1: can't be written as JSON"):
         write_jsonl(tmp_path / "r.jsonl", [{"id": "S/1", "probabilities": {"Safe": number}}])
     assert list(tmp_path.iterdir()) == []
@@ -95,7 +95,7 @@ EDITED = {
 
 
 @pytest.mark.parametrize("case", EDITED)
-def test_a_record_that_was_edited_is_named(tmp_path: Path, case: str) -> None:
+def test_error_names_the_line_of_an_invalid_edited_record(tmp_path: Path, case: str) -> None:
     kind, record, change, message = EDITED[case]
     broken = {name: value for name, value in (record | change).items() if value is not ...}
     (tmp_path / "r.jsonl").write_text(json.dumps(record) + "\n\n" + json.dumps(broken) + "\n")
@@ -116,7 +116,9 @@ def test_a_record_that_was_edited_is_named(tmp_path: Path, case: str) -> None:
         (b"\0\0\0", "not JSON"),
     ],
 )
-def test_a_torn_line_in_the_middle_is_named_and_at_the_end_skipped(tmp_path: Path, middle: bytes, message: str) -> None:
+def test_truncated_last_line_is_skipped_and_an_earlier_one_is_an_error(
+    tmp_path: Path, middle: bytes, message: str
+) -> None:
     (tmp_path / "r.jsonl").write_bytes(b'{"a": 1}\n' + middle)
     assert read_torn_jsonl(tmp_path / "r.jsonl") == [{"a": 1}]
     (tmp_path / "r.jsonl").write_bytes(b'{"a": 1}\n' + middle + b'\n{"a": 3}\n')

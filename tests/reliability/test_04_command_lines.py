@@ -294,20 +294,23 @@ WRONG: list[tuple[str, list[str]]] = [
     (f"fit {FIT} --ckpt_path folder", ["--ckpt_path", "folder", "last.ckpt"]),
     (f"fit {FIT} --trainer.check_val_every_n_epoch 0", ["--trainer.check_val_every_n_epoch", "got 0"]),
     (f"fit {FIT} --trainer.log_every_n_steps -1", ["--trainer.log_every_n_steps", "got -1"]),
+    (f"fit {FIT} --trainer.min_epochs -2", ["--trainer.min_epochs", "got -2"]),
+    (f"fit {FIT} --trainer.min_steps -9", ["--trainer.min_steps", "got -9"]),
+    (f"predict {MEASURE} --trainer.callbacks null", ["--trainer.callbacks", "predict", "RecordWriter"]),
     (f"fit {FIT} --trainer.num_sanity_val_steps -7", ["--trainer.num_sanity_val_steps", "got -7"]),
     (f"fit {FIT} --trainer.max_time 00:00:00:00", ["--trainer.max_time", "00:00:00:00"]),
     (f"fit {FIT} --trainer.devices auto2", ["--trainer.devices", "auto2"]),
     (f"fit {FIT} --trainer.profiler foo", ["--trainer.profiler", "foo"]),
     (f"fit {FIT} --trainer.overfit_batches -1", ["--trainer.overfit_batches", "-1"]),
-    # the class of a file of settings, and what is beside it
+    # invalid classes and misplaced keys in settings files
     (f"predict {MEASURE} --model.vlm no_class.yaml", ["--model.vlm", "no_class.yaml", "no class 'safervlm.vlm.Lava'"]),
     (f"predict {MEASURE} --model.vlm function.yaml", ["--model.vlm", "function.yaml", "'os.system'"]),
     (f"predict {MEASURE} --model.vlm data_class.yaml", ["data_class.yaml", "'safervlm.data.own.OwnData'"]),
     (
         f"predict {MEASURE} --model.vlm beside.yaml",
-        ["beside.yaml: model.vlm.modle", "beside a class_path"],
+        ["beside.yaml: model.vlm.modle", "next to a class_path"],
     ),
-    (f"predict {MEASURE} --model.vlm init_arg.yaml", ["init_arg.yaml: model.vlm.init_arg", "beside a class_path"]),
+    (f"predict {MEASURE} --model.vlm init_arg.yaml", ["init_arg.yaml: model.vlm.init_arg", "next to a class_path"]),
     (f"predict {MEASURE} --config no_callback.yaml", ["--trainer.callbacks", "no class 'callbacks.x.Y'"]),
     (f"predict {MEASURE} --config callback_typo.yaml", ["callback_typo.yaml, line 4", "panle"]),
     (f"predict {MEASURE} --trainer.plugins '[3]'", ["--trainer.plugins", "3"]),
@@ -323,11 +326,13 @@ WRONG: list[tuple[str, list[str]]] = [
     ("evaluate nowhere", ["nowhere", "no adapter"]),
     ("evaluate file folder", ["file, folder", "no adapter"]),
     ("evaluate --config twice.yaml", ["--config", "twice.yaml", "line 3"]),
+    ("train sft dpo sft", ["'sft' is named twice"]),
+    ("evaluate folder trained folder", ["'folder' is named twice"]),
     ("measure llava-1.5-7b --seed_everything -1", ["--seed_everything", "-1"]),
     ("train sft --config emptied.yaml", ["emptied.yaml", "data.init_args.folder"]),
     ("export --folder SETS --safe_folder SAFE --out here --limit 0", ["--limit", "0"]),
     ("demo --out /proc/here", ["out", "/proc/here"]),
-    # what a configuration or a command line lacks
+    # missing or misspelt arguments in a configuration or on the command line
     (f"fit {FIT} --config misspelt.yaml", ["trainer.max_epoch", "--trainer.max_epochs"]),
     (f"fit {FIT} --config only_a_name.yaml", ["'run'"]),
     (f"fit {FIT} --run -x", ["--run", "dash"]),
@@ -390,7 +395,7 @@ FILES = {
 
 
 @pytest.mark.parametrize(("line", "named"), WRONG, ids=[line for line, _ in WRONG])
-def test_a_wrong_command_line_is_one_line(
+def test_invalid_command_line_is_reported_in_one_line(
     line: str, named: list[str], tmp_path: Path, tiny_llava: Path, tiny_sets: Path
 ) -> None:
     for name, content in FILES.items():
@@ -416,7 +421,7 @@ REAL = [
 
 
 @pytest.mark.parametrize("line", REAL)
-def test_a_wrong_command_line_is_one_line_of_a_real_process(line: str, tmp_path: Path) -> None:
+def test_invalid_command_line_is_reported_in_one_line_by_a_subprocess(line: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "safervlm", *shlex.split(line)]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, ""), ended.stderr
@@ -428,11 +433,11 @@ def test_a_wrong_command_line_is_one_line_of_a_real_process(line: str, tmp_path:
 @pytest.mark.parametrize(
     ("name", "value"), [("WORLD_SIZE", "two"), ("LOCAL_RANK", ""), ("RANK", "-1"), ("NODE_RANK", "1.0")]
 )
-def test_a_rank_in_the_environment_is_a_number(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_rank_in_the_environment_is_rejected(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ArgumentError, match=f"^the environment variable {name}: a number, .* got '{value}'; unset it$"):
         prepared(["fit"])
 
 
-def test_there_are_a_hundred() -> None:
+def test_at_least_100_invalid_command_lines_are_tested() -> None:
     assert len({line for line, _ in WRONG}) >= 100

@@ -21,7 +21,7 @@ from safervlm.errors import ArgumentError, RecordError, UserError
 from safervlm.io.reading import read_json
 from safervlm.io.settings import read_yaml
 from safervlm.io.trust import read_config
-from safervlm.pictograms.world import world_manifest
+from safervlm.pictograms.replacing import world_manifest
 from safervlm.protocol import LABELS
 from safervlm.reports.runs import read_summary
 from safervlm.run import read_manifest
@@ -80,18 +80,18 @@ def test_an_export_needs_a_folder() -> None:
         ({"a": OwnData("x")}, {"only": []}, "data.only"),
     ],
 )
-def test_a_suite_without_datasets_or_names(sets: dict, settings: dict, argument: str) -> None:
+def test_suite_without_datasets_or_with_invalid_names_is_rejected(sets: dict, settings: dict, argument: str) -> None:
     with pytest.raises(ArgumentError, match=f"^{argument}: "):
         Suite(sets, **settings)
 
 
 @pytest.mark.parametrize(("unsafe", "safe"), [([""], ["0"]), ([True], [False]), ([None], ["0"]), ([], [])])
-def test_labels_that_are_none(unsafe: list, safe: list) -> None:
+def test_empty_or_non_text_labels_are_rejected(unsafe: list, safe: list) -> None:
     with pytest.raises(ArgumentError, match=r"^data\.(un)?safe: "):
         Benchmark("X", "x.csv", unsafe=unsafe, safe=safe)
 
 
-def test_labels_that_yaml_takes_for_numbers_are_texts() -> None:
+def test_numeric_yaml_labels_are_read_as_text() -> None:
     data = Benchmark("X", "x.csv", unsafe=[2, "Yes"], safe=[3.5, "no"])
     assert data.labels == {"2": "Unsafe", "yes": "Unsafe", "3.5": "Safe", "no": "Safe"}
 
@@ -128,7 +128,7 @@ def test_an_empty_file_is_an_error_that_names_it(tmp_path: Path, reader: str, co
     assert "\n" not in str(caught.value)
 
 
-def test_a_key_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
+def test_duplicate_json_key_in_contexts_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('[{"unsafe concept": "Gun", "output": "a", "output": "b"}]')
     with pytest.raises(RecordError, match=r"c\.json: .*the key 'output' occurs twice"):
         read_contexts(tmp_path / "c.json")
@@ -151,7 +151,7 @@ TWICE: dict[str, tuple[str, str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("case", TWICE)
-def test_no_reader_takes_the_last_of_two_values(tmp_path: Path, case: str) -> None:
+def test_every_file_reader_rejects_duplicate_keys(tmp_path: Path, case: str) -> None:
     name, text, read = TWICE[case]
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=r"the key '\w+' occurs twice") as caught:
@@ -161,7 +161,7 @@ def test_no_reader_takes_the_last_of_two_values(tmp_path: Path, case: str) -> No
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"x": "0.png"}', '{"0": "../0.png"}', '{"0": 3}', None])
-def test_a_damaged_list_of_a_tables_images_names_the_folder_to_remove(tmp_path: Path, text: str | None) -> None:
+def test_damaged_image_cache_index_names_the_folder_to_remove(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "files.json").write_text(text)
     with pytest.raises(RecordError, match=r"files\.json.*remove the folder") as caught:
@@ -180,7 +180,7 @@ def test_a_damaged_list_of_a_tables_images_names_the_folder_to_remove(tmp_path: 
         ("b: 1\n? {c: 1, c: 2}\n: 2", "line 2: the key 'c' occurs twice"),
     ],
 )
-def test_a_damaged_configuration_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+def test_damaged_yaml_is_reported_in_one_line(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(RecordError) as caught:
         read_yaml(tmp_path / "a.yaml", error=RecordError)
@@ -189,7 +189,7 @@ def test_a_damaged_configuration_is_one_line(tmp_path: Path, text: str, said: st
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_read_may_be_infinite_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_infinite_json_numbers_are_read_only_if_requested(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"clip": Infinity}')
     assert read_json(tmp_path / "a.json", finite=False) == {"clip": float("inf")}
     with pytest.raises(RecordError, match="Infinity is not a finite number"):

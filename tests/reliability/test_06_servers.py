@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from loopback import completion, hurry
+from loopback import completion, shorten_waits
 from raw_server import (
     BODY,
     CONTROLS,
@@ -168,7 +168,7 @@ CASES = [
     Case("400 of a megabyte", failed("400 Bad", "z" * 2**20), reason=r"z{300}\.\.\.\)$"),
     Case("400 with escapes", failed("400 Bad", CONTROLS * 3), reason=r"^\S+: http\S+ can't take it \(400: a\\x1b\[2J"),
     Case("413", failed("413 Large"), reason=r"\(413: no\)"),
-    # What a server that answers others forbids is this question, as a filter of the input does.
+    # A server that answers other questions forbids only this one, like an input filter.
     Case("403 for one question", failed("403 Forbidden", "it was flagged"), reason=r"\(403: it was flagged"),
     Case("451 for one question", failed("451 Legal"), reason=r"can't take it \(451: no\)"),
     Case("418 for one question", http("", "418 Teapot"), reason=r"can't take it \(418"),
@@ -209,7 +209,7 @@ CASES = [
            "packed"),
     answer("deflate", http(zlib.compress(BODY), Content_Encoding="deflate"), "packed"),
     answer("raw deflate", http(zlib.compress(BODY)[2:-4], Content_Encoding="deflate"), "packed"),
-    broken("no gzip", http(BODY, Content_Encoding="gzip"), "no gzip"),
+    broken("no gzip", http(BODY, Content_Encoding="gzip"), "not valid gzip"),
     broken("many gzip members", http(gzip.compress(b" ") * 100 + gzip.compress(BODY), Content_Encoding="gzip"),
            "more than 100 parts"),
     broken("cut gzip", http(gzip.compress(BODY)[:-20], Content_Encoding="gzip"), "ends in the middle"),
@@ -240,7 +240,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch, longest=0.02)
+    shorten_waits(monkeypatch, longest=0.02)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -252,7 +252,7 @@ def _imported() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_misbehaviour_costs_one_question_at_most(case, raw, tmp_path, capsys):
+def test_misbehaving_server_loses_at_most_one_question(case, raw, tmp_path, capsys):
     replies = case.reply if isinstance(case.reply, list) else [case.reply]
     there = raw(lambda number: replies[min(number, len(replies)) - 1])
     server = new(there, **case.options)
@@ -291,12 +291,12 @@ def test_a_misbehaviour_costs_one_question_at_most(case, raw, tmp_path, capsys):
     assert max(map(len, said.splitlines())) < 1500
 
 
-def test_the_table_is_as_long_as_it_says():
+def test_at_least_50_distinct_server_misbehaviours_are_tested():
     assert len(CASES) >= 50
     assert len({case.name for case in CASES}) == len(CASES)
 
 
-def test_an_impossible_count_is_in_the_log(raw):
+def test_impossible_token_count_is_recorded_in_the_log(raw):
     told = []
     server = new(raw(lambda number: counted("-3e5")))
     server.on_attempt = told.append
@@ -306,7 +306,7 @@ def test_an_impossible_count_is_in_the_log(raw):
     assert server.tokens == 10 + 7 + 10
 
 
-def test_a_count_takes_no_memory():
+def test_placeholder_tokens_of_a_huge_count_take_no_memory():
     from safervlm.vlm.server.reading import UnknownTokens
 
     tokens = UnknownTokens(10**9)
@@ -318,7 +318,7 @@ def test_a_count_takes_no_memory():
         tokens[10**9]
 
 
-def test_the_cap_of_requests_holds_for_all_at_once(raw):
+def test_max_requests_is_not_exceeded_by_concurrent_requests(raw):
     there = raw(lambda number: b"")
     server = new(there, concurrency=16, max_requests=5, max_retries=9)
     answers = ask(server, questions(12))
@@ -326,7 +326,7 @@ def test_the_cap_of_requests_holds_for_all_at_once(raw):
     assert sum(isinstance(each, Generation) for each in answers) >= 4
 
 
-def test_a_redirect_leaves_the_other_server_its_work(raw, capsys):
+def test_redirecting_server_is_skipped_and_the_other_server_answers(raw, capsys):
     stranger = raw(lambda number: ok("stolen"))
     first = raw(lambda number: http("", "307 T", Location=f"{stranger.address}/chat/completions"))
     second = raw(lambda number: ok("right"))
@@ -338,7 +338,7 @@ def test_a_redirect_leaves_the_other_server_its_work(raw, capsys):
     assert str(stranger.port) not in said
 
 
-def test_no_compression_is_asked_for_and_no_proxy_for_this_machine(raw, monkeypatch):
+def test_requests_to_localhost_use_no_compression_and_no_proxy(raw, monkeypatch):
     monkeypatch.delenv("NO_PROXY")
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -360,7 +360,7 @@ def test_no_compression_is_asked_for_and_no_proxy_for_this_machine(raw, monkeypa
         ("http://10.0.0.1/v1", "http://proxy.example:3128"),
     ],
 )
-def test_which_addresses_are_asked_through_the_proxy(address, proxy, monkeypatch):
+def test_proxy_is_used_for_non_local_addresses_outside_no_proxy(address, proxy, monkeypatch):
     from safervlm.vlm.server.transport import proxy_for
 
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ALL_PROXY"):
@@ -408,7 +408,7 @@ def test_a_log_that_cannot_be_written_loses_no_response(raw, capsys):
     assert capsys.readouterr().out.count("the log of attempts is incomplete: OSError") == 1
 
 
-def test_an_unexpected_exception_is_one_question_s_failure(raw, monkeypatch):
+def test_unexpected_exception_fails_only_one_question(raw, monkeypatch):
     import safervlm.vlm.server.request as request
 
     whole = request.read_completion
@@ -425,7 +425,7 @@ def test_an_unexpected_exception_is_one_question_s_failure(raw, monkeypatch):
     assert second == "T/i/alignment/1: MemoryError: MemoryError"
 
 
-def test_half_a_surrogate_in_a_question_is_that_question_s_failure(raw):
+def test_lone_surrogate_in_a_question_fails_only_that_question(raw):
     examples = questions()
     examples[1] = Example(Question("T/i/alignment/1", "T", "i", None, "alignment", 0, "cut \ud83d", "H", "x", "Safe"))
     there = raw(lambda number: ok("x"))
@@ -437,7 +437,7 @@ def test_half_a_surrogate_in_a_question_is_that_question_s_failure(raw):
 
 
 @pytest.mark.parametrize(("count", "wait"), [(1, 2), (2, 4), (3, 7), (2000, 7)])
-def test_waits_between_tries_are_those_that_were_given(count, wait):
+def test_retry_waits_follow_the_configured_bounds(count, wait):
     server = Server("m", ["http://h/v1"], bounds=Bounds(first_wait=2, longest_wait=7))
     assert wait / 2 <= server._back_off(count) <= wait
 
@@ -455,7 +455,7 @@ def test_waits_between_tries_are_those_that_were_given(count, wait):
         ("longest_wait", 0.5, "at least first_wait, 1 s, got 0.5"),
     ],
 )
-def test_a_bound_is_rejected_in_one_line(argument, value, message):
+def test_invalid_server_bound_is_rejected_in_one_line(argument, value, message):
     with pytest.raises(ValueError, match=rf"^vlm\.bounds\.{argument}: {message}") as raised:
         Bounds(**{argument: value})
     assert "\n" not in str(raised.value)
@@ -489,7 +489,7 @@ def test_a_bound_is_rejected_in_one_line(argument, value, message):
         ("max_count", 0, "at least 1, got 0"),
     ],
 )
-def test_an_argument_is_rejected_in_one_line(argument, value, message):
+def test_invalid_server_argument_is_rejected_in_one_line(argument, value, message):
     with pytest.raises(ValueError, match=rf"^vlm\.{argument}: .*{message}") as raised:
         Server(**{"model": "m", "addresses": ["http://h/v1"]} | {argument: value})
     assert "\n" not in str(raised.value)

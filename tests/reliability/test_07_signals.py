@@ -77,7 +77,7 @@ def files(run: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_measurement_is_interrupted_everywhere_and_ends_as_one_that_was_not(
+def test_measurement_interrupted_at_every_point_ends_like_an_uninterrupted_one(
     measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path, tmp_path: Path
 ) -> None:
     line: list[object] = [*measuring_line(Path("run"), tiny_sets / "unsafe"), "--data.batch_size=5"]
@@ -98,7 +98,7 @@ def test_a_measurement_is_interrupted_everywhere_and_ends_as_one_that_was_not(
 
 
 @pytest.mark.parametrize("number", [TERM, INT])
-def test_a_step_that_never_ends_is_given_up_in_five_seconds(
+def test_hanging_step_is_abandoned_within_five_seconds(
     number: int, measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path, tmp_path: Path
 ) -> None:
     line: list[object] = [*measuring_line(Path("run"), tiny_sets / "unsafe"), "--data.batch_size=5"]
@@ -107,7 +107,7 @@ def test_a_step_that_never_ends_is_given_up_in_five_seconds(
 
 
 @pytest.mark.parametrize("number", [TERM, INT])
-def test_a_step_that_ends_in_time_is_written(
+def test_step_that_ends_within_the_grace_period_is_written(
     number: int, measuring_line: Callable[[Path, Path], list[str]], tiny_sets: Path, tmp_path: Path
 ) -> None:
     line: list[object] = [*measuring_line(Path("run"), tiny_sets / "unsafe"), "--data.batch_size=5"]
@@ -132,7 +132,7 @@ PLAIN = [
 
 @pytest.mark.parametrize("number", [TERM, INT])
 @pytest.mark.parametrize("line", PLAIN)
-def test_a_command_without_a_loop_ends_in_time(line: str, number: int, tmp_path: Path) -> None:
+def test_signal_ends_a_command_without_a_training_loop_in_time(line: str, number: int, tmp_path: Path) -> None:
     log, marker = tmp_path / "log.txt", tmp_path / "stalled"
     (tmp_path / "run").mkdir()
     process = CONTEXT.Process(target=stall_instead, args=(line.split(), log))
@@ -165,7 +165,7 @@ def callbacks(long_step: float | None, *more: dict[str, Any]) -> list[dict[str, 
 
 @pytest.fixture(scope="module")
 def fit(tmp_path_factory, tiny_llava: Path, tiny_sets: Path) -> list[object]:
-    """A command line that trains for 6 batches, none of which counts as long, however busy the machine is."""
+    """A command that trains for 6 batches, none of which counts as long, even on a busy machine."""
     vlm = {"model": str(tiny_llava), "dtype": "float32", "lora": {"r": 4, "alpha": 8}, "system": ""}
     config: dict[str, Any] = {
         "model": {"init_args": {"vlm": {"class_path": "safervlm.vlm.llava.Llava", "init_args": vlm}, "lr": 0.01}},
@@ -212,7 +212,7 @@ FIT = [
 
 
 @pytest.mark.slow
-def test_training_is_interrupted_everywhere_and_ends_as_one_that_was_not(fit: list[object], tmp_path: Path) -> None:
+def test_training_interrupted_at_every_point_ends_like_an_uninterrupted_one(fit: list[object], tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
     play(fit, whole)
@@ -234,7 +234,7 @@ def long_steps(folder: Path, **settings: object) -> str:
     return f"--config={write_config(folder / 'long.yaml', {'trainer': {'callbacks': callbacks(None, slow)}})}"
 
 
-def test_only_the_step_at_work_is_lost_where_steps_are_long(fit: list[object], tmp_path: Path) -> None:
+def test_signal_during_a_long_step_loses_only_that_step(fit: list[object], tmp_path: Path) -> None:
     line = [*fit, long_steps(tmp_path)]
     for call, batches in ((4, 3), (3, 5)):  # the second one resumes after 3
         interrupt(line, tmp_path, "MetricsCSV.on_train_batch_end", TERM, call=call, deaf="true")
@@ -242,7 +242,7 @@ def test_only_the_step_at_work_is_lost_where_steps_are_long(fit: list[object], t
 
 
 @pytest.mark.parametrize("slow", [0, 1])
-def test_two_processes_save_together_where_one_is_slow(slow: int, fit: list[object], tmp_path: Path) -> None:
+def test_two_processes_save_the_same_step_if_one_is_slow(slow: int, fit: list[object], tmp_path: Path) -> None:
     line = [*fit, "--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=0", "--data.batch_size=4"]
     stall = ["--trainer.callbacks+=processes.StallAt", "--trainer.callbacks.where=MetricsCSV.on_train_batch_end"]
     line += [long_steps(tmp_path, rank=slow), *stall, "--trainer.callbacks.call=3"]
@@ -270,7 +270,7 @@ def test_two_processes_save_together_where_one_is_slow(slow: int, fit: list[obje
         ([0], KILL, 120, {-9, 1}),
     ],
 )
-def test_two_processes(
+def test_signal_to_one_of_two_processes_ends_both(
     ranks: list[int], number: int, seconds: int, codes: set[int], fit: list[object], tmp_path: Path
 ) -> None:
     line = [*fit, "--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=0", "--data.batch_size=4"]

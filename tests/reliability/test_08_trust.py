@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from loopback import Loopback, hurry, loopbacks
+from loopback import Loopback, loopbacks, shorten_waits
 from peft.utils import save_and_load
 from PIL import Image
 
@@ -55,7 +55,7 @@ def refused(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def listener(monkeypatch: pytest.MonkeyPatch):
     """A server on this machine, and the requests that it received."""
     arrived: list[dict[str, Any]] = []
-    hurry(monkeypatch)
+    shorten_waits(monkeypatch)
     monkeypatch.setenv("HF_TOKEN", SECRET)
     with loopbacks() as start:
 
@@ -75,7 +75,7 @@ def asks(address: str, variable: str | None = "HF_TOKEN") -> Callable[[dict[str,
 
 
 @pytest.mark.parametrize("variable", ["HF_TOKEN", None])
-def test_an_address_of_the_folder_is_not_contacted_unasked(
+def test_server_address_from_a_run_folder_is_not_contacted_without_consent(
     variable: str | None, measured: Path, tmp_path: Path, listener: tuple[Loopback, list[Any]], capsys
 ) -> None:
     server, arrived = listener
@@ -109,7 +109,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("where", HIDDEN)
-def test_what_a_client_really_uses_must_be_allowed(
+def test_addresses_and_key_variables_set_by_code_must_be_allowed(
     where: str, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """The configuration's text names neither the address nor the variable, and the class is trusted."""
@@ -130,7 +130,7 @@ def test_what_a_client_really_uses_must_be_allowed(
 
 
 @pytest.mark.parametrize("form", ["[{}]", " - {}"])
-def test_a_list_written_as_a_text_is_no_way_around(
+def test_address_list_written_as_a_string_is_still_checked(
     form: str, measured: Path, tmp_path: Path, listener: tuple[Loopback, list[Any]], capsys
 ) -> None:
     server, arrived = listener
@@ -141,7 +141,7 @@ def test_a_list_written_as_a_text_is_no_way_around(
     assert arrived == []
 
 
-def test_images_are_those_of_the_data_whatever_the_records_name(
+def test_verify_sends_images_of_the_dataset_and_not_paths_from_records(
     measured: Path, tmp_path: Path, listener: tuple[Loopback, list[Any]]
 ) -> None:
     server, arrived = listener
@@ -186,7 +186,7 @@ CODE = {
 
 @pytest.mark.parametrize("where", CODE)
 @pytest.mark.parametrize("command", ["verify", "doctor"])
-def test_code_of_the_folder_is_not_imported_unasked(
+def test_code_named_by_a_run_folder_is_not_imported_without_consent(
     command: str, where: str, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     run = copy(measured, tmp_path, CODE[where])
@@ -202,7 +202,7 @@ def test_code_of_the_folder_is_not_imported_unasked(
     assert not (beside / "imported").exists()
 
 
-def test_a_class_beside_the_shell_is_found_where_it_is_allowed(
+def test_class_in_the_working_directory_is_imported_with_trust_config(
     measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     run = copy(measured, tmp_path, lambda config: config["model"]["init_args"]["vlm"].update(class_path="my_vlm.Mine"))
@@ -233,7 +233,7 @@ def test_a_class_beside_the_shell_is_found_where_it_is_allowed(
         ({"trust_remote_code": False}, Named()),
     ],
 )
-def test_what_a_configuration_names(config: Any, expected: Named, tmp_path: Path) -> None:
+def test_named_in_finds_addresses_key_variables_and_code(config: Any, expected: Named, tmp_path: Path) -> None:
     assert named_in(config, tmp_path) == expected
 
 
@@ -250,30 +250,32 @@ LARGE = {
 
 
 @pytest.mark.parametrize("case", PADDED)
-def test_a_part_of_a_configuration_is_searched_as_the_parser_reads_it(case: str, tmp_path: Path) -> None:
+def test_included_configuration_files_are_searched_as_the_parser_reads_them(case: str, tmp_path: Path) -> None:
     (tmp_path / "vlm.yaml").write_text(PADDED[case], encoding="utf-8")
     assert named_in({"vlm": "vlm.yaml"}, tmp_path).addresses == {"http://x/v1"}
 
 
 @pytest.mark.parametrize("config", [{"vlm": "vlm.yaml"}, {"folder": "vlm.yaml", "vlm": "vlm.yaml"}])
 @pytest.mark.parametrize("case", LARGE)
-def test_a_part_that_is_too_large_to_be_searched_is_rejected(case: str, config: dict[str, str], tmp_path: Path) -> None:
+def test_included_configuration_file_too_large_to_search_is_rejected(
+    case: str, config: dict[str, str], tmp_path: Path
+) -> None:
     (tmp_path / "vlm.yaml").write_text(LARGE[case], encoding="utf-8")
     with pytest.raises(RecordError, match=r"vlm\.yaml: a part of a configuration has at most"):
         named_in(config, tmp_path)
 
 
-def test_large_data_and_weights_are_no_parts_of_a_configuration(tmp_path: Path) -> None:
+def test_large_data_and_weight_files_are_not_searched_as_configuration(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}\n" * 400_000)
     (tmp_path / "judge.pt").write_bytes(b"PK\x03\x04" + bytes(1_100_000))
     assert named_in({"file": "train.jsonl", "checkpoint": "judge.pt"}, tmp_path) == Named()
 
 
-def test_nothing_named_needs_nothing_allowed(tmp_path: Path) -> None:
+def test_configuration_without_addresses_or_code_needs_no_consent(tmp_path: Path) -> None:
     check_trust(tmp_path / "predict.yaml", Named(), "run", trust_config=False)
 
 
-def test_images_of_a_run_are_those_where_its_data_lies(
+def test_images_outside_the_dataset_folders_of_a_run_are_not_readable(
     measured: Path, tiny_sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
@@ -291,7 +293,7 @@ def test_images_of_a_run_are_those_where_its_data_lies(
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_page_shows_images_of_the_runs_own_data_alone(inside: bool, tmp_path: Path) -> None:
+def test_page_shows_only_images_of_the_datasets_of_the_run(inside: bool, tmp_path: Path) -> None:
     own, elsewhere = tmp_path / "data", tmp_path / "private"
     for folder in (own, elsewhere):
         folder.mkdir()
@@ -318,7 +320,7 @@ NO_CODE = {
 
 
 @pytest.mark.parametrize("base", ["somebody/model", "../other", "/nowhere", ""])
-def test_the_base_that_an_adapter_names_is_not_looked_up(
+def test_base_model_named_by_an_adapter_is_not_fetched(
     base: str, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     vlm = Llava(str(tiny_llava), dtype="float32", lora=LoRA(r=2, alpha=4))
@@ -345,7 +347,7 @@ def test_the_base_that_an_adapter_names_is_not_looked_up(
     assert not [str(each.message) for each in recwarn if "config file" in str(each.message)]
 
 
-def test_every_loader_is_set_to_run_no_code() -> None:
+def test_every_model_loading_call_disables_remote_code() -> None:
     root = Path(__file__).parent.parent.parent
     unsaid, unneeded = [], set(NO_CODE)
     for path in sorted(file for part in ("safervlm", "callbacks", "scripts") for file in (root / part).rglob("*.py")):

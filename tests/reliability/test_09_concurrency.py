@@ -41,7 +41,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.startswith("built-")}
 
 
-def test_the_second_of_two_builds_uses_the_first_ones_world(tmp_path: Path) -> None:
+def test_second_concurrent_build_reuses_the_world_of_the_first(tmp_path: Path) -> None:
     out = tmp_path / "pictograms"
     first = started(out, 2)
     wait_for(tmp_path, 1)
@@ -55,7 +55,7 @@ def test_the_second_of_two_builds_uses_the_first_ones_world(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("end", ["killed", "failed"])
-def test_after_a_build_that_ended_early_the_next_one_builds(end: str, tmp_path: Path) -> None:
+def test_build_succeeds_after_a_killed_or_failed_build(end: str, tmp_path: Path) -> None:
     out = tmp_path / "pictograms"
     first = started(out, 0 if end == "failed" else 60, fail=end == "failed")
     wait_for(tmp_path, 1)
@@ -74,7 +74,7 @@ def test_after_a_build_that_ended_early_the_next_one_builds(end: str, tmp_path: 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build in this process that writes only a few files."""
-    monkeypatch.setattr(world, "train_until_good", lambda folder, seed, perturbation: [{"figures": {}}])
+    monkeypatch.setattr(world, "train_until_gates_pass", lambda folder, seed, perturbation: [{"figures": {}}])
     monkeypatch.setattr(world, "write_benchmarks", lambda folder, seed: None)
     monkeypatch.setattr(world, "write_data_sets", lambda folder, seed: (folder / "unsafe").mkdir())
 
@@ -84,7 +84,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     ["notes.txt", "vlm/config.json", "judges/mine/epoch_10.pt", "manifest.json", ".hidden", "unsafe/images/mine.png"],
 )
 @pytest.mark.parametrize("built", [False, True], ids=["no world", "in an older world"])
-def test_a_folder_that_holds_a_users_file_is_kept(built: bool, file: str, quick: None, tmp_path: Path) -> None:
+def test_folder_containing_a_users_file_is_not_replaced(built: bool, file: str, quick: None, tmp_path: Path) -> None:
     out = tmp_path / "pictograms"
     if built:
         if file == "manifest.json":
@@ -147,7 +147,7 @@ def test_a_damaged_world_is_named_and_kept(text: str, quick: None, tmp_path: Pat
     assert (out / "unsafe").is_dir()
 
 
-def test_a_world_of_another_seed_takes_its_place(quick: None, tmp_path: Path) -> None:
+def test_world_of_another_seed_replaces_the_previous_world(quick: None, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "pictograms").symlink_to("elsewhere")
     for seed in (1, 2):
@@ -158,7 +158,7 @@ def test_a_world_of_another_seed_takes_its_place(quick: None, tmp_path: Path) ->
 
 @pytest.mark.parametrize("command", ["pictograms", "demo"])
 @pytest.mark.parametrize("out", ["", "  "])
-def test_no_folder_is_not_the_current_one(out: str, command: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_empty_output_folder_is_rejected(out: str, command: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main([command, "--out", out])
@@ -185,7 +185,7 @@ def write_world(out: Path, runs: list[Path], sets: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [write_report, write_evaluation, write_export, write_world])
-def test_a_command_that_writes_outside_of_a_run_removes_what_a_killed_one_left(
+def test_commands_remove_temporary_files_of_killed_commands_in_their_output(
     command: Callable[[Path, list[Path], Path], None], quick: None, tiny_sets: Path, tmp_path: Path
 ) -> None:
     run = write(tmp_path / "run", safety(np.random.default_rng(0)))
@@ -215,7 +215,7 @@ KEPT += ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "tmp-safervlm-1.csv",
 KEPT += ("checkpoints/next.ckpt", "checkpoints/other.ckpt", "checkpoints/link")
 
 
-def test_what_a_dead_command_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_locking_a_run_removes_only_leftovers_of_dead_commands(tmp_path: Path) -> None:
     for name in (*LEFT, *KEPT):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -227,7 +227,7 @@ def test_what_a_dead_command_left_is_removed_and_nothing_else(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("to", [".safervlm-0000000000000001.ckpt", "next.ckpt"], ids=["ours", "of an older version"])
-def test_a_checkpoint_that_is_a_folder_stays_where_the_last_one_points_to_it(to: str, tmp_path: Path) -> None:
+def test_checkpoint_folder_that_last_ckpt_points_to_is_kept(to: str, tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     for name in (".safervlm-0000000000000001.ckpt", ".safervlm-0000000000000002.ckpt", "next.ckpt"):
         (checkpoints / name).mkdir(parents=True)
@@ -290,7 +290,7 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, dict[str, object]]]:
 
 
 @pytest.mark.slow
-def test_on_a_full_disk_nothing_is_lost(
+def test_run_on_a_full_disk_resumes_without_loss(
     measuring_line: Callable[[Path, Path], list[str]],
     tiny_sets: Path,
     small_disk: tuple[Path, dict[str, object]],
@@ -313,7 +313,7 @@ def test_on_a_full_disk_nothing_is_lost(
 
 
 def fill_fake(disk: Path) -> None:
-    """Fills a fake of a disk in this process, and raises unless it is full and keeps what was there."""
+    """Fills a simulated disk in this process; raises unless it becomes full and keeps its earlier files."""
     limit(disk, 3 * 4096)
     write_atomically(disk / "a", lambda file: file.write_text("first"))
     for name, size in (("a", 9000), ("b", 9000)):
@@ -327,7 +327,7 @@ def fill_fake(disk: Path) -> None:
     assert {path.name for path in disk.iterdir()} == {"a", "log"}
 
 
-def test_the_fake_of_a_full_disk(tmp_path: Path) -> None:
+def test_simulated_full_disk_raises_no_space_left(tmp_path: Path) -> None:
     process = CONTEXT.Process(target=fill_fake, args=(tmp_path,))
     process.start()
     process.join(100)

@@ -1,4 +1,4 @@
-"""Promise 10, escaping: every output shows any name, and its own parser can read it."""
+"""Promise 10, escaping: any name can be shown in every output format, and read back by that format's parser."""
 
 import csv
 import io
@@ -51,12 +51,12 @@ cases = pytest.mark.parametrize(("text", "shown"), HOSTILE.values(), ids=HOSTILE
 
 
 @cases
-def test_the_terminal_shows_it_in_one_line(text: str, shown: str) -> None:
+def test_terminal_text_is_escaped_into_one_line(text: str, shown: str) -> None:
     assert escape.for_terminal(text) == shown
     shown.encode()  # no lone surrogate is left
 
 
-def test_line_breaks_stay_where_they_are_wanted() -> None:
+def test_terminal_line_breaks_are_kept_only_if_requested() -> None:
     assert escape.for_terminal("a\nb\tc") == r"a\nb\tc"
     assert escape.for_terminal("a\nb\x1b", lines=True) == "a\nb\\x1b"
 
@@ -72,7 +72,7 @@ def test_a_rich_table_shows_every_character(text: str, shown: str) -> None:
 
 
 @cases
-def test_csv_has_no_formula(text: str, shown: str) -> None:
+def test_csv_formulas_are_neutralised(text: str, shown: str) -> None:
     file = io.StringIO()
     csv.writer(file).writerow([escape.for_csv(text), "next"])
     (row,) = csv.reader(io.StringIO(file.getvalue()))
@@ -80,7 +80,7 @@ def test_csv_has_no_formula(text: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["\t=1", "\r=1", "\n=1"])
-def test_csv_has_no_formula_behind_white_space(text: str) -> None:
+def test_csv_formulas_after_white_space_are_neutralised(text: str) -> None:
     assert escape.for_csv(text).startswith("'")
 
 
@@ -90,7 +90,7 @@ def test_csv_leaves_other_texts(text: str) -> None:
 
 
 @cases
-def test_excel_takes_it(text: str, shown: str) -> None:
+def test_xlsx_text_has_no_illegal_characters_and_reads_back(text: str, shown: str) -> None:
     written = escape.for_xlsx(text)
     assert not ILLEGAL_CHARACTERS_RE.search(written)
     # The text that Excel shows (ECMA-376, ST_Xstring).
@@ -98,13 +98,13 @@ def test_excel_takes_it(text: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["a" * 40_000, "😀" * 20_000, "\x1b" * 10_000, "a" * 32_766 + "😀"])
-def test_an_excel_cell_has_a_longest_text(text: str) -> None:
+def test_xlsx_text_is_truncated_to_the_cell_limit(text: str) -> None:
     written = escape.for_xlsx(text)
     assert len(written.encode("utf-16-le")) // 2 <= 32_767
     assert written.endswith("characters]")
 
 
-def test_a_text_as_long_as_a_cell_is_whole() -> None:
+def test_xlsx_text_of_exactly_the_cell_limit_is_not_truncated() -> None:
     assert escape.for_xlsx("a" * 32_767) == "a" * 32_767
 
 
@@ -147,12 +147,12 @@ def unescaped_latex(text: str) -> str:
 
 
 @cases
-def test_latex_is_read_back(text: str, shown: str) -> None:
+def test_escaped_latex_is_read_back(text: str, shown: str) -> None:
     assert unescaped_latex(escape.for_latex(text)) == shown
 
 
 @pytest.mark.parametrize("text", ["[seed 0]", "*", "[", "*[x]"])
-def test_latex_takes_no_name_for_an_argument_of_a_line_break(text: str) -> None:
+def test_latex_names_are_not_parsed_as_arguments_of_a_line_break(text: str) -> None:
     written = escape.for_latex(text)
     assert written.startswith("{")
     assert unescaped_latex(written) == text

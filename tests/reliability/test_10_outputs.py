@@ -200,7 +200,7 @@ def read_back(from_data):
 
 
 @pytest.mark.parametrize(("name", "shown"), HOSTILE.values(), ids=HOSTILE)
-def test_a_name_from_data_is_shown_everywhere(name, shown, read_back):
+def test_names_from_data_are_escaped_in_every_output(name, shown, read_back):
     printed, csvs, books, tex, pages = read_back
     shown = shown if normal_name(name) == name else normal_name(name)  # invisible characters make no other name
     assert f"  {shown} " in printed["scores"]
@@ -274,7 +274,7 @@ def named_runs(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "shown"), RUNS.values(), ids=RUNS)
-def test_a_runs_name_is_shown_everywhere(name, shown, named_runs):
+def test_run_names_are_escaped_in_every_output(name, shown, named_runs):
     printed, pages, csvs, books, (captions, rows), drawn = named_runs
     assert shown in printed
     assert name == shown or name not in printed.replace("\n", "")
@@ -290,7 +290,7 @@ def test_a_runs_name_is_shown_everywhere(name, shown, named_runs):
     assert drawn.count(shown.strip()) >= 2
 
 
-def test_runs_are_distinguished(tmp_path):
+def test_runs_with_equal_folder_names_get_distinct_names(tmp_path):
     folders = [tmp_path / "a" / "base", tmp_path / "b" / "base", tmp_path / "a\n" / "base", tmp_path / "a\\n" / "base"]
     for folder in folders:
         write(folder, answers())
@@ -330,7 +330,7 @@ def answered(tmp_path_factory):
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_a_response_on_a_page(text, answered):
+def test_response_text_is_escaped_and_truncated_on_a_page(text, answered):
     if len(text) > 4_000:
         assert "a\\x1b<a\\x1b<a [cut: 2,100,000 characters]" in answered
         assert answered.count("a\\x1b<") == 1_333
@@ -363,7 +363,7 @@ def test_images_are_linked_relative_to_the_page(tmp_path, monkeypatch):
             assert str(tmp_path) not in page.read_text()
 
 
-def test_no_absolute_path_is_on_a_page(tmp_path):
+def test_pages_contain_no_absolute_path(tmp_path):
     """Neither of a run folder, nor of a missing image, nor in the settings, nor of a skipped run."""
     home = tmp_path / "home" / "jane"
     runs = [write(home / "runs" / name, answers(image_path=str(home / "no.png"))) for name in ("a", "b")]

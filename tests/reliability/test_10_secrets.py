@@ -1,4 +1,4 @@
-"""Promise 10, secrets: what an address holds besides a place stands in no file and in no message."""
+"""Promise 10, secrets: credentials and queries of URLs are never stored or printed."""
 
 import base64
 import json
@@ -43,7 +43,7 @@ def private_table(tiny_sets: Path) -> Iterator[str]:
     server.shutdown()
 
 
-def test_a_token_in_an_address_is_stored_nowhere(
+def test_token_in_a_source_url_is_neither_stored_nor_printed(
     private_table: str,
     measuring_line: Callable[[Path, Path], list[str]],
     tmp_path: Path,
@@ -81,7 +81,7 @@ def test_a_token_in_an_address_is_stored_nowhere(
         ("data.cache_dir", ["--data.source=x.tsv", "--data.cache_dir=https://host/{}?{}"]),
     ],
 )
-def test_an_address_in_the_place_of_a_path_is_rejected_without_its_secrets(
+def test_url_given_as_a_path_is_rejected_without_showing_its_secrets(
     argument: str,
     line: list[str],
     measuring_line: Callable[[Path, Path], list[str]],
@@ -128,7 +128,7 @@ def test_a_key_in_an_exception_is_neither_shown_nor_stored(
         assert TOKEN not in text
 
 
-def test_a_server_names_the_variable_of_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_value_of_a_custom_key_variable_is_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "SECRET_VARIABLES", variables := set())
     monkeypatch.setattr(addresses, "SECRET_VARIABLES", variables)
     monkeypatch.setenv("MY_OWN_KEY", f" {KEY} ")

@@ -1,4 +1,4 @@
-"""The report in a browser, at the widths of a desktop and a phone, light and dark: what is seen first, and by whom."""
+"""The report in a browser at desktop and phone widths, light and dark: layout, accessibility and visible content."""
 
 import shutil
 
@@ -24,14 +24,20 @@ WIDER = """() => [...document.querySelectorAll('body *')].filter(element => {
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A report of three measurements with evaluations, and one of the evaluations alone."""
+    """A report of measurements with evaluations, one of the evaluations alone, and one of groups and other runs."""
     folder = tmp_path_factory.mktemp("runs")
     runs = []
     for seed, (name, right) in enumerate((("original", 0.4), ("sft", 0.8), ("ppo", 0.95))):
         write_labelled(folder / name, right, images=2, seed=seed)
         write(folder / name / "evaluation", safety(np.random.default_rng(seed), right))
         runs.append(folder / name)
-    return [report(runs, folder / "report.html"), evaluation(runs, folder / "evaluation.html")]
+    for seed, name in enumerate(("kto-0", "kto-1", "kto-2", "dpo-0", "dpo-1"), len(runs)):
+        write_labelled(folder / name, 0.8, images=2, seed=seed)
+    return [
+        report(runs, folder / "report.html"),
+        evaluation(runs, folder / "evaluation.html"),
+        report(runs[:2], folder / "groups.html", group=[f"{name}={folder}/{name}-*" for name in ("kto", "dpo")]),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Corrected rates in a report: terminal, page, CSV and workbook; without labels none."""
 
+import html
 import re
 
 import openpyxl
@@ -10,6 +11,8 @@ from labelled import label, write_labelled
 from safervlm.records import read_jsonl, write_jsonl
 from safervlm.reports.page import report
 from safervlm.results.corrected import RATES
+from safervlm.statistics.correction import BY_LABELS, OF_NEW_CONCEPTS, OF_THIS_RUN
+from safervlm.statistics.intervals import coverage
 
 SMALL = {"concepts": 10, "images": 1}
 
@@ -43,9 +46,16 @@ def test_corrected_rates_are_reported(tmp_path, capsys, monkeypatch):
     notes = " ".join(map(str, pd.read_excel(page.with_suffix(".xlsx"), sheet_name="notes", header=None)[0]))
     for where in (" ".join(said.split()), text, page.with_suffix(".tex").read_text(), notes):
         assert "The numbers that are not called corrected are not corrected" in where
+    coverages = [coverage(BY_LABELS, part) for part in (OF_THIS_RUN, OF_NEW_CONCEPTS)]
+    simulated = "Simulated coverage of a rate's intervals: {} for this run, {} for new concepts.".format(*coverages)
+    for where in (html.unescape(text), page.with_suffix(".tex").read_text(), notes):
+        assert simulated in where
     first = table.iloc[0]
     shown = f"{100 * float(first['corrected']):.1f} [{100 * float(first['low_new']):.1f}, "
     assert f"corrected {shown}" in text  # beside the value as judged
+    tiles = text[text.index('<div class="tiles">') : text.index('<figure id="plot-forest"')]
+    judged = table[table["rate"].eq("image_unsafe") & table["minus"].eq("")]["value"].astype(float)
+    assert all(f"]<br>judged {100 * value:.1f}</dd>" in tiles for value in judged)
     assert shown in said
     part = text[text.index('<table id="corrected" class="stack">') :]
     part = part[: part.index("</table>")]

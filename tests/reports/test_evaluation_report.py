@@ -1,4 +1,4 @@
-"""The table of an evaluation in all formats: the same numbers, no scripts, no recognisable image."""
+"""The evaluation table in all formats: equal numbers, no scripts, no recognisable image."""
 
 import re
 from pathlib import Path
@@ -33,7 +33,7 @@ def runs(tmp_path):
     return [tmp_path / "runs" / name for name in ("original", "ppo")]
 
 
-def test_one_table_everywhere(runs, tmp_path, capsys, monkeypatch):
+def test_evaluation_table_is_the_same_in_all_formats(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal shows no decimals
     out = evaluation(runs, tmp_path / "out" / "all.html")
     printed = " ".join(capsys.readouterr().out.split())
@@ -76,7 +76,7 @@ def test_one_table_everywhere(runs, tmp_path, capsys, monkeypatch):
     assert tex.count(r"\begin{tabular}") == 5
 
 
-def test_the_page_runs_nothing_and_shows_no_image(runs, tmp_path):
+def test_evaluation_page_has_no_scripts_and_only_blurred_images(runs, tmp_path):
     page = evaluation(runs, tmp_path / "all.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;x&lt;/script&gt;" in page  # a response is text
@@ -89,19 +89,20 @@ def test_the_page_runs_nothing_and_shows_no_image(runs, tmp_path):
     assert all(len(image) < 40_000 for image in images)
 
 
-def test_flips_are_chosen_by_id_and_counted_whole(runs, tmp_path):
+def test_examples_of_changed_answers_are_chosen_deterministically(runs, tmp_path):
     pages = [evaluation(runs, tmp_path / f"{n}.html").read_text() for n in (1, 2)]
     assert pages[0] == pages[1]
 
 
-def test_a_single_run_and_the_folder_of_its_evaluation(runs, capsys):
+def test_single_evaluation_folder_is_accepted_and_has_no_differences(runs, capsys):
     out = evaluation([runs[0] / "evaluation"])
     assert out == runs[0] / "evaluation" / "evaluation.html"
     assert "original" in " ".join(capsys.readouterr().out.split())
     assert not out.with_name("evaluation_differences.csv").exists()
 
 
-def test_a_dataset_that_one_run_hasnt_answered_stays_empty(runs, tmp_path, capsys):
+def test_dataset_missing_in_one_run_is_shown_as_a_dash(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # a long temporary folder takes lines from the remarks
     folder = runs[1] / "evaluation"
     for name in ("responses.jsonl", "verdicts.jsonl"):
         lines = (folder / name).read_text().splitlines(keepends=True)
@@ -115,14 +116,14 @@ def test_a_dataset_that_one_run_hasnt_answered_stays_empty(runs, tmp_path, capsy
     assert "no difference, not measured in both" in " ".join(capsys.readouterr().out.split())
 
 
-def test_differences_of_other_runs_dont_stay(runs, tmp_path):
+def test_outdated_differences_file_is_removed(runs, tmp_path):
     evaluation(runs, tmp_path / "all.html")
     assert (tmp_path / "all_differences.csv").exists()
     evaluation(runs[:1], tmp_path / "all.html")
     assert not (tmp_path / "all_differences.csv").exists()
 
 
-def test_a_run_that_cant_be_read_takes_none_with_it(runs, tmp_path, capsys):
+def test_unreadable_run_is_skipped_and_the_others_are_reported(runs, tmp_path, capsys):
     (runs[1] / "evaluation" / "verdicts.jsonl").unlink()
     out = tmp_path / "all.html"
     with pytest.raises(SystemExit, match="3"):
@@ -139,7 +140,7 @@ def test_a_run_that_cant_be_read_takes_none_with_it(runs, tmp_path, capsys):
     assert "is skipped" in out.read_text()
 
 
-def test_what_cant_be_shown_is_rejected(runs, tmp_path):
+def test_invalid_runs_and_output_names_are_rejected(runs, tmp_path):
     with pytest.raises(ValueError, match=r"out: the table is a page"):
         evaluation(runs, tmp_path / "all.pdf")
     with pytest.raises(ValueError, match="named twice"):
@@ -173,8 +174,9 @@ def test_a_line_break_in_a_name_does_not_end_a_latex_comment(monkeypatch):
     assert "% a\\n\\input{x}\\u2028: by bootstrap" in written.splitlines()
 
 
-def test_what_a_reader_has_to_know_is_reported(runs, tmp_path, capsys):
+def test_high_na_rates_other_base_models_and_unfinished_runs_are_reported(runs, tmp_path, capsys, monkeypatch):
     """Many N/A responses, different base models: neither is visible from the numbers."""
+    monkeypatch.setenv("COLUMNS", "200")  # a long temporary folder takes lines from the remarks
     for run, model in zip(runs, ("one", "other"), strict=True):
         settings = {"model": {"vlm": {"model": model, "weights": model}}}
         write_stage(run / "evaluation", "measure", settings=settings, finished=model == "one")
@@ -205,7 +207,7 @@ def test_an_evaluation_whose_adapter_was_trained_on_since_is_reported(runs, tmp_
     assert warned in " ".join(capsys.readouterr().out.split())
 
 
-def test_zero_has_no_sign_and_a_file_is_wide(runs, tmp_path, capsys, monkeypatch):
+def test_rounded_zero_has_no_minus_sign_and_piped_output_is_wide(runs, tmp_path, capsys, monkeypatch):
     assert shown_estimate("", -0.0004) == "0.000"
     assert shown_estimate("%", -0.0004, signed=True) == "+0.0"
     assert shown_estimate("points", -0.06) == "-0.1"
@@ -214,7 +216,7 @@ def test_zero_has_no_sign_and_a_file_is_wide(runs, tmp_path, capsys, monkeypatch
     assert "Alignment of unsafe images (draw)" in capsys.readouterr().out  # in one line
 
 
-def test_other_images_under_the_same_names_are_not_subtracted(runs, tmp_path, capsys):
+def test_datasets_with_other_images_of_equal_names_have_no_difference(runs, tmp_path, capsys):
     for run, images in zip(runs, ("a", "b"), strict=True):
         sets = {
             "smid": {"name": "SMID", "images": images},
@@ -229,17 +231,17 @@ def test_other_images_under_the_same_names_are_not_subtracted(runs, tmp_path, ca
     assert "ppo: no difference, they were asked about other images: SMID" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_dataset_that_mmes_rule_cant_score_takes_no_other_run_with_it(runs, tmp_path, capsys):
+def test_run_that_mme_scoring_rejects_is_skipped_and_others_are_reported(runs, tmp_path, capsys):
     asked = question("Mine", "0.png", "yes_no", 0, "Yes", "color")
     write(tmp_path / "runs" / "odd" / "evaluation", [(asked, "Yes", None)])
     with pytest.raises(SystemExit, match="3"):
         evaluation([*runs, tmp_path / "runs" / "odd"], tmp_path / "all.html")
     said = " ".join(capsys.readouterr().out.split())
-    assert "warning: odd is skipped: MME's rule needs two questions an image, '0.png' (color) has 1" in said
+    assert "warning: odd is skipped: MME's rule needs two questions per image, '0.png' (color) has 1" in said
     assert (tmp_path / "all.html").exists()
 
 
-def test_a_model_is_its_weights_whatever_its_folder_is_called():
+def test_base_models_are_compared_by_weights_and_not_by_path():
     def run(name, model, weights):
         keys = {"settings.model.vlm.model": model, "settings.model.vlm.weights": weights}
         return name, {"measure": keys}

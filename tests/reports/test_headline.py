@@ -1,10 +1,10 @@
-"""The sentences at the top of a report: what they claim of which intervals."""
+"""The sentences at the top of a report: which claims the intervals support."""
 
 import numpy as np
 import pytest
 
 from safervlm.reports.findings import BY_NAME, GAP, OVER_FLAGGED, PERCEPTION, SAFE, UNSAFE, Number, Outcome, Result
-from safervlm.reports.headline import NOTHING, headline, headline_note
+from safervlm.reports.headline import NOTHING, headline, headline_note, in_no_group
 
 NO = Number(0.5)  # without an interval
 SAFER_NOW = Number(0.94, 0.88, 0.975)
@@ -22,13 +22,13 @@ def ppo(low=np.nan, high=np.nan, run="ppo", value=SAFER_NOW, **more):
 START = "ppo answers 94.0 % [88.0, 97.5] of the questions about unsafe images correctly, original 26.0 % [22.1, 31.1]"
 SAFER = "ppo calls safe images unsafe in 94.0 % [88.0, 97.5] of the answers, original 26.0 % [22.1, 31.1]"
 CASES = {
-    "more": ([found(UNSAFE, BASE, ppo(0.613, 0.739))], [f"{START}: 61.3 to 73.9 points more."]),
-    "fewer": ([found(UNSAFE, BASE, ppo(-0.3, -0.1))], [f"{START}: 10.0 to 30.0 points fewer."]),
-    "contains 0": ([found(UNSAFE, BASE, ppo(-0.03, 0.05))], [f"{START}: no difference is shown, -3.0 to +5.0 points."]),
-    "an end is 0": ([found(UNSAFE, BASE, ppo(0, 0.1))], [f"{START}: no difference is shown, +0.0 to +10.0 points."]),
+    "more": ([found(UNSAFE, BASE, ppo(0.613, 0.739))], [f"{START}: [61.3, 73.9] points more."]),
+    "fewer": ([found(UNSAFE, BASE, ppo(-0.3, -0.1))], [f"{START}: [10.0, 30.0] points fewer."]),
+    "contains 0": ([found(UNSAFE, BASE, ppo(-0.03, 0.05))], [f"{START}: no difference is shown, [-3.0, +5.0] points."]),
+    "an end is 0": ([found(UNSAFE, BASE, ppo(0, 0.1))], [f"{START}: no difference is shown, [+0.0, +10.0] points."]),
     "an end is 0 as printed": (
         [found(UNSAFE, BASE, ppo(0.0004, 0.1))],
-        [f"{START}: no difference is shown, +0.0 to +10.0 points."],
+        [f"{START}: no difference is shown, [+0.0, +10.0] points."],
     ),
     "no interval of the difference": (
         [found(UNSAFE, BASE, ppo())],
@@ -50,8 +50,8 @@ CASES = {
         [found(OVER_FLAGGED, BASE, ppo(-0.05, -0.0004))],
         [f"{SAFER}: at most 0.0 points more."],
     ),
-    "harm": ([found(OVER_FLAGGED, BASE, ppo(0.01, 0.06))], [f"{SAFER}: 1.0 to 6.0 points more."]),
-    "less over-flagging": ([found(OVER_FLAGGED, BASE, ppo(-0.06, -0.01))], [f"{SAFER}: 1.0 to 6.0 points fewer."]),
+    "harm": ([found(OVER_FLAGGED, BASE, ppo(0.01, 0.06))], [f"{SAFER}: [1.0, 6.0] points more."]),
+    "less over-flagging": ([found(OVER_FLAGGED, BASE, ppo(-0.06, -0.01))], [f"{SAFER}: [1.0, 6.0] points fewer."]),
     "safe images": (
         [found(SAFE, BASE, ppo(-0.05, 0.01))],
         [START.replace("unsafe", "safe") + ": at most 5.0 points fewer."],
@@ -62,21 +62,21 @@ CASES = {
     ),
     "both sides": (
         [found(UNSAFE, BASE, ppo(0.613, 0.739)), found(OVER_FLAGGED, BASE, ppo(-0.01, 0.06))],
-        [f"{START}: 61.3 to 73.9 points more.", f"{SAFER}: at most 6.0 points more."],
+        [f"{START}: [61.3, 73.9] points more.", f"{SAFER}: at most 6.0 points more."],
     ),
     "several runs that agree": (
         [found(UNSAFE, BASE, ppo(0.6, 0.7, "sft"), ppo(0.5, 0.8, "ppo"))],
         [
             "sft answers 94.0 % [88.0, 97.5] of the questions about unsafe images correctly, ppo 94.0 % [88.0, 97.5], "
-            "original 26.0 % [22.1, 31.1]: 60.0 to 70.0 (sft) and 50.0 to 80.0 (ppo) points more."
+            "original 26.0 % [22.1, 31.1]: [60.0, 70.0] (sft) and [50.0, 80.0] (ppo) points more."
         ],
     ),
     "several runs that differ": (
         [found(UNSAFE, BASE, ppo(0.6, 0.7, "sft"), ppo(-0.1, 0.1, "dpo"), Outcome("kto", NO), ppo(0.5, 0.8, "ppo"))],
         [
             "sft answers 94.0 % [88.0, 97.5] of the questions about unsafe images correctly, dpo 94.0 % [88.0, 97.5], "
-            "kto 50.0 %, ppo 94.0 % [88.0, 97.5], original 26.0 % [22.1, 31.1]: 60.0 to 70.0 (sft) and 50.0 to 80.0 "
-            "(ppo) points more; no difference is shown, -10.0 to +10.0 (dpo) points; kto and original are not "
+            "kto 50.0 %, ppo 94.0 % [88.0, 97.5], original 26.0 % [22.1, 31.1]: [60.0, 70.0] (sft) and [50.0, "
+            "80.0] (ppo) points more; no difference is shown, [-10.0, +10.0] (dpo) points; kto and original are not "
             "comparable."
         ],
     ),
@@ -92,8 +92,8 @@ CASES = {
         ],
         [
             "original answers 26.0 % [22.1, 31.1] of the questions about unsafe images correctly, the 6 others 50.0 % "
-            "(kto) to 94.0 % (sft): at least 50.0 points more in 4 of them; no difference is shown in sft, -10.0 to "
-            "+20.0 points; kto and original are not comparable."
+            "(kto) to 94.0 % (sft): at least 50.0 points more in 4 of them; no difference is shown in sft, [-10.0, "
+            "+20.0] points; kto and original are not comparable."
         ],
     ),
     "many runs that agree": (
@@ -112,7 +112,7 @@ CASES = {
     ),
     "a run that was not asked": (
         [found(UNSAFE, BASE, Outcome("sft", None), ppo(0.613, 0.739))],
-        [f"{START}: 61.3 to 73.9 points more."],
+        [f"{START}: [61.3, 73.9] points more."],
     ),
     "the original was not asked": (
         [found(UNSAFE, Outcome("original", None), ppo())],
@@ -126,7 +126,7 @@ CASES = {
         [found(UNSAFE, BASE, ppo(-0.31, -0.2, value=Number(0.0, 0.0, 0.05), only_na=True))],
         [
             "ppo answers 0.0 % [0.0, 5.0] (every response is N/A) of the questions about unsafe images correctly, "
-            "original 26.0 % [22.1, 31.1]: 20.0 to 31.0 points fewer."
+            "original 26.0 % [22.1, 31.1]: [20.0, 31.0] points fewer."
         ],
     ),
     "one run": (
@@ -170,7 +170,10 @@ def test_the_headline_claims_what_the_intervals_allow(findings, said):
         ),
         ([found(UNSAFE, BASE, corrected=True), found(SAFE, BASE)], "; partly corrected for the judge's error"),
         ([found(UNSAFE, BASE), found(SAFE, BASE, unit="these concepts")], "for new concepts or these concepts; not"),
-        ([found(UNSAFE, BASE, ppo(), ppo())], "for new concepts, each by itself; not corrected"),
+        (
+            [found(UNSAFE, BASE, ppo(), ppo())],
+            "(bounds are their ends) for new concepts, each by itself; not corrected",
+        ),
         ([found(UNSAFE, BASE, unit="")], "95 % intervals; not corrected"),
         ([], "95 % intervals; not corrected"),
     ],
@@ -179,3 +182,15 @@ def test_the_note_states_what_the_intervals_are(findings, said):
     note = headline_note(findings)
     assert said in note
     assert "without differences between training seeds" in note
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a"], "a is in no group: see the numbers of single runs."),
+        (["a", "b"], "a and b are in no group: see the numbers of single runs."),
+        (list("abcd"), "4 more runs are in no group: their numbers are among those of single runs."),
+    ],
+)
+def test_runs_of_no_group_are_named(names, said):
+    assert in_no_group(names) == said

@@ -1,4 +1,4 @@
-"""``safervlm report``: which folders are measurements, and which evaluations."""
+"""``safervlm report``: whether run folders contain measurements or evaluations."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def folder(name: str, capability: str = "", manifest: object = None) -> None:
         ([], "report"),
     ],
 )
-def test_the_folders_decide(runs: list[str], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_type_is_chosen_by_the_run_folders(runs: list[str], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder("measured", "alignment")
     folder("both", "perception")
     folder("both/evaluation", "alignment", SUITE)

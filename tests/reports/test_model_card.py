@@ -1,4 +1,4 @@
-"""The card of a merged model: scores with their judges, licence and settings; nothing of another model's."""
+"""The card of a merged model: scores with their judges, licence and settings; no scores of other models."""
 
 import json
 import re
@@ -102,7 +102,7 @@ def test_responses_without_an_answer_are_counted(run: Path) -> None:
     assert row[2:] == ["none", "none", row[4], "0", str(number), "none |"]
 
 
-def test_the_marks_of_reasoning_are_no_paths(run: Path) -> None:
+def test_reasoning_marks_are_not_shortened_like_paths(run: Path) -> None:
     model = {
         "vlm": {"model": "/home/somebody/base", "thinking": {"marks": [["<think>", "</think>"]]}},
         "lora": {"r": 4},
@@ -113,7 +113,7 @@ def test_the_marks_of_reasoning_are_no_paths(run: Path) -> None:
     assert "somebody" not in text
 
 
-def test_the_licence_is_the_base_models(run: Path, tmp_path: Path) -> None:
+def test_licence_is_taken_from_the_base_model(run: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     for text, licence in (

@@ -1,4 +1,4 @@
-"""The report page as a browser shows it, and the tables beside it."""
+"""The report page as rendered by a browser, and the tables written with it."""
 
 import base64
 import html.parser
@@ -28,7 +28,8 @@ from safervlm.reports.examples import blurred, examples
 from safervlm.reports.measured import overall_cells
 from safervlm.reports.page import report
 from safervlm.reports.runs import load_runs, read_summary
-from safervlm.results.measures import modality_gap, paired_difference
+from safervlm.results.common import difference_from
+from safervlm.results.measures import modality_gap
 from safervlm.results.runs import load_run
 from safervlm.results.scores import compare
 from safervlm.results.scores import scores as scores_of
@@ -227,7 +228,7 @@ def test_overall_table_equals_the_csv(dom, page, runs):
                 seen.add(name)
     assert seen == set(table.columns) - {"thinking_unfinished"}  # none is
     base, ppo = table.loc["base"], table.loc["p&p_$o<1>"]
-    estimate = paired_difference(*(load_run(run) for run in reversed(runs)), "image_unsafe")
+    estimate = difference_from(*(load_run(run) for run in reversed(runs)), "image_unsafe")
     assert estimate.value == pytest.approx(ppo.image_unsafe - base.image_unsafe)
     shown = f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
     assert shown in next(row[2]["text"] for row in rows if row[0]["text"] == "Image, unsafe")
@@ -272,7 +273,7 @@ def test_category_tables_equal_the_csv(dom, page, runs, name):
         assert method["text"] == found.loc["accuracy_na_wrong"].method
 
 
-def test_unsafe_images_side_by_side(dom, runs):
+def test_unsafe_image_accuracies_of_runs_are_shown_by_category(dom, runs):
     rows = dom.table(id="unsafe-images")
     assert [row[0]["text"] for row in rows[1:]] == [*CATEGORIES, "overall"]
     for number, run in enumerate(runs, 1):
@@ -315,7 +316,7 @@ def test_unfinished_thinking_is_counted_in_every_table(runs, folder, tmp_path):
     assert "3 thinking unfinished" in dom.table(id="unsafe-images")[-1][2]["text"]
 
 
-def test_the_screenshot_shows_something(page, tmp_path):
+def test_page_screenshot_is_not_blank(page, tmp_path):
     picture = tmp_path / "page.png"
     browse(page, tmp_path / "profile", f"--screenshot={picture}", "--window-size=1200,2400", "--hide-scrollbars")
     pixels = np.asarray(Image.open(picture).convert("L"), float)
@@ -328,7 +329,7 @@ def test_the_screenshot_shows_something(page, tmp_path):
 # --- what the page must not contain -----------------------------------------------------------------------------------
 
 
-def test_nothing_is_loaded(dom, page):
+def test_page_loads_no_external_resources_and_runs_no_scripts(dom, page):
     text = page.read_text()
     policy = next(a["content"] for tag, a in dom.tags if tag == "meta" and a.get("http-equiv"))
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -346,7 +347,7 @@ def test_nothing_is_loaded(dom, page):
     assert set(re.findall(r"url\(([^)]{0,2})", text)) <= {"#f"}
 
 
-def test_no_image_matches_an_original(page, folder):
+def test_shown_images_are_blurred_beyond_recognition(page, folder):
     originals = [Image.open(path).convert("RGB") for path in sorted((folder / "data").rglob("*.png"))]
     uris = set(re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page.read_text()))
     assert len(uris) >= 9
@@ -372,13 +373,13 @@ def test_no_image_matches_an_original(page, folder):
             assert np.abs(resized - shown).mean() > 5
 
 
-def test_a_sharp_preview_in_the_metadata_is_left_behind(tmp_path):
+def test_blurred_images_have_no_metadata(tmp_path):
     image = Image.new("RGB", (300, 200), "red")
     image.info.update(comment=b"secret", icc_profile=b"secret", exif=b"secret")
     assert not blurred(image).info
 
 
-def test_no_more_than_ten_by_ten_colours_pass():
+def test_blurred_image_depends_only_on_a_ten_by_ten_mosaic():
     """Another image with the same hundred means, but other edges, has the same blur: the original is lost."""
     sharp = np.zeros((200, 200, 3), np.uint8)
     sharp[30:110, 50:150] = 255  # edges in the middle of the tenths
@@ -400,7 +401,7 @@ def test_the_original_opens_on_demand_only(dom, folder, page):
     assert "show the original (local file)" in "".join(dom.text)
 
 
-def test_hostile_responses_are_text(folder, tmp_path):
+def test_markup_in_responses_is_shown_as_text(folder, tmp_path):
     run = make_run(tmp_path / "hostile", folder / "data", BASE, hostile=True)
     frame_manifest = {"stages": {HOSTILE[:60]: {"settings": {"prompt": HOSTILE[:60]}}}}
     (run / "manifest.json").write_text(json.dumps(frame_manifest))
@@ -470,7 +471,7 @@ def test_the_page_states_why_an_image_is_not_shown(case, said, tmp_path):
     assert "on this machine</div>" not in page
 
 
-def test_a_run_in_which_another_command_is_at_work(tmp_path):
+def test_report_rejects_a_run_locked_by_another_command(tmp_path):
     run = make_run(tmp_path / "base", tmp_path / "data", BASE)
     held = "import sys, time; from pathlib import Path; from safervlm.run import lock; f = lock(Path(sys.argv[1]))"
     command = [sys.executable, "-c", f"{held}; print(flush=True); time.sleep(60)", str(run)]
@@ -482,14 +483,14 @@ def test_a_run_in_which_another_command_is_at_work(tmp_path):
     report([run])
 
 
-def test_runs_of_one_capability(folder, tmp_path):
+def test_run_of_one_capability_has_a_page_without_the_gap(folder, tmp_path):
     run = make_run(tmp_path / "perception", folder / "data", BASE)
     for file in ("responses.jsonl", "verdicts.jsonl"):
         lines = [line for line in (run / file).read_text().splitlines() if "/perception/" in json.loads(line)["id"]]
         (run / file).write_text("\n".join(lines) + "\n")
     (run / "manifest.json").unlink()
     text = report([run]).read_text()
-    assert "no manifest" in text
+    assert "No manifest.json, so that the settings are unknown: perception." in text
     assert 'id="gap"' not in text
 
 
@@ -513,21 +514,29 @@ def test_runs_that_another_judge_classified_are_not_subtracted(folder, tmp_path,
 
 
 @pytest.mark.parametrize("what", ["prompt", "answer"])
-def test_questions_of_the_same_id_in_other_words_are_other_questions(what, folder, tmp_path):
+def test_questions_with_equal_ids_but_other_content_are_not_compared(what, folder, tmp_path):
     base = make_run(tmp_path / "base", folder / "data", BASE)
     run = make_run(tmp_path / "other", folder / "data", PPO)
     answers = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
-    answer = next(each for each in answers if each["capability"] == "perception")
-    answer[what] = "B"
-    (run / "responses.jsonl").write_text("".join(json.dumps(each) + "\n" for each in answers))
-    loaded = load_runs([base, run])
-    assert any("was asked other questions" in line for line in warnings(loaded))
-    cells = cells_of(loaded)
+    perception = [each for each in answers if each["capability"] == "perception"]
+    for number, answer in enumerate(perception):
+        answer[what] = "B"
+        (run / "responses.jsonl").write_text("".join(json.dumps(each) + "\n" for each in answers))
+        loaded = load_runs([base, run])
+        cells = cells_of(loaded)
+        assert cells["image_safe"]["difference"] is not None
+        if number == 0:
+            assert "that both runs answered; left out: 1 (other)." in warnings(loaded)[0]
+            assert cells["perception"]["difference"] is not None
+        elif number > len(perception) // 10:
+            break
+    assert warnings(loaded) == [
+        "other was asked other questions than base: where fewer than 90 % are in common, no difference is shown."
+    ]
     assert cells["perception"]["difference"] is None
-    assert cells["image_safe"]["difference"] is not None
 
 
-def test_what_has_no_response_is_reported(folder, tmp_path):
+def test_questions_without_response_or_verdict_are_reported(folder, tmp_path):
     run = make_run(tmp_path / "base", folder / "data", BASE)
     kept = [Question.from_dict(json.loads(line)) for line in (run / "responses.jsonl").read_text().splitlines()]
     lost = replace(kept[0], id="regressions")
@@ -536,22 +545,36 @@ def test_what_has_no_response_is_reported(folder, tmp_path):
     assert "base has no response, or no verdict on it, to 2 more questions" in report([run]).read_text()
 
 
-def test_runs_that_answered_other_questions_are_not_subtracted(folder, tmp_path, capsys):
+def test_differences_are_over_the_questions_that_both_runs_answered(folder, tmp_path, capsys):
     base = make_run(tmp_path / "base", folder / "data", BASE)
     run = make_run(tmp_path / "fewer", folder / "data", PPO)
     answers = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
-    left_out = next(a["id"] for a in answers if a["capability"] == "alignment" and a["answer"] == "Unsafe")
+    unsafe = [a["id"] for a in answers if a["capability"] == "alignment" and a["answer"] == "Unsafe"]
+    safe = [a["id"] for a in answers if a["answer"] == "Safe"]
+    left_out = {*unsafe[:2], *safe[: len(safe) // 2]}
     for file in ("responses.jsonl", "verdicts.jsonl"):
         lines = (run / file).read_text().splitlines()
-        (run / file).write_text("\n".join(line for line in lines if json.loads(line)["id"] != left_out) + "\n")
+        (run / file).write_text("\n".join(line for line in lines if json.loads(line)["id"] not in left_out) + "\n")
     page = report([base, run]).read_text()
-    assert "fewer was asked other questions than base" in page
-    assert "warning: fewer was asked other questions" in " ".join(capsys.readouterr().out.split())
+    said = [
+        "fewer was asked other questions than base: where fewer than 90 % are in common, no difference is shown.",
+        # Of both sides together, as for diversity, 92 % are in common.
+        f"Differences from base are over the questions that both runs answered; left out: {len(left_out)} (fewer).",
+    ]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(line in page and f"warning: {line}" in printed for line in said)
     loaded = load_runs([base, run])
+    assert warnings(loaded) == said
     cells = cells_of(loaded)
-    for column in ("image_unsafe", "modality_gap", "diversity_overall"):
+    for column in ("image_safe", "over_flagging"):
         assert cells[column]["difference"] is None
-    for column in ("perception", "image_safe", "text_only_unsafe"):
+        assert not cells[column]["paired"]
+    rates = [
+        (each.frame["label"] == each.frame["answer"])[each.frame["id"].isin(set(unsafe) - left_out)].mean()
+        for each in loaded
+    ]
+    assert cells["image_unsafe"]["difference"] == f"{100 * (rates[1] - rates[0]):+.1f}"
+    for column in ("perception", "text_only_unsafe", "modality_gap", "diversity_unsafe", "diversity_overall"):
         assert cells[column]["difference"] is not None
 
 
@@ -564,7 +587,7 @@ def test_manifest_is_shown(dom):
     assert "provenance.versions.torch" in visible
 
 
-def test_runs_called_the_same(folder, tmp_path):
+def test_runs_with_equal_names_are_distinguished_by_their_folders(folder, tmp_path):
     first = make_run(tmp_path / "a" / "base", folder / "data", BASE)
     second = shutil.copytree(first, tmp_path / "b" / "base")
     assert [run.name for run in load_runs([first, second])] == ["a/base", "b/base"]
@@ -572,7 +595,7 @@ def test_runs_called_the_same(folder, tmp_path):
         load_runs([first, first])
 
 
-def test_errors_name_the_way_out(runs, tmp_path):
+def test_report_errors_name_a_remedy(runs, tmp_path):
     with pytest.raises(ValueError, match="at least one run folder"):
         report([])
     with pytest.raises(ValueError, match=r"'.*page\.pdf' must end in \.html"):

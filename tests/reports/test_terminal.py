@@ -1,4 +1,4 @@
-"""A report on the terminal: the headline first, fewer than 40 lines, and what is missing is on the page."""
+"""A report on the terminal: the headline first, fewer than 40 lines; the rest is on the page."""
 
 import contextlib
 import html
@@ -213,7 +213,7 @@ def plain(text):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_a_report_fits_the_terminal_and_loses_nothing(kind, tmp_path, capsys, monkeypatch):
+def test_terminal_report_fits_and_moves_hidden_remarks_to_the_page(kind, tmp_path, capsys, monkeypatch):
     said = []
     for module in (of_measurements, of_evaluations):
         monkeypatch.setattr(module, "say_report", lambda *given: (said.append(given), say_report(*given)))
@@ -230,6 +230,8 @@ def test_a_report_fits_the_terminal_and_loses_nothing(kind, tmp_path, capsys, mo
     ((headline, _, warnings, results, remarks, closing),) = said
     assert printed.splitlines()[-1] == closing
     assert str(out) in closing
+    named = re.findall(r"[\w.]+", closing.partition("(with")[2].replace(" and ", ", ").removesuffix(" beside it)"))
+    assert {f"{out.stem}{ending}" for ending in named} == {file.name for file in tmp_path.glob("r*.*")} - {out.name}
     for line in (*headline, *warnings, *results, *remarks):
         assert plain(without_folders(line)) in page
     for line in warnings:
@@ -248,7 +250,7 @@ def table(rows):
     return [made]
 
 
-def test_the_most_detailed_table_for_which_there_is_room(capsys):
+def test_terminal_report_shows_the_most_detailed_table_that_fits(capsys):
     def rows(warnings=(), remarks=(), results=()):
         say_report(
             ["A headline."],
@@ -291,9 +293,8 @@ def test_a_sentence_about_many_runs_names_them_last(tmp_path):
         change(run, lambda response, verdict: [(response | {"prompt": "Is it?"}, verdict | {"judge": "beef"})])
     page = html.unescape(report_runs(runs, tmp_path / "r.html").read_text())
     names = ", ".join(f"run-{number}" for number in range(5))
-    assert (
-        f"5 runs were asked other questions than original: where they differ, no difference is shown ({names})." in page
-    )
+    said = "were asked other questions than original: where fewer than 90 % are in common, no difference is shown"
+    assert f"5 runs {said} ({names})." in page
     page = html.unescape(report_runs(runs[:4], tmp_path / "r.html").read_text())
     assert "run-0, run-1 and run-2 were asked other questions than original: where" in page
     assert json.dumps(names) not in page

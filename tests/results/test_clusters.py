@@ -29,7 +29,7 @@ def test_a_cluster_is_identified_by_its_whole_key(keys: list[str]) -> None:
     assert cluster_numbers(ROWS, keys).tolist() == [order[name] for name in named]
 
 
-def test_equal_names_of_two_datasets_are_two_images() -> None:
+def test_equal_image_names_in_two_datasets_are_two_images() -> None:
     numbers = dict(zip(ROWS["id"], cluster_numbers(ROWS, IMAGE), strict=True))
     assert numbers["a"] == numbers["b"] == numbers["d"]
     assert numbers["d"] != numbers["e"]
@@ -43,6 +43,6 @@ def test_each_concept_has_its_dataset_and_category() -> None:
     assert categories.tolist() == [0, 0, 0, 1]
 
 
-def test_a_question_without_an_image_is_a_unit_of_its_own() -> None:
+def test_question_without_an_image_is_its_own_sampling_unit() -> None:
     groups = ROWS.groupby(units_of(ROWS))["id"].agg("".join)
     assert sorted(groups) == ["ab", "c", "d", "e", "f", "g", "h", "i"]

@@ -1,4 +1,4 @@
-"""Corrected rates: by hand, against the truth, and with a judge that was spoiled on purpose."""
+"""Corrected rates: by hand, against the true rates, and with a deliberately inaccurate judge."""
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ def run(made: tuple[pd.DataFrame, dict[str, str]]) -> LabelledRun:
 
 
 def true_rates(rows: pd.DataFrame, truth: dict[str, str]) -> dict[str, float]:
-    """What the table would show if the judge never erred."""
+    """The values of the table if the judge made no errors."""
     says = rows.assign(label=rows["id"].map(truth))
     right = says["label"] == says["answer"]
     images = says["capability"] == "alignment"
@@ -58,7 +58,7 @@ def true_rates(rows: pd.DataFrame, truth: dict[str, str]) -> dict[str, float]:
     }
 
 
-def test_every_rate_has_a_row(run, made):
+def test_corrected_table_has_a_row_for_every_rate(run, made):
     rows, truth = made
     table = corrected(run).set_index("rate")
     assert list(table.index) == list(RATES)
@@ -76,7 +76,7 @@ def test_every_rate_has_a_row(run, made):
     assert table["value"]["image_safe"] + table["value"][OVER_FLAGGED] < 1
 
 
-def test_if_people_label_everything_it_is_what_they_say(made):
+def test_rate_equals_the_human_labels_when_every_response_is_labelled(made):
     rows, truth = made
     plan = Plan.make(rows, len(rows), 0)
     assert len(plan.sampled) == len(rows)
@@ -85,7 +85,7 @@ def test_if_people_label_everything_it_is_what_they_say(made):
         assert table.loc[rate, ["corrected", "low_run", "high_run"]].tolist() == pytest.approx([value] * 3)
 
 
-def test_a_rate_by_hand(run):
+def test_corrected_perception_rate_matches_hand_calculation(run):
     """Perception: its responses alone, the strata of its own verdicts."""
     own = (run.rows["capability"] == "perception").to_numpy()
     rows, strata = run.rows[own], run.strata.numbers[own]
@@ -98,7 +98,7 @@ def test_a_rate_by_hand(run):
     assert (row["low_run"], row["high_run"]) == pytest.approx(interval_this_run(given))
 
 
-def test_a_concept_of_which_there_is_no_name_is_not_in_the_gap(made):
+def test_concept_without_text_questions_is_excluded_from_the_gap(made):
     rows, truth = made
     nameless = rows[~((rows["capability"] == "alignment_text_only") & (rows["concept"] == "thing 0"))]
     nameless = nameless.reset_index(drop=True)
@@ -111,7 +111,7 @@ def test_a_concept_of_which_there_is_no_name_is_not_in_the_gap(made):
     assert table["rate"].tolist() == ["image_unsafe", "image_safe", "image_both", OVER_FLAGGED]
 
 
-def test_few_concepts_have_no_interval_for_new_ones(tmp_path):
+def test_fewer_than_ten_concepts_have_no_interval_for_new_concepts(tmp_path):
     truth = write_labelled(tmp_path, concepts=9)
     rows = labelable(load_run(tmp_path))
     table = corrected(LabelledRun.of(rows, people_of(Plan.make(rows, LABELS, 0), truth))).set_index("rate")
@@ -119,7 +119,7 @@ def test_few_concepts_have_no_interval_for_new_ones(tmp_path):
     assert table["low_run"].notna().all()
 
 
-def test_differences(tmp_path, run, made):
+def test_corrected_differences_between_runs_against_true_rates(tmp_path, run, made):
     rows, truth = made
     better = write_labelled(tmp_path, accuracy=0.95, seed=1)
     other = labelable(load_run(tmp_path))
@@ -138,7 +138,42 @@ def test_differences(tmp_path, run, made):
     assert found == ["image_unsafe", "text_only_unsafe", "perception", GAP]  # of the same questions
 
 
-def test_people_bridge_two_judges(run, made):
+def test_differences_are_over_the_questions_that_both_runs_answered(tmp_path, made):
+    """With every response labelled, the difference is that of the true labels of the common questions."""
+    rows, truth = made
+    better = write_labelled(tmp_path, accuracy=0.95, seed=1)
+    other = labelable(load_run(tmp_path))
+    lost = {*other["id"][other["capability"] == "alignment_text_only"][:4]}
+    lost |= {*other["id"][other["side"] == "safe"][:10]}  # of 60: more than a tenth
+    fewer = other[~other["id"].isin(lost)].reset_index(drop=True)
+    both = [
+        LabelledRun.of(each, people_of(Plan.make(each, len(each), 0), people))
+        for each, people in ((fewer, better), (rows, truth))
+    ]
+    found = corrected_differences(*both).set_index("rate")
+    assert [rate for rate in RATES if rate not in found.index] == ["image_safe", OVER_FLAGGED]
+    common = rows[~rows["id"].isin(lost)].reset_index(drop=True)
+    names = common[common["capability"] == "alignment_text_only"]
+    rates = [(names["id"].map(people) == names["answer"]).mean() for people in (better, truth)]
+    assert found.at["text_only_unsafe", "corrected"] == pytest.approx(rates[0] - rates[1])
+    assert found.at["text_only_unsafe", "responses"] == 2 * len(names)
+    gaps = [true_rates(common, people)[GAP] for people in (better, truth)]
+    assert found.at[GAP, "corrected"] == pytest.approx(gaps[0] - gaps[1])
+
+
+def test_unfinished_thinking_is_no_missing_question(made):
+    rows, truth = made
+    finished = rows["capability"].ne("perception") | (np.arange(len(rows)) % 2 == 0)
+    part = rows[finished].reset_index(drop=True)
+    people = people_of(Plan.make(part, len(part), 0), truth)
+    every = LabelledRun.of(rows, people_of(Plan.make(rows, len(rows), 0), truth))
+    found = corrected_differences(LabelledRun.of(part, people, rows[~finished]), every).set_index("rate")
+    assert found.at["perception", "responses"] == 2 * int((part["capability"] == "perception").sum())
+    assert found.at["perception", "thinking_unfinished"] == int((~finished).sum())
+    assert "perception" not in set(corrected_differences(LabelledRun.of(part, people), every)["rate"])
+
+
+def test_corrected_rates_of_two_judges_are_comparable(run, made):
     """Corrected rates of two judges are compared, those as judged are not."""
     rows, truth = made
     other = rows.assign(judge=rows["judge"].where(rows["capability"] != "perception", "another"))
@@ -149,7 +184,7 @@ def test_people_bridge_two_judges(run, made):
     assert table["corrected"].abs().max() < 1e-12
 
 
-def test_read_labelled(tmp_path):
+def test_labelled_run_is_read_only_when_its_sample_is_complete(tmp_path):
     truth = write_labelled(tmp_path)
     frame = load_run(tmp_path)
     assert read_labelled_run(tmp_path, frame) is None
@@ -180,7 +215,7 @@ def spoil(rows: pd.DataFrame, accuracy: float, truth: dict[str, str], rng: np.ra
     return rows.assign(label=labels, probabilities=given)
 
 
-def test_a_spoiled_judge_misleads_the_plain_table_and_not_the_corrected_one(tmp_path):
+def test_corrected_intervals_contain_the_truth_for_an_inaccurate_judge(tmp_path):
     """Its accuracy is .85, and .6 after alignment; the unspoiled verdicts stand for people, with 100 labels a run."""
     runs, value, rates = [], [], []
     for number, (name, accuracy) in enumerate((("before", 0.85), ("after", 0.6))):

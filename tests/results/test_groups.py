@@ -1,4 +1,4 @@
-"""Groups of runs: the numbers are those of safervlm.statistics.seeds, on counts made here."""
+"""Groups of runs: their values equal safervlm.statistics.seeds on counts made in this module."""
 
 import numpy as np
 import pandas as pd
@@ -59,12 +59,12 @@ def test_means_over_seeds(runs):
     assert table.iloc[1]["method"] == "none: fewer than 3 training seeds"
 
 
-def test_over_flagging_is_the_share_that_is_flagged(runs):
+def test_over_flagging_is_one_minus_accuracy_on_safe_images(runs):
     table = group_table({"a": [run(each, "safe") for each in runs[:3]]}).set_index("measure")["value"]
     assert table["over_flagging"] == pytest.approx(1 - table["image_safe"])
 
 
-def test_difference_from_the_original_and_between_groups(runs):
+def test_group_differences_equal_the_seed_statistics(runs):
     frames = [run(each) for each in runs]
     sums = np.array([each.sum(1) for each in runs], float)
     ours = group_differences({"original": frames[:1], "ppo": frames[1:4]}).iloc[0]
@@ -87,17 +87,19 @@ def test_only_questions_that_all_runs_answered_count(runs):
     )
 
 
-def test_the_same_id_of_another_question_is_another_question(runs):
-    """Runs of other data, whose ids are the same: of another prompt, right answer or concept."""
+def test_questions_with_equal_ids_but_other_content_are_excluded(runs):
+    """Runs of other data with equal ids: another prompt, correct answer or concept."""
     frames = [run(each) for each in runs[:3]]
     first = frames[0]["concept"] == "concept 00"
     expected = group_table({"a": [each[each["concept"] != "concept 00"] for each in frames]})
     for column, value in (("prompt", "Is it unsafe?"), ("answer", SAFE), ("concept", "another"), ("category", "other")):
         changed = frames[0].assign(**{column: frames[0][column].where(~first, value)})
-        pd.testing.assert_frame_equal(group_table({"a": [changed, *frames[1:]]}), expected)
+        found = group_table({"a": [changed, *frames[1:]]})
+        assert list(found["left_out"]) == [IMAGES]
+        pd.testing.assert_frame_equal(found.assign(left_out=0), expected)
 
 
-def test_runs_of_two_judges_have_neither_mean_nor_difference(runs):
+def test_runs_of_two_judges_are_neither_averaged_nor_compared(runs):
     frames = [run(each) for each in runs]
     other = [each.assign(judge="another") for each in frames[3:]]
     assert group_table({"a": [*frames[:2], other[0]]}).empty

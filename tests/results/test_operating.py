@@ -1,4 +1,4 @@
-"""Operating curves of runs: against scikit-learn and by hand, and what the report writes."""
+"""Operating curves of runs: against scikit-learn and by hand, and their tables and figure in the report."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -90,7 +90,7 @@ def by_hand(run: Path, category: str | None = None, one: bool = False) -> tuple[
 @pytest.mark.parametrize(
     ("category", "one"), [(None, False), (None, True), ("Hate", False), ("Deception", True)], ids=str
 )
-def test_the_numbers_are_those_of_scikit_learn(run, table, category, one):
+def test_operating_measures_equal_scikit_learn(run, table, category, one):
     truth, score, _ = by_hand(run, category, one)
     where = {"category": category or "overall", "questions": "one" if one else "mean"}
     assert value(table, "auroc", **where)["value"] == pytest.approx(metrics.roc_auc_score(truth, score))
@@ -105,7 +105,7 @@ def test_the_numbers_are_those_of_scikit_learn(run, table, category, one):
     assert np.isnan(row["low"]) == bool(category)  # a category has fewer than 10 concepts
 
 
-def test_what_the_answers_say_is_subtracted(run, table):
+def test_knowledge_behaviour_gap_is_separation_by_odds_minus_by_answers(run, table):
     truth, _, said = by_hand(run)
     answers = said[truth == 1].mean() - said[truth == 0].mean()
     odds, found = (value(table, f"separation_{name}") for name in ("odds", "answers"))
@@ -115,7 +115,7 @@ def test_what_the_answers_say_is_subtracted(run, table):
     assert gap["low"] < gap["value"] < gap["high"]
 
 
-def test_the_table_is_complete(table):
+def test_operating_table_has_all_measures_and_valid_intervals(table):
     assert list(table.columns) == OPERATING
     assert value(table, "median_mass")["value"] == 0.7
     names = table[table["capability"] == "alignment_text_only"]  # no safe names: the mass alone
@@ -130,7 +130,7 @@ def test_the_table_is_complete(table):
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_one_question_is_the_sampled_one_or_the_first(run, drawn):
+def test_one_question_per_image_is_the_sampled_one_or_else_the_first(run, drawn):
     frame = load_run(run)
     odds = read_odds(run).assign(log_odds=0.0)
     picked = frame["id"].str.endswith("/1" if drawn else "/0") & (frame["capability"] == "alignment")
@@ -152,7 +152,7 @@ def test_unfinished_thinking_has_odds_and_no_answer(run):
 
 
 @pytest.mark.parametrize("prevalence", [0.0, 1.0, -1.0, float("nan")])
-def test_a_prevalence_is_a_share(prevalence, run):
+def test_prevalence_outside_0_and_1_is_rejected(prevalence, run):
     with pytest.raises(ArgumentError, match=r"^prevalence: "):
         operating(load_run(run), read_odds(run), prevalence)
 
@@ -204,7 +204,7 @@ def test_yes_to_both_is_acquiescence(reversed_run):
     assert new.loc["safe", "low"] < 1 / 3 < new.loc["safe", "high"]
 
 
-def test_it_is_no_part_of_the_published_numbers(reversed_run, capsys):
+def test_reversed_question_is_excluded_from_published_scores(reversed_run, capsys):
     (loaded,) = load_runs([reversed_run])
     assert REVERSED not in set(loaded.frame["capability"])
     assert len(loaded.variants) == 60
@@ -240,7 +240,7 @@ def test_the_report_writes_the_tables_and_the_figure(run, reversed_run, tmp_path
     assert set(written[written["run"] == "reversed"]["measure"]) == {"acquiescence"}
 
 
-def test_curve_plot(run, reversed_run):
+def test_curve_plot_draws_only_runs_with_odds(run, reversed_run):
     runs = [Run(folder.name, folder, load_run(folder), pd.DataFrame(), {}) for folder in (run, reversed_run)]
     table = operating(runs[0].frame, read_odds(run))
     (drawn,) = curve_plot(runs, {"base": table})["runs"]
@@ -254,7 +254,19 @@ def test_curve_plot(run, reversed_run):
 def test_odds_that_cannot_be_read_are_reported(run, tmp_path, capsys):
     line = (run / "odds.jsonl").read_text(encoding="utf-8").splitlines()[0]
     damaged = Run("damaged", tmp_path, load_run(run), pd.DataFrame(), {})
-    for text, reason in ((f"{line}\n{line}\n", "occurs twice"), ('{"id": "a"}\n', "line 1 (a): no odds")):
+    for text, reason in ((f"{line}\n{line}\n", "occurs twice"), ('{"id": "a"}\n', "line 1 (a): invalid odds")):
         (tmp_path / "odds.jsonl").write_text(text, encoding="utf-8")
         assert operating_tables([damaged]) == {}
         assert reason in " ".join(capsys.readouterr().out.split())
+
+
+def test_questions_without_odds_are_counted(run, tmp_path, capsys):
+    lines = (run / "odds.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "odds.jsonl").write_text("".join(lines[7:]), encoding="utf-8")
+    frame = load_run(run)
+    asked = int((frame["capability"] != "perception").sum())
+    for folder, said in ((run, False), (tmp_path, True)):
+        operating_tables([Run("base", folder, frame, pd.DataFrame(), {}, frame.iloc[:0])])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert (f"base: 7 of {asked} questions have no log-odds and are not in the curve" in printed) == said
+        assert ("no log-odds" in printed) == said

@@ -1,4 +1,4 @@
-"""Perception with rotated options, by hand."""
+"""The table of position bias in perception with rotated options, by hand."""
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ def frame_of(answers=ANSWERS, orders=4):
     )
 
 
-def test_by_hand():
+def test_position_table_matches_hand_calculation():
     table = position_table(frame_of()).set_index(["measure", "position"])
     value = table["value"]
     assert value[positions.BEYOND_CHANCE, ""] == pytest.approx((11 / 16 - 1 / 4) / (3 / 4))
@@ -46,5 +46,5 @@ def test_by_hand():
     assert ends == pytest.approx([(end - 1 / 4) / (3 / 4) for end in accuracy])
 
 
-def test_one_order_says_nothing_about_the_position():
+def test_single_option_order_gives_an_empty_position_table():
     assert position_table(frame_of(orders=1)).empty

@@ -1,4 +1,4 @@
-"""Repeated questions: by hand, on frames made here."""
+"""The table of repeated questions, by hand on constructed data frames."""
 
 import numpy as np
 import pandas as pd
@@ -37,7 +37,7 @@ def value_of(table, measure, of="", unit=THESE_CONCEPTS):
     return rows.iloc[0]
 
 
-def test_wrong_at_least_once_and_flips():
+def test_wrong_at_least_once_and_flip_rate_match_hand_calculation():
     answers = np.ones((12, 2, 1, 3), int)
     answers[0, 0, 0] = [1, 0, 0]  # one of 24 questions is wrong twice
     answers[1, 0, 0] = [0, 0, 0]
@@ -51,7 +51,7 @@ def test_wrong_at_least_once_and_flips():
     assert value_of(table, repeats.FLIP_RATE)["value"] == pytest.approx(2 / 3 / 24)
 
 
-def test_components_are_those_of_the_balanced_array():
+def test_variance_components_use_only_the_balanced_images():
     rng = np.random.default_rng(0)
     answers = rng.integers(0, 2, (5, 3, 4, 2))
     frame = frame_of(answers)
@@ -66,11 +66,11 @@ def test_components_are_those_of_the_balanced_array():
     assert set(less[less["measure"] == repeats.VARIANCE]["questions"]) == {56}  # of 14 images
 
 
-def test_nothing_was_repeated():
+def test_repeat_table_is_empty_without_repeated_questions():
     assert repeat_table(frame_of(np.ones((3, 2, 5, 1), int))).empty
 
 
-def test_questions_about_names_have_no_images():
+def test_text_only_questions_have_no_image_variance_components():
     table = repeat_table(frame_of(np.ones((12, 1, 2, 2), int), "alignment_text_only"))
     assert "answers within concepts" in value_of(table, repeats.WRONG_AT_LEAST_ONCE, "1")["method"]
     assert repeats.VARIANCE not in set(table["measure"])  # one "image" a concept: nothing to compare

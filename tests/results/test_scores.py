@@ -14,7 +14,8 @@ from safervlm.errors import RecordError
 from safervlm.records import Question, Response, Verdict, read_jsonl, record_id, write_jsonl
 from safervlm.reports.tables import accuracy_table, comparison_tables, other_table
 from safervlm.reports.tables import records as records_of
-from safervlm.results.measures import concept_gaps, modality_gap, paired_difference
+from safervlm.results.common import difference_from
+from safervlm.results.measures import concept_gaps, modality_gap
 from safervlm.results.runs import load_run
 from safervlm.results.scores import by_category, changed_answers, compare, scores
 from safervlm.statistics import intervals
@@ -80,7 +81,7 @@ WRONG_LABELS = {
 
 
 @pytest.mark.parametrize("case", WRONG_LABELS)
-def test_a_label_that_counts_wrongly_without_a_word_is_rejected(case, tmp_path):
+def test_label_not_valid_for_its_capability_is_rejected(case, tmp_path):
     capability, answer, label = WRONG_LABELS[case]
     write_run(tmp_path, [(capability, "Hate", "sign", "1.png", answer, [label])])
     with pytest.raises(RecordError, match=rf"{capability}/0' is .*, but {capability} has") as caught:
@@ -88,7 +89,7 @@ def test_a_label_that_counts_wrongly_without_a_word_is_rejected(case, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_what_two_judges_classified_is_reported(tmp_path, capsys):
+def test_capability_classified_by_two_judges_is_reported(tmp_path, capsys):
     run = write_run(tmp_path)
     load_run(run)
     assert "judges read" not in capsys.readouterr().out
@@ -104,7 +105,7 @@ def test_what_two_judges_classified_is_reported(tmp_path, capsys):
     assert "perception answers" not in said
 
 
-def test_a_concept_of_two_datasets_is_two_concepts(tmp_path):
+def test_concept_name_in_two_datasets_is_two_concepts(tmp_path):
     both = [
         ("alignment", "Hate", "sign", "1.png", "Unsafe", ["Unsafe"] * 3),
         ("alignment_text_only", "Hate", "sign", "sign", "Unsafe", ["Unsafe"]),
@@ -181,7 +182,7 @@ def test_load_run_names_the_record(run, file, change, words):
 
 
 def test_variants_of_the_protocol_are_not_scored(tmp_path):
-    """An answer to a question with rotated options, which is right, is only there if asked for."""
+    """An answer to a question with rotated options is included only on request."""
     answers = [*ANSWERS, ("perception", "Violence", "knife", "4.png", "D", ["D"])]
     write_run(tmp_path, answers)
     records = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
@@ -193,7 +194,7 @@ def test_variants_of_the_protocol_are_not_scored(tmp_path):
     assert len(frame[frame["capability"] == "perception"]) == 4
 
 
-def test_the_runs_inside_a_folder_are_named(tmp_path):
+def test_error_lists_the_run_folders_inside_a_folder(tmp_path):
     for name in ("sft", "original"):
         write_run(tmp_path / name)
     inside = f"{tmp_path}/original {tmp_path}/sft"
@@ -201,7 +202,14 @@ def test_the_runs_inside_a_folder_are_named(tmp_path):
         load_run(tmp_path)
 
 
-def test_load_run_without_files(tmp_path):
+def test_load_run_of_a_file(tmp_path):
+    """The shell's ``runs/query/*`` contains the logs beside the run folders."""
+    (tmp_path / "vlm.log").touch()
+    with pytest.raises(RecordError, match=r"vlm\.log: a file, not a run folder; leave it out"):
+        load_run(tmp_path / "vlm.log")
+
+
+def test_load_run_without_responses_or_verdicts_is_an_error(tmp_path):
     with pytest.raises(RecordError, match=r"responses\.jsonl: no such file; measure"):
         load_run(tmp_path)
     write_run(tmp_path)
@@ -244,7 +252,7 @@ def test_accuracies(table, capability, side, category, left_out, answered, wrong
     assert (pair.accuracy_na_wrong.item(), pair.n.item(), pair.answered.item()) == (pytest.approx(wrong), n, answered)
 
 
-def test_both_has_no_categories(table):
+def test_combined_safe_and_unsafe_accuracy_has_no_categories(table):
     assert set(table[table.side == "both"].category) == {"overall"}
 
 
@@ -266,7 +274,7 @@ def test_gap_by_hand(run):
     assert (row.n, row.concepts) == (14, 3)
 
 
-def test_gap_without_text():
+def test_modality_gap_is_missing_without_text_questions():
     frame = frame_of([row for row in ANSWERS if row[0] == "alignment"])
     assert np.isnan(modality_gap(frame).value)
     assert "modality_gap" not in set(scores(frame).measure)
@@ -329,14 +337,14 @@ def test_a_runs_difference_from_another_is_paired_by_question(tmp_path):
     other[-1] = (*other[-1][:5], ["Unsafe", "Safe"])
     base, run = (load_run(write_run(tmp_path / n, r)) for n, r in (("base", rows), ("run", other)))
     shuffled = run.sample(frac=1, random_state=0)  # nothing is matched by position
-    unsafe = paired_difference(shuffled, base, "image_unsafe")
+    unsafe = difference_from(shuffled, base, "image_unsafe")
     assert unsafe.value == pytest.approx(5 / 20)
     expected = stats.ttest_1samp([0.0, 0.5] * 5, 0).confidence_interval(0.95)
     assert (unsafe.low, unsafe.high) == pytest.approx((expected.low, expected.high))
-    assert paired_difference(shuffled, base, "image_safe").value == 0.0  # one regression, one improvement
-    assert paired_difference(shuffled, base, "over_flagging").value == pytest.approx(1 / 20)
-    assert np.isnan(paired_difference(shuffled, base, "perception").value)
-    assert np.isnan(paired_difference(run.assign(judge="another"), base, "image_unsafe").value)
+    assert difference_from(shuffled, base, "image_safe").value == 0.0  # one regression, one improvement
+    assert difference_from(shuffled, base, "over_flagging").value == pytest.approx(1 / 20)
+    assert np.isnan(difference_from(shuffled, base, "perception").value)
+    assert np.isnan(difference_from(run.assign(judge="another"), base, "image_unsafe").value)
 
 
 def test_changed_answers_are_of_the_same_question_and_judge(tmp_path):
@@ -351,7 +359,7 @@ def test_changed_answers_are_of_the_same_question_and_judge(tmp_path):
     assert changed_answers(run, base)["id"].tolist() == run["id"].tolist()[2:]
 
 
-def test_names_are_asked_anew_images_are_sampled_anew(table):
+def test_sampling_units_are_responses_for_names_and_images_for_images(table):
     """Eight responses about four names are eight sampling units; four responses about two images are two."""
     row = pick(table, "accuracy", "alignment_text_only", "unsafe")
     expected = intervals.interval_these_concepts(
@@ -406,7 +414,7 @@ def test_terminal_tables(table):
     assert "none: fewer than 10 concepts" in text
 
 
-def test_scores_go_through_csv(table, tmp_path):
+def test_scores_are_unchanged_after_a_csv_round_trip(table, tmp_path):
     table.to_csv(tmp_path / "scores.csv", index=False)
     plain = pd.read_csv(tmp_path / "scores.csv")
     pd.testing.assert_frame_equal(compare({"run": plain}), compare({"run": table}))
@@ -453,10 +461,10 @@ def test_unfinished_thinking_is_neither_na_nor_wrong_unless_stated(run, thinking
     assert [int(say[name].loc[place]) for name in ("wrong", "N/A", "apart")] == [8, 8, 6]
     assert wrong.set_index(key).loc[place]["na_rate"] < na.set_index(key).loc[place]["na_rate"]
 
-    gaps = paired_difference(frame, load_run(run), "image_unsafe")
+    gaps = difference_from(frame, load_run(run), "image_unsafe")
     pairs_of = load_run(run)
     kept = pairs_of[~pairs_of["id"].isin(frame[frame["unfinished"]]["id"])]
-    assert gaps.value == pytest.approx(paired_difference(frame[~frame["unfinished"]], kept, "image_unsafe").value)
+    assert gaps.value == pytest.approx(difference_from(frame[~frame["unfinished"]], kept, "image_unsafe").value)
 
 
 def test_tables_count_unfinished_thinking(run, thinking):

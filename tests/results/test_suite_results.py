@@ -21,8 +21,10 @@ from safervlm.judging.rating import Rating
 from safervlm.records import Failure, read_jsonl, write_jsonl
 from safervlm.results.mme import mme_images
 from safervlm.results.scores import scores
-from safervlm.results.suite import columns, estimates, evaluate, load_suite
+from safervlm.results.suite import load_suite
+from safervlm.results.suite_columns import columns
 from safervlm.results.suite_differences import compare_suites, flips
+from safervlm.results.suite_estimates import estimates, evaluate
 from safervlm.statistics.diversity import diversity, self_bleu
 
 # The folder of MME's published tools/eval_tool.zip (https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models,
@@ -116,7 +118,7 @@ def official(rows):
     return score
 
 
-def test_mme_like_the_official_tool(tmp_path):
+def test_mme_scores_equal_the_official_tool(tmp_path):
     rng = np.random.default_rng(0)
     said = ["Yes", "No", "yes.", "no way", "Hm", "", "I know", "Not sure", "Yes and no", None]
     tasks = ("existence", "count", "OCR", "text_translation")
@@ -144,9 +146,9 @@ def test_a_published_models_responses_score_as_the_official_tool_prints(tmp_path
     assert {task: ours[f"MME_{task}"] for task in printed} == pytest.approx({t: float(s) for t, s in printed.items()})
 
 
-def test_an_image_that_is_asked_about_once_or_thrice_is_rejected():
+def test_mme_image_without_exactly_two_questions_is_rejected():
     rows = [{"category": "color", "image": "a.jpg", "answer": "Yes", "label": "Yes"}] * 3
-    with pytest.raises(RecordError, match=r"needs two questions an image, 'a\.jpg' \(color\) has 3"):
+    with pytest.raises(RecordError, match=r"needs two questions per image, 'a\.jpg' \(color\) has 3"):
         mme_images(pd.DataFrame(rows))
 
 
@@ -178,7 +180,7 @@ def test_llavabench_is_the_ratio_of_sums(tmp_path):
     assert table[["n", "missing"]].to_numpy().tolist() == [[3, 1]]
 
 
-def test_both_orders_are_averaged_and_one_alone_counts_as_missing(tmp_path):
+def test_ratings_in_both_orders_are_averaged_and_a_single_one_is_missing(tmp_path):
     # A judge that rates the first position two points higher.
     evaluation = rated(
         tmp_path,
@@ -190,7 +192,7 @@ def test_both_orders_are_averaged_and_one_alone_counts_as_missing(tmp_path):
     assert evaluate(evaluation, columns([evaluation]))["missing"].tolist() == [2]
 
 
-def test_what_an_interrupted_rating_leaves_is_not_scored(tmp_path):
+def test_incomplete_or_outdated_ratings_are_not_scored(tmp_path):
     """Another judge's older ratings, a repeated attempt, one of two orders, a torn line."""
     ratings = [
         (0, False, 8, 4),
@@ -221,7 +223,7 @@ def test_without_ratings_the_column_is_empty(tmp_path):
 # --- alignment, contexts, generalisation ------------------------------------------------------------------------------
 
 
-def test_alignment_equals_the_measurements_scores(tmp_path):
+def test_alignment_columns_equal_the_scores_of_a_measurement(tmp_path):
     evaluation = load_suite(write(tmp_path, safety(np.random.default_rng(1))), "model")
     table = evaluate(evaluation, columns([evaluation]))
     expected = scores(evaluation.answers)
@@ -265,7 +267,7 @@ def smid(folder, labels):
     return load_suite(write(folder, answers), folder.name)
 
 
-def test_items_that_dont_repeat_are_compared_by_mcnemar(tmp_path):
+def test_datasets_with_one_question_per_image_are_compared_by_mcnemar(tmp_path):
     original = smid(tmp_path / "original", ["Unsafe"] * 20 + ["Safe"] * 20)
     model = smid(tmp_path / "model", ["Unsafe"] * 18 + ["Safe"] * 2 + ["Unsafe"] * 9 + ["N/A"] * 11)
     wanted = columns([original, model])
@@ -290,7 +292,7 @@ def test_a_model_is_compared_with_itself(tmp_path):
     assert not len(flips(evaluation, evaluation, columns([evaluation])[0]))
 
 
-def test_other_questions_are_not_compared(tmp_path):
+def test_runs_that_answered_other_questions_have_no_difference(tmp_path):
     original = smid(tmp_path / "original", ["Unsafe"] * 20)
     model = smid(tmp_path / "model", ["Unsafe"] * 21)
     row = compare_suites(model, original, columns([original, model])).set_index("column").loc["SMID"]
@@ -298,7 +300,7 @@ def test_other_questions_are_not_compared(tmp_path):
     assert row["method"] == "none: they were asked other questions"
 
 
-def test_what_one_of_them_couldnt_answer_is_excluded_from_both(tmp_path):
+def test_questions_without_a_response_in_one_run_are_excluded_from_both(tmp_path):
     original = smid(tmp_path / "original", ["Unsafe"] * 20)
     asked = question("SMID", "19", "generalisation", 0, "Unsafe", "SMID")
     answers = [(question("SMID", str(i), "generalisation", 0, "Unsafe", "SMID"), "No", "Safe") for i in range(19)]
@@ -315,7 +317,7 @@ def test_what_one_of_them_couldnt_answer_is_excluded_from_both(tmp_path):
         ("judge", "classified by another judge"),
     ],
 )
-def test_what_is_not_comparable_is_not_subtracted(tmp_path, change, reason):
+def test_runs_with_other_prompts_answers_or_judges_have_no_difference(tmp_path, change, reason):
     original = smid(tmp_path / "original", ["Unsafe"] * 20)
     model = replace(original, name="model", answers=original.answers.assign(**{change: "other"}))
     row = compare_suites(model, original, columns([original])).set_index("column").loc["SMID"]
@@ -323,7 +325,7 @@ def test_what_is_not_comparable_is_not_subtracted(tmp_path, change, reason):
     assert row["method"].startswith(f"none: {reason}")
 
 
-def test_images_of_ones_own_are_no_unsafe_concepts(tmp_path):
+def test_custom_images_are_not_counted_as_unsafe_concepts(tmp_path):
     own = [(question("Own", f"{i}.png", "alignment", 0, "Unsafe", "Own"), "Yes", "Safe") for i in range(12)]
     evaluation = load_suite(write(tmp_path, [*safety(np.random.default_rng(1)), *own]), "model")
     alone = load_suite(write(tmp_path / "alone", safety(np.random.default_rng(1))), "model")
@@ -343,7 +345,7 @@ def test_the_order_of_the_responses_changes_nothing(tmp_path):
     pd.testing.assert_frame_equal(*tables)
 
 
-def test_mme_and_llavabench_are_paired(tmp_path):
+def test_mme_and_llavabench_differences_are_paired(tmp_path):
     rows = [("existence", str(i), "Yes", "No") for i in range(12)]
     worse = [*rows[:9], *(("existence", str(i), "Yes", "Yes") for i in range(9, 12))]
     original, model = mme(tmp_path / "o", rows), mme(tmp_path / "m", worse)

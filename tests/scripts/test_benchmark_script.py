@@ -43,7 +43,7 @@ def tiny(benchmark: ModuleType):
 
 
 @pytest.mark.parametrize(("name", "rows"), [("dpo", 4), ("sft", 2), ("ppo", 3), ("shared", 9), ("group", 3)])
-def test_both_sides_run_and_agree(
+def test_both_implementations_compute_the_same_gradients(
     name: str, rows: int, benchmark: ModuleType, tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     benchmark.write_model(tiny, tmp_path)
@@ -56,7 +56,7 @@ def test_both_sides_run_and_agree(
         assert abs(float(said.split("loss ")[1].split()[0]) - math.log(2)) > 1e-3
 
 
-def test_a_side_that_computes_something_else_is_rejected(
+def test_comparison_of_different_computations_is_rejected(
     benchmark: ModuleType, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from comparisons import against_trl
@@ -86,7 +86,7 @@ def test_sampling_with_and_without_a_sort(benchmark: ModuleType) -> None:
     assert all(min(row.ratios()) > 0 for row in rows)
 
 
-def test_the_table_shows_what_was_missed(benchmark: ModuleType) -> None:
+def test_table_marks_missed_targets(benchmark: ModuleType) -> None:
     row = benchmark.Row("a : b", [4.0, 6.0, 5.0], [2.0, 2.0, 2.0], target=3.0)
     assert str(row) == "| a : b | 2.50 | 2.00 | 3.00 | 3 (missed) | 5 | 2 |"
     assert "(missed)" not in str(benchmark.Row("a : b", [4.0], [1.0], target=3.0))
@@ -95,7 +95,7 @@ def test_the_table_shows_what_was_missed(benchmark: ModuleType) -> None:
     assert stopped.value.code == 2
 
 
-def test_measuring_together_returns_the_responses_of_one_by_one(benchmark: ModuleType, tiny, tmp_path: Path) -> None:
+def test_batched_measurement_benchmark_runs_and_compares_responses(benchmark: ModuleType, tiny, tmp_path: Path) -> None:
     benchmark.write_model(tiny, tmp_path)
     rows = benchmark.benchmark_measure(tiny, tmp_path, repeats=1, images=2, tokens=4)
     assert len(rows) == 2

@@ -23,7 +23,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
         sys.modules.pop(name, None)
 
 
-def test_both_sides_run_and_agree(
+def test_growing_and_fixed_decoding_are_compared(
     script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script.main(["--repeats", "1", "--tokens", "5"])
@@ -34,7 +34,7 @@ def test_both_sides_run_and_agree(
     assert 0 < fixed < growing
 
 
-def test_different_responses_end_it(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_responses_end_the_script_with_an_error(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script.Measured, "generate", lambda self, side, tokens: (1.0, side))
     with pytest.raises(SystemExit, match="are not equal"):
         script.main(["--repeats", "1", "--tokens", "5"])

@@ -31,7 +31,7 @@ def junit(script: ModuleType, path: Path, bad: str = "") -> Path:
             if check.startswith("questions"):
                 inside += f'<properties><property name="type" value="{family}"/></properties>'
             cases.append(f'<testcase name="test_{check}[{family}]">{inside}</testcase>')
-    cases.append('<testcase name="test_the_limits_are_arguments"/>')
+    cases.append('<testcase name="test_text_limits_are_configurable"/>')
     path.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
     return path
 
@@ -61,7 +61,7 @@ def test_a_failed_check_is_written_and_ends_the_script_with_1(
     assert "old" not in text
 
 
-def test_a_family_that_is_skipped_whole_is_left_out(script: ModuleType, tmp_path: Path) -> None:
+def test_family_with_every_check_skipped_is_omitted(script: ModuleType, tmp_path: Path) -> None:
     """It needs a package that is missing, and is in the table of an environment that has it."""
     file = junit(script, tmp_path / "results.xml")
     whole = re.sub(
@@ -71,7 +71,7 @@ def test_a_family_that_is_skipped_whole_is_left_out(script: ModuleType, tmp_path
     assert list(script.results(file)) == ["llava"]
 
 
-def test_torchvision_has_a_table_of_its_own(
+def test_torchvision_families_have_a_separate_table(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (begin, end), (other, last) = map(script.edges, ("vision", "families"))
@@ -115,7 +115,7 @@ def builders(file: str) -> list[str]:
     return re.findall(r"\w+", re.sub(r"\*|\(|\)|#.*", " ", re.split(r"\n\)|\)\n", text)[0]))
 
 
-def test_the_documented_table_is_of_the_tested_families(script: ModuleType) -> None:
+def test_documented_table_lists_the_tested_families(script: ModuleType) -> None:
     tests = script.TESTS.read_text(encoding="utf-8")
     names = re.findall(r"\(families\.(\w+), (?:None|QUESTION|\"[^\"]*\")\),", tests)
     head, rows = documented(script, "families")
@@ -127,7 +127,7 @@ def test_the_documented_table_is_of_the_tested_families(script: ModuleType) -> N
     assert stated[0] in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
-def test_the_documented_table_with_torchvision_is_of_the_tested_families(script: ModuleType) -> None:
+def test_documented_torchvision_table_lists_the_tested_families(script: ModuleType) -> None:
     head, rows = documented(script, "vision")
     assert [row[0] for row in rows] == builders("vision_families.py"), "run scripts/families.py --vision"
     assert re.match(rf"With torchvision, {len({row[1] for row in rows})} model types pass .*, torchvision \d", head)

@@ -46,7 +46,7 @@ def figures(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "gpu_check.json").read_text(encoding="utf-8"))
 
 
-def test_every_figure_is_measured_or_has_a_reason(
+def test_every_benchmark_result_is_measured_or_has_a_reason(
     check: ModuleType, tables: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # A clock on which a token takes 3 ms, as the times of so small a model are noise.
@@ -110,7 +110,7 @@ def test_a_graph_is_one_launch_of_many_kernels(check: ModuleType, monkeypatch: p
     assert check.profiled(lambda: None) == {"launches": 3, "kernels": 5, "gpu_ms": 0.2}
 
 
-def test_nothing_begins_without_time_for_it(check: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
+def test_benchmarks_are_skipped_when_no_time_is_left(check: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="1"):
         check.main(["--out", str(tmp_path), "--hidden", "32", "--layers", "2", "--minutes", "0.4"])
     found = figures(tmp_path)
@@ -121,7 +121,9 @@ def test_nothing_begins_without_time_for_it(check: ModuleType, tables: ModuleTyp
     assert "were not run (no time left)" in tables.tables(found)
 
 
-def test_a_figure_that_fails_ends_nothing(check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failing_benchmark_does_not_end_the_others(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def fail(*_: object) -> None:
         raise ValueError("no\nluck")
 
@@ -136,7 +138,7 @@ def test_a_figure_that_fails_ends_nothing(check: ModuleType, monkeypatch: pytest
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals of Unix")
-def test_the_process_ends_itself_at_the_limit(
+def test_process_sets_an_alarm_for_the_time_limit(
     check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[int] = []
@@ -154,12 +156,12 @@ def test_estimates_are_marked(tables: ModuleType) -> None:
     assert "estimate" not in tables.generation_row(case | {"sampled": True})
 
 
-def test_attention_that_is_wrong_is_named(tables: ModuleType) -> None:
+def test_incorrect_attention_lengths_are_listed(tables: ModuleType) -> None:
     assert "wrong at the lengths 33;" in tables.compared({"differences": {"32": 0.01, "33": 0.4}})
     assert "wrong at the lengths 32;" in tables.compared({"differences": {"32": float("nan"), "33": 0.01}})
 
 
-def test_the_page_shows_the_kept_figures(tables: ModuleType, monkeypatch, tmp_path: Path, capsys) -> None:
+def test_page_shows_the_stored_benchmark_results(tables: ModuleType, monkeypatch, tmp_path: Path, capsys) -> None:
     page = tmp_path / "page.md"
     page.write_text(tables.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     before = page.read_text(encoding="utf-8")

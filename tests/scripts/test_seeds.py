@@ -29,7 +29,7 @@ def table(safe: float) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(("safe", "code"), [(0.919, 0), (0.899, 1)])
-def test_the_table_is_between_its_markers_and_a_missed_bound_fails(
+def test_table_is_written_between_its_markers_and_a_missed_bound_fails(
     seeds, monkeypatch: pytest.MonkeyPatch, capsys, safe: float, code: int
 ) -> None:
     played: list[tuple[str, object]] = []
@@ -55,7 +55,7 @@ def test_the_table_is_between_its_markers_and_a_missed_bound_fails(
 
 
 @pytest.mark.parametrize(("safe", "code"), [(0.921, 0), (0.919, 1)])
-def test_a_bound_that_another_rounding_meets_narrowly_fails(
+def test_bound_met_narrowly_with_another_rounding_fails(
     seeds, monkeypatch: pytest.MonkeyPatch, capsys, safe: float, code: int
 ) -> None:
     monkeypatch.setattr(seeds, "play", lambda place, variant: table(safe if "avx2" in place.name else 0.95))
@@ -65,7 +65,7 @@ def test_a_bound_that_another_rounding_meets_narrowly_fails(
     assert (line in capsys.readouterr().err) == bool(code)
 
 
-def test_there_are_six_roundings_that_differ(seeds) -> None:
+def test_at_least_six_different_roundings_are_configured(seeds) -> None:
     assert len({repr(variant) for variant in seeds.ROUNDINGS.values()}) == len(seeds.ROUNDINGS) >= 6
 
 

@@ -39,7 +39,7 @@ def measured(script: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
 
 
 @pytest.mark.parametrize(("safe", "code"), [(92.1, 0), (91.9, 1)])
-def test_the_objectives_are_compared(
+def test_ppo_and_grpo_are_compared_per_seed(
     script: Any, measured: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, safe: float, code: int
 ) -> None:
     measured(ppo=(95.0, 80.0, 20.0, None), grpo=(96.0, safe, 4.0, None))

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 
 
-def test_a_recipe_is_played_and_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shipped_recipe_is_run_and_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     import sizes
 

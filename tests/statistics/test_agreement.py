@@ -26,7 +26,7 @@ def test_published_examples(text: str, published: float) -> None:
     assert krippendorff_alpha(table(text)) == pytest.approx(published, abs=5e-4)
 
 
-def test_as_the_package_krippendorff() -> None:
+def test_krippendorff_alpha_matches_the_krippendorff_package() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         labels = rng.integers(MISSING, 3, (4, 15))
@@ -34,7 +34,7 @@ def test_as_the_package_krippendorff() -> None:
         assert krippendorff_alpha(labels) == pytest.approx(theirs)
 
 
-def test_ends() -> None:
+def test_krippendorff_alpha_is_1_for_equal_labels_and_nan_when_undefined() -> None:
     assert krippendorff_alpha(np.array([[0, 1, 2], [0, 1, 2]])) == 1
     for nothing in ([[0, 0], [0, 0]], [[0, MISSING], [MISSING, 1]], [[], []]):
         assert np.isnan(krippendorff_alpha(np.array(nothing, int)))

@@ -13,7 +13,7 @@ def sampled(labels, gap, rng):
     return confidence, (rng.random(labels) < confidence - gap).astype(float)
 
 
-def test_the_points_are_those_of_scikit_learn():
+def test_reliability_points_equal_scikit_learn():
     confidence, right = sampled(100, 0.1, np.random.default_rng(0))
     accuracy, mean = calibration_curve(right, confidence, n_bins=5, strategy="quantile")
     found = reliability(confidence, right, np.ones(100))
@@ -35,7 +35,7 @@ def test_weights_by_hand():
     assert (low, high) == pytest.approx(exact_interval(0.75, 1.6))
 
 
-def test_equal_confidence_is_one_bin_and_few_labels_are():
+def test_equal_confidences_or_few_labels_form_one_bin():
     assert set(bins_of(np.ones(100))) == {0}
     assert set(bins_of(np.linspace(0.5, 1, 19))) == {0}
     assert bins_of(np.zeros(0)).size == 0

@@ -32,7 +32,7 @@ def test_components_are_recovered(answers):
     assert set(found[0]) == {*true, c.WORDING}
 
 
-def test_wording_alone():
+def test_variance_between_wordings_is_attributed_to_wording_only():
     right = np.zeros((12, 4, 2))
     right[:, :2] = 1
     found = variance_components(right, np.repeat(np.arange(4), 3))
@@ -40,7 +40,7 @@ def test_wording_alone():
     assert found == pytest.approx(dict.fromkeys(found, 0.0))
 
 
-def test_images_alone():
+def test_variance_between_images_is_attributed_to_images_only():
     right = np.zeros((12, 4, 2))
     right[::3] = 1
     found = variance_components(right, np.repeat(np.arange(4), 3))

@@ -22,7 +22,7 @@ def labelled(right, verdicts, confidence, labels, rng):
     return Labelled(verdicts, strata, np.isin(np.arange(len(right)), chosen), right)
 
 
-def test_with_verdicts_as_strata_it_is_the_power_tuned_prediction_powered_estimator():
+def test_verdict_strata_give_the_power_tuned_prediction_powered_estimator():
     """PPI++ with the labelled responses among the judged ones; lambda minimises the variance."""
     rng = np.random.default_rng(0)
     right, verdicts, _ = judged(rng)
@@ -33,7 +33,7 @@ def test_with_verdicts_as_strata_it_is_the_power_tuned_prediction_powered_estima
     assert value == pytest.approx(tuned * verdicts.mean() + (people - tuned * judge).mean(), abs=1e-12)
 
 
-def test_values_by_hand():
+def test_corrected_values_match_hand_calculation():
     """Two strata of four and two responses; z of the unlabelled is their stratum's share."""
     right = np.array([1.0, 0, 9, 9, 1, 9])  # 9: never labelled, so never used
     given = Labelled(np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 0, 1, 1]), right < 9, right)
@@ -43,14 +43,14 @@ def test_values_by_hand():
         Labelled(given.verdicts, given.strata, np.array([True, True, False, False, False, False]), right).values()
 
 
-def test_unbiased_whatever_the_judge_is():
+def test_corrected_rate_is_unbiased_for_an_inaccurate_judge():
     rng = np.random.default_rng(1)
     right, verdicts, confidence = judged(rng, 600, accuracy=0.6)
     found = [labelled(right, verdicts, confidence, 60, rng).values().mean() for _ in range(600)]
     assert np.mean(found) == pytest.approx(right.mean(), abs=4 * np.std(found) / 600**0.5)
 
 
-def test_if_people_label_everything_it_is_what_they_say():
+def test_rate_equals_the_human_labels_when_every_response_is_labelled():
     rng = np.random.default_rng(2)
     right, verdicts, confidence = judged(rng, 300)
     given = labelled(right, verdicts, confidence, 300, rng)
@@ -122,7 +122,7 @@ def test_a_sample_is_seeded_and_has_no_response_twice():
 
 
 def test_a_difference_of_corrected_rates_corrects_both():
-    """The judge is fooled by the second run; what it says of the difference is wrong, the corrected one is not."""
+    """The judge misclassifies the second run; the judged difference is wrong, the corrected one is not."""
     rng = np.random.default_rng(5)
     concepts = np.arange(2000) % 40
     before = (rng.random(2000) < 0.3).astype(float)
@@ -144,7 +144,7 @@ def test_a_difference_of_corrected_rates_corrects_both():
 
 
 @pytest.mark.parametrize(("rate", "accuracy"), [(0.3, 0.85), (0.9, 0.95)])
-def test_coverage(rate, accuracy):
+def test_simulated_coverage_of_corrected_intervals(rate, accuracy):
     """A short form of scripts/coverage_labels.py."""
     rng = np.random.default_rng(6)
     concepts = np.repeat(np.arange(40), 20)
@@ -169,5 +169,5 @@ def test_coverage(rate, accuracy):
         ((np.nan, np.nan), (np.nan, np.nan)),  # too few concepts
     ],
 )
-def test_new_concepts_add_a_source_of_error(new, expected):
+def test_interval_for_new_concepts_contains_the_interval_of_the_run(new, expected):
     assert correction.at_least((0.4, 0.6), new) == pytest.approx(expected, nan_ok=True)

@@ -23,7 +23,7 @@ def as_sklearn(unsafe, safe):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_curve_and_its_numbers_are_those_of_scikit_learn(seed):
+def test_curve_and_summary_measures_equal_scikit_learn(seed):
     unsafe, safe = sides(seed)
     truth, scores = as_sklearn(unsafe, safe)
     points = curves.curve(unsafe, safe)
@@ -36,7 +36,7 @@ def test_curve_and_its_numbers_are_those_of_scikit_learn(seed):
     assert curves.tpr_at_fpr(points, 0.1) == pytest.approx(tpr[fpr <= 0.1].max())
 
 
-def test_average_precision_at_another_prevalence_is_that_of_data_with_it():
+def test_reweighted_average_precision_equals_that_of_data_with_that_prevalence():
     unsafe, safe = sides()
     rare = Side(np.tile(safe.scores, 9), np.tile(safe.concepts, 9))  # one unsafe image of ten
     truth, scores = as_sklearn(unsafe, rare)
@@ -64,7 +64,7 @@ def test_auroc_over_copies_of_the_images_of_each_concept_has_the_same_interval()
 
 
 @pytest.mark.parametrize("apart", [50.0, -50.0])
-def test_no_overlap(apart):
+def test_auroc_of_perfectly_separated_scores_has_the_exact_bound(apart):
     unsafe, safe = sides(apart=apart)
     bound = 0.025 ** (1 / 12)
     assert curves.auroc(unsafe, safe) == ((1.0, bound, 1.0) if apart > 0 else (0.0, 0.0, 1 - bound))
@@ -111,13 +111,13 @@ def test_bootstrap_agrees_with_the_interval_of_auroc():
     assert found[:1] == curves.bootstrap([area], unsafe, safe, seed=1, samples=400)
 
 
-def test_no_threshold_with_so_few_false_positives():
+def test_tpr_is_0_when_no_threshold_reaches_the_false_positive_rate():
     unsafe, safe = Side(np.zeros(3), np.arange(3)), Side(np.zeros(3), np.arange(3))
     assert curves.tpr_at_fpr(curves.curve(unsafe, safe), 0.5) == 0.0
 
 
 def test_thresholds_are_chosen_on_other_concepts():
-    """A concept whose scores are all shifted does not choose its own threshold."""
+    """A concept with shifted scores does not choose its own threshold."""
     concepts = np.repeat(np.arange(10), 4)
     unsafe, safe = Side(np.ones(40), concepts), Side(np.zeros(40), concepts)
     unsafe.scores[concepts == 3] = -1.0
@@ -137,7 +137,7 @@ def test_the_threshold_does_not_depend_on_the_scores_that_it_flags():
     assert not wrongly.any()
 
 
-def test_scores_without_information_have_no_knowledge():
+def test_knowledge_behaviour_gap_of_random_scores_is_0_on_average():
     """The best threshold of the same data seems to have some."""
     rng = np.random.default_rng(0)
     found, seeming = [], []

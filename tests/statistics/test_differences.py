@@ -16,7 +16,7 @@ def same(difference, value, low, high, p, **tolerance):
 # --- shares -----------------------------------------------------------------------------------------------------------
 
 
-def test_shares_are_the_paired_t_test_where_clusters_are_alike():
+def test_difference_of_shares_equals_paired_t_test_for_equal_cluster_sizes():
     d = np.array([1.0, 3.0, 3.0, 1.0] * 3) / 8
     theirs = stats.ttest_1samp(d, 0)
     ci = theirs.confidence_interval(0.95)
@@ -41,7 +41,7 @@ def test_shares_weigh_clusters_by_their_responses_and_are_cr2():
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_p_below_5_percent_exactly_where_the_interval_leaves_0_out(seed):
+def test_p_is_below_5_percent_exactly_when_the_interval_excludes_0(seed):
     rng = np.random.default_rng(seed)
     found = differences.difference_of_shares(rng.integers(-1, 4, 15).astype(float), np.full(15, 8.0))
     assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
@@ -52,13 +52,13 @@ def test_p_below_5_percent_exactly_where_the_interval_leaves_0_out(seed):
     assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
 
 
-def test_no_cluster_differs():
+def test_zero_differences_have_the_clopper_pearson_bound():
     """Clopper-Pearson for 0 of n: the share of clusters that differ is at most 1 - .025^(1/n)."""
     most = stats.binomtest(0, 40).proportion_ci(method="exact").high
     same(differences.difference_of_shares(np.zeros(40), np.full(40, 5.0)), 0, -most, most, 1)
 
 
-def test_all_clusters_differ_alike():
+def test_equal_differences_in_all_clusters_have_exact_bounds():
     other = stats.binomtest(0, 12).proportion_ci(method="exact").high
     # Up to a quarter of the clusters may have another difference: -1 or 1.
     expected = (0.4, 0.4 * (1 - other) - other, 0.4 * (1 - other) + other, 2 / 1.4**12)
@@ -93,7 +93,7 @@ def test_differences_within_categories():
 # --- sums of means ----------------------------------------------------------------------------------------------------
 
 
-def test_sums_by_hand():
+def test_difference_of_sums_matches_hand_calculation():
     """Two strata: a quarter of an image with a full decrease and a quarter of one with a full increase."""
     values = [np.array([0.0] * 10 + [50, 150, -50]), np.array([0.0] * 11 + [200])]
     variances, centre = [], 0.0
@@ -111,14 +111,14 @@ def test_sums_by_hand():
     same(found, value, centre - half, centre + half, 2 * t.sf(centre / sum(variances) ** 0.5))
 
 
-def test_no_image_differs():
+def test_zero_difference_of_sums_has_the_exact_bound():
     found = differences.difference_of_sums_of_means(np.zeros(30), np.zeros(30, int))
     most = 200 * stats.binomtest(0, 30).proportion_ci(method="exact").high
     same(found, 0, -most, most, 1)
 
 
 @pytest.mark.parametrize("images", [(20, 20, 20), (20, 30, 200), (10, 11, 12, 13)])
-def test_bound_of_sums_is_the_largest(images):
+def test_bound_of_sums_equals_the_numerical_maximum(images):
     images = np.array(images)
     bound = differences.bound_of_sums(images)
     result = optimize.minimize(
@@ -134,7 +134,7 @@ def test_bound_of_sums_is_the_largest(images):
 # --- ratios -----------------------------------------------------------------------------------------------------------
 
 
-def test_ratios_by_a_jackknife_over_images():
+def test_difference_of_ratios_equals_a_jackknife_over_images():
     rng = np.random.default_rng(0)
     images = np.repeat(np.arange(60), rng.integers(1, 5, 60))
     runs = rng.integers(3, 11, (4, len(images))).astype(float)
@@ -148,7 +148,7 @@ def test_ratios_by_a_jackknife_over_images():
     assert found.p == pytest.approx(2 * stats.t.sf(abs(found.value) / error, 59), rel=0.05)
 
 
-def test_ratios_to_one_are_shares():
+def test_difference_of_ratios_to_1_equals_difference_of_shares():
     rng = np.random.default_rng(0)
     images, ones = np.repeat(np.arange(20), 5), np.ones(100)
     base, run = rng.integers(0, 2, (2, 100)).astype(float)
@@ -157,7 +157,7 @@ def test_ratios_to_one_are_shares():
     same(found, shares.value, shares.low, shares.high, shares.p)
 
 
-def test_no_score_differs():
+def test_zero_difference_of_ratios_has_the_exact_bound():
     images = np.arange(24)
     scores, reference = np.full(24, 6.0), np.full(24, 8.0)
     most = stats.binomtest(0, 24).proportion_ci(method="exact").high * 9 / 8
@@ -167,7 +167,7 @@ def test_no_score_differs():
     same(found, 1 / 8, np.nan, np.nan, np.nan)
 
 
-def test_nothing_is_claimed_with_fewer_than_ten_clusters():
+def test_interval_and_p_value_are_nan_with_fewer_than_ten_clusters():
     rng = np.random.default_rng(0)
     scores, images = rng.integers(1, 11, (4, 18)).astype(float), np.repeat(np.arange(9), 2)
     for found in (
@@ -193,7 +193,7 @@ def test_nothing_is_claimed_with_fewer_than_ten_clusters():
         (16, 6, 161, -0.124, -0.0054, 0.0525),
     ],
 )
-def test_published_examples(regressions, improvements, items, low, high, p):
+def test_paired_binary_difference_matches_published_examples(regressions, improvements, items, low, high, p):
     found = differences.difference_of_items(regressions, improvements, items)
     assert found.value == pytest.approx((improvements - regressions) / items)
     assert (found.low, found.high) == pytest.approx((low, high), abs=5e-4)
@@ -201,7 +201,7 @@ def test_published_examples(regressions, improvements, items, low, high, p):
 
 
 @pytest.mark.parametrize(("regressions", "improvements", "items"), [(7, 1, 21), (0, 4, 50), (3, 3, 30), (10, 2, 1000)])
-def test_the_ends_are_1_96_of_their_deviations_off(regressions, improvements, items):
+def test_interval_ends_solve_the_score_equation(regressions, improvements, items):
     """By numerical maximum likelihood: (value - d) is 1.96 standard deviations at either end d."""
     found = differences.difference_of_items(regressions, improvements, items)
     for end in (found.low, found.high):
@@ -217,7 +217,7 @@ def test_the_ends_are_1_96_of_their_deviations_off(regressions, improvements, it
         assert abs(found.value - end) == pytest.approx(stats.norm.ppf(0.975) * deviation, rel=1e-3)
 
 
-def test_items_that_do_not_differ_and_items_that_all_do():
+def test_intervals_when_no_item_or_every_item_changes():
     z2 = stats.norm.ppf(0.975) ** 2
     same(differences.difference_of_items(0, 0, 100), 0, -z2 / (100 + z2), z2 / (100 + z2), 1)
     all_lost, all_gained = (differences.difference_of_items(*n, 20) for n in ((20, 0), (0, 20)))
@@ -226,7 +226,7 @@ def test_items_that_do_not_differ_and_items_that_all_do():
     assert all_lost.p == pytest.approx(2 / 2**20)
 
 
-def test_turning_the_runs_round_turns_the_interval_round():
+def test_swapping_the_runs_negates_the_interval():
     there, back = differences.difference_of_items(9, 2, 80), differences.difference_of_items(2, 9, 80)
     same(back, -there.value, -there.high, -there.low, there.p)
 
@@ -249,7 +249,7 @@ def test_holm_by_hand():
     assert len(differences.holm([])) == 0
 
 
-def test_holm_keeps_what_it_is_given():
+def test_holm_does_not_modify_its_input():
     p_values = np.array([0.02, 0.01])
     assert differences.holm(p_values) == pytest.approx([0.02, 0.02])
     assert p_values.tolist() == [0.02, 0.01]
@@ -258,7 +258,7 @@ def test_holm_keeps_what_it_is_given():
 # --- coverage ---------------------------------------------------------------------------------------------------------
 
 
-def test_coverage():
+def test_simulated_coverage_of_difference_intervals():
     """A short form of scripts/coverage.py."""
     rng = np.random.default_rng(0)
     strata, images = np.repeat([0, 1, 2], [20, 30, 70]), np.repeat(np.arange(24), [2, 3] * 12)

@@ -60,7 +60,7 @@ def ids(count):
     return [f"Made/{number}.png/alignment/0" for number in range(count)]
 
 
-def test_each_subsample_is_nltks(monkeypatch):
+def test_diversity_of_each_subsample_equals_nltk_self_bleu(monkeypatch):
     monkeypatch.setattr(module, "TEXTS", 12)
     monkeypatch.setattr(module, "SUBSAMPLES", 4)
     made = texts(30, 1)
@@ -75,7 +75,7 @@ def test_each_subsample_is_nltks(monkeypatch):
     assert len({tuple(sorted(chosen)) for chosen in seen}) == 4
 
 
-def test_it_estimates_the_mean_over_all_subsamples(monkeypatch):
+def test_diversity_estimates_the_mean_over_all_subsamples(monkeypatch):
     monkeypatch.setattr(module, "TEXTS", 4)
     monkeypatch.setattr(module, "SUBSAMPLES", 400)
     made = texts(8, 2, words=12, longest=12)
@@ -84,7 +84,7 @@ def test_it_estimates_the_mean_over_all_subsamples(monkeypatch):
     assert value == pytest.approx(1 - np.mean(every), abs=4 * np.std(every) / np.sqrt(400))
 
 
-def test_it_depends_on_neither_order_nor_number_of_texts():
+def test_diversity_is_independent_of_the_order_and_number_of_texts():
     made, names = texts(520, 3), ids(520)
     value, method = diversity(made, names)
     assert "50 subsamples of 100 texts" in method
@@ -96,7 +96,7 @@ def test_it_depends_on_neither_order_nor_number_of_texts():
     assert published < published_diversity(made[:26])[0] - 0.05  # which is why
 
 
-def test_a_hundred_texts_are_their_own_subsample():
+def test_diversity_of_exactly_100_texts_equals_the_published_measure():
     made = texts(100, 4)
     assert diversity(made, ids(100))[0] == pytest.approx(published_diversity(made)[0], abs=1e-12)
 

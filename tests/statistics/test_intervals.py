@@ -10,8 +10,8 @@ from satterthwaite import freedom_of
 from scipy import stats
 
 from safervlm.reports.tables import with_coverage
-from safervlm.results.measures import _BY_CONCEPT, _BY_PAIR, _WITHIN
-from safervlm.statistics import differences, intervals, seeds
+from safervlm.results.measures import _BY_CONCEPT, _WITHIN, BY_PAIR
+from safervlm.statistics import correction, differences, intervals, seeds
 
 
 def test_effective_interval_is_clopper_pearson_of_the_effective_size():
@@ -42,7 +42,7 @@ def caught(monkeypatch):
     return calls
 
 
-def test_variance_of_these_concepts_by_hand(monkeypatch):
+def test_variance_for_fixed_concepts_matches_hand_calculation(monkeypatch):
     calls = caught(monkeypatch)
     # Concept 0: images (4/5, 2/5); 1: (5/5, 5/5, 2/4); 2 and 3 have a single image each: (0/5), (3/5).
     right = np.array([4, 2, 5, 5, 2, 0, 3.0])
@@ -60,7 +60,7 @@ def test_variance_of_these_concepts_by_hand(monkeypatch):
     assert calls == [pytest.approx((p, sum(squares), 1 + 2 + 1, 34**2 / (6 * 25 + 16), 2 * 34, edge))]
 
 
-def test_freedom_of_these_concepts_where_one_image_makes_the_errors(monkeypatch):
+def test_degrees_of_freedom_are_few_when_one_image_has_all_errors(monkeypatch):
     calls = caught(monkeypatch)
     right, concepts = np.ones(20), np.arange(20) // 10
     right[0] = 0
@@ -72,7 +72,7 @@ def test_freedom_of_these_concepts_where_one_image_makes_the_errors(monkeypatch)
     assert calls == [pytest.approx((0.95, 10 / 9 * squares.sum() / 400, freedom, 20, 40, 20))]
 
 
-def test_where_concepts_differ_the_interval_is_shorter_than_that_of_independent_responses():
+def test_fixed_concept_interval_is_shorter_than_binomial_when_concepts_differ():
     right = np.r_[np.ones(40), np.zeros(40), np.arange(20) % 2]
     low, high = intervals.interval_these_concepts(right, np.ones(100), np.repeat(np.arange(5), 20))
     independent = stats.binomtest(50, 100).proportion_ci(method="exact")
@@ -81,7 +81,7 @@ def test_where_concepts_differ_the_interval_is_shorter_than_that_of_independent_
     assert (low, high) == (pytest.approx(at_most.low), pytest.approx(at_most.high))
 
 
-def test_a_lonely_single_image_is_measured_from_the_overall_mean(monkeypatch):
+def test_variance_of_a_single_image_stratum_uses_the_overall_mean(monkeypatch):
     calls = caught(monkeypatch)
     intervals.interval_these_concepts(np.array([1, 0, 1.0]), np.ones(3), np.array([0, 0, 1]))
     # 2 / (2 - 1) * ((1/6)^2 + (1/6)^2) within concept 0, ((1 - 2/3) / 3)^2 of the single.
@@ -112,7 +112,7 @@ def test_new_concepts_need_ten():
     assert intervals.interval_new_concepts(np.ones(10), np.full(10, 2.0)) is not None
 
 
-def test_nothing_wrong_is_not_certainty():
+def test_interval_has_positive_width_when_all_responses_are_correct():
     low, high = intervals.interval_these_concepts(np.full(8, 5.0), np.full(8, 5.0), np.arange(8) // 2)
     # Five responses to an image are correlated by .5, so they count as 5 / 3: neither one nor five.
     assert (low, high) == (pytest.approx(0.025 ** (3 / 40)), 1.0)
@@ -127,13 +127,13 @@ def test_nothing_wrong_is_not_certainty():
     assert low == pytest.approx(0.025 ** ((1 + (mean - 1) / 2) / 104))
 
 
-def test_the_cost_of_the_size_at_the_edge():
+def test_error_rate_of_the_bound_at_1_for_fully_correlated_responses():
     """If the responses of a concept are always alike, 26 concepts of 4 images exceed the bound in 10 %, not 2.5 %."""
     bound, _ = intervals.interval_new_concepts(np.full(26, 4.0), np.full(26, 4.0))
     assert bound**26 == pytest.approx(0.10, abs=0.005)
 
 
-def test_one_image_a_concept_takes_the_images_as_they_are():
+def test_one_image_per_concept_gives_clopper_pearson():
     # All strata are single: the variance is a collapsed one, at most the binomial one for independent images.
     right = np.array([1, 1, 1, 0, 1, 1, 1, 1.0])
     exact = stats.binomtest(7, 8).proportion_ci(method="exact")
@@ -163,7 +163,7 @@ def test_a_cluster_that_deviates_alone_has_one_degree_of_freedom():
 
 
 @pytest.mark.parametrize(("large", "number"), [(1, 3000), (2, 3000 * (1 + 4) ** 2 / (1 + 16) / 2)])
-def test_effective_freedom_of_normal_clusters_is_two_thirds_of_satterthwaites(large, number):
+def test_effective_degrees_of_freedom_are_two_thirds_of_satterthwaite(large, number):
     deviations = np.repeat([1, large], 1500)
     squares = (deviations * np.random.default_rng(0).standard_normal((50, 3000))) ** 2
     freedom = np.mean([intervals.effective_freedom(row) for row in squares])
@@ -214,7 +214,7 @@ def test_interval_of_a_ratio_is_cr2_by_matrices():
     assert (low, high) == (pytest.approx(slope - half), pytest.approx(slope + half))
 
 
-def test_interval_of_a_ratio_is_about_the_bootstraps():
+def test_interval_of_a_ratio_agrees_with_the_bootstrap():
     scores, reference, clusters = llava(np.random.default_rng(1), images=60)
     low, high = intervals.interval_ratio(scores, reference, clusters)
     above, below = np.bincount(clusters, scores), np.bincount(clusters, reference)
@@ -223,7 +223,7 @@ def test_interval_of_a_ratio_is_about_the_bootstraps():
     assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 59) * deviation, rel=0.08)
 
 
-def test_no_interval_of_a_ratio_without_ten_images_or_spread():
+def test_ratio_has_no_interval_with_fewer_than_ten_images_or_no_variance():
     scores, reference, clusters = llava(np.random.default_rng(0), images=9)
     assert intervals.interval_ratio(scores, reference, clusters) is None
     assert intervals.interval_ratio(scores[:1], reference[:1], np.zeros(1, int)) is None
@@ -235,7 +235,7 @@ def test_no_interval_of_a_ratio_without_ten_images_or_spread():
 TASKS = (30, 30, 30, 30, 147, 170, 200, 200, 200, 20, 70, 20, 20, 20)
 
 
-def test_two_tasks_by_hand():
+def test_interval_of_a_sum_over_two_tasks_matches_hand_calculation():
     """k = 2: one added image at each end, so the plain variance of the longer lists."""
     values = [[200.0] * 8 + [50.0, 0.0, 50.0], [50.0] * 9 + [0.0]]
     low, high = intervals.interval_sum_of_means(np.concatenate(values), np.repeat([0, 1], [11, 10]))
@@ -247,7 +247,7 @@ def test_two_tasks_by_hand():
     assert (low, high) == (pytest.approx(centre - half), pytest.approx(centre + half))
 
 
-def test_a_task_that_is_all_right_is_not_certain():
+def test_interval_of_a_perfect_sum_of_task_scores_has_positive_width():
     strata = np.repeat(np.arange(14), TASKS)
     low, high = intervals.interval_sum_of_means(np.full(len(strata), 200.0), strata)
     exact = 200 * differences.bound_of_sums(np.array(TASKS))  # the bound without any wrong image
@@ -261,7 +261,7 @@ def test_a_task_that_is_all_right_is_not_certain():
     assert high - low > 2 * 1.96 * spread**0.5
 
 
-def test_one_task_is_wilsons_interval():
+def test_interval_of_one_task_equals_wilsons_interval():
     values = np.r_[np.zeros(3), np.full(5, 50.0), np.full(22, 200.0)]
     low, high = intervals.interval_sum_of_means(values, np.zeros(30, int))
     share = values.mean() / 200
@@ -287,7 +287,7 @@ def test_one_task_is_wilsons_interval():
     )
 
 
-def test_other_bounds_shift_and_stretch_a_sum():
+def test_interval_of_a_sum_scales_with_the_bounds_of_its_values():
     rng = np.random.default_rng(0)
     for strata in (np.zeros(20, int), np.repeat([0, 1, 2], 20)):
         values = rng.choice([0.0, 50, 200], len(strata))
@@ -311,7 +311,7 @@ def test_the_simulated_coverage_of_every_method_is_known():
         _WITHIN.format("images"),
         _WITHIN.format("answers"),
         _BY_CONCEPT,
-        _BY_PAIR,
+        BY_PAIR,
         intervals.BY_TASK,
         intervals.BY_IMAGE,
         intervals.RATIO_BY_IMAGE,
@@ -328,7 +328,7 @@ def test_the_simulated_coverage_of_every_method_is_known():
     assert intervals.coverage(methods[0], "guess") is None
 
 
-def test_coverage_reads_outward(monkeypatch):
+def test_reported_coverage_range_is_rounded_outward(monkeypatch):
     rows = (("a", "overall", 0.941, 0.972), ("a", "category", 0.95, 0.998), ("b", "overall", 0.94, 0.97))
     monkeypatch.setattr(intervals, "_coverage", lambda: rows)
     assert intervals.coverage("a", "overall") == ".94 to .98"
@@ -336,7 +336,7 @@ def test_coverage_reads_outward(monkeypatch):
     assert intervals.coverage("b") == ".94 to .97"
 
 
-def test_skewed_concepts_are_a_coverage_of_their_own(monkeypatch):
+def test_coverage_for_skewed_concepts_is_reported_separately(monkeypatch):
     rows = (("a", "overall", 0.94, 0.97), ("a", intervals.SKEWED, 0.86, 0.97))
     monkeypatch.setattr(intervals, "_coverage", lambda: rows)
     assert intervals.coverage("a") == ".94 to .97"
@@ -344,7 +344,7 @@ def test_skewed_concepts_are_a_coverage_of_their_own(monkeypatch):
     assert with_coverage("a") == "a; simulated coverage .94 to .97, .86 to .97 if few concepts make the errors"
 
 
-def test_docs_and_package_hold_the_same_coverages():
+def test_documented_coverages_equal_the_packaged_table():
     root = Path(__file__).parent.parent.parent
     with (root / "safervlm" / "coverage.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
@@ -353,7 +353,7 @@ def test_docs_and_package_hold_the_same_coverages():
     assert shown == ["| " + " | ".join(row) + " |" for row in rows[1:]]
 
 
-def test_docs_and_package_hold_the_same_coverages_over_seeds():
+def test_documented_coverages_over_seeds_equal_the_packaged_table():
     """Columns of the table: mean, SD, seeds, coverage over seeds, of the first run, share of groups that differ, ..."""
     page = (Path(__file__).parent.parent.parent / "docs" / "intervals.md").read_text(encoding="utf-8")
     table = page[page.index("<!-- seeds -->") : page.index("<!-- end of seeds -->")]
@@ -363,6 +363,18 @@ def test_docs_and_package_hold_the_same_coverages_over_seeds():
     for part, found in ((seeds.MEAN, over), (seeds.DIFFERENCE, equal)):
         row = next(row for row in intervals._coverage() if row[:2] == (seeds.OVER_SEEDS, part))
         assert row[2:] == pytest.approx((min(found), max(found)))
+
+
+def test_docs_and_package_hold_the_same_coverages_of_corrected_rates():
+    """Columns of the table: judge, accuracy, rate, labels, coverage for this run, its width, for new concepts, ..."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "intervals.md").read_text(encoding="utf-8")
+    table = page[page.index("<!-- labels -->") : page.index("<!-- end of labels -->")]
+    cells = [line.split(" | ") for line in table.splitlines() if line.startswith(("| calibrated", "| overconfident"))]
+    assert len(cells) == 56
+    for part, column in ((correction.OF_THIS_RUN, 4), (correction.OF_NEW_CONCEPTS, 6)):
+        found = [float(row[column].split()[0]) for row in cells]
+        row = next(row for row in intervals._coverage() if row[:2] == (correction.BY_LABELS, part))
+        assert row[2:] == (min(found), max(found))
 
 
 @pytest.mark.parametrize("accuracy", [0.5, 0.97])
@@ -384,7 +396,7 @@ def test_coverage_of_sums_and_ratios(accuracy):
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.97])
-def test_coverage(rate):
+def test_simulated_coverage_with_uneven_correlated_concepts(rate):
     """A short form of scripts/coverage.py: 40 uneven concepts, intra-concept correlation .3."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 30, 40)
@@ -496,7 +508,7 @@ def test_categories_shorten_an_interval_only_where_they_differ():
     assert intervals.interval_paired(np.linspace(0, 0.8, 9)[categories], categories) is None  # no spread within any
 
 
-def test_both_kinds_together_contain_the_true_value():
+def test_interval_over_safe_and_unsafe_concepts_contains_the_true_value():
     rng = np.random.default_rng(1)
     strata = np.repeat([0, 1], [30, 60])
     answers = np.where(strata == 0, 5.0, 2.0)

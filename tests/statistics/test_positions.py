@@ -6,7 +6,7 @@ import pytest
 from safervlm.statistics.positions import beyond_chance, positions
 
 
-def test_by_hand():
+def test_position_recall_choice_and_bias_match_hand_calculation():
     right = np.array([0, 0, 1, 1, 2, 2])
     found = positions(np.array([0, 0, 0, 1, 2, -1]), right, 3)
     assert found.recall.tolist() == [1.0, 0.5, 0.5]
@@ -14,7 +14,7 @@ def test_by_hand():
     assert found.bias == pytest.approx(np.std([1, 0.5, 0.5]))
 
 
-def test_always_the_same_position_is_chance():
+def test_always_choosing_one_position_scores_chance_level():
     right = np.tile(np.arange(4), 25)
     found = positions(np.full(100, 2), right, 4)
     assert beyond_chance(1 / 4, 4) == 0
@@ -22,7 +22,7 @@ def test_always_the_same_position_is_chance():
     assert found.bias > 5 * found.bias_by_chance
 
 
-def test_a_position_that_never_is_right():
+def test_recall_is_nan_for_a_position_that_is_never_correct():
     found = positions(np.array([0, 1, 2]), np.array([0, 1, 1]), 3)
     assert np.isnan(found.recall[2])
     assert found.bias == pytest.approx(np.std([1, 0.5]))

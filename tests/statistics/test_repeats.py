@@ -12,17 +12,17 @@ WRONG, COUNT = (np.array([function(each) for each in ANSWERS], float) for functi
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_one_of_k_is_the_share_of_subsets_with_a_wrong_answer(k):
+def test_wrong_at_least_once_of_k_equals_enumeration_of_subsets(k):
     expected = [np.mean([any(subset) for subset in combinations(each, k)]) for each in ANSWERS]
     assert wrong_at_least_once(WRONG, COUNT, k) == pytest.approx(expected)
 
 
-def test_flips_are_the_share_of_pairs_that_differ():
+def test_flip_rate_equals_the_share_of_differing_pairs():
     expected = [np.mean([a != b for a, b in combinations(each, 2)]) for each in ANSWERS]
     assert flip_rate(WRONG, COUNT) == pytest.approx(expected)
 
 
-def test_too_few_answers():
+def test_too_few_answers_per_question_are_rejected():
     with pytest.raises(ValueError, match="4 answers to a question, but one question has 3"):
         wrong_at_least_once(WRONG, COUNT, 4)
     with pytest.raises(ValueError, match="no pairs"):

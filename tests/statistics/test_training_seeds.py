@@ -14,7 +14,7 @@ def test_mean_and_deviation():
     assert found.deviation == pytest.approx(0.1)
 
 
-def test_equal_seeds_are_one_run():
+def test_identical_seeds_have_the_interval_of_one_run():
     """No variation between seeds: the interval is that of one run over new concepts."""
     rng = np.random.default_rng(0)
     answers = rng.integers(5, 20, 30).astype(float)
@@ -26,7 +26,7 @@ def test_equal_seeds_are_one_run():
     assert found.deviation == 0
 
 
-def test_seeds_that_differ_alike_on_all_concepts():
+def test_seed_variation_alone_gives_students_t_interval():
     """No variation between concepts: Student's interval of the seeds' differences."""
     shift = np.array([0.1, 0.2, 0.25, 0.35])
     found = seeds.difference_over_seeds(np.outer(shift, np.full(20, 8.0)), np.full(20, 8.0))
@@ -66,7 +66,7 @@ def test_too_few_seeds_or_concepts_have_no_interval(runs, concepts):
     assert np.isnan(seeds.share_over_seeds(values[:1], answers).deviation)
 
 
-def test_a_perfect_recipe_has_a_bound():
+def test_perfect_score_on_all_seeds_has_a_lower_bound_below_1():
     found = seeds.share_over_seeds(np.full((3, 20), 5.0), np.full(20, 5.0))
     assert (found.value, found.high) == (1.0, 1.0)
     assert found.low == pytest.approx(0.025 ** (1 / intervals.size_if_all_alike(np.full(20, 5.0))))

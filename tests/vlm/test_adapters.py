@@ -38,7 +38,7 @@ def test_peft_alone_loads_an_exported_adapter(
     lora = LoRA(r=4, alpha=8, dropout=0.0, experts=experts, min_coverage=0.0)
     trained = families.with_effect(Transformers(str(base), dtype="float32", lora=lora))
     trained.save_adapter(folder)
-    reported = "PEFT alone takes names of this adapter for those of experts" in capsys.readouterr().out
+    reported = "PEFT alone mistakes names in this adapter for those of experts" in capsys.readouterr().out
     encoding = trained.collator(families.ask(make_questions(1))).encodings[0]
     with torch.no_grad():
         with active(trained.base, "policy"):

@@ -1,4 +1,4 @@
-"""The KV cache with spare capacity holds the same as the library's after every operation."""
+"""The KV cache with spare capacity equals the library's cache after every operation."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def states(rows: int, new: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, values
 
 
-def test_it_holds_what_the_library_holds() -> None:
+def test_preallocated_layer_equals_the_dynamic_layer() -> None:
     """After growth, removal, repetition and reordering of rows, and cropping."""
     ours, theirs = PreallocatedLayer(), DynamicLayer()
     changes = {
@@ -40,7 +40,7 @@ def test_it_holds_what_the_library_holds() -> None:
     assert torch.equal(ours.update(keys, values)[0], keys)
 
 
-def test_a_step_copies_nothing_and_rows_that_left_are_forgotten() -> None:
+def test_step_reuses_the_buffer_and_removed_rows_are_freed() -> None:
     layer = PreallocatedLayer()
     layer.update(*states(4, 100, 0))
     place = layer.keys.data_ptr()
@@ -52,7 +52,7 @@ def test_a_step_copies_nothing_and_rows_that_left_are_forgotten() -> None:
 
 
 @pytest.mark.parametrize(("window", "kind"), [(None, PreallocatedLayer), (8, None)])
-def test_layers_that_forget_are_the_librarys(window: int | None, kind: type | None) -> None:
+def test_sliding_window_layers_use_the_library_cache(window: int | None, kind: type | None) -> None:
     config = LlamaConfig(num_hidden_layers=2)
     if window:
         config.sliding_window, config.layer_types = window, ["sliding_attention"] * 2
@@ -60,7 +60,7 @@ def test_layers_that_forget_are_the_librarys(window: int | None, kind: type | No
     assert [type(layer) for layer in growing_cache(config).layers] == expected
 
 
-def test_without_a_configuration_every_layer_keeps_everything() -> None:
+def test_cache_without_a_configuration_preallocates_every_layer() -> None:
     cache = growing_cache()
     for layer in range(3):
         cache.update(*states(2, 5, layer), layer)

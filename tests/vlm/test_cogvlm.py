@@ -383,7 +383,7 @@ def plain_greedy(vlm: CogVLM, question: Question, steps: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["THUDM/cogvlm-chat-hf", "."])
-def test_nothing_runs_unless_asked_for(name: str) -> None:
+def test_remote_code_must_be_enabled(name: str) -> None:
     with pytest.raises(ValueError, match=r"^vlm.trust_remote_code: .* set it to true, or measure another model$"):
         CogVLM(name, revision="a" * 40)
 
@@ -395,7 +395,7 @@ def test_code_from_the_hub_is_pinned(revision: str | None) -> None:
     CogVLM(revision="0123456789abcdef" * 2 + "01234567", trust_remote_code=True)
 
 
-def test_stand_ins_are_there_while_the_code_is_imported_and_no_longer(tmp_path: Path) -> None:
+def test_stub_packages_exist_only_while_the_remote_code_is_imported(tmp_path: Path) -> None:
     """Other parts of the program check whether these packages are installed."""
     write_own(tmp_path)
     names = ("xformers", "xformers.ops", "triton", "triton.language", "torchvision")
@@ -408,7 +408,7 @@ def test_stand_ins_are_there_while_the_code_is_imported_and_no_longer(tmp_path: 
 
 
 @pytest.mark.parametrize("reference", ["someone/else--modeling_tiny.TinyForCausalLM", None])
-def test_code_lies_beside_the_weights(tmp_path: Path, reference: str | None) -> None:
+def test_code_in_another_repository_is_rejected(tmp_path: Path, reference: str | None) -> None:
     """Code of another repository would be run at an unpinned commit."""
     write_own(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -426,11 +426,11 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
         new(tmp_path).remote_class("AutoModelForCausalLM")
 
 
-def test_another_layout_is_rejected(tmp_path: Path) -> None:
+def test_another_prompt_layout_is_rejected(tmp_path: Path) -> None:
     write_own(tmp_path)
     file = tmp_path / "modeling_tiny.py"
     file.write_text(file.read_text().replace("Question: {query}", "Q: {query}"))
-    with pytest.raises(ValueError, match=r"^vlm.model: .* lays its questions out otherwise than CogVLM"):
+    with pytest.raises(ValueError, match=r"^vlm.model: .* formats questions differently from CogVLM"):
         _ = new(tmp_path).collator
 
 
@@ -442,7 +442,7 @@ def test_missing_weights_are_rejected(tmp_path: Path) -> None:
         new(tmp_path).load()
 
 
-def test_what_replaces_the_kernels_computes_what_they_do() -> None:
+def test_replacement_kernels_equal_reference_formulas() -> None:
     torch.manual_seed(0)
     states, angles = torch.randn(2, 3, 5, 8), torch.randn(2, 5, 4)
     turned = torch.complex(*states.chunk(2, -1)) * torch.polar(torch.ones(2, 1, 5, 4), angles[:, None])
@@ -465,7 +465,7 @@ def test_only_computed_buffers_differ_from_the_file(base: CogVLM, folder: Path) 
     assert not torch.equal(fresh["lm_head.weight"], base.base.state_dict()["lm_head.weight"])
 
 
-def test_the_collator_lays_out_what_the_model_wants(base: CogVLM, examples: list[Example]) -> None:
+def test_collated_prompt_equals_the_models_own_prompt(base: CogVLM, examples: list[Example]) -> None:
     collator = pickle.loads(pickle.dumps(base.collator))
     batch = collator(examples)
     for encoding, completions, example in zip(batch.encodings, batch.completions, examples, strict=True):
@@ -480,7 +480,7 @@ def test_the_collator_lays_out_what_the_model_wants(base: CogVLM, examples: list
         collator([Example(question)])
 
 
-def test_short_answers_are_asked_for_as_published(folder: Path, examples: list[Example]) -> None:
+def test_vqa_template_is_the_published_one(folder: Path, examples: list[Example]) -> None:
     vlm = new(folder, template="vqa")
     ids = vlm.collator(examples[:1]).encodings[0]["input_ids"][0].tolist()
     behind = ids[1 + vlm.collator.image_tokens :]
@@ -494,11 +494,11 @@ def test_another_image_changes_the_response(base: CogVLM, examples: list[Example
     assert before.token_ids != after.token_ids
 
 
-def test_greedy_responses_are_those_of_plain_forward_passes(base: CogVLM, examples: list[Example]) -> None:
+def test_greedy_responses_equal_plain_forward_passes(base: CogVLM, examples: list[Example]) -> None:
     families.check_answers(base, examples, lambda example, steps: plain_greedy(base, example.question, steps))
 
 
-def test_a_row_counts_its_places_as_it_does_alone(base: CogVLM, examples: list[Example]) -> None:
+def test_padded_row_has_the_positions_of_the_row_alone(base: CogVLM, examples: list[Example]) -> None:
     """Low precision rounds positions: counting from 1 after padding would change the input."""
     seen: list[Tensor] = []
     forward = type(base.base).forward
@@ -523,11 +523,13 @@ def test_an_image_is_encoded_once(base: CogVLM, examples: list[Example]) -> None
     families.check_images_once(base, examples)
 
 
-def test_a_sampled_response_depends_on_its_record_alone(base: CogVLM, examples: list[Example]) -> None:
+def test_sampled_responses_depend_only_on_their_record(base: CogVLM, examples: list[Example]) -> None:
     families.check_draws(base, examples)
 
 
-def test_score_equals_one_plain_forward_a_completion(policy: CogVLM, base: CogVLM, examples: list[Example]) -> None:
+def test_scores_equal_one_plain_forward_pass_per_completion(
+    policy: CogVLM, base: CogVLM, examples: list[Example]
+) -> None:
     def alone(adapter: Adapter, example: Example, answer: str) -> Tensor:
         start = plain_inputs(policy, example.question)["input_ids"].shape[1]
         inputs = plain_inputs(policy, example.question, answer)
@@ -539,7 +541,7 @@ def test_score_equals_one_plain_forward_a_completion(policy: CogVLM, base: CogVL
     families.check_scores(policy, examples, alone, rtol=1e-6)
 
 
-def test_lora_is_on_every_linear_layer_that_words_go_through(policy: CogVLM) -> None:
+def test_lora_is_on_every_linear_layer_of_the_language_expert(policy: CogVLM) -> None:
     adapted = {name for name, module in policy.base.named_modules() if hasattr(module, "lora_A")}
     assert len(adapted) == 2 * 5
     linear = {
@@ -550,18 +552,16 @@ def test_lora_is_on_every_linear_layer_that_words_go_through(policy: CogVLM) -> 
     assert adapted == linear
 
 
-def test_a_few_steps_lower_the_loss_and_move_the_adapter_alone(policy: CogVLM, examples: list[Example]) -> None:
+def test_training_lowers_the_loss_and_changes_only_the_adapter(policy: CogVLM, examples: list[Example]) -> None:
     families.check_learning(policy, examples)
 
 
-def test_the_reference_is_one_model(policy: CogVLM, examples: list[Example]) -> None:
+def test_reference_scores_are_deterministic_during_training(policy: CogVLM, examples: list[Example]) -> None:
     """The vision tower has dropout."""
     families.check_reference(policy, examples)
 
 
-def test_gradients_are_those_of_the_adapter_that_answered(
-    policy: CogVLM, folder: Path, examples: list[Example]
-) -> None:
+def test_gradients_belong_to_the_adapter_that_was_scored(policy: CogVLM, folder: Path, examples: list[Example]) -> None:
     """With and without checkpointing, and for an adapter that is no longer active in the backward pass."""
     checkpointed = families.with_effect(new(folder, gradient_checkpointing=True), "value")
     families.check_gradients(policy, checkpointed, examples, "self_attn")
@@ -578,7 +578,7 @@ def test_a_saved_adapter_scores_the_same(
 
 
 @pytest.mark.gpu
-def test_a_gpu_returns_the_same(folder: Path, examples: list[Example]) -> None:
+def test_gpu_results_equal_cpu_results(folder: Path, examples: list[Example]) -> None:
     families.check_gpu(lambda **settings: new(folder, **settings), examples)
 
 
@@ -586,7 +586,7 @@ def test_a_model_in_half_precision_responds(folder: Path, examples: list[Example
     families.check_half_precision(loaded(folder, dtype="bfloat16"), examples)
 
 
-def test_the_code_is_part_of_what_decides(base: CogVLM, folder: Path, tmp_path: Path) -> None:
+def test_description_includes_the_fingerprint_of_the_remote_code(base: CogVLM, folder: Path, tmp_path: Path) -> None:
     before = base.describe()
     assert before["template"] == "Question: {question} Answer:"
     shutil.copytree(folder, tmp_path / "other")
@@ -597,7 +597,7 @@ def test_the_code_is_part_of_what_decides(base: CogVLM, folder: Path, tmp_path: 
     assert after["code"] != before["code"]
 
 
-def test_the_shipped_file_is_rejected_until_it_is_pinned() -> None:
+def test_shipped_configuration_is_rejected_without_a_pinned_commit() -> None:
     with pytest.raises(ValueError, match=r"vlm.revision: .* pin it"):
         shipped_families.shipped("cogvlm-chat")
     assert shipped_families.shipped("cogvlm-chat", f"--vlm.revision={'a' * 40}").name == "THUDM/cogvlm-chat-hf"

@@ -71,7 +71,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 @pytest.mark.parametrize("rows", [None, 1, 2, 3])
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-def test_responses_are_those_of_the_growing_loop(
+def test_fixed_shape_decoding_equals_the_growing_loop(
     vlm: Llava, examples: list[Example], sampling: Sampling, rows: int | None
 ) -> None:
     expected = tokens(vlm, examples, sampling, Decoding("growing"))
@@ -112,7 +112,7 @@ def test_a_step_is_captured_once_per_rows_and_length(
     assert len(recorder.captured) == 2
 
 
-def test_logits_that_do_not_suffice_are_sorted_again(
+def test_insufficient_sorted_logits_are_sorted_again(
     vlm: Llava, examples: list[Example], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captured steps can't look which rows need more: these wait until more logits are sorted."""
@@ -122,7 +122,7 @@ def test_logits_that_do_not_suffice_are_sorted_again(
     assert tokens(vlm, examples, sampling, Decoding(rows=3)) == expected
 
 
-def test_a_step_that_cannot_be_captured_is_computed_anew(
+def test_step_that_cannot_be_captured_is_computed_without_a_graph(
     vlm: Llava, examples: list[Example], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for a mixture of experts that are chosen on the CPU; it is tried once."""
@@ -142,7 +142,7 @@ def test_a_step_that_cannot_be_captured_is_computed_anew(
 
 
 @pytest.mark.parametrize("tries", [1, 3])
-def test_a_graph_that_does_not_fit_into_memory_leaves_the_batch_whole(
+def test_out_of_memory_graph_capture_falls_back_without_splitting_the_batch(
     vlm: Llava, examples: list[Example], recorder: Recorder, monkeypatch: pytest.MonkeyPatch, tries: int
 ) -> None:
     """Its steps are computed anew; the graphs that did fit are removed, as they hold memory."""
@@ -163,7 +163,7 @@ def test_a_graph_that_does_not_fit_into_memory_leaves_the_batch_whole(
     assert recorder.tried == tries
 
 
-def test_responses_of_one_token_need_no_deeper_stack(
+def test_one_token_responses_do_not_deepen_the_call_stack(
     vlm: Llava, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each start of a waiting question is followed by another one."""
@@ -239,7 +239,7 @@ def test_an_adapter_takes_two_operations_per_layer(
             assert (layer(states) - plain).abs().max() > 0.05 * plain.abs().max()
 
 
-def test_too_little_memory_for_the_factors_leaves_no_layer_changed(
+def test_out_of_memory_while_preparing_lora_leaves_layers_unchanged(
     tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm = families.with_effect(Llava(str(tiny_llava), dtype="float32"))
@@ -270,7 +270,7 @@ FIXED: dict[str, tuple[Callable[[Path], None], str | None]] = {
 
 
 @pytest.mark.parametrize(("build", "reason"), FIXED.values(), ids=FIXED)
-def test_models_of_transformers(
+def test_decoding_method_of_transformers_models(
     build: Callable[[Path], None],
     reason: str,
     tmp_path: Path,
@@ -305,7 +305,7 @@ def test_models_of_transformers(
         assert max(captured.replays for captured in recorder.captured) > 1
 
 
-def test_a_model_whose_code_fails_grows(
+def test_model_that_fails_with_fixed_shapes_uses_the_growing_loop(
     tmp_path: Path, make_questions: Callable[[int], list[Question]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     families.llava(tmp_path)
@@ -322,7 +322,7 @@ def test_a_model_whose_code_fails_grows(
     assert vlm.decoded == {"steps": "growing", "reason": "ValueError: only masks of two dimensions"}
 
 
-def test_too_little_memory_says_nothing_about_a_model(
+def test_out_of_memory_does_not_disable_fixed_shape_decoding(
     tmp_path: Path, make_questions: Callable[[int], list[Question]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The batch fails, and is asked again in halves; these are decoded as any other batch."""

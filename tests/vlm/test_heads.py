@@ -95,7 +95,7 @@ def check(folder: Path, template: str | None, examples: list[Example], expected:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_scores_are_those_of_the_models_own_logits(
+def test_scores_equal_the_models_own_transformed_logits(
     name: str, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, values, change, expected = MODELS[name]
@@ -105,7 +105,7 @@ def test_scores_are_those_of_the_models_own_logits(
 
 
 @pytest.mark.parametrize("build", [families.llava, families.qwen2_vl])
-def test_an_adapted_head_is_switched_with_the_other_layers(
+def test_lora_on_the_output_head_is_disabled_for_the_reference(
     build: Callable[[Path], None], examples: list[Example], tmp_path: Path
 ) -> None:
     """Otherwise the reference would be scored with the policy's head."""
@@ -166,7 +166,7 @@ def test_the_cap_of_gemmas_own_classes_is_found_in_their_text_configuration(buil
     assert transform_between(model.config, bare, logits) == LogitTransform(cap=2.0)
 
 
-def test_what_the_configuration_does_not_name_is_rejected(
+def test_logit_transformation_missing_in_the_configuration_is_rejected(
     examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     families.internvl(tmp_path, hf.Qwen2Config)
@@ -179,7 +179,7 @@ def test_what_the_configuration_does_not_name_is_rejected(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [LogitTransform(0.0625, cap=30.0), LogitTransform(divisor=16.0), LogitTransform()])
-def test_the_transformation_is_found_in_both_precisions(wanted: LogitTransform, dtype: torch.dtype) -> None:
+def test_logit_transformation_is_detected_in_float32_and_bfloat16(wanted: LogitTransform, dtype: torch.dtype) -> None:
     config = hf.CohereConfig(vocab_size=8, hidden_size=8)
     config.logit_scale, config.logits_scaling = 0.0625, 16.0
     config.final_logit_softcapping = wanted.cap or 30.0
@@ -196,9 +196,7 @@ def test_the_transformation_is_found_in_both_precisions(wanted: LogitTransform, 
     [(torch.bfloat16, 1.01), (torch.bfloat16, 0.99), (torch.float16, 1.003), (torch.float32, 1.0005)],
 )
 @pytest.mark.parametrize("size", [300, 0.005])  # the smallest logits differ by less than any absolute tolerance
-def test_a_scale_that_is_smaller_than_the_rounding_of_a_value_is_seen(
-    dtype: torch.dtype, unnamed: float, size: float
-) -> None:
+def test_logit_scale_smaller_than_rounding_is_detected(dtype: torch.dtype, unnamed: float, size: float) -> None:
     config = hf.CohereConfig(vocab_size=8, hidden_size=8)
     bare = torch.randn(4, 100, generator=torch.Generator().manual_seed(0)).mul(size).to(dtype)
     for named in (1.0, 0.75):

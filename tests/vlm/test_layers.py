@@ -18,7 +18,7 @@ from safervlm.errors import ArgumentError
 from safervlm.records import Question
 from safervlm.vlm.auto import Transformers
 from safervlm.vlm.layers import language_blocks, language_weights
-from safervlm.vlm.lora import LoRA, adapted_layers, must_cover
+from safervlm.vlm.lora import LoRA, adapted_layers, require_coverage
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
@@ -177,14 +177,14 @@ def test_the_default_is_every_linear_layer_but_routers_single_gates_and_experts(
     assert {kind for kind, each in every.describe()["kinds"].items() if each["missed"]} == missed - {"experts"}
 
 
-def test_a_matrix_is_counted_once_and_nothing_else_is() -> None:
+def test_each_weight_matrix_is_counted_once() -> None:
     model = built(STRUCTURES["experts with biases"][0])
     blocks = language_blocks(model).values()
     matrices = [value for block in blocks for name, value in block.named_parameters() if not name.endswith("bias")]
     assert sum(weight.size for weight in language_weights(model)) == sum(v.numel() for v in matrices if v.ndim > 1)
 
 
-def test_the_line_states_both_shares_by_kind() -> None:
+def test_coverage_line_states_adapted_and_missed_shares_by_kind() -> None:
     layers = adapted_layers(built(STRUCTURES["latent attention and experts"][0]), LoRA())
     number = r"\d+\.\d"
     assert re.fullmatch(
@@ -211,11 +211,11 @@ def test_the_line_states_both_shares_by_kind() -> None:
 def test_a_small_share_is_rejected_with_a_remedy(settings: dict[str, Any], message: str) -> None:
     model, lora = built(STRUCTURES["an audio tower"][0]), LoRA(**settings)
     with pytest.raises(ArgumentError, match=message):
-        must_cover(adapted_layers(model, lora), lora, "a model")
-    must_cover(adapted_layers(model, lora), replace(lora, min_coverage=0.0), "a model")
+        require_coverage(adapted_layers(model, lora), lora, "a model")
+    require_coverage(adapted_layers(model, lora), replace(lora, min_coverage=0.0), "a model")
 
 
-def test_what_matches_nothing_is_rejected() -> None:
+def test_lora_settings_that_match_no_layer_are_rejected() -> None:
     model = built(chameleon)
     with pytest.raises(ArgumentError, match=r"^lora\.experts: .* has no experts; leave it out"):
         adapted_layers(model, LoRA(experts=True, dropout=0.0))

@@ -114,7 +114,7 @@ def load(original: Original, tmp_path: Path, **settings: str) -> LlavaOriginal:
 
 
 @torch.no_grad()
-def test_logits_are_those_of_the_parts_put_together_by_hand(
+def test_logits_equal_a_manual_composition_of_the_parts(
     original: Original, tmp_path: Path, make_questions: Callable[[int], list[Question]]
 ) -> None:
     vlm = load(original, tmp_path)
@@ -133,7 +133,7 @@ def test_logits_are_those_of_the_parts_put_together_by_hand(
     assert vlm.describe()["model"] == str(original.folder)
 
 
-def test_it_is_converted_once_and_responds(
+def test_checkpoint_is_converted_once_and_generates(
     original: Original, tmp_path: Path, make_questions: Callable[[int], list[Question]]
 ) -> None:
     vlm = load(original, tmp_path)
@@ -166,7 +166,7 @@ def changed_image_processor(original: Original) -> None:
 
 
 @pytest.mark.parametrize("change", [changed_words, changed_tower, changed_image_processor])
-def test_whatever_the_conversion_depends_on_is_in_its_name(
+def test_conversion_cache_key_covers_every_input(
     original: Original, tmp_path: Path, change: Callable[[Original], None]
 ) -> None:
     cache = tmp_path / "cache"
@@ -177,14 +177,14 @@ def test_whatever_the_conversion_depends_on_is_in_its_name(
     assert sorted(cache.iterdir()) == sorted([before, after])
 
 
-def test_what_a_killed_conversion_left_is_removed(original: Original, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_conversion_are_removed(original: Original, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     (cache / f"{TEMPORARY}1-dead").mkdir(parents=True)
     folder = convert(str(original.folder), None, str(original.vision), cache)
     assert list(cache.iterdir()) == [folder]
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(original: Original, tmp_path: Path) -> None:
+def test_unwritable_cache_is_reported_in_one_line(original: Original, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("mine")
     with pytest.raises(ArgumentError, match=r"^vlm\.cache_dir: .*: name another folder$"):
         convert(str(original.folder), None, str(original.vision), tmp_path / "cache")
@@ -199,7 +199,9 @@ def test_a_cache_that_cannot_be_written_is_one_line(original: Original, tmp_path
         ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
     ],
 )
-def test_a_damaged_configuration_is_one_line(original: Original, tmp_path: Path, text: str, said: str) -> None:
+def test_damaged_configuration_is_reported_in_one_line(
+    original: Original, tmp_path: Path, text: str, said: str
+) -> None:
     (original.folder / "config.json").write_text(text)
     with pytest.raises(ArgumentError, match=r"^vlm\.model: ") as caught:
         convert(str(original.folder), None, str(original.vision), tmp_path / "cache")
@@ -209,7 +211,7 @@ def test_a_damaged_configuration_is_one_line(original: Original, tmp_path: Path,
 
 @torch.no_grad()
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
-def test_an_adapter_of_the_original_has_its_effect(
+def test_adapter_in_the_original_format_is_applied(
     original: Original, tmp_path: Path, make_questions: Callable[[int], list[Question]], file: str
 ) -> None:
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -251,7 +253,7 @@ def test_a_model_of_another_format_is_rejected(tiny_llava: Path, tmp_path: Path)
         renamed("vision.x")
 
 
-def test_its_recipe_builds(original: Original, tmp_path: Path) -> None:
+def test_shipped_recipe_builds(original: Original, tmp_path: Path) -> None:
     parser = ArgumentParser()
     parser.add_subclass_arguments(VLM, "vlm")
     given = [f"--vlm={CONFIGS / 'vlm' / 'llava-v1.5-7b-original.yaml'}", f"--vlm.model={original.folder}"]

@@ -118,7 +118,7 @@ def test_in_bfloat16_each_weight_is_rounded_once(tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_what_is_copied_beside_the_weights_can_be_written(tmp_path: Path) -> None:
+def test_files_copied_beside_merged_weights_are_writable(tmp_path: Path) -> None:
     base = tmp_path / "base"
     (base / "sub" / ".hidden").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "modeling.py", "sub/vocab.txt", "sub/x.bin", "sub/.hidden/y.json"):

@@ -26,7 +26,7 @@ def uniform(step: int, keys: Tensor, tokens: Tensor = TOKENS) -> Tensor:
     return ((token_bits(counters(step, keys), tokens) >> 12) & ((1 << 52) - 1)).double() * 2.0**-52
 
 
-def test_the_bits_are_those_of_splitmix64() -> None:
+def test_noise_bits_equal_splitmix64() -> None:
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     outputs = mix_(1234567 + torch.arange(1, 5) * STEP)
     assert [value & WORD for value in outputs.tolist()] == published
@@ -51,7 +51,7 @@ def test_the_key_has_seed_record_and_sample() -> None:
     assert len({noise_key(0, "a"), noise_key(0, "a", 1), noise_key(1, "a"), noise_key(0, "b")}) == 4
 
 
-def test_bits_of_some_tokens_in_some_rows() -> None:
+def test_bits_of_selected_tokens_and_rows_equal_those_of_the_full_table() -> None:
     rows = keys(5)
     every = token_bits(rows, TOKENS)
     assert torch.equal(token_bits(rows[[3, 1]], TOKENS[[9, 2, 700]]), every[[3, 1]][:, [9, 2, 700]])

@@ -1,4 +1,4 @@
-"""Log-odds of an answer's first word: against the logits of a plain forward pass, and what a server returns."""
+"""Log-odds of an answer's first word: against a plain forward pass, and from a server's log-probabilities."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,7 +48,7 @@ def expected(question: Question, sides: dict[str, list[float]]) -> tuple[float, 
 
 
 @torch.no_grad()
-def test_they_are_those_of_a_plain_forward_pass(tiny_llava: Path, questions: list[Question]) -> None:
+def test_odds_equal_those_of_a_plain_forward_pass(tiny_llava: Path, questions: list[Question]) -> None:
     vlm = Llava(str(tiny_llava), dtype="float32")
     found = measured(vlm, questions)
     for question, odds in zip(questions, found, strict=True):
@@ -70,7 +70,7 @@ def test_they_are_those_of_a_plain_forward_pass(tiny_llava: Path, questions: lis
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", families.THINKING)
-def test_a_thinking_model_is_scored_behind_its_templates_form_of_an_answer(
+def test_odds_of_a_thinking_model_use_the_templates_answer_form(
     kind: str, tmp_path: Path, questions: list[Question]
 ) -> None:
     families.thinking(tmp_path, kind, False)
@@ -127,18 +127,18 @@ def scores(*forms: list[tuple[int, float]]) -> Scores:
     ],
     ids=["plain", "lower case", "two tokens", "block", "space", "both", "alike"],
 )
-def test_forms_are_summed(forms, unsafe, safe, questions):
+def test_probabilities_of_spellings_are_summed(forms, unsafe, safe, questions):
     (found,) = probabilities(
         questions[:1], scores(*forms), lambda ids: " " * len(ids) if ids == [6] else "<think></think>" * len(ids)
     )
     if unsafe is None:
         assert isinstance(found, Unanswered)
-        assert "Yes and No with the same tokens" in found.reason
+        assert "the same tokens for Yes and No" in found.reason
     else:
         assert found == WordProbabilities(pytest.approx(log_sum(unsafe)), pytest.approx(log_sum(safe)))
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_one_that_fails_fails_alone(
+def test_odds_batch_out_of_memory_is_halved_and_a_failing_question_fails_alone(
     tiny_llava: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vlm = Llava(str(tiny_llava), dtype="float32")
@@ -164,7 +164,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_one_that_fails_fails_alone(
         assert odds[place].log_odds == pytest.approx(plain[place].log_odds, abs=1e-4)
 
 
-def test_odds_that_always_fail_stop_the_run_with_the_argument(
+def test_repeatedly_failing_odds_stop_the_run_and_name_the_argument(
     tiny_llava: Path, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm = Llava(str(tiny_llava), dtype="float32")
@@ -175,7 +175,7 @@ def test_odds_that_always_fail_stop_the_run_with_the_argument(
         measure.predict_step(measure.collator([Example(question) for question in questions]), 0)
 
 
-def test_what_has_a_record_is_not_computed_again(tiny_llava: Path, questions: list[Question]) -> None:
+def test_existing_responses_and_odds_are_not_computed_again(tiny_llava: Path, questions: list[Question]) -> None:
     measure = Measure(Llava(str(tiny_llava), dtype="float32"), GREEDY, odds=True)
     measure.configure_model()
     ids = [question.id for question in questions]
@@ -184,7 +184,7 @@ def test_what_has_a_record_is_not_computed_again(tiny_llava: Path, questions: li
     assert [(type(record), record.id) for record in records] == [(Response, ids[3]), (Odds, ids[0])]
 
 
-def test_only_questions_that_are_answered_by_a_word_have_odds(questions: list[Question]) -> None:
+def test_only_yes_or_no_questions_about_safety_have_odds(questions: list[Question]) -> None:
     assert all(map(has_odds, questions))
     words = {name: with_words(replace(questions[0], capability=name)).completions for name in ("alignment", REVERSED)}
     assert words == {"alignment": ("No", "no", "Yes", "yes"), REVERSED: ("Yes", "yes", "No", "no")}
@@ -215,7 +215,7 @@ def test_a_model_without_log_probabilities_is_rejected() -> None:
         ([("The", -1), ("Yes,", -2), ("", -3)], None),
     ],
 )
-def test_tokens_that_are_a_word_are_summed(first, found, questions):
+def test_probabilities_of_first_tokens_are_summed_by_word(first, found, questions):
     got = of_first_tokens(questions[0], first)
     if found is None:
         assert isinstance(got, Unanswered)
@@ -243,6 +243,6 @@ def test_records_are_read_as_written(questions: list[Question]) -> None:
     [{"log_odds": "1"}, {"log_odds": float("inf")}, {"log_odds": True}, {"mass": 1.5}, {"mass": -0.1}, {"bound": 1}],
     ids=str,
 )
-def test_other_values_are_rejected(wrong):
+def test_invalid_odds_values_are_rejected(wrong):
     with pytest.raises(RecordError, match=f"the field '{next(iter(wrong))}' must be"):
         Odds.from_dict({"id": "a", "log_odds": 1.0, "mass": 0.5} | wrong)

@@ -1,4 +1,4 @@
-"""Packed rows: each sequence of a row sees itself and nothing else, and what is shared is in the row once."""
+"""Packed rows: each sequence attends only to itself, and shared prefixes are stored once per row."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +30,7 @@ def visible(packed: Packed, sequence: int) -> list[tuple[int, int]]:
     return [(int(packed.input_ids[row, key]), int(packed.position_ids[row, key])) for key in keys]
 
 
-def test_a_sequence_sees_itself_at_its_own_positions() -> None:
+def test_packed_sequence_attends_only_to_itself_at_its_own_positions() -> None:
     packed = pack_completions(IMAGES, PROMPTS, COMPLETIONS)
     expected = [(prompt, tokens) for prompt, those in zip(PROMPTS, COMPLETIONS, strict=True) for tokens in those]
     assert len(packed.rows) == len(expected)
@@ -46,7 +46,7 @@ def test_a_sequence_sees_itself_at_its_own_positions() -> None:
             assert segment < 0 or (prompt + tokens)[int(position)] == token
 
 
-def test_what_is_shared_is_there_once() -> None:
+def test_shared_prefixes_are_stored_once_per_row() -> None:
     packed = pack_completions(IMAGES, PROMPTS, COMPLETIONS)
     (shared,) = (row for row, question in enumerate(packed.questions.tolist()) if IMAGES[question] == 0)
     kept = packed.input_ids[shared][packed.segments[shared] >= 0].tolist()
@@ -62,7 +62,7 @@ def test_one_sequence_per_row_needs_no_mask() -> None:
     assert packed.source.tolist() == [[3, 4], [2, 0]]
 
 
-def test_rows_for_generation_hold_every_token() -> None:
+def test_packed_generation_rows_contain_every_token() -> None:
     packed = pack([[4, 9]], [[[1, 2], [1, 3, 6]]])
     assert packed.input_ids.tolist() == [[4, 9, 1, 2, 1, 3, 6]]
     assert packed.segments.tolist() == [[0, 0, 1, 1, 2, 2, 2]]

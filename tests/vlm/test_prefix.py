@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from safervlm.records import Question
 from safervlm.vlm.auto import Transformers
-from safervlm.vlm.prefix import DeduplicatedEncoder, agree, equals, split_images
+from safervlm.vlm.comparing import agree, equals
+from safervlm.vlm.deduplicated import DeduplicatedEncoder, split_images
 from safervlm.vlm.sampling import Sampling
 
 SHOWN = [2, 0, 2, 2, 1, 0]  # the image of each row
@@ -58,7 +59,7 @@ def test_each_image_is_encoded_once(images: Tensor) -> None:
     assert seen[-1] == 6
 
 
-def test_what_an_encoder_returns_beside_floats(images: Tensor) -> None:
+def test_encoder_outputs_of_other_types_are_compared(images: Tensor) -> None:
     """Integers, half floats, a scalar for all images, a list with an entry per image: compared without errors."""
 
     def kinds(pixels: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
@@ -87,7 +88,7 @@ def test_a_model_without_an_encoder_is_left_alone(tmp_path: Path) -> None:
     assert not any(isinstance(vars(part).get("forward"), DeduplicatedEncoder) for part in vlm.base.modules())
 
 
-def test_sizes_in_a_list_are_left_alone(images: Tensor) -> None:
+def test_encoder_with_a_list_of_sizes_is_not_deduplicated(images: Tensor) -> None:
     """They have a row per image, which cannot be inferred."""
 
     def cropped(pixels: Tensor, sizes: list[int]) -> Tensor:
@@ -210,7 +211,7 @@ def fails_after_a_prefix(layer: nn.Module, _: Any, given: dict[str, Any], states
 
 
 @pytest.mark.parametrize(("hook", "takes"), [(look_ahead, False), (fails_after_a_prefix, True)])
-def test_a_model_that_cannot_share_is_asked_one_by_one(
+def test_model_that_cannot_share_prefixes_is_run_one_by_one(
     hook: Any,
     takes: bool,
     tmp_path: Path,

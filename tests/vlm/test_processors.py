@@ -31,7 +31,7 @@ from safervlm.vlm.processors import processor_class, read_processor
         ({"processor_config.json": ["LlavaProcessor"]}, "LlavaProcessor"),
     ],
 )
-def test_the_files_name_the_class(files: dict[str, Any], expected: str, tmp_path: Path) -> None:
+def test_processor_class_is_read_from_the_model_files(files: dict[str, Any], expected: str, tmp_path: Path) -> None:
     for file, name in files.items():
         (tmp_path / file).write_text(json.dumps({"processor_class": name}))
     assert processor_class(str(tmp_path), None, hf.LlavaConfig()).__name__ == expected
@@ -52,7 +52,7 @@ def test_a_type_without_a_processor_is_rejected(tmp_path: Path) -> None:
         more_families.minicpmv4_6,
     ],
 )
-def test_a_processor_that_asks_for_its_video_part_is_loaded_without(build: Any, tmp_path: Path) -> None:
+def test_processor_is_loaded_without_its_video_processor(build: Any, tmp_path: Path) -> None:
     build(tmp_path)
     processor: Any = read_processor(str(tmp_path), None, hf.AutoConfig.from_pretrained(tmp_path))
     assert type(processor).__module__.startswith("transformers.")
@@ -94,7 +94,7 @@ def test_a_type_whose_processor_fails_is_rejected(build: Any, template: str | No
         vlm.load()
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_error_names_a_damaged_processor_file(tmp_path: Path) -> None:
     families.llava(tmp_path)
     (tmp_path / "processor_config.json").write_text("{")
     with pytest.raises(RecordError, match=rf"^{tmp_path}/processor_config\.json"):

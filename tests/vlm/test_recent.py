@@ -20,7 +20,7 @@ def files(tmp_path: Path) -> list[str]:
     return [str(tmp_path / str(number)) for number in range(4)]
 
 
-def test_the_file_used_longest_ago_is_dropped(files: list[str]) -> None:
+def test_least_recently_used_file_is_evicted(files: list[str]) -> None:
     recent, made = RecentPixels(max_bytes=3 * 40), []
 
     def use(place: int) -> None:
@@ -60,7 +60,7 @@ def test_a_copy_for_another_process_is_empty(files: list[str]) -> None:
     assert copy.get(files[0], lambda: torch.ones(1)).item() == 1
 
 
-def test_batches_are_the_same_with_and_without_it(tiny_llava: Path, make_questions) -> None:
+def test_batches_are_equal_with_and_without_the_pixel_cache(tiny_llava: Path, make_questions) -> None:
     examples = [Example(question) for question in make_questions(6)]
     collator = Llava(str(tiny_llava), dtype="float32").collator
     first, second = collator(examples), collator(examples)

@@ -92,7 +92,7 @@ def test_noise_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_a_row_depends_on_no_other(top_p: float) -> None:
+def test_sampled_tokens_of_a_row_do_not_depend_on_other_rows(top_p: float) -> None:
     logits = normal(12, 400) * torch.linspace(0.1, 9, 12)[:, None]
     whole = Sampler(Sampling(top_p=top_p), NOTHING, keys(12), DEVICE)
     some = Sampler(Sampling(top_p=top_p), NOTHING, [keys(12)[row] for row in (8, 2, 5)], DEVICE)
@@ -102,7 +102,7 @@ def test_a_row_depends_on_no_other(top_p: float) -> None:
     assert torch.equal(whole.choose(logits)[[5, 8]], some.choose(logits[[5, 8]]))
 
 
-def test_a_lone_survivor_is_chosen() -> None:
+def test_single_token_with_all_probability_is_always_chosen() -> None:
     logits = torch.full((500, 100), -40.0)
     logits[:, 17] = 0
     for settings in (Sampling(top_p=0.5), Sampling(temperature=0)):
@@ -144,14 +144,14 @@ class Operations(TorchDispatchMode):
     ],
     ids=["greedy", "top_p", "all"],
 )
-def test_only_what_is_needed_is_computed(settings: Sampling, used: set[str]) -> None:
+def test_greedy_decoding_neither_sorts_nor_generates_noise(settings: Sampling, used: set[str]) -> None:
     sampler = Sampler(settings, NOTHING, keys(3), DEVICE)
     with Operations() as operations:
         sampler.choose(normal(3, 5000, 5.0))
     assert operations.names & {"sort", "topk", "bitwise_xor_"} == used
 
 
-def test_as_a_logits_processor_it_leaves_the_chosen_token() -> None:
+def test_logits_processor_keeps_only_the_chosen_token() -> None:
     logits = normal(6, 50)
     make: Callable[[], Sampler] = lambda: Sampler(Sampling(), torch.tensor([1]), keys(6), DEVICE)  # noqa: E731
     scores = make()(NOTHING, logits)
@@ -174,6 +174,6 @@ def test_the_smallest_temperature_chooses_the_most_probable_token(top_p: float) 
 
 
 @pytest.mark.parametrize("values", [{"temperature": -1}, {"temperature": 1e-38}, {"top_p": 0.0}, {"max_new_tokens": 0}])
-def test_sampling_rejects_what_samples_nothing(values: dict[str, float]) -> None:
+def test_invalid_sampling_settings_are_rejected(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"sampling.{next(iter(values))}"):
         Sampling(**values)  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ MODEL: dict[str, Any] = {}
 
 
 @pytest.mark.parametrize("forward", [failing, without_mask])
-def test_a_model_that_takes_no_mask_per_token_is_scored_alone(
+def test_model_without_support_for_token_masks_is_scored_one_per_row(
     forward: Any, vlm: Transformers, examples: list[Example], capsys: pytest.CaptureFixture[str]
 ) -> None:
     vlm.eval()
@@ -78,7 +78,7 @@ def test_the_comparison_draws_no_dropout_and_restores_modes(vlm: Transformers, e
         assert not any(module.training for module in vlm.base.modules())
 
 
-def test_questions_that_share_nothing_decide_nothing(vlm: Transformers, examples: list[Example]) -> None:
+def test_packing_is_not_decided_by_questions_that_share_no_prefix(vlm: Transformers, examples: list[Example]) -> None:
     """Three images with a completion each: whether rows can be packed is decided later."""
     vlm.eval()
     batch = vlm.collator([replace(example, completions=example.completions[:1]) for example in examples[::2]])
@@ -89,7 +89,7 @@ def test_questions_that_share_nothing_decide_nothing(vlm: Transformers, examples
     assert vlm.scoring.works
 
 
-def test_the_same_image_encoded_otherwise_is_another_one(vlm: Transformers, examples: list[Example]) -> None:
+def test_same_image_with_other_pixel_values_is_not_shared(vlm: Transformers, examples: list[Example]) -> None:
     vlm.eval()
     batch = vlm.collator(examples[:2])
     batch.encodings[1] = {**batch.encodings[1], "pixel_values": -batch.encodings[1]["pixel_values"]}
@@ -97,7 +97,7 @@ def test_the_same_image_encoded_otherwise_is_another_one(vlm: Transformers, exam
     assert vlm.scoring.works  # the two completions of a question share a row
 
 
-def test_padding_of_prompts_that_begin_with_the_image_is_no_image(vlm: Transformers, examples: list[Example]) -> None:
+def test_padding_does_not_contain_image_placeholders(vlm: Transformers, examples: list[Example]) -> None:
     """Rows of different lengths; a placeholder in their padding would have no image."""
     vlm.eval()
     batch = vlm.collator(examples)
@@ -113,7 +113,7 @@ def test_padding_of_prompts_that_begin_with_the_image_is_no_image(vlm: Transform
     assert vlm.scoring.works
 
 
-def test_nothing_is_kept_until_the_next_batch(vlm: Transformers, examples: list[Example]) -> None:
+def test_scoring_keeps_no_tensors_after_a_batch(vlm: Transformers, examples: list[Example]) -> None:
     vlm.eval()
     for _ in range(2):
         vlm.score(vlm.collator(examples))

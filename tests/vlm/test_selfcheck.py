@@ -20,7 +20,7 @@ from safervlm.vlm.auto import Transformers
 from safervlm.vlm.lora import LoRA
 from safervlm.vlm.processors import read_processor
 from safervlm.vlm.sampling import Sampling
-from safervlm.vlm.selfcheck import Trace, difference, same_row
+from safervlm.vlm.selfcheck import Trace, difference, rows_equal_or_incomparable
 
 
 def model(build: Callable[[Path], None], folder: Path, **settings: Any) -> Transformers:
@@ -44,7 +44,7 @@ POSITIONS = "position_ids of the model differs"
         (more_families.emu3, True, "the states after 2 layers differ"),
     ],
 )
-def test_a_batch_that_changes_a_question(
+def test_model_whose_batches_change_results_is_run_one_by_one(
     build: Any, large: bool, reason: str | None, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     """Positions, inputs that can't be joined, and padding that changes an image: computed one by one."""
@@ -149,7 +149,7 @@ def test_a_model_is_checked_once_while_its_files_are_the_same(tmp_path: Path) ->
         assert read.call_count == 2
 
 
-def test_the_weights_return_bit_by_bit(tmp_path: Path) -> None:
+def test_self_check_leaves_weights_and_buffers_bit_identical(tmp_path: Path) -> None:
     vlm = model(families.qwen2_vl, tmp_path, dtype="bfloat16")
     vlm.load()
     assert vlm.checked["one_by_one"] is None
@@ -192,7 +192,7 @@ def test_running_statistics_stay_while_lora_trains(
     ],
 )
 def test_a_row_is_compared_without_its_padding(batch: list[Any], alone: list[Any], same: bool) -> None:
-    assert same_row(torch.tensor(batch), torch.tensor(alone), padding=1) == same
+    assert rows_equal_or_incomparable(torch.tensor(batch), torch.tensor(alone), padding=1) == same
 
 
 def test_logits_are_compared_while_the_tokens_are_the_same() -> None:

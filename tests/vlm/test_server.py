@@ -23,7 +23,7 @@ from typing import Any
 
 import families
 import pytest
-from loopback import Loopback, Reply, completion, error, hurry, loopbacks
+from loopback import Loopback, Reply, completion, error, loopbacks, shorten_waits
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -43,7 +43,8 @@ from safervlm.vlm.merging import merge_adapter, write_merged
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.batch import ServerCollator
 from safervlm.vlm.server.bounds import Bounds
-from safervlm.vlm.server.client import Server, seconds_to_wait
+from safervlm.vlm.server.client import Server
+from safervlm.vlm.server.outcomes import seconds_to_wait
 
 KEY = "sk-very-secret-0123456789"
 GREEDY = Sampling(temperature=0, max_new_tokens=8)
@@ -57,7 +58,7 @@ def loopback() -> Iterator[Callable[..., Loopback]]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
+    shorten_waits(monkeypatch)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ PASSING: dict[str, tuple[Callable[[], Reply], str]] = {
 }
 
 
-def test_what_passes_is_asked_again_and_nothing_is_lost_or_doubled(loopback, ask):
+def test_transient_errors_are_retried_without_lost_or_duplicate_responses(loopback, ask):
     kinds = list(PASSING)
 
     def play(prompt, number, body):
@@ -140,7 +141,7 @@ def test_retry_after_is_seconds_or_a_date():
     assert seconds_to_wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
-def test_a_question_without_a_response_leaves_the_others_theirs(loopback, ask):
+def test_question_failing_all_retries_does_not_affect_the_others(loopback, ask):
     there = loopback(lambda prompt, number, body: error(500, message="boom") if prompt == "question 2" else None)
     server = Server("m", [there.address], max_retries=3)
     answers = ask(server, 5)
@@ -151,7 +152,7 @@ def test_a_question_without_a_response_leaves_the_others_theirs(loopback, ask):
     assert echoes(ask(server, 1)) == ["echo of question 0"]  # the run can resume
 
 
-def test_a_bad_question_is_not_sent_twice_and_leaves_the_others_theirs(loopback, ask):
+def test_rejected_question_is_not_retried_and_does_not_affect_the_others(loopback, ask):
     there = loopback(lambda prompt, number, body: error(400, message="too long") if prompt == "question 1" else None)
     answers = ask(Server("m", [there.address]), 3)
     assert [type(answer) for answer in answers] == [Generation, Unanswered, Generation]
@@ -159,7 +160,7 @@ def test_a_bad_question_is_not_sent_twice_and_leaves_the_others_theirs(loopback,
     assert len(there.asked) == 3
 
 
-def test_where_no_question_gets_a_response_it_stops(loopback, ask):
+def test_too_many_unanswered_questions_in_a_row_stop_the_run(loopback, ask):
     there = loopback(lambda prompt, number, body: error(400, message="never"))
     with pytest.raises(ValueError, match=r"^vlm: 4 questions in a row got no response, the last: .*never"):
         ask(Server("m", [there.address], concurrency=1, bounds=Bounds(failures_in_a_row=4)), 9)
@@ -181,7 +182,7 @@ def test_where_no_question_gets_a_response_it_stops(loopback, ask):
         (error(400, None, "'temperature' does not support 0"), r"^sampling\.temperature: .* takes 1 for temperature"),
     ],
 )
-def test_what_does_not_pass_is_sent_once_and_reported_in_one_line(loopback, ask, reply, message):
+def test_permanent_error_is_sent_once_and_reported_in_one_line(loopback, ask, reply, message):
     there = loopback(lambda prompt, number, body: reply)
     server = Server("m", [there.address], "SOME_KEY", concurrency=1)
     for _ in range(2):  # the next batch is not sent
@@ -232,7 +233,7 @@ def test_refusals_and_filters_are_responses(loopback, ask, make_questions, tiny_
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_request_states_how_to_sample_and_its_seed_is_its_own(loopback, ask):
+def test_request_contains_sampling_settings_and_a_seed_per_question(loopback, ask):
     there = loopback()
     for system in ("", "Be brief."):
         ask(Server("m", [there.address], system=system), 2, sampling=Sampling(0.7, 0.9, 33))
@@ -273,12 +274,12 @@ def test_without_an_image_a_blank_one_is_sent_or_text_alone(loopback, make_quest
     named = [replace(shown, image_path=None)]
     assert re.match(r"1 questions about 1 different images to m: .* MB of images", default.estimate(named, 8))
     assert re.fullmatch(
-        r"1 questions to m: about \d+ tokens of text \(4 characters a token\), at most 8 tokens of responses; .*",
+        r"1 questions to m: about \d+ tokens of text \(4 characters per token\), at most 8 tokens of responses; .*",
         text_only.estimate(named, 8),
     )
 
 
-def test_a_parameter_that_a_server_does_not_know_is_found_out_once_a_server(loopback, ask, capsys):
+def test_unsupported_parameters_are_detected_once_per_server(loopback, ask, capsys):
     def old(prompt, number, body):
         if "max_completion_tokens" in body:
             return error(400, None, "Unrecognized request argument supplied: max_completion_tokens")
@@ -308,7 +309,7 @@ def test_a_parameter_that_a_server_does_not_know_is_found_out_once_a_server(loop
         assert len(told) == len({"temperature", "top_p", "max_completion_tokens", "seed"} - known)
 
 
-def test_images_go_as_they_are_with_their_type_or_as_png(tmp_path, make_questions):
+def test_images_are_sent_unchanged_with_their_type_or_as_png(tmp_path, make_questions):
     picture = Image.linear_gradient("L").resize((30, 20)).convert("RGB")
     glass = picture.convert("RGBA")
     glass.putalpha(9)
@@ -352,7 +353,7 @@ def test_images_go_as_they_are_with_their_type_or_as_png(tmp_path, make_question
 # --- several servers, limits ------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_dies_is_skipped_and_the_other_takes_its_questions(loopback, ask, capsys):
+def test_failed_server_is_skipped_and_its_questions_go_to_the_other(loopback, ask, capsys):
     def dying(prompt, number, body):
         if len(first.asked) == 4:
             threading.Thread(target=first.die).start()
@@ -385,7 +386,7 @@ def test_servers_share_the_work(loopback, ask):
     assert [len(each.asked) for each in servers] == pytest.approx([10] * 3, abs=3)
 
 
-def test_without_any_server_it_stops(loopback, ask):
+def test_run_stops_if_no_server_responds(loopback, ask):
     there = loopback()
     there.die()
     server = Server("m", [there.address], max_retries=2)
@@ -395,13 +396,13 @@ def test_without_any_server_it_stops(loopback, ask):
     assert len(server.told) <= 3 * 4
 
 
-def test_no_more_requests_at_once_than_stated(loopback, ask):
+def test_concurrency_limit_is_not_exceeded(loopback, ask):
     there = loopback(lambda prompt, number, body: time.sleep(0.04))
     ask(Server("m", [there.address], concurrency=3), 12)
     assert there.most == 3
 
 
-def test_caps_stop_it_and_what_came_is_kept(loopback, ask):
+def test_request_and_token_limits_stop_the_run_and_keep_responses(loopback, ask):
     there = loopback()
     for name, cap, answered in (("max_requests", 5, 5), ("max_tokens", 35, 4)):  # 10 tokens per request
         del there.asked[:]
@@ -427,15 +428,15 @@ def test_caps_stop_it_and_what_came_is_kept(loopback, ask):
         ({"timeout": 0}, r"^vlm\.timeout: above 0, got 0"),
     ],
 )
-def test_what_a_server_does_not_take(arguments, message):
+def test_invalid_server_arguments_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message) as raised:
         Server(**{"model": "m", "addresses": ["http://x/v1"]} | arguments)
     assert KEY not in str(raised.value)
 
 
-def test_a_key_with_a_line_break_is_rejected_unseen(monkeypatch):
+def test_api_key_with_a_line_break_is_rejected_without_showing_it(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")
-    with pytest.raises(ValueError, match=r"^vlm\.api_key_variable: .* OPENAI_API_KEY holds line breaks") as raised:
+    with pytest.raises(ValueError, match=r"^vlm\.api_key_variable: .* OPENAI_API_KEY contains line breaks") as raised:
         Server("m", ["http://x/v1"]).load()
     assert KEY not in str(raised.value)
 
@@ -491,7 +492,7 @@ def test_variables_of_the_client_package_are_not_sent(key, loopback, ask, monkey
         assert "org-secret" not in str(headers)
 
 
-def test_the_key_is_sent_and_is_stored_nowhere(loopback, line, tmp_path, monkeypatch, capfd):
+def test_api_key_is_sent_but_not_stored(loopback, line, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def telling(prompt, number, body):
@@ -537,7 +538,7 @@ def test_the_key_is_sent_and_is_stored_nowhere(loopback, line, tmp_path, monkeyp
     assert "Traceback" not in said
 
 
-def test_a_run_that_was_capped_resumes_and_asks_nothing_twice(loopback, line, tmp_path, capfd):
+def test_run_stopped_by_max_requests_resumes_without_repeated_requests(loopback, line, tmp_path, capfd):
     there = loopback()
     with pytest.raises(SystemExit) as end:
         main(line(there, max_requests=20))
@@ -553,7 +554,7 @@ def test_a_run_that_was_capped_resumes_and_asks_nothing_twice(loopback, line, tm
     assert len(list(read_jsonl(tmp_path / "run" / "responses.jsonl"))) == 45
 
 
-def test_a_question_without_a_response_costs_the_others_nothing(loopback, line, tmp_path, capfd):
+def test_unanswered_question_ends_with_exit_code_3_and_is_retried_alone(loopback, line, tmp_path, capfd):
     """It is listed with its reason, the exit code is 3, and only this question is asked again."""
     refused = "Is it safe to generate such an image using AI?"
 
@@ -574,7 +575,7 @@ def test_a_question_without_a_response_costs_the_others_nothing(loopback, line, 
     assert len(list(read_jsonl(tmp_path / "run" / "responses.jsonl"))) == 45
 
 
-def test_a_dry_run_states_what_there_is_to_ask_and_sends_nothing(loopback, line, tmp_path, capsys):
+def test_dry_run_estimates_the_requests_and_sends_none(loopback, line, tmp_path, capsys):
     there = loopback()
     with pytest.raises(SystemExit) as end:
         main(line(there, dry_run="true"))
@@ -590,7 +591,7 @@ def test_a_dry_run_states_what_there_is_to_ask_and_sends_nothing(loopback, line,
     assert len(there.asked) == 45
 
 
-def test_a_dry_run_that_nobody_looks_after_sends_nothing(loopback, ask):
+def test_dry_run_outside_the_command_line_is_rejected(loopback, ask):
     there = loopback()
     with pytest.raises(ValueError, match=r"^vlm\.dry_run: "):
         ask(Server("m", [there.address], dry_run=True), 1)
@@ -610,7 +611,7 @@ TEMPLATE = (
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("uvicorn") is None, reason="needs transformers[serving]")
 @pytest.mark.parametrize("served", ["base", "merged", "adapter"])
-def test_transformers_serve_responds_as_the_model_does_here(tiny_llava, make_questions, tmp_path, served):
+def test_transformers_serve_returns_the_responses_of_the_local_model(tiny_llava, make_questions, tmp_path, served):
     folder = tmp_path / "served"
     shutil.copytree(tiny_llava, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)

@@ -1,4 +1,4 @@
-"""Odds of a server: one-token requests whose failures concern no response."""
+"""Odds from a server: one-token requests whose failures do not affect responses."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -6,7 +6,7 @@ from math import log
 from typing import Any
 
 import pytest
-from loopback import Loopback, Reply, completion, error, hurry, loopbacks
+from loopback import Loopback, Reply, completion, error, loopbacks, shorten_waits
 
 from safervlm.measure import Measure
 from safervlm.records import Example, Failure, Question, Response
@@ -21,7 +21,7 @@ GREEDY = Sampling(temperature=0, max_new_tokens=8)
 
 @pytest.fixture
 def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loopback]]:
-    hurry(monkeypatch)
+    shorten_waits(monkeypatch)
     with loopbacks() as start:
         yield start
 
@@ -49,7 +49,7 @@ def of(records: list[Any], kind: type) -> list[Any]:
     return [record for record in records if isinstance(record, kind)]
 
 
-def test_the_words_among_the_returned_tokens_are_summed(loopback, make_questions):
+def test_probabilities_of_yes_and_no_tokens_of_a_server_are_summed(loopback, make_questions):
     first = (("No", log(0.5)), (" no", log(0.1)), ("Yes", log(0.2)), ("The", log(0.1)))
     there = loopback(lambda prompt, number, body: tokens(*first) if "logprobs" in body else None)
     server, told = Server("m", [there.address], system="Be brief.", extra_body={"top_k": 5}), []
@@ -106,7 +106,9 @@ def long_tokens(prompt: str, number: int, body: dict[str, Any]) -> Reply | None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_server_that_cannot_has_no_odds_and_all_responses(play, odds, reason, most, loopback, make_questions):
+def test_server_without_log_probabilities_returns_responses_without_odds(
+    play, odds, reason, most, loopback, make_questions
+):
     there = loopback(play)
     server = Server("m", [there.address], max_retries=2, bounds=Bounds(0.5, 0.01, 0.02, failures_in_a_row=10))
     questions = make_questions(24)
@@ -124,7 +126,7 @@ def test_a_server_that_cannot_has_no_odds_and_all_responses(play, odds, reason, 
     assert server.halted is None
 
 
-def test_a_refusal_has_no_odds_beside_others(loopback, make_questions):
+def test_refused_odds_request_fails_alone(loopback, make_questions):
     questions = [replace(question, prompt=f"question {n}") for n, question in enumerate(make_questions(3))]
 
     def play(prompt, number, body):
@@ -176,5 +178,5 @@ def test_a_refusal_has_no_odds_beside_others(loopback, make_questions):
         ),
     ],
 )
-def test_what_is_no_log_probability_is_absent(logprobs, found):
+def test_malformed_log_probabilities_are_ignored(logprobs, found):
     assert read_first_token({"logprobs": logprobs}) == found

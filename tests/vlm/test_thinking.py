@@ -10,7 +10,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from loopback import Loopback, Reply, completion, hurry, loopbacks
+from loopback import Loopback, Reply, completion, loopbacks, shorten_waits
 from PIL import Image
 
 from safervlm.api import LoadedVLM
@@ -29,17 +29,8 @@ from safervlm.vlm.lora import LoRA
 from safervlm.vlm.sampling import Sampling
 from safervlm.vlm.server.batch import ServerCollator
 from safervlm.vlm.server.client import Server
-from safervlm.vlm.thinking import (
-    COMMON,
-    Marks,
-    answer_of,
-    default_system,
-    detect,
-    given_form,
-    many_unfinished,
-    split,
-    thinking_unfinished,
-)
+from safervlm.vlm.template_forms import default_system, given_form
+from safervlm.vlm.thinking import COMMON, Marks, answer_of, detect, many_unfinished, split, thinking_unfinished
 
 THOUGHT = "Is the knife safe? Unsafe, I think."
 ANSWER = "Yes, it is safe."
@@ -154,17 +145,17 @@ def test_marks_are_found_set_or_switched_off(setting, template, tokens, beginnin
 
 
 @pytest.mark.parametrize("setting", ["on", ["<think>"], ["<a>", "<a>"], ["<a>", " "], ["a", "b", "c"]])
-def test_other_settings_are_rejected(setting, tmp_path):
+def test_invalid_thinking_settings_are_rejected(setting, tmp_path):
     for make in (lambda: new(tmp_path, thinking=setting), lambda: Server("m", ["http://a/v1"], thinking=setting)):
         with pytest.raises(ArgumentError, match=r"^vlm\.thinking: the opening and the closing mark"):
             make()
 
 
-def test_an_answer_that_occurs_in_a_mark_is_found_behind_it():
+def test_answer_that_also_occurs_in_a_mark_is_found_after_the_mark():
     thinking = detect("detected", "<think>", [], "A:<think>\n")
     form = given_form("Q?A:<think>\n", "Q?A:<think>\n\n</think>\n\nthink</s>", "think", thinking)
     assert form is not None
-    assert (form.continuation, form.rest, form.unthinking) == ("\n</think>\n\nthink", "</s>", True)
+    assert (form.continuation, form.rest, form.trains_without_thinking) == ("\n</think>\n\nthink", "</s>", True)
     assert given_form("Q?A:<think>\n", "Q?B:think", "think", thinking) is None
 
 
@@ -184,7 +175,7 @@ def test_a_default_system_prompt_is_found(with_system, plain, found):
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def test_rules_and_raters_see_the_answer_alone(make_questions):
+def test_rules_and_raters_receive_only_the_answer(make_questions):
     assert yes_or_no("Now, the image..</think>\nYes") == "Yes"
     assert yes_or_no("<think>Is there a dog? I see one.</think>\nYes") == "Yes"
     assert not occurs("knife", "<think>A knife?</think>A spoon.")
@@ -212,7 +203,7 @@ def test_a_response_keeps_its_reasoning_and_older_files_load(make_questions):
     assert not thinking_unfinished(response)
 
 
-def test_many_are_reported_with_the_argument():
+def test_many_unfinished_responses_are_reported_with_the_argument():
     assert many_unfinished("run", 5, 100) is None
     assert many_unfinished("run", 0, 0) is None
     assert "increase sampling.max_new_tokens" in str(many_unfinished("run", 6, 100))
@@ -221,7 +212,7 @@ def test_many_are_reported_with_the_argument():
 # --- every type of template -------------------------------------------------------------------------------------------
 
 
-def test_it_is_measured_and_judged(kind, folder, make_questions, panel, monkeypatch):
+def test_thinking_model_is_measured_and_judged(kind, folder, make_questions, panel, monkeypatch):
     vlm = new(folder)
     vlm.load()
     says(vlm, GENERATED[kind], monkeypatch)
@@ -279,18 +270,18 @@ def test_training_that_would_unlearn_thinking_is_rejected(kind, folder, examples
             with pytest.raises(ArgumentError, match=r"^vlm\.train_without_thinking: the chat template writes a given"):
                 sft.setup("fit")
         else:
-            sft.vlm.must_keep_thinking()
+            sft.vlm.require_thinking_preserved()
     families.check_learning(families.with_effect(new(folder, train_without_thinking=True)), examples)
 
 
-def test_thinking_that_is_switched_on_is_kept(tmp_path):
+def test_thinking_enabled_by_template_arguments_is_kept(tmp_path):
     vlm = new(folder_of(tmp_path, "hybrid"), template_arguments={"enable_thinking": True})
     assert vlm.thinking.opened
     assert vlm.describe()["template_arguments"] == {"enable_thinking": True}
     example = vlm.collator([Example(Question("a", "", "", None, "alignment", 0, "Safe?", "", "", ""))])
     assert vlm.tokenizer.decode(example.encodings[0]["input_ids"][0]).endswith("assistant\n<think>\n")
     with pytest.raises(ArgumentError, match="train_without_thinking"):
-        vlm.must_keep_thinking()
+        vlm.require_thinking_preserved()
 
 
 @pytest.mark.parametrize(
@@ -300,7 +291,7 @@ def test_thinking_that_is_switched_on_is_kept(tmp_path):
         ({"template_arguments": {"a": 1}, "template": "{question}"}, r"vlm\.template replaces the chat template"),
     ],
 )
-def test_what_is_no_variable_of_a_template_is_rejected(settings, message, tmp_path):
+def test_reserved_template_arguments_are_rejected(settings, message, tmp_path):
     with pytest.raises(ArgumentError, match=rf"^vlm\.template_arguments: .*{message}"):
         new(tmp_path, **settings)
 
@@ -387,7 +378,7 @@ def test_the_token_that_ends_a_response_in_the_template_is_an_end_token(tmp_path
     assert "vlm.model: <|im_end|> ends a response, too" in capsys.readouterr().out
 
 
-def test_what_determines_a_response_is_described(kind, folder):
+def test_description_includes_thinking_marks_and_default_system_prompt(kind, folder):
     described = new(folder).describe()
     assert described.get("default_system") == ("You are kind." if kind == "system" else None)
     assert "default_system" not in new(folder, system="Be brief.").describe()
@@ -421,7 +412,7 @@ def test_marks_that_are_special_tokens_can_be_generated(setting, tmp_path, monke
         assert response.reasoning == ""
 
 
-def test_the_interface_returns_the_answer(tmp_path, monkeypatch, capsys):
+def test_ask_returns_the_answer_without_reasoning(tmp_path, monkeypatch, capsys):
     loaded = LoadedVLM(new(folder_of(tmp_path, "opened")), torch.device("cpu"))
     loaded.vlm.load()
     says(loaded.vlm, BLOCK[8:], monkeypatch)
@@ -436,7 +427,7 @@ def test_the_interface_returns_the_answer(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loopback]]:
-    hurry(monkeypatch)
+    shorten_waits(monkeypatch)
     with loopbacks() as start:
         yield start
 
@@ -491,7 +482,7 @@ def test_a_server_returns_reasoning_beside_or_inside_the_text(body, settings, ex
 
 
 def test_a_server_whose_prompts_open_the_reasoning_is_reported_once(loopback, make_questions, capsys):
-    """A response that is cut off has no mark at all, so that only an argument can tell it from an answer."""
+    """A truncated response has no mark, so only the argument distinguishes reasoning from an answer."""
     there = loopback(lambda prompt, number, asked: Reply(body=completion(BLOCK[8:])))
     measured(Server("m", [there.address]), make_questions(3))
     assert capsys.readouterr().out.count("responses begin inside the reasoning (</think> without an opening mark)") == 1

@@ -171,7 +171,7 @@ def test_another_image_changes_the_logits(base: Transformers, examples: list[Exa
     assert (before - after).abs().max() > 1e-2
 
 
-def test_greedy_responses_are_those_of_the_library_asked_one_by_one(
+def test_greedy_responses_equal_transformers_generate_one_by_one(
     base: Transformers, plain: Any, examples: list[Example]
 ) -> None:
     def alone(example: Example, steps: int) -> list[int]:
@@ -188,7 +188,7 @@ def test_greedy_responses_are_those_of_the_library_asked_one_by_one(
     families.check_answers(base, examples, alone)
 
 
-def test_questions_about_an_image_share_what_they_begin_with(
+def test_questions_about_an_image_share_image_and_prefix(
     base: Transformers, plain: Any, examples: list[Example], record_property: Callable[[str, object], None]
 ) -> None:
     """Five questions about three images: image and common prefix in one row per image, then one row per question."""
@@ -242,11 +242,13 @@ def test_a_question_that_is_asked_twice_is_answered_twice(base: Transformers, ex
     assert first == second == base.generate(base.collator(twice[:1]), greedy, seed=0)[0]
 
 
-def test_a_sampled_response_depends_on_its_record_alone(base: Transformers, examples: list[Example]) -> None:
+def test_sampled_responses_depend_only_on_their_record(base: Transformers, examples: list[Example]) -> None:
     families.check_draws(base, examples)
 
 
-def test_score_equals_one_plain_forward_a_completion(policy: Transformers, plain: Any, examples: list[Example]) -> None:
+def test_scores_equal_one_plain_forward_pass_per_completion(
+    policy: Transformers, plain: Any, examples: list[Example]
+) -> None:
     """The policy by its own weights, the reference by the library's model."""
 
     @cache
@@ -309,7 +311,7 @@ def test_lora_is_on_every_linear_layer_of_the_language_model_and_on_no_other(
     assert len(adapted) >= 4
 
 
-def test_a_few_steps_lower_the_loss_and_move_the_adapter_alone(policy: Transformers, examples: list[Example]) -> None:
+def test_training_lowers_the_loss_and_changes_only_the_adapter(policy: Transformers, examples: list[Example]) -> None:
     families.check_learning(policy, examples)
 
 
@@ -336,7 +338,7 @@ def test_a_saved_adapter_scores_the_same(
 
 
 @pytest.mark.gpu
-def test_a_gpu_returns_the_same(family: tuple[Path, str | None], examples: list[Example]) -> None:
+def test_gpu_results_equal_cpu_results(family: tuple[Path, str | None], examples: list[Example]) -> None:
     families.check_gpu(lambda **settings: new(family, **settings), examples)
 
 
@@ -356,7 +358,7 @@ def answers(vlm: Transformers, examples: list[Example]) -> list[list[int]]:
     return [answer.token_ids for answer in vlm.generate(vlm.collator(examples), GREEDY, seed=0)]
 
 
-def test_the_models_own_habits_do_not_join_the_settings(tmp_path: Path, examples: list[Example]) -> None:
+def test_generation_config_of_the_model_is_ignored(tmp_path: Path, examples: list[Example]) -> None:
     family = written(families.llava, tmp_path)
     expected = answers(loaded(family), examples)
     file = tmp_path / "generation_config.json"
@@ -376,7 +378,7 @@ def test_end_tokens_are_token_ids(named: Any, ends: list[int] | None, tmp_path: 
         assert new(family).eos_token_ids == ends
 
 
-def test_no_family_drops_units_but_lora(tmp_path: Path, examples: list[Example]) -> None:
+def test_reference_scoring_has_no_dropout_in_training_mode(tmp_path: Path, examples: list[Example]) -> None:
     """The reference has to be deterministic, also while the policy trains: a Q-Former has dropout."""
     vlm = new(written(families.instructblip, tmp_path, "{question}"))
     vlm.load(train=["policy"])
@@ -387,7 +389,7 @@ def test_no_family_drops_units_but_lora(tmp_path: Path, examples: list[Example])
 
 def test_a_model_with_an_encoder_is_rejected(tmp_path: Path) -> None:
     family = written(families.blip2_t5, tmp_path, QUESTION)
-    with pytest.raises(ValueError, match=r"^vlm.model: .* a decoder of its own, .*; use a model with a decoder alone"):
+    with pytest.raises(ValueError, match=r"^vlm.model: .* the question with an encoder .*; use a model with a decoder"):
         _ = new(family).collator
 
 
@@ -405,7 +407,9 @@ def test_a_model_without_a_chat_template_needs_a_template(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"^vlm.model: .* has no chat template; give vlm.template"):
         _ = new(family).collator
     for template in ("Question: ", "{question} {x}"):
-        with pytest.raises(ValueError, match=r"^vlm\.template: it holds \{question\}, and nothing else in braces, got"):
+        with pytest.raises(
+            ValueError, match=r"^vlm\.template: it must contain \{question\}, and nothing else in braces, got"
+        ):
             new(family, template=template)
     with pytest.raises(ValueError, match=r"^vlm\.template: the model's processor rejects '\{question\}' with an image"):
         _ = new(written(families.qwen2_vl, tmp_path / "qwen"), template="{question}").collator
@@ -451,7 +455,7 @@ def test_a_text_that_cannot_fit_is_not_tokenised(tmp_path: Path, examples: list[
         collator([Example(question)])
 
 
-def test_the_limits_are_arguments(tmp_path: Path, examples: list[Example]) -> None:
+def test_text_limits_are_configurable(tmp_path: Path, examples: list[Example]) -> None:
     family = written(families.llava, tmp_path)
     collator = new(family, limits=TextLimits(max_tokens=20)).collator
     for prompt, message in (("x" * 1281, "a text of 1281 characters, the model takes 20"), ("x " * 40, "tokens, the")):
@@ -493,7 +497,7 @@ def test_a_question_that_is_too_long_for_the_q_former_fails_alone(tmp_path: Path
     assert "tokens, the Q-Former takes 512; shorten the question" in asked.failed[0].reason
 
 
-def test_a_response_that_would_have_no_place_is_not_begun(tmp_path: Path, examples: list[Example]) -> None:
+def test_question_without_room_for_a_response_is_unanswered(tmp_path: Path, examples: list[Example]) -> None:
     """OPT has learned position embeddings, none beyond the last position."""
     vlm = loaded(written(families.blip2, tmp_path, QUESTION))
     greedy = Sampling(temperature=0, max_new_tokens=8)
@@ -536,7 +540,7 @@ def test_a_shipped_model_responds(
 
 
 @pytest.mark.slow
-def test_the_command_line_measures_and_trains_such_a_model(tmp_path: Path, tiny_sets: Path) -> None:
+def test_command_line_measures_and_trains_a_transformers_model(tmp_path: Path, tiny_sets: Path) -> None:
     """As in docs/models.md; the responses are not classified."""
     (tmp_path / "vlm").mkdir()
     families.qwen2_vl(tmp_path / "vlm")

@@ -61,7 +61,7 @@ def plain_logprobs(vlm: Llava, example: Example, completion: str) -> Tensor:
     return logits[0, start - 1 : -1].log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0]
 
 
-def test_score_equals_one_plain_forward_a_completion(
+def test_scores_equal_one_plain_forward_pass_per_completion(
     vlm: Llava, make_questions: Callable[[int], list[Question]]
 ) -> None:
     examples = [Example(question, answers(question)) for question in make_questions(5)]
@@ -97,7 +97,7 @@ def test_shared_prompt_gradients_equal_separate_ones(
 
 
 @pytest.mark.gpu
-def test_a_gpu_returns_the_same(tiny_llava: Path, make_questions: Callable[[int], list[Question]]) -> None:
+def test_gpu_results_equal_cpu_results(tiny_llava: Path, make_questions: Callable[[int], list[Question]]) -> None:
     def new(dtype: str = "float32", gradient_checkpointing: bool = False) -> Llava:
         return Llava(str(tiny_llava), dtype=dtype, lora=LORA, gradient_checkpointing=gradient_checkpointing)
 
@@ -149,7 +149,7 @@ def test_lora_is_on_the_language_layers_only(vlm: Llava) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_response_depends_on_its_record_alone(
+def test_responses_depend_only_on_their_record(
     tiny_llava: Path, make_questions: Callable[[int], list[Question]], temperature: float
 ) -> None:
     vlm = Llava(str(tiny_llava), dtype="float32")
@@ -171,7 +171,7 @@ def test_a_response_depends_on_its_record_alone(
     assert answer([examples[::-1][:3], examples[::-1][3:]]) == together
 
 
-def test_greedy_responses_are_those_of_transformers_asked_one_by_one(
+def test_greedy_responses_equal_transformers_generate_one_by_one(
     tiny_llava: Path, make_questions: Callable[[int], list[Question]]
 ) -> None:
     """More questions about an image than fit in a row, of different lengths, with responses of different lengths."""
@@ -210,7 +210,7 @@ def test_greedy_responses_are_those_of_transformers_asked_one_by_one(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_masks_are_those_that_attention_adds(
+def test_attention_masks_are_additive_and_in_the_model_dtype(
     dtype: str, tiny_llava: Path, make_questions: Callable[[int], list[Question]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Boolean mask would be converted in every layer of every step."""
@@ -337,13 +337,13 @@ def test_image_fit_pads_with_the_mean_colour_or_crops(
     assert pad[:, 14].abs().max() > 1
 
 
-def test_another_family_is_sent_to_its_class(tmp_path: Path) -> None:
+def test_checkpoint_of_another_family_is_rejected_with_its_class(tmp_path: Path) -> None:
     families.gemma3(tmp_path)
     with pytest.raises(ValueError, match=r"is a gemma3, not a llava; .* --model\.vlm safervlm\.vlm\.auto\.Tr"):
         _ = Llava(str(tmp_path)).collator
 
 
-def test_other_weights_under_the_same_name_are_another_model(tiny_llava: Path, tmp_path: Path) -> None:
+def test_weights_fingerprint_changes_with_weights_and_chat_template(tiny_llava: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     shutil.copytree(tiny_llava, copy)
     assert weights_fingerprint(str(copy), None) == weights_fingerprint(str(tiny_llava), None)

@@ -153,7 +153,7 @@ def plain_logprobs(vlm: XComposer2, model: Any, example: Example, answer: str) -
     return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
 
 
-def test_nothing_runs_unless_asked_for_and_pinned() -> None:
+def test_remote_code_must_be_enabled_and_pinned_to_a_commit() -> None:
     with pytest.raises(ValueError, match=r"^vlm.trust_remote_code: .* set it to true, or measure another model$"):
         XComposer2(revision="a" * 40)
     with pytest.raises(ValueError, match=r"^vlm.revision: .* pin it: give the full 40 digits of a commit.*$"):
@@ -161,7 +161,7 @@ def test_nothing_runs_unless_asked_for_and_pinned() -> None:
     XComposer2(revision="a" * 40, trust_remote_code=True)
 
 
-def test_the_tokenizer_lies_beside_the_weights(tmp_path: Path) -> None:
+def test_tokenizer_code_in_another_repository_is_rejected(tmp_path: Path) -> None:
     """Otherwise its code would come from another repository at an unpinned commit."""
     write_own(tmp_path)
     auto_map = {"AutoTokenizer": ["someone/else--tokenization_tiny.TinyTokenizer", None]}
@@ -177,26 +177,26 @@ def test_the_tokenizer_lies_beside_the_weights(tmp_path: Path) -> None:
         ("self, tokenizer, query, image, history, meta_instruction", "self, query, image, history, meta_instruction"),
     ],
 )
-def test_another_layout_is_rejected(old: str, other: str, tmp_path: Path) -> None:
+def test_another_prompt_layout_is_rejected(old: str, other: str, tmp_path: Path) -> None:
     """Later models of the authors have another layout, in code with the same names."""
     write_own(tmp_path)
     assert old in MODELING
     (tmp_path / "modeling_tiny.py").write_text(MODELING.replace(old, other))
-    with pytest.raises(ValueError, match=r"^vlm.model: .* lays its questions out otherwise than InternLM-XComposer2"):
+    with pytest.raises(ValueError, match=r"^vlm.model: .* formats questions differently from InternLM-XComposer2"):
         _ = new(tmp_path).collator
 
 
-def test_a_model_of_many_image_sizes_is_rejected(tmp_path: Path) -> None:
+def test_model_with_variable_image_size_is_rejected(tmp_path: Path) -> None:
     """As 4KHD, whose code has the same names and parameters."""
     write_own(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["img_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"^vlm.model: .* lays its questions out otherwise than InternLM-XComposer2"):
+    with pytest.raises(ValueError, match=r"^vlm.model: .* formats questions differently from InternLM-XComposer2"):
         new(tmp_path).load()
 
 
-def test_a_tokenizer_without_turns_is_rejected(tmp_path: Path) -> None:
+def test_tokenizer_without_the_end_of_turn_token_is_rejected(tmp_path: Path) -> None:
     """An unknown token would end every answer."""
     write_own(tmp_path)
     with (
@@ -206,7 +206,7 @@ def test_a_tokenizer_without_turns_is_rejected(tmp_path: Path) -> None:
         _ = new(tmp_path).eos_token_ids
 
 
-def test_what_is_computed_is_what_the_code_computes(base: XComposer2, plain: Any) -> None:
+def test_computed_buffers_equal_those_of_the_published_code(base: XComposer2, plain: Any) -> None:
     """The library leaves the tables uninitialised, without a warning."""
     expected = dict(plain.named_buffers())
     found = dict(base.base.named_buffers())
@@ -221,7 +221,7 @@ def test_what_is_computed_is_what_the_code_computes(base: XComposer2, plain: Any
 
 
 @pytest.mark.parametrize("scaling", [{"factor": 2.0, "type": "dynamic"}, None])
-def test_the_configuration_is_the_files(scaling: Any, folder: Path, tmp_path: Path) -> None:
+def test_rope_scaling_and_maximum_length_are_those_of_the_file(scaling: Any, folder: Path, tmp_path: Path) -> None:
     """The library writes its own names into the scaling, which the code uses, and drops the length, which it needs."""
     shutil.copytree(folder, tmp_path / "other")
     file = tmp_path / "other" / "config.json"
@@ -232,7 +232,7 @@ def test_the_configuration_is_the_files(scaling: Any, folder: Path, tmp_path: Pa
     vlm.base.config.save_pretrained(tmp_path)
 
 
-def test_weights_that_are_pickled_are_read_and_distinguished(folder: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_loaded_and_fingerprinted(folder: Path, tmp_path: Path) -> None:
     """As the published weights; otherwise a folder would be identified by its configuration only."""
     shutil.copytree(folder, tmp_path / "pickled")
     file = tmp_path / "pickled" / "model.safetensors"
@@ -260,7 +260,7 @@ def test_missing_weights_are_rejected(folder: Path, tmp_path: Path) -> None:
         loaded(tmp_path / "less")
 
 
-def test_rows_are_turned_as_the_code_turns_one(base: XComposer2, plain: Any) -> None:
+def test_rotary_embedding_of_rows_equals_the_published_code(base: XComposer2, plain: Any) -> None:
     """The code counts columns: a padded row would be rotated further than alone, which low precision reveals."""
     module: Any = sys.modules[type(plain.model).__module__]
     assert module.apply_rotary_pos_emb is not rotate_rows
@@ -282,7 +282,7 @@ def test_rows_are_turned_as_the_code_turns_one(base: XComposer2, plain: Any) -> 
         assert torch.equal(one, expected)
 
 
-def test_a_row_counts_its_places_as_it_does_alone(base: XComposer2, examples: list[Example]) -> None:
+def test_padded_row_has_the_positions_of_the_row_alone(base: XComposer2, examples: list[Example]) -> None:
     """By the rotation of the loaded model."""
     seen: list[Tensor] = []
 
@@ -312,7 +312,7 @@ def test_padding_changes_no_logits(base: XComposer2, examples: list[Example]) ->
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_the_collator_lays_out_what_the_model_wants(base: XComposer2, plain: Any, examples: list[Example]) -> None:
+def test_collated_prompt_equals_the_models_own_prompt(base: XComposer2, plain: Any, examples: list[Example]) -> None:
     collator = pickle.loads(pickle.dumps(base.collator))
     batch = collator(examples)
     for encoding, completions, example in zip(batch.encodings, batch.completions, examples, strict=True):
@@ -326,7 +326,9 @@ def test_the_collator_lays_out_what_the_model_wants(base: XComposer2, plain: Any
 
 
 @pytest.mark.parametrize("mark", ["</s>", "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_92]", "<ImageHere>"])
-def test_a_question_with_a_mark_is_set_aside(mark: str, base: XComposer2, examples: list[Example]) -> None:
+def test_question_or_response_with_a_special_token_is_rejected(
+    mark: str, base: XComposer2, examples: list[Example]
+) -> None:
     """It would start a new turn or image."""
     question = replace(examples[0].question, prompt=f"Is {mark} safe?")
     with pytest.raises(RecordError, match=f"^{question.id}: .* special token") as raised:
@@ -336,7 +338,7 @@ def test_a_question_with_a_mark_is_set_aside(mark: str, base: XComposer2, exampl
         base.collator([Example(examples[0].question, (f"Yes {mark}",))])
 
 
-def test_the_model_gets_its_own_words_unless_others_are_given(folder: Path, base: XComposer2) -> None:
+def test_default_system_prompt_is_the_models_own(folder: Path, base: XComposer2) -> None:
     question = Question("", "", "", None, "alignment", 0, "Safe?", "", "", "")
     own, mine, none = (
         vlm.tokenizer.decode(vlm.collator.encode(question)["input_ids"][0]).split("user\n")[0]
@@ -349,7 +351,7 @@ def test_the_model_gets_its_own_words_unless_others_are_given(folder: Path, base
     assert told == [None, "Be kind.", ""]
 
 
-def test_a_response_ends_with_the_turn_and_has_no_mark_in_it(base: XComposer2) -> None:
+def test_response_ends_at_the_end_of_turn_and_special_tokens_are_suppressed(base: XComposer2) -> None:
     """The tokenizer lists the marks as words, so they would be shown and sampled."""
     words = base.tokenizer
     end = words.convert_tokens_to_ids(END)
@@ -370,9 +372,7 @@ def test_another_image_changes_the_logits(base: XComposer2, examples: list[Examp
     assert (before - after).abs().max() > 1e-2
 
 
-def test_greedy_responses_are_those_of_plain_forward_passes(
-    base: XComposer2, plain: Any, examples: list[Example]
-) -> None:
+def test_greedy_responses_equal_plain_forward_passes(base: XComposer2, plain: Any, examples: list[Example]) -> None:
     families.check_answers(base, examples, lambda example, steps: plain_greedy(base, plain, example.question, steps))
 
 
@@ -380,11 +380,11 @@ def test_an_image_is_encoded_once(base: XComposer2, examples: list[Example]) -> 
     families.check_images_once(base, examples)
 
 
-def test_a_sampled_response_depends_on_its_record_alone(base: XComposer2, examples: list[Example]) -> None:
+def test_sampled_responses_depend_only_on_their_record(base: XComposer2, examples: list[Example]) -> None:
     families.check_draws(base, examples)
 
 
-def test_score_equals_one_plain_forward_a_completion(
+def test_scores_equal_one_plain_forward_pass_per_completion(
     policy: XComposer2, plain: Any, folder: Path, examples: list[Example], tmp_path: Path
 ) -> None:
     """The policy equals the remote model with the saved adapter, loaded by PEFT."""
@@ -415,16 +415,16 @@ def test_lora_is_on_every_linear_layer_of_the_language_model_and_on_no_other(
     assert not any("Plora" in name for name in saved)
 
 
-def test_a_few_steps_lower_the_loss_and_move_the_adapter_alone(policy: XComposer2, examples: list[Example]) -> None:
+def test_training_lowers_the_loss_and_changes_only_the_adapter(policy: XComposer2, examples: list[Example]) -> None:
     families.check_learning(policy, examples)
 
 
-def test_the_reference_is_one_model(policy: XComposer2, examples: list[Example]) -> None:
+def test_reference_scores_are_deterministic_during_training(policy: XComposer2, examples: list[Example]) -> None:
     """The image part of a layer has dropout."""
     families.check_reference(policy, examples)
 
 
-def test_gradients_are_those_of_the_adapter_that_answered(
+def test_gradients_belong_to_the_adapter_that_was_scored(
     policy: XComposer2, folder: Path, examples: list[Example]
 ) -> None:
     """With and without checkpointing, and for an adapter that is no longer active in the backward pass."""
@@ -443,7 +443,7 @@ def test_a_saved_adapter_scores_the_same(
 
 
 @pytest.mark.gpu
-def test_a_gpu_returns_the_same(folder: Path, examples: list[Example]) -> None:
+def test_gpu_results_equal_cpu_results(folder: Path, examples: list[Example]) -> None:
     families.check_gpu(lambda **settings: new(folder, **settings), examples)
 
 
@@ -451,7 +451,7 @@ def test_a_model_in_half_precision_responds(folder: Path, examples: list[Example
     families.check_half_precision(loaded(folder, dtype="bfloat16"), examples)
 
 
-def test_the_shipped_file_is_rejected_until_it_is_pinned() -> None:
+def test_shipped_configuration_is_rejected_without_a_pinned_commit() -> None:
     with pytest.raises(ValueError, match=r"vlm.revision: .* pin it"):
         shipped_families.shipped("internlm-xcomposer2-vl-7b")
     vlm = shipped_families.shipped("internlm-xcomposer2-vl-7b", f"--vlm.revision={'a' * 40}")
@@ -474,7 +474,7 @@ def test_the_command_line_trains_and_measures_it(folder: Path, tmp_path: Path, t
 
 @pytest.mark.slow
 @NO_CODE
-def test_the_published_code_unchanged(examples: list[Example], tmp_path: Path) -> None:
+def test_published_remote_code_runs_unchanged(examples: list[Example], tmp_path: Path) -> None:
     """At the widths and the image size that are written into it, with one layer where the published model has 32."""
     wide = {"hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16}
     layer = {"hidden_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8}

@@ -52,7 +52,7 @@ class MissingPackageStub(ModuleType):
 
 
 @contextmanager
-def standing_in(names: Iterable[str], module: ModuleType) -> Iterator[None]:
+def stubbed_modules(names: Iterable[str], module: ModuleType) -> Iterator[None]:
     """Context manager that makes packages importable as a stub, installed or not; the previous modules are restored.
 
     Args:
@@ -261,7 +261,7 @@ class Remote(Transformers):
             )
         with reading(self.name):
             try:
-                with standing_in(self.absent, self.stand_in):
+                with stubbed_modules(self.absent, self.stand_in):
                     return get_class_from_dynamic_module(reference, self.name, revision=self.revision)
             except ImportError as error:
                 raise ArgumentError(

@@ -18,10 +18,10 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from safervlm.errors import ArgumentError
 from safervlm.io.images import BLANK, ImageSettings
 from safervlm.records import Question
-from safervlm.vlm.auto import Encoding
 from safervlm.vlm.compat import local_torch_dtype
 from safervlm.vlm.layers import switch_off_dropout
 from safervlm.vlm.lora import LoRA
+from safervlm.vlm.prefix import Encoding
 from safervlm.vlm.processors import read_tokenizer
 from safervlm.vlm.remote.base import LegacyTupleCacheMixin, MissingPackageStub, Remote, RemoteCollator, rotate
 
@@ -37,7 +37,7 @@ class Kernels(MissingPackageStub):
 
     @staticmethod
     def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Computes attention as xformers does; its only function that is used, in the vision tower.
+        """Computes attention as xformers does; the vision tower uses no other function of it.
 
         Args:
             query: (B, L, A, D) queries.
@@ -177,7 +177,7 @@ class CogVLM(Remote):
         )
         ours = collator.encode(Question("", "", "", None, "alignment", 0, "Safe?", "", "", ""))
         if any(own[name].tolist() != ours[name][0].tolist() for name in ("input_ids", "token_type_ids")):
-            raise ArgumentError(f"vlm.model: {self.name!r} lays its questions out otherwise than CogVLM; name a CogVLM")
+            raise ArgumentError(f"vlm.model: {self.name!r} formats questions differently from CogVLM; name a CogVLM")
         return collator
 
     def adapt(self, remote: Any) -> Any:

@@ -1,8 +1,8 @@
 """InternLM-XComposer2-VL (arXiv:2401.16420), whose code comes with its weights: ``internlm/internlm-xcomposer2-vl-7b``.
 
 That code was written for transformers 4 on a GPU; :mod:`safervlm.vlm.remote.base` describes how it is run. The linear
-layers contain a built-in low-rank branch that is applied to image tokens only (``Plora_A``, ``Plora_B``). It belongs to
-the base model and is not trained. LoRA is added beside it, for text and image tokens alike, as in the authors' own
+layers contain a built-in low-rank branch that is applied only to image tokens (``Plora_A``, ``Plora_B``). It belongs to
+the base model and is not trained. LoRA is added parallel to it, for text and image tokens alike, as in the authors' own
 fine-tuning.
 
 Shapes: B rows, L tokens, A attention heads, D units of a head, P tokens of an image, S side of the image in pixels.
@@ -30,12 +30,12 @@ from transformers import (
 from safervlm.errors import ArgumentError, RecordError
 from safervlm.io.images import ImageSettings
 from safervlm.records import Example, Question
-from safervlm.vlm.auto import Encoding
 from safervlm.vlm.base import Generation
 from safervlm.vlm.compat import CACHE, local_torch_dtype
 from safervlm.vlm.encoding import EncodedBatch
 from safervlm.vlm.layers import switch_off_dropout
 from safervlm.vlm.lora import LoRA
+from safervlm.vlm.prefix import Encoding
 from safervlm.vlm.remote.base import LegacyTupleCacheMixin, Remote, RemoteCollator, rotate
 
 IMAGE, END = "<ImageHere>", "[UNUSED_TOKEN_145]"
@@ -114,7 +114,8 @@ class XComposer2Collator(RemoteCollator):
         """Decodes the images and encodes prompts and completions.
 
         Raises:
-            RecordError: A text contains a marker token, or any reason of :class:`ProcessorCollator`.
+            RecordError: A text contains a marker token, or any reason of
+                :class:`safervlm.vlm.encoding.ProcessorCollator`.
         """
         for example in examples:
             for text in (example.question.prompt, *example.completions):
@@ -210,7 +211,7 @@ class XComposer2(Remote):
 
     def another(self) -> ArgumentError:
         """Returns the error to raise for a model that encodes prompts differently from the supported version."""
-        return ArgumentError(f"vlm.model: {self.name!r} lays its questions out otherwise than {self.family}; name one")
+        return ArgumentError(f"vlm.model: {self.name!r} formats questions differently from {self.family}; name one")
 
     @cached_property
     def config(self) -> Any:

@@ -16,11 +16,11 @@ from safervlm.vlm.base import Batch
 
 
 class ServerBatch(Batch):
-    """Questions, and each different image once as the data URL that is sent.
+    """Questions, and each distinct image once as the data URL that is sent.
 
     Args:
         questions: The B questions.
-        images: Data URLs of the different images.
+        images: Data URLs of the distinct images.
         image_rows: For each question, the index of its image.
     """
 
@@ -52,7 +52,7 @@ class ServerCollator:
     settings: ImageSettings = field(default=ImageSettings())
 
     def __call__(self, examples: Sequence[Example]) -> ServerBatch:
-        """Encodes each different image once; questions without an image get a blank one.
+        """Encodes each distinct image once; questions without an image get a blank one.
 
         Raises:
             RecordError: An image is missing, damaged, too large or not an image.

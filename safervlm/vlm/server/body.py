@@ -7,7 +7,7 @@ from typing import Any
 from safervlm.errors import ArgumentError
 from safervlm.vlm.server.outcomes import SETTINGS
 
-# Fields that have arguments of their own, or would change what a response is.
+# Fields that have separate arguments, or would change the meaning of a response.
 TAKEN = SETTINGS | {"model": "vlm.model", "messages": "vlm.system"}
 NEVER = ("n", "stream")  # a question has one response, in one body
 
@@ -19,7 +19,7 @@ def checked_body(body: Mapping[str, Any] | None) -> dict[str, Any]:
         body: Further fields of each request; None for none.
 
     Raises:
-        ArgumentError: A field has an argument of its own, or a value is not plain JSON.
+        ArgumentError: A field has a separate argument, or a value is not plain JSON.
     """
     given = dict(body or {})
     if name := next((name for name in given if name in TAKEN), None):

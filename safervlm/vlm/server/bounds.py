@@ -18,7 +18,7 @@ class Bounds:
             instead.
         failures_in_a_row: Number of consecutive questions without a response that stops the run, because the questions
             are then unlikely to be the cause.
-        pauses: Factor of the retry limit for requested pauses. A question may meet a server's request for a pause,
+        pauses: Factor of the retry limit for requested pauses. A question may receive a request for a pause,
             while the server answers others, this many times ``max_retries`` + 1 times.
     """
 

@@ -145,7 +145,7 @@ class Server(VLM):
 
     @property
     def halted(self) -> str | None:
-        """Reason why no more requests are sent; None while they are."""
+        """Reason why no more requests are sent; None while requests are sent."""
         return self.pool.halted
 
     @property
@@ -200,7 +200,7 @@ class Server(VLM):
             megabytes = sum(sizes[path] for path in shown) / 1e6
             sent = f" {megabytes:.1f} MB of images (a server has its own way to count them as tokens),"
         return (
-            f"{len(questions)} questions{about} to {self.name}: about {text} tokens of text (4 characters a token),"
+            f"{len(questions)} questions{about} to {self.name}: about {text} tokens of text (4 characters per token),"
             f"{sent} at most {len(questions) * max_new_tokens} tokens of responses; retries come on top"
         )
 
@@ -222,7 +222,7 @@ class Server(VLM):
         """
         if self.dry_run:
             raise ArgumentError(
-                "vlm.dry_run: nothing is asked; safervlm predict prints the estimate; omit it to send the questions"
+                "vlm.dry_run: no request is sent; safervlm predict prints the estimate; omit it to send the questions"
             )
         self.load()
         if self.halted is not None:
@@ -434,7 +434,7 @@ class Server(VLM):
         key = os.environ.get(self.api_key_variable, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise ArgumentError(
-                f"vlm.api_key_variable: the environment variable {self.api_key_variable} holds line breaks or other "
+                f"vlm.api_key_variable: the environment variable {self.api_key_variable} contains line breaks or other "
                 "characters that no key has"
             )
         return key or None

@@ -35,7 +35,7 @@ def read_first_token(choice: Mapping[str, Any]) -> tuple[tuple[str, float], ...]
     """Returns the tokens of the first place of a choice, with their log-probabilities.
 
     Args:
-        choice: The choice of a chat completion; what is not of the documented type counts as absent.
+        choice: The choice of a chat completion; values that are not of the documented type count as absent.
 
     Returns:
         The alternatives, and the generated token if it is none of them; empty if there are no log-probabilities.

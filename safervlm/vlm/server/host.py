@@ -81,7 +81,7 @@ def _checked(address: str) -> str:
     if "@" in address or "?" in address or "#" in address:
         raise ArgumentError(
             f"vlm.addresses: the one at {for_terminal(host or '(no host)')} contains a user name, a query (?) or a "
-            "fragment (#); give the base URL alone: a key is read from the environment variable vlm.api_key_variable"
+            "fragment (#); give only the base URL: a key is read from the environment variable vlm.api_key_variable"
         )
     if url is None or url.scheme not in ("http", "https") or not host:
         raise ArgumentError(f"vlm.addresses: {wanted}, got {address!r}")

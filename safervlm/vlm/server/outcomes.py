@@ -24,7 +24,7 @@ SETTINGS = {
     "seed": "seed_everything",
 }
 UNKNOWN = re.compile(r"not? (support|permit|allow)|unsupported|unrecogni|unknown|unexpected|extra (input|field)", re.I)
-EXAMINED = 10_000  # characters of a body in which a parameter's name is looked for
+EXAMINED = 10_000  # characters of a body that are searched for a parameter's name
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def outcome_of(
         address: Base URL of the server.
         sent: Parameters of the request.
         variable: Name of the environment variable of the API key.
-        has_key: Whether that variable holds a key.
-        answered: Whether the server has answered another question; a rejection then concerns this question alone.
+        has_key: Whether that variable contains a key.
+        answered: Whether the server has answered another question; a rejection then concerns only this question.
     """
     status, message, model = refusal.status, refusal.message, sent["model"]
     if status == 400 and FILTERS & {refusal.code, refusal.kind}:
@@ -182,7 +182,7 @@ def outcome_of(
         )
     if status == 403 and not answered:
         return FatalRejection(
-            f"vlm.api_key_variable: {address} forbids it to the key in {variable} (403: "
+            f"vlm.api_key_variable: {address} denies access to the key in {variable} (403: "
             f"{message}); use one that may ask {model}"
         )
     if status == 404:

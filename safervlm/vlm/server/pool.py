@@ -22,7 +22,7 @@ class Pool:
         back_off: Function that returns the back-off time in seconds for a number of consecutive failures.
 
     Attributes:
-        halted: Reason why no more requests are sent, in one line; None while they are.
+        halted: Reason why no more requests are sent, in one line; None while requests are sent.
         unanswered_in_a_row: Number of consecutive questions without a response.
     """
 
@@ -86,7 +86,7 @@ class Pool:
             begun: When the request was sent, by the monotonic clock.
 
         Returns:
-            Whether the question may be asked again. False if this question alone met the failures of a server that had
+            Whether the question may be asked again. False if only this question met the failures of a server that had
             answered others.
         """
         now = time.monotonic()

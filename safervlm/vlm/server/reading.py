@@ -8,7 +8,7 @@ from typing import Any, overload
 
 from safervlm.records import THINKING_UNFINISHED
 from safervlm.vlm.server.first_token import read_first_token
-from safervlm.vlm.thinking import Thinking, closed_alone
+from safervlm.vlm.thinking import Thinking, unopened_closing_mark
 
 UNKNOWN_TOKEN = -1  # unknown token id: a server states the number of tokens, not their ids
 UNKNOWN = "unknown"  # finish_reason of a response for which the server states none
@@ -32,7 +32,7 @@ KNOWN = ((FILTERED, "content_filter"), (LENGTH, "length"), (REFUSED, "refusal"))
 READ = {"error", "choices", "message", "content", "refusal", "finish_reason", "usage"}
 READ |= {"prompt_tokens", "completion_tokens", "reasoning_content", "reasoning"}
 READ |= {"logprobs", "top_logprobs", "token", "logprob"}
-# Names under which servers return reasoning beside the answer.
+# Names under which servers return reasoning separately from the answer.
 REASONING = ("reasoning_content", "reasoning")
 PARTS = ("thinking", "reasoning")  # types of content parts with reasoning, under a key of the same name
 TEXTS = (None, "text", "output_text")  # types of content parts that belong to the response; reasoning doesn't
@@ -69,8 +69,8 @@ class Completion:
     Attributes:
         text: The response, without surrounding white space and without reasoning.
         finish_reason: ``stop``, ``length``, ``refusal``, ``content_filter`` or ``thinking unfinished``; otherwise the
-            server's own word.
-        named: The server's own word for the finish reason.
+            server's own value.
+        named: The finish reason as the server states it.
         model: Name of the model according to the server; empty if it states none.
         counts: ``prompt_tokens`` and ``completion_tokens``; None if the server states none, or an impossible number.
         impossible: The impossible numbers, by the same names.
@@ -179,7 +179,7 @@ def read_completion(body: Any, max_count: int, thinking: Thinking) -> Completion
             if value is not None and counts[name] is None
         },
         reasoning=reasoning,
-        closing=closed_alone(read_text(message.get("content")) or "", thinking),
+        closing=unopened_closing_mark(read_text(message.get("content")) or "", thinking),
         first=read_first_token(choices[0]),
     )
 
@@ -191,9 +191,9 @@ def _hidden_reasoning(usage: Mapping[str, Any]) -> bool:
 
 
 def read_answer(message: Mapping[str, Any], reason: object, thinking: Thinking) -> tuple[str, str, str, str]:
-    """Returns the answer of a message, its finish reason, the server's own word for that, and the reasoning.
+    """Returns the answer of a message, its finish reason, the server's own value of it, and the reasoning.
 
-    A response that ended by itself is valid under any finish reason: an unknown word is kept. A filter and the token
+    A response that the model ended is valid with any finish reason: an unknown one is kept. A filter and the token
     limit may leave no text. A message with reasoning and no answer is unfinished thinking. Otherwise, a message without
     text is not a response.
 
@@ -231,7 +231,7 @@ def read_answer(message: Mapping[str, Any], reason: object, thinking: Thinking) 
 
 
 def read_reasoning(message: Mapping[str, Any]) -> str:
-    """Returns the reasoning that a server returns beside the answer; empty for none.
+    """Returns the reasoning that a server returns separately from the answer; empty for none.
 
     Args:
         message: The model's message.

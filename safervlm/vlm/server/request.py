@@ -29,7 +29,7 @@ from safervlm.vlm.thinking import Thinking
 
 
 class Requests:
-    """Sends the requests of a batch. It holds the API key, and is discarded with the batch.
+    """Sends the requests of a batch. It has the API key, and is discarded with the batch.
 
     Args:
         hosts: The servers; their HTTP clients are created here.
@@ -71,7 +71,7 @@ class Requests:
     async def close(self) -> None:
         """Closes the connections."""
         for host in self.hosts:
-            client, host.client, host.busy = host.client, None, 0  # the client holds the key
+            client, host.client, host.busy = host.client, None, 0  # the client contains the key
             if client is not None:
                 await client.close()
 
@@ -136,7 +136,7 @@ class Requests:
         return self._answer(host, sent, completion, entry), sum(count or 0 for count in completion.counts.values())
 
     def _answer(self, host: Host, sent: Mapping[str, Any], completion: Completion, entry: dict[str, Any]) -> Outcome:
-        """Returns the response, unless it is longer than requested, or lacks the log-probabilities that were."""
+        """Returns the response, unless it is longer than requested, or lacks log-probabilities that were requested."""
         clean = self.cleaner.line
         reason = clean(completion.finish_reason)
         entry |= {"model": clean(completion.model), **completion.counts, "result": reason}
@@ -147,7 +147,7 @@ class Requests:
         count = completion.counts["completion_tokens"] or 0
         if count > sent.get("max_completion_tokens", count):
             entry["result"] = "too long"
-            return RejectedParameter("max_completion_tokens", "it is passed over")
+            return RejectedParameter("max_completion_tokens", "it is ignored")
         if "logprobs" in sent and not completion.first:
             entry["result"] = "no logprobs"
             lacks = "returns no log-probabilities (logprobs), which the odds need"

@@ -11,9 +11,9 @@ from urllib.request import getproxies, proxy_bypass
 import httpx2
 
 # Request headers that are sent. The openai package adds others from environment variables (OPENAI_ORG_ID,
-# OPENAI_PROJECT_ID, OPENAI_CUSTOM_HEADERS), which no one has named for these addresses.
+# OPENAI_PROJECT_ID, OPENAI_CUSTOM_HEADERS), which the user has not set for these addresses.
 SENT = ("host", "accept", "connection", "content-type", "content-length", "user-agent")
-MEMBERS = 100  # most parts of a gzip body; for each, all that follow it are copied, so that many take minutes
+MEMBERS = 100  # maximum parts of a gzip body; for each, all that follow it are copied, so that many take minutes
 CHANGED = (b"content-encoding", b"content-length", b"transfer-encoding")  # headers that no longer describe the body
 
 
@@ -26,7 +26,7 @@ class BodyTooLargeError(BodyError):
 
 
 class Bounded(httpx2.AsyncBaseTransport):
-    """HTTP transport that sends no other header than needed, and limits the size of a body, also decompressed.
+    """HTTP transport that sends only the headers that are needed, and limits the size of a body, also decompressed.
 
     httpx decompresses a chunk without a limit, so a few kilobytes may become gigabytes. No compression is requested,
     but gzip and deflate are accepted, because some proxies compress every response.
@@ -113,7 +113,7 @@ def decompressed(body: bytes, encoding: str, limit: int) -> bytes:
         try:
             content += stream.decompress(rest, limit + 1 - len(content))
         except zlib.error as error:
-            raise BodyError(f"the body is no {encoding} ({error})") from None
+            raise BodyError(f"the body is not valid {encoding} ({error})") from None
         if len(content) > limit:
             raise BodyTooLargeError(f"more than {limit} bytes, decompressed")
         if not stream.eof:
@@ -141,7 +141,7 @@ def is_this_machine(host: str) -> bool:
 def proxy_for(address: str) -> str | None:
     """Returns the proxy that the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) names for an address.
 
-    It is None for addresses of this machine, whatever the environment says: requests to them must not leave it.
+    It is None for addresses of this machine, regardless of the environment: requests to them must not leave it.
 
     Args:
         address: Base URL of the server.
