@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
@@ -50,8 +51,8 @@ def typed(words: Sequence[str], defaults: Mapping[str, str]) -> Typed:
         defaults: Options with a value -> its default.
 
     Raises:
-        ArgumentError: A name is empty or given twice, an option has no value, ``--run`` is given, which would be
-            overwritten, or an argument is one that each command would reject, see
+        ArgumentError: A name is empty, given twice or after the options, an option has no value, ``--run`` is given,
+            which would be overwritten, or an argument is one that each command would reject, see
             :func:`safervlm.cli.arguments.check_words`.
     """
     names: list[str] = []
@@ -81,6 +82,9 @@ def typed(words: Sequence[str], defaults: Mapping[str, str]) -> Typed:
         else:
             names.append(word)
     check_words(rest)
+    for before, word in pairwise(rest):
+        if not word.startswith("-") and (not before.startswith("-") or "=" in before):
+            raise ArgumentError(f"{word!r}: not the value of an option; names come first, before all options")
     if any(word.partition("=")[0] == "--run" for word in rest):
         raise ArgumentError("--run: each command gets its own folder; leave it out, --help says where the folders are")
     return Typed(names, options, rest)

@@ -42,6 +42,8 @@ def test_sequence_separates_names_own_options_and_passed_arguments() -> None:
         (["sft", "--limit", "0"], "--limit: at least 1, got 0"),
         (["sft", "--", "--data.limit=-3"], "--data.limit: at least 1, or null, got -3"),
         (["sft", "--data.folder", " "], "--data.folder: .* empty"),
+        (["--limit", "2", "sft"], "'sft': not the value of an option; names come first"),
+        (["sft", "--limit=2", "dpo"], "'dpo': not the value of an option"),
     ],
 )
 def test_ambiguous_sequence_arguments_are_rejected(words: list[str], named: str) -> None:

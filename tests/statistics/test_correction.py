@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from ppi_py import ppi_mean_pointestimate
 from scipy import stats
 
 from safervlm.statistics import correction, intervals
@@ -31,6 +32,8 @@ def test_verdict_strata_give_the_power_tuned_prediction_powered_estimator():
     judge, people = verdicts[chosen].astype(float), right[chosen]
     tuned = np.cov(people, judge)[0, 1] / judge.var(ddof=1)
     assert value == pytest.approx(tuned * verdicts.mean() + (people - tuned * judge).mean(), abs=1e-12)
+    theirs = ppi_mean_pointestimate(people, judge, verdicts.astype(float), lam=tuned)
+    assert value == pytest.approx(theirs.item(), abs=1e-12)
 
 
 def test_corrected_values_match_hand_calculation():

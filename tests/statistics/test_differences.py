@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from satterthwaite import freedom_of
 from scipy import optimize, stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from safervlm.statistics import differences, intervals
 
@@ -229,6 +231,14 @@ def test_intervals_when_no_item_or_every_item_changes():
 def test_swapping_the_runs_negates_the_interval():
     there, back = differences.difference_of_items(9, 2, 80), differences.difference_of_items(2, 9, 80)
     same(back, -there.value, -there.high, -there.low, there.p)
+
+
+def test_p_values_equal_those_of_statsmodels():
+    for regressions, improvements in ((0, 5), (3, 12), (9, 9), (40, 21)):
+        theirs = mcnemar([[5, regressions], [improvements, 9]], exact=True).pvalue
+        assert differences.mcnemar(regressions, improvements) == pytest.approx(theirs)
+    p_values = np.random.default_rng(0).random(12) ** 3
+    assert differences.holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])
 
 
 def test_mcnemar():

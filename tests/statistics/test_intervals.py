@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from satterthwaite import freedom_of
 from scipy import stats
+from statsmodels.regression.linear_model import WLS
 
 from safervlm.reports.tables import with_coverage
 from safervlm.results.measures import _BY_CONCEPT, _WITHIN, BY_PAIR
@@ -19,6 +20,19 @@ def test_effective_interval_is_clopper_pearson_of_the_effective_size():
     low, high = intervals.effective_interval(0.8, 0.8 * 0.2 / 50, np.inf, 10, 200, 30)
     exact = stats.binomtest(40, 50).proportion_ci(method="exact")
     assert (low, high) == (pytest.approx(exact.low), pytest.approx(exact.high))
+
+
+@pytest.mark.parametrize("concepts", [1, 6])
+def test_variance_within_strata_equals_hc2_of_statsmodels(concepts):
+    """With one observation per cluster, CR2 is HC2 (MacKinnon and White, 1985) of the weighted regression."""
+    rng = np.random.default_rng(concepts)
+    strata = np.repeat(np.arange(4), [concepts + 1, 2, 5, 9])
+    answers = rng.integers(5, 30, len(strata)).astype(float)
+    right = rng.binomial(answers.astype(int), rng.beta(6, 2, len(strata))).astype(float)
+    fitted = WLS(right / answers, np.eye(4)[strata], weights=answers).fit(cov_type="HC2")
+    overall = fitted.t_test(np.bincount(strata, answers) / answers.sum())
+    assert right.sum() / answers.sum() == pytest.approx(overall.effect.item())
+    assert intervals.ratio_squares(right, answers, strata).sum() == pytest.approx(overall.sd.item() ** 2)
 
 
 @pytest.mark.parametrize(("variance", "freedom", "size"), [(1e-9, 5, 200), (0.0, 5, 10), (1.0, 5, 10), (0.01, 0, 10)])
