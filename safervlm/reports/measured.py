@@ -29,13 +29,16 @@ from safervlm.statistics.diversity import TOO_FEW
 OPEN_RUNS = 4  # number of runs up to which gaps and categories are not folded
 
 
-def measured_sections(runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.DataFrame) -> dict[str, Any]:
+def measured_sections(
+    runs: Sequence[Run], comparison: pd.DataFrame, corrected: pd.DataFrame, folded: bool = False
+) -> dict[str, Any]:
     """Prepares the sections for the template.
 
     Args:
         runs: The runs; the first is the baseline.
         comparison: Result of :func:`safervlm.results.scores.compare`.
         corrected: Result of :func:`safervlm.reports.corrected.corrected_rates`.
+        folded: Whether gaps and categories are folded for any number of runs.
     """
     return {
         "overall": overall_cells(runs, comparison, corrected),
@@ -43,7 +46,7 @@ def measured_sections(runs: Sequence[Run], comparison: pd.DataFrame, corrected: 
         "corrected_unfinished": bool(corrected["thinking_unfinished"].any()),
         "corrected_note": CORRECTED_NOTE,
         "gap_plot": gap_plot(runs),
-        "folded": len(runs) > OPEN_RUNS,
+        "folded": folded or len(runs) > OPEN_RUNS,
         "gaps": [(run.name, modality_gap(run.frame), concept_gaps(run.frame), unfinished_in_gap(run)) for run in runs],
         "category_plot": category_plot(runs),
         "categories": [

@@ -206,13 +206,15 @@ def render(contents: Contents, out: Path) -> str:
     ways = [line for run in runs for line in methods(run.scores)] + (evaluated.methods if evaluated else [])
     chosen = examples(runs, out) if runs else {}
     comparison = compare({run.name: run.scores for run in runs})
+    long = bool(contents.curve and evaluated)
     return template("report.html.j2").render(
         command=contents.command,
         runs=[{"name": name} for name in names],
         first=first_screen(contents.headline, contents.stated, contents.differences, contents.groups),
         warnings=[without_folders(line) for line in contents.warnings],
         remarks=[without_folders(line) for line in (*contents.results, *contents.remarks)],
-        measured=measured_sections(runs, comparison, contents.corrected) if runs else None,
+        # With curves and evaluations the page would be longer than six screens.
+        measured=measured_sections(runs, comparison, contents.corrected, long) if runs else None,
         evaluated=evaluated_sections(evaluated, beside_measurements=bool(runs)) if evaluated else None,
         flipped=[(name, flipped(contents, name, out)) for name in names[1:]],
         examples={CAPABILITY_TITLES[capability]: cards for capability, cards in chosen.items()},

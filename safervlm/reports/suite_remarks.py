@@ -77,11 +77,12 @@ def suite_remarks(
             for (run, method), part in excluded.groupby(["run", "method"], sort=False)
         ]
     few = long[~long["detail"] & (long["method"] == TOO_FEW)]
-    said += [
-        f"{run}: of fewer than {TEXTS} texts, more would lower it: "
-        + "; ".join(f"{row['heading']} ({row['n']} texts)" for row in records(rows))
-        for run, rows in few.groupby("run", sort=False)
-    ]
+    by_text: dict[str, list[str]] = {}
+    for run, rows in few.groupby("run", sort=False):
+        text = "; ".join(f"{row['heading']} ({row['n']} texts)" for row in records(rows))
+        by_text.setdefault(text, []).append(str(run))
+    what = f"of fewer than {TEXTS} texts, more would lower it"
+    said += [f"{listed(names)}: {what}: {text}" for text, names in by_text.items()]
     return said
 
 

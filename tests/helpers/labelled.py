@@ -96,3 +96,16 @@ def change(run: Path, records_of: Callable[[Record, Record], Iterable[tuple[Reco
     changed = [each for pair in pairs for each in records_of(*pair)]
     for place, file in enumerate(("responses.jsonl", "verdicts.jsonl")):
         write_jsonl(run / file, (pair[place] for pair in changed))
+
+
+def write_odds(run: Path, seed: int = 0) -> None:
+    """Log-odds that separate the sides somewhat; 0.7 as the mass of every question about an image, 0.2 about a name."""
+    records = []
+    for record in read_jsonl(run / "responses.jsonl"):
+        if record["capability"] == "perception":
+            continue
+        rng = np.random.default_rng(seed_for(seed, record["id"]))
+        score = rng.normal(1.0 if record["answer"] == "Unsafe" else -1.0, 2.0)
+        mass = 0.7 if record["capability"] == "alignment" else 0.2
+        records.append({"id": record["id"], "log_odds": score, "mass": mass})
+    write_jsonl(run / "odds.jsonl", records)

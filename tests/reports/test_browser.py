@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from evaluations import safety, write
-from labelled import write_labelled
+from labelled import label, write_labelled, write_odds
 from playwright.sync_api import sync_playwright
 
 from safervlm.reports.evaluation import evaluation
@@ -24,11 +24,13 @@ WIDER = """() => [...document.querySelectorAll('body *')].filter(element => {
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A report of measurements with evaluations, one of the evaluations alone, and one of groups and other runs."""
+    """A report of all there is, one of evaluations alone, and one of groups and other runs."""
     folder = tmp_path_factory.mktemp("runs")
     runs = []
     for seed, (name, right) in enumerate((("original", 0.4), ("sft", 0.8), ("ppo", 0.95))):
-        write_labelled(folder / name, right, images=2, seed=seed)
+        truth = write_labelled(folder / name, right, images=2, seed=seed)
+        label(folder / name, truth)
+        write_odds(folder / name, seed)
         write(folder / name / "evaluation", safety(np.random.default_rng(seed), right))
         runs.append(folder / name)
     for seed, name in enumerate(("kto-0", "kto-1", "kto-2", "dpo-0", "dpo-1"), len(runs)):

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from labelled import write_labelled
+from labelled import write_labelled, write_odds
 from sklearn import metrics
 
 from safervlm.errors import ArgumentError
-from safervlm.hashing import seed_for
 from safervlm.labelling.plan import labelable
 from safervlm.protocol import REVERSED, REVERSED_NUMBER, REVERSED_QUESTION
 from safervlm.records import TURNED, Response, Verdict, read_jsonl, write_jsonl
@@ -36,19 +35,6 @@ def _quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(curves, "bootstrap", partial(curves.bootstrap, samples=100))
         yield
-
-
-def write_odds(run: Path, seed: int = 0) -> None:
-    """Log-odds that separate the sides somewhat; 0.7 as the mass of every question about an image, 0.2 about a name."""
-    records = []
-    for record in read_jsonl(run / "responses.jsonl"):
-        if record["capability"] == "perception":
-            continue
-        rng = np.random.default_rng(seed_for(seed, record["id"]))
-        score = rng.normal(1.0 if record["answer"] == "Unsafe" else -1.0, 2.0)
-        mass = 0.7 if record["capability"] == "alignment" else 0.2
-        records.append({"id": record["id"], "log_odds": score, "mass": mass})
-    write_jsonl(run / "odds.jsonl", records)
 
 
 @pytest.fixture(scope="module")
