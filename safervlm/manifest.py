@@ -67,7 +67,7 @@ class RunManifest(Callback):
         self._lock: Lock | None = None
         self._end = OrderlyEnd()
         self._decoded: dict[str, str] = {}
-        self._trained = False
+        self._trained = self._said_checkpoint = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Locks the folder, checks the settings and writes the stage's entry, before any weight is loaded.
@@ -146,11 +146,14 @@ class RunManifest(Callback):
             self._say_checkpoint(trainer, "validating")
 
     def _say_checkpoint(self, trainer: Trainer, doing: str) -> None:
-        if trainer.is_global_zero and trainer.ckpt_path is not None:  # the settings have been checked by now
+        # The settings have been checked by now.
+        if trainer.is_global_zero and trainer.ckpt_path is not None and not self._said_checkpoint:
+            self._said_checkpoint = True
             say(f"{doing} {trainer.ckpt_path}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sets the schedules' learning rates; defers requests to end until the current step is complete."""
+        self._say_checkpoint(trainer, "resuming from")  # DeepSpeed restores it after on_fit_start
         follow_schedules(trainer)
         self._write_check(trainer, pl_module)
         self._end.defer()

@@ -6,7 +6,7 @@ import pandas as pd
 
 from safervlm.reports.comparable import retrained, several_judges, unfinished_thinking
 from safervlm.reports.suite_tables import Summary
-from safervlm.reports.tables import listed, records
+from safervlm.reports.tables import NAMED, listed, records
 from safervlm.results.mme import ALL_TASKS
 from safervlm.results.scores import unfinished_in
 from safervlm.results.suite import Evaluation
@@ -82,7 +82,10 @@ def suite_remarks(
         text = "; ".join(f"{row['heading']} ({row['n']} texts)" for row in records(rows))
         by_text.setdefault(text, []).append(str(run))
     what = f"of fewer than {TEXTS} texts, more would lower it"
-    said += [f"{listed(names)}: {what}: {text}" for text, names in by_text.items()]
+    said += [
+        f"{listed(names)}: {what}: {text}" if len(names) <= NAMED else f"{what}: {text} ({', '.join(names)})"
+        for text, names in by_text.items()
+    ]
     return said
 
 
