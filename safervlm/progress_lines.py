@@ -20,6 +20,7 @@ class ProgressLines(ProgressBar):
         super().__init__()
         self._lines: Lines | None = None
         self._done = 0
+        self._in_steps = False
 
     def disable(self) -> None:
         """Does nothing: other processes than the first one write no lines anyway."""
@@ -33,12 +34,15 @@ class ProgressLines(ProgressBar):
         return True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts counting, from the batches that are complete if the training resumes."""
+        """Starts counting, from what is complete if the training resumes: steps if these end it, else batches."""
         epochs, steps = trainer.max_epochs, trainer.max_steps
         total = math.inf if epochs is None or epochs < 0 else epochs * trainer.num_training_batches
-        if steps >= 0:
-            total = min(total, steps * trainer.accumulate_grad_batches)
-        self._begin(trainer, "training", total, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+        # A batch of PPO or GRPO has several steps.
+        self._in_steps = steps >= 0 and steps * trainer.accumulate_grad_batches <= total
+        if self._in_steps:
+            self._begin(trainer, "training", steps, trainer.global_step, "steps")
+        else:
+            self._begin(trainer, "training", total, trainer.fit_loop.epoch_loop.total_batch_idx + 1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting, if this is not a validation within a training."""
@@ -49,9 +53,9 @@ class ProgressLines(ProgressBar):
         """Starts counting the batches."""
         self._begin(trainer, "prediction", sum(trainer.num_predict_batches))
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Counts the batch."""
-        self._count()
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Counts the batch, or its steps."""
+        self._count(trainer.global_step - self._done if self._in_steps else 1)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Counts the batch, if this is not a validation within a training."""
@@ -75,13 +79,13 @@ class ProgressLines(ProgressBar):
         """Writes the last line before the callbacks that judge, which write lines of their own."""
         self._end()
 
-    def _begin(self, trainer: Trainer, what: str, total: float, start: int = 0) -> None:
+    def _begin(self, trainer: Trainer, what: str, total: float, start: int = 0, unit: str = "batches") -> None:
         self._done = start
         if trainer.is_global_zero:
-            self._lines = Lines(what, total if math.isfinite(total) else None, start, "batches")
+            self._lines = Lines(what, total if math.isfinite(total) else None, start, unit)
 
-    def _count(self) -> None:
-        self._done += 1
+    def _count(self, number: int = 1) -> None:
+        self._done += number
         if self._lines is not None:
             self._lines.update(self._done)
 

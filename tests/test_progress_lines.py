@@ -66,7 +66,7 @@ def test_fit_validate_and_predict_write_a_progress_line(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"max_steps": 3, "accumulate_grad_batches": 2}, "training: 100 % (6 of 6 batches)"),
+        ({"max_steps": 3, "accumulate_grad_batches": 2}, "training: 100 % (3 of 3 steps)"),
         ({"max_epochs": 5, "limit_train_batches": 2}, "training: 100 % (10 of 10 batches)"),
     ],
 )
