@@ -146,13 +146,15 @@ def test_differences_are_over_the_questions_that_both_runs_answered(tmp_path, ma
     lost = {*other["id"][other["capability"] == "alignment_text_only"][:4]}
     lost |= {*other["id"][other["side"] == "safe"][:10]}  # of 60: more than a tenth
     fewer = other[~other["id"].isin(lost)].reset_index(drop=True)
+    lost_before = {rows["id"][rows["capability"] == "alignment_text_only"].iloc[-1]}
+    before = rows[~rows["id"].isin(lost_before)].reset_index(drop=True)
     both = [
         LabelledRun.of(each, people_of(Plan.make(each, len(each), 0), people))
-        for each, people in ((fewer, better), (rows, truth))
+        for each, people in ((fewer, better), (before, truth))
     ]
     found = corrected_differences(*both).set_index("rate")
     assert [rate for rate in RATES if rate not in found.index] == ["image_safe", OVER_FLAGGED]
-    common = rows[~rows["id"].isin(lost)].reset_index(drop=True)
+    common = rows[~rows["id"].isin(lost | lost_before)].reset_index(drop=True)
     names = common[common["capability"] == "alignment_text_only"]
     rates = [(names["id"].map(people) == names["answer"]).mean() for people in (better, truth)]
     assert found.at["text_only_unsafe", "corrected"] == pytest.approx(rates[0] - rates[1])
