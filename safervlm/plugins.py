@@ -24,7 +24,7 @@ class CallbacksFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Finds the package beside the shell or in the current folder, then as Python does; ours is searched last.
+        """Finds the package where the command was started or in the current folder, then as Python does; ours is last.
 
         Args:
             fullname: Name of the module that is imported.

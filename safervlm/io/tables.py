@@ -98,15 +98,6 @@ def say(text: str) -> None:
     print(for_terminal(text), flush=True)
 
 
-def say_wrapped(text: str) -> None:
-    """Prints a text to stdout in lines as wide as the terminal; control characters are escaped.
-
-    Args:
-        text: Text, which may contain names from data.
-    """
-    print("\n".join(wrapped(text)), flush=True)
-
-
 def wrapped(text: str, most: int | None = None) -> list[str]:
     """Returns the lines of a text, as wide as the terminal; control characters are escaped.
 

@@ -204,7 +204,7 @@ class State:
 
         Args:
             logits: (R, Q, V) logits.
-            choice: What determines a token.
+            choice: Sampling settings, suppressed tokens and end tokens.
             levels: See :meth:`Choice.tokens`.
         """
         found = choice.tokens(logits.flatten(0, 1), self.counters.flatten(), levels)
@@ -297,7 +297,7 @@ class Decoder:
     Args:
         rows: The questions in rows, and the model-specific part of decoding.
         keys: Key of the noise of each question.
-        choice: What determines a token.
+        choice: Sampling settings, suppressed tokens and end tokens.
         at_once: Number of rows that are decoded at once; None for all.
         capture: Function that captures a step; None computes each step without capture.
 

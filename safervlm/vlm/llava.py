@@ -64,7 +64,7 @@ def shrunk_square(
 
 
 def require_matching_image_tokens(config: LlavaConfig, name: str) -> None:
-    """Rejects a configuration whose prompts would have another number of image tokens than the vision tower gives.
+    """Rejects a configuration whose prompts would have another number of image tokens than the vision tower returns.
 
     Args:
         config: Configuration of the model.
@@ -79,7 +79,7 @@ def require_matching_image_tokens(config: LlavaConfig, name: str) -> None:
     if config.image_seq_length != tokens:
         raise ArgumentError(
             f"vlm.model: the config.json of {name!r} has image_seq_length {config.image_seq_length}, its vision tower "
-            f"gives {tokens} tokens per image; correct it"
+            f"returns {tokens} tokens per image; correct it"
         )
 
 

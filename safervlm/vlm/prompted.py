@@ -41,7 +41,7 @@ class PromptedRows(Rows):
         """Computes the prompts of some of the rows.
 
         Args:
-            rows: Their numbers.
+            rows: Indices of the rows.
         """
         return self.generated(rows, 1)[0]
 
@@ -49,7 +49,7 @@ class PromptedRows(Rows):
         """Returns the inputs of ``generate`` for some of the rows.
 
         Args:
-            rows: Their numbers.
+            rows: Indices of the rows.
         """
         asked = [self.encodings[row] for row in rows]
         return self.sharing.inputs(asked, self.tokenwise) or self.sharing.alone(asked, self.tokenwise)

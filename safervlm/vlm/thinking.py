@@ -142,7 +142,7 @@ def chosen(setting: Setting) -> tuple[Marks, ...] | None:
         setting: Two marks, ``detected`` or ``none``.
 
     Raises:
-        ArgumentError: It is something else.
+        ArgumentError: The setting is neither of them.
     """
     if setting == "detected":
         return None
@@ -162,7 +162,7 @@ def valid_setting(setting: Setting) -> Setting:
         setting: Two marks, ``detected`` or ``none``.
 
     Raises:
-        ArgumentError: It is something else.
+        ArgumentError: The setting is neither of them.
     """
     chosen(setting)
     return setting

@@ -16,9 +16,9 @@ from safervlm.io.tables import (
     escaped,
     height,
     say,
-    say_wrapped,
     show_table,
     terminal,
+    wrapped,
     write_csv,
     write_workbook,
 )
@@ -139,5 +139,5 @@ def test_the_width_of_a_console_that_is_no_terminal(
     if columns is not None:
         monkeypatch.setenv("COLUMNS", columns)
     assert terminal().width == width
-    say_wrapped("a text of some words")
+    print("\n".join(wrapped("a text of some words")))
     assert "".join(capsys.readouterr().out.split()) == "atextofsomewords"

@@ -164,7 +164,7 @@ def test_damaged_model_folder_is_reported_in_one_line(
 def test_the_number_of_image_tokens_must_be_that_of_the_vision_tower(tokens: int, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"image_seq_length": tokens}))
-    with pytest.raises(UserError, match=f"image_seq_length {tokens}, its vision tower gives 4 tokens"):
+    with pytest.raises(UserError, match=f"image_seq_length {tokens}, its vision tower returns 4 tokens"):
         _ = Llava(str(model)).collator
 
 
