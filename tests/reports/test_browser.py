@@ -71,6 +71,8 @@ def test_the_page_in_a_browser(width, scheme, browser, pages):
         assert page.locator(".tile").count() == 4
         if width == 1400:
             assert page.evaluate("document.documentElement.scrollHeight") <= SCREENS * 900
+        if file.stem == "report":  # gaps and categories, as there are curves and evaluations, too
+            assert page.locator("summary", has_text="Single runs").count() == 2
 
         for plot in page.locator("svg[role=img]").all():
             named = plot.get_attribute("aria-labelledby").split()
